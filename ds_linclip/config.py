@@ -1,0 +1,360 @@
+"""The configuration: typed dataclasses, loaded in three merges, checked once.
+
+Structured defaults <- YAML file (and the files its ``base:`` key names) <- ``key=value`` from the
+command line. Only the typed :class:`Config` travels further; nothing else reads YAML.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+__all__ = [
+    "Attention",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "TextTower",
+    "TrainConfig",
+    "VisionTower",
+    "ZeroConfig",
+    "load_config",
+    "save_config",
+    "validate",
+]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Attention:
+    """How the tokens of one tower attend to each other.
+
+    With ``kind="softmax"`` (torch SDPA) the other fields have no effect. With ``kind="linear"`` the
+    score of query i and key n is the affine kernel ``1 + q_i . k_n`` of arXiv 2604.10064.
+    """
+
+    kind: Literal["linear", "softmax"] = "linear"
+    #: Divide by the sum of scores (Eq. 4); without it the output is the plain weighted sum (Eq. 7).
+    normalized: bool = False
+    #: L2-normalise q and k per head.
+    qk_norm: bool = True
+    #: Factor on the unnormalised score; 1/2 brings 1 + q.k into [0, 1]. No effect on Eq. 4.
+    score_scale: float = 0.5
+    #: alpha: the unnormalised output is multiplied by (number of keys)^-alpha. No effect on Eq. 4.
+    length_exponent: float = 0.0
+    #: RMSNorm with a learned gain on every head's output, before the output projection.
+    head_norm: bool = False
+
+
+@dataclass(kw_only=True)
+class VisionTower:
+    """Image tower (ViT), named as in open_clip's ``vision_cfg``."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    attention: Attention = field(default_factory=Attention)
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_width
+
+
+@dataclass(kw_only=True)
+class TextTower:
+    """Causal text tower, named as in open_clip's ``text_cfg``."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+    attention: Attention = field(default_factory=Attention)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Both towers and the width of the space they share."""
+
+    embed_dim: int = 512
+    vision: VisionTower = field(default_factory=VisionTower)
+    text: TextTower = field(default_factory=TextTower)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training shards in the LAION-400M / img2dataset layout."""
+
+    #: Shard paths; braces expand: ``/data/laion400m/{00000..41455}.tar``.
+    train: list[str] = field(default_factory=list)
+    #: Samples per epoch. None: summed from the ``_stats.json`` files beside the shards.
+    train_num_samples: int | None = None
+    #: Independent streams the shards are dealt to; a multiple of the number of nodes lets each
+    #: node read shards of its own. Part of the order: change it and the order changes.
+    num_lanes: int = 1
+    #: Shards of one lane whose samples are shuffled together.
+    shuffle_shards: int = 8
+    #: Decoding processes per rank; has no influence on the order.
+    num_workers: int = 2
+    #: Area range of the random resized crop.
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How long, how many at once, how precise."""
+
+    steps: int = 0
+    #: Image-text pairs per optimizer step, over all ranks; each is the others' negative.
+    global_batch_size: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW, cosine to zero after a linear warm-up; defaults are open_clip's for ViT."""
+
+    lr: float = 5e-4
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup_steps: int = 10_000
+    #: Largest gradient norm over all parameters; 0 switches clipping off.
+    clip_grad_norm: float = 1.0
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Ranks and devices. The data-parallel size is the number of ranks that were started."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    #: Data-parallel ranks the run must have; None takes what was started.
+    dp: int | None = None
+    tp: int = 1
+
+
+@dataclass(kw_only=True)
+class ZeroConfig:
+    """DeepSpeed ZeRO."""
+
+    stage: int = 1
+    #: JSON file with what is DeepSpeed's alone (bucket sizes, overlap); None: its defaults.
+    deepspeed_config: str | None = None
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What is saved into ``<run folder>/checkpoints``, and when."""
+
+    #: Steps between saves; the last step is always saved.
+    every_steps: int = 1000
+    #: Newest checkpoints kept.
+    keep_last: int = 3
+    #: ``latest`` goes on from the newest checkpoint of the run folder, if it has one; ``never``
+    #: refuses a run folder that holds checkpoints.
+    resume: Literal["latest", "never"] = "latest"
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Zero-shot classification on a held-out folder, during and after training."""
+
+    #: Folder in clip_benchmark's webdataset layout (``*.tar``, ``classnames.txt``,
+    #: ``zeroshot_classification_templates.txt``); None: no evaluation.
+    data: str | None = None
+    #: Steps between evaluations; 0: only at the end.
+    every_steps: int = 0
+    batch_size: int = 256
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """Progress, TensorBoard."""
+
+    every_steps: int = 10
+    tensorboard: bool = True
+    #: Held-out images drawn with their captions and top-5 classes at every evaluation.
+    num_images: int = 8
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One whole experiment."""
+
+    #: Name of the run; its folder is ``<output_dir>/<name>``.
+    name: str = "linclip"
+    output_dir: str = "runs"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML experiment, apply ``key=value`` overrides, return the checked config.
+
+    Args:
+        path: YAML file. A top-level ``base:`` names another file, relative to this one, that is
+            merged first.
+        overrides: Dotted assignments such as ``optim.lr=1e-3``; later ones win.
+
+    Raises:
+        ValueError: for a missing or malformed file, an unknown key (with the nearest known ones), a
+            value of the wrong type, or a value that breaks a rule of :func:`validate`.
+    """
+    merged = OmegaConf.structured(Config)
+    sources = [(str(file), content) for file, content in _read_with_bases(Path(path))]
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override ({override}) must have the form key=value")
+        sources.append(("command line", OmegaConf.from_dotlist([override])))
+    for source, content in sources:
+        try:
+            merged = OmegaConf.merge(merged, content)
+        except ConfigKeyError as error:
+            raise ValueError(f"{source}: {_unknown_key_message(error.full_key or '')}") from error
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{source}: {error.full_key or 'config'}: {reason}") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved config as YAML; :func:`load_config` reads it back equal."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+def validate(config: Config) -> None:
+    """Check every rule that needs neither data nor processes.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+    vision, text = config.model.vision, config.model.text
+    for prefix, tower in (("model.vision", vision), ("model.text", text)):
+        _require_positive(f"{prefix}.width", tower.width)
+        _require_positive(f"{prefix}.layers", tower.layers)
+    _require_positive("model.embed_dim", config.model.embed_dim)
+    _require_divisible("model.vision.image_size", vision.image_size, "patch_size", vision.patch_size)
+    _require_divisible("model.vision.width", vision.width, "head_width", vision.head_width)
+    _require_divisible("model.text.width", text.width, "heads", text.heads)
+    _require_divisible("model.text.vocab_size", text.vocab_size, "parallel.tp", config.parallel.tp)
+
+    _require_positive("train.steps", config.train.steps)
+    _require_positive("train.global_batch_size", config.train.global_batch_size)
+    if config.parallel.dp is not None:
+        _require_divisible(
+            "train.global_batch_size", config.train.global_batch_size, "parallel.dp", config.parallel.dp
+        )
+    if config.parallel.tp != 1:
+        raise ValueError(f"parallel.tp ({config.parallel.tp}) must be 1 in this version")
+    if config.zero.stage not in (0, 1, 2):
+        raise ValueError(f"zero.stage ({config.zero.stage}) must be 0, 1 or 2 in this version")
+
+    if not config.data.train:
+        raise ValueError("data.train ([]) must name at least one shard")
+    _require_positive("data.num_lanes", config.data.num_lanes)
+    _require_positive("data.shuffle_shards", config.data.shuffle_shards)
+    if config.data.num_workers < 0:
+        raise ValueError(f"data.num_workers ({config.data.num_workers}) must not be negative")
+    low, high = config.data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"data.crop_scale ({low}, {high}) must satisfy 0 < low <= high <= 1")
+
+    optim = config.optim
+    for name in ("lr", "eps"):
+        _require_positive(f"optim.{name}", getattr(optim, name))
+    for name in ("weight_decay", "warmup_steps", "clip_grad_norm"):
+        if getattr(optim, name) < 0:
+            raise ValueError(f"optim.{name} ({getattr(optim, name)}) must not be negative")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise ValueError(f"optim.{name} ({getattr(optim, name)}) must be in [0, 1)")
+    if optim.warmup_steps >= config.train.steps:
+        raise ValueError(
+            f"optim.warmup_steps ({optim.warmup_steps}) must be less than train.steps "
+            f"({config.train.steps})"
+        )
+    _require_positive("checkpoint.every_steps", config.checkpoint.every_steps)
+    _require_positive("checkpoint.keep_last", config.checkpoint.keep_last)
+    _require_positive("log.every_steps", config.log.every_steps)
+    _require_positive("eval.batch_size", config.eval.batch_size)
+    if not config.name or Path(config.name).name != config.name:
+        raise ValueError(f"name ({config.name!r}) must be a plain folder name")
+
+
+def _read_with_bases(path: Path) -> list[tuple[Path, DictConfig]]:
+    """The file and its bases, furthest base first."""
+    chain: list[tuple[Path, DictConfig]] = []
+    while True:
+        if any(path.samefile(seen) for seen, _ in chain if path.exists()):
+            raise ValueError(f"{path}: base files form a circle")
+        try:
+            content = OmegaConf.load(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"config ({path}) cannot be read: {error}") from error
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"config ({path}) is not valid YAML: {error}") from error
+        if not isinstance(content, DictConfig):
+            raise ValueError(f"config ({path}) must hold keys and values")
+        base = content.pop("base", None)
+        chain.insert(0, (path, content))
+        if base is None:
+            return chain
+        path = path.parent / base
+
+
+def _unknown_key_message(key: str) -> str:
+    known = _known_keys(Config())
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    leaf = key.rsplit(".", 1)[-1]
+    near += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in near]
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
+    return f"unknown key ({key}){hint}"
+
+
+def _known_keys(node: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for item in fields(node):
+        value = getattr(node, item.name)
+        keys.append(prefix + item.name)
+        if is_dataclass(value):
+            keys += _known_keys(value, f"{prefix}{item.name}.")
+    return keys
+
+
+def _require_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name} ({value}) must be greater than 0")
+
+
+def _require_divisible(name: str, value: int, by_name: str, by: int) -> None:
+    if value <= 0 or by <= 0 or value % by:
+        raise ValueError(f"{name} ({value}) must be a positive multiple of {by_name} ({by})")
