@@ -1,0 +1,218 @@
+"""Checkpoints that are either whole or not there.
+
+DeepSpeed writes its shards into ``step-N.tmp``; every file is then synced and hashed, the list of
+hashes becomes ``manifest.json``, and only a rename makes the folder a checkpoint. ``latest`` is
+replaced last. On resume the manifest is verified before anything is loaded.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_linclip.config import Config
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["CheckpointStore", "latest_checkpoint", "read_model_state"]
+
+logger = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+_MODEL_FILE = "mp_rank_00_model_states.pt"
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder; every method is called by all ranks together."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.directory = config.run_dir / "checkpoints"
+        self._config = config
+        self._mesh = mesh
+
+    def save(self, engine: Any, step: int) -> Path:
+        """Save engine state as ``step-N`` and drop all but the newest ``checkpoint.keep_last``.
+
+        Raises:
+            OSError: when a file cannot be written; older checkpoints stay as they were.
+        """
+        final = self.directory / f"step-{step:08d}"
+        staging = final.with_suffix(".tmp")
+        if self._mesh.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._mesh.barrier()
+        engine.save_checkpoint(str(self.directory), tag=staging.name, save_latest=False)
+        hashes = self._hash_together(sorted(staging.iterdir()))
+        if self._mesh.rank == 0:
+            manifest = {"step": step, "layout": self._layout(), "files": hashes}
+            manifest["model"] = asdict(self._config.model)
+            _write_synced(staging / _MANIFEST, json.dumps(manifest, indent=1))
+            _sync_directory(staging)
+            staging.rename(final)
+            _write_synced(self.directory / "latest.tmp", final.name)
+            os.replace(self.directory / "latest.tmp", self.directory / "latest")
+            _sync_directory(self.directory)
+            for old in _committed(self.directory)[: -self._config.checkpoint.keep_last]:
+                shutil.rmtree(old)
+        self._mesh.barrier()
+        return final
+
+    def resume(self, engine: Any) -> int:
+        """Load the newest valid checkpoint and return its step; 0 when the folder holds none.
+
+        A checkpoint that fails verification is reported; once an older valid one is loaded it is
+        set aside as ``step-N.rejected``, never deleted.
+
+        Raises:
+            ValueError: when checkpoints are there but none is valid, when the newest was made by
+                another model or layout, or when ``checkpoint.resume`` is ``never``.
+        """
+        candidates = self._mesh.agree(lambda: _committed(self.directory))
+        if not candidates:
+            return 0
+        if self._config.checkpoint.resume == "never":
+            raise ValueError(
+                f"checkpoint.resume (never) refuses {self.directory}, which holds "
+                f"{candidates[-1].name}: choose another name or output_dir"
+            )
+        problems: dict[Path, str] = {}
+        for path in reversed(candidates):
+            problem = self._problem_of(path)
+            if problem is None:
+                self._mesh.agree(partial(self._check_same_run, path))
+                engine.load_checkpoint(str(self.directory), tag=path.name)
+                self._set_aside(problems)
+                return int(engine.global_steps)
+            problems[path] = problem
+        raise ValueError(
+            f"{self.directory} holds no valid checkpoint ({'; '.join(problems.values())}): restore "
+            "one, or choose another name to start from scratch"
+        )
+
+    def _set_aside(self, problems: dict[Path, str]) -> None:
+        if self._mesh.rank == 0:
+            for path, problem in problems.items():
+                logger.warning("checkpoint rejected, older one loaded: %s", problem)
+                path.rename(path.with_suffix(".rejected"))
+        self._mesh.barrier()
+
+    def _layout(self) -> dict[str, Any]:
+        return {
+            "parallel.dp": self._mesh.dp_size,
+            "parallel.tp": self._mesh.tp_size,
+            "zero.stage": self._config.zero.stage,
+            "train.precision": self._config.train.precision,
+        }
+
+    def _problem_of(self, path: Path) -> str | None:
+        """What makes the checkpoint unusable, in words; the same answer on all ranks."""
+        try:
+            expected = self._mesh.agree(lambda: _read_manifest(path)["files"])
+        except ValueError as error:
+            return str(error)
+        found = self._hash_together([path / name for name in sorted(expected)])
+        for name, digest in expected.items():
+            if found[name] != digest:
+                return f"{path / name} does not match its checksum (sha256 {digest[:12]}...)"
+        return None
+
+    def _check_same_run(self, path: Path) -> None:
+        manifest = _read_manifest(path)
+        ours = {**self._layout(), **_flatten(asdict(self._config.model), "model")}
+        theirs = {**manifest["layout"], **_flatten(manifest["model"], "model")}
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"{name} ({value}) must equal that of {path} ({theirs.get(name)}) to resume"
+                )
+
+    def _hash_together(self, paths: list[Path]) -> dict[str, str | None]:
+        """SHA-256 by file name, the files shared out over the ranks."""
+        mine = {p.name: _synced_sha256(p) for p in paths[self._mesh.rank :: self._mesh.world_size]}
+        everyone: list[dict[str, str | None]] = [{}] * self._mesh.world_size
+        dist.all_gather_object(everyone, mine)
+        return {name: digest for share in everyone for name, digest in share.items()}
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """The newest checkpoint of a run folder.
+
+    Raises:
+        ValueError: when the folder holds none.
+    """
+    committed = _committed(run_dir / "checkpoints")
+    if not committed:
+        raise ValueError(f"run folder ({run_dir}) holds no checkpoint")
+    return committed[-1]
+
+
+def read_model_state(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's weights from a checkpoint of one tensor-parallel rank, without an engine.
+
+    Raises:
+        ValueError: when the file is missing, damaged, or holds more than plain data.
+    """
+    path = checkpoint / _MODEL_FILE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["module"]
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint ({path}) cannot be read: {error}") from error
+
+
+def _committed(directory: Path) -> list[Path]:
+    """Checkpoint folders that were committed, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(p for p in directory.iterdir() if re.fullmatch(r"step-\d{8}", p.name))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = path / _MANIFEST
+    try:
+        content = json.loads(manifest.read_text())
+        return {key: content[key] for key in ("step", "layout", "model", "files")}
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{manifest} cannot be read: {error}") from error
+
+
+def _flatten(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}.{key}"
+        flat.update(_flatten(value, name) if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def _synced_sha256(path: Path) -> str | None:
+    """Hash of the file once it has reached the disk; None when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
