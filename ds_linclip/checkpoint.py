@@ -67,11 +67,8 @@ class CheckpointStore:
         self._mesh.barrier()
         return final
 
-    def resume(self, engine: Any) -> int:
-        """Load the newest valid checkpoint and return its step; 0 when the folder holds none.
-
-        A checkpoint that fails verification is reported; once an older valid one is loaded it is
-        set aside as ``step-N.rejected``, never deleted.
+    def newest(self) -> Path | None:
+        """The newest valid checkpoint of the run folder; None when it holds none.
 
         Raises:
             ValueError: when checkpoints are there but none is valid, when the newest was made by
@@ -79,32 +76,38 @@ class CheckpointStore:
         """
         candidates = self._mesh.agree(lambda: _committed(self.directory))
         if not candidates:
-            return 0
+            return None
         if self._config.checkpoint.resume == "never":
             raise ValueError(
                 f"checkpoint.resume (never) refuses {self.directory}, which holds "
                 f"{candidates[-1].name}: choose another name or output_dir"
             )
-        problems: dict[Path, str] = {}
+        problems = []
         for path in reversed(candidates):
             problem = self._problem_of(path)
             if problem is None:
                 self._mesh.agree(partial(self._check_same_run, path))
-                engine.load_checkpoint(str(self.directory), tag=path.name)
-                self._set_aside(problems)
-                return int(engine.global_steps)
-            problems[path] = problem
+                return path
+            problems.append(problem)
+            if self._mesh.rank == 0:
+                logger.warning("checkpoint rejected: %s", problem)
         raise ValueError(
-            f"{self.directory} holds no valid checkpoint ({'; '.join(problems.values())}): restore "
-            "one, or choose another name to start from scratch"
+            f"{self.directory} holds no valid checkpoint ({'; '.join(problems)}): restore one, or "
+            "choose another name to start from scratch"
         )
 
-    def _set_aside(self, problems: dict[Path, str]) -> None:
+    def load(self, engine: Any, path: Path) -> int:
+        """Load a checkpoint that :meth:`newest` chose and return its step.
+
+        Newer folders, all rejected by :meth:`newest`, are set aside as ``step-N.rejected``.
+        """
+        engine.load_checkpoint(str(self.directory), tag=path.name)
         if self._mesh.rank == 0:
-            for path, problem in problems.items():
-                logger.warning("checkpoint rejected, older one loaded: %s", problem)
-                path.rename(path.with_suffix(".rejected"))
+            for newer in _committed(self.directory):
+                if newer.name > path.name:
+                    newer.rename(newer.with_suffix(".rejected"))
         self._mesh.barrier()
+        return int(engine.global_steps)
 
     def _layout(self) -> dict[str, Any]:
         return {

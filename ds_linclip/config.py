@@ -262,7 +262,9 @@ def validate(config: Config) -> None:
         _require_positive(f"{prefix}.width", tower.width)
         _require_positive(f"{prefix}.layers", tower.layers)
     _require_positive("model.embed_dim", config.model.embed_dim)
-    _require_divisible("model.vision.image_size", vision.image_size, "patch_size", vision.patch_size)
+    _require_divisible(
+        "model.vision.image_size", vision.image_size, "patch_size", vision.patch_size
+    )
     _require_divisible("model.vision.width", vision.width, "head_width", vision.head_width)
     _require_divisible("model.text.width", text.width, "heads", text.heads)
     _require_divisible("model.text.vocab_size", text.vocab_size, "parallel.tp", config.parallel.tp)
@@ -271,7 +273,10 @@ def validate(config: Config) -> None:
     _require_positive("train.global_batch_size", config.train.global_batch_size)
     if config.parallel.dp is not None:
         _require_divisible(
-            "train.global_batch_size", config.train.global_batch_size, "parallel.dp", config.parallel.dp
+            "train.global_batch_size",
+            config.train.global_batch_size,
+            "parallel.dp",
+            config.parallel.dp,
         )
     if config.parallel.tp != 1:
         raise ValueError(f"parallel.tp ({config.parallel.tp}) must be 1 in this version")

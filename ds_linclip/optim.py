@@ -11,7 +11,7 @@ __all__ = ["build_optimizer", "learning_rate", "weight_decay_groups"]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
-    """AdamW over all trainable parameters of ``model``, decayed as :func:`weight_decay_groups` says."""
+    """AdamW over the trainable parameters of ``model``, in :func:`weight_decay_groups`."""
     return optim.AdamW(
         weight_decay_groups(model, config.weight_decay),
         lr=config.lr,

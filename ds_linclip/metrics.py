@@ -1,0 +1,97 @@
+"""What a run tells about itself: scalars to DeepSpeed's monitor and JSON lines, figures, progress."""
+
+import json
+import math
+import resource
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ds_linclip.config import Config
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["MetricWriter", "StepMeter", "peak_memory_gib"]
+
+
+class MetricWriter:
+    """Writes on rank 0; the other ranks call it for nothing.
+
+    Scalars go through ``engine.monitor`` (TensorBoard and whatever else DeepSpeed is told to feed)
+    and, one JSON object per call, into ``<run folder>/metrics.jsonl``.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, monitor: Any) -> None:
+        self._is_writer = mesh.rank == 0
+        self._monitor = monitor
+        self._path = config.run_dir / "metrics.jsonl"
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values measured after ``step`` optimizer steps."""
+        if not self._is_writer:
+            return
+        self._monitor.write_events([(tag, value, step) for tag, value in values.items()])
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def figure(self, step: int, tag: str, figure: Any) -> None:
+        """Draw a matplotlib figure into TensorBoard."""
+        board = getattr(self._monitor, "tb_monitor", None) if self._is_writer else None
+        if board is not None and board.summary_writer is not None:
+            board.summary_writer.add_figure(tag, figure, step)
+            board.summary_writer.flush()
+
+
+class StepMeter:
+    """Sums over the steps between two logging steps; reads the device only when asked."""
+
+    def __init__(self, mesh: Mesh, samples_per_step: int, tokens_per_sample: int) -> None:
+        self._mesh = mesh
+        self._samples_per_step = samples_per_step
+        self._tokens_per_sample = tokens_per_sample
+        self.skipped: Counter[str] = Counter()
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new interval, after a log or a pause in training."""
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    def waited(self, seconds: float) -> None:
+        """Add time spent waiting for data."""
+        self._waited += seconds
+
+    def step_done(self, skipped: Mapping[str, int]) -> None:
+        self._steps += 1
+        self.skipped.update(skipped)
+
+    def read(self, loss: Tensor) -> dict[str, float]:
+        """Values of the interval and the loss of its last step, averaged over data ranks."""
+        mean_loss = loss.detach().double()
+        counts = torch.tensor([self.skipped.total()], device=loss.device)
+        if self._mesh.dp_size > 1:
+            dist.all_reduce(mean_loss, group=self._mesh.dp_group)
+            dist.all_reduce(counts, group=self._mesh.dp_group)
+        seconds = time.perf_counter() - self._started
+        rate = self._steps * self._samples_per_step / seconds if self._steps else math.nan
+        return {
+            "train/loss": mean_loss.item() / self._mesh.dp_size,
+            "perf/samples_per_second": rate,
+            "perf/tokens_per_second": rate * self._tokens_per_sample,
+            "perf/data_seconds_per_step": self._waited / max(self._steps, 1),
+            "perf/seconds_per_step": seconds / max(self._steps, 1),
+            "perf/peak_memory_gib": peak_memory_gib(loss.device),
+            "data/skipped_samples": counts.item(),
+        }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: of the GPU's allocator, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,184 @@
+"""The one training loop."""
+
+import json
+import logging
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ds_linclip.checkpoint import CheckpointStore
+from ds_linclip.config import Config, save_config
+from ds_linclip.data import TrainData
+from ds_linclip.loss import clip_loss
+from ds_linclip.metrics import MetricWriter, StepMeter
+from ds_linclip.model import CLIP
+from ds_linclip.optim import build_optimizer, learning_rate
+from ds_linclip.parallel.engine import deepspeed_config, initialize_engine
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["Evaluator", "TrainResult", "train"]
+
+logger = logging.getLogger(__name__)
+
+#: Scores the model after a number of steps; called by all ranks, in eval mode, without gradients.
+Evaluator = Callable[[CLIP, MetricWriter, int], Mapping[str, float]]
+
+
+@dataclass(kw_only=True)
+class TrainResult:
+    """Figures of a finished run."""
+
+    steps: int
+    #: Values of the last logging step; empty when the run was already finished.
+    last: Mapping[str, float] = field(default_factory=dict)
+    #: Values of the last evaluation; empty without an evaluator.
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+
+
+def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> TrainResult:
+    """Train as ``config`` says, going on from the run folder's newest checkpoint if there is one.
+
+    Raises:
+        ValueError: on all ranks together, before the first step, for whatever in the config does
+            not fit the data, the ranks or the run folder.
+    """
+    data = mesh.agree(lambda: _open_data(config, mesh))
+    mesh.agree(lambda: deepspeed_config(config, mesh.dp_size))
+    checkpoints = CheckpointStore(config, mesh)
+    resume_from = checkpoints.newest()
+    mesh.agree(lambda: _prepare_run_folder(config, mesh))
+
+    torch.manual_seed(config.train.seed)
+    model = CLIP(config.model, mesh).to(mesh.device)
+    optimizer = build_optimizer(model, config.optim)
+    engine = initialize_engine(model, optimizer, config, mesh)
+    start = checkpoints.load(engine, resume_from) if resume_from else 0
+    if mesh.rank == 0 and start:
+        logger.info("resumed from %s", resume_from)
+
+    writer = MetricWriter(config, mesh, engine.monitor)
+    meter = StepMeter(mesh, config.train.global_batch_size, model.tokens_per_sample)
+    result = TrainResult(steps=config.train.steps)
+    steps = config.train.steps
+    batches = data.batches(start)
+    progress = tqdm(total=steps, initial=start, disable=mesh.rank != 0, desc="train", unit="step")
+    model.train()
+    for step in range(start + 1, steps + 1):
+        asked = time.perf_counter()
+        batch = next(batches).to(mesh.device)
+        meter.waited(time.perf_counter() - asked)
+
+        rate = learning_rate(step - 1, steps, config.optim)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        image_features, text_features, logit_scale = engine(batch.images, batch.texts)
+        loss = clip_loss(image_features, text_features, logit_scale, mesh.dp_group)
+        engine.backward(loss)
+        engine.step()
+        meter.step_done(batch.skipped)
+        progress.update()
+
+        if step % config.log.every_steps == 0 or step == steps:
+            values = meter.read(loss)
+            values |= _optimizer_values(engine, logit_scale, rate)
+            writer.scalars(step, values)
+            _show(progress, values)
+            result.last = values
+            meter.restart()
+        if step % config.checkpoint.every_steps == 0 or step == steps:
+            checkpoints.save(engine, step)
+            meter.restart()
+        if evaluate and config.eval.every_steps and step % config.eval.every_steps == 0:
+            result.evaluation = _evaluate(evaluate, model, writer, step)
+            meter.restart()
+    progress.close()
+    evaluated_last = config.eval.every_steps and steps % config.eval.every_steps == 0
+    if evaluate and not (evaluated_last and start < steps):
+        result.evaluation = _evaluate(evaluate, model, writer, steps)
+    return result
+
+
+def _evaluate(
+    evaluate: Evaluator, model: CLIP, writer: MetricWriter, step: int
+) -> Mapping[str, float]:
+    model.eval()
+    with torch.no_grad():
+        values = evaluate(model, writer, step)
+    model.train()
+    writer.scalars(step, values)
+    return values
+
+
+def _optimizer_values(engine: Any, logit_scale: Tensor, rate: float) -> dict[str, float]:
+    norm = engine.get_global_grad_norm()
+    return {
+        "train/lr": rate,
+        "train/logit_scale": logit_scale.item(),
+        "train/grad_norm": float(norm) if norm is not None else float("nan"),
+    }
+
+
+def _show(progress: tqdm, values: Mapping[str, float]) -> None:
+    progress.set_postfix(
+        {
+            "loss": f"{values['train/loss']:.3f}",
+            "samples/s": f"{values['perf/samples_per_second']:.0f}",
+        }
+    )
+
+
+def _open_data(config: Config, mesh: Mesh) -> TrainData:
+    batch_size = config.train.global_batch_size
+    if batch_size % mesh.dp_size:
+        raise ValueError(
+            f"train.global_batch_size ({batch_size}) must be divisible by the data-parallel size "
+            f"({mesh.dp_size})"
+        )
+    return TrainData(
+        config.data,
+        image_size=config.model.vision.image_size,
+        context_length=config.model.text.context_length,
+        global_batch_size=batch_size,
+        seed=config.train.seed,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+    )
+
+
+def _prepare_run_folder(config: Config, mesh: Mesh) -> None:
+    """Make the folder and write down what this run is: config, DeepSpeed's dictionary, versions."""
+    if mesh.rank != 0:
+        return
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.run_dir / "config.yaml")
+        provenance = {
+            "git_commit": _git_commit(),
+            "python": platform.python_version(),
+            "device": str(mesh.device),
+            "world_size": mesh.world_size,
+            **{name: version(name) for name in ("torch", "triton", "deepspeed", "megatron-core")},
+        }
+        (config.run_dir / "versions.json").write_text(json.dumps(provenance, indent=1))
+        generated = deepspeed_config(config, mesh.dp_size)
+        (config.run_dir / "deepspeed.json").write_text(json.dumps(generated, indent=1))
+    except OSError as error:
+        raise ValueError(f"output_dir ({config.output_dir}) cannot be written: {error}") from error
+
+
+def _git_commit() -> str | None:
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip()

@@ -1,0 +1,92 @@
+"""Train CLIP: ``deepspeed launch/train.py CONFIG.yaml key=value ...``.
+
+Exit codes: 0 finished; 2 something in the config, the data or the run folder that the user can
+mend, told in one line; 1 any other failure.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from functools import partial
+
+from linclip_eval import HeldOutEvaluator
+
+from ds_linclip.config import Config, load_config
+from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.trainer import TrainResult, train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML experiment, for example ds_configs/train/embedded.yaml")
+    parser.add_argument("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher, not used")
+    arguments = parser.parse_intermixed_args()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
+    )
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        mesh = Mesh.create(config.parallel)
+    except ValueError as error:
+        return _fail_before_start(error)
+    try:
+        evaluator = mesh.agree(partial(_open_evaluator, config, mesh))
+        result = train(config, mesh, evaluator)
+    except AgreedError as error:
+        if mesh.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        mesh.barrier()
+        return 2
+    if mesh.rank == 0:
+        print(_summary(config, result), flush=True)
+    mesh.close()
+    return 0
+
+
+def _fail_before_start(error: ValueError) -> int:
+    """One rank of each node speaks; the others wait for it, since the launcher ends all ranks of a
+    node as soon as one has left."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(60)
+    return 2
+
+
+def _open_evaluator(config: Config, mesh: Mesh) -> HeldOutEvaluator | None:
+    if config.eval.data is None:
+        return None
+    return HeldOutEvaluator(
+        config.eval.data,
+        image_size=config.model.vision.image_size,
+        context_length=config.model.text.context_length,
+        batch_size=config.eval.batch_size,
+        device=mesh.device,
+        group=mesh.dp_group,
+        num_images=config.log.num_images,
+    )
+
+
+def _summary(config: Config, result: TrainResult) -> str:
+    rows = [("steps", f"{result.steps}")]
+    if result.last:
+        rows += [
+            ("loss", f"{result.last['train/loss']:.4f}"),
+            ("samples/s", f"{result.last['perf/samples_per_second']:.0f}"),
+        ]
+    rows += [(tag.removeprefix("eval/"), f"{value:.4f}") for tag, value in result.evaluation.items()]
+    width = max(len(name) for name, _ in rows)
+    table = "\n".join(f"  {name:<{width}}  {value:>10}" for name, value in rows)
+    board = config.run_dir / "tensorboard"
+    return (
+        f"\n{config.name}\n{table}\n\n"
+        f"run folder:  {config.run_dir}\n"
+        f"tensorboard: tensorboard --logdir {board}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
