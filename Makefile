@@ -1,0 +1,38 @@
+# Every command of the project. All of them first make .venv and install what is pinned.
+PYTHON ?= python3
+RANKS  ?= 2
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install train test test-slow lint study
+
+install: $(STAMP)
+
+# DS_BUILD_OPS=0: DeepSpeed's CUDA extensions are not compiled ahead; none of them is used.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "PYTHON ($(PYTHON)) must be Python 3.11 or newer"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+data/embedded: | $(STAMP)
+	$(BIN)/python -m ds_linclip.data.make_shards digits $@
+
+# Train the embedded model on handwritten digits, score it zero-shot, print a table.
+train: $(STAMP) | data/embedded
+	RANKS=$(RANKS) launch/local.sh ds_configs/train/embedded.yaml
+
+# Everything that needs no GPU and is not marked slow.
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
