@@ -1,0 +1,75 @@
+"""Self-attention of one block, linear or softmax: the only caller of ``linclip_kernels``."""
+
+from collections.abc import Callable
+
+from linclip_kernels import linear_attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ds_linclip.config import Attention
+from ds_linclip.parallel.layers import column_parallel, head_rms_norm, row_parallel
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["SelfAttention"]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over ``[B, N, width]``, heads split over the tensor axis.
+
+    The rows of the joint q, k, v projection are ordered [head, (q, k, v), head_dim] as in Megatron,
+    so that a contiguous split of the rows is a split of the heads.
+
+    Args:
+        width: features of a token; a multiple of ``heads``.
+        attention: kind and settings. With ``kind="softmax"`` this is open_clip's attention.
+        causal: let a token see only itself and those before it.
+        init_qkv, init_out: run on the full weights [3 * width, width] and [width, width].
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        attention: Attention,
+        mesh: Mesh,
+        *,
+        causal: bool,
+        init_qkv: Callable[[Tensor], object],
+        init_out: Callable[[Tensor], object],
+    ) -> None:
+        super().__init__()
+        if heads % mesh.tp_size:
+            raise ValueError(f"heads ({heads}) must be divisible by parallel.tp ({mesh.tp_size})")
+        self.local_heads = heads // mesh.tp_size
+        self.head_dim = width // heads
+        self.attention = attention
+        self.causal = causal
+        self.qkv = column_parallel(mesh, width, 3 * width, init=init_qkv)
+        self.head_norm = (
+            head_rms_norm(mesh, heads, self.head_dim)
+            if attention.kind == "linear" and attention.head_norm
+            else None
+        )
+        self.out_proj = row_parallel(mesh, width, width, init=init_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (self.local_heads, 3, self.head_dim))  # [B, N, H, 3, D]
+        q, k, v = qkv.unbind(3)  # [B, N, H, D] each, strided
+        if self.attention.kind == "softmax":
+            o = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=self.causal
+            ).transpose(1, 2)  # [B, N, H, D]
+        else:
+            o = linear_attention(
+                q,
+                k,
+                v,
+                causal=self.causal,
+                normalized=self.attention.normalized,
+                qk_norm=self.attention.qk_norm,
+                score_scale=self.attention.score_scale,
+                length_exponent=self.attention.length_exponent,
+            )
+        if self.head_norm is not None:
+            o = self.head_norm(o)
+        return self.out_proj(o.flatten(2))  # [B, N, H * D] -> [B, N, width]

@@ -1,0 +1,101 @@
+"""The transformer block of both towers, and the two ways open_clip initialises it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ds_linclip.config import Attention
+from ds_linclip.model.attention import SelfAttention
+from ds_linclip.parallel.layers import column_parallel, row_parallel
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["Block", "BlockInit"]
+
+Init = Callable[[Tensor], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockInit:
+    """Initial distributions of the four weight matrices of a block, run on the full weights."""
+
+    qkv: Init
+    attn_out: Init
+    mlp_in: Init
+    mlp_out: Init
+
+    @classmethod
+    def vision(cls) -> "BlockInit":
+        """torch's defaults for attention and linear layers, which open_clip's ViT keeps."""
+        fan_in = _uniform_fan_in
+        return cls(qkv=nn.init.xavier_uniform_, attn_out=fan_in, mlp_in=fan_in, mlp_out=fan_in)
+
+    @classmethod
+    def text(cls, width: int, layers: int) -> "BlockInit":
+        """Normal, with deviations that shrink with width and depth (GPT-2, as in OpenAI's CLIP)."""
+        out = partial(nn.init.normal_, std=width**-0.5 * (2 * layers) ** -0.5)
+        return cls(
+            qkv=partial(nn.init.normal_, std=width**-0.5),
+            attn_out=out,
+            mlp_in=partial(nn.init.normal_, std=(2 * width) ** -0.5),
+            mlp_out=out,
+        )
+
+
+class Block(nn.Module):
+    """Pre-norm residual block ``[B, N, width] -> [B, N, width]``: attention, then an MLP with
+    exact GELU."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        attention: Attention,
+        mesh: Mesh,
+        *,
+        causal: bool,
+        init: BlockInit,
+    ) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = SelfAttention(
+            width,
+            heads,
+            attention,
+            mesh,
+            causal=causal,
+            init_qkv=init.qkv,
+            init_out=init.attn_out,
+        )
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = _MLP(width, int(width * mlp_ratio), mesh, init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int, hidden: int, mesh: Mesh, init: BlockInit) -> None:
+        super().__init__()
+        self.c_fc = column_parallel(
+            mesh, width, hidden, init=init.mlp_in, bias_init=_uniform(width**-0.5)
+        )
+        self.c_proj = row_parallel(
+            mesh, hidden, width, init=init.mlp_out, bias_init=_uniform(hidden**-0.5)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+def _uniform(bound: float) -> Init:
+    return partial(nn.init.uniform_, a=-bound, b=bound)
+
+
+def _uniform_fan_in(weight: Tensor) -> None:
+    bound = weight.shape[1] ** -0.5
+    nn.init.uniform_(weight, -bound, bound)

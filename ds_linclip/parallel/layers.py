@@ -1,0 +1,169 @@
+"""Tensor-parallel layers: thin constructors over megatron.core, the only way the model gets them.
+
+Every layer draws its full, unsplit weight from torch's default CPU generator and keeps its own
+part, so the weights depend on the seed alone and not on the number of tensor-parallel ranks. The
+parameters are made on the CPU; move the finished model.
+"""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["column_parallel", "head_rms_norm", "row_parallel", "vocab_parallel_embedding"]
+
+Init = Callable[[Tensor], object]
+
+
+def column_parallel(
+    mesh: Mesh,
+    in_features: int,
+    out_features: int,
+    *,
+    init: Init,
+    bias_init: Init | None = None,
+    bias: bool = True,
+) -> nn.Module:
+    """Linear layer whose output features are split: ``x[..., in] -> y[..., out / tp]``.
+
+    Args:
+        init: run on the full weight [out, in].
+        bias_init: run on the full bias [out]; None leaves it zero.
+    """
+    layer = _ColumnParallel(
+        in_features,
+        out_features,
+        config=_config(mesh),
+        init_method=init,
+        bias=bias,
+        gather_output=False,
+        tp_group=mesh.tp_group,
+    )
+    if bias and bias_init is not None:
+        _init_split(layer.bias, out_features, bias_init, mesh)
+    return layer
+
+
+def row_parallel(
+    mesh: Mesh,
+    in_features: int,
+    out_features: int,
+    *,
+    init: Init,
+    bias_init: Init | None = None,
+    bias: bool = True,
+) -> nn.Module:
+    """Linear layer whose input features are split: ``x[..., in / tp] -> y[..., out]``, y summed
+    over the tensor-parallel ranks and the bias added once.
+
+    Args:
+        init: run on the full weight [out, in].
+        bias_init: run on the bias [out]; None leaves it zero.
+    """
+    layer = _RowParallel(
+        in_features,
+        out_features,
+        config=_config(mesh),
+        init_method=init,
+        bias=bias,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=mesh.tp_group,
+    )
+    if bias and bias_init is not None:
+        with torch.no_grad():
+            bias_init(layer.bias)
+    return layer
+
+
+def vocab_parallel_embedding(mesh: Mesh, num_embeddings: int, dim: int, *, init: Init) -> nn.Module:
+    """Embedding whose rows are split: ``ids [...] int64 -> [..., dim]``.
+
+    Args:
+        init: run on the full table [num_embeddings, dim].
+
+    Raises:
+        ValueError: when ``num_embeddings`` does not divide by the tensor-parallel size.
+    """
+    _check_split("num_embeddings", num_embeddings, mesh)
+    return VocabParallelEmbedding(
+        num_embeddings, dim, init_method=init, config=_config(mesh), tp_group=mesh.tp_group
+    )
+
+
+def head_rms_norm(mesh: Mesh, heads: int, head_dim: int) -> nn.Module:
+    """RMSNorm over the channels of each head, with a gain per head and channel, split by heads:
+    ``x [..., heads / tp, head_dim] -> `` the same shape. The gain starts at one.
+
+    Raises:
+        ValueError: when ``heads`` does not divide by the tensor-parallel size.
+    """
+    _check_split("heads", heads, mesh)
+    return _HeadRMSNorm(heads // mesh.tp_size, head_dim)
+
+
+class _ColumnParallel(ColumnParallelLinear):
+    """Returns the output alone, and keeps megatron's empty extra state out of the state dict."""
+
+    get_extra_state = nn.Module.get_extra_state
+
+    def forward(self, input_: Tensor) -> Tensor:
+        return super().forward(input_)[0]
+
+
+class _RowParallel(RowParallelLinear):
+    """Returns the output alone, and keeps megatron's empty extra state out of the state dict."""
+
+    get_extra_state = nn.Module.get_extra_state
+
+    def forward(self, input_: Tensor) -> Tensor:
+        return super().forward(input_)[0]
+
+
+class _HeadRMSNorm(nn.Module):
+    """A vector of gains, not a matrix: optimizers tell norms from weights by that."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.weight = nn.Parameter(torch.ones(heads * head_dim))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x, (self.head_dim,), eps=1e-6)  # [..., H, D]
+        return normed * self.weight.view(self.heads, self.head_dim)
+
+
+def _config(mesh: Mesh) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=mesh.tp_size,
+        use_cpu_initialization=True,
+        perform_initialization=True,
+        gradient_accumulation_fusion=False,
+        params_dtype=torch.float32,
+        # Embedding gradients on a GPU are summed in no fixed order otherwise; on a CPU they
+        # always are, and the deterministic path is slower there.
+        deterministic_mode=mesh.device.type == "cuda",
+    )
+
+
+def _init_split(parameter: nn.Parameter, full_size: int, init: Init, mesh: Mesh) -> None:
+    full = torch.empty(full_size)
+    init(full)
+    with torch.no_grad():
+        parameter.copy_(full.chunk(mesh.tp_size)[mesh.tp_rank])
+
+
+def _check_split(name: str, value: int, mesh: Mesh) -> None:
+    if value % mesh.tp_size:
+        raise ValueError(f"{name} ({value}) must be divisible by parallel.tp ({mesh.tp_size})")
