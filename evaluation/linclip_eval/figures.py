@@ -1,0 +1,106 @@
+"""Pictures of single predictions, for TensorBoard's ``add_figure``.
+
+Drawn on a bare ``matplotlib.figure.Figure``: no window system, no global pyplot state.
+"""
+
+import textwrap
+from collections.abc import Sequence
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor
+
+from linclip_eval.zero_shot import Prediction
+
+__all__ = ["draw_predictions"]
+
+_INK, _MUTED, _TRACK = "#1f2937", "#6b7280", "#eef0f3"
+_RIGHT, _WRONG, _OTHER = "#2a9d6f", "#d1495b", "#b8c0cc"
+_COLUMNS = 2
+
+
+def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
+    """Draw each image with its caption and the probabilities of its likeliest classes.
+
+    The bar of the true class is green, a wrong first place red, the rest grey. A true class that is
+    not among the likeliest is named under the bars.
+
+    Args:
+        predictions: at least one, images [3, H, W] normalised with open_clip's mean and deviation.
+
+    Returns:
+        A figure with an Agg canvas, ready for ``savefig`` and ``add_figure``.
+
+    Raises:
+        ValueError: for no predictions.
+    """
+    if not predictions:
+        raise ValueError("predictions ([]) must hold at least one prediction")
+    columns = min(_COLUMNS, len(predictions))
+    rows = -(-len(predictions) // columns)
+    figure = Figure(
+        figsize=(5.6 * columns, 2.3 * rows),
+        dpi=100,
+        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1.0, 1.35] * columns)
+    for cell, axes in enumerate(grid.reshape(rows * columns, 2)):
+        if cell < len(predictions):
+            _draw_image(axes[0], predictions[cell])
+            _draw_bars(axes[1], predictions[cell])
+        else:
+            axes[0].set_axis_off()
+            axes[1].set_axis_off()
+    return figure
+
+
+def _draw_image(axes: Axes, prediction: Prediction) -> None:
+    axes.imshow(_to_pixels(prediction.image), interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(_TRACK)
+    caption = _plain(
+        "\n".join(textwrap.wrap(prediction.caption, 32, max_lines=2, placeholder=" …"))
+    )
+    axes.set_xlabel(caption, fontsize=8, color=_INK)
+
+
+def _draw_bars(axes: Axes, prediction: Prediction) -> None:
+    for place, (name, probability) in enumerate(
+        zip(prediction.top_classes, prediction.top_probabilities, strict=True)
+    ):
+        is_true = name == prediction.true_class
+        colour = _RIGHT if is_true else _WRONG if place == 0 else _OTHER
+        axes.barh(place, 1.0, height=0.3, color=_TRACK)
+        axes.barh(place, probability, height=0.3, color=colour)
+        label = _plain(textwrap.shorten(name, 34, placeholder=" …"))
+        weight = "bold" if is_true else "normal"
+        axes.text(0, place - 0.28, label, fontsize=8, color=_INK, weight=weight, va="bottom")
+        share = f"{100 * probability:.1f} %"
+        axes.text(1, place - 0.28, share, fontsize=8, color=_MUTED, ha="right", va="bottom")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(4.4, -0.9)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if prediction.true_class not in prediction.top_classes:
+        true_class = textwrap.shorten(prediction.true_class, 34, placeholder=" …")
+        axes.set_xlabel(_plain(f"true: {true_class}"), fontsize=8, color=_RIGHT, weight="bold")
+
+
+def _to_pixels(image: Tensor) -> Tensor:
+    mean = torch.tensor(OPENAI_DATASET_MEAN)[:, None, None]
+    deviation = torch.tensor(OPENAI_DATASET_STD)[:, None, None]
+    return (image.float() * deviation + mean).clamp(0, 1).permute(1, 2, 0)  # [H, W, 3]
+
+
+def _plain(text: str) -> str:
+    """Captions come from the web: a dollar sign in them is money, not mathematics."""
+    return text.replace("$", r"\$")

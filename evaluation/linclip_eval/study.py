@@ -1,0 +1,239 @@
+"""A convergence study: runs of several variants and seeds, as a table and a picture.
+
+Every run is one JSON object on a line of its own, with the fields of :class:`Run`. Intervals are
+two-sided 95 % Student t-intervals of the mean over seeds.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from scipy.stats import t as student_t
+
+__all__ = ["Interval", "Run", "Summary", "draw", "read_runs", "summarise", "to_markdown"]
+
+_INK, _MUTED, _GRID, _BAND = "#1f2937", "#6b7280", "#e5e7eb", "#f6f7f9"
+_COLOURS = ("#2563a8", "#d97706", "#2a9d6f", "#b5408f", "#7c5cc4", "#0e8a9b", "#a16207", "#64748b")
+
+
+@dataclass(kw_only=True, frozen=True)
+class Run:
+    """What one finished run scored."""
+
+    variant: str
+    seed: int
+    #: Tokens of the image tower, class token included.
+    num_tokens: int
+    #: Zero-shot accuracies in [0, 1].
+    top1: float
+    top5: float
+    #: Training loss at the end.
+    loss: float
+    #: Wall-clock time of the training.
+    seconds: float
+
+
+@dataclass(kw_only=True, frozen=True)
+class Interval:
+    """A mean and the half width of its 95 % interval (None with a single seed)."""
+
+    mean: float
+    half_width: float | None
+
+
+@dataclass(kw_only=True, frozen=True)
+class Summary:
+    """One variant at one sequence length, over its seeds."""
+
+    variant: str
+    num_tokens: int
+    num_seeds: int
+    top1: Interval
+    top5: Interval
+    loss: Interval
+    seconds: Interval
+
+
+def read_runs(path: str | Path) -> list[Run]:
+    """Read runs from JSON lines; keys beyond the fields of :class:`Run` are ignored.
+
+    Raises:
+        ValueError: for a line that is no JSON object or lacks a field, or a file without runs.
+    """
+    runs = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            runs.append(Run(**{field.name: entry[field.name] for field in fields(Run)}))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: must be JSON: {error}") from error
+        except (KeyError, TypeError) as error:
+            names = ", ".join(field.name for field in fields(Run))
+            raise ValueError(f"{path}, line {number} ({line}) must hold {names}") from error
+    if not runs:
+        raise ValueError(f"{path} (0 runs) must hold at least one run")
+    return runs
+
+
+def summarise(runs: Iterable[Run]) -> list[Summary]:
+    """Mean and interval of every variant, by sequence length and then in order of appearance.
+
+    Raises:
+        ValueError: for no runs, or two with the same variant, length and seed.
+    """
+    groups: dict[tuple[int, str], list[Run]] = {}
+    for run in runs:
+        group = groups.setdefault((run.num_tokens, run.variant), [])
+        if any(run.seed == other.seed for other in group):
+            raise ValueError(
+                f"seed ({run.seed}) must be unique within {run.variant}, {run.num_tokens} tokens"
+            )
+        group.append(run)
+    if not groups:
+        raise ValueError("runs ([]) must hold at least one run")
+    return [
+        Summary(
+            variant=variant,
+            num_tokens=num_tokens,
+            num_seeds=len(group),
+            top1=_interval([run.top1 for run in group]),
+            top5=_interval([run.top5 for run in group]),
+            loss=_interval([run.loss for run in group]),
+            seconds=_interval([run.seconds for run in group]),
+        )
+        for (num_tokens, variant), group in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+
+
+def to_markdown(summaries: Sequence[Summary]) -> str:
+    """A Markdown table, one row per variant and sequence length, accuracies in percent."""
+    lines = [
+        "| tokens | variant | seeds | top-1, % | top-5, % | loss | seconds |",
+        "|---:|:---|---:|---:|---:|---:|---:|",
+    ]
+    for row in summaries:
+        cells = [
+            str(row.num_tokens),
+            row.variant.replace("|", r"\|"),
+            str(row.num_seeds),
+            _format(row.top1, digits=1, factor=100),
+            _format(row.top5, digits=1, factor=100),
+            _format(row.loss, digits=3),
+            _format(row.seconds, digits=0),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: Sequence[Run]) -> Figure:
+    """Top-1 accuracy of every variant: a dot per seed, the mean, and its 95 % interval.
+
+    Returns:
+        A figure with one panel per sequence length, variants in the order of their appearance.
+
+    Raises:
+        ValueError: as :func:`summarise`.
+    """
+    summaries = summarise(runs)
+    lengths = sorted({run.num_tokens for run in runs})
+    variants = list(dict.fromkeys(run.variant for run in runs))
+    figure = Figure(
+        figsize=(2.4 + 3.9 * len(lengths), 1.4 + 0.5 * len(variants)),
+        dpi=160,
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
+    )
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(lengths), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, num_tokens in zip(panels, lengths, strict=True):
+        for row, variant in enumerate(variants):
+            if row % 2 == 0:
+                axes.axhspan(row - 0.5, row + 0.5, color=_BAND, zorder=0, linewidth=0)
+            scores = [
+                100 * run.top1
+                for run in runs
+                if run.variant == variant and run.num_tokens == num_tokens
+            ]
+            for summary in summaries:
+                if summary.variant == variant and summary.num_tokens == num_tokens:
+                    _draw_row(axes, row, scores, summary.top1, _COLOURS[row % len(_COLOURS)])
+        _dress_panel(axes, num_tokens, variants)
+    figure.legend(
+        handles=[
+            Line2D([], [], marker="o", linestyle="", markersize=5, color=_MUTED, label="one seed"),
+            Line2D([], [], marker="|", linestyle="", mew=2, color=_MUTED, label="mean"),
+            Patch(facecolor=_MUTED, alpha=0.3, label="95 % t-interval of the mean"),
+        ],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=_MUTED,
+    )
+    return figure
+
+
+def _interval(values: Sequence[float]) -> Interval:
+    count = len(values)
+    mean = statistics.fmean(values)
+    if count < 2:
+        return Interval(mean=mean, half_width=None)
+    deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    quantile = float(student_t.ppf(0.975, count - 1))
+    return Interval(mean=mean, half_width=quantile * deviation / math.sqrt(count))
+
+
+def _format(interval: Interval, *, digits: int, factor: float = 1.0) -> str:
+    mean = f"{factor * interval.mean:.{digits}f}"
+    if interval.half_width is None:
+        return mean
+    return f"{mean} ± {factor * interval.half_width:.{digits}f}"
+
+
+def _draw_row(
+    axes: Axes, row: int, scores: Sequence[float], interval: Interval, colour: str
+) -> None:
+    mean = 100 * interval.mean
+    if interval.half_width is not None:
+        reach = 100 * interval.half_width
+        axes.barh(row, 2 * reach, left=mean - reach, height=0.34, color=colour, alpha=0.25)
+    axes.vlines(mean, row - 0.17, row + 0.17, color=colour, linewidth=2)
+    for place, score in enumerate(scores):  # spread a little, so that equal scores stay visible
+        offset = 0.1 * (place - (len(scores) - 1) / 2) / max(len(scores) - 1, 1)
+        axes.scatter(
+            score, row + 2 * offset, s=26, color=colour, edgecolor="white", linewidth=0.8, zorder=3
+        )
+    axes.annotate(
+        f"{mean:.1f}",
+        (mean, row - 0.17),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
+        color=_INK,
+    )
+
+
+def _dress_panel(axes: Axes, num_tokens: int, variants: Sequence[str]) -> None:
+    axes.set_title(f"{num_tokens} tokens", loc="left", fontsize=11, color=_INK, weight="bold")
+    axes.set_yticks(range(len(variants)), variants, fontsize=9.5, color=_INK)
+    axes.set_ylim(len(variants) - 0.5, -0.5)
+    axes.tick_params(axis="both", length=0)
+    axes.tick_params(axis="x", labelsize=8.5, labelcolor=_MUTED)
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("zero-shot top-1, %", fontsize=8.5, color=_MUTED)
+    axes.use_sticky_edges = False
+    axes.margins(x=0.06)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
