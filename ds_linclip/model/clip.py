@@ -40,6 +40,12 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         self.to(mesh.device)
 
+    @property
+    def tokens_per_sample(self) -> int:
+        """Tokens of one image-text pair at the configured sizes, over both towers."""
+        vision = self.config.vision
+        return (vision.image_size // vision.patch_size) ** 2 + 1 + self.config.text.context_length
+
     def encode_image(self, images: Tensor, *, normalize: bool = False) -> Tensor:
         """Features [B, E] of ``images`` [B, 3, H, W]; with ``normalize``, fp32 of length one."""
         features = self.visual(images)

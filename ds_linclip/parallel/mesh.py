@@ -14,9 +14,13 @@ from megatron.core import parallel_state
 
 from ds_linclip.config import ParallelConfig
 
-__all__ = ["Mesh"]
+__all__ = ["AgreedError", "Mesh"]
 
 T = TypeVar("T")
+
+
+class AgreedError(ValueError):
+    """A user's error that every rank knows of and raises at the same point."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,10 @@ class Mesh:
         """
         config = config or ParallelConfig()
         launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-        world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
+        if dist.is_initialized():
+            world_size = dist.get_world_size()
+        else:
+            world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
         _check_sizes(config, world_size)
         device = _select_device(config, launched)
         if not dist.is_initialized():
@@ -74,7 +81,7 @@ class Mesh:
         )
 
     def agree(self, fn: Callable[[], T], errors: tuple[type[Exception], ...] = (ValueError,)) -> T:
-        """Run ``fn`` on every rank; if it fails on any, every rank raises the same ValueError.
+        """Run ``fn`` on every rank; if it fails on any, every rank raises the same error.
 
         An error that one rank alone finds (a missing file, say) would otherwise leave the others
         waiting for it. Every rank must call this at the same point.
@@ -84,7 +91,7 @@ class Mesh:
             errors: the exceptions that travel. Any other one is a bug and ends its own rank.
 
         Raises:
-            ValueError: with the message of the lowest failing rank, naming the failing ranks
+            AgreedError: with the message of the lowest failing rank, naming the failing ranks
                 unless all of them failed.
         """
         result: T | None = None
@@ -105,7 +112,7 @@ class Mesh:
         if len(failed) < self.world_size:
             ranks = ", ".join(map(str, failed))
             where = f" (on rank{'s' if len(failed) > 1 else ''} {ranks} of {self.world_size})"
-        raise ValueError(f"{messages[failed[0]]}{where}") from failure
+        raise AgreedError(f"{messages[failed[0]]}{where}") from failure
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
