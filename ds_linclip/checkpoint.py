@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_linclip.config import Config
-from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.mesh import AgreedError, Mesh
 
 __all__ = ["CheckpointStore", "latest_checkpoint", "read_model_state"]
 
@@ -71,14 +71,14 @@ class CheckpointStore:
         """The newest valid checkpoint of the run folder; None when it holds none.
 
         Raises:
-            ValueError: when checkpoints are there but none is valid, when the newest was made by
+            AgreedError: when checkpoints are there but none is valid, when the newest was made by
                 another model or layout, or when ``checkpoint.resume`` is ``never``.
         """
         candidates = self._mesh.agree(lambda: _committed(self.directory))
         if not candidates:
             return None
         if self._config.checkpoint.resume == "never":
-            raise ValueError(
+            raise AgreedError(
                 f"checkpoint.resume (never) refuses {self.directory}, which holds "
                 f"{candidates[-1].name}: choose another name or output_dir"
             )
@@ -91,7 +91,7 @@ class CheckpointStore:
             problems.append(problem)
             if self._mesh.rank == 0:
                 logger.warning("checkpoint rejected: %s", problem)
-        raise ValueError(
+        raise AgreedError(
             f"{self.directory} holds no valid checkpoint ({'; '.join(problems)}): restore one, or "
             "choose another name to start from scratch"
         )

@@ -47,7 +47,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     """Train as ``config`` says, going on from the run folder's newest checkpoint if there is one.
 
     Raises:
-        ValueError: on all ranks together, before the first step, for whatever in the config does
+        AgreedError: on all ranks together, before the first step, for whatever in the config does
             not fit the data, the ranks or the run folder.
     """
     data = mesh.agree(lambda: _open_data(config, mesh))
@@ -57,7 +57,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     mesh.agree(lambda: _prepare_run_folder(config, mesh))
 
     torch.manual_seed(config.train.seed)
-    model = CLIP(config.model, mesh).to(mesh.device)
+    model = CLIP(config.model, mesh)
     optimizer = build_optimizer(model, config.optim)
     engine = initialize_engine(model, optimizer, config, mesh)
     start = checkpoints.load(engine, resume_from) if resume_from else 0

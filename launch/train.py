@@ -11,7 +11,7 @@ import sys
 import time
 from functools import partial
 
-from linclip_eval import HeldOutEvaluator
+from linclip_eval.held_out import HeldOutEvaluator
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.parallel.mesh import AgreedError, Mesh
@@ -20,7 +20,9 @@ from ds_linclip.trainer import TrainResult, train
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="YAML experiment, for example ds_configs/train/embedded.yaml")
+    parser.add_argument(
+        "config", help="YAML experiment, for example ds_configs/train/embedded.yaml"
+    )
     parser.add_argument("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher, not used")
     arguments = parser.parse_intermixed_args()
@@ -77,7 +79,9 @@ def _summary(config: Config, result: TrainResult) -> str:
             ("loss", f"{result.last['train/loss']:.4f}"),
             ("samples/s", f"{result.last['perf/samples_per_second']:.0f}"),
         ]
-    rows += [(tag.removeprefix("eval/"), f"{value:.4f}") for tag, value in result.evaluation.items()]
+    rows += [
+        (tag.removeprefix("eval/"), f"{value:.4f}") for tag, value in result.evaluation.items()
+    ]
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"  {name:<{width}}  {value:>10}" for name, value in rows)
     board = config.run_dir / "tensorboard"
