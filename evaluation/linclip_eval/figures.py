@@ -60,7 +60,7 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
 
 
 def _draw_image(axes: Axes, prediction: Prediction) -> None:
-    axes.imshow(_to_pixels(prediction.image), interpolation="nearest")
+    axes.imshow(_to_pixels(prediction.image).numpy(), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
