@@ -1,0 +1,226 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ds_linclip.config import Attention, ModelConfig, ParallelConfig, TextTower, VisionTower
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.mesh import Mesh
+
+ATTENTIONS = {
+    "softmax": Attention(kind="softmax"),
+    "unnormalized": Attention(),
+    "length_exponent": Attention(length_exponent=0.5, head_norm=True),
+    "normalized": Attention(normalized=True),
+    "head_norm": Attention(normalized=True, head_norm=True),
+}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return Mesh.create(ParallelConfig(device="cpu"))
+
+
+def small_config(attention: Attention) -> ModelConfig:
+    return ModelConfig(
+        embed_dim=24,
+        vision=VisionTower(
+            image_size=32, patch_size=8, width=64, layers=2, head_width=16, attention=attention
+        ),
+        text=TextTower(
+            context_length=12, vocab_size=60, width=48, heads=3, layers=2, attention=attention
+        ),
+    )
+
+
+def build(mesh: Mesh, attention: Attention, seed: int = 0) -> CLIP:
+    torch.manual_seed(seed)
+    return CLIP(small_config(attention), mesh)
+
+
+def inputs(batch: int = 4, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, 3, 32, 32, generator=generator)
+    texts = torch.randint(1, 58, (batch, 12), generator=generator)
+    texts[:, 7] = 59
+    return images, texts
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_forward_returns_normalized_fp32_features_and_the_initial_scale(
+    mesh: Mesh, kind: str
+) -> None:
+    model = build(mesh, ATTENTIONS[kind])
+    image_features, text_features, scale = model(*inputs())
+    assert image_features.shape == text_features.shape == (4, 24)
+    torch.testing.assert_close(image_features.norm(dim=-1), torch.ones(4))
+    torch.testing.assert_close(text_features.norm(dim=-1), torch.ones(4))
+    assert scale.shape == ()
+    assert scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_gradient_reaches_every_parameter(mesh: Mesh, kind: str) -> None:
+    model = build(mesh, ATTENTIONS[kind])
+    image_features, text_features, scale = model(*inputs())
+    logits = scale * image_features @ text_features.T
+    nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_bf16_weights_give_fp32_features_near_the_fp32_ones(mesh: Mesh) -> None:
+    for kind in ("softmax", "normalized"):
+        model = build(mesh, ATTENTIONS[kind])
+        expected = model(*inputs())
+        actual = model.bfloat16()(*inputs())
+        for got, wanted in zip(actual, expected, strict=True):
+            assert got.dtype == torch.float32
+            assert relative_rms(got, wanted) < 3e-2
+
+
+def test_attention_is_chosen_per_tower(mesh: Mesh) -> None:
+    config = small_config(Attention(kind="softmax"))
+    config.text.attention = Attention(head_norm=True)
+    model = CLIP(config, mesh)
+    with_gain = [name for name, _ in model.named_parameters() if "head_norm" in name]
+    assert with_gain == [f"text.blocks.{i}.attn.head_norm.weight" for i in range(2)]
+
+
+def test_text_tower_is_causal_and_reads_the_end_of_text(mesh: Mesh) -> None:
+    _, texts = inputs()
+    changed = texts.clone()
+    changed[:, 8:] = 5
+    for attention in ATTENTIONS.values():
+        model = build(mesh, attention)
+        assert torch.equal(model.encode_text(texts), model.encode_text(changed))
+        assert not torch.equal(model.encode_text(texts), model.encode_text(texts.roll(1, 0)))
+
+
+def test_text_may_be_shorter_than_the_context(mesh: Mesh) -> None:
+    model = build(mesh, Attention(kind="softmax"))
+    _, texts = inputs()
+    torch.testing.assert_close(model.encode_text(texts[:, :8]), model.encode_text(texts))
+
+
+def test_weights_depend_on_the_seed_alone(mesh: Mesh) -> None:
+    first, again = build(mesh, Attention(), seed=3), build(mesh, Attention(), seed=3)
+    other = build(mesh, Attention(), seed=4)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert not torch.equal(first.visual.proj, other.visual.proj)
+
+
+def test_attention_kind_changes_no_initial_weight(mesh: Mesh) -> None:
+    linear, softmax = build(mesh, Attention(head_norm=True)), build(mesh, Attention(kind="softmax"))
+    for name, value in softmax.state_dict().items():
+        assert torch.equal(value, linear.state_dict()[name]), name
+
+
+def test_state_dict_holds_tensors_only_and_loads_back(mesh: Mesh) -> None:
+    model = build(mesh, Attention(), seed=0)
+    state = model.state_dict()
+    assert set(state) == {name for name, _ in model.named_parameters()}
+    build(mesh, Attention(), seed=1).load_state_dict(state)
+
+
+def test_tokens_per_sample_counts_both_towers(mesh: Mesh) -> None:
+    assert build(mesh, Attention()).tokens_per_sample == 4 * 4 + 1 + 12
+
+
+@pytest.mark.parametrize(
+    ("log_scale", "expected"),
+    [(math.log(20), 20.0), (4.7, 100.0), (50.0, 100.0), (math.log(100), 100.0), (-3.0, 1.0)],
+)
+def test_logit_scale_is_held_in_range_whatever_the_parameter(
+    mesh: Mesh, log_scale: float, expected: float
+) -> None:
+    model = build(mesh, Attention())
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model.to(dtype)
+        model.logit_scale.data.fill_(log_scale)
+        scale = model(*inputs())[2].item()
+        assert 1.0 <= scale <= 100.0
+        assert scale == pytest.approx(expected, rel=2e-2 if dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("log_scale", "direction", "passes"),
+    [
+        (2.0, -1.0, True),
+        (2.0, 1.0, True),
+        (4.7, -1.0, False),  # asks for more than 100
+        (4.7, 1.0, True),
+        (-0.1, -1.0, True),
+        (-0.1, 1.0, False),  # asks for less than 1
+    ],
+)
+def test_logit_scale_gradient_passes_only_inward(
+    mesh: Mesh, log_scale: float, direction: float, passes: bool
+) -> None:
+    model = build(mesh, Attention())
+    model.logit_scale.data.fill_(log_scale)
+    scale = model(*inputs())[2]
+    (direction * scale).backward()
+    expected = direction * scale.item() if passes else 0.0
+    assert model.logit_scale.grad is not None
+    assert model.logit_scale.grad.item() == pytest.approx(expected)
+
+
+def test_logit_scale_comes_back_from_beyond_the_limit(mesh: Mesh) -> None:
+    model = build(mesh, Attention())
+    model.logit_scale.data.fill_(4.62)
+    optimizer = torch.optim.SGD([model.logit_scale], lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(*inputs())[2].backward()
+        optimizer.step()
+    assert model(*inputs())[2].item() < 90
+
+
+def test_positions_are_untouched_at_the_configured_size(mesh: Mesh) -> None:
+    visual = build(mesh, Attention()).visual
+    assert visual._positions(4, 4) is visual.positional_embedding
+
+
+def test_positions_are_resampled_to_other_grids(mesh: Mesh) -> None:
+    visual = build(mesh, Attention()).visual
+    column = torch.arange(4.0).repeat(4)  # the column of each patch, in row-major order
+    with torch.no_grad():
+        visual.positional_embedding[1:] = column[:, None]
+        positions = visual._positions(3, 8)
+    assert torch.equal(positions[0], visual.positional_embedding[0])
+    grid = positions[1:].unflatten(0, (3, 8))
+    torch.testing.assert_close(grid, grid[:1].expand_as(grid))  # no change from row to row
+    assert (grid[0, 1:, 0] > grid[0, :-1, 0]).all()
+    torch.testing.assert_close(grid[0, 3:5, 0].mean().item(), 1.5)  # centre stays centre
+
+
+@pytest.mark.parametrize("size", [(64, 64), (16, 40)])
+def test_images_of_other_sizes_train(mesh: Mesh, size: tuple[int, int]) -> None:
+    model = build(mesh, Attention())
+    features = model.encode_image(torch.randn(2, 3, *size))
+    features.square().sum().backward()
+    assert features.shape == (2, 24)
+    assert model.visual.positional_embedding.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 33), (2, 1, 32, 32), (3, 32, 32), (2, 3, 0, 32)])
+def test_image_of_a_wrong_shape_is_named(mesh: Mesh, shape: tuple[int, ...]) -> None:
+    model = build(mesh, Attention())
+    with pytest.raises(ValueError, match=r"images \(.*\) must have shape .* patch_size \(8\)"):
+        model.encode_image(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 13), (12,)])
+def test_text_of_a_wrong_shape_is_named(mesh: Mesh, shape: tuple[int, ...]) -> None:
+    model = build(mesh, Attention())
+    with pytest.raises(ValueError, match=r"texts \(.*\) must have shape .* context_length \(12\)"):
+        model.encode_text(torch.zeros(shape, dtype=torch.int64))
