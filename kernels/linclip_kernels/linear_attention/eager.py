@@ -6,7 +6,7 @@ backward. The derivation is in README.md beside this file; names follow it: S, w
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,9 @@ from linclip_kernels.linear_attention.reference import DENOMINATOR_EPS, NORM_EPS
 
 __all__ = ["Form", "linear_attention_eager"]
 
-#: Tokens of one masked causal tile.
-CHUNK = 128
+#: Up to this many tokens are one masked causal tile; longer sequences are cut into tiles of 64.
+ONE_TILE = 128
+TILE = 64
 
 
 @dataclass(frozen=True)
@@ -53,50 +54,45 @@ class _Bidirectional(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.form = form
+        ctx.form, num_keys = form, k.shape[1]
         with torch.autocast(q.device.type, enabled=False):
             q_hat, k_hat = _unit_rows(q, form)[0], _unit_rows(k, form)[0]
             values = _by_head(v)
             state, w = k_hat.mT @ values, values.sum(-2, keepdim=True)
             if form.normalized:
-                score_sum = q_hat @ k_hat.sum(-2).unsqueeze(-1) + k.shape[1]
-                scale = _inverse_denominator(score_sum, k.shape[1])[0]
-                out = _affine(w, q_hat, state).mul_(scale)
+                score_sum = q_hat @ k_hat.sum(-2).unsqueeze(-1) + num_keys
+                out = _affine(w, q_hat, state).mul_(_inverse_denominator(score_sum, num_keys)[0])
             else:
-                out = _affine(w, q_hat, state, _length_factor(k.shape[1], form))
-            return _by_token(out, v)
+                out = _affine(w, q_hat, state, _length_factor(num_keys, form))
+            return _by_token(out, v).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        form, num_keys = ctx.form, q.shape[1]
+        form, num_keys = ctx.form, k.shape[1]
         with torch.autocast(q.device.type, enabled=False):
-            (q_hat, q_inv), (k_hat, k_inv) = _unit_rows(q, form), _unit_rows(k, form)
+            (q_hat, q_inverse), (k_hat, k_inverse) = _unit_rows(q, form), _unit_rows(k, form)
             values, grad = _by_head(v), _by_head(grad)
-            state = k_hat.mT @ values
-            d_q = grad @ state.mT
+            d_q = grad @ (k_hat.mT @ values).mT
             if form.normalized:
                 z = k_hat.sum(-2, keepdim=True)
                 scale, free = _inverse_denominator(q_hat @ z.mT + num_keys, num_keys)
                 numerator = _row_dot(q_hat, d_q) + grad @ values.sum(-2).unsqueeze(-1)
-                e = -(numerator * scale * scale * free)
+                e = numerator.mul_(scale).mul_(scale).mul_(free).neg_()
                 d_q = torch.addcmul(e * z, d_q, scale)
                 grad = grad * scale
+                d_z = (e * q_hat).sum(-2, keepdim=True)
+                d_state, d_w = q_hat.mT @ grad, grad.sum(-2, keepdim=True)
+                d_k = _affine(d_z, values, d_state.mT)
             else:
                 factor = _length_factor(num_keys, form)
                 d_q *= factor
-            d_state, d_w = q_hat.mT @ grad, grad.sum(-2, keepdim=True)
-            if form.normalized:
-                d_k = _affine((e * q_hat).sum(-2, keepdim=True), values, d_state.mT)
-            else:
-                d_state, d_w = d_state * factor, d_w * factor
+                d_state, d_w = q_hat.mT @ grad * factor, grad.sum(-2, keepdim=True) * factor
                 d_k = values @ d_state.mT
             d_v = _affine(d_w, k_hat, d_state)
-            d_q, d_k = (
-                _unit_rows_backward(d_q, q_hat, q_inv),
-                _unit_rows_backward(d_k, k_hat, k_inv),
-            )
+            d_q = _unit_rows_backward(d_q, q_hat, q_inverse)
+            d_k = _unit_rows_backward(d_k, k_hat, k_inverse)
             return _by_token(d_q, q), _by_token(d_k, k), _by_token(d_v, v), None
 
 
@@ -104,17 +100,17 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.form = form
+        ctx.form, num_tokens = form, q.shape[1]
         with torch.autocast(q.device.type, enabled=False):
-            q_hat, k_hat = _unit_rows(q, form)[0], _unit_rows(k, form)[0]
-            q_hat, k_hat, values = _chunks(q_hat), _chunks(k_hat), _chunks(_by_head(v))
+            q_hat, k_hat = _tiles(_unit_rows(q, form)[0]), _tiles(_unit_rows(k, form)[0])
+            values = _tiles(_by_head(v))
             scores = _masked_scores(q_hat, k_hat, form)
-            state, w, z = _before(k_hat, values, torch.ones_like(values[..., :1]))
+            before = _state_before(k_hat, values)
             out = scores @ values
-            if state is not None:
-                out += q_hat @ state + w
-            out *= _row_scale(scores, q_hat, z, form)[0]
-            return _by_token(_whole(out, q.shape[1]), v)
+            if before:
+                out += (q_hat @ before.matrix).add_(before.w)
+            out *= _row_scale(scores, q_hat, before, form)[0]
+            return _by_token(_whole(out, num_tokens), v).contiguous()
 
     @staticmethod
     @once_differentiable
@@ -122,33 +118,32 @@ class _Causal(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         form, num_tokens = ctx.form, q.shape[1]
         with torch.autocast(q.device.type, enabled=False):
-            (q_hat, q_inv), (k_hat, k_inv) = _unit_rows(q, form), _unit_rows(k, form)
-            q_tiles, k_tiles = _chunks(q_hat), _chunks(k_hat)
-            values, grad = _chunks(_by_head(v)), _chunks(_by_head(grad))
-            scores = _masked_scores(q_tiles, k_tiles, form)
-            state, w, z = _before(k_tiles, values, torch.ones_like(values[..., :1]))
-            scale, free = _row_scale(scores, q_tiles, z, form)
-            grad = grad * scale
+            (q_rows, q_inverse), (k_rows, k_inverse) = _unit_rows(q, form), _unit_rows(k, form)
+            q_hat, k_hat, values = _tiles(q_rows), _tiles(k_rows), _tiles(_by_head(v))
+            scores = _masked_scores(q_hat, k_hat, form)
+            before = _state_before(k_hat, values)
+            scale, free = _row_scale(scores, q_hat, before, form)
+            grad = _tiles(_by_head(grad)) * scale
+
             d_scores = grad @ values.mT
-            d_q = None if state is None else grad @ state.mT
-            e = torch.zeros_like(scale)
+            d_q_before = grad @ before.matrix.mT if before else torch.zeros_like(scale)
+            e = None
             if form.normalized:
                 numerator = _row_dot(scores, d_scores)
-                if d_q is not None:
-                    numerator += _row_dot(q_tiles, d_q) + grad @ w.mT
-                e = -(numerator * scale * free)
+                if before:
+                    numerator += _row_dot(q_hat, d_q_before) + grad @ before.w.mT
+                e = numerator.mul_(scale).mul_(free).neg_()
                 d_scores += e
             d_scores.tril_()
-            d_q_tile = d_scores @ k_tiles
-            if d_q is not None:
-                d_q_tile += d_q + e * z
-            d_k, d_v = d_scores.mT @ q_tiles, scores.mT @ grad
-            d_state, d_w, d_z = _after(q_tiles, grad, e)
-            if d_state is not None:
-                d_k += values @ d_state.mT + d_z
-                d_v += k_tiles @ d_state + d_w
-            d_q = _unit_rows_backward(_whole(d_q_tile, num_tokens), q_hat, q_inv)
-            d_k = _unit_rows_backward(_whole(d_k, num_tokens), k_hat, k_inv)
+
+            d_q, d_k, d_v = d_scores @ k_hat, d_scores.mT @ q_hat, scores.mT @ grad
+            if before:
+                after = _state_after(q_hat, grad, e)
+                d_q += d_q_before if e is None else d_q_before + e * before.z
+                d_k += values @ after.matrix.mT if e is None else values @ after.matrix.mT + after.z
+                d_v += (k_hat @ after.matrix).add_(after.w)
+            d_q = _unit_rows_backward(_whole(d_q, num_tokens), q_rows, q_inverse)
+            d_k = _unit_rows_backward(_whole(d_k, num_tokens), k_rows, k_inverse)
             d_v = _whole(d_v, num_tokens)
             return _by_token(d_q, q), _by_token(d_k, k), _by_token(d_v, v), None
 
@@ -160,8 +155,8 @@ def _by_head(x: Tensor) -> Tensor:
 
 
 def _by_token(x: Tensor, like: Tensor) -> Tensor:
-    """[B, H, N, D] -> [B, N, H, D] contiguous in the dtype of ``like``."""
-    return x.transpose(1, 2).to(like.dtype).contiguous()
+    """[B, H, N, D] -> [B, N, H, D] in the dtype of ``like``."""
+    return x.transpose(1, 2).to(like.dtype)
 
 
 def _affine(offset: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
@@ -194,20 +189,22 @@ def _length_factor(num_keys: int, form: Form) -> float:
 
 
 def _inverse_denominator(denominator: Tensor, num_keys: int | Tensor) -> tuple[Tensor, Tensor]:
-    """1 / clamped denominator, and whether the clamp left it free."""
+    """1 / clamped denominator, and where the clamp left it free."""
     floor = DENOMINATOR_EPS * num_keys
-    return denominator.clamp(min=floor).reciprocal(), denominator >= floor
+    return denominator.clamp(min=floor).reciprocal_(), denominator >= floor
 
 
-def _chunks(x: Tensor) -> Tensor:
+def _tiles(x: Tensor) -> Tensor:
     """[B, H, N, D] -> [B, H, number of tiles, tile, D], the last tile filled up with zeros."""
     num_tokens = x.shape[2]
-    tile = min(CHUNK, num_tokens)
-    x = F.pad(x, (0, 0, 0, -num_tokens % tile))
+    tile = num_tokens if num_tokens <= ONE_TILE else TILE
+    if num_tokens % tile:
+        x = F.pad(x, (0, 0, 0, -num_tokens % tile))
     return x.unflatten(2, (-1, tile))
 
 
 def _whole(x: Tensor, num_tokens: int) -> Tensor:
+    """The inverse of :func:`_tiles`."""
     return x.flatten(2, 3)[:, :, :num_tokens]
 
 
@@ -215,37 +212,46 @@ def _masked_scores(q_hat: Tensor, k_hat: Tensor, form: Form) -> Tensor:
     """1 + q.k within each tile, zero above the diagonal: [B, H, tiles, tile, tile]."""
     scores = (q_hat @ k_hat.mT).add_(1).tril_()
     if form.normalized:
-        scores[:, :, 0, 0, 0] = 1  # row 1 has one key: its weight is 1 in the limit too
+        scores[:, :, 0, 0, 0] = 1  # row 1 has one key: its weight is 1, in the limit too
     return scores
 
 
+class _State(NamedTuple):
+    """Sums over tokens, one per tile: [B, H, tiles, *, *]."""
+
+    matrix: Tensor  # x y^T, [.., D, Dv]
+    w: Tensor  # y, [.., 1, Dv]
+    z: Tensor  # e x, [.., 1, D]
+
+
+def _state_before(x: Tensor, y: Tensor, e: Tensor | None = None) -> _State | None:
+    """The state of all earlier tiles; None if there is one tile."""
+    if x.shape[2] == 1:
+        return None
+    x, y = x[:, :, :-1], y[:, :, :-1]
+    weighted = x if e is None else e[:, :, :-1] * x
+    sums = x.mT @ y, y.sum(-2, keepdim=True), weighted.sum(-2, keepdim=True)
+    return _State(*(F.pad(s.cumsum(2), (0, 0, 0, 0, 1, 0)) for s in sums))
+
+
+def _state_after(x: Tensor, y: Tensor, e: Tensor | None) -> _State:
+    """The state of all later tiles; there must be more than one."""
+    before = _state_before(x.flip(2), y.flip(2), None if e is None else e.flip(2))
+    assert before is not None
+    return _State(*(s.flip(2) for s in before))
+
+
 def _row_scale(
-    scores: Tensor, q_hat: Tensor, z: Tensor | None, form: Form
+    scores: Tensor, q_hat: Tensor, before: _State | None, form: Form
 ) -> tuple[Tensor, Tensor]:
-    """Factor of every row's numerator and whether its denominator is free: [.., tile, 1]."""
+    """Factor of every row's numerator, and where no clamp holds its denominator."""
     num_tiles, tile = scores.shape[2:4]
-    index = torch.arange(num_tiles * tile, dtype=scores.dtype, device=scores.device)
-    index = index.view(num_tiles, tile, 1)
+    num_keys = torch.arange(1, num_tiles * tile + 1, dtype=scores.dtype, device=scores.device)
+    num_keys = num_keys.view(num_tiles, tile, 1)
     if not form.normalized:
-        scale = (index + 1) ** -form.length_exponent * form.score_scale
-        return scale, torch.ones_like(scale)
-    row_sum = scores.sum(-1, keepdim=True)
-    if z is not None:
-        row_sum += q_hat @ z.mT + torch.arange(num_tiles, device=z.device).view(-1, 1, 1) * tile
-    return _inverse_denominator(row_sum, index + 1)
-
-
-def _before(x: Tensor, y: Tensor, e: Tensor) -> tuple[Tensor | None, ...]:
-    """State of all earlier tiles, per tile: sums of x y^T, y and e x. None with one tile."""
-    if x.shape[2] == 1:
-        return None, None, None
-    sums = x.mT @ y, y.sum(-2, keepdim=True), (e * x).sum(-2, keepdim=True)
-    return tuple(F.pad(s[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0)) for s in sums)
-
-
-def _after(x: Tensor, y: Tensor, e: Tensor) -> tuple[Tensor | None, ...]:
-    """State of all later tiles, per tile."""
-    if x.shape[2] == 1:
-        return None, None, None
-    backwards = _before(x.flip(2), y.flip(2), e.flip(2))
-    return tuple(None if s is None else s.flip(2) for s in backwards)
+        scale = num_keys**-form.length_exponent * form.score_scale
+        return scale, torch.ones_like(scale, dtype=torch.bool)
+    denominator = scores.sum(-1, keepdim=True)
+    if before:
+        denominator += q_hat @ before.z.mT + (num_keys[:, :1] - 1)
+    return _inverse_denominator(denominator, num_keys)
