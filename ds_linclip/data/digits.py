@@ -1,0 +1,75 @@
+"""The embedded data set: scikit-learn's handwritten digits, captioned.
+
+1,797 scans of 8x8 pixels (Alpaydin and Kaynak, UCI ML repository, 1998) lie inside scikit-learn's
+wheel. A stratified fifth is held out.
+"""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from ds_linclip.data.shard_writer import RawSample
+
+__all__ = ["CLASSNAMES", "TEMPLATES", "digit_samples"]
+
+CLASSNAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+#: Prompts for the held-out scans.
+TEMPLATES = [
+    "a handwritten digit {c}.",
+    "the number {c} written by hand.",
+    "a scan of the digit {c}.",
+    "a photo of the number {c}.",
+    "a small grey picture of the digit {c}.",
+]
+
+# {n} is the word or the numeral.
+_CAPTIONS = [
+    "a handwritten digit {n}",
+    "the number {n} written by hand",
+    "a scan of the digit {n}",
+    "a photo of the number {n}",
+    "a small grey picture of the digit {n}",
+    "handwritten {n}",
+    "the digit {n}, handwritten",
+    "someone wrote the number {n}",
+    "a low resolution scan of the number {n}",
+    "this is the digit {n}",
+    "number {n} in white ink on black",
+    "an image of the digit {n} on a dark background",
+]
+
+
+def digit_samples(split: str, *, image_size: int, seed: int) -> Iterator[RawSample]:
+    """The scans of one split, shuffled, scaled up and captioned.
+
+    Args:
+        split: ``train`` or ``test``; which scans are held out does not depend on ``seed``.
+        image_size: Side in pixels.
+        seed: Of the captions.
+    """
+    digits = load_digits()
+    numbers = train_test_split(
+        np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0
+    )[("train", "test").index(split)]
+    for number in numbers.tolist():
+        label = int(digits.target[number])
+        grey = (digits.images[number] * 255 / 16).round().astype(np.uint8)
+        image = Image.fromarray(grey).resize((image_size, image_size), Image.Resampling.BICUBIC)
+        yield RawSample(
+            image=image.convert("RGB"),
+            caption=_caption(label, random.Random(f"{seed}/{number}")),
+            url=f"sklearn.datasets.load_digits/{number}",
+            original_size=(8, 8),
+            label=label,
+        )
+
+
+def _caption(label: int, rng: random.Random) -> str:
+    name = rng.choice([CLASSNAMES[label], CLASSNAMES[label], str(label)])
+    text = rng.choice(_CAPTIONS).format(n=name)
+    return text + rng.choice(["", "."])
