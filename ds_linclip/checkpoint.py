@@ -133,11 +133,13 @@ class CheckpointStore:
         manifest = _read_manifest(path)
         ours = {**self._layout(), **_flatten(asdict(self._config.model), "model")}
         theirs = {**manifest["layout"], **_flatten(manifest["model"], "model")}
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"{name} ({value}) must equal that of {path} ({theirs.get(name)}) to resume"
-                )
+        differences = [
+            f"{name} ({value}) must equal {theirs.get(name)}"
+            for name, value in ours.items()
+            if theirs.get(name) != value
+        ]
+        if differences:
+            raise ValueError(f"to resume from {path}, {', '.join(differences)}")
 
     def _hash_together(self, paths: list[Path]) -> dict[str, str | None]:
         """SHA-256 by file name, the files shared out over the ranks."""

@@ -1,4 +1,4 @@
-"""What a run tells about itself: scalars to DeepSpeed's monitor and JSON lines, figures, progress."""
+"""What a run tells about itself: scalars, figures, and the sums they are made from."""
 
 import json
 import math

@@ -1,0 +1,52 @@
+"""Shared by all tests: the embedded dataset, written once, and a way to start ranks for real."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded dataset, written by the command that users run."""
+    folder = tmp_path_factory.mktemp("data") / "embedded"
+    command = [sys.executable, "-m", "ds_linclip.data.make_shards", "digits", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedded_overrides(digits: Path) -> list[str]:
+    """Overrides that point the embedded config at the dataset of this test run."""
+    return [f"data.train=['{digits}/train/{{00000..00007}}.tar']", f"eval.data={digits}/test"]
+
+
+@pytest.fixture(scope="session")
+def deepspeed_cpu() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``deepspeed SCRIPT ARGS`` with gloo ranks on the CPU and return the finished launcher."""
+
+    def run(
+        script: Path, *arguments: str, ranks: int = 2, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = Path(sys.executable).parent / "deepspeed"
+        command = [launcher, "--quiet", "--num_gpus", ranks, "--master_port", port, script]
+        return subprocess.run(
+            [str(part) for part in (*command, *arguments)],
+            cwd=REPOSITORY,
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

@@ -1,0 +1,111 @@
+"""Two ranks under the real launcher: training, resume, ZeRO stages, the global loss."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_linclip.checkpoint import CheckpointStore, read_model_state
+from ds_linclip.config import load_config
+from ds_linclip.parallel.mesh import AgreedError, Mesh
+
+pytestmark = pytest.mark.distributed
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def job(deepspeed_cpu, embedded_overrides, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    config = HERE.parents[1] / "ds_configs" / "train" / "embedded.yaml"
+    done = deepspeed_cpu(HERE / "training_job.py", folder, config, *embedded_overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def results(job, part):
+    return [json.loads((job / f"rank{rank}.json").read_text())[part] for rank in (0, 1)]
+
+
+def values(job, run, tag="train/loss"):
+    lines = (job / run / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record[tag] for record in map(json.loads, lines) if tag in record}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tag", ["train/loss", "train/grad_norm", "train/logit_scale"])
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(job, precision, tag):
+    whole, again = values(job, f"{precision}_whole", tag), values(job, f"{precision}_again", tag)
+    assert sorted(whole) == list(range(1, 31))
+    assert sorted(again) == list(range(16, 31))
+    assert {step: whole[step] for step in again} == again
+    assert len(set(whole.values())) > 20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_weights_are_equal_bit_for_bit(job, precision):
+    whole, again = (
+        read_model_state(job / f"{precision}_{run}" / "checkpoints" / "step-00000030")
+        for run in ("whole", "again")
+    )
+    assert whole.keys() == again.keys()
+    assert all(whole[name].equal(again[name]) for name in whole)
+
+
+def test_loss_falls(job):
+    losses = values(job, "fp32_whole")
+    assert sum(losses[s] for s in range(26, 31)) < sum(losses[s] for s in range(1, 6)) - 1.0
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_zero_stages_agree(job, stage):
+    reference, other = values(job, "fp32_whole"), values(job, f"zero{stage}")
+    for step, loss in reference.items():
+        assert other[step] == pytest.approx(loss, rel=1e-4)
+    assert other[1] == reference[1]
+
+
+def test_loss_of_two_ranks_is_that_of_the_whole_batch(job):
+    for difference in results(job, "loss"):
+        assert max(difference.values()) < 1e-12
+
+
+def test_error_of_one_rank_is_raised_on_all(job):
+    for rank, seen in enumerate(results(job, "agree")):
+        assert seen == {"message": "disk (full) must have room (on rank 1 of 2)", "value": rank}
+
+
+def test_logit_scale_stays_in_its_bounds_and_comes_back(job):
+    for seen in results(job, "scale"):
+        assert max(seen["up"]) == 100.0
+        assert seen["up"][-1] == 100.0
+        assert min(seen["down"]) < 50.0
+
+
+def test_run_folder_says_what_the_run_was(job):
+    run = job / "bf16_whole"
+    assert load_config(run / "config.yaml").train.precision == "bf16"
+    assert json.loads((run / "deepspeed.json").read_text())["bf16"] == {"enabled": True}
+    versions = json.loads((run / "versions.json").read_text())
+    assert versions["world_size"] == 2
+    assert versions["deepspeed"]
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000030"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.vision.layers=3", r"step-00000030, .*model\.vision\.layers \(3\) must equal 4"),
+        ("zero.stage=2", r"step-00000030, .*zero\.stage \(2\) must equal 1"),
+        ("name=fp32_whole", r"step-00000030, parallel\.dp \(1\) must equal 2"),
+        ("checkpoint.resume=never", r"checkpoint\.resume \(never\) refuses .*step-00000030"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(job, embedded_overrides, override, message):
+    config = load_config(
+        HERE.parents[1] / "ds_configs" / "train" / "embedded.yaml",
+        [*embedded_overrides, f"output_dir={job}", "name=fp32_whole", override],
+    )
+    before = sorted(job.rglob("*"))
+    with pytest.raises(AgreedError, match=message):
+        CheckpointStore(config, Mesh.create()).newest()
+    assert sorted(job.rglob("*")) == before

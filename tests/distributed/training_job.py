@@ -1,0 +1,119 @@
+"""Runs under ``deepspeed`` on two ranks; everything it measures goes to ``<folder>/rank*.json``.
+
+One start of the launcher, many checks: see test_training.py, which reads the files.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from ds_linclip.config import Config, load_config
+from ds_linclip.loss import clip_loss
+from ds_linclip.model import CLIP
+from ds_linclip.optim import build_optimizer
+from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.trainer import train
+
+STEPS, MIDDLE = 30, 15
+
+
+def main(folder: Path, config_file: str, overrides: list[str]) -> None:
+    mesh = Mesh.create()
+
+    def config(name: str, *more: str) -> Config:
+        # 30 steps of 128 pairs are more than two epochs: the middle one is inside an epoch.
+        run = [f"output_dir={folder}", f"name={name}", f"train.steps={STEPS}", "log.every_steps=1"]
+        plan = ["optim.warmup_steps=4", f"checkpoint.every_steps={MIDDLE}", "eval.data=null"]
+        return load_config(config_file, [*overrides, *run, *plan, *more])
+
+    results: dict[str, Any] = {
+        "agree": agree(mesh),
+        "loss": loss_against_one_process(mesh),
+    }
+    for precision in ("fp32", "bf16"):
+        whole = config(f"{precision}_whole", f"train.precision={precision}")
+        train(whole, mesh)
+        again = config(f"{precision}_again", f"train.precision={precision}", "data.num_workers=0")
+        if mesh.rank == 0:
+            shutil.copytree(whole.run_dir / "checkpoints", again.run_dir / "checkpoints")
+            shutil.rmtree(again.run_dir / "checkpoints" / f"step-{STEPS:08d}")
+        mesh.barrier()
+        train(again, mesh)
+    for stage in (0, 2):
+        train(config(f"zero{stage}", f"zero.stage={stage}", "train.precision=fp32"), mesh)
+    results["scale"] = logit_scale_under_pressure(mesh, config("scale", "train.precision=bf16"))
+    (folder / f"rank{mesh.rank}.json").write_text(json.dumps(results))
+    mesh.barrier()
+    mesh.close()
+
+
+def agree(mesh: Mesh) -> dict[str, Any]:
+    """One rank fails: what does each rank see?"""
+
+    def fail_on_rank_one() -> int:
+        if mesh.rank == 1:
+            raise ValueError("disk (full) must have room")
+        return 7
+
+    try:
+        mesh.agree(fail_on_rank_one)
+    except AgreedError as error:
+        message = str(error)
+    return {"message": message, "value": mesh.agree(lambda: mesh.rank)}
+
+
+def loss_against_one_process(mesh: Mesh) -> dict[str, float]:
+    """Loss and gradients of two ranks against the whole batch in one piece, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, mesh.world_size * 6, 16, generator=generator, dtype=torch.float64)
+    scale = torch.tensor(12.0, dtype=torch.float64)
+    whole, whole_scale = rows.clone().requires_grad_(), scale.clone().requires_grad_()
+    images, texts = F.normalize(whole, dim=-1)
+    expected = clip_loss(images, texts, whole_scale)
+    expected.backward()
+
+    mine = slice(mesh.rank * 6, (mesh.rank + 1) * 6)
+    part, part_scale = rows[:, mine].clone().requires_grad_(), scale.clone().requires_grad_()
+    images, texts = F.normalize(part, dim=-1)
+    loss = clip_loss(images, texts, part_scale, mesh.dp_group)
+    loss.backward()
+    mean_loss = loss.detach().clone()
+    dist.all_reduce(mean_loss)
+    # Data parallelism averages the gradients of parameters; a feature's is summed by its owner.
+    dist.all_reduce(part_scale.grad)
+    return {
+        "loss": abs(mean_loss / mesh.world_size - expected).item(),
+        "features": (part.grad / mesh.world_size - whole.grad[:, mine]).abs().max().item(),
+        "scale": abs(part_scale.grad / mesh.world_size - whole_scale.grad).item(),
+    }
+
+
+def logit_scale_under_pressure(mesh: Mesh, config: Config) -> dict[str, list[float]]:
+    """The scale that the loss sees while the optimizer pushes it up hard, then down."""
+    model = CLIP(config.model, mesh)
+    optimizer = build_optimizer(model, config.optim)
+    engine = initialize_engine(model, optimizer, config, mesh)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.2
+    images, texts = torch.zeros(2, 3, 32, 32), torch.ones(2, 8, dtype=torch.int64)
+    seen: dict[str, list[float]] = {"up": [], "down": []}
+    for direction, sign in (("up", -1.0), ("down", 1.0)):
+        for _ in range(25):
+            *_, scale = engine(images, texts)
+            seen[direction].append(scale.item())
+            engine.backward(sign * scale)
+            engine.step()
+    return seen
+
+
+if __name__ == "__main__":
+    # The launcher appends --local_rank=N.
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    main(Path(arguments[0]), arguments[1], arguments[2:])

@@ -1,0 +1,131 @@
+"""The commands a user types, run for real: train, evaluate, resume, and what mistakes get."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.distributed
+REPOSITORY = Path(__file__).parents[2]
+TRAIN = REPOSITORY / "launch" / "train.py"
+EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
+SHORT = ["train.steps=12", "optim.warmup_steps=2", "checkpoint.every_steps=6", "eval.every_steps=6"]
+
+
+def python(script, *arguments):
+    command = [sys.executable, REPOSITORY / "launch" / script, *arguments]
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=120, cwd=REPOSITORY
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(deepspeed_cpu, embedded_overrides, tmp_path_factory):
+    """A short run of two ranks, and what it printed."""
+    output = tmp_path_factory.mktemp("runs")
+    done = deepspeed_cpu(
+        TRAIN, EMBEDDED, *embedded_overrides, f"output_dir={output}", "name=short", *SHORT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output / "short", done
+
+
+def test_training_shows_progress_and_ends_with_a_table(finished):
+    run, done = finished
+    assert re.search(r"train: 100%.*12/12.*loss=\d.*samples/s=\d", done.stderr)
+    for row in (r"steps +12", r"loss +\d\.\d+", r"samples/s +\d+", r"zeroshot_top1 +0\.\d+"):
+        assert re.search(row, done.stdout)
+    assert f"run folder:  {run}" in done.stdout
+    assert f"tensorboard --logdir {run / 'tensorboard'}" in done.stdout
+
+
+def test_tensorboard_holds_scalars_and_pictures(finished):
+    run, _ = finished
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    expected = {
+        *("train/loss", "train/lr", "train/logit_scale", "train/grad_norm"),
+        *("perf/samples_per_second", "perf/tokens_per_second", "perf/data_seconds_per_step"),
+        *("perf/peak_memory_gib", "data/skipped_samples"),
+        *("eval/zeroshot_top1", "eval/zeroshot_top5"),
+    }
+    assert expected <= set(tags["scalars"])
+    assert [event.step for event in board.Scalars("eval/zeroshot_top1")] == [6, 12]
+    picture = board.Images("eval/predictions")[-1]
+    assert picture.width > 300
+    assert len(picture.encoded_image_string) > 10_000
+
+
+def test_eval_script_repeats_the_score_of_training(finished):
+    run, _ = finished
+    done = python("eval.py", run)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    trained = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in trained if "eval/zeroshot_top1" in record][-1]
+    assert report["num_samples"] >= 350
+    assert report["zeroshot_top1"] == last["eval/zeroshot_top1"]
+    assert report["zeroshot_top5"] == last["eval/zeroshot_top5"]
+    assert json.loads((run / "eval" / "step-00000012.json").read_text()) == report
+    assert len((run / "eval" / "step-00000012_per_class.csv").read_text().splitlines()) == 11
+
+
+def test_damaged_checkpoint_is_refused_by_all_ranks(finished, deepspeed_cpu, embedded_overrides):
+    run, _ = finished
+    for shard in (run / "checkpoints").glob("step-*/*optim_states.pt"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    done = deepspeed_cpu(
+        TRAIN, EMBEDDED, *embedded_overrides, f"output_dir={run.parent}", "name=short", *SHORT
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(r"no valid checkpoint .*optim_states\.pt does not match its check", errors[0])
+    assert "Traceback" not in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_mistake_found_by_ranks_stops_all_with_one_message(deepspeed_cpu, tmp_path):
+    arguments = [f"output_dir={tmp_path}", f"data.train=['{tmp_path}/no-{{00..03}}.tar']"]
+    done = deepspeed_cpu(TRAIN, EMBEDDED, *arguments, timeout=90)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "data.train" in errors[0]
+    assert f"{tmp_path}/no-" in errors[0]
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.lrr=1"], r"error: command line: unknown key \(optim\.lrr\); did you mean optim\.lr"),
+        (["parallel.device=cuda"], r"error: parallel\.device \(cuda\) needs 1 GPUs? .*found 0"),
+        (["parallel.dp=4"], r"error: parallel\.dp \(4\) must"),
+    ],
+)
+def test_mistake_in_the_config_exits_with_two_and_one_line(arguments, message, tmp_path):
+    done = python("train.py", EMBEDDED, f"output_dir={tmp_path}", *arguments)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "checkpoints"])
+def test_eval_of_an_incomplete_run_folder_names_what_is_missing(tmp_path, missing):
+    if missing == "checkpoints":
+        (tmp_path / "config.yaml").write_text((EMBEDDED).read_text())
+    done = python("eval.py", tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert str(tmp_path) in done.stderr
