@@ -1,0 +1,239 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+from ds_linclip.config import (
+    Attention,
+    ModelConfig,
+    ParallelConfig,
+    TextTower,
+    VisionTower,
+    load_config,
+)
+from ds_linclip.model import CLIP
+from ds_linclip.model.open_clip_exchange import (
+    export_folder,
+    from_open_clip,
+    load_folder,
+    open_clip_config,
+    to_open_clip,
+)
+from ds_linclip.parallel.mesh import Mesh
+
+EXPERIMENTS = Path(__file__).parents[2] / "ds_configs" / "train"
+#: open_clip's name -> (our experiment, parameters)
+MODELS = {
+    "ViT-S-16": ("vit_s16", 62_257_537),
+    "ViT-B-16": ("vit_b16", 149_620_737),
+    "ViT-L-16": ("vit_l16", 427_739_393),
+}
+SOFTMAX = Attention(kind="softmax")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return Mesh.create(ParallelConfig(device="cpu"))
+
+
+def small_config(attention: Attention = SOFTMAX) -> ModelConfig:
+    return ModelConfig(
+        embed_dim=24,
+        vision=VisionTower(
+            image_size=32, patch_size=8, width=64, layers=2, head_width=16, attention=attention
+        ),
+        text=TextTower(
+            context_length=12, vocab_size=60, width=48, heads=3, layers=2, attention=attention
+        ),
+    )
+
+
+def stock_model(config: ModelConfig) -> open_clip.CLIP:
+    """open_clip's model of that architecture, with random weights and biases everywhere."""
+    content = open_clip_config(config)["model_cfg"]
+    model = open_clip.CLIP(**content)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def is_uniform(weight: torch.Tensor) -> bool:
+    return bool(weight.abs().max() < 2 * weight.std())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_features_and_state_dict_equal_open_clips(mesh: Mesh, name: str) -> None:
+    experiment, num_parameters = MODELS[name]
+    config = load_config(EXPERIMENTS / f"{experiment}_softmax.yaml").model
+    torch.manual_seed(0)
+    theirs = open_clip.create_model(name).eval()
+    images = torch.randn(2, 3, 224, 224)
+    texts = open_clip.tokenize(["a digit", "seven blue squares left of a very large red circle"])
+    expected = theirs.encode_image(images), theirs.encode_text(texts)
+    weights = theirs.state_dict()
+    del theirs
+
+    ours = CLIP(config, mesh)
+    from_open_clip(ours, weights)
+    assert sum(parameter.numel() for parameter in ours.parameters()) == num_parameters
+    assert relative_rms(ours.encode_image(images), expected[0]) <= 1e-5
+    assert relative_rms(ours.encode_text(texts), expected[1]) <= 1e-5
+    exported = to_open_clip(ours)
+    assert exported.keys() == weights.keys()
+    for key, value in weights.items():
+        assert exported[key].shape == value.shape, key
+        assert torch.equal(exported[key], value), key
+
+
+@torch.no_grad()
+def test_features_equal_when_no_weight_is_at_its_initial_value(mesh: Mesh) -> None:
+    """Norms, biases and head order matter here; fresh weights leave biases at zero."""
+    theirs = stock_model(small_config())
+    ours = CLIP(small_config(), mesh)
+    from_open_clip(ours, theirs.state_dict())
+    images, texts = torch.randn(3, 3, 32, 32), torch.randint(0, 60, (3, 12))
+    expected = theirs.encode_image(images), theirs.encode_text(texts)
+    assert relative_rms(ours.encode_image(images), expected[0]) <= 1e-5
+    assert relative_rms(ours.encode_text(texts), expected[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experiment_has_open_clips_architecture(name: str) -> None:
+    expected = open_clip.get_model_config(name)
+    experiment = MODELS[name][0]
+    linear = load_config(EXPERIMENTS / f"{experiment}.yaml")
+    softmax = load_config(EXPERIMENTS / f"{experiment}_softmax.yaml")
+    content = open_clip_config(softmax.model)["model_cfg"]
+    assert content["embed_dim"] == expected["embed_dim"]
+    assert CLIPVisionCfg(**content["vision_cfg"]) == CLIPVisionCfg(**expected["vision_cfg"])
+    assert CLIPTextCfg(**content["text_cfg"]) == CLIPTextCfg(**expected["text_cfg"])
+
+    for tower in (linear.model.vision, linear.model.text):
+        assert tower.attention.kind == "linear"
+        tower.attention = SOFTMAX
+    assert softmax == replace(linear, name=softmax.name)  # the twins differ in attention alone
+
+
+def test_initial_weights_are_distributed_as_open_clips(mesh: Mesh) -> None:
+    config = small_config()
+    config.vision.layers = config.text.layers = 3
+    torch.manual_seed(0)
+    ours = to_open_clip(CLIP(config, mesh))
+    theirs = open_clip.CLIP(**open_clip_config(config)["model_cfg"]).state_dict()
+    for key, expected in theirs.items():
+        actual = ours[key]
+        if expected.numel() < 2 or expected.std() == 0:
+            assert torch.equal(actual, expected), key
+            continue
+        # Five standard errors of the difference between two samples' deviations.
+        tolerance = 5 / expected.numel() ** 0.5
+        assert actual.std().item() == pytest.approx(expected.std().item(), rel=tolerance), key
+        if expected.numel() > 1000:  # uniform samples end at 1.73 deviations, normal ones beyond 3
+            assert is_uniform(actual) == is_uniform(expected), key
+
+
+@torch.no_grad()
+def test_open_clip_opens_a_softmax_export(mesh: Mesh, tmp_path: Path) -> None:
+    ours = CLIP(small_config(), mesh)
+    export_folder(ours, tmp_path)
+    theirs = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    images, texts = torch.randn(3, 3, 32, 32), torch.randint(0, 60, (3, 12))
+    expected = theirs.encode_image(images), theirs.encode_text(texts)
+    assert relative_rms(ours.encode_image(images), expected[0]) <= 1e-5
+    assert relative_rms(ours.encode_text(texts), expected[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("linear_tower", ["vision", "text"])
+def test_open_clip_refuses_a_linear_export(mesh: Mesh, tmp_path: Path, linear_tower: str) -> None:
+    config = small_config()
+    getattr(config, linear_tower).attention = Attention()
+    export_folder(CLIP(config, mesh), tmp_path)
+    with pytest.raises(TypeError, match="attention"):
+        open_clip.create_model(f"local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        SOFTMAX,
+        Attention(normalized=True, head_norm=True),
+        Attention(length_exponent=0.5, score_scale=0.25, qk_norm=False),
+    ],
+)
+@torch.no_grad()
+def test_folder_loads_back_equal(mesh: Mesh, tmp_path: Path, attention: Attention) -> None:
+    model = CLIP(small_config(attention), mesh)
+    for parameter in model.parameters():  # gains and biases too are away from ones and zeros
+        torch.nn.init.normal_(parameter, std=0.1)
+    export_folder(model, tmp_path)
+    loaded = load_folder(tmp_path, mesh)
+    assert loaded.config == model.config
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+
+
+def test_bad_state_dict_names_its_keys_and_changes_nothing(mesh: Mesh) -> None:
+    model = CLIP(small_config(), mesh)
+    before = to_open_clip(model)
+    good = {key: torch.zeros_like(value) for key, value in before.items()}
+    ln_final, text_projection = good.pop("ln_final.weight"), good.pop("text_projection")
+    bad = good | {"visual.extra": ln_final, "text_projection": text_projection[:, :5]}
+    with pytest.raises(
+        ValueError,
+        match=r"misses ln_final\.weight, has unexpected visual\.extra, "
+        r"has text_projection of shape \(48, 5\), not \(48, 24\)",
+    ):
+        from_open_clip(model, bad)
+    for key, value in to_open_clip(model).items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_many_problems_are_counted_not_listed(mesh: Mesh) -> None:
+    with pytest.raises(ValueError, match=r"misses .* and \d+ more"):
+        from_open_clip(CLIP(small_config(), mesh), {})
+
+
+def test_head_norm_gains_are_required(mesh: Mesh) -> None:
+    weights = to_open_clip(CLIP(small_config(Attention()), mesh))
+    model = CLIP(small_config(Attention(head_norm=True)), mesh)
+    with pytest.raises(ValueError, match=r"misses visual\..*\.attn\.head_norm\.weight"):
+        from_open_clip(model, weights)
+
+
+def test_bad_folder_is_named(mesh: Mesh, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"open_clip folder \(.*nowhere\) cannot be read"):
+        load_folder(tmp_path / "nowhere", mesh)
+    export_folder(CLIP(small_config(), mesh), tmp_path)
+    config_file = tmp_path / "open_clip_config.json"
+    good = config_file.read_text()
+
+    for name, message in [("quick_gelu", "model_cfg .quick_gelu."), ("vision_cfg", "pool_type")]:
+        content = json.loads(good)
+        if name == "vision_cfg":
+            content["model_cfg"][name]["pool_type"] = "avg"
+        else:
+            content["model_cfg"][name] = True
+        config_file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            load_folder(tmp_path, mesh)
+
+    config_file.write_text("{}")
+    with pytest.raises(ValueError, match="must hold model_cfg with embed_dim"):
+        load_folder(tmp_path, mesh)
+
+    config_file.write_text(good)
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_folder(tmp_path, mesh)
