@@ -18,7 +18,14 @@ from torch import Tensor
 
 from ds_linclip.data.shards import BadSample
 
-__all__ = ["Decoder", "decode_image", "decode_text"]
+__all__ = [
+    "MAX_IMAGE_BYTES",
+    "MAX_TEXT_BYTES",
+    "CaptionTokenizer",
+    "ImageDecoder",
+    "decode_image",
+    "decode_text",
+]
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10
@@ -45,32 +52,22 @@ _CHARACTERS_PER_TOKEN = 16
 _MAX_CACHED_WORDS = 200_000
 
 
-class Decoder:
-    """Turns raw samples into model inputs.
+class ImageDecoder:
+    """Image file -> model input, with open_clip's transforms.
 
     Args:
         image_size: Side of the square image in pixels.
-        context_length: Token ids per caption.
-        crop_scale: Area range of the random resized crop; None: open_clip's evaluation transform.
+        crop_scale: Area range of the random resized crop; None: the evaluation transform.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        context_length: int,
-        crop_scale: tuple[float, float] | None,
-    ) -> None:
-        self._context_length = context_length
-        self._tokenizer = SimpleTokenizer(context_length=context_length)
-        self._special_tokens = dict(self._tokenizer.cache)
+    def __init__(self, image_size: int, *, crop_scale: tuple[float, float] | None) -> None:
         augmentation = None if crop_scale is None else AugmentationCfg(scale=crop_scale)
         self._transform = image_transform(
             image_size, is_train=crop_scale is not None, aug_cfg=augmentation
         )
 
-    def image(self, content: bytes, *, seed: int) -> Tensor:
-        """Decode, augment and normalise; the crop depends on ``seed`` only.
+    def __call__(self, content: bytes, *, seed: int = 0) -> Tensor:
+        """Decode, crop and normalise; the crop depends on ``seed`` only.
 
         Returns:
             [3, image_size, image_size] float32, normalised with open_clip's mean and deviation.
@@ -84,11 +81,24 @@ class Decoder:
             torch.default_generator.manual_seed(seed)
             return cast(Tensor, self._transform(image))
 
-    def tokens(self, caption: str) -> Tensor:
-        """Token ids [context_length] int64, equal to open_clip's."""
-        if len(self._tokenizer.cache) > _MAX_CACHED_WORDS:  # or it grows with every new word
+
+class CaptionTokenizer:
+    """Caption -> open_clip's token ids, in bounded time and memory.
+
+    Args:
+        context_length: Token ids per caption.
+    """
+
+    def __init__(self, context_length: int) -> None:
+        self._tokenizer = SimpleTokenizer(context_length=context_length)
+        self._special_tokens = dict(self._tokenizer.cache)
+        self._max_characters = _CHARACTERS_PER_TOKEN * context_length
+
+    def __call__(self, caption: str) -> Tensor:
+        """Token ids [context_length] int64."""
+        if len(self._tokenizer.cache) > _MAX_CACHED_WORDS:  # it keeps every word it meets
             self._tokenizer.cache = dict(self._special_tokens)
-        text = " ".join(caption.split())[: _CHARACTERS_PER_TOKEN * self._context_length]
+        text = " ".join(caption.split())[: self._max_characters]
         return cast(Tensor, self._tokenizer(text)[0])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 
-from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Decoder
+from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ImageDecoder
 from ds_linclip.data.loader import ordered_loader
 from ds_linclip.data.shards import BadSample, OpenShard
 
@@ -114,8 +114,7 @@ class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
             for index in range(len(shard))
         ]
         self._places = places[rank::world_size]
-        # Captions are not tokenized here; a context length is needed all the same.
-        self._decoder = Decoder(image_size=image_size, context_length=1, crop_scale=None)
+        self._decode = ImageDecoder(image_size, crop_scale=None)
 
     def __len__(self) -> int:
         return -(-len(self._places) // self._batch_size)
@@ -127,7 +126,7 @@ class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
             opened = self._shards[shard]
             try:
                 content = opened.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
-                images.append(self._decoder.image(content, seed=0))
+                images.append(self._decode(content))
                 labels.append(int(opened.read(index, "class", max_bytes=32)))
                 captions.append(_caption(opened, index))
             except (BadSample, ValueError) as error:

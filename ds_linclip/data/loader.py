@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ds_linclip.config import DataConfig
-from ds_linclip.data.decode import Decoder
+from ds_linclip.data.decode import CaptionTokenizer, ImageDecoder
 from ds_linclip.data.order import SampleOrder
 from ds_linclip.data.samples import DataError, SampleReader
-from ds_linclip.data.shards import Shard, find_shards
+from ds_linclip.data.shards import find_shards
 
 __all__ = ["Batch", "TrainData", "ordered_loader"]
 
@@ -104,20 +104,14 @@ class TrainData:
         self.num_samples = order.num_samples
         self._num_workers = config.num_workers
         lanes_per_rank = -(-config.num_lanes // dp_size) + 1
-        self._dataset = _StepDataset(
+        reader = SampleReader(
             shards,
-            order,
-            Decoder(
-                image_size=image_size,
-                context_length=context_length,
-                crop_scale=config.crop_scale,
-            ),
+            ImageDecoder(image_size, crop_scale=config.crop_scale),
+            CaptionTokenizer(context_length),
             seed=seed,
             open_shards=lanes_per_rank * config.shuffle_shards + 2,
-            global_batch_size=global_batch_size,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
         )
+        self._dataset = _StepDataset(order, reader, global_batch_size, dp_rank, dp_size)
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches of steps ``start_step``, ``start_step + 1``, ... without end.
@@ -141,18 +135,14 @@ class _StepDataset(Dataset[Batch | DataError]):
 
     def __init__(
         self,
-        shards: list[Shard],
         order: SampleOrder,
-        decoder: Decoder,
-        *,
-        seed: int,
-        open_shards: int,
+        reader: SampleReader,
         global_batch_size: int,
         dp_rank: int,
         dp_size: int,
     ) -> None:
         self._order = order
-        self._reader = SampleReader(shards, decoder, seed=seed, open_shards=open_shards)
+        self._reader = reader
         self._global_batch_size = global_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
 

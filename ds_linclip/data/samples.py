@@ -10,7 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Decoder, decode_text
+from ds_linclip.data.decode import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    CaptionTokenizer,
+    ImageDecoder,
+    decode_text,
+)
 from ds_linclip.data.shards import BadSample, Shard, ShardCache
 
 __all__ = ["DataError", "Sample", "SampleReader"]
@@ -46,16 +52,24 @@ class SampleReader:
 
     Args:
         shards: All shards.
-        decoder: With the training transform.
+        decode: With the training transform.
+        tokenize: Of the model's context length.
         seed: Of the augmentation.
         open_shards: Shards held open at once.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], decoder: Decoder, *, seed: int, open_shards: int
+        self,
+        shards: Sequence[Shard],
+        decode: ImageDecoder,
+        tokenize: CaptionTokenizer,
+        *,
+        seed: int,
+        open_shards: int,
     ) -> None:
         self._shards = shards
-        self._decoder = decoder
+        self._decode = decode
+        self._tokenize = tokenize
         self._seed = seed
         self._cache = ShardCache(shards, capacity=open_shards)
 
@@ -93,8 +107,8 @@ class SampleReader:
         opened = self._cache.get(shard)
         caption = decode_text(opened.read(index, "text", max_bytes=MAX_TEXT_BYTES))
         content = opened.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
-        image = self._decoder.image(content, seed=crop_seed)
-        return Sample(image, self._decoder.tokens(caption), opened.keys[index], caption)
+        image = self._decode(content, seed=crop_seed)
+        return Sample(image, self._tokenize(caption), opened.keys[index], caption)
 
     def _candidates(self, shard: int, index: int) -> Iterator[tuple[int, list[int]]]:
         for step in range(min(_TRIED_SHARDS, len(self._shards))):

@@ -27,7 +27,7 @@ _COLOURS = {
 }
 _SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 _COUNTS = ("", "one", "two", "three")
-_RADIUS = {"small": 0.07, "large": 0.14}  # of the image side
+_RADIUS = {"small": 0.05, "large": 0.095}  # of the image side
 _PAIRS = [(colour, shape) for colour in _COLOURS for shape in _SHAPES]
 _UNSEEN = {(colour, _SHAPES[i % len(_SHAPES)]) for i, colour in enumerate(_COLOURS)}
 _SEEN = [pair for pair in _PAIRS if pair not in _UNSEEN]
@@ -151,9 +151,8 @@ def _positions(
     if group.count == 1:
         ring = 0.05 * rng.random()
     else:
-        # Neighbours on the ring are 2 ring sin(pi / count) apart; touching would hide the count.
-        ring = 1.1 * _RADIUS[group.size] / math.sin(math.pi / group.count)
-        ring = min(ring, 0.17)
+        # Neighbours on the ring are 2 ring sin(pi / count) apart, shapes up to 2.5 radii wide.
+        ring = 1.3 * _RADIUS[group.size] / math.sin(math.pi / group.count)
     turn = rng.random() * 2 * math.pi
     angles = [turn + 2 * math.pi * i / group.count for i in range(group.count)]
     return [
