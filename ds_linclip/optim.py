@@ -26,7 +26,8 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 
     The rule is open_clip's.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

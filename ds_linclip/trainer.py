@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     result = TrainResult(steps=config.train.steps)
     steps = config.train.steps
     batches = data.batches(start)
-    progress = tqdm(total=steps, initial=start, disable=mesh.rank != 0, desc="train", unit="step")
+    progress = _progress_bar(config, mesh, start)
     model.train()
     for step in range(start + 1, steps + 1):
         asked = time.perf_counter()
@@ -126,6 +127,18 @@ def _optimizer_values(engine: Any, logit_scale: Tensor, rate: float) -> dict[str
     }
 
 
+def _progress_bar(config: Config, mesh: Mesh, start: int) -> tqdm:
+    """On rank 0; in a log file a line every half minute is enough."""
+    return tqdm(
+        desc="train",
+        unit="step",
+        total=config.train.steps,
+        initial=start,
+        disable=mesh.rank != 0,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+    )
+
+
 def _show(progress: tqdm, values: Mapping[str, float]) -> None:
     progress.set_postfix(
         {
@@ -136,17 +149,11 @@ def _show(progress: tqdm, values: Mapping[str, float]) -> None:
 
 
 def _open_data(config: Config, mesh: Mesh) -> TrainData:
-    batch_size = config.train.global_batch_size
-    if batch_size % mesh.dp_size:
-        raise ValueError(
-            f"train.global_batch_size ({batch_size}) must be divisible by the data-parallel size "
-            f"({mesh.dp_size})"
-        )
     return TrainData(
         config.data,
         image_size=config.model.vision.image_size,
         context_length=config.model.text.context_length,
-        global_batch_size=batch_size,
+        global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,

@@ -128,6 +128,7 @@ class Mesh:
     def mpu(self) -> Any:
         """What ``deepspeed.initialize`` takes as ``mpu``; ask for it right before that call."""
         _switch_off_shared_memory_op()
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, even in a world of one
         return _DeepSpeedGroups()
 
 

@@ -108,7 +108,7 @@ def test_mistake_found_by_ranks_stops_all_with_one_message(deepspeed_cpu, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["optim.lrr=1"], r"error: command line: unknown key \(optim\.lrr\); did you mean optim\.lr"),
+        (["optim.lrr=1"], r"error: .*unknown key \(optim\.lrr\); did you mean optim\.lr"),
         (["parallel.device=cuda"], r"error: parallel\.device \(cuda\) needs 1 GPUs? .*found 0"),
         (["parallel.dp=4"], r"error: parallel\.dp \(4\) must"),
     ],
