@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
-from linclip_eval.held_out import HeldOutEvaluator
-from linclip_eval.zero_shot import write_per_class_csv
 
 from ds_linclip.checkpoint import latest_checkpoint, read_model_state
 from ds_linclip.config import load_config
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.held_out import HeldOutEvaluator
+from linclip_eval.zero_shot import write_per_class_csv
 
 
 def main() -> int:

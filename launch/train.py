@@ -11,11 +11,10 @@ import sys
 import time
 from functools import partial
 
-from linclip_eval.held_out import HeldOutEvaluator
-
 from ds_linclip.config import Config, load_config
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.trainer import TrainResult, train
+from linclip_eval.held_out import HeldOutEvaluator
 
 
 def main() -> int:

@@ -1,0 +1,134 @@
+"""Convergence study: every form of attention, several seeds, two sequence lengths, one table.
+
+``python launch/study.py OUTPUT_FOLDER`` trains on the embedded dataset, one process per core, and
+writes runs.jsonl, table.md and figure.png into OUTPUT_FOLDER. Runs already in runs.jsonl are not
+repeated, so an interrupted study goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ds_linclip.config import Config, load_config
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.trainer import train
+from linclip_eval.held_out import HeldOutEvaluator
+from linclip_eval.study import Run, draw, read_runs, summarise, to_markdown
+
+#: Attention of both towers; what is not named keeps its default.
+VARIANTS: dict[str, dict[str, str]] = {
+    "softmax": {"kind": "softmax"},
+    "Eq. 4": {"normalized": "true"},
+    "Eq. 7, alpha 0": {"length_exponent": "0"},
+    "Eq. 7, alpha 1/2": {"length_exponent": "0.5"},
+    "Eq. 7, alpha 1": {"length_exponent": "1"},
+    "Eq. 7, head norm": {"head_norm": "true"},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--config", default="ds_configs/train/embedded.yaml")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--image-sizes", type=int, nargs="+", default=[32, 56])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("overrides", nargs="*", help="dotted assignments for every run")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    log = arguments.output / "runs.jsonl"
+    done = read_runs(log) if log.exists() else []
+    configs = {}
+    plan = product(arguments.image_sizes, range(arguments.seeds), arguments.variants)
+    for image_size, seed, variant in plan:
+        overrides = [*_overrides(arguments.output, variant, image_size, seed), *arguments.overrides]
+        config = load_config(arguments.config, overrides)
+        if not any(_key(run) == (variant, _num_tokens(config), seed) for run in done):
+            configs[variant, image_size, seed] = config
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(run_one, key[0], config) for key, config in configs.items()]
+        for future in tqdm(as_completed(futures), total=len(futures), desc="study", unit="run"):
+            run = future.result()
+            done.append(run)
+            with log.open("a") as file:
+                file.write(json.dumps(asdict(run)) + "\n")
+    done.sort(key=lambda run: (list(VARIANTS).index(run.variant), run.num_tokens, run.seed))
+    table = to_markdown(summarise(done))
+    (arguments.output / "table.md").write_text(table)
+    draw(done).savefig(arguments.output / "figure.png", dpi=150)
+    print(table)
+    return 0
+
+
+def run_one(variant: str, config: Config) -> Run:
+    """Train and score one run in this process, on one core."""
+    torch.set_num_threads(1)
+    mesh = Mesh.create(config.parallel)
+    assert config.eval.data is not None
+    evaluator = HeldOutEvaluator(
+        config.eval.data,
+        image_size=config.model.vision.image_size,
+        context_length=config.model.text.context_length,
+        batch_size=config.eval.batch_size,
+        device=mesh.device,
+    )
+    started = time.perf_counter()
+    result = train(config, mesh, evaluator)
+    return Run(
+        variant=variant,
+        seed=config.train.seed,
+        num_tokens=_num_tokens(config),
+        top1=result.evaluation["eval/zeroshot_top1"],
+        top5=result.evaluation["eval/zeroshot_top5"],
+        loss=_final_loss(config),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _overrides(output: Path, variant: str, image_size: int, seed: int) -> list[str]:
+    values = VARIANTS[variant].items()
+    attention = [f"model.{t}.attention.{k}={v}" for t in ("vision", "text") for k, v in values]
+    slug = "".join(c if c.isalnum() else "_" for c in variant)
+    return [
+        *attention,
+        f"output_dir={output / 'runs'}",
+        f"name={slug}_{image_size}px_seed{seed}",
+        f"train.seed={seed}",
+        f"model.vision.image_size={image_size}",
+        "data.num_workers=0",
+        "log.tensorboard=false",
+        "eval.every_steps=0",
+        "checkpoint.every_steps=1000000",
+    ]
+
+
+def _key(run: Run) -> tuple[str, int, int]:
+    return run.variant, run.num_tokens, run.seed
+
+
+def _num_tokens(config: Config) -> int:
+    vision = config.model.vision
+    return (vision.image_size // vision.patch_size) ** 2 + 1
+
+
+def _final_loss(config: Config) -> float:
+    """Mean over the logged steps of the last tenth of the run; a single batch is too noisy."""
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "train/loss" in record]
+    last = [r["train/loss"] for r in records if r["step"] > 0.9 * config.train.steps]
+    return statistics.fmean(last)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
