@@ -55,7 +55,32 @@ def linear_attention(
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend ({backend!r}) must be 'auto', 'torch' or 'triton'")
     form = Form(causal, normalized, qk_norm, score_scale, length_exponent)
-    return linear_attention_eager(q, k, v, form)
+    if backend == "torch" or (backend == "auto" and q.device.type != "cuda"):
+        return linear_attention_eager(q, k, v, form)
+    return _linear_attention_triton(q, k, v, form)
+
+
+def _linear_attention_triton(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
+    import triton
+
+    for name, dim in (("q", q.shape[-1]), ("v", v.shape[-1])):
+        if not 16 <= dim <= 256:
+            rule = "must be in 16..256 for the Triton kernels; use backend='torch'"
+            raise ValueError(f"{name}.shape[-1] ({dim}) {rule}")
+    if q.dtype == torch.float64:
+        raise ValueError(f"q.dtype ({q.dtype}) must not be float64 for the Triton kernels")
+    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"backend ('triton') must have CUDA tensors, not {q.device.type}; "
+            "TRITON_INTERPRET=1 runs the kernels on the CPU"
+        )
+    # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
+    from linclip_kernels.linear_attention.causal import CausalLinearAttention
+    from linclip_kernels.linear_attention.noncausal import LinearAttention
+
+    # With one key both orders are the same, and the causal one knows the limit of its first row.
+    function = CausalLinearAttention if form.causal or q.shape[1] == 1 else LinearAttention
+    return function.apply(q, k, v, form)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
