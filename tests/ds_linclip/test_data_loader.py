@@ -1,0 +1,286 @@
+"""Training batches: bit-identical for every layout and start, bad samples replaced and counted."""
+
+import io
+import itertools
+import json
+import multiprocessing
+import random
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ds_linclip.config import DataConfig
+from ds_linclip.data import Batch, DataError, TrainData
+
+NUM_SAMPLES = 60
+NUM_SHARDS = 4
+BATCH = 12
+
+
+def jpeg(number: int, mode: str = "RGB", file_format: str = "JPEG") -> bytes:
+    """A picture of its own for every number."""
+    pixels = np.random.default_rng(number).integers(256, size=(3, 3, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((20, 16)).convert(mode).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def sound_samples() -> dict[str, dict[str, bytes]]:
+    return {
+        f"{number:09d}": {"jpg": jpeg(number), "txt": f"picture {number}".encode()}
+        for number in range(NUM_SAMPLES)
+    }
+
+
+def write_shards(folder: Path, samples: dict[str, dict[str, bytes]]) -> list[str]:
+    """Deal the samples to shards in blocks; the statistics count them all."""
+    folder.mkdir(exist_ok=True)
+    size = NUM_SAMPLES // NUM_SHARDS
+    items = list(samples.items())
+    for number in range(NUM_SHARDS):
+        block = items[number * size : (number + 1) * size]
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for key, parts in block:
+                for extension, content in parts.items():
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        (folder / f"{number:05d}_stats.json").write_text(json.dumps({"successes": len(block)}))
+    return [f"{folder}/{{00000..{NUM_SHARDS - 1:05d}}}.tar"]
+
+
+@pytest.fixture(scope="module")
+def patterns(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_shards(tmp_path_factory.mktemp("shards"), sound_samples())
+
+
+def train_data(
+    patterns: list[str],
+    *,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    num_workers: int = 0,
+    num_lanes: int = 1,
+    seed: int = 0,
+    train_num_samples: int | None = None,
+    global_batch_size: int = BATCH,
+) -> TrainData:
+    config = DataConfig(
+        train=patterns,
+        train_num_samples=train_num_samples,
+        num_lanes=num_lanes,
+        shuffle_shards=2,
+        num_workers=num_workers,
+        crop_scale=(0.5, 1.0),
+    )
+    return TrainData(
+        config,
+        image_size=8,
+        context_length=6,
+        global_batch_size=global_batch_size,
+        seed=seed,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+
+
+def take(data: TrainData, count: int, start: int = 0) -> list[Batch]:
+    return list(itertools.islice(data.batches(start), count))
+
+
+def assert_same(left: Sequence[Batch], right: Sequence[Batch]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys == b.keys
+        assert a.captions == b.captions
+        assert a.skipped == b.skipped
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.texts, b.texts)
+
+
+def test_batch_holds_what_it_says(patterns: list[str]) -> None:
+    data = train_data(patterns)
+    assert data.num_samples == NUM_SAMPLES
+    (batch,) = take(data, 1)
+    assert batch.images.shape == (BATCH, 3, 8, 8)
+    assert batch.images.dtype == torch.float32
+    assert batch.texts.shape == (BATCH, 6)
+    assert batch.texts.dtype == torch.int64
+    assert (batch.texts[:, 0] == 49406).all()
+    assert batch.captions == [f"picture {int(key)}" for key in batch.keys]
+    assert batch.skipped == {}
+    moved = batch.to("meta")
+    assert moved.images.device.type == moved.texts.device.type == "meta"
+    assert moved.keys == batch.keys
+
+
+def test_epoch_holds_every_sample_once_and_crops_differ(patterns: list[str]) -> None:
+    steps = NUM_SAMPLES // BATCH
+    batches = take(train_data(patterns), 2 * steps)
+    images: list[dict[str, torch.Tensor]] = []
+    for epoch in range(2):
+        part = batches[epoch * steps : (epoch + 1) * steps]
+        pairs = [pair for batch in part for pair in zip(batch.keys, batch.images, strict=True)]
+        assert sorted(key for key, _ in pairs) == sorted(sound_samples())
+        images.append(dict(pairs))
+    assert [b.keys for b in batches[:steps]] != [b.keys for b in batches[steps:]]
+    assert not any(torch.equal(images[0][key], images[1][key]) for key in images[0])
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(patterns: list[str], num_workers: int) -> None:
+    expected = take(train_data(patterns), 7)
+    assert_same(take(train_data(patterns, num_workers=num_workers), 7), expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_is_bit_identical(patterns: list[str], num_workers: int) -> None:
+    through = take(train_data(patterns), 9)
+    for start in (3, 7):  # in the middle of the first and of the second epoch
+        resumed = train_data(patterns, num_workers=num_workers)
+        assert_same(take(resumed, 9 - start, start), through[start:])
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3])
+def test_ranks_share_the_same_global_batches(patterns: list[str], num_lanes: int) -> None:
+    whole = take(train_data(patterns, num_lanes=num_lanes), 6)
+    for dp_size in (2, 4):
+        parts = [
+            take(train_data(patterns, num_lanes=num_lanes, dp_rank=rank, dp_size=dp_size), 6)
+            for rank in range(dp_size)
+        ]
+        joined = [
+            Batch(
+                images=torch.cat([batch.images for batch in step]),
+                texts=torch.cat([batch.texts for batch in step]),
+                keys=[key for batch in step for key in batch.keys],
+                captions=[caption for batch in step for caption in batch.captions],
+                skipped={},
+            )
+            for step in zip(*parts, strict=True)
+        ]
+        assert_same(joined, whole)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_global_generators_are_untouched(patterns: list[str], num_workers: int) -> None:
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    numpy_state = np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    take(train_data(patterns, num_workers=num_workers), 2)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    assert np.random.get_state()[1].tolist() == numpy_state  # type: ignore[union-attr]
+
+
+def test_seed_changes_order_and_crops(patterns: list[str]) -> None:
+    first, second = take(train_data(patterns), 1)[0], take(train_data(patterns, seed=1), 1)[0]
+    assert first.keys != second.keys
+
+
+def test_workers_end_with_the_iterator(patterns: list[str]) -> None:
+    before = set(multiprocessing.active_children())
+    batches = train_data(patterns, num_workers=2).batches(0)
+    assert isinstance(batches, Iterator)
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    del batches
+    assert not workers & set(multiprocessing.active_children())
+
+
+def make_dirty(samples: dict[str, dict[str, bytes]]) -> dict[str, str]:
+    """Break samples in place; returns the cause under which each must be counted."""
+    causes = {
+        3: "image_undecodable",
+        4: "text_missing",
+        17: "text_empty",
+        18: "image_missing",
+        19: "text_not_utf8",
+        44: "image_undecodable",
+        45: "text_too_many_bytes",
+        59: "image_too_small",
+    }
+    keys = list(samples)
+    samples[keys[3]]["jpg"] = samples[keys[3]]["jpg"][:-100]
+    del samples[keys[4]]["txt"]
+    samples[keys[17]]["txt"] = b" \n"
+    del samples[keys[18]]["jpg"]
+    samples[keys[19]]["txt"] = b"\xff\xfe\xfd"
+    samples[keys[44]]["jpg"] = b"<html>not found</html>"
+    samples[keys[45]]["txt"] = b"x" * 100_000
+    tiny = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(tiny, "JPEG")
+    samples[keys[59]]["jpg"] = tiny.getvalue()
+    # Unusual, but sound.
+    samples[keys[20]]["jpg"] = jpeg(20, "L")
+    samples[keys[21]]["jpg"] = jpeg(21, "CMYK")
+    samples[keys[22]]["jpg"] = jpeg(22, "RGBA", "PNG")
+    return {keys[number]: cause for number, cause in causes.items()}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_samples_are_replaced_and_counted(tmp_path: Path, num_workers: int) -> None:
+    samples = sound_samples()
+    causes = make_dirty(samples)
+    data = train_data(write_shards(tmp_path, samples), num_workers=num_workers)
+    batches = take(data, NUM_SAMPLES // BATCH)
+    skipped = sum((Counter(batch.skipped) for batch in batches), Counter())
+    assert skipped == Counter(causes.values())
+    seen = Counter(key for batch in batches for key in batch.keys)
+    assert seen.total() == NUM_SAMPLES
+    assert set(seen) == set(samples) - set(causes)
+    # The next good sample of the same shard; 59 is the last of its shard, whose first is 45.
+    replacements = [5, 5, 20, 20, 20, 30, 46, 46]
+    assert seen - Counter(set(seen)) == Counter(f"{number:09d}" for number in replacements)
+
+
+def test_cut_and_lost_shards_are_replaced_and_counted(tmp_path: Path) -> None:
+    patterns = write_shards(tmp_path, sound_samples())
+    first = tmp_path / "00000.tar"
+    with tarfile.open(first) as tar:
+        members = tar.getmembers()
+    # The image of sample 10 loses its end, samples 11 ... 14 are gone.
+    first.write_bytes(first.read_bytes()[: members[20].offset_data + 50])
+    (tmp_path / "00002.tar").write_bytes(b"garbage" * 1000)
+    batches = take(train_data(patterns), NUM_SAMPLES // BATCH)
+    skipped = sum((Counter(batch.skipped) for batch in batches), Counter())
+    # Sample 10 has lost its text too, and that is looked at first.
+    assert skipped == {"text_missing": 1, "shard_short": 4, "shard_unreadable": 15}
+    seen = {int(key) for batch in batches for key in batch.keys}
+    assert seen == {*range(10), *range(15, 30), *range(45, 60)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_all_bad_is_an_error(tmp_path: Path, num_workers: int) -> None:
+    samples = sound_samples()
+    for parts in samples.values():
+        parts["txt"] = b""
+    data = train_data(write_shards(tmp_path, samples), num_workers=num_workers)
+    with pytest.raises(DataError, match=r"data\.train .*\(first cause: text_empty\)") as caught:
+        take(data, 1)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_shard_lost_while_training_is_counted(tmp_path: Path) -> None:
+    patterns = write_shards(tmp_path, sound_samples())
+    data = train_data(patterns)
+    (tmp_path / "00001.tar").unlink()
+    batches = take(data, NUM_SAMPLES // BATCH)
+    skipped = sum((Counter(batch.skipped) for batch in batches), Counter())
+    assert skipped == {"shard_missing": 15}
+
+
+def test_bad_arguments_are_named(patterns: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"train\.global_batch_size \(12\) must be .* size \(5\)"):
+        train_data(patterns, dp_size=5)
+    with pytest.raises(ValueError, match=r"data\.train_num_samples \(61\) must equal .* \(60\)"):
+        train_data(patterns, train_num_samples=61)
+    with pytest.raises(ValueError, match=r"data\.train \(/none/x\.tar\) matches no file"):
+        train_data(["/none/x.tar"])
+    assert train_data(patterns, train_num_samples=60).num_samples == 60
