@@ -5,7 +5,7 @@ class) and tars in ``FOLDER/test`` or in ``FOLDER`` itself, with an image, ``cls
 number) and optionally ``txt`` per sample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -89,14 +89,13 @@ def labelled_batches(
         num_workers: Decoding processes.
 
     Raises:
-        ValueError: naming ``eval.data``, for a folder without tars or a sample that cannot be read:
-            a score over fewer samples would not be the score.
+        ValueError: naming ``eval.data``; at once for a folder without readable tars, on the way for
+            a sample that cannot be read (a score over fewer samples would not be the score).
     """
     dataset = _LabelledDataset(Path(folder), image_size, batch_size, rank, world_size)
-    for item in ordered_loader(dataset, SequentialSampler(dataset), num_workers=num_workers):
-        if isinstance(item, ValueError):
-            raise item
-        yield item
+    return _raise_errors(
+        ordered_loader(dataset, SequentialSampler(dataset), num_workers=num_workers)
+    )
 
 
 class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
@@ -144,6 +143,15 @@ class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
             raise ValueError(
                 f"eval.data ({self._folder}): {path} must be a readable tar: {error}"
             ) from error
+
+
+def _raise_errors(
+    items: Iterable[LabelledBatch | ValueError],
+) -> Iterator[LabelledBatch]:
+    for item in items:
+        if isinstance(item, ValueError):
+            raise item
+        yield item
 
 
 def _caption(shard: OpenShard, index: int) -> str:

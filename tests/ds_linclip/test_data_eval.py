@@ -89,7 +89,7 @@ def test_flat_folder_is_read_too(held_out: Path, tmp_path: Path) -> None:
 
 def test_missing_files_are_named(held_out: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"eval\.data \(/none\) must be a folder with tars"):
-        take(Path("/none"))
+        labelled_batches("/none", image_size=16, batch_size=4, rank=0, world_size=1)
     with pytest.raises(ValueError, match=r"eval\.data \(.*\) must hold a readable classnames\.txt"):
         read_classes(tmp_path)
     shutil.copy(held_out / "classnames.txt", tmp_path)
