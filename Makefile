@@ -1,9 +1,8 @@
 # Every command of the project. All of them first make .venv and install what is pinned.
 PYTHON ?= python3
-RANKS  ?= 2
-VENV   := .venv
-BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
 
 .PHONY: install train test test-slow lint study
 
@@ -23,11 +22,15 @@ data/embedded: | $(STAMP)
 
 # Train the embedded model on handwritten digits, score it zero-shot, print a table.
 train: $(STAMP) | data/embedded
-	RANKS=$(RANKS) launch/local.sh ds_configs/train/embedded.yaml
+	launch/local.sh ds_configs/train/embedded.yaml
 
 # Everything that needs no GPU and is not marked slow.
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
+
+# The convergence study of docs/experiments.md: 36 runs, about an hour on two cores.
+study: $(STAMP) | data/embedded
+	$(BIN)/python launch/study.py docs/results/convergence
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
