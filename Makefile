@@ -30,7 +30,7 @@ test: $(STAMP)
 
 # The convergence study of docs/experiments.md: 36 runs, about an hour on two cores.
 study: $(STAMP) | data/embedded
-	$(BIN)/python launch/study.py docs/results/convergence
+	$(BIN)/python launch/study.py docs/results/convergence train.global_batch_size=64
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

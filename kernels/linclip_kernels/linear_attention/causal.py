@@ -62,7 +62,7 @@ def plan_causal_forward(
     q: Tensor, k: Tensor, v: Tensor, form: Form
 ) -> tuple[Tensor, Tensor | None, list[Launch]]:
     """Allocate the output [B, N, H, Dv] and the states before the parts; list the launches."""
-    split = split_tokens(q, v)
+    split = split_tokens(q, v, form)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     launches: list[Launch] = []
     before = None
@@ -90,7 +90,7 @@ def plan_causal_backward(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, before: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
     """Allocate dq, dk [value blocks, B, N, H, D] and dv [B, N, H, Dv]; list the launches."""
-    split = split_tokens(q, v)
+    split = split_tokens(q, v, form)
     d_q, d_k = split.gradient_like(q), split.gradient_like(k)
     d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     shape = (2, split.num_value_blocks, split.batch * split.heads, split.num_tokens)
@@ -243,7 +243,7 @@ def _forward_kernel(
         b_q_hat = b_q.to(tl.float32) * b_q_inverse[:, None]
         b_k_hat = b_k.to(tl.float32) * b_k_inverse[:, None]
         b_a = masked_scores(b_q, b_k, b_q_inverse, b_k_inverse, i_n, NORMALIZED)
-        b_scale, _ = row_scale(
+        b_scale, free = row_scale(
             b_a,
             b_q_hat,
             b_z,

@@ -61,7 +61,7 @@ def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, form: Form
 ) -> tuple[Tensor, Tensor, list[Launch]]:
     """Allocate the output [B, N, H, Dv] and the state [1, B * H, state_size]; list the launches."""
-    split = split_tokens(q, v)
+    split = split_tokens(q, v, form)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     parts = split.state_like(q)
     launches = [sum_state(k, v, None, parts, split, form)]
@@ -81,7 +81,7 @@ def plan_backward(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, state: Tensor, form: Form
 ) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
     """Allocate dq, dk [value blocks, B, N, H, D] and dv [B, N, H, Dv]; list the launches."""
-    split = split_tokens(q, v)
+    split = split_tokens(q, v, form)
     d_q, d_k = split.gradient_like(q), split.gradient_like(k)
     d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_parts = split.state_like(q)
@@ -155,7 +155,7 @@ def _apply_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    _, i_bh, i_b, i_h, first, end, i_block = program_place(num_parts, num_heads, part, num_tokens)
+    i_part, i_bh, i_b, i_h, first, end, i_block = program_place(num_parts, num_heads, part, num_tokens)
     i_d = tl.arange(0, BLOCK_D)
     i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
     b_s, b_w, b_z = load_state(p_state, i_bh, i_d, i_v, D, DV, BLOCK_DV)
@@ -163,7 +163,7 @@ def _apply_kernel(
         i_n = start + tl.arange(0, BLOCK_N)
         b_q = load_tile(p_q, stride_q, i_b, i_h, i_n, i_d, num_tokens, D)  # [BLOCK_N, BLOCK_D]
         b_q_inverse = inverse_norm(b_q, QK_NORM)
-        b_scale, _ = row_scale(b_q, b_q_inverse, b_z, scale, num_tokens, NORMALIZED)
+        b_scale, free = row_scale(b_q, b_q_inverse, b_z, scale, num_tokens, NORMALIZED)
         b_out = b_w[None, :] + dot_state(b_q, b_s) * b_q_inverse[:, None]  # [BLOCK_N, BLOCK_DV]
         store_tile(p_out, b_out * b_scale[:, None], i_b, i_h, i_n, i_v, num_tokens, num_heads, DV)
 
@@ -241,7 +241,7 @@ def _backward_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    _, i_bh, i_b, i_h, first, end, i_block = program_place(num_parts, num_heads, part, num_tokens)
+    i_part, i_bh, i_b, i_h, first, end, i_block = program_place(num_parts, num_heads, part, num_tokens)
     num_bh = tl.num_programs(0) // num_parts
     p_dk += i_block * num_bh.to(tl.int64) * num_tokens * D
     i_d = tl.arange(0, BLOCK_D)

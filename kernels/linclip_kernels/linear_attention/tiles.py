@@ -109,18 +109,25 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
             )
 
 
-def split_tokens(q: Tensor, v: Tensor) -> Split:
+def split_tokens(q: Tensor, v: Tensor, form: Form) -> Split:
     """Choose parts and blocks: enough programs to fill the device, 1024 to 4096 tokens each.
+
+    Blocks are as large as the registers of a program hold: less room for tokens where a masked
+    tile stands beside the state, less for everything in float32 (and float16, which is widened).
 
     Args:
         q: [B, N, H, D].
         v: [B, N, H, Dv].
+        form: Which form; only ``causal`` matters.
     """
     batch, num_tokens, heads, key_dim = q.shape
     value_dim = v.shape[-1]
+    widened = q.dtype != torch.bfloat16
     block_key = max(16, triton.next_power_of_2(key_dim))
-    block_value = min(max(16, triton.next_power_of_2(value_dim)), 128, 2**14 // block_key)
-    block_tokens = 64 if block_key <= 128 else 32
+    block_value = min(max(16, triton.next_power_of_2(value_dim)), 128, 2**13 // block_key)
+    block_tokens = 64
+    for tight in (widened, form.causal, block_key > 128):
+        block_tokens //= 2 if tight else 1
     num_sms = DEFAULT_NUM_SMS
     if q.device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -134,10 +141,10 @@ def split_tokens(q: Tensor, v: Tensor) -> Split:
         key_dim=key_dim,
         value_dim=value_dim,
         part=triton.cdiv(part, block_tokens) * block_tokens,
-        block_tokens=block_tokens,
+        block_tokens=max(16, block_tokens),
         block_key=block_key,
         block_value=block_value,
-        num_warps=4 if block_key * block_value <= 64 * 64 else 8,
+        num_warps=8 if block_key * block_value >= 64 * 64 else 4,
     )
 
 
