@@ -28,9 +28,9 @@ train: $(STAMP) | data/embedded
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
-# The convergence study of docs/experiments.md: 36 runs, about an hour on two cores.
+# The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores.
 study: $(STAMP) | data/embedded
-	$(BIN)/python launch/study.py docs/results/convergence train.global_batch_size=64
+	$(BIN)/python launch/study.py docs/results/convergence train.global_batch_size=64 train.steps=400
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -56,9 +56,12 @@ def main() -> int:
         config = load_config(arguments.config, overrides)
         if not any(_key(run) == (variant, _num_tokens(config), seed) for run in done):
             configs[variant, image_size, seed] = config
+    os.environ["TQDM_DISABLE"] = "1"  # of the runs; the study has a bar of its own
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(run_one, key[0], config) for key, config in configs.items()]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="study", unit="run"):
+        for future in tqdm(
+            as_completed(futures), total=len(futures), desc="study", unit="run", disable=False
+        ):
             run = future.result()
             done.append(run)
             with log.open("a") as file:
