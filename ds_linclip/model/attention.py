@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from linclip_kernels import linear_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.config import Attention
 from ds_linclip.parallel.layers import column_parallel, head_rms_norm, row_parallel
 from ds_linclip.parallel.mesh import Mesh
+from linclip_kernels import linear_attention
 
 __all__ = ["SelfAttention"]
 

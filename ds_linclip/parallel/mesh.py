@@ -168,11 +168,13 @@ def _select_device(config: ParallelConfig, launched: bool) -> torch.device:
         # DeepSpeed otherwise looks for itself, and would take a GPU that is to stay unused.
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
-    needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched else 1
+    # The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+    local_size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    needed = int(local_size or 1) if launched else 1
     if num_gpus < needed:
         raise ValueError(
-            f"parallel.device ({config.device}) needs {needed} GPUs on this node "
-            f"(LOCAL_WORLD_SIZE), found {num_gpus}"
+            f"parallel.device ({config.device}) needs a GPU for each of the {needed} ranks on this "
+            f"node, found {num_gpus}"
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if launched else 0)
     torch.cuda.set_device(device)

@@ -68,7 +68,7 @@ def test_sizes_that_do_not_fit_the_ranks_are_named(config: ParallelConfig, messa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_missing_gpus_are_counted() -> None:
-    message = r"parallel\.device \(cuda\) needs 1 GPUs on this node .*, found 0"
+    message = r"parallel\.device \(cuda\) needs a GPU for each of the 1 ranks .*, found 0"
     with pytest.raises(ValueError, match=message):
         Mesh.create(ParallelConfig(device="cuda"))
 

@@ -4,13 +4,14 @@ import sys
 
 import pytest
 import torch
-from linclip_eval.figures import draw_predictions
-from linclip_eval.zero_shot import Prediction
 from matplotlib.colors import to_hex
 from matplotlib.image import AxesImage
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
+
+from linclip_eval.figures import draw_predictions
+from linclip_eval.zero_shot import Prediction
 
 
 def prediction(true_class: str = "cat", pixel: float = 0.25) -> Prediction:

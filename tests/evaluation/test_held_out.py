@@ -7,10 +7,11 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from linclip_eval.held_out import HeldOutEvaluator
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+
+from linclip_eval.held_out import HeldOutEvaluator
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 

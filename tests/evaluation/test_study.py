@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict
 
 import pytest
-from linclip_eval.study import Run, draw, read_runs, summarise, to_markdown
 from matplotlib.collections import PathCollection
+
+from linclip_eval.study import Run, draw, read_runs, summarise, to_markdown
 
 
 def run(variant: str, seed: int, top1: float, num_tokens: int = 65) -> Run:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from linclip_eval.zero_shot import ZeroShotResult, build_classifier, write_per_class_csv, zero_shot
 from torch import Tensor
+
+from linclip_eval.zero_shot import ZeroShotResult, build_classifier, write_per_class_csv, zero_shot
 
 CLASSNAMES = [
     *("tench", "goldfish", "great white shark", "hammerhead", "electric ray", "stingray"),
