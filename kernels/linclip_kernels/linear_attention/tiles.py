@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs
+# ruff: noqa: RET505 (Triton needs the else where a branch is chosen at compile time)
 """What the bidirectional and the causal Triton kernels share: tiles, the state, the split of N.
 
 The state of one (batch, head) and one part of the tokens lies in one row of a float32 buffer
@@ -6,7 +8,7 @@ z = sum of e x-hat [num_value_blocks, D], whose rows add up. A program works on 
 one part of the tokens and one block of Dv; each block's share of dq and dk stands for itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +150,9 @@ def split_tokens(q: Tensor, v: Tensor, form: Form) -> Split:
     )
 
 
-def sum_state(x: Tensor, y: Tensor, rows: Tensor | None, state: Tensor, split: Split, form: Form) -> Launch:
+def sum_state(
+    x: Tensor, y: Tensor, rows: Tensor | None, state: Tensor, split: Split, form: Form
+) -> Launch:
     """Sum every part's state of x-hat and y into ``state``.
 
     Args:
@@ -205,7 +209,13 @@ def program_place(num_parts, num_heads, part, num_tokens):
 def load_tile(p_x, stride, i_b, i_h, i_n, i_d, num_tokens, DIM: tl.constexpr):
     """Rows i_n, columns i_d of one head; zero outside. float16 is widened, for its short range."""
     o_n = i_n.to(tl.int64)
-    p = p_x + i_b * stride[0] + i_h * stride[2] + o_n[:, None] * stride[1] + i_d[None, :] * stride[3]
+    p = (
+        p_x
+        + i_b * stride[0]
+        + i_h * stride[2]
+        + o_n[:, None] * stride[1]
+        + i_d[None, :] * stride[3]
+    )
     x = tl.load(p, mask=(i_n < num_tokens)[:, None] & (i_d < DIM)[None, :], other=0.0)
     return x if x.dtype != tl.float16 else x.to(tl.float32)
 
@@ -280,7 +290,16 @@ def load_state(p_state, i_row, i_d, i_v, D: tl.constexpr, DV: tl.constexpr, BLOC
 
 @triton.jit
 def store_state(
-    p_state, i_row, b_s, b_w, b_z, i_d, i_v, D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr
+    p_state,
+    i_row,
+    b_s,
+    b_w,
+    b_z,
+    i_d,
+    i_v,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
     """Store one value block of the state, z as this block's share."""
     num_value_blocks: tl.constexpr = (DV + BLOCK_DV - 1) // BLOCK_DV
@@ -311,7 +330,9 @@ def _sum_state_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    i_part, i_bh, i_b, i_h, first, end, i_block = program_place(num_parts, num_heads, part, num_tokens)
+    i_part, i_bh, i_b, i_h, first, end, i_block = program_place(
+        num_parts, num_heads, part, num_tokens
+    )
     num_bh = tl.num_programs(0) // num_parts
     i_d = tl.arange(0, BLOCK_D)
     i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
