@@ -1,0 +1,174 @@
+"""What the tests of the operator share: inputs, the plain torch form, and the one error rule.
+
+err(implementation) <= 2 * err(plain torch in the same dtype) + ATOL[dtype]
+
+where err is the relative RMS against the float64 definition, for the output and every gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from linclip_kernels import linear_attention, linear_attention_reference
+from torch import Tensor
+
+#: Relative RMS; about the rounding of the dtype's last bit, or ten of it in float32.
+ATOL = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 1e-13}
+
+FORMS: dict[str, dict[str, Any]] = {
+    "eq7": {},
+    "eq4": {"normalized": True},
+    "causal-eq7": {"causal": True},
+    "causal-eq4": {"causal": True, "normalized": True},
+    "eq7-alpha": {"length_exponent": 0.5, "score_scale": 0.7},
+    "causal-eq7-alpha": {"causal": True, "length_exponent": 1.0, "score_scale": 0.7},
+    "eq4-raw": {"normalized": True, "qk_norm": False},
+    "causal-eq4-raw": {"causal": True, "normalized": True, "qk_norm": False},
+    "eq7-raw": {"qk_norm": False},
+    "causal-eq7-raw": {"causal": True, "qk_norm": False},
+}
+
+
+def make_inputs(
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    packed: bool = False,
+    qk_norm: bool = True,
+    seed: int = 0,
+) -> tuple[list[Tensor], Tensor]:
+    """q, k, v that require gradients and an output gradient, for shape (B, N, H, D, Dv).
+
+    packed: q, k, v are views of one [B, N, H, 3, D]. Without qk_norm the rows of q and k are short,
+    as the operator asks of its caller.
+    """
+    batch, num_tokens, heads, key_dim, value_dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    scale = 1.0 if qk_norm else 0.7 * key_dim**-0.5
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    rows = batch, num_tokens, heads
+    if packed:
+        assert key_dim == value_dim
+        qkv = draw(*rows, 3, key_dim)
+        qkv[..., :2, :] *= scale
+        inputs = list(qkv.to(device, dtype).unbind(3))
+    else:
+        inputs = [
+            draw(*rows, key_dim) * scale,
+            draw(*rows, key_dim) * scale,
+            draw(*rows, value_dim),
+        ]
+        inputs = [x.to(device, dtype) for x in inputs]
+    # A gradient that comes from a permuted tensor, as it may in a model.
+    grad = draw(batch, heads, num_tokens, value_dim).transpose(1, 2).to(device, dtype)
+    return [x.detach().requires_grad_() for x in inputs], grad
+
+
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    normalized: bool = False,
+    qk_norm: bool = True,
+    score_scale: float = 0.5,
+    length_exponent: float = 0.0,
+) -> Tensor:
+    """The formula in plain torch operations of the inputs' dtype, differentiated by autograd."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if qk_norm:
+        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    scores = 1 + q @ k.mT
+    num_keys = torch.full((q.shape[2], 1), q.shape[2], device=q.device)
+    if causal:
+        scores, num_keys = scores.tril(), num_keys.fill_(1).cumsum(0)
+    if normalized:
+        weights = scores / scores.sum(-1, keepdim=True).clamp(min=1e-6 * q.shape[2])
+    else:
+        weights = scores * (score_scale * num_keys.double() ** -length_exponent).to(scores)
+    return (weights @ v).transpose(1, 2)
+
+
+def with_gradients(
+    function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, **options: Any
+) -> list[Tensor]:
+    """Output, dq, dk, dv."""
+    out = function(*inputs, **options)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def relative_rms(value: Tensor, truth: Tensor) -> float:
+    """RMS of the difference over RMS of the truth; just the RMS where the truth is zero."""
+    difference = (value.double() - truth).square().mean().sqrt()
+    size = truth.square().mean().sqrt()
+    return (difference / size if size > 0 else difference).item()
+
+
+def check_against_definition(
+    inputs: list[Tensor], grad: Tensor, backend: str, **options: Any
+) -> None:
+    """Hold output and gradients of the operator to the rule of this module."""
+    dtype = inputs[0].dtype
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = with_gradients(linear_attention_reference, exact, grad.double(), **options)
+    rough = with_gradients(plain, inputs, grad, **options)
+    found = with_gradients(linear_attention, inputs, grad, backend=backend, **options)
+    for name, value, by_plain, true in zip(
+        ("o", "dq", "dk", "dv"), found, rough, truth, strict=True
+    ):
+        assert value.dtype == dtype
+        assert value.shape == true.shape
+        error, allowed = relative_rms(value, true), 2 * relative_rms(by_plain, true) + ATOL[dtype]
+        assert error <= allowed, f"{name}: relative RMS {error:.2e} > {allowed:.2e}"
+
+
+def check_collapsed_keys(
+    form: dict[str, Any], dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """Keys collapsed to minus the query's direction: the denominator of Eq. 4 reaches zero."""
+    inputs, grad = make_inputs((1, 70, 1, 32, 32), dtype, device=device)
+    direction = 10 * inputs[0][:, :1].detach()
+    q = direction.expand_as(inputs[0]).clone().requires_grad_()
+    k = (-direction).expand_as(inputs[1]).clone().requires_grad_()
+    found = with_gradients(linear_attention, [q, k, inputs[2]], grad, backend=backend, **form)
+    for value in found:
+        assert value.isfinite().all()
+    if form.get("causal"):
+        assert torch.equal(found[0][:, 0], inputs[2][:, 0])  # one key: its value, exactly
+        assert not found[1][:, 0].any()  # and no gradient to q
+
+
+def check_nan_stays_in_its_head(form: dict[str, Any], backend: str, device: str) -> None:
+    """A NaN in one row of one head's q, k or v leaves all other heads and batches untouched."""
+    for poisoned in range(3):
+        inputs, grad = make_inputs((2, 40, 2, 32, 32), torch.float32, device=device)
+        clean = with_gradients(linear_attention, inputs, grad, backend=backend, **form)
+        with torch.no_grad():
+            inputs[poisoned][0, 5, 1, 3] = float("nan")
+        dirty = with_gradients(linear_attention, inputs, grad, backend=backend, **form)
+        assert dirty[0][0, 5:, 1].isnan().any()
+        for before, after in zip(clean, dirty, strict=True):
+            assert torch.equal(before[1], after[1])
+            assert torch.equal(before[0, :, 0], after[0, :, 0])
+
+
+def check_later_tokens_do_not_matter(
+    form: dict[str, Any], backend: str, device: str, num_tokens: int
+) -> None:
+    """Causal: other q, k, v from some token on leave all earlier outputs bitwise the same."""
+    inputs, _ = make_inputs((1, num_tokens, 2, 32, 32), torch.float32, device=device)
+    others, _ = make_inputs((1, num_tokens, 2, 32, 32), torch.float32, device=device, seed=1)
+    cut = num_tokens // 2 + 3
+    with torch.no_grad():
+        mixed = [
+            torch.cat([x[:, :cut], y[:, cut:]], 1) for x, y in zip(inputs, others, strict=True)
+        ]
+        out = linear_attention(*inputs, backend=backend, **form)
+        changed = linear_attention(*mixed, backend=backend, **form)
+    assert torch.equal(out[:, :cut], changed[:, :cut])
+    assert not torch.equal(out[:, cut:], changed[:, cut:])

@@ -1,0 +1,39 @@
+"""The Triton kernels on a CUDA device: the interpreter's cases, and what only a device can hold."""
+
+import pytest
+import torch
+from kernel_checks import FORMS, check_against_definition, make_inputs, relative_rms
+from linclip_kernels import linear_attention
+from triton_cases import *  # noqa: F403
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("form", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_thousand_tokens(form: str, dtype: torch.dtype) -> None:
+    inputs, grad = make_inputs((1, 4096, 4, 64, 64), dtype, device="cuda")
+    check_against_definition(inputs, grad, "triton", **FORMS[form])
+
+
+@pytest.mark.parametrize("form", ["eq7", "causal-eq7"])
+def test_offsets_beyond_32_bits(form: str) -> None:
+    """A packed qkv of more than 2^31 elements: the last head against the same head alone."""
+    num_tokens, heads, dim = 720_000, 16, 64
+    qkv = torch.randn(1, num_tokens, heads, 3, dim, dtype=torch.bfloat16, device="cuda")
+    assert qkv.numel() > 2**31
+    options = {**FORMS[form], "length_exponent": 1.0}
+    qkv.requires_grad_()
+    out = linear_attention(*qkv.unbind(3), **options)
+    out[:, :, -1].square().mean().backward()
+    alone = qkv.detach()[:, :, -1:].clone().requires_grad_()
+    expected = linear_attention(*alone.unbind(3), backend="torch", **options)
+    expected.square().mean().backward()
+    assert alone.grad is not None
+    assert qkv.grad is not None
+    assert relative_rms(out[:, :, -1:], expected.double()) < 1e-2
+    assert relative_rms(qkv.grad[:, :, -1:], alone.grad.double()) < 2e-2
+    assert not qkv.grad[:, :, :-1].any()
