@@ -33,12 +33,31 @@ _MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder; every method is called by all ranks together."""
+    """The checkpoints of one run folder; every method is called by all ranks together.
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    Args:
+        config: the run's.
+        mesh: the ranks that save and load.
+        num_samples: training samples per epoch. With the seed and the batch size they fix which
+            samples a step stands for, so a checkpoint made with other ones is refused.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, num_samples: int) -> None:
         self.directory = config.run_dir / "checkpoints"
         self._config = config
         self._mesh = mesh
+        self._identity = {
+            "parallel.dp": mesh.dp_size,
+            "parallel.tp": mesh.tp_size,
+            "zero.stage": config.zero.stage,
+            "train.precision": config.train.precision,
+            "train.seed": config.train.seed,
+            "train.global_batch_size": config.train.global_batch_size,
+            "data.num_lanes": config.data.num_lanes,
+            "data.shuffle_shards": config.data.shuffle_shards,
+            "number of samples in data.train": num_samples,
+            **_flatten(asdict(config.model), "model"),
+        }
 
     def save(self, engine: Any, step: int) -> Path:
         """Save engine state as ``step-N`` and drop all but the newest ``checkpoint.keep_last``.
@@ -54,8 +73,7 @@ class CheckpointStore:
         engine.save_checkpoint(str(self.directory), tag=staging.name, save_latest=False)
         hashes = self._hash_together(sorted(staging.iterdir()))
         if self._mesh.rank == 0:
-            manifest = {"step": step, "layout": self._layout(), "files": hashes}
-            manifest["model"] = asdict(self._config.model)
+            manifest = {"step": step, "run": self._identity, "files": hashes}
             _write_synced(staging / _MANIFEST, json.dumps(manifest, indent=1))
             _sync_directory(staging)
             staging.rename(final)
@@ -72,7 +90,7 @@ class CheckpointStore:
 
         Raises:
             AgreedError: when checkpoints are there but none is valid, when the newest was made by
-                another model or layout, or when ``checkpoint.resume`` is ``never``.
+                another model, layout or data, or when ``checkpoint.resume`` is ``never``.
         """
         candidates = self._mesh.agree(lambda: _committed(self.directory))
         if not candidates:
@@ -109,14 +127,6 @@ class CheckpointStore:
         self._mesh.barrier()
         return int(engine.global_steps)
 
-    def _layout(self) -> dict[str, Any]:
-        return {
-            "parallel.dp": self._mesh.dp_size,
-            "parallel.tp": self._mesh.tp_size,
-            "zero.stage": self._config.zero.stage,
-            "train.precision": self._config.train.precision,
-        }
-
     def _problem_of(self, path: Path) -> str | None:
         """What makes the checkpoint unusable, in words; the same answer on all ranks."""
         try:
@@ -130,12 +140,10 @@ class CheckpointStore:
         return None
 
     def _check_same_run(self, path: Path) -> None:
-        manifest = _read_manifest(path)
-        ours = {**self._layout(), **_flatten(asdict(self._config.model), "model")}
-        theirs = {**manifest["layout"], **_flatten(manifest["model"], "model")}
+        theirs = _read_manifest(path)["run"]
         differences = [
             f"{name} ({value}) must equal {theirs.get(name)}"
-            for name, value in ours.items()
+            for name, value in self._identity.items()
             if theirs.get(name) != value
         ]
         if differences:
@@ -185,7 +193,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = path / _MANIFEST
     try:
         content = json.loads(manifest.read_text())
-        return {key: content[key] for key in ("step", "layout", "model", "files")}
+        return {key: content[key] for key in ("step", "run", "files")}
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{manifest} cannot be read: {error}") from error
 

@@ -100,10 +100,8 @@ class DataConfig:
 
     #: Shard paths; braces expand: ``/data/laion400m/{00000..41455}.tar``.
     train: list[str] = field(default_factory=list)
-    #: Samples per epoch. None: summed from the ``_stats.json`` files beside the shards.
-    train_num_samples: int | None = None
-    #: Independent streams the shards are dealt to; a multiple of the number of nodes lets each
-    #: node read shards of its own. Part of the order: change it and the order changes.
+    #: Independent streams the shards are dealt to. A multiple of the data-parallel size lets every
+    #: rank read shards of its own. Part of the order: change it and the order changes.
     num_lanes: int = 1
     #: Shards of one lane whose samples are shuffled together.
     shuffle_shards: int = 8
@@ -174,7 +172,7 @@ class CheckpointConfig:
 class EvalConfig:
     """Zero-shot classification on a held-out folder, during and after training."""
 
-    #: Folder in clip_benchmark's webdataset layout (``*.tar``, ``classnames.txt``,
+    #: Folder in clip_benchmark's webdataset layout (``test/*.tar``, ``classnames.txt``,
     #: ``zeroshot_classification_templates.txt``); None: no evaluation.
     data: str | None = None
     #: Steps between evaluations; 0: only at the end.
@@ -271,6 +269,8 @@ def validate(config: Config) -> None:
 
     _require_positive("train.steps", config.train.steps)
     _require_positive("train.global_batch_size", config.train.global_batch_size)
+    if config.train.seed < 0:
+        raise ValueError(f"train.seed ({config.train.seed}) must not be negative")
     if config.parallel.dp is not None:
         _require_divisible(
             "train.global_batch_size",

@@ -53,7 +53,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     """
     data = mesh.agree(lambda: _open_data(config, mesh))
     mesh.agree(lambda: deepspeed_config(config, mesh.dp_size))
-    checkpoints = CheckpointStore(config, mesh)
+    checkpoints = CheckpointStore(config, mesh, data.num_samples)
     resume_from = checkpoints.newest()
     mesh.agree(lambda: _prepare_run_folder(config, mesh))
 

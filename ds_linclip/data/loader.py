@@ -95,11 +95,6 @@ class TrainData:
             num_lanes=config.num_lanes,
             shuffle_shards=config.shuffle_shards,
         )
-        if config.train_num_samples not in (None, order.num_samples):
-            raise ValueError(
-                f"data.train_num_samples ({config.train_num_samples}) must equal the number of "
-                f"samples in the shards ({order.num_samples}), or be left out"
-            )
         #: Samples per epoch.
         self.num_samples = order.num_samples
         self._num_workers = config.num_workers

@@ -96,6 +96,7 @@ def test_run_folder_says_what_the_run_was(job):
     [
         ("model.vision.layers=3", r"step-00000030, .*model\.vision\.layers \(3\) must equal 4"),
         ("zero.stage=2", r"step-00000030, .*zero\.stage \(2\) must equal 1"),
+        ("train.seed=5", r"step-00000030, .*train\.seed \(5\) must equal 0"),
         ("name=fp32_whole", r"step-00000030, parallel\.dp \(1\) must equal 2"),
         ("checkpoint.resume=never", r"checkpoint\.resume \(never\) refuses .*step-00000030"),
     ],
@@ -107,5 +108,5 @@ def test_checkpoint_of_another_run_is_refused(job, embedded_overrides, override,
     )
     before = sorted(job.rglob("*"))
     with pytest.raises(AgreedError, match=message):
-        CheckpointStore(config, Mesh.create()).newest()
+        CheckpointStore(config, Mesh.create(), num_samples=1437).newest()
     assert sorted(job.rglob("*")) == before

@@ -59,6 +59,7 @@ def test_command_line_wins_over_file_and_file_over_base(tmp_path):
         ("data.train=[]", r"data\.train \(\[\]\) must name at least one shard"),
         ("parallel.dp=3", r"train\.global_batch_size \(\d+\) must be .*parallel\.dp \(3\)"),
         ("name=a/b", r"name \('a/b'\) must be a plain folder name"),
+        ("train.seed=-1", r"train\.seed \(-1\) must not be negative"),
         ("zero.stage=7", r"zero\.stage \(7\) must be"),
         ("steps", r"override \(steps\) must have the form key=value"),
     ],

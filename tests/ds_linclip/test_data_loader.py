@@ -68,12 +68,10 @@ def train_data(
     num_workers: int = 0,
     num_lanes: int = 1,
     seed: int = 0,
-    train_num_samples: int | None = None,
     global_batch_size: int = BATCH,
 ) -> TrainData:
     config = DataConfig(
         train=patterns,
-        train_num_samples=train_num_samples,
         num_lanes=num_lanes,
         shuffle_shards=2,
         num_workers=num_workers,
@@ -279,8 +277,6 @@ def test_shard_lost_while_training_is_counted(tmp_path: Path) -> None:
 def test_bad_arguments_are_named(patterns: list[str]) -> None:
     with pytest.raises(ValueError, match=r"train\.global_batch_size \(12\) must be .* size \(5\)"):
         train_data(patterns, dp_size=5)
-    with pytest.raises(ValueError, match=r"data\.train_num_samples \(61\) must equal .* \(60\)"):
-        train_data(patterns, train_num_samples=61)
     with pytest.raises(ValueError, match=r"data\.train \(/none/x\.tar\) matches no file"):
         train_data(["/none/x.tar"])
-    assert train_data(patterns, train_num_samples=60).num_samples == 60
+    assert train_data(patterns).num_samples == 60

@@ -1,0 +1,90 @@
+"""Checkpoints on one rank: what is kept, what is refused, what is taken instead."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from ds_linclip.checkpoint import CheckpointStore, latest_checkpoint, read_model_state
+from ds_linclip.config import Config, load_config
+from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.trainer import train
+
+SMALL = [
+    "model.vision.layers=1",
+    "model.text.layers=1",
+    "train.steps=6",
+    "train.global_batch_size=8",
+    "optim.warmup_steps=1",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep_last=2",
+    "data.num_workers=0",
+    "log.every_steps=1",
+    "log.tensorboard=false",
+    "eval.data=null",
+]
+
+
+@pytest.fixture
+def run(embedded_overrides, tmp_path) -> Config:
+    """A finished run of six steps with checkpoints at 2, 4 and 6, of which two are kept."""
+    overrides = [*embedded_overrides, *SMALL, f"output_dir={tmp_path}", "name=run"]
+    config = load_config("ds_configs/train/embedded.yaml", overrides)
+    train(config, Mesh.create())
+    return config
+
+
+def flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def losses(config: Config) -> list[tuple[int, float]]:
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [(record["step"], record["train/loss"]) for record in map(json.loads, lines)]
+
+
+def test_damaged_checkpoint_is_set_aside_for_the_one_before(run, caplog):
+    folder = run.run_dir / "checkpoints"
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-00000004", "step-00000006"]
+    assert (folder / "latest").read_text() == "step-00000006"
+    first = losses(run)
+    (damaged,) = (folder / "step-00000006").glob("*optim_states.pt")
+    flip_a_bit(damaged)
+    (folder / "step-00000008.tmp").mkdir()  # left by a kill in the middle of a save
+
+    with caplog.at_level(logging.WARNING):
+        train(run, Mesh.create())
+
+    assert f"{damaged} does not match its checksum" in caplog.text
+    assert losses(run)[6:] == first[4:], "steps 5 and 6 are repeated exactly"
+    assert (folder / "step-00000006.rejected" / damaged.name).exists()
+    assert latest_checkpoint(run.run_dir) == folder / "step-00000006"
+    assert CheckpointStore(run, Mesh.create(), 1437).newest() == folder / "step-00000006"
+
+
+def test_folder_without_a_valid_checkpoint_is_refused(run):
+    folder = run.run_dir / "checkpoints"
+    (folder / "step-00000006" / "manifest.json").unlink()
+    (folder / "step-00000004" / "mp_rank_00_model_states.pt").write_bytes(b"")
+    before = sorted(run.run_dir.rglob("*"))
+    with pytest.raises(AgreedError, match=r"no valid .*manifest\.json.*model_states\.pt does not"):
+        train(run, Mesh.create())
+    assert sorted(run.run_dir.rglob("*")) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "pickle"])
+def test_weights_that_cannot_be_read_are_named(run, damage):
+    checkpoint = latest_checkpoint(run.run_dir)
+    path = checkpoint / "mp_rank_00_model_states.pt"
+    assert read_model_state(checkpoint)["logit_scale"].shape == (1,)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        torch.save({"module": run}, path)  # an object of ours: nothing may run code to read it
+    with pytest.raises(ValueError, match=r"checkpoint \(.*model_states\.pt\) cannot be read"):
+        read_model_state(checkpoint)
