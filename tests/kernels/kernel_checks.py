@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from linclip_kernels import linear_attention, linear_attention_reference
 from torch import Tensor
+
+from linclip_kernels import linear_attention, linear_attention_reference
 
 #: Relative RMS; about the rounding of the dtype's last bit, or ten of it in float32.
 ATOL = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 1e-13}

@@ -15,6 +15,7 @@ from kernel_checks import (
     relative_rms,
     with_gradients,
 )
+
 from linclip_kernels import linear_attention, linear_attention_reference
 
 CAUSAL = {name: form for name, form in FORMS.items() if form.get("causal")}

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import triton
-from linclip_kernels.linear_attention import causal, noncausal
-from linclip_kernels.linear_attention.eager import Form
-from linclip_kernels.linear_attention.tiles import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from linclip_kernels.linear_attention import causal, noncausal
+from linclip_kernels.linear_attention.eager import Form
+from linclip_kernels.linear_attention.tiles import Launch
 
 #: Shared memory one block can have, in bytes, by compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from kernel_checks import FORMS, check_against_definition, make_inputs, relative_rms
-from linclip_kernels import linear_attention
 from triton_cases import *  # noqa: F403
+
+from linclip_kernels import linear_attention
 
 pytestmark = [
     pytest.mark.gpu,
