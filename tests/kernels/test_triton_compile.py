@@ -14,7 +14,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from linclip_kernels.linear_attention import causal, noncausal
 from linclip_kernels.linear_attention.eager import Form
-from linclip_kernels.linear_attention.tiles import Launch
+from linclip_kernels.linear_attention.tiles import Launch, split_tokens
 
 #: Shared memory one block can have, in bytes, by compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -83,7 +83,6 @@ def test_bfloat16_kernels_compile(
     ("capability", "dtype", "key_dim", "value_dim"),
     [
         (80, torch.float32, 60, 80),
-        (90, torch.float32, 128, 128),
         (90, torch.float16, 64, 64),
         (100, torch.bfloat16, 256, 256),
     ],
@@ -96,3 +95,17 @@ def test_other_widths_and_dtypes_compile(
         compiled = compile_launch(launch, capability)
         assert compiled.asm["cubin"][:4] == b"\x7fELF"
         assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("num_tokens", [1, 1025, 3004, 4097, 100_001])
+def test_parts_are_whole_blocks(num_tokens: int, is_causal: bool, dtype: torch.dtype) -> None:
+    """A block that reached into the next part would be counted twice."""
+    form = Form(is_causal, True, True, 0.5, 0.0)
+    for heads, dim in ((1, 16), (250, 64), (1000, 256)):
+        q = torch.empty(1, num_tokens, heads, dim, dtype=dtype, device="meta")
+        split = split_tokens(q, q, form)
+        assert split.part % split.block_tokens == 0
+        assert split.part <= 4096
+        assert (split.num_parts - 1) * split.part < num_tokens <= split.num_parts * split.part

@@ -50,11 +50,11 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_buffers() -> Iterator[None]:
+def poisoned_buffers(device: str) -> Iterator[None]:
     """torch.empty gives NaN, so that a row no kernel has written cannot pass."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(1).isnan().all()
+    assert torch.empty(1, device=device).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
 

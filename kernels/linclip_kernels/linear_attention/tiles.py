@@ -129,7 +129,7 @@ def split_tokens(q: Tensor, v: Tensor, form: Form) -> Split:
     block_value = min(max(16, triton.next_power_of_2(value_dim)), 128, 2**13 // block_key)
     block_tokens = 64
     for tight in (widened, form.causal, block_key > 128):
-        block_tokens //= 2 if tight else 1
+        block_tokens = max(16, block_tokens // 2) if tight else block_tokens
     num_sms = DEFAULT_NUM_SMS
     if q.device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -143,7 +143,7 @@ def split_tokens(q: Tensor, v: Tensor, form: Form) -> Split:
         key_dim=key_dim,
         value_dim=value_dim,
         part=triton.cdiv(part, block_tokens) * block_tokens,
-        block_tokens=max(16, block_tokens),
+        block_tokens=block_tokens,
         block_key=block_key,
         block_value=block_value,
         num_warps=8 if block_key * block_value >= 64 * 64 else 4,
