@@ -45,6 +45,7 @@ def score(run_folder: Path, data: str | None, batch_size: int | None) -> dict[st
         ValueError: when run folder, checkpoint or data cannot be read or do not fit.
     """
     config = load_config(run_folder / "config.yaml")
+    checkpoint = latest_checkpoint(run_folder)
     data = data or config.eval.data
     if data is None:
         raise ValueError("eval.data (None) must name a held-out folder, or give --data")
@@ -56,7 +57,6 @@ def score(run_folder: Path, data: str | None, batch_size: int | None) -> dict[st
         batch_size=batch_size or config.eval.batch_size,
         device=mesh.device,
     )
-    checkpoint = latest_checkpoint(run_folder)
     model = CLIP(config.model, mesh)
     model.load_state_dict(read_model_state(checkpoint))
     if config.train.precision == "bf16":

@@ -119,10 +119,11 @@ def test_damaged_checkpoint_is_refused_by_all_ranks(finished, deepspeed_cpu, emb
     ],
 )
 def test_mistake_found_by_ranks_stops_all_with_one_message(
-    deepspeed_cpu, tmp_path, override, message
+    deepspeed_cpu, embedded_overrides, tmp_path, override, message
 ):
     override, message = (text.replace("{folder}", str(tmp_path)) for text in (override, message))
-    done = deepspeed_cpu(TRAIN, EMBEDDED, f"output_dir={tmp_path}", override, timeout=90)
+    overrides = [*embedded_overrides, f"output_dir={tmp_path}", override]
+    done = deepspeed_cpu(TRAIN, EMBEDDED, *overrides, timeout=90)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
