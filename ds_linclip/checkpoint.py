@@ -6,6 +6,7 @@ replaced last. On resume the manifest is verified before anything is loaded.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -38,8 +39,10 @@ class CheckpointStore:
     Args:
         config: the run's.
         mesh: the ranks that save and load.
-        num_samples: training samples per epoch. With the seed and the batch size they fix which
-            samples a step stands for, so a checkpoint made with other ones is refused.
+        num_samples: training samples per epoch.
+
+    A checkpoint belongs to its run: what fixes the weights after a step (model, optimizer,
+    schedule, batch, order of the data, layout of the ranks) must be what it was, or it is refused.
     """
 
     def __init__(self, config: Config, mesh: Mesh, num_samples: int) -> None:
@@ -47,15 +50,15 @@ class CheckpointStore:
         self._config = config
         self._mesh = mesh
         self._identity = {
-            "parallel.dp": mesh.dp_size,
+            "number of data-parallel ranks": mesh.dp_size,
             "parallel.tp": mesh.tp_size,
             "zero.stage": config.zero.stage,
-            "train.precision": config.train.precision,
-            "train.seed": config.train.seed,
-            "train.global_batch_size": config.train.global_batch_size,
+            "number of samples in data.train": num_samples,
             "data.num_lanes": config.data.num_lanes,
             "data.shuffle_shards": config.data.shuffle_shards,
-            "number of samples in data.train": num_samples,
+            "data.crop_scale": list(config.data.crop_scale),
+            **_flatten(asdict(config.train), "train"),
+            **_flatten(asdict(config.optim), "optim"),
             **_flatten(asdict(config.model), "model"),
         }
 
@@ -63,7 +66,7 @@ class CheckpointStore:
         """Save engine state as ``step-N`` and drop all but the newest ``checkpoint.keep_last``.
 
         Raises:
-            OSError: when a file cannot be written; older checkpoints stay as they were.
+            OSError: when a file cannot be written or read back; older checkpoints stay.
         """
         final = self.directory / f"step-{step:08d}"
         staging = final.with_suffix(".tmp")
@@ -71,7 +74,11 @@ class CheckpointStore:
             shutil.rmtree(staging, ignore_errors=True)
         self._mesh.barrier()
         engine.save_checkpoint(str(self.directory), tag=staging.name, save_latest=False)
-        hashes = self._hash_together(sorted(staging.iterdir()))
+        names = self._mesh.from_rank_zero(lambda: sorted(path.name for path in staging.iterdir()))
+        hashes = self._hash_together(staging, names)
+        unreadable = [name for name, digest in hashes.items() if digest is None]
+        if unreadable:
+            raise OSError(f"{staging / unreadable[0]} was saved but cannot be read: not committed")
         if self._mesh.rank == 0:
             manifest = {"step": step, "run": self._identity, "files": hashes}
             _write_synced(staging / _MANIFEST, json.dumps(manifest, indent=1))
@@ -81,7 +88,7 @@ class CheckpointStore:
             os.replace(self.directory / "latest.tmp", self.directory / "latest")
             _sync_directory(self.directory)
             for old in _committed(self.directory)[: -self._config.checkpoint.keep_last]:
-                shutil.rmtree(old)
+                _remove(old)
         self._mesh.barrier()
         return final
 
@@ -92,7 +99,7 @@ class CheckpointStore:
             AgreedError: when checkpoints are there but none is valid, when the newest was made by
                 another model, layout or data, or when ``checkpoint.resume`` is ``never``.
         """
-        candidates = self._mesh.agree(lambda: _committed(self.directory))
+        candidates = self._mesh.from_rank_zero(lambda: _committed(self.directory))
         if not candidates:
             return None
         if self._config.checkpoint.resume == "never":
@@ -123,17 +130,17 @@ class CheckpointStore:
         if self._mesh.rank == 0:
             for newer in _committed(self.directory):
                 if newer.name > path.name:
-                    newer.rename(newer.with_suffix(".rejected"))
+                    newer.rename(_free_name(newer.with_suffix(".rejected")))
         self._mesh.barrier()
         return int(engine.global_steps)
 
     def _problem_of(self, path: Path) -> str | None:
         """What makes the checkpoint unusable, in words; the same answer on all ranks."""
         try:
-            expected = self._mesh.agree(lambda: _read_manifest(path)["files"])
+            expected = self._mesh.from_rank_zero(lambda: _read_manifest(path)["files"])
         except ValueError as error:
             return str(error)
-        found = self._hash_together([path / name for name in sorted(expected)])
+        found = self._hash_together(path, sorted(expected))
         for name, digest in expected.items():
             if found[name] != digest:
                 return f"{path / name} does not match its checksum (sha256 {digest[:12]}...)"
@@ -149,9 +156,10 @@ class CheckpointStore:
         if differences:
             raise ValueError(f"to resume from {path}, {', '.join(differences)}")
 
-    def _hash_together(self, paths: list[Path]) -> dict[str, str | None]:
+    def _hash_together(self, folder: Path, names: list[str]) -> dict[str, str | None]:
         """SHA-256 by file name, the files shared out over the ranks."""
-        mine = {p.name: _synced_sha256(p) for p in paths[self._mesh.rank :: self._mesh.world_size]}
+        share = names[self._mesh.rank :: self._mesh.world_size]
+        mine = {name: _synced_sha256(folder / name) for name in share}
         everyone: list[dict[str, str | None]] = [{}] * self._mesh.world_size
         dist.all_gather_object(everyone, mine)
         return {name: digest for share in everyone for name, digest in share.items()}
@@ -173,9 +181,12 @@ def read_model_state(checkpoint: Path) -> dict[str, Tensor]:
     """The model's weights from a checkpoint of one tensor-parallel rank, without an engine.
 
     Raises:
-        ValueError: when the file is missing, damaged, or holds more than plain data.
+        ValueError: when the file is missing, not what its manifest says, or holds more than plain
+            data.
     """
     path = checkpoint / _MODEL_FILE
+    if _synced_sha256(path) != _read_manifest(checkpoint)["files"].get(_MODEL_FILE):
+        raise ValueError(f"checkpoint ({path}) does not match its checksum")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)["module"]
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
@@ -187,6 +198,21 @@ def _committed(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(p for p in directory.iterdir() if re.fullmatch(r"step-\d{8}", p.name))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take a checkpoint away: first from the list, then from the disk. Training goes on if not."""
+    try:
+        doomed = checkpoint.rename(checkpoint.with_suffix(".tmp"))
+        shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("old checkpoint not removed: %s", error)
+
+
+def _free_name(path: Path) -> Path:
+    """The path itself, or with the first number that makes it new."""
+    numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ command line. Only the typed :class:`Config` travels further; nothing else reads
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -34,19 +35,21 @@ __all__ = [
 ]
 
 
+_TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
+
+
 @dataclass(kw_only=True, frozen=True)
 class Attention:
     """How the tokens of one tower attend to each other.
 
     With ``kind="softmax"`` (torch SDPA) the other fields have no effect. With ``kind="linear"`` the
-    score of query i and key n is the affine kernel ``1 + q_i . k_n`` of arXiv 2604.10064.
+    score of query i and key n is the affine kernel ``1 + q_i . k_n`` of arXiv 2604.10064, q and k
+    L2-normalised per head.
     """
 
     kind: Literal["linear", "softmax"] = "linear"
     #: Divide by the sum of scores (Eq. 4); without it the output is the plain weighted sum (Eq. 7).
     normalized: bool = False
-    #: L2-normalise q and k per head.
-    qk_norm: bool = True
     #: Factor on the unnormalised score; 1/2 brings 1 + q.k into [0, 1]. No effect on Eq. 4.
     score_scale: float = 0.5
     #: alpha: the unnormalised output is multiplied by (number of keys)^-alpha. No effect on Eq. 4.
@@ -70,6 +73,11 @@ class VisionTower:
     @property
     def heads(self) -> int:
         return self.width // self.head_width
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
 
 
 @dataclass(kw_only=True)
@@ -229,7 +237,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override ({override}) must have the form key=value")
-        sources.append(("command line", OmegaConf.from_dotlist([override])))
+        try:
+            sources.append(("command line", OmegaConf.from_dotlist([override])))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(
+                f"override ({override}) must have a YAML value; quote a pattern within a list: "
+                "data.train=['{00..99}.tar']"
+            ) from error
     for source, content in sources:
         try:
             merged = OmegaConf.merge(merged, content)
@@ -259,6 +273,7 @@ def validate(config: Config) -> None:
     for prefix, tower in (("model.vision", vision), ("model.text", text)):
         _require_positive(f"{prefix}.width", tower.width)
         _require_positive(f"{prefix}.layers", tower.layers)
+        _require_positive(f"{prefix}.mlp_ratio", tower.mlp_ratio)
     _require_positive("model.embed_dim", config.model.embed_dim)
     _require_divisible(
         "model.vision.image_size", vision.image_size, "patch_size", vision.patch_size
@@ -266,6 +281,22 @@ def validate(config: Config) -> None:
     _require_divisible("model.vision.width", vision.width, "head_width", vision.head_width)
     _require_divisible("model.text.width", text.width, "heads", text.heads)
     _require_divisible("model.text.vocab_size", text.vocab_size, "parallel.tp", config.parallel.tp)
+    if text.vocab_size < _TOKENIZER_VOCABULARY:
+        raise ValueError(
+            f"model.text.vocab_size ({text.vocab_size}) must be at least {_TOKENIZER_VOCABULARY}, "
+            "the size of the tokenizer's vocabulary"
+        )
+    if text.context_length < 3:
+        raise ValueError(
+            f"model.text.context_length ({text.context_length}) must be at least 3: start, one "
+            "token, end"
+        )
+    for prefix, tower in (("model.vision", vision), ("model.text", text)):
+        head_dim = tower.width // tower.heads
+        if tower.attention.kind == "linear" and not 16 <= head_dim <= 256:
+            raise ValueError(
+                f"{prefix}: head dimension ({head_dim}) must be in 16..256 for linear attention"
+            )
 
     _require_positive("train.steps", config.train.steps)
     _require_positive("train.global_batch_size", config.train.global_batch_size)
@@ -280,8 +311,8 @@ def validate(config: Config) -> None:
         )
     if config.parallel.tp != 1:
         raise ValueError(f"parallel.tp ({config.parallel.tp}) must be 1 in this version")
-    if config.zero.stage not in (0, 1, 2):
-        raise ValueError(f"zero.stage ({config.zero.stage}) must be 0, 1 or 2 in this version")
+    if config.zero.stage not in (1, 2):
+        raise ValueError(f"zero.stage ({config.zero.stage}) must be 1 or 2 in this version")
 
     if not config.data.train:
         raise ValueError("data.train ([]) must name at least one shard")
@@ -297,7 +328,7 @@ def validate(config: Config) -> None:
     for name in ("lr", "eps"):
         _require_positive(f"optim.{name}", getattr(optim, name))
     for name in ("weight_decay", "warmup_steps", "clip_grad_norm"):
-        if getattr(optim, name) < 0:
+        if not 0 <= getattr(optim, name) < math.inf:
             raise ValueError(f"optim.{name} ({getattr(optim, name)}) must not be negative")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
@@ -311,6 +342,12 @@ def validate(config: Config) -> None:
     _require_positive("checkpoint.keep_last", config.checkpoint.keep_last)
     _require_positive("log.every_steps", config.log.every_steps)
     _require_positive("eval.batch_size", config.eval.batch_size)
+    for name, value in (
+        ("eval.every_steps", config.eval.every_steps),
+        ("log.num_images", config.log.num_images),
+    ):
+        if value < 0:
+            raise ValueError(f"{name} ({value}) must not be negative")
     if not config.name or Path(config.name).name != config.name:
         raise ValueError(f"name ({config.name!r}) must be a plain folder name")
 
@@ -356,8 +393,8 @@ def _known_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def _require_positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise ValueError(f"{name} ({value}) must be greater than 0")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} ({value}) must be greater than 0 and finite")
 
 
 def _require_divisible(name: str, value: int, by_name: str, by: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ class MetricWriter:
     """Writes on rank 0; the other ranks call it for nothing.
 
     Scalars go through ``engine.monitor`` (TensorBoard and whatever else DeepSpeed is told to feed)
-    and, one JSON object per call, into ``<run folder>/metrics.jsonl``.
+    and, one JSON object per call, into ``<run folder>/metrics.jsonl`` (null: not finite).
     """
 
     def __init__(self, config: Config, mesh: Mesh, monitor: Any) -> None:
@@ -35,8 +36,9 @@ class MetricWriter:
         if not self._is_writer:
             return
         self._monitor.write_events([(tag, value, step) for tag, value in values.items()])
+        record = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **record}) + "\n")
 
     def figure(self, step: int, tag: str, figure: Any) -> None:
         """Draw a matplotlib figure into TensorBoard."""
@@ -53,7 +55,7 @@ class StepMeter:
         self._mesh = mesh
         self._samples_per_step = samples_per_step
         self._tokens_per_sample = tokens_per_sample
-        self.skipped: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
         self.restart()
 
     def restart(self) -> None:
@@ -68,25 +70,30 @@ class StepMeter:
 
     def step_done(self, skipped: Mapping[str, int]) -> None:
         self._steps += 1
-        self.skipped.update(skipped)
+        self._skipped.update(skipped)
 
     def read(self, loss: Tensor) -> dict[str, float]:
-        """Values of the interval and the loss of its last step, averaged over data ranks."""
-        mean_loss = loss.detach().double()
-        counts = torch.tensor([self.skipped.total()], device=loss.device)
+        """Values of the interval, and the loss of its last step averaged over the data ranks.
+
+        Bad samples are counted from the start of this process on, over all data ranks, by cause.
+        """
+        ranks: list[tuple[float, Counter[str]]] = [(loss.item(), self._skipped)]
         if self._mesh.dp_size > 1:
-            dist.all_reduce(mean_loss, group=self._mesh.dp_group)
-            dist.all_reduce(counts, group=self._mesh.dp_group)
+            ranks = ranks * self._mesh.dp_size
+            dist.all_gather_object(ranks, (loss.item(), self._skipped), group=self._mesh.dp_group)
+        skipped = sum((counts for _, counts in ranks), Counter[str]())
+        # After the wait for the device, so that its queued work is inside the interval.
         seconds = time.perf_counter() - self._started
         rate = self._steps * self._samples_per_step / seconds if self._steps else math.nan
         return {
-            "train/loss": mean_loss.item() / self._mesh.dp_size,
+            "train/loss": statistics.fmean(loss for loss, _ in ranks),
             "perf/samples_per_second": rate,
             "perf/tokens_per_second": rate * self._tokens_per_sample,
             "perf/data_seconds_per_step": self._waited / max(self._steps, 1),
             "perf/seconds_per_step": seconds / max(self._steps, 1),
             "perf/peak_memory_gib": peak_memory_gib(loss.device),
-            "data/skipped_samples": counts.item(),
+            "data/skipped_samples": skipped.total(),
+            **{f"data/skipped/{cause}": count for cause, count in skipped.items()},
         }
 
 

@@ -22,17 +22,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices are decayed; vectors, norms, biases, the logit scale are not.
+    """Two parameter groups: matrices are decayed; vectors are not.
 
-    The rule is open_clip's.
+    The vectors are norms, biases, the class embedding and the logit scale: open_clip's rule.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        is_norm = any(part.startswith("ln_") or "norm" in part for part in name.split("."))
-        (kept if parameter.ndim < 2 or is_norm else decayed).append(parameter)
+        (kept if parameter.ndim < 2 else decayed).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},

@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +25,14 @@ from ds_linclip.metrics import MetricWriter, StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.optim import build_optimizer, learning_rate
 from ds_linclip.parallel.engine import deepspeed_config, initialize_engine
-from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.mesh import AgreedError, Mesh
 
 __all__ = ["Evaluator", "TrainResult", "train"]
 
 logger = logging.getLogger(__name__)
 
 #: Scores the model after a number of steps; called by all ranks, in eval mode, without gradients.
+#: A ValueError it raises, it raises on all of them.
 Evaluator = Callable[[CLIP, MetricWriter, int], Mapping[str, float]]
 
 
@@ -49,7 +52,9 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
 
     Raises:
         AgreedError: on all ranks together, before the first step, for whatever in the config does
-            not fit the data, the ranks or the run folder.
+            not fit the data, the ranks or the run folder; later, for held-out data that cannot be
+            scored.
+        DataError: on the rank that finds no usable training sample.
     """
     data = mesh.agree(lambda: _open_data(config, mesh))
     mesh.agree(lambda: deepspeed_config(config, mesh.dp_size))
@@ -62,8 +67,9 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     optimizer = build_optimizer(model, config.optim)
     engine = initialize_engine(model, optimizer, config, mesh)
     start = checkpoints.load(engine, resume_from) if resume_from else 0
-    if mesh.rank == 0 and start:
-        logger.info("resumed from %s", resume_from)
+    if mesh.rank == 0:
+        where = f"{mesh.world_size} ranks on {mesh.device.type}"
+        logger.info("%s, %s", where, f"resumed from {resume_from}" if start else "from step 0")
 
     writer = MetricWriter(config, mesh, engine.monitor)
     meter = StepMeter(mesh, config.train.global_batch_size, model.tokens_per_sample)
@@ -111,8 +117,11 @@ def _evaluate(
     evaluate: Evaluator, model: CLIP, writer: MetricWriter, step: int
 ) -> Mapping[str, float]:
     model.eval()
-    with torch.no_grad():
-        values = evaluate(model, writer, step)
+    try:
+        with torch.no_grad():
+            values = evaluate(model, writer, step)
+    except ValueError as error:
+        raise AgreedError(str(error)) from error
     model.train()
     writer.scalars(step, values)
     return values
@@ -123,18 +132,19 @@ def _optimizer_values(engine: Any, logit_scale: Tensor, rate: float) -> dict[str
     return {
         "train/lr": rate,
         "train/logit_scale": logit_scale.item(),
-        "train/grad_norm": float(norm) if norm is not None else float("nan"),
+        "train/grad_norm": float(norm),
+        "train/skipped_steps": engine.skipped_steps,
     }
 
 
 def _progress_bar(config: Config, mesh: Mesh, start: int) -> tqdm:
     """On rank 0; in a log file a line every half minute is enough."""
-    return tqdm(
+    bar = tqdm if mesh.rank == 0 else partial(tqdm, disable=True)
+    return bar(
         desc="train",
         unit="step",
         total=config.train.steps,
         initial=start,
-        disable=mesh.rank != 0,
         mininterval=0.1 if sys.stderr.isatty() else 30,
     )
 
@@ -144,7 +154,8 @@ def _show(progress: tqdm, values: Mapping[str, float]) -> None:
         {
             "loss": f"{values['train/loss']:.3f}",
             "samples/s": f"{values['perf/samples_per_second']:.0f}",
-        }
+        },
+        refresh=False,
     )
 
 
@@ -184,7 +195,12 @@ def _prepare_run_folder(config: Config, mesh: Mesh) -> None:
 def _git_commit() -> str | None:
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ds_linclip.checkpoint import latest_checkpoint, read_model_state
-from ds_linclip.config import load_config
+from ds_linclip.config import load_config, validate
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.held_out import HeldOutEvaluator
@@ -46,17 +46,13 @@ def score(run_folder: Path, data: str | None, batch_size: int | None) -> dict[st
     """
     config = load_config(run_folder / "config.yaml")
     checkpoint = latest_checkpoint(run_folder)
-    data = data or config.eval.data
-    if data is None:
-        raise ValueError("eval.data (None) must name a held-out folder, or give --data")
+    if data is not None:
+        config.eval.data = data
+    if batch_size is not None:
+        config.eval.batch_size = batch_size
+    validate(config)
     mesh = Mesh.create()
-    evaluator = HeldOutEvaluator(
-        data,
-        image_size=config.model.vision.image_size,
-        context_length=config.model.text.context_length,
-        batch_size=batch_size or config.eval.batch_size,
-        device=mesh.device,
-    )
+    evaluator = HeldOutEvaluator.from_config(config, device=mesh.device)
     model = CLIP(config.model, mesh)
     model.load_state_dict(read_model_state(checkpoint))
     if config.train.precision == "bf16":
@@ -64,7 +60,7 @@ def score(run_folder: Path, data: str | None, batch_size: int | None) -> dict[st
     result = evaluator.score(model.eval())
     report: dict[str, float | str] = {
         "checkpoint": checkpoint.name,
-        "data": str(data),
+        "data": str(config.eval.data),
         "num_samples": result.num_samples,
         "zeroshot_top1": result.top1,
         "zeroshot_top5": result.top5,

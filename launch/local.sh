@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # Train on this machine: launch/local.sh CONFIG.yaml [key=value ...]
-# One rank per GPU, or RANKS (default 2) gloo ranks on the CPU where there is no GPU.
+# RANKS sets the number of ranks; default: one per visible GPU, or two gloo ranks on the CPU where
+# there is no GPU. The ranks must divide train.global_batch_size.
 set -euo pipefail
 
-bin="$(dirname "$0")/../.venv/bin"
-[ -x "$bin/deepspeed" ] || bin="$(dirname "$(command -v deepspeed)")"
+bin="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin"
+[ -x "$bin/deepspeed" ] || { echo "error: $bin/deepspeed is missing: run make install" >&2; exit 2; }
 
 gpus=$("$bin/python" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then
-    ranks=${RANKS:-$gpus}
+    # Without --num_gpus the launcher honours CUDA_VISIBLE_DEVICES.
+    count=(${RANKS:+--num_gpus "$RANKS"})
 else
     ranks=${RANKS:-2}
+    count=(--num_gpus "$ranks")
     export DS_ACCELERATOR=cpu
     # Share the cores out, or the ranks' thread pools fight for them.
     cores=$(nproc)
@@ -18,4 +21,4 @@ else
 fi
 
 export PATH="$bin:$PATH"
-exec deepspeed --quiet --num_gpus "$ranks" "$(dirname "$0")/train.py" "$@"
+exec deepspeed --quiet "${count[@]}" "$(dirname "$0")/train.py" "$@"

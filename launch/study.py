@@ -78,14 +78,7 @@ def run_one(variant: str, config: Config) -> Run:
     """Train and score one run in this process, on one core."""
     torch.set_num_threads(1)
     mesh = Mesh.create(config.parallel)
-    assert config.eval.data is not None
-    evaluator = HeldOutEvaluator(
-        config.eval.data,
-        image_size=config.model.vision.image_size,
-        context_length=config.model.text.context_length,
-        batch_size=config.eval.batch_size,
-        device=mesh.device,
-    )
+    evaluator = HeldOutEvaluator.from_config(config, device=mesh.device)
     started = time.perf_counter()
     result = train(config, mesh, evaluator)
     return Run(
@@ -111,6 +104,7 @@ def _overrides(output: Path, variant: str, image_size: int, seed: int) -> list[s
         f"model.vision.image_size={image_size}",
         "data.num_workers=0",
         "log.tensorboard=false",
+        "log.num_images=0",
         "eval.every_steps=0",
         "checkpoint.every_steps=1000000",
     ]
@@ -121,8 +115,7 @@ def _key(run: Run) -> tuple[str, int, int]:
 
 
 def _num_tokens(config: Config) -> int:
-    vision = config.model.vision
-    return (vision.image_size // vision.patch_size) ** 2 + 1
+    return config.model.vision.num_tokens
 
 
 def _final_loss(config: Config) -> float:

@@ -10,8 +10,10 @@ import os
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 from ds_linclip.config import Config, load_config
+from ds_linclip.data import DataError
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.trainer import TrainResult, train
 from linclip_eval.held_out import HeldOutEvaluator
@@ -41,6 +43,10 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         mesh.barrier()
         return 2
+    except DataError as error:
+        # The other ranks wait for this one: leave at once, and the launcher ends them.
+        print(f"error: rank {mesh.rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
     if mesh.rank == 0:
         print(_summary(config, result), flush=True)
     mesh.close()
@@ -60,15 +66,7 @@ def _fail_before_start(error: ValueError) -> int:
 def _open_evaluator(config: Config, mesh: Mesh) -> HeldOutEvaluator | None:
     if config.eval.data is None:
         return None
-    return HeldOutEvaluator(
-        config.eval.data,
-        image_size=config.model.vision.image_size,
-        context_length=config.model.text.context_length,
-        batch_size=config.eval.batch_size,
-        device=mesh.device,
-        group=mesh.dp_group,
-        num_images=config.log.num_images,
-    )
+    return HeldOutEvaluator.from_config(config, device=mesh.device, group=mesh.dp_group)
 
 
 def _summary(config: Config, result: TrainResult) -> str:
@@ -83,11 +81,12 @@ def _summary(config: Config, result: TrainResult) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"  {name:<{width}}  {value:>10}" for name, value in rows)
+    tensorboard = Path(sys.executable).with_name("tensorboard")
     board = config.run_dir / "tensorboard"
     return (
         f"\n{config.name}\n{table}\n\n"
         f"run folder:  {config.run_dir}\n"
-        f"tensorboard: tensorboard --logdir {board}"
+        f"tensorboard: {tensorboard} --logdir {board}"
     )
 
 

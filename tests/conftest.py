@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# The ranks that tests start are gloo ranks on the CPU, also on a machine with GPUs.
+os.environ["DS_ACCELERATOR"] = "cpu"
+
 REPOSITORY = Path(__file__).parent.parent
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 
@@ -43,7 +46,7 @@ def deepspeed_cpu() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(
             [str(part) for part in (*command, *arguments)],
             cwd=REPOSITORY,
-            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=timeout,

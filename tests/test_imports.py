@@ -121,7 +121,7 @@ def test_checker_finds_a_violation(module, source):
         ("ds_linclip.model.attention", "from linclip_kernels import linear_attention"),
         ("ds_linclip.model.towers", "from ..config import VisionTower\nfrom .block import Block"),
         ("ds_linclip.trainer", "from .data import Batch\nfrom ds_linclip.dataset import x"),
-        ("linclip_eval.zero_shot", "from ds_linclip.data import labelled_batches"),
+        ("linclip_eval.zero_shot", "from ds_linclip.data import LabelledData"),
         ("launch.train", "from ds_linclip.trainer import train\nimport linclip_eval.zero_shot"),
     ],
 )

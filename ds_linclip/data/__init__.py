@@ -1,7 +1,7 @@
 """Shards -> samples -> batches: order and state, decoding, embedded and synthetic sets."""
 
-from ds_linclip.data.eval_data import LabelledBatch, labelled_batches, read_classes
+from ds_linclip.data.eval_data import LabelledBatch, LabelledData
 from ds_linclip.data.loader import Batch, TrainData
 from ds_linclip.data.samples import DataError
 
-__all__ = ["Batch", "DataError", "LabelledBatch", "TrainData", "labelled_batches", "read_classes"]
+__all__ = ["Batch", "DataError", "LabelledBatch", "LabelledData", "TrainData"]

@@ -1,11 +1,11 @@
 """Held-out classification data in clip_benchmark's webdataset layout.
 
-``FOLDER/classnames.txt``, ``FOLDER/zeroshot_classification_templates.txt`` (``{c}`` stands for the
-class) and tars in ``FOLDER/test`` or in ``FOLDER`` itself, with an image, ``cls`` (the class
-number) and optionally ``txt`` per sample.
+``FOLDER/classnames.txt``, ``FOLDER/zeroshot_classification_templates.txt`` (``{c}``, or open_clip's
+``{}``, stands for the class) and tars in ``FOLDER/test`` or in ``FOLDER`` itself, with an image,
+``cls`` (the class number) and optionally ``txt`` per sample.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -16,12 +16,15 @@ from torch.utils.data import Dataset, SequentialSampler
 
 from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ImageDecoder
 from ds_linclip.data.loader import ordered_loader
-from ds_linclip.data.shards import BadSample, OpenShard
+from ds_linclip.data.shards import BadSample, OpenShard, raise_file_limit
 
-__all__ = ["LabelledBatch", "labelled_batches", "read_classes"]
+__all__ = ["LabelledBatch", "LabelledData"]
 
 _CLASSNAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
+_MAX_CLASS_BYTES = 32
+
+_Place = tuple[OpenShard, int]
 
 
 @dataclass(frozen=True)
@@ -40,46 +43,17 @@ class LabelledBatch:
     keys: list[str]
     captions: list[str]
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device; asynchronous from pinned memory."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-        )
-
     def pin_memory(self) -> Self:
         """Called by torch's DataLoader."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
-def read_classes(folder: str | Path) -> tuple[list[str], list[str]]:
-    """Class names, and prompt templates in which ``{c}`` stands for one.
+class LabelledData:
+    """One rank's share of a held-out folder, opened once; every iteration reads it in full.
 
-    Raises:
-        ValueError: naming ``eval.data``, for a missing or empty file or a template without ``{c}``.
-    """
-    classnames = _read_lines(Path(folder) / _CLASSNAMES)
-    templates = _read_lines(Path(folder) / _TEMPLATES)
-    for template in templates:
-        if "{c}" not in template:
-            raise ValueError(f"eval.data ({folder}): template ({template}) must contain {{c}}")
-    return classnames, templates
-
-
-def labelled_batches(
-    folder: str | Path,
-    *,
-    image_size: int,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    num_workers: int = 0,
-) -> Iterator[LabelledBatch]:
-    """One rank's share of the held-out samples, once, in a fixed order.
-
-    Rank r takes samples r, r + world_size, ...; nothing is padded or repeated, so ranks may get one
-    sample, and one batch, more or fewer than others. Transformed as open_clip does for evaluation.
+    Rank r takes samples r, r + world_size, ... in a fixed order; nothing is padded or repeated, so
+    ranks may get one sample, and one batch, more or fewer than others. Transformed as open_clip
+    does for evaluation. The tars stay open, so what is read is what was checked.
 
     Args:
         folder: See the module.
@@ -88,70 +62,108 @@ def labelled_batches(
         rank, world_size: This rank and how many there are.
         num_workers: Decoding processes.
 
+    Attributes:
+        classnames: The names; the index of a name is its class number.
+        templates: Prompts with a place for the name.
+
     Raises:
-        ValueError: naming ``eval.data``; at once for a folder without readable tars, on the way for
-            a sample that cannot be read (a score over fewer samples would not be the score).
+        ValueError: naming ``eval.data``; at construction for a missing or empty file, and for a
+            sample of this rank without an image or without a class in the list; while iterating for
+            one that cannot be decoded (a score over fewer samples would not be the score).
     """
-    dataset = _LabelledDataset(Path(folder), image_size, batch_size, rank, world_size)
-    return _raise_errors(
-        ordered_loader(dataset, SequentialSampler(dataset), num_workers=num_workers)
-    )
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        image_size: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        folder = Path(folder)
+        self.classnames = _read_lines(folder / _CLASSNAMES)
+        self.templates = _read_lines(folder / _TEMPLATES)
+        raise_file_limit()
+        shards = [_open(folder, path) for path in _find_tars(folder)]
+        places = [(shard, index) for shard in shards for index in range(len(shard))]
+        if not places:
+            raise ValueError(f"eval.data ({folder}) must hold at least one sample")
+        places = places[rank::world_size]
+        labels = [_read_label(folder, place, len(self.classnames)) for place in places]
+        self._dataset = _LabelledDataset(folder, image_size, batch_size, places, labels)
+        self._num_workers = num_workers
+
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        sampler = SequentialSampler(self._dataset)
+        for item in ordered_loader(self._dataset, sampler, num_workers=self._num_workers):
+            if isinstance(item, ValueError):
+                raise item
+            yield item
 
 
 class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
     """Maps a batch number to one rank's labelled batch."""
 
     def __init__(
-        self, folder: Path, image_size: int, batch_size: int, rank: int, world_size: int
+        self,
+        folder: Path,
+        image_size: int,
+        batch_size: int,
+        places: list[_Place],
+        labels: list[int],
     ) -> None:
         self._folder = folder
         self._batch_size = batch_size
-        self._shards = [self._open(path) for path in _find_tars(folder)]
-        places = [
-            (number, index)
-            for number, shard in enumerate(self._shards)
-            for index in range(len(shard))
-        ]
-        self._places = places[rank::world_size]
+        self._places = places
+        self._labels = labels
         self._decode = ImageDecoder(image_size, crop_scale=None)
 
     def __len__(self) -> int:
         return -(-len(self._places) // self._batch_size)
 
     def __getitem__(self, number: int) -> LabelledBatch | ValueError:
-        start = number * self._batch_size
-        images, labels, keys, captions = [], [], [], []
-        for shard, index in self._places[start : start + self._batch_size]:
-            opened = self._shards[shard]
+        share = slice(number * self._batch_size, (number + 1) * self._batch_size)
+        images, keys, captions = [], [], []
+        for shard, index in self._places[share]:
             try:
-                content = opened.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
+                content = shard.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
                 images.append(self._decode(content))
-                labels.append(int(opened.read(index, "class", max_bytes=32)))
-                captions.append(_caption(opened, index))
-            except (BadSample, ValueError) as error:
-                return ValueError(
-                    f"eval.data ({self._folder}): sample {opened.keys[index]} of {opened.path} "
-                    f"must be readable: {error}"
-                )
-            keys.append(opened.keys[index])
-        return LabelledBatch(torch.stack(images), torch.tensor(labels), keys, captions)
-
-    def _open(self, path: Path) -> OpenShard:
-        try:
-            return OpenShard(str(path))
-        except BadSample as error:
-            raise ValueError(
-                f"eval.data ({self._folder}): {path} must be a readable tar: {error}"
-            ) from error
+                captions.append(_caption(shard, index))
+            except (BadSample, OSError, ValueError) as error:
+                # As a value: raised in a worker, it would arrive as a traceback.
+                return _sample_error(self._folder, (shard, index), f"be readable: {error}")
+            keys.append(shard.keys[index])
+        labels = torch.tensor(self._labels[share])
+        return LabelledBatch(torch.stack(images), labels, keys, captions)
 
 
-def _raise_errors(
-    items: Iterable[LabelledBatch | ValueError],
-) -> Iterator[LabelledBatch]:
-    for item in items:
-        if isinstance(item, ValueError):
-            raise item
-        yield item
+def _open(folder: Path, path: Path) -> OpenShard:
+    try:
+        return OpenShard(str(path))
+    except (BadSample, OSError) as error:
+        raise ValueError(f"eval.data ({folder}): {path} must be a readable tar: {error}") from error
+
+
+def _read_label(folder: Path, place: _Place, num_classes: int) -> int:
+    """Class number of a sample, having checked that it is one and that there is an image."""
+    shard, index = place
+    try:
+        shard.find(index, "image", max_bytes=MAX_IMAGE_BYTES)
+        label = int(shard.read(index, "class", max_bytes=_MAX_CLASS_BYTES))
+    except (BadSample, OSError, ValueError) as error:
+        raise _sample_error(folder, place, f"be readable: {error}") from error
+    if not 0 <= label < num_classes:
+        rule = f"have a class in [0, {num_classes}), the lines of {_CLASSNAMES}; it has {label}"
+        raise _sample_error(folder, place, rule)
+    return label
+
+
+def _sample_error(folder: Path, place: _Place, rule: str) -> ValueError:
+    shard, index = place
+    sample = f"sample {shard.keys[index]} of {shard.path}"
+    return ValueError(f"eval.data ({folder}): {sample} must {rule}")
 
 
 def _caption(shard: OpenShard, index: int) -> str:

@@ -18,7 +18,7 @@ from ds_linclip.config import DataConfig
 from ds_linclip.data.decode import CaptionTokenizer, ImageDecoder
 from ds_linclip.data.order import SampleOrder
 from ds_linclip.data.samples import DataError, SampleReader
-from ds_linclip.data.shards import find_shards
+from ds_linclip.data.shards import find_shards, raise_file_limit
 
 __all__ = ["Batch", "TrainData", "ordered_loader"]
 
@@ -88,6 +88,7 @@ class TrainData:
                 f"train.global_batch_size ({global_batch_size}) must be a positive multiple of the "
                 f"data-parallel size ({dp_size})"
             )
+        raise_file_limit()
         shards = find_shards(config.train)
         order = SampleOrder(
             [shard.num_samples for shard in shards],
@@ -117,6 +118,7 @@ class TrainData:
 
         Raises:
             DataError: when samples and all candidates to replace them are bad.
+            OSError: when the file system fails; that is no reason to replace samples.
         """
         loader = ordered_loader(self._dataset, _Steps(start_step), num_workers=self._num_workers)
         for item in loader:
@@ -148,7 +150,7 @@ class _StepDataset(Dataset[Batch | DataError]):
             dp_rank=self._dp_rank,
             dp_size=self._dp_size,
         )
-        _, shards, indices = self._order.locate(positions)
+        shards, indices = self._order.locate(positions)
         samples, skipped = [], Counter[str]()
         try:
             for place in zip(positions.tolist(), shards.tolist(), indices.tolist(), strict=True):

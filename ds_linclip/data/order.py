@@ -53,14 +53,14 @@ class SampleOrder:
         self._epochs: dict[int, _Epoch] = {}
         self._pools: dict[int, _Pool] = {}
 
-    def locate(self, positions: npt.ArrayLike) -> tuple[_Array, _Array, _Array]:
+    def locate(self, positions: npt.ArrayLike) -> tuple[_Array, _Array]:
         """Find the samples at global positions.
 
         Args:
             positions: Any shape [K], not negative, in any order.
 
         Returns:
-            Epoch number, shard number and index within the shard, each [K].
+            Shard number and index within the shard, each [K].
         """
         positions = np.asarray(positions, dtype=np.int64)
         epochs = positions // self.num_samples
@@ -73,7 +73,7 @@ class SampleOrder:
                 in_lane = np.flatnonzero(lanes == lane)
                 rows = in_epoch[in_lane]
                 shards[rows], indices[rows] = self._in_lane(epoch, int(lane), offsets[in_lane])
-        return epochs, shards, indices
+        return shards, indices
 
     def step_positions(
         self, step: int, *, global_batch_size: int, dp_rank: int, dp_size: int

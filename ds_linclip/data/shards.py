@@ -4,9 +4,12 @@ Layout: img2dataset, as of LAION-400M. ``NNNNN.tar`` holds ``KEY.jpg``, ``KEY.tx
 ``NNNNN_stats.json`` beside it, written last, holds the number of samples.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import os
+import resource
 import tarfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
-__all__ = ["BadSample", "OpenShard", "Shard", "ShardCache", "find_shards"]
+__all__ = ["BadSample", "OpenShard", "Shard", "ShardCache", "find_shards", "raise_file_limit"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,16 @@ def find_shards(patterns: Sequence[str]) -> list[Shard]:
     return [Shard(path, count) for path, (count, _) in zip(paths, counted, strict=True)]
 
 
+def raise_file_limit() -> None:
+    """Let this process, and workers it starts later, open as many files as the system allows.
+
+    A rank holds all shards of its lanes' pools open; the usual soft limit is 1024.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError):  # some systems name a limit that they do not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class OpenShard:
     """An open tar file and the place of every sample in it.
 
@@ -96,6 +109,8 @@ class OpenShard:
 
     Raises:
         BadSample: ``shard_missing`` or ``shard_unreadable``.
+        OSError: for what says nothing about the shard: no more files can be opened, the file system
+            is not answering.
     """
 
     def __init__(self, path: str) -> None:
@@ -104,13 +119,17 @@ class OpenShard:
         places: list[list[tuple[int, int]]] = []
         try:
             self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
-        except OSError as error:
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             raise BadSample("shard_missing", whole_shard=True) from error
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as tar:
                 self._scan(tar, places)
-        except (tarfile.TarError, OSError) as error:
-            # A cut tar: the members before the cut are sound.
+        except (tarfile.TarError, OSError, ValueError) as error:
+            # EINVAL and ValueError: a broken header points to where no file can reach.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                self._file.close()
+                raise
+            # A cut or broken tar: the members before that place are sound.
             if not places:
                 self._file.close()
                 raise BadSample("shard_unreadable", whole_shard=True) from error
@@ -135,12 +154,12 @@ class OpenShard:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, index: int, role: Role, *, max_bytes: int) -> bytes:
-        """Bytes of one member of the sample at ``index``.
+    def find(self, index: int, role: Role, *, max_bytes: int) -> tuple[int, int]:
+        """Offset and size in bytes of one member of the sample at ``index``; reads nothing.
 
         Raises:
-            BadSample: ``shard_short`` (no such sample), ``<role>_missing``,
-                ``<role>_too_many_bytes`` or ``<role>_cut``.
+            BadSample: ``shard_short`` (no such sample), ``<role>_missing`` or
+                ``<role>_too_many_bytes``.
         """
         if index >= len(self.keys):
             raise BadSample("shard_short")
@@ -149,10 +168,17 @@ class OpenShard:
             raise BadSample(f"{role}_missing")
         if size > max_bytes:
             raise BadSample(f"{role}_too_many_bytes")
-        try:
-            content = os.pread(self._file.fileno(), size, offset)
-        except OSError as error:
-            raise BadSample("shard_unreadable", whole_shard=True) from error
+        return offset, size
+
+    def read(self, index: int, role: Role, *, max_bytes: int) -> bytes:
+        """Bytes of one member of the sample at ``index``.
+
+        Raises:
+            BadSample: as :meth:`find`, or ``<role>_cut``.
+            OSError: when the file system fails.
+        """
+        offset, size = self.find(index, role, max_bytes=max_bytes)
+        content = os.pread(self._file.fileno(), size, offset)
         if len(content) < size:
             raise BadSample(f"{role}_cut")
         return content
@@ -178,7 +204,8 @@ class ShardCache:
         """The shard with this number.
 
         Raises:
-            BadSample: when it cannot be opened; that too is remembered.
+            BadSample: when it is lost or broken; that too is remembered.
+            OSError: as :class:`OpenShard`; not remembered.
         """
         found = self._open.get(number)
         if found is None:
@@ -244,7 +271,7 @@ def _count_samples(path: str) -> tuple[int, bool]:
         return status.to_pylist().count("success"), False
     try:
         shard = OpenShard(path)
-    except BadSample as error:
-        raise ValueError(f"data.train ({path}) must be a readable tar: {error.cause}") from error
+    except (BadSample, OSError) as error:
+        raise ValueError(f"data.train ({path}) must be a readable tar: {error}") from error
     shard.close()
     return len(shard), False

@@ -66,7 +66,6 @@ class SelfAttention(nn.Module):
                 v,
                 causal=self.causal,
                 normalized=self.attention.normalized,
-                qk_norm=self.attention.qk_norm,
                 score_scale=self.attention.score_scale,
                 length_exponent=self.attention.length_exponent,
             )

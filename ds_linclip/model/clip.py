@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,8 +44,7 @@ class CLIP(nn.Module):
     @property
     def tokens_per_sample(self) -> int:
         """Tokens of one image-text pair at the configured sizes, over both towers."""
-        vision = self.config.vision
-        return (vision.image_size // vision.patch_size) ** 2 + 1 + self.config.text.context_length
+        return self.config.vision.num_tokens + self.config.text.context_length
 
     def encode_image(self, images: Tensor, *, normalize: bool = False) -> Tensor:
         """Features [B, E] of ``images`` [B, 3, H, W]; with ``normalize``, fp32 of length one."""
@@ -70,26 +70,31 @@ class CLIP(nn.Module):
         return (
             self.encode_image(images, normalize=True),
             self.encode_text(texts, normalize=True),
-            _ClampedExp.apply(self.logit_scale).squeeze(0),
+            _ClampedExp.apply(self.logit_scale, self.mesh.dp_group).squeeze(0),
         )
 
 
 class _ClampedExp(torch.autograd.Function):
     """``exp`` held in [1, 100]; beyond an end, only gradients that lead back pass.
 
-    Clamping the parameter itself would not last: under ZeRO the optimizer owns an fp32 copy.
+    Clamping the parameter itself would not last: under ZeRO the optimizer owns an fp32 copy. Which
+    way the gradient leads is asked of the whole global batch, not of each rank's part of it.
     """
 
     @staticmethod
-    def forward(ctx: Any, log_scale: Tensor) -> Tensor:
+    def forward(ctx: Any, log_scale: Tensor, dp_group: dist.ProcessGroup) -> Tensor:
         scale = log_scale.float().exp().clamp(1.0, MAX_LOGIT_SCALE)
         ctx.save_for_backward(log_scale, scale)
+        ctx.dp_group = dp_group
         return scale
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         log_scale, scale = ctx.saved_tensors
         (grad,) = grad_outputs
+        total = grad.clone()
+        if ctx.dp_group.size() > 1:
+            dist.all_reduce(total, group=ctx.dp_group)
         # Descent moves against the gradient.
-        outward = ((scale >= MAX_LOGIT_SCALE) & (grad < 0)) | ((scale <= 1.0) & (grad > 0))
-        return torch.where(outward, 0.0, grad * scale).to(log_scale.dtype)
+        outward = ((scale >= MAX_LOGIT_SCALE) & (total < 0)) | ((scale <= 1.0) & (total > 0))
+        return torch.where(outward, 0.0, grad * scale).to(log_scale.dtype), None

@@ -4,10 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import nn, optim
 
 from ds_linclip.config import Config
 from ds_linclip.parallel.mesh import Mesh
+
+#: What is DeepSpeed's alone. Batch, precision, clipping and optimizer are set in our config.
+_FILE_MAY_SET = {
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "wandb",
+    "comet",
+    "csv_monitor",
+}
 
 __all__ = ["deepspeed_config", "initialize_engine"]
 
@@ -20,8 +36,6 @@ def initialize_engine(
     Raises:
         ValueError: as :func:`deepspeed_config`.
     """
-    import deepspeed
-
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -37,7 +51,8 @@ def deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
     JSON file of ``zero.deepspeed_config``.
 
     Raises:
-        ValueError: when that file cannot be read or sets a key that our config owns.
+        ValueError: when that file cannot be read, or sets a key that our config owns or that
+            DeepSpeed does not know.
     """
     generated: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
@@ -57,21 +72,27 @@ def deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
         return generated
     path = Path(config.zero.deepspeed_config)
     try:
-        extra = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        merged = _merge(json.loads(path.read_text()), generated)
+        DeepSpeedZeroConfig(**merged["zero_optimization"])
+    except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"zero.deepspeed_config ({path}) cannot be read: {error}") from error
-    return _merge(extra, generated, path)
-
-
-def _merge(extra: dict[str, Any], generated: dict[str, Any], path: Path) -> dict[str, Any]:
-    merged = dict(extra)
-    for key, value in generated.items():
-        if key not in extra:
-            merged[key] = value
-        elif isinstance(value, dict) and isinstance(extra[key], dict):
-            merged[key] = _merge(extra[key], value, path)
-        else:
-            raise ValueError(
-                f"zero.deepspeed_config ({path}) must not set {key}: the training config owns it"
-            )
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(
+            f"zero.deepspeed_config ({path}): zero_optimization: {problems}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"zero.deepspeed_config ({path}) {error}") from error
     return merged
+
+
+def _merge(extra: Any, generated: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(extra, dict):
+        raise ValueError(f"must hold keys and values, not {extra!r}")
+    for key in extra.keys() - _FILE_MAY_SET:
+        owned = "the training config owns it" if key in generated else "it is not known here"
+        raise ValueError(f"must not set {key}: {owned}")
+    zero = extra.get("zero_optimization", {})
+    if "stage" in zero:
+        raise ValueError("must not set zero_optimization.stage: the training config owns it")
+    return {**extra, **generated, "zero_optimization": {**zero, **generated["zero_optimization"]}}

@@ -114,6 +114,18 @@ class Mesh:
             where = f" (on rank{'s' if len(failed) > 1 else ''} {ranks} of {self.world_size})"
         raise AgreedError(f"{messages[failed[0]]}{where}") from failure
 
+    def from_rank_zero(self, fn: Callable[[], T]) -> T:
+        """Run ``fn`` on rank 0 and give its result, which can be pickled, to every rank.
+
+        Raises:
+            AgreedError: on every rank, when ``fn`` raised ValueError.
+        """
+        result = self.agree(lambda: fn() if self.rank == 0 else None)
+        received = [result]
+        if self.world_size > 1:
+            dist.broadcast_object_list(received, src=0)
+        return received[0]  # type: ignore[return-value]
+
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self.world_size > 1:
@@ -162,9 +174,13 @@ def _check_sizes(config: ParallelConfig, world_size: int) -> None:
 
 
 def _select_device(config: ParallelConfig, launched: bool) -> torch.device:
-    """This rank's own GPU, or the CPU. Where there are GPUs, "auto" never falls back to the CPU."""
+    """This rank's own GPU, or the CPU. Where there are GPUs, "auto" never falls back to the CPU
+    unless DeepSpeed is told to (``DS_ACCELERATOR=cpu``)."""
     num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
-    if config.device == "cpu" or (config.device == "auto" and num_gpus == 0):
+    asked_of_deepspeed = os.environ.get("DS_ACCELERATOR")
+    if config.device == "cpu" or (
+        config.device == "auto" and (num_gpus == 0 or asked_of_deepspeed == "cpu")
+    ):
         # DeepSpeed otherwise looks for itself, and would take a GPU that is to stay unused.
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import open_clip
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_linclip.data import labelled_batches, read_classes
+from ds_linclip.config import Config
+from ds_linclip.data import LabelledData
 from linclip_eval.figures import draw_predictions
-from linclip_eval.zero_shot import ZeroShotResult, build_classifier, zero_shot
+from linclip_eval.zero_shot import ZeroShotResult, build_classifier, parse_template, zero_shot
 
 __all__ = ["HeldOutEvaluator"]
 
@@ -30,13 +31,15 @@ class HeldOutEvaluator:
 
     Args:
         folder: clip_benchmark's webdataset layout: ``*.tar`` with jpg and cls members,
-            ``classnames.txt``, ``zeroshot_classification_templates.txt``.
+            ``classnames.txt``, ``zeroshot_classification_templates.txt``. Opened and checked here,
+            so that an evaluation hours later finds it in order.
         image_size: side of the model's square images, in pixels.
         context_length: tokens of the model's text tower.
         batch_size: images per forward, per rank.
+        num_workers: decoding processes, per rank.
         device: where the model is.
         group: ranks that share out the samples and the prompts; None: this process alone.
-        num_images: predictions drawn at each call.
+        num_images: predictions drawn at each call, by rank 0 of ``group``.
 
     Raises:
         ValueError: when the folder misses a file or its files disagree.
@@ -49,28 +52,59 @@ class HeldOutEvaluator:
         image_size: int,
         context_length: int,
         batch_size: int,
+        num_workers: int = 0,
         device: torch.device,
         group: dist.ProcessGroup | None = None,
         num_images: int = 0,
     ) -> None:
-        self.classnames, self.templates = read_classes(folder)
-        self._folder = folder
-        self._image_size = image_size
-        self._batch_size = batch_size
+        rank, world_size = 0, 1
+        if group is not None:
+            rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._data = LabelledData(
+            folder,
+            image_size=image_size,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+        )
+        try:
+            self._prompts = [parse_template(template) for template in self._data.templates]
+        except ValueError as error:
+            raise ValueError(f"eval.data ({folder}): {error}") from error
         self._device = device
         self._group = group
-        self._num_images = num_images
+        self._num_images = num_images if rank == 0 else 0
         self._tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+
+    @classmethod
+    def from_config(
+        cls, config: Config, *, device: torch.device, group: dist.ProcessGroup | None = None
+    ) -> Self:
+        """The evaluator of ``config.eval``.
+
+        Raises:
+            ValueError: when ``eval.data`` is None, or as the class.
+        """
+        if config.eval.data is None:
+            raise ValueError("eval.data (None) must name a held-out folder")
+        return cls(
+            config.eval.data,
+            image_size=config.model.vision.image_size,
+            context_length=config.model.text.context_length,
+            batch_size=config.eval.batch_size,
+            num_workers=config.data.num_workers,
+            device=device,
+            group=group,
+            num_images=config.log.num_images,
+        )
 
     def score(self, model: _Encoders) -> ZeroShotResult:
         """Classify every held-out image; ``model`` is in eval mode, gradients are off."""
-        rank, world_size = 0, 1
-        if self._group is not None:
-            rank, world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
         classifier = build_classifier(
             model.encode_text,
-            self.classnames,
-            self.templates,
+            self._data.classnames,
+            self._prompts,
             tokenizer=self._tokenizer,
             device=self._device,
             group=self._group,
@@ -78,14 +112,8 @@ class HeldOutEvaluator:
         return zero_shot(
             model.encode_image,
             classifier,
-            labelled_batches(
-                self._folder,
-                image_size=self._image_size,
-                batch_size=self._batch_size,
-                rank=rank,
-                world_size=world_size,
-            ),
-            classnames=self.classnames,
+            self._data,
+            classnames=self._data.classnames,
             group=self._group,
             num_predictions=self._num_images,
         )

@@ -21,7 +21,14 @@ from open_clip import build_zero_shot_classifier
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["Prediction", "ZeroShotResult", "build_classifier", "write_per_class_csv", "zero_shot"]
+__all__ = [
+    "Prediction",
+    "ZeroShotResult",
+    "build_classifier",
+    "parse_template",
+    "write_per_class_csv",
+    "zero_shot",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +104,29 @@ class ZeroShotResult:
         return (self.class_top1[seen] / self.class_samples[seen].double()).mean().item()
 
 
+def parse_template(template: Template) -> Callable[[str], str]:
+    """A prompt template as a function of the class name.
+
+    Args:
+        template: format string with ``{}`` (open_clip) or ``{c}`` (clip_benchmark) for the name;
+            callables are returned as they are.
+
+    Raises:
+        ValueError: for a string that is no format string, or has no place for the name.
+    """
+    if callable(template):
+        return template
+    text = template
+    probe = "name"
+    try:
+        has_place = text.format(probe, c=probe) != text.format("", c="")
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"template ({text!r}) must be a format string: {error}") from error
+    if not has_place:
+        raise ValueError(f"template ({text!r}) must hold {{}} or {{c}} for the class name")
+    return lambda name: text.format(name, c=name)
+
+
 def build_classifier(
     encode_text: Encoder,
     classnames: Sequence[str],
@@ -113,8 +143,7 @@ def build_classifier(
         encode_text: token ids [B, L] to text features [B, E], normalised or not. With ``group`` it
             must not itself communicate over that group.
         classnames: C names; the index of a name is its label.
-        templates: format strings with ``{}`` (open_clip) or ``{c}`` (clip_benchmark), or callables
-            from a class name to a prompt.
+        templates: see :func:`parse_template`.
         tokenizer: prompts to token ids [B, L].
         device: where token ids go and the result lies.
         group: ranks among which the classes are split; each of them gets the whole result.
@@ -142,7 +171,7 @@ def build_classifier(
             SimpleNamespace(encode_text=encode),
             tokenizer=tokenizer,
             classnames=names,
-            templates=[_as_callable(template) for template in templates],
+            templates=[parse_template(template) for template in templates],
             num_classes_per_batch=classes_per_batch,
             device=device,
         )
@@ -180,7 +209,8 @@ def zero_shot(
         encode_image: images [B, 3, H, W] to image features [B, E], normalised or not. With
             ``group`` it must not itself communicate over that group.
         classifier: [E, C] from :func:`build_classifier`.
-        batches: this rank's share of the samples.
+        batches: this rank's share of the samples; a ValueError raised while iterating over them
+            ends the call on all ranks of ``group``.
         classnames: the C names behind the columns of ``classifier``.
         group: the data-parallel ranks over which samples are counted, each sample on one of them.
         num_predictions: how many of this rank's first samples to keep for display.
@@ -262,20 +292,6 @@ def write_per_class_csv(result: ZeroShotResult, path: str | Path) -> None:
         for label, (name, samples, top1, top5) in enumerate(counts):
             scores = [top1 / samples, top5 / samples] if samples else ["", ""]
             writer.writerow([label, name, samples, *scores])
-
-
-def _as_callable(template: Template) -> Callable[[str], str]:
-    if callable(template):
-        return template
-    text = template
-    probe = "name"
-    try:
-        has_place = text.format(probe, c=probe) != text.format("", c="")
-    except (LookupError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"template ({text!r}) must be a format string: {error}") from error
-    if not has_place:
-        raise ValueError(f"template ({text!r}) must hold {{}} or {{c}} for the class name")
-    return lambda name: text.format(name, c=name)
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:

@@ -54,13 +54,19 @@ def linear_attention(
     _check_tensors(q, k, v)
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend ({backend!r}) must be 'auto', 'torch' or 'triton'")
+    # With one key both orders are the same, and the causal one knows the limit of its first row.
+    causal = causal or q.shape[1] == 1
     form = Form(causal, normalized, qk_norm, score_scale, length_exponent)
     if backend == "torch" or (backend == "auto" and q.device.type != "cuda"):
         return linear_attention_eager(q, k, v, form)
-    return _linear_attention_triton(q, k, v, form)
+    _check_triton_tensors(q, v)
+    # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
+    from linclip_kernels.linear_attention.fused import linear_attention_triton
+
+    return linear_attention_triton(q, k, v, form)
 
 
-def _linear_attention_triton(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
+def _check_triton_tensors(q: Tensor, v: Tensor) -> None:
     import triton
 
     for name, dim in (("q", q.shape[-1]), ("v", v.shape[-1])):
@@ -74,13 +80,6 @@ def _linear_attention_triton(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Ten
             f"backend ('triton') must have CUDA tensors, not {q.device.type}; "
             "TRITON_INTERPRET=1 runs the kernels on the CPU"
         )
-    # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
-    from linclip_kernels.linear_attention.causal import CausalLinearAttention
-    from linclip_kernels.linear_attention.noncausal import LinearAttention
-
-    # With one key both orders are the same, and the causal one knows the limit of its first row.
-    function = CausalLinearAttention if form.causal or q.shape[1] == 1 else LinearAttention
-    return function.apply(q, k, v, form)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -11,6 +11,7 @@ from ds_linclip.parallel.mesh import AgreedError, Mesh
 
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
+FORMS = ["fp32_zero1", "bf16_zero1", "bf16_zero2"]
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +32,20 @@ def values(job, run, tag="train/loss"):
     return {record["step"]: record[tag] for record in map(json.loads, lines) if tag in record}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tag", ["train/loss", "train/grad_norm", "train/logit_scale"])
-def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(job, precision, tag):
-    whole, again = values(job, f"{precision}_whole", tag), values(job, f"{precision}_again", tag)
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(job, form, tag):
+    whole, again = values(job, f"{form}_whole", tag), values(job, f"{form}_again", tag)
     assert sorted(whole) == list(range(1, 31))
     assert sorted(again) == list(range(16, 31))
     assert {step: whole[step] for step in again} == again
     assert len(set(whole.values())) > 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_weights_are_equal_bit_for_bit(job, precision):
+@pytest.mark.parametrize("form", FORMS)
+def test_resumed_weights_are_equal_bit_for_bit(job, form):
     whole, again = (
-        read_model_state(job / f"{precision}_{run}" / "checkpoints" / "step-00000030")
+        read_model_state(job / f"{form}_{run}" / "checkpoints" / "step-00000030")
         for run in ("whole", "again")
     )
     assert whole.keys() == again.keys()
@@ -52,13 +53,12 @@ def test_resumed_weights_are_equal_bit_for_bit(job, precision):
 
 
 def test_loss_falls(job):
-    losses = values(job, "fp32_whole")
+    losses = values(job, "fp32_zero1_whole")
     assert sum(losses[s] for s in range(26, 31)) < sum(losses[s] for s in range(1, 6)) - 0.25
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_zero_stages_agree(job, stage):
-    reference, other = values(job, "fp32_whole"), values(job, f"zero{stage}")
+def test_zero_stages_agree(job):
+    reference, other = values(job, "fp32_zero1_whole"), values(job, "fp32_zero2")
     for step, loss in reference.items():
         assert other[step] == pytest.approx(loss, rel=1e-4)
     assert other[1] == reference[1]
@@ -76,13 +76,14 @@ def test_error_of_one_rank_is_raised_on_all(job):
 
 def test_logit_scale_stays_in_its_bounds_and_comes_back(job):
     for seen in results(job, "scale"):
-        assert max(seen["up"]) == 100.0
-        assert seen["up"][-1] == 100.0
+        reached = seen["up"].index(100.0)
+        assert seen["up"][reached:] == [100.0] * (25 - reached)
+        assert seen["down"][0] == 100.0
         assert min(seen["down"]) < 50.0
 
 
 def test_run_folder_says_what_the_run_was(job):
-    run = job / "bf16_whole"
+    run = job / "bf16_zero1_whole"
     assert load_config(run / "config.yaml").train.precision == "bf16"
     assert json.loads((run / "deepspeed.json").read_text())["bf16"] == {"enabled": True}
     versions = json.loads((run / "versions.json").read_text())
@@ -97,14 +98,19 @@ def test_run_folder_says_what_the_run_was(job):
         ("model.vision.layers=3", r"step-00000030, .*model\.vision\.layers \(3\) must equal 4"),
         ("zero.stage=2", r"step-00000030, .*zero\.stage \(2\) must equal 1"),
         ("train.seed=5", r"step-00000030, .*train\.seed \(5\) must equal 0"),
-        ("name=fp32_whole", r"step-00000030, parallel\.dp \(1\) must equal 2"),
+        ("optim.lr=1.0", r"step-00000030, .*optim\.lr \(1\.0\) must equal 0\.002"),
+        ("train.steps=900", r"step-00000030, .*train\.steps \(900\) must equal 30"),
+        (
+            "name=fp32_zero1_whole",
+            r"step-00000030, number of data-parallel ranks \(1\) must equal 2",
+        ),
         ("checkpoint.resume=never", r"checkpoint\.resume \(never\) refuses .*step-00000030"),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(job, embedded_overrides, override, message):
     config = load_config(
         HERE.parents[1] / "ds_configs" / "train" / "embedded.yaml",
-        [*embedded_overrides, f"output_dir={job}", "name=fp32_whole", override],
+        [*embedded_overrides, f"output_dir={job}", "name=fp32_zero1_whole", override],
     )
     before = sorted(job.rglob("*"))
     with pytest.raises(AgreedError, match=message):

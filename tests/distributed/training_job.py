@@ -37,17 +37,17 @@ def main(folder: Path, config_file: str, overrides: list[str]) -> None:
         "agree": agree(mesh),
         "loss": loss_against_one_process(mesh),
     }
-    for precision in ("fp32", "bf16"):
-        whole = config(f"{precision}_whole", f"train.precision={precision}")
+    for precision, stage in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
+        form = [f"train.precision={precision}", f"zero.stage={stage}"]
+        whole = config(f"{precision}_zero{stage}_whole", *form)
         train(whole, mesh)
-        again = config(f"{precision}_again", f"train.precision={precision}", "data.num_workers=0")
+        again = config(f"{precision}_zero{stage}_again", *form, "data.num_workers=0")
         if mesh.rank == 0:
             shutil.copytree(whole.run_dir / "checkpoints", again.run_dir / "checkpoints")
             shutil.rmtree(again.run_dir / "checkpoints" / f"step-{STEPS:08d}")
         mesh.barrier()
         train(again, mesh)
-    for stage in (0, 2):
-        train(config(f"zero{stage}", f"zero.stage={stage}", "train.precision=fp32"), mesh)
+    train(config("fp32_zero2", "zero.stage=2", "train.precision=fp32"), mesh)
     results["scale"] = logit_scale_under_pressure(mesh, config("scale", "train.precision=bf16"))
     (folder / f"rank{mesh.rank}.json").write_text(json.dumps(results))
     mesh.barrier()
@@ -96,7 +96,10 @@ def loss_against_one_process(mesh: Mesh) -> dict[str, float]:
 
 
 def logit_scale_under_pressure(mesh: Mesh, config: Config) -> dict[str, list[float]]:
-    """The scale that the loss sees while the optimizer pushes it up hard, then down."""
+    """The scale that the loss sees while the batch pushes it up hard, then down.
+
+    One rank's part of the batch always pulls the other way; the whole batch decides.
+    """
     model = CLIP(config.model, mesh)
     optimizer = build_optimizer(model, config.optim)
     engine = initialize_engine(model, optimizer, config, mesh)
@@ -104,11 +107,12 @@ def logit_scale_under_pressure(mesh: Mesh, config: Config) -> dict[str, list[flo
         group["lr"] = 0.2
     images, texts = torch.zeros(2, 3, 32, 32), torch.ones(2, 8, dtype=torch.int64)
     seen: dict[str, list[float]] = {"up": [], "down": []}
+    part = 3.0 if mesh.rank == 0 else -1.0
     for direction, sign in (("up", -1.0), ("down", 1.0)):
         for _ in range(25):
             *_, scale = engine(images, texts)
             seen[direction].append(scale.item())
-            engine.backward(sign * scale)
+            engine.backward(sign * part * scale)
             engine.step()
     return seen
 

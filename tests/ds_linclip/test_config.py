@@ -1,6 +1,8 @@
 """The configuration: merging, round trip, and one clear message for each mistake."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,11 @@ def test_command_line_wins_over_file_and_file_over_base(tmp_path):
         ("name=a/b", r"name \('a/b'\) must be a plain folder name"),
         ("train.seed=-1", r"train\.seed \(-1\) must not be negative"),
         ("zero.stage=7", r"zero\.stage \(7\) must be"),
+        ("model.text.vocab_size=1000", r"vocab_size \(1000\) must be at least 49408"),
+        ("model.text.context_length=2", r"context_length \(2\) must be at least 3"),
+        ("model.vision.head_width=8", r"model\.vision: head dimension \(8\) must be in 16\.\.256"),
+        ("optim.lr=.nan", r"optim\.lr \(nan\) must be greater than 0 and finite"),
+        ("data.train=[/x/{0..9}.tar]", r"override \(data\.train.*\) must have a YAML value; quote"),
         ("steps", r"override \(steps\) must have the form key=value"),
     ],
 )
@@ -100,12 +107,35 @@ def test_deepspeed_dictionary_is_generated_from_the_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"train_batch_size": 8}', '{"zero_optimization": {"stage": 2}}', "{"]
+    ("content", "message"),
+    [
+        ('{"train_batch_size": 8}', "must not set train_batch_size: the training config owns it"),
+        ('{"zero_optimization": {"stage": 2}}', r"must not set zero_optimization\.stage"),
+        ('{"zero_optimisation": {}}', "must not set zero_optimisation: it is not known here"),
+        ('{"zero_optimization": {"overlap_com": true}}', "overlap_com: Extra inputs"),
+        ("{", "cannot be read"),
+        ("[]", "must hold keys and values"),
+    ],
 )
-def test_deepspeed_file_may_not_set_what_the_config_owns(tmp_path, content):
+def test_mistake_in_the_deepspeed_file_is_named(tmp_path, content, message):
     extra = tmp_path / "extra.json"
     extra.write_text(content)
     config = Config()
     config.zero.deepspeed_config = str(extra)
-    with pytest.raises(ValueError, match=r"zero\.deepspeed_config \(.*extra\.json\)"):
+    with pytest.raises(ValueError, match=rf"zero\.deepspeed_config \(.*extra\.json\).* {message}"):
         deepspeed_config(config, dp_size=1)
+
+
+def test_commands_in_the_readme_have_overrides_that_load():
+    """Every ``launch/train.py`` command of the README, as a shell would split it."""
+    blocks = re.findall(r"```bash\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    commands = [
+        shlex.split(command, comments=True)
+        for block in blocks
+        for command in block.replace("\\\n", " ").splitlines()
+        if "launch/train.py" in command
+    ]
+    assert commands
+    for command in commands:
+        config, *overrides = command[command.index("launch/train.py") + 1 :]
+        assert load_config(config, overrides).data.train

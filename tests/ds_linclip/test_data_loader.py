@@ -4,7 +4,9 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import random
+import resource
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -272,6 +274,19 @@ def test_shard_lost_while_training_is_counted(tmp_path: Path) -> None:
     batches = take(data, NUM_SAMPLES // BATCH)
     skipped = sum((Counter(batch.skipped) for batch in batches), Counter())
     assert skipped == {"shard_missing": 15}
+
+
+def test_low_file_limit_replaces_no_sample(patterns: list[str]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_file = os.open(os.devnull, os.O_RDONLY)
+    os.close(next_file)
+    expected = take(train_data(patterns), NUM_SAMPLES // BATCH)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, limits[1]))
+    try:
+        batches = take(train_data(patterns, num_workers=1), NUM_SAMPLES // BATCH)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert_same(batches, expected)
 
 
 def test_bad_arguments_are_named(patterns: list[str]) -> None:

@@ -2,15 +2,25 @@
 
 import io
 import json
+import os
+import resource
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ds_linclip.data.shards import BadSample, OpenShard, Shard, ShardCache, find_shards
+from ds_linclip.data.shards import (
+    BadSample,
+    OpenShard,
+    Shard,
+    ShardCache,
+    find_shards,
+    raise_file_limit,
+)
 
 SAMPLE = [("jpg", b"image"), ("json", b"{}"), ("txt", b"caption")]
 
@@ -25,6 +35,19 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]], **arguments: int
 
 def members_of(*keys: str) -> list[tuple[str, bytes]]:
     return [(f"{key}.{extension}", content) for key in keys for extension, content in SAMPLE]
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Within it this process cannot open another file."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_file = os.open(os.devnull, os.O_RDONLY)
+    os.close(next_file)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_sizes_come_from_statistics_then_parquet_then_headers(tmp_path: Path) -> None:
@@ -139,6 +162,45 @@ def test_lost_shards_are_named_and_remembered(
             cache.get(0)
         assert caught.value.cause == cause
         assert caught.value.whole_shard
+
+
+def test_want_of_file_descriptors_is_no_lost_shard(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    write_tar(path, members_of("a"))
+    cache = ShardCache([Shard(str(path), 1)], capacity=2)
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
+        cache.get(0)
+    assert cache.get(0).keys == ["a"]
+    with no_more_files():
+        raise_file_limit()
+        OpenShard(str(path)).close()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert soft == hard
+
+
+def test_failing_file_system_is_no_broken_shard(tmp_path: Path) -> None:
+    """The start of a process' memory cannot be read: the kernel answers EIO."""
+    path = tmp_path / "0.tar"
+    path.symlink_to("/proc/self/mem")
+    cache = ShardCache([Shard(str(path), 1)], capacity=2)
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            cache.get(0)
+
+
+@pytest.mark.parametrize("size", [b"\xff" * 11 + b"\x00", b"\x80" + b"\x7f" * 11])
+def test_size_that_leads_nowhere_is_a_broken_header(tmp_path: Path, size: bytes) -> None:
+    """A negative and a huge size: no place a file can be read at."""
+    path = tmp_path / "0.tar"
+    write_tar(path, [("a.txt", b"a"), ("b.txt", b"b")])
+    content = bytearray(path.read_bytes())
+    content[1024 + 124 : 1024 + 136] = size
+    content[1024 + 148 : 1024 + 156] = b" " * 8
+    content[1024 + 148 : 1024 + 156] = b"%06o\0 " % sum(content[1024:1536])
+    path.write_bytes(content)
+    shard = OpenShard(str(path))
+    assert shard.read(0, "text", max_bytes=10) == b"a"
+    shard.close()
 
 
 def test_cache_is_bounded(tmp_path: Path) -> None:

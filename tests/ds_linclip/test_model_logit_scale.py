@@ -20,7 +20,7 @@ from ds_linclip.parallel.mesh import Mesh
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_logit_scale_stays_in_range_and_comes_back_under_zero(stage: int, precision: str) -> None:
     softmax = Attention(kind="softmax")
     config = Config(

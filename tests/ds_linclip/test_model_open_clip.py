@@ -166,7 +166,7 @@ def test_open_clip_refuses_a_linear_export(mesh: Mesh, tmp_path: Path, linear_to
     [
         SOFTMAX,
         Attention(normalized=True, head_norm=True),
-        Attention(length_exponent=0.5, score_scale=0.25, qk_norm=False),
+        Attention(length_exponent=0.5, score_scale=0.25),
     ],
 )
 @torch.no_grad()

@@ -41,7 +41,7 @@ def test_training_shows_progress_and_ends_with_a_table(finished):
     for row in (r"steps +12", r"loss +\d\.\d+", r"samples/s +\d+", r"zeroshot_top1 +0\.\d+"):
         assert re.search(row, done.stdout)
     assert f"run folder:  {run}" in done.stdout
-    assert f"tensorboard --logdir {run / 'tensorboard'}" in done.stdout
+    assert re.search(rf"tensorboard: \S+/tensorboard --logdir {run / 'tensorboard'}", done.stdout)
 
 
 def test_tensorboard_holds_scalars_and_pictures(finished):

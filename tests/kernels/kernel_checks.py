@@ -144,6 +144,17 @@ def check_collapsed_keys(
         assert not found[1][:, 0].any()  # and no gradient to q
 
 
+def check_single_key(form: dict[str, Any], backend: str, device: str) -> None:
+    """Eq. 4 with one key of score zero: its value exactly, and no gradient to q and k."""
+    (q, _, v), grad = make_inputs((2, 1, 2, 16, 16), torch.float32, device=device)
+    k = (-q.detach()).requires_grad_()
+    out, d_q, d_k, d_v = with_gradients(linear_attention, [q, k, v], grad, backend=backend, **form)
+    assert torch.equal(out, v)
+    assert not d_q.any()
+    assert not d_k.any()
+    assert torch.equal(d_v, grad)
+
+
 def check_nan_stays_in_its_head(form: dict[str, Any], backend: str, device: str) -> None:
     """A NaN in one row of one head's q, k or v leaves all other heads and batches untouched."""
     for poisoned in range(3):

@@ -11,6 +11,7 @@ from kernel_checks import (
     check_collapsed_keys,
     check_later_tokens_do_not_matter,
     check_nan_stays_in_its_head,
+    check_single_key,
     make_inputs,
     relative_rms,
     with_gradients,
@@ -122,14 +123,7 @@ def test_collapsed_keys_stay_finite(form: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
 def test_single_key_returns_its_value(form: str) -> None:
-    (q, _, v), grad = make_inputs((2, 1, 2, 16, 16), torch.float32)
-    found = with_gradients(
-        linear_attention, [q, (-q.detach()).requires_grad_(), v], grad, **FORMS[form]
-    )
-    assert torch.equal(found[0], v)
-    assert not found[1].any()
-    assert not found[2].any()
-    assert torch.equal(found[3], grad)
+    check_single_key(FORMS[form], "torch", "cpu")
 
 
 @pytest.mark.parametrize("form", FORMS)

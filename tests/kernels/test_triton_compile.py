@@ -27,12 +27,9 @@ def launches(
     qkv = torch.empty(1, 2048, 2, 2 * key_dim + value_dim, dtype=dtype)
     q, k, v = qkv.split([key_dim, key_dim, value_dim], dim=-1)
     form = Form(is_causal, normalized, True, 0.5, 0.5)
-    if is_causal:
-        out, before, forward = causal.plan_causal_forward(q, k, v, form)
-        *_, backward = causal.plan_causal_backward(q, k, v, out, before, form)
-    else:
-        out, state, forward = noncausal.plan_forward(q, k, v, form)
-        *_, backward = noncausal.plan_backward(q, k, v, out, state, form)
+    plans = causal if is_causal else noncausal
+    out, state, forward = plans.plan_forward(q, k, v, form)
+    *_, backward = plans.plan_backward(q, k, v, out, state, form)
     return forward + backward
 
 

@@ -15,6 +15,7 @@ from kernel_checks import (
     check_collapsed_keys,
     check_later_tokens_do_not_matter,
     check_nan_stays_in_its_head,
+    check_single_key,
     make_inputs,
     with_gradients,
 )
@@ -108,6 +109,11 @@ def test_later_tokens_do_not_matter(form: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_collapsed_keys_stay_finite(form: str, dtype: torch.dtype, device: str) -> None:
     check_collapsed_keys(FORMS[form], dtype, "triton", device)
+
+
+@pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
+def test_single_key_returns_its_value(form: str, device: str) -> None:
+    check_single_key(FORMS[form], "triton", device)
 
 
 @pytest.mark.parametrize("form", MAIN_FORMS)

@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linclip_kernels.linear_attention.eager import Form
 from linclip_kernels.linear_attention.tiles import (
@@ -28,39 +27,16 @@ from linclip_kernels.linear_attention.tiles import (
     load_state,
     load_tile,
     program_place,
-    run,
     split_tokens,
     store_rows,
     store_tile,
     sum_state,
 )
 
-__all__ = ["CausalLinearAttention", "plan_causal_backward", "plan_causal_forward"]
+__all__ = ["plan_backward", "plan_forward"]
 
 
-class CausalLinearAttention(torch.autograd.Function):
-    """Keeps q, k, v for the backward and, with several parts, the state before each."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
-        out, before, launches = plan_causal_forward(q, k, v, form)
-        run(launches, q.device)
-        ctx.save_for_backward(q, k, v, before)
-        ctx.form = form
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, before = ctx.saved_tensors
-        d_q, d_k, d_v, launches = plan_causal_backward(q, k, v, grad, before, ctx.form)
-        run(launches, q.device)
-        # One term per value block; as a rule there is one.
-        d_q, d_k = (x[0] if len(x) == 1 else x.sum(0).to(q.dtype) for x in (d_q, d_k))
-        return d_q, d_k, d_v, None
-
-
-def plan_causal_forward(
+def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, form: Form
 ) -> tuple[Tensor, Tensor | None, list[Launch]]:
     """Allocate the output [B, N, H, Dv] and the states before the parts; list the launches."""
@@ -88,7 +64,7 @@ def plan_causal_forward(
     return out, before, launches
 
 
-def plan_causal_backward(
+def plan_backward(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, before: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
     """Allocate dq, dk [value blocks, B, N, H, D] and dv [B, N, H, Dv]; list the launches."""

@@ -44,9 +44,7 @@ def linear_attention_eager(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tenso
     Returns:
         [B, N, H, Dv], contiguous, in v.dtype.
     """
-    # With one key both orders are the same, and the causal one knows the limit of its first row.
-    causal = form.causal or q.shape[1] == 1
-    function = _Causal if causal else _Bidirectional
+    function = _Causal if form.causal else _Bidirectional
     return function.apply(q, k, v, form)
 
 

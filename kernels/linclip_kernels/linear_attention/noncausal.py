@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linclip_kernels.linear_attention.eager import Form
 from linclip_kernels.linear_attention.tiles import (
@@ -27,36 +26,13 @@ from linclip_kernels.linear_attention.tiles import (
     load_state,
     load_tile,
     program_place,
-    run,
     split_tokens,
     store_state,
     store_tile,
     sum_state,
 )
 
-__all__ = ["LinearAttention", "plan_backward", "plan_forward"]
-
-
-class LinearAttention(torch.autograd.Function):
-    """Keeps q, k, v and one state per head for the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
-        out, state, launches = plan_forward(q, k, v, form)
-        run(launches, q.device)
-        ctx.save_for_backward(q, k, v, state)
-        ctx.form = form
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, state = ctx.saved_tensors
-        d_q, d_k, d_v, launches = plan_backward(q, k, v, grad, state, ctx.form)
-        run(launches, q.device)
-        # One term per value block; as a rule there is one.
-        d_q, d_k = (x[0] if len(x) == 1 else x.sum(0).to(q.dtype) for x in (d_q, d_k))
-        return d_q, d_k, d_v, None
+__all__ = ["plan_backward", "plan_forward"]
 
 
 def plan_forward(
