@@ -1,13 +1,15 @@
 """Convergence study: every form of attention, several seeds, two sequence lengths, one table.
 
 ``python launch/study.py OUTPUT_FOLDER`` trains on the embedded dataset, one process per core, and
-writes runs.jsonl, table.md and figure.png into OUTPUT_FOLDER. Runs already in runs.jsonl are not
-repeated, so an interrupted study goes on where it was.
+writes runs.jsonl, table.md and figure.png into OUTPUT_FOLDER, and the common settings into
+config.yaml. Runs already in runs.jsonl are not repeated, so an interrupted study goes on where it
+was; other settings need another folder.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ds_linclip.config import Config, load_config
+from ds_linclip.config import Config, load_config, save_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
 from linclip_eval.held_out import HeldOutEvaluator
@@ -46,9 +48,13 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("overrides", nargs="*", help="dotted assignments for every run")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    log = arguments.output / "runs.jsonl"
-    done = read_runs(log) if log.exists() else []
+    try:
+        _keep_settings(arguments.output, load_config(arguments.config, arguments.overrides))
+        log = arguments.output / "runs.jsonl"
+        done = read_runs(log) if log.exists() else []
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     configs = {}
     plan = product(arguments.image_sizes, range(arguments.seeds), arguments.variants)
     for image_size, seed, variant in plan:
@@ -56,12 +62,10 @@ def main() -> int:
         config = load_config(arguments.config, overrides)
         if not any(_key(run) == (variant, _num_tokens(config), seed) for run in done):
             configs[variant, image_size, seed] = config
-    os.environ["TQDM_DISABLE"] = "1"  # of the runs; the study has a bar of its own
+    os.environ["TQDM_DISABLE"] = "1"  # in the runs: tqdm reads it when a process imports it
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(run_one, key[0], config) for key, config in configs.items()]
-        for future in tqdm(
-            as_completed(futures), total=len(futures), desc="study", unit="run", disable=False
-        ):
+        for future in tqdm(as_completed(futures), total=len(futures), desc="study", unit="run"):
             run = future.result()
             done.append(run)
             with log.open("a") as file:
@@ -79,6 +83,8 @@ def run_one(variant: str, config: Config) -> Run:
     torch.set_num_threads(1)
     mesh = Mesh.create(config.parallel)
     evaluator = HeldOutEvaluator.from_config(config, device=mesh.device)
+    # What an interrupted study has left of this run has no place in its result.
+    shutil.rmtree(config.run_dir, ignore_errors=True)
     started = time.perf_counter()
     result = train(config, mesh, evaluator)
     return Run(
@@ -90,6 +96,14 @@ def run_one(variant: str, config: Config) -> Run:
         loss=_final_loss(config),
         seconds=time.perf_counter() - started,
     )
+
+
+def _keep_settings(output: Path, common: Config) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "config.yaml"
+    if path.exists() and load_config(path) != common:
+        raise ValueError(f"output ({output}) must be another folder: {path} has other settings")
+    save_config(common, path)
 
 
 def _overrides(output: Path, variant: str, image_size: int, seed: int) -> list[str]:
