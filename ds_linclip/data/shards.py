@@ -40,6 +40,8 @@ _ROLE_OF_EXTENSION: dict[str, Role] = {
     "json": "meta",
 }
 
+_MAX_MEMBER_BYTES = 2**50  # headers can name negative sizes and such that no int64 holds
+
 
 class BadSample(Exception):
     """A sample that cannot be used.
@@ -124,8 +126,8 @@ class OpenShard:
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as tar:
                 self._scan(tar, places)
-        except (tarfile.TarError, OSError, ValueError) as error:
-            # EINVAL and ValueError: a broken header points to where no file can reach.
+        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+            # EINVAL and the last two: a broken header points to where no file can reach.
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 self._file.close()
                 raise
@@ -141,6 +143,8 @@ class OpenShard:
     def _scan(self, tar: tarfile.TarFile, places: list[list[tuple[int, int]]]) -> None:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined] # or tarfile keeps every header
+            if not 0 <= member.size <= _MAX_MEMBER_BYTES:
+                raise tarfile.ReadError(f"size of {member.name} ({member.size}) is no size")
             key, _, extension = member.name.rpartition(".")
             role = _ROLE_OF_EXTENSION.get(extension.lower())
             if role is None or not member.isreg() or member.issparse():

@@ -1,16 +1,22 @@
 """A held-out folder on disk, scored by a model whose right answers are known."""
 
 import io
+import multiprocessing
+import re
+import shutil
 import tarfile
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from ds_linclip.config import Config
 from linclip_eval.held_out import HeldOutEvaluator
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -96,7 +102,87 @@ def test_call_draws_the_predictions(folder):
     assert len([axes for axes in figure.axes if axes.images]) == 3
 
 
-def test_label_beyond_the_class_list_is_refused(folder):
-    (folder / "classnames.txt").write_text("red\ngreen\n")
-    with pytest.raises(ValueError, match=r"label \(2\) must be in \[0, 2\)"):
-        evaluator(folder).score(ColourModel())
+def test_broken_folder_is_refused_before_the_first_evaluation(folder):
+    classnames = folder / "classnames.txt"
+    classnames.write_text("red\ngreen\n")
+    with pytest.raises(ValueError, match=r"eval\.data .* must have a class in \[0, 2\).* it has 2"):
+        evaluator(folder)
+    classnames.write_text("red\ngreen\nblue\n")
+    for tar in (folder / "test").iterdir():
+        tar.unlink()
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be a folder with tars"):
+        evaluator(folder)
+
+
+def test_both_kinds_of_template_are_read(folder):
+    templates = folder / "zeroshot_classification_templates.txt"
+    templates.write_text("a {} image\nall {c}\n")
+    assert evaluator(folder).score(ColourModel()).top1 == 6 / 7
+    templates.write_text("a {c} image\nan image\n")
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\): template \('an image'\) must hold"):
+        evaluator(folder)
+
+
+def test_config_says_all(folder):
+    config = Config()
+    config.model.vision.image_size, config.model.text.context_length = 16, 8
+    config.data.num_workers = 2
+    config.eval.batch_size, config.log.num_images = 2, 3
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match=r"eval\.data \(None\) must name a held-out folder"):
+        HeldOutEvaluator.from_config(config, device=device)
+    config.eval.data = str(folder)
+    model = WatchedModel()
+    result = HeldOutEvaluator.from_config(config, device=device).score(model)
+    assert result.top1 == 6 / 7
+    assert len(result.predictions) == 3
+    assert model.image_shapes == [(2, 3, 16, 16)] * 3 + [(1, 3, 16, 16)]
+    assert model.most_workers == 2
+
+
+class WatchedModel(ColourModel):
+    """Remembers what it was given, and how many processes were at work meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_shapes: list[tuple[int, ...]] = []
+        self.most_workers = 0
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        self.image_shapes.append(tuple(images.shape))
+        self.most_workers = max(self.most_workers, len(multiprocessing.active_children()))
+        return super().encode_image(images)
+
+
+def _rank_main(rank: int, store: str, sound: str, broken: str) -> None:
+    """Two ranks score a sound folder, and one whose second rank finds an undecodable image."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=2)
+    group = dist.group.WORLD
+    result = evaluator(Path(sound), group=group, num_images=2).score(ColourModel())
+    opened = evaluator(Path(broken), group=group)
+    try:
+        opened.score(ColourModel())
+        message = None
+    except ValueError as error:
+        message = str(error)
+    torch.save((result.top1, [p.key for p in result.predictions], message), f"{store}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_two_ranks_score_and_fail_together(folder, tmp_path_factory):
+    broken = tmp_path_factory.mktemp("broken") / "folder"
+    shutil.copytree(folder, broken)
+    with tarfile.open(broken / "test" / "1.tar", "a") as tar:
+        _add(tar, "undecodable.jpg", b"<html>")  # the eighth sample: the second rank's
+        _add(tar, "undecodable.cls", b"0")
+    store = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank_main, args=(str(store), str(folder), str(broken)), nprocs=2)
+    answers = [torch.load(store / f"{rank}.pt") for rank in range(2)]
+    assert [top1 for top1, _, _ in answers] == [6 / 7, 6 / 7]
+    assert [keys for _, keys, _ in answers] == [["000000000", "000000002"], []]
+    assert answers[0][2] == answers[1][2]
+    assert re.match(
+        r"data-parallel rank 1: .* undecodable of .* readable: image_undecodable", answers[0][2]
+    )
