@@ -21,13 +21,17 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 def launches(
-    is_causal: bool, normalized: bool, dtype: torch.dtype, key_dim: int, value_dim: int
+    form: Form,
+    *,
+    num_tokens: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
+    key_dim: int = 64,
+    value_dim: int = 64,
 ) -> list[Launch]:
-    """All launches of a forward and a backward over several parts, on packed views."""
-    qkv = torch.empty(1, 2048, 2, 2 * key_dim + value_dim, dtype=dtype)
+    """All launches of a forward and a backward on packed views; 2048 tokens are two parts."""
+    qkv = torch.empty(1, num_tokens, 2, 2 * key_dim + value_dim, dtype=dtype)
     q, k, v = qkv.split([key_dim, key_dim, value_dim], dim=-1)
-    form = Form(is_causal, normalized, True, 0.5, 0.5)
-    plans = causal if is_causal else noncausal
+    plans = causal if form.causal else noncausal
     out, state, forward = plans.plan_forward(q, k, v, form)
     *_, backward = plans.plan_backward(q, k, v, out, state, form)
     return forward + backward
@@ -65,10 +69,14 @@ def stack_bytes(cubin: bytes, folder: Path) -> int:
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("normalized", [False, True], ids=["eq7", "eq4"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "long-alpha"])
 def test_bfloat16_kernels_compile(
-    is_causal: bool, normalized: bool, capability: int, tmp_path: Path
+    is_causal: bool, normalized: bool, training: bool, capability: int, tmp_path: Path
 ) -> None:
-    for launch in launches(is_causal, normalized, torch.bfloat16, 64, 64):
+    form = Form(is_causal, normalized, True, 0.5, 0.0 if training else 0.5)
+    num_tokens = (77 if is_causal else 197) if training else 2048
+    for launch in launches(form, num_tokens=num_tokens):
+        assert not training or launch.arguments["num_parts"] == 1
         compiled = compile_launch(launch, capability)
         assert compiled.asm["cubin"][:4] == b"\x7fELF"
         assert compiled.metadata.shared <= SHARED_MEMORY[capability]
@@ -88,7 +96,8 @@ def test_bfloat16_kernels_compile(
 def test_other_widths_and_dtypes_compile(
     capability: int, dtype: torch.dtype, key_dim: int, value_dim: int, is_causal: bool
 ) -> None:
-    for launch in launches(is_causal, True, dtype, key_dim, value_dim):
+    form = Form(is_causal, True, True, 0.5, 0.5)
+    for launch in launches(form, dtype=dtype, key_dim=key_dim, value_dim=value_dim):
         compiled = compile_launch(launch, capability)
         assert compiled.asm["cubin"][:4] == b"\x7fELF"
         assert compiled.metadata.shared <= SHARED_MEMORY[capability]
