@@ -12,7 +12,6 @@ import os
 import shutil
 import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from itertools import product
@@ -85,7 +84,6 @@ def run_one(variant: str, config: Config) -> Run:
     evaluator = HeldOutEvaluator.from_config(config, device=mesh.device)
     # What an interrupted study has left of this run has no place in its result.
     shutil.rmtree(config.run_dir, ignore_errors=True)
-    started = time.perf_counter()
     result = train(config, mesh, evaluator)
     return Run(
         variant=variant,
@@ -94,7 +92,6 @@ def run_one(variant: str, config: Config) -> Run:
         top1=result.evaluation["eval/zeroshot_top1"],
         top5=result.evaluation["eval/zeroshot_top5"],
         loss=_final_loss(config),
-        seconds=time.perf_counter() - started,
     )
 
 

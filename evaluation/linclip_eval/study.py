@@ -38,8 +38,6 @@ class Run:
     top5: float
     #: Training loss at the end.
     loss: float
-    #: Wall-clock time of the training.
-    seconds: float
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -60,7 +58,6 @@ class Summary:
     top1: Interval
     top5: Interval
     loss: Interval
-    seconds: Interval
 
 
 def read_runs(path: str | Path) -> list[Run]:
@@ -110,7 +107,6 @@ def summarise(runs: Iterable[Run]) -> list[Summary]:
             top1=_interval([run.top1 for run in group]),
             top5=_interval([run.top5 for run in group]),
             loss=_interval([run.loss for run in group]),
-            seconds=_interval([run.seconds for run in group]),
         )
         for (num_tokens, variant), group in sorted(groups.items(), key=lambda item: item[0][0])
     ]
@@ -119,8 +115,8 @@ def summarise(runs: Iterable[Run]) -> list[Summary]:
 def to_markdown(summaries: Sequence[Summary]) -> str:
     """A Markdown table, one row per variant and sequence length, accuracies in percent."""
     lines = [
-        "| tokens | variant | seeds | top-1, % | top-5, % | loss | seconds |",
-        "|---:|:---|---:|---:|---:|---:|---:|",
+        "| tokens | variant | seeds | top-1, % | top-5, % | loss |",
+        "|---:|:---|---:|---:|---:|---:|",
     ]
     for row in summaries:
         cells = [
@@ -130,7 +126,6 @@ def to_markdown(summaries: Sequence[Summary]) -> str:
             _format(row.top1, digits=1, factor=100),
             _format(row.top5, digits=1, factor=100),
             _format(row.loss, digits=3),
-            _format(row.seconds, digits=0),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -235,5 +230,6 @@ def _dress_panel(axes: Axes, num_tokens: int, variants: Sequence[str]) -> None:
     axes.set_xlabel("zero-shot top-1, %", fontsize=8.5, color=_MUTED)
     axes.use_sticky_edges = False
     axes.margins(x=0.06)
+    axes.set_xlim(max(0, axes.get_xlim()[0]), min(101, axes.get_xlim()[1]))
     for spine in axes.spines.values():
         spine.set_visible(False)
