@@ -4,7 +4,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow lint study
+.PHONY: install train test test-slow test-gpu lint study
 
 install: $(STAMP)
 
@@ -31,6 +31,10 @@ test: $(STAMP)
 # The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores.
 study: $(STAMP) | data/embedded
 	$(BIN)/python launch/study.py docs/results/convergence train.global_batch_size=64 train.steps=400
+
+# The Triton kernels on a real GPU.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
