@@ -15,12 +15,12 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention.eager import Form
 from linclip_kernels.linear_attention.tiles import (
-    DENOMINATOR_EPS,
     Launch,
     Split,
     combine_state,
     dot,
     dot_state,
+    inverse_denominator,
     inverse_norm,
     inverse_norm_backward,
     load_rows,
@@ -133,7 +133,7 @@ def masked_scores(b_q, b_k, b_q_inverse, b_k_inverse, i_n, NORMALIZED: tl.conste
 
 
 @triton.jit
-def row_scale(
+def causal_row_scale(
     b_a,
     b_q_hat,
     b_z,
@@ -148,8 +148,7 @@ def row_scale(
     """Factor of every row's numerator, and where no clamp holds its denominator."""
     if NORMALIZED:
         denominator = tl.sum(b_a, axis=1) + (start + tl.sum(b_q_hat * b_z[None, :], axis=1))
-        floor = DENOMINATOR_EPS * (i_n + 1).to(tl.float32)
-        return 1.0 / tl.maximum(denominator, floor), denominator >= floor
+        return inverse_denominator(denominator, i_n + 1)
     elif HAS_LENGTH_FACTOR:
         factor = tl.load(p_length_factor + i_n, mask=i_n < num_tokens, other=0.0)
         return factor * scale, i_n >= 0
@@ -203,10 +202,9 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    i_part, i_bh, i_b, i_h, first, end, i_block = program_place(
+    i_part, i_bh, num_bh, i_b, i_h, first, end, i_block = program_place(
         num_parts, num_heads, part, num_tokens
     )
-    num_bh = tl.num_programs(0) // num_parts
     i_d = tl.arange(0, BLOCK_D)
     i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
     b_s, b_w, b_z = state_at_edge(
@@ -221,7 +219,7 @@ def _forward_kernel(
         b_q_hat = b_q.to(tl.float32) * b_q_inverse[:, None]
         b_k_hat = b_k.to(tl.float32) * b_k_inverse[:, None]
         b_a = masked_scores(b_q, b_k, b_q_inverse, b_k_inverse, i_n, NORMALIZED)
-        b_scale, _free = row_scale(
+        b_scale, _free = causal_row_scale(
             b_a,
             b_q_hat,
             b_z,
@@ -270,11 +268,10 @@ def _backward_q_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    i_part, i_bh, i_b, i_h, first, end, i_block = program_place(
+    i_part, i_bh, num_bh, i_b, i_h, first, end, i_block = program_place(
         num_parts, num_heads, part, num_tokens
     )
-    num_bh = tl.num_programs(0) // num_parts
-    p_dq += i_block * num_bh.to(tl.int64) * num_tokens * D
+    p_dq += i_block * num_bh * num_tokens * D
     i_d = tl.arange(0, BLOCK_D)
     i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
     b_s, b_w, b_z = state_at_edge(
@@ -290,7 +287,7 @@ def _backward_q_kernel(
         b_q_hat = b_q.to(tl.float32) * b_q_inverse[:, None]
         b_k_hat = b_k.to(tl.float32) * b_k_inverse[:, None]
         b_a = masked_scores(b_q, b_k, b_q_inverse, b_k_inverse, i_n, NORMALIZED)
-        b_scale, free = row_scale(
+        b_scale, free = causal_row_scale(
             b_a,
             b_q_hat,
             b_z,
@@ -348,11 +345,10 @@ def _backward_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    i_part, i_bh, i_b, i_h, first, end, i_block = program_place(
+    i_part, i_bh, num_bh, i_b, i_h, first, end, i_block = program_place(
         num_parts, num_heads, part, num_tokens
     )
-    num_bh = tl.num_programs(0) // num_parts
-    p_dk += i_block * num_bh.to(tl.int64) * num_tokens * D
+    p_dk += i_block * num_bh * num_tokens * D
     i_d = tl.arange(0, BLOCK_D)
     i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
     b_ds, b_dw, b_dz = state_at_edge(

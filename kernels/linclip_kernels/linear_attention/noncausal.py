@@ -15,12 +15,12 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention.eager import Form
 from linclip_kernels.linear_attention.tiles import (
-    DENOMINATOR_EPS,
     Launch,
     Split,
     combine_state,
     dot,
     dot_state,
+    inverse_denominator,
     inverse_norm,
     inverse_norm_backward,
     load_state,
@@ -106,10 +106,8 @@ def _add_total(parts: Tensor, launches: list[Launch]) -> Tensor:
 def row_scale(b_q, b_q_inverse, b_z, scale, num_tokens, NORMALIZED: tl.constexpr):
     """Factor of every row's numerator, and where no clamp holds its denominator."""
     if NORMALIZED:
-        num_keys = num_tokens.to(tl.float32)
-        denominator = num_keys + b_q_inverse * tl.sum(b_q.to(tl.float32) * b_z[None, :], axis=1)
-        floor = DENOMINATOR_EPS * num_keys
-        return 1.0 / tl.maximum(denominator, floor), denominator >= floor
+        denominator = num_tokens + b_q_inverse * tl.sum(b_q.to(tl.float32) * b_z[None, :], axis=1)
+        return inverse_denominator(denominator, num_tokens)
     else:
         return b_q_inverse * 0.0 + scale, b_q_inverse == b_q_inverse
 
@@ -133,7 +131,7 @@ def _apply_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    _i_part, i_bh, i_b, i_h, first, end, i_block = program_place(
+    _i_part, i_bh, _num_bh, i_b, i_h, first, end, i_block = program_place(
         num_parts, num_heads, part, num_tokens
     )
     i_d = tl.arange(0, BLOCK_D)
@@ -170,11 +168,10 @@ def _backward_q_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    i_part, i_bh, i_b, i_h, first, end, i_block = program_place(
+    i_part, i_bh, num_bh, i_b, i_h, first, end, i_block = program_place(
         num_parts, num_heads, part, num_tokens
     )
-    num_bh = tl.num_programs(0) // num_parts
-    p_dq += i_block * num_bh.to(tl.int64) * num_tokens * D
+    p_dq += i_block * num_bh * num_tokens * D
     i_d = tl.arange(0, BLOCK_D)
     i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
     b_s, b_w, b_z = load_state(p_state, i_bh, i_d, i_v, D, DV, BLOCK_DV)
@@ -223,11 +220,10 @@ def _backward_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    _i_part, i_bh, i_b, i_h, first, end, i_block = program_place(
+    _i_part, i_bh, num_bh, i_b, i_h, first, end, i_block = program_place(
         num_parts, num_heads, part, num_tokens
     )
-    num_bh = tl.num_programs(0) // num_parts
-    p_dk += i_block * num_bh.to(tl.int64) * num_tokens * D
+    p_dk += i_block * num_bh * num_tokens * D
     i_d = tl.arange(0, BLOCK_D)
     i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
     b_ds, b_dw, b_dz = load_state(p_dstate, i_bh, i_d, i_v, D, DV, BLOCK_DV)

@@ -197,12 +197,17 @@ def combine_state(state: Tensor, out: Tensor, *, prefix: bool, reverse: bool = F
 
 @triton.jit
 def program_place(num_parts, num_heads, part, num_tokens):
-    """(part, batch * head, batch, head, first token, end token, value block) of this program."""
+    """Where this program works.
+
+    (part, batch * head, their number B * H, batch, head, first token, end token, value block)
+    """
     i_part = tl.program_id(0) % num_parts
     i_bh = (tl.program_id(0) // num_parts).to(tl.int64)
+    num_bh = (tl.num_programs(0) // num_parts).to(tl.int64)
+    i_b, i_h = i_bh // num_heads, i_bh % num_heads
     first = i_part * part
     end = tl.minimum(first + part, num_tokens)
-    return i_part, i_bh, i_bh // num_heads, i_bh % num_heads, first, end, tl.program_id(1)
+    return i_part, i_bh, num_bh, i_b, i_h, first, end, tl.program_id(1)
 
 
 @triton.jit
@@ -247,6 +252,13 @@ def inverse_norm_backward(d_x_hat, x, inverse, QK_NORM: tl.constexpr):
         return (d_x_hat - x_hat * along[:, None]) * inverse[:, None]
     else:
         return d_x_hat
+
+
+@triton.jit
+def inverse_denominator(denominator, num_keys):
+    """1 / clamped denominator of Eq. 4, and where the clamp left it free."""
+    floor = DENOMINATOR_EPS * num_keys.to(tl.float32)
+    return 1.0 / tl.maximum(denominator, floor), denominator >= floor
 
 
 @triton.jit
@@ -330,10 +342,9 @@ def _sum_state_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    i_part, i_bh, i_b, i_h, first, end, i_block = program_place(
+    i_part, i_bh, num_bh, i_b, i_h, first, end, i_block = program_place(
         num_parts, num_heads, part, num_tokens
     )
-    num_bh = tl.num_programs(0) // num_parts
     i_d = tl.arange(0, BLOCK_D)
     i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
     b_s = tl.zeros([BLOCK_D, BLOCK_DV], tl.float32)
@@ -362,7 +373,7 @@ def _sum_state_kernel(
 def load_rows(p_rows, i_block, i_bh, num_bh, i_n, num_tokens):
     """Scale and e of the rows i_n for one value block, from [2, value blocks, B * H, N]."""
     p = p_rows + (i_block * num_bh + i_bh) * num_tokens + i_n
-    o_e = (tl.num_programs(1) * num_bh).to(tl.int64) * num_tokens
+    o_e = tl.num_programs(1) * num_bh * num_tokens
     mask = i_n < num_tokens
     return tl.load(p, mask=mask, other=0.0), tl.load(p + o_e, mask=mask, other=0.0)
 
@@ -370,7 +381,7 @@ def load_rows(p_rows, i_block, i_bh, num_bh, i_n, num_tokens):
 @triton.jit
 def store_rows(p_rows, b_scale, b_e, i_block, i_bh, num_bh, i_n, num_tokens):
     p = p_rows + (i_block * num_bh + i_bh) * num_tokens + i_n
-    o_e = (tl.num_programs(1) * num_bh).to(tl.int64) * num_tokens
+    o_e = tl.num_programs(1) * num_bh * num_tokens
     tl.store(p, b_scale, mask=i_n < num_tokens)
     tl.store(p + o_e, b_e, mask=i_n < num_tokens)
 
