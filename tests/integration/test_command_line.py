@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.distributed
@@ -130,6 +131,19 @@ def test_mistake_found_by_ranks_stops_all_with_one_message(
     assert re.search(message, errors[0])
     assert "Traceback" not in done.stderr + done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_shards_without_a_usable_sample_end_the_run(deepspeed_cpu, embedded_overrides, tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "00000.tar")) as tar:
+        for index in range(64):
+            tar.write({"__key__": f"{index:09d}", "jpg": b"no picture", "txt": b"a caption"})
+    overrides = [*embedded_overrides, f"output_dir={tmp_path}", "eval.data=null"]
+    done = deepspeed_cpu(TRAIN, EMBEDDED, *overrides, f"data.train=[{tmp_path}/00000.tar]")
+    assert done.returncode == 2
+    assert re.search(
+        r"^error: rank \d: data\.train .*00000\.tar\) must hold usable", done.stderr, re.M
+    )
+    assert "image_undecodable" in done.stderr
 
 
 @pytest.mark.parametrize(
