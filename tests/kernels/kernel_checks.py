@@ -1,6 +1,6 @@
-"""What the tests of the operator share: inputs, the plain torch form, and the one error rule.
+"""What the tests of the operator share: inputs, checks, and the one error rule.
 
-err(implementation) <= 2 * err(plain torch in the same dtype) + ATOL[dtype]
+err(implementation) <= 2 * err(the definition in the same dtype) + ATOL[dtype]
 
 where err is the relative RMS against the float64 definition, for the output and every gradient.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from linclip_kernels import linear_attention, linear_attention_reference
+from linclip_kernels.linear_attention.reference import _attend
 
 #: Relative RMS; about the rounding of the dtype's last bit, or ten of it in float32.
 ATOL = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 1e-13}
@@ -69,32 +70,6 @@ def make_inputs(
     return [x.detach().requires_grad_() for x in inputs], grad
 
 
-def plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    normalized: bool = False,
-    qk_norm: bool = True,
-    score_scale: float = 0.5,
-    length_exponent: float = 0.0,
-) -> Tensor:
-    """The formula in plain torch operations of the inputs' dtype, differentiated by autograd."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if qk_norm:
-        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
-    scores = 1 + q @ k.mT
-    num_keys = torch.full((q.shape[2], 1), q.shape[2], device=q.device)
-    if causal:
-        scores, num_keys = scores.tril(), num_keys.fill_(1).cumsum(0)
-    if normalized:
-        weights = scores / scores.sum(-1, keepdim=True).clamp(min=1e-6 * q.shape[2])
-    else:
-        weights = scores * (score_scale * num_keys.double() ** -length_exponent).to(scores)
-    return (weights @ v).transpose(1, 2)
-
-
 def with_gradients(
     function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, **options: Any
 ) -> list[Tensor]:
@@ -117,7 +92,7 @@ def check_against_definition(
     dtype = inputs[0].dtype
     exact = [x.detach().double().requires_grad_() for x in inputs]
     truth = with_gradients(linear_attention_reference, exact, grad.double(), **options)
-    rough = with_gradients(plain, inputs, grad, **options)
+    rough = with_gradients(_attend, inputs, grad, **options)
     found = with_gradients(linear_attention, inputs, grad, backend=backend, **options)
     for name, value, by_plain, true in zip(
         ("o", "dq", "dk", "dv"), found, rough, truth, strict=True
