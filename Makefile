@@ -28,7 +28,7 @@ train: $(STAMP) | data/embedded
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
-# The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores.
+# The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores; it shows what is there already and runs the rest.
 study: $(STAMP) | data/embedded
 	$(BIN)/python launch/study.py docs/results/convergence train.global_batch_size=64 train.steps=400
 
