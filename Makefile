@@ -28,7 +28,8 @@ train: $(STAMP) | data/embedded
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
-# The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores; it shows what is there already and runs the rest.
+# The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores. Runs recorded
+# in docs/results/convergence are shown and not repeated.
 study: $(STAMP) | data/embedded
 	$(BIN)/python launch/study.py docs/results/convergence train.global_batch_size=64 train.steps=400
 
