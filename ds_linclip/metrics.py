@@ -77,10 +77,10 @@ class StepMeter:
 
         Bad samples are counted from the start of this process on, over all data ranks, by cause.
         """
-        ranks: list[tuple[float, Counter[str]]] = [(loss.item(), self._skipped)]
+        mine: tuple[float, Counter[str]] = (loss.item(), self._skipped)
+        ranks = [mine] * self._mesh.dp_size
         if self._mesh.dp_size > 1:
-            ranks = ranks * self._mesh.dp_size
-            dist.all_gather_object(ranks, (loss.item(), self._skipped), group=self._mesh.dp_group)
+            dist.all_gather_object(ranks, mine, group=self._mesh.dp_group)
         skipped = sum((counts for _, counts in ranks), Counter[str]())
         # After the wait for the device, so that its queued work is inside the interval.
         seconds = time.perf_counter() - self._started

@@ -93,24 +93,28 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         meter.step_done(batch.skipped)
         progress.update()
 
-        if step % config.log.every_steps == 0 or step == steps:
+        if _is_due(step, config.log.every_steps, steps):
             values = meter.read(loss)
             values |= _optimizer_values(engine, logit_scale, rate)
             writer.scalars(step, values)
             _show(progress, values)
             result.last = values
             meter.restart()
-        if step % config.checkpoint.every_steps == 0 or step == steps:
+        if _is_due(step, config.checkpoint.every_steps, steps):
             checkpoints.save(engine, step)
             meter.restart()
-        if evaluate and config.eval.every_steps and step % config.eval.every_steps == 0:
+        if evaluate and _is_due(step, config.eval.every_steps, steps):
             result.evaluation = _evaluate(evaluate, model, writer, step)
             meter.restart()
     progress.close()
-    evaluated_last = config.eval.every_steps and steps % config.eval.every_steps == 0
-    if evaluate and not (evaluated_last and start < steps):
+    if evaluate and start == steps:  # a finished run is scored again
         result.evaluation = _evaluate(evaluate, model, writer, steps)
     return result
+
+
+def _is_due(step: int, every: int, steps: int) -> bool:
+    """Whether to do what is done every so many steps (0: never) and after the last one."""
+    return step == steps or (every > 0 and step % every == 0)
 
 
 def _evaluate(

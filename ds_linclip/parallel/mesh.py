@@ -6,7 +6,7 @@ Only this package imports megatron's ``parallel_state``; everyone else asks the 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -107,7 +107,7 @@ class Mesh:
             dist.all_gather_object(messages, message)
         failed = [rank for rank, text in enumerate(messages) if text is not None]
         if not failed:
-            return result  # type: ignore[return-value]
+            return cast(T, result)
         where = ""
         if len(failed) < self.world_size:
             ranks = ", ".join(map(str, failed))
@@ -124,7 +124,7 @@ class Mesh:
         received = [result]
         if self.world_size > 1:
             dist.broadcast_object_list(received, src=0)
-        return received[0]  # type: ignore[return-value]
+        return cast(T, received[0])
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
