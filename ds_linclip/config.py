@@ -42,12 +42,14 @@ _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
 class Attention:
     """How the tokens of one tower attend to each other.
 
-    With ``kind="softmax"`` (torch SDPA) the other fields have no effect. With ``kind="linear"`` the
-    score of query i and key n is the affine kernel ``1 + q_i . k_n`` of arXiv 2604.10064, q and k
-    L2-normalised per head.
+    With ``kind="softmax"`` (torch SDPA) the other fields have no effect. With ``kind="linear"`` q and
+    k are L2-normalised per head, and the feature map gives the score of their product x.
     """
 
     kind: Literal["linear", "softmax"] = "linear"
+    #: "affine": 1 + x (arXiv 2604.10064); "quadratic": 1 + x + x^2 / 2, slower; "relu", "softplus":
+    #: phi(q).phi(k), entry by entry.
+    feature_map: Literal["affine", "quadratic", "relu", "softplus"] = "affine"
     #: Divide by the sum of scores (Eq. 4); without it the output is the plain weighted sum (Eq. 7).
     normalized: bool = False
     #: Factor on the unnormalised score; 1/2 brings 1 + q.k into [0, 1]. No effect on Eq. 4.

@@ -66,6 +66,7 @@ class SelfAttention(nn.Module):
                 v,
                 causal=self.causal,
                 normalized=self.attention.normalized,
+                feature_map=self.attention.feature_map,
                 score_scale=self.attention.score_scale,
                 length_exponent=self.attention.length_exponent,
             )

@@ -13,6 +13,8 @@ ATTENTIONS = {
     "unnormalized": Attention(),
     "length_exponent": Attention(length_exponent=0.5, head_norm=True),
     "normalized": Attention(normalized=True),
+    "quadratic": Attention(normalized=True, feature_map="quadratic"),
+    "softplus": Attention(feature_map="softplus", head_norm=True),
     "head_norm": Attention(normalized=True, head_norm=True),
 }
 

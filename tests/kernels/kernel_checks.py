@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from linclip_kernels import linear_attention, linear_attention_reference
-from linclip_kernels.linear_attention.reference import _attend
+from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.reference import attend
 
 #: Relative RMS; about the rounding of the dtype's last bit, or ten of it in float32.
 ATOL = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 1e-13}
@@ -28,6 +29,18 @@ FORMS: dict[str, dict[str, Any]] = {
     "causal-eq4-raw": {"causal": True, "normalized": True, "qk_norm": False},
     "eq7-raw": {"qk_norm": False},
     "causal-eq7-raw": {"causal": True, "qk_norm": False},
+}
+#: Every feature map but the default one, in forms that use it differently.
+MAP_FORMS: dict[str, dict[str, Any]] = {
+    "eq4-relu": {"feature_map": "relu", "normalized": True},
+    "causal-eq7-relu": {"feature_map": "relu", "causal": True},
+    "eq7-softplus": {"feature_map": "softplus"},
+    "causal-eq4-softplus": {"feature_map": "softplus", "causal": True, "normalized": True},
+    "eq7-identity": {"feature_map": "identity", "qk_norm": False},
+    "causal-eq7-identity": {"feature_map": "identity", "causal": True, "length_exponent": 0.5},
+    "eq4-quadratic": {"feature_map": "quadratic", "normalized": True},
+    "eq7-quadratic": {"feature_map": "quadratic", "qk_norm": False, "length_exponent": 0.5},
+    "causal-eq4-quadratic": {"feature_map": "quadratic", "causal": True, "normalized": True},
 }
 
 
@@ -92,7 +105,7 @@ def check_against_definition(
     dtype = inputs[0].dtype
     exact = [x.detach().double().requires_grad_() for x in inputs]
     truth = with_gradients(linear_attention_reference, exact, grad.double(), **options)
-    rough = with_gradients(_attend, inputs, grad, **options)
+    rough = with_gradients(lambda q, k, v: attend(q, k, v, Form(**options)), inputs, grad)
     found = with_gradients(linear_attention, inputs, grad, backend=backend, **options)
     for name, value, by_plain, true in zip(
         ("o", "dq", "dk", "dv"), found, rough, truth, strict=True
@@ -130,18 +143,109 @@ def check_single_key(form: dict[str, Any], backend: str, device: str) -> None:
     assert torch.equal(d_v, grad)
 
 
-def check_nan_stays_in_its_head(form: dict[str, Any], backend: str, device: str) -> None:
-    """A NaN in one row of one head's q, k or v leaves all other heads and batches untouched."""
-    for poisoned in range(3):
-        inputs, grad = make_inputs((2, 40, 2, 32, 32), torch.float32, device=device)
-        clean = with_gradients(linear_attention, inputs, grad, backend=backend, **form)
+def check_nan_stays_where_the_formula_puts_it(
+    form: dict[str, Any], backend: str, device: str
+) -> None:
+    """A NaN in one entry of q, k or v reaches what depends on it, and nothing else."""
+    row, head, column = 5, 1, 3
+    earlier, this, later = slice(0, row), slice(row, row + 1), slice(row + 1, None)
+    causal, normalized = form.get("causal", False), form.get("normalized", False)
+    # Rows of o, dq, dk, dv that must stay clean.
+    others = [earlier, later]
+    before = [earlier] if causal else []
+    after = [later] if causal else []
+    clean_rows = {
+        "q": (others, others, after, after),
+        "k": (before, before, [] if normalized else others, [] if normalized else others),
+        "v": (before, before, [] if normalized else others, [earlier, this, later]),
+    }
+    inputs, grad = make_inputs((2, 40, 2, 32, 32), torch.float32, device=device)
+    clean = with_gradients(linear_attention, inputs, grad, backend=backend, **form)
+    for name, x, rows in zip("qkv", inputs, clean_rows.values(), strict=True):
+        poisoned = [y.detach().clone().requires_grad_() for y in inputs]
         with torch.no_grad():
-            inputs[poisoned][0, 5, 1, 3] = float("nan")
-        dirty = with_gradients(linear_attention, inputs, grad, backend=backend, **form)
-        assert dirty[0][0, 5:, 1].isnan().any()
-        for before, after in zip(clean, dirty, strict=True):
-            assert torch.equal(before[1], after[1])
-            assert torch.equal(before[0, :, 0], after[0, :, 0])
+            poisoned["qkv".index(name)][0, row, head, column] = float("nan")
+        dirty = with_gradients(linear_attention, poisoned, grad, backend=backend, **form)
+        assert dirty[0][0, row, head, column].isnan(), name
+        for expected, found, row_sets in zip(clean, dirty, rows, strict=True):
+            assert torch.equal(expected[1], found[1])
+            assert torch.equal(expected[0, :, 0], found[0, :, 0])
+            for place in row_sets:
+                assert_close(found[0, place, head], expected[0, place, head])
+        if name == "v":  # a column of o sees one column of v
+            free = [i for i in range(32) if i != column]
+            assert_close(dirty[0][..., free], clean[0][..., free])
+        assert x.isfinite().all()
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def check_states_carry_on(
+    form: dict[str, Any], dtype: torch.dtype, backend: str, device: str, cut: int, num_tokens: int
+) -> None:
+    """A sequence in two pieces that hand over states is the sequence in one piece.
+
+    Causal: the second piece continues the first. Bidirectional: each piece gets the other's state,
+    as ranks do that hold parts of one sequence.
+    """
+    inputs, grad = make_inputs((2, num_tokens, 2, 16, 24), dtype, device=device)
+
+    def in_two_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pieces = [[x[:, :cut] for x in (q, k, v)], [x[:, cut:] for x in (q, k, v)]]
+        options = {**form, "backend": backend}
+        states = [linear_attention(*x, return_state=True, **options)[1] for x in pieces]
+        others: list[Tensor | None] = [None if form.get("causal") else states[1], states[0]]
+        rows = [
+            linear_attention(*x, initial_state=state, **options)
+            for x, state in zip(pieces, others, strict=True)
+        ]
+        return torch.cat(rows, 1)
+
+    whole = with_gradients(linear_attention, inputs, grad, backend=backend, **form)
+    found = with_gradients(in_two_pieces, inputs, grad)
+    for value, expected in zip(found, whole, strict=True):
+        error = relative_rms(value, expected.double())
+        assert error <= 20 * ATOL[dtype], f"relative RMS {error:.2e}"
+
+
+def check_sequences_stand_alone(
+    form: dict[str, Any], dtype: torch.dtype, backend: str, device: str, lengths: list[int]
+) -> None:
+    """Sequences behind each other in one batch entry are computed as if each stood alone."""
+    options = {**form, "backend": backend, "return_state": True}
+    boundaries = torch.tensor([0, *lengths]).cumsum(0)
+    inputs, grad = make_inputs((1, sum(lengths), 2, 16, 24), dtype, device=device)
+    together, states = linear_attention(*inputs, cu_seqlens=boundaries, **options)
+    pieces = zip(*(x.split(lengths, dim=1) for x in inputs), strict=True)
+    alone = [linear_attention(*piece, **options) for piece in pieces if piece[0].numel()]
+    expected = torch.cat([out for out, _ in alone], dim=1)
+    kept = [i for i, length in enumerate(lengths) if length]
+    expected_states = torch.cat([state for _, state in alone])
+    grad_states = torch.randn_like(states)
+    found = torch.autograd.grad([together, states], inputs, [grad, grad_states])
+    truth = torch.autograd.grad([expected, expected_states], inputs, [grad, grad_states[kept]])
+    pairs = zip((together, states[kept], *found), (expected, expected_states, *truth), strict=True)
+    for value, true in pairs:
+        error = relative_rms(value.detach(), true.detach().double())
+        assert error <= 20 * ATOL[dtype], f"relative RMS {error:.2e}"
+    empty = [i for i, length in enumerate(lengths) if not length]
+    assert not states[empty].any()
+
+
+def check_cancelling_sums(form: dict[str, Any], backend: str, device: str, num_tokens: int) -> None:
+    """bfloat16 where the state's leading digits cancel, so that its low half counts.
+
+    The keys lie near minus the queries, scores near 0, and the values have a large common mean.
+    """
+    (q, k, v), grad = make_inputs((1, num_tokens, 1, 64, 64), torch.float32, device=device)
+    direction = torch.nn.functional.normalize(q[:, :1].detach(), dim=-1) * 8
+    q = direction + 0.1 * q.detach()
+    k = -direction + k.detach() * 0.3
+    v = 4 + v.detach()
+    inputs = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    check_against_definition(inputs, grad.bfloat16(), backend, **form)
 
 
 def check_later_tokens_do_not_matter(

@@ -11,18 +11,23 @@ import torch
 import triton
 from kernel_checks import (
     FORMS,
+    MAP_FORMS,
     check_against_definition,
+    check_cancelling_sums,
     check_collapsed_keys,
     check_later_tokens_do_not_matter,
-    check_nan_stays_in_its_head,
+    check_nan_stays_where_the_formula_puts_it,
+    check_sequences_stand_alone,
     check_single_key,
+    check_states_carry_on,
     make_inputs,
     with_gradients,
 )
 
 from linclip_kernels import linear_attention
 
-#: (N, D, Dv), dtype: every length and width, short and long of a block; from 1025 several parts.
+#: (N, D, Dv), dtype: every length and width, short and long of a block. Several parts: causal from
+#: 257 tokens on, bidirectional from 513 tokens on.
 SHAPES = [
     ((1, 32, 32), torch.float32),
     ((2, 64, 64), torch.bfloat16),
@@ -38,8 +43,13 @@ SHAPES = [
     ((40, 256, 80), torch.bfloat16),
     ((500, 96, 32), torch.bfloat16),
     ((577, 32, 32), torch.float16),
-    ((1100, 32, 32), torch.bfloat16),
-    ((1025, 16, 144), torch.float32),
+]
+#: These forms only, to save time.
+LONG_SHAPES = [
+    ("eq7", (1100, 32, 32), torch.bfloat16),
+    ("eq4", (1025, 16, 144), torch.float32),
+    ("causal-eq7", (300, 16, 256), torch.float32),
+    ("causal-eq4", (300, 16, 144), torch.bfloat16),
 ]
 MAIN_FORMS = ["eq7", "eq4", "causal-eq7", "causal-eq4"]
 CAUSAL_FORMS = [name for name, form in FORMS.items() if form.get("causal")]
@@ -60,10 +70,26 @@ def poisoned_buffers(device: str) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("form", MAIN_FORMS)
-@pytest.mark.parametrize(("shape", "dtype"), SHAPES)
+@pytest.mark.parametrize(
+    ("form", "shape", "dtype"),
+    [
+        (form, shape, dtype)
+        for form in MAIN_FORMS
+        for shape, dtype in SHAPES
+        if shape[0] <= 256 or "causal" not in form
+    ],
+)
 def test_kernels_match_definition(
-    shape: tuple[int, int, int], dtype: torch.dtype, form: str, device: str
+    form: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    num_tokens, key_dim, value_dim = shape
+    inputs, grad = make_inputs((1, num_tokens, 1, key_dim, value_dim), dtype, device=device)
+    check_against_definition(inputs, grad, "triton", **FORMS[form])
+
+
+@pytest.mark.parametrize(("form", "shape", "dtype"), LONG_SHAPES)
+def test_long_sequences_and_wide_values_match_definition(
+    form: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
 ) -> None:
     num_tokens, key_dim, value_dim = shape
     inputs, grad = make_inputs((1, num_tokens, 1, key_dim, value_dim), dtype, device=device)
@@ -89,15 +115,46 @@ def test_kernels_read_expanded_gradient(form: str, device: str) -> None:
 
 @pytest.mark.parametrize("form", MAIN_FORMS)
 def test_same_bits_twice(form: str, device: str) -> None:
-    inputs, grad = make_inputs((1, 1030, 1, 32, 32), torch.bfloat16, device=device)
+    num_tokens = 300 if "causal" in form else 1030
+    inputs, grad = make_inputs((1, num_tokens, 1, 32, 32), torch.bfloat16, device=device)
     first = with_gradients(linear_attention, inputs, grad, backend="triton", **FORMS[form])
     second = with_gradients(linear_attention, inputs, grad, backend="triton", **FORMS[form])
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.parametrize("form", MAP_FORMS)
+def test_feature_maps_match_definition(form: str, device: str) -> None:
+    dtype = torch.bfloat16 if "softplus" in form else torch.float32
+    inputs, grad = make_inputs((1, 150, 1, 20, 40), dtype, device=device)
+    with torch.no_grad():
+        for x in inputs[:2] if "raw" in form or "7-quad" in form else ():
+            x *= 0.2
+    check_against_definition(inputs, grad, "triton", **MAP_FORMS[form])
+
+
+@pytest.mark.parametrize("form", [*MAIN_FORMS, "eq7-alpha", "causal-eq7-alpha"])
+@pytest.mark.parametrize("several_parts", [False, True])
+def test_states_carry_on(form: str, several_parts: bool, device: str) -> None:
+    cut, num_tokens = (260, 300) if "causal" in form else (520, 560)
+    cut, num_tokens = (cut, num_tokens) if several_parts else (1, 20)
+    check_states_carry_on(FORMS[form], torch.float32, "triton", device, cut, num_tokens)
+
+
+@pytest.mark.parametrize("form", [*MAIN_FORMS, "eq7-alpha", "causal-eq7-alpha"])
+@pytest.mark.parametrize("lengths", [[20, 1, 33], [1, 0, 270, 0]])
+def test_sequences_stand_alone(form: str, lengths: list[int], device: str) -> None:
+    check_sequences_stand_alone(FORMS[form], torch.float32, "triton", device, lengths)
+
+
 @pytest.mark.parametrize("form", MAIN_FORMS)
-def test_nan_stays_in_its_head(form: str, device: str) -> None:
-    check_nan_stays_in_its_head(FORMS[form], "triton", device)
+def test_cancelling_sums(form: str, device: str) -> None:
+    num_tokens = 600 if "causal" in form else 2000
+    check_cancelling_sums(FORMS[form], "triton", device, num_tokens)
+
+
+@pytest.mark.parametrize("form", MAIN_FORMS)
+def test_nan_stays_where_the_formula_puts_it(form: str, device: str) -> None:
+    check_nan_stays_where_the_formula_puts_it(FORMS[form], "triton", device)
 
 
 @pytest.mark.parametrize("form", CAUSAL_FORMS)
@@ -121,7 +178,7 @@ def test_second_derivative_is_refused(form: str, device: str) -> None:
     (q, k, v), grad = make_inputs((1, 9, 1, 16, 16), torch.float32, device=device)
     out = linear_attention(q, k, v, backend="triton", **FORMS[form])
     (d_q,) = torch.autograd.grad(out, q, grad.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="differentiated once"):
         d_q.sum().backward()
 
 

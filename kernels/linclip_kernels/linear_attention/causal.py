@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
-# ruff: noqa: RET505 (Triton needs the else where a branch is chosen at compile time)
-"""Causal linear attention in Triton: masked tiles, and a state that runs over the tiles of a part.
+"""Causal linear attention in Triton: masked tiles within a part, a state for what lies outside it.
 
-A sequence of several parts first gets the state before each part (forward) or after it (backward),
-so that the parts run at the same time. The derivation is in README.md beside this file.
+A part is short, and its scores are computed tile by tile. Where a sequence is one part, one launch
+does it all. Otherwise every part first gets the state before it (forward) and after it (backward).
+The derivation is in README.md beside this file.
 """
 
 from typing import Any
@@ -13,67 +13,85 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linclip_kernels.linear_attention.eager import Form
+from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.split import Launch, Split
 from linclip_kernels.linear_attention.tiles import (
-    Launch,
-    Split,
-    combine_state,
+    LENGTHS,
+    at_head,
+    combine_states,
     dot,
     dot_state,
-    inverse_denominator,
-    inverse_norm,
-    inverse_norm_backward,
+    features,
+    features_backward,
+    form_arguments,
     load_rows,
     load_state,
     load_tile,
+    narrow,
     program_place,
-    split_tokens,
+    row_scale,
+    rows_at_head,
     store_rows,
     store_tile,
-    sum_state,
+    sum_states,
 )
 
 __all__ = ["plan_backward", "plan_forward"]
 
 
 def plan_forward(
-    q: Tensor, k: Tensor, v: Tensor, form: Form
-) -> tuple[Tensor, Tensor | None, list[Launch]]:
-    """Allocate the output [B, N, H, Dv] and the states before the parts; list the launches."""
-    split = split_tokens(q, v, form)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    split: Split,
+    form: Form,
+    factor: tuple[float, Tensor | None],
+    out: Tensor,
+    state: Tensor | None,
+) -> list[Launch]:
+    """The launches that fill ``out`` [B, N, H, Dv] and, if wanted, ``state`` [S, H, D+1, Dv+1].
+
+    Args:
+        factor: Scale of all rows, and factors [B, N] of single ones.
+    """
     launches: list[Launch] = []
     before = None
-    if split.num_parts > 1:
-        before = split.state_like(q)
-        launches.append(sum_state(k, v, None, before, split, form))
-        launches.append(combine_state(before, before, prefix=True))
+    if not split.is_whole or initial is not None or state is not None:
+        launches, before = _plan_before(k, v, initial, split, form, state)
     arguments = {
         "p_q": q,
         "p_k": k,
         "p_v": v,
-        "p_before": out if before is None else before,
+        "p_before": before,
         "p_out": out,
         "stride_q": q.stride(),
         "stride_k": k.stride(),
         "stride_v": v.stride(),
-        **_factor_arguments(q, form),
-        **_common_arguments(split, form),
+        "stride_out": out.stride(),
+        **form_arguments(split, form, factor, initial),
     }
-    launches.append(Launch(_forward_kernel, split.grid, arguments, split.num_warps))
-    return out, before, launches
+    return [*launches, Launch(_forward_kernel, split.grid, arguments, split.num_warps)]
 
 
 def plan_backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, before: Tensor | None, form: Form
-) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
-    """Allocate dq, dk [value blocks, B, N, H, D] and dv [B, N, H, Dv]; list the launches."""
-    split = split_tokens(q, v, form)
-    d_q, d_k = split.gradient_like(q), split.gradient_like(k)
-    d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    shape = (2, split.num_value_blocks, split.batch * split.heads, split.num_tokens)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    split: Split,
+    form: Form,
+    factor: tuple[float, Tensor | None],
+    _state: Tensor | None,
+    grad: Tensor,
+    grad_state: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor | None, list[Launch]]:
+    """The launches that fill dq, dk and dv, and the initial state's gradient if there is one."""
+    d_q, d_k, d_v = gradients
+    shape = split.batch, split.heads, 2, split.num_tokens
     rows = torch.empty(shape, dtype=torch.float32, device=q.device)
-    inputs = {
+    common = {
         "p_q": q,
         "p_k": k,
         "p_v": v,
@@ -83,110 +101,81 @@ def plan_backward(
         "stride_k": k.stride(),
         "stride_v": v.stride(),
         "stride_do": grad.stride(),
-        **_common_arguments(split, form),
+        **form_arguments(split, form, factor, initial),
     }
-    query_side = {
-        "p_before": rows if before is None else before,
-        "p_dq": d_q,
-        **_factor_arguments(q, form),
-        **inputs,
+    query_side: dict[str, Any] = {"p_dq": d_q, "stride_dq": d_q.stride(), "p_before": None}
+    key_side: dict[str, Any] = {
+        "p_dk": d_k,
+        "p_dv": d_v,
+        "stride_dk": d_k.stride(),
+        "stride_dv": d_v.stride(),
+        "p_after": None,
     }
-    launches = [Launch(_backward_q_kernel, split.grid, query_side, split.num_warps)]
-    after = rows
-    if split.num_parts > 1:
-        after = split.state_like(q)
-        launches.append(sum_state(q, grad, rows, after, split, form))
-        launches.append(combine_state(after, after, prefix=True, reverse=True))
-    key_side = {"p_after": after, "p_dk": d_k, "p_dv": d_v, **inputs}
-    launches.append(Launch(_backward_kv_kernel, split.grid, key_side, split.num_warps))
-    return d_q, d_k, d_v, launches
+
+    def launch(**arguments: Any) -> Launch:
+        return Launch(_backward_kernel, split.grid, arguments | common, split.num_warps)
+
+    if split.is_whole and initial is None and grad_state is None:
+        return None, [launch(**query_side, **key_side)]
+    no_query_side, no_key_side = dict.fromkeys(query_side), dict.fromkeys(key_side)
+    launches, query_side["p_before"] = _plan_before(k, v, initial, split, form, None)
+    after, d_initial = split.empty_parts(), split.empty_states(split.num_sequences)
+    key_side["p_after"] = after
+    launches += [
+        launch(**query_side, **no_key_side),
+        sum_states(q, grad, rows, after, split, form),
+        combine_states(after, split, start=grad_state, before=after, total=d_initial, reverse=True),
+        launch(**no_query_side, **key_side),
+    ]
+    return d_initial, launches
 
 
-def _common_arguments(split: Split, form: Form) -> dict[str, Any]:
-    several = split.num_parts > 1
-    return {**split.arguments(form), "NORMALIZED": form.normalized, "SEVERAL_PARTS": several}
-
-
-def _factor_arguments(q: Tensor, form: Form) -> dict[str, Any]:
-    """Scale of the unnormalised form; its power of the row index comes from a table [N]."""
-    has_length_factor = form.length_exponent != 0 and not form.normalized
-    table = q
-    if has_length_factor:
-        index = torch.arange(1, q.shape[1] + 1, dtype=torch.float32, device=q.device)
-        table = index**-form.length_exponent
-    return {
-        "p_length_factor": table,
-        "scale": float(form.score_scale),
-        "HAS_LENGTH_FACTOR": has_length_factor,
-    }
+def _plan_before(
+    k: Tensor, v: Tensor, initial: Tensor | None, split: Split, form: Form, total: Tensor | None
+) -> tuple[list[Launch], Tensor]:
+    before = split.empty_parts()
+    launches = [
+        sum_states(k, v, None, before, split, form),
+        combine_states(before, split, start=initial, before=before, total=total),
+    ]
+    return launches, before
 
 
 @triton.jit
-def masked_scores(b_q, b_k, b_q_inverse, b_k_inverse, i_n, NORMALIZED: tl.constexpr):
-    """1 + q.k of one tile, zero above the diagonal: [BLOCK_N, BLOCK_N]."""
-    b_a = 1.0 + dot(b_q, tl.trans(b_k)) * b_q_inverse[:, None] * b_k_inverse[None, :]
-    b_a = tl.where(i_n[:, None] >= i_n[None, :], b_a, 0.0)
-    if NORMALIZED:
-        # Row 1 has one key: its weight is 1, in the limit too.
-        b_a = tl.where((i_n[:, None] == 0) & (i_n[None, :] == 0), 1.0, b_a)
-    return b_a
+def masked_dot(b_a, b_x, i_rows, i_first, UPPER: tl.constexpr):
+    """a @ x, where zeros of a beyond the diagonal keep out NaN and infinity too.
+
+    Rows of x stand for tokens i_first, i_first + 1, ...; a row of the product for token i_rows,
+    which sees tokens up to itself (UPPER: from itself on).
+    """
+    product = dot(narrow(b_a, b_x.dtype), b_x)
+    check = tl.sum(tl.sum(product, axis=1), axis=0)
+    if check - check != 0:
+        # Token by token, as by the definition.
+        product = tl.zeros_like(product)
+        i = tl.arange(0, b_x.shape[0])
+        for step in range(b_x.shape[0]):
+            column = tl.sum(tl.where(i[None, :] == step, b_a, 0.0), axis=1)
+            row = tl.sum(tl.where(i[:, None] == step, b_x.to(tl.float32), 0.0), axis=0)
+            token = i_first + step
+            seen = i_rows <= token if UPPER else i_rows >= token
+            product += tl.where(seen[:, None], column[:, None] * row[None, :], 0.0)
+    return product
 
 
-@triton.jit
-def causal_row_scale(
-    b_a,
-    b_q_hat,
-    b_z,
-    scale,
-    p_length_factor,
-    start,
-    i_n,
-    num_tokens,
-    NORMALIZED: tl.constexpr,
-    HAS_LENGTH_FACTOR: tl.constexpr,
-):
-    """Factor of every row's numerator, and where no clamp holds its denominator."""
-    if NORMALIZED:
-        denominator = tl.sum(b_a, axis=1) + (start + tl.sum(b_q_hat * b_z[None, :], axis=1))
-        return inverse_denominator(denominator, i_n + 1)
-    elif HAS_LENGTH_FACTOR:
-        factor = tl.load(p_length_factor + i_n, mask=i_n < num_tokens, other=0.0)
-        return factor * scale, i_n >= 0
-    else:
-        return (i_n * 0).to(tl.float32) + scale, i_n >= 0
-
-
-@triton.jit
-def state_at_edge(
-    p_state,
-    i_row,
-    i_d,
-    i_v,
-    SEVERAL_PARTS: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """The state outside this part: zero if there is no other part."""
-    if SEVERAL_PARTS:
-        return load_state(p_state, i_row, i_d, i_v, D, DV, BLOCK_DV)
-    else:
-        b_s = tl.zeros([BLOCK_D, BLOCK_DV], tl.float32)
-        return b_s, tl.zeros([BLOCK_DV], tl.float32), tl.zeros([BLOCK_D], tl.float32)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward_kernel(
     p_q,
     p_k,
     p_v,
     p_before,
-    p_length_factor,
+    p_factor,
     p_out,
+    p_table,
     stride_q,
     stride_k,
     stride_v,
+    stride_out,
     scale,
     num_tokens,
     num_heads,
@@ -194,65 +183,84 @@ def _forward_kernel(
     part,
     D: tl.constexpr,
     DV: tl.constexpr,
-    QK_NORM: tl.constexpr,
     NORMALIZED: tl.constexpr,
-    HAS_LENGTH_FACTOR: tl.constexpr,
-    SEVERAL_PARTS: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HAS_CONSTANT: tl.constexpr,
+    FREE_SINGLE_KEY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    ROWS_D: tl.constexpr,
+    ROWS_DV: tl.constexpr,
 ):
-    i_part, i_bh, num_bh, i_b, i_h, first, end, i_block = program_place(
-        num_parts, num_heads, part, num_tokens
+    i_part, _i_s, i_h, i_b, offset, length, first, end = program_place(
+        p_table, num_tokens, num_heads, num_parts, part
     )
-    i_d = tl.arange(0, BLOCK_D)
-    i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    b_s, b_w, b_z = state_at_edge(
-        p_before, i_part * num_bh + i_bh, i_d, i_v, SEVERAL_PARTS, D, DV, BLOCK_D, BLOCK_DV
-    )
+    i_d, i_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    p_q = at_head(p_q, stride_q, i_b, i_h, offset)
+    p_k = at_head(p_k, stride_k, i_b, i_h, offset)
+    p_v = at_head(p_v, stride_v, i_b, i_h, offset)
+    p_out = at_head(p_out, stride_out, i_b, i_h, offset)
+    if p_factor is not None:
+        p_factor += i_b * num_tokens + offset
     for start in range(first, end, BLOCK_N):
         i_n = start + tl.arange(0, BLOCK_N)
-        b_q = load_tile(p_q, stride_q, i_b, i_h, i_n, i_d, num_tokens, D)  # [BLOCK_N, BLOCK_D]
-        b_k = load_tile(p_k, stride_k, i_b, i_h, i_n, i_d, num_tokens, D)  # [BLOCK_N, BLOCK_D]
-        b_v = load_tile(p_v, stride_v, i_b, i_h, i_n, i_v, num_tokens, DV)  # [BLOCK_N, BLOCK_DV]
-        b_q_inverse, b_k_inverse = inverse_norm(b_q, QK_NORM), inverse_norm(b_k, QK_NORM)
-        b_q_hat = b_q.to(tl.float32) * b_q_inverse[:, None]
-        b_k_hat = b_k.to(tl.float32) * b_k_inverse[:, None]
-        b_a = masked_scores(b_q, b_k, b_q_inverse, b_k_inverse, i_n, NORMALIZED)
-        b_scale, _free = causal_row_scale(
-            b_a,
-            b_q_hat,
-            b_z,
-            scale,
-            p_length_factor,
-            start,
-            i_n,
-            num_tokens,
-            NORMALIZED,
-            HAS_LENGTH_FACTOR,
+        b_q = load_tile(p_q, stride_q, i_n, i_d, length, D)  # [BLOCK_N, BLOCK_D]
+        b_aq, b_fq, _inverse = features(b_q, i_n, i_d, length, D, QK_NORM, FEATURE_MAP)
+        if FREE_SINGLE_KEY:
+            b_fq = tl.where(i_n == 0, 0.0, b_fq)
+        b_out = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        b_denominator = tl.zeros([BLOCK_N], tl.float32)
+        b_num_keys = (i_n - first + 1).to(tl.float32)
+        if p_before is not None:
+            b_s, b_w, b_z, num_keys = load_state(
+                p_before, i_part * num_heads + i_h, i_d, i_v, D, DV
+            )
+            b_num_keys += num_keys
+            b_out = dot_state(b_aq, b_s) * b_fq[:, None]
+            b_denominator = b_fq * tl.sum(b_aq.to(tl.float32) * b_z[None, :], axis=1)
+            if HAS_CONSTANT:
+                b_out += b_w[None, :]
+                b_denominator += num_keys
+        for key_start in range(first, start + BLOCK_N, BLOCK_N):
+            i_m = key_start + tl.arange(0, BLOCK_N)
+            b_k = load_tile(p_k, stride_k, i_m, i_d, length, D)  # [BLOCK_N, BLOCK_D]
+            b_v = load_tile(p_v, stride_v, i_m, i_v, length, DV)  # [BLOCK_N, BLOCK_DV]
+            b_ak, b_fk, _inverse = features(b_k, i_m, i_d, length, D, QK_NORM, FEATURE_MAP)
+            b_a = dot(b_aq, tl.trans(b_ak)) * b_fq[:, None] * b_fk[None, :]  # the scores
+            if HAS_CONSTANT:
+                b_a += 1.0
+            b_a = tl.where(i_n[:, None] >= i_m[None, :], b_a, 0.0)
+            b_denominator += tl.sum(b_a, axis=1)
+            b_out += masked_dot(b_a, b_v, i_n, key_start, False)
+        b_scale, _free = row_scale(
+            b_denominator, b_num_keys, p_factor, i_n, length, scale, NORMALIZED
         )
-        b_out = dot(b_a.to(b_v.dtype), b_v) + b_w[None, :]  # [BLOCK_N, BLOCK_DV]
-        b_out += dot_state(b_q, b_s) * b_q_inverse[:, None]
-        store_tile(p_out, b_out * b_scale[:, None], i_b, i_h, i_n, i_v, num_tokens, num_heads, DV)
-        b_w += tl.sum(b_v.to(tl.float32), axis=0)
-        b_z += tl.sum(b_k_hat, axis=0)
-        b_s += dot(tl.trans(b_k_hat.to(b_v.dtype)), b_v)
+        store_tile(p_out, stride_out, b_out * b_scale[:, None], i_n, i_v, length, DV)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _backward_q_kernel(
+@triton.jit(do_not_specialize=LENGTHS)
+def _backward_kernel(
     p_q,
     p_k,
     p_v,
     p_do,
     p_before,
-    p_length_factor,
+    p_after,
+    p_factor,
     p_rows,
     p_dq,
+    p_dk,
+    p_dv,
+    p_table,
     stride_q,
     stride_k,
     stride_v,
     stride_do,
+    stride_dq,
+    stride_dk,
+    stride_dv,
     scale,
     num_tokens,
     num_heads,
@@ -260,128 +268,127 @@ def _backward_q_kernel(
     part,
     D: tl.constexpr,
     DV: tl.constexpr,
-    QK_NORM: tl.constexpr,
     NORMALIZED: tl.constexpr,
-    HAS_LENGTH_FACTOR: tl.constexpr,
-    SEVERAL_PARTS: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HAS_CONSTANT: tl.constexpr,
+    FREE_SINGLE_KEY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    ROWS_D: tl.constexpr,
+    ROWS_DV: tl.constexpr,
 ):
-    i_part, i_bh, num_bh, i_b, i_h, first, end, i_block = program_place(
-        num_parts, num_heads, part, num_tokens
+    """Without p_dk the side of the queries alone, without p_dq that of the keys.
+
+    The side of the queries leaves scale and e of every row to that of the keys.
+    """
+    i_part, _i_s, i_h, i_b, offset, length, first, end = program_place(
+        p_table, num_tokens, num_heads, num_parts, part
     )
-    p_dq += i_block * num_bh * num_tokens * D
-    i_d = tl.arange(0, BLOCK_D)
-    i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    b_s, b_w, b_z = state_at_edge(
-        p_before, i_part * num_bh + i_bh, i_d, i_v, SEVERAL_PARTS, D, DV, BLOCK_D, BLOCK_DV
-    )
-    for start in range(first, end, BLOCK_N):
-        i_n = start + tl.arange(0, BLOCK_N)
-        b_q = load_tile(p_q, stride_q, i_b, i_h, i_n, i_d, num_tokens, D)  # [BLOCK_N, BLOCK_D]
-        b_k = load_tile(p_k, stride_k, i_b, i_h, i_n, i_d, num_tokens, D)  # [BLOCK_N, BLOCK_D]
-        b_v = load_tile(p_v, stride_v, i_b, i_h, i_n, i_v, num_tokens, DV)  # [BLOCK_N, BLOCK_DV]
-        b_do = load_tile(p_do, stride_do, i_b, i_h, i_n, i_v, num_tokens, DV)  # [.., BLOCK_DV]
-        b_q_inverse, b_k_inverse = inverse_norm(b_q, QK_NORM), inverse_norm(b_k, QK_NORM)
-        b_q_hat = b_q.to(tl.float32) * b_q_inverse[:, None]
-        b_k_hat = b_k.to(tl.float32) * b_k_inverse[:, None]
-        b_a = masked_scores(b_q, b_k, b_q_inverse, b_k_inverse, i_n, NORMALIZED)
-        b_scale, free = causal_row_scale(
-            b_a,
-            b_q_hat,
-            b_z,
-            scale,
-            p_length_factor,
-            start,
-            i_n,
-            num_tokens,
-            NORMALIZED,
-            HAS_LENGTH_FACTOR,
-        )
-        b_da = dot(b_do, tl.trans(b_v))  # do.v, [BLOCK_N, BLOCK_N]
-        b_u = dot_state(b_do, tl.trans(b_s))  # [BLOCK_N, BLOCK_D]
-        b_e = b_scale * 0.0
-        if NORMALIZED:
-            b_numerator = tl.sum(b_a * b_da, axis=1) + tl.sum(b_q_hat * b_u, axis=1)
-            b_numerator += tl.sum(b_do.to(tl.float32) * b_w[None, :], axis=1)
-            b_e = tl.where(free, -b_numerator * b_scale * b_scale, 0.0)
-        store_rows(p_rows, b_scale, b_e, i_block, i_bh, num_bh, i_n, num_tokens)
-        b_da = b_da * b_scale[:, None] + b_e[:, None]
-        b_da = tl.where(i_n[:, None] >= i_n[None, :], b_da, 0.0) * b_k_inverse[None, :]
-        b_dq_hat = dot(b_da.to(b_k.dtype), b_k) + b_u * b_scale[:, None]
-        b_dq_hat += b_e[:, None] * b_z[None, :]
-        b_dq = inverse_norm_backward(b_dq_hat, b_q, b_q_inverse, QK_NORM)
-        store_tile(p_dq, b_dq, i_b, i_h, i_n, i_d, num_tokens, num_heads, D)
-        b_w += tl.sum(b_v.to(tl.float32), axis=0)
-        b_z += tl.sum(b_k_hat, axis=0)
-        b_s += dot(tl.trans(b_k_hat.to(b_v.dtype)), b_v)
+    i_d, i_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    p_q = at_head(p_q, stride_q, i_b, i_h, offset)
+    p_k = at_head(p_k, stride_k, i_b, i_h, offset)
+    p_v = at_head(p_v, stride_v, i_b, i_h, offset)
+    p_do = at_head(p_do, stride_do, i_b, i_h, offset)
+    p_rows = rows_at_head(p_rows, i_b, i_h, offset, num_tokens, num_heads)
 
+    if p_dq is not None:
+        p_dq = at_head(p_dq, stride_dq, i_b, i_h, offset)
+        if p_factor is not None:
+            p_factor += i_b * num_tokens + offset
+        for start in range(first, end, BLOCK_N):
+            i_n = start + tl.arange(0, BLOCK_N)
+            b_do = load_tile(p_do, stride_do, i_n, i_v, length, DV)  # [BLOCK_N, BLOCK_DV]
+            # Over the keys in view: sum of phi(k) (do.v), of phi(k), and of do.v.
+            b_u = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            b_zs = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            b_sum = tl.zeros([BLOCK_N], tl.float32)
+            b_num_keys = (i_n - first + 1).to(tl.float32)
+            if p_before is not None:
+                b_s, b_w, b_z, num_keys = load_state(
+                    p_before, i_part * num_heads + i_h, i_d, i_v, D, DV
+                )
+                b_num_keys += num_keys
+                b_u = dot_state(b_do, tl.trans(b_s))
+                if NORMALIZED:
+                    b_zs += b_z[None, :]
+                    b_sum = tl.sum(b_do.to(tl.float32) * b_w[None, :], axis=1)
+            for key_start in range(first, start + BLOCK_N, BLOCK_N):
+                i_m = key_start + tl.arange(0, BLOCK_N)
+                b_k = load_tile(p_k, stride_k, i_m, i_d, length, D)  # [BLOCK_N, BLOCK_D]
+                b_v = load_tile(p_v, stride_v, i_m, i_v, length, DV)  # [BLOCK_N, BLOCK_DV]
+                b_ak, b_fk, _inverse = features(b_k, i_m, i_d, length, D, QK_NORM, FEATURE_MAP)
+                seen = i_n[:, None] >= i_m[None, :]
+                b_p = tl.where(seen, dot(b_do, tl.trans(b_v)), 0.0)  # [BLOCK_N, BLOCK_N]
+                b_fk_seen = tl.where(seen, b_fk[None, :], 0.0)
+                b_u += masked_dot(
+                    tl.where(seen, b_p * b_fk[None, :], 0.0), b_ak, i_n, key_start, False
+                )
+                if NORMALIZED:
+                    b_sum += tl.sum(b_p, axis=1)
+                    b_zs += masked_dot(b_fk_seen, b_ak, i_n, key_start, False)
+            b_q = load_tile(p_q, stride_q, i_n, i_d, length, D)  # [BLOCK_N, BLOCK_D]
+            b_aq, b_fq, b_inverse = features(b_q, i_n, i_d, length, D, QK_NORM, FEATURE_MAP)
+            if FREE_SINGLE_KEY:
+                b_fq = tl.where(i_n == 0, 0.0, b_fq)
+            b_denominator = b_fq
+            if NORMALIZED:
+                b_denominator = b_fq * tl.sum(b_aq.to(tl.float32) * b_zs, axis=1)
+                if HAS_CONSTANT:
+                    b_denominator += b_num_keys
+            b_scale, free = row_scale(
+                b_denominator, b_num_keys, p_factor, i_n, length, scale, NORMALIZED
+            )
+            b_e = b_scale * 0.0
+            b_dphi = b_u * b_scale[:, None]
+            if NORMALIZED:
+                b_numerator = b_fq * tl.sum(b_aq.to(tl.float32) * b_u, axis=1)
+                if HAS_CONSTANT:
+                    b_numerator += b_sum
+                b_e = tl.where(free, -b_numerator * b_scale * b_scale, 0.0 * b_numerator)
+                b_dphi += b_e[:, None] * b_zs
+            if FREE_SINGLE_KEY:
+                b_dphi = tl.where((i_n == 0)[:, None], 0.0, b_dphi)
+            store_rows(p_rows, num_tokens, b_scale, b_e, i_n, length)
+            b_dq = features_backward(b_dphi, b_q, b_inverse, QK_NORM, FEATURE_MAP)
+            store_tile(p_dq, stride_dq, b_dq, i_n, i_d, length, D)
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _backward_kv_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_do,
-    p_rows,
-    p_after,
-    p_dk,
-    p_dv,
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_do,
-    num_tokens,
-    num_heads,
-    num_parts,
-    part,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    QK_NORM: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    SEVERAL_PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    i_part, i_bh, num_bh, i_b, i_h, first, end, i_block = program_place(
-        num_parts, num_heads, part, num_tokens
-    )
-    p_dk += i_block * num_bh * num_tokens * D
-    i_d = tl.arange(0, BLOCK_D)
-    i_v = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    b_ds, b_dw, b_dz = state_at_edge(
-        p_after, i_part * num_bh + i_bh, i_d, i_v, SEVERAL_PARTS, D, DV, BLOCK_D, BLOCK_DV
-    )
-    # After the last part the state is this value block's own; the sum over all value blocks in the
-    # loaded z would be counted once per block.
-    if SEVERAL_PARTS:
-        b_dz = tl.where(i_block == 0, b_dz, 0.0)
-    num_tiles = tl.cdiv(end - first, BLOCK_N)
-    for step in range(num_tiles):
-        i_n = first + (num_tiles - 1 - step) * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_q = load_tile(p_q, stride_q, i_b, i_h, i_n, i_d, num_tokens, D)  # [BLOCK_N, BLOCK_D]
-        b_k = load_tile(p_k, stride_k, i_b, i_h, i_n, i_d, num_tokens, D)  # [BLOCK_N, BLOCK_D]
-        b_v = load_tile(p_v, stride_v, i_b, i_h, i_n, i_v, num_tokens, DV)  # [BLOCK_N, BLOCK_DV]
-        b_do = load_tile(p_do, stride_do, i_b, i_h, i_n, i_v, num_tokens, DV)  # [.., BLOCK_DV]
-        b_scale, b_e = load_rows(p_rows, i_block, i_bh, num_bh, i_n, num_tokens)
-        b_q_inverse, b_k_inverse = inverse_norm(b_q, QK_NORM), inverse_norm(b_k, QK_NORM)
-        b_q_hat = b_q.to(tl.float32) * b_q_inverse[:, None]
-        b_a = masked_scores(b_q, b_k, b_q_inverse, b_k_inverse, i_n, NORMALIZED)
-
-        b_a_scaled = (b_a * b_scale[:, None]).to(b_do.dtype)
-        b_dv = dot(tl.trans(b_a_scaled), b_do) + b_dw[None, :]  # [BLOCK_N, BLOCK_DV]
-        b_dv += dot_state(b_k, b_ds) * b_k_inverse[:, None]
-        store_tile(p_dv, b_dv, i_b, i_h, i_n, i_v, num_tokens, num_heads, DV)
-
-        b_da = dot(b_do, tl.trans(b_v)) * b_scale[:, None] + b_e[:, None]
-        b_da = tl.where(i_n[:, None] >= i_n[None, :], b_da, 0.0) * b_q_inverse[:, None]
-        b_dk_hat = dot(tl.trans(b_da.to(b_q.dtype)), b_q) + b_dz[None, :]  # [BLOCK_N, BLOCK_D]
-        b_dk_hat += dot_state(b_v, tl.trans(b_ds))
-        b_dk = inverse_norm_backward(b_dk_hat, b_k, b_k_inverse, QK_NORM)
-        store_tile(p_dk, b_dk, i_b, i_h, i_n, i_d, num_tokens, num_heads, D)
-
-        b_dw += tl.sum(b_do.to(tl.float32) * b_scale[:, None], axis=0)
-        b_dz += tl.sum(b_q_hat * b_e[:, None], axis=0)
-        b_ds += dot(tl.trans((b_q_hat * b_scale[:, None]).to(b_do.dtype)), b_do)
+    if p_dk is not None:
+        if p_dq is not None:
+            tl.debug_barrier()  # the rows' scale and e are written by other threads
+        p_dk = at_head(p_dk, stride_dk, i_b, i_h, offset)
+        p_dv = at_head(p_dv, stride_dv, i_b, i_h, offset)
+        for key_start in range(first, end, BLOCK_N):
+            i_m = key_start + tl.arange(0, BLOCK_N)
+            b_k = load_tile(p_k, stride_k, i_m, i_d, length, D)  # [BLOCK_N, BLOCK_D]
+            b_v = load_tile(p_v, stride_v, i_m, i_v, length, DV)  # [BLOCK_N, BLOCK_DV]
+            b_ak, b_fk, b_inverse = features(b_k, i_m, i_d, length, D, QK_NORM, FEATURE_MAP)
+            b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+            b_dphi = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            if p_after is not None:
+                b_ds, b_dw, b_dz, _none = load_state(
+                    p_after, i_part * num_heads + i_h, i_d, i_v, D, DV
+                )
+                b_dv = dot_state(b_ak, b_ds) * b_fk[:, None] + b_dw[None, :]
+                b_dphi = dot_state(b_v, tl.trans(b_ds)) + b_dz[None, :]
+            for start in range(key_start, end, BLOCK_N):
+                i_n = start + tl.arange(0, BLOCK_N)
+                b_q = load_tile(p_q, stride_q, i_n, i_d, length, D)  # [BLOCK_N, BLOCK_D]
+                b_do = load_tile(p_do, stride_do, i_n, i_v, length, DV)  # [BLOCK_N, BLOCK_DV]
+                b_aq, b_fq, _inverse = features(b_q, i_n, i_d, length, D, QK_NORM, FEATURE_MAP)
+                if FREE_SINGLE_KEY:
+                    b_fq = tl.where(i_n == 0, 0.0, b_fq)
+                b_scale, b_e = load_rows(p_rows, num_tokens, i_n, length)
+                seen = i_m[:, None] <= i_n[None, :]  # transposed: a row for every key
+                b_a = dot(b_ak, tl.trans(b_aq)) * b_fk[:, None] * b_fq[None, :]
+                if HAS_CONSTANT:
+                    b_a += 1.0
+                b_a = tl.where(seen, b_a * b_scale[None, :], 0.0)
+                b_dv += masked_dot(b_a, b_do, i_m, start, True)
+                b_da = dot(b_v, tl.trans(b_do)) * b_scale[None, :] + b_e[None, :]
+                b_da = tl.where(seen, b_da * b_fq[None, :], 0.0)
+                b_dphi += masked_dot(b_da, b_aq, i_m, start, True)
+            store_tile(p_dv, stride_dv, b_dv, i_m, i_v, length, DV)
+            b_dk = features_backward(b_dphi, b_k, b_inverse, QK_NORM, FEATURE_MAP)
+            store_tile(p_dk, stride_dk, b_dk, i_m, i_d, length, D)

@@ -1,149 +1,222 @@
 """Linear attention in O(N) torch operations with a hand-derived backward: the CPU path.
 
-float64 is computed in float64, everything else in float32. Only q, k and v are kept for the
-backward. The derivation is in README.md beside this file; names follow it: S, w, z are the state,
-``scale`` is the factor of a row's numerator, ``e`` the gradient of its denominator.
+float64 is computed in float64, everything else in float32. Queries and keys carry a constant
+feature in front, values a one behind, so that one matrix, the state, holds all sums over tokens and
+one product gives numerator and denominator. The derivation is in README.md beside this file.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from linclip_kernels.linear_attention.reference import DENOMINATOR_EPS, NORM_EPS
+from linclip_kernels.linear_attention.form import DENOMINATOR_EPS, NORM_EPS, Form
 
-__all__ = ["Form", "linear_attention_eager"]
+__all__ = ["backward", "forward"]
 
 #: Up to this many tokens are one masked causal tile; longer sequences are cut into tiles of 64.
 ONE_TILE = 128
 TILE = 64
 
 
-@dataclass(frozen=True)
-class Form:
-    """Which of the operator's forms is meant; see :func:`linclip_kernels.linear_attention`."""
-
-    causal: bool
-    normalized: bool
-    qk_norm: bool
-    score_scale: float
-    length_exponent: float
-
-
-def linear_attention_eager(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
-    """The torch form of :func:`linclip_kernels.linear_attention`; arguments are not checked.
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    boundaries: list[int] | None,
+    form: Form,
+    *,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend; arguments are not checked.
 
     Args:
         q, k: [B, N, H, D].
         v: [B, N, H, Dv].
+        initial: State [S, H, D + 1, Dv + 1] of earlier keys, one per sequence.
+        boundaries: Where the S sequences begin and end; None: S = B sequences of N tokens.
         form: Which form.
 
     Returns:
-        [B, N, H, Dv], contiguous, in v.dtype.
+        o [B, N, H, Dv] in v.dtype, and with return_state the state [S, H, D + 1, Dv + 1].
     """
-    function = _Causal if form.causal else _Bidirectional
-    return function.apply(q, k, v, form)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    states = []
+    for tokens, sequences in _sequences(q, boundaries):
+        begin = None if initial is None else initial[sequences]
+        pass_ = _Pass(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
+        pass_.forward(out[:, tokens])
+        if return_state:
+            states.append(pass_.state())
+    return out, torch.cat(states) if return_state else None
 
 
-class _Bidirectional(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.form, num_keys = form, k.shape[1]
-        with torch.autocast(q.device.type, enabled=False):
-            q_hat, k_hat = _unit_rows(q, form)[0], _unit_rows(k, form)[0]
-            values = _by_head(v)
-            state, w = k_hat.mT @ values, values.sum(-2, keepdim=True)
-            if form.normalized:
-                score_sum = q_hat @ k_hat.sum(-2).unsqueeze(-1) + num_keys
-                out = _affine(w, q_hat, state).mul_(_inverse_denominator(score_sum, num_keys)[0])
-            else:
-                out = _affine(w, q_hat, state, _length_factor(num_keys, form))
-            return _by_token(out, v).contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        form, num_keys = ctx.form, k.shape[1]
-        with torch.autocast(q.device.type, enabled=False):
-            (q_hat, q_inverse), (k_hat, k_inverse) = _unit_rows(q, form), _unit_rows(k, form)
-            values, grad = _by_head(v), _by_head(grad)
-            d_q = grad @ (k_hat.mT @ values).mT
-            if form.normalized:
-                z = k_hat.sum(-2, keepdim=True)
-                scale, free = _inverse_denominator(q_hat @ z.mT + num_keys, num_keys)
-                numerator = _row_dot(q_hat, d_q) + grad @ values.sum(-2).unsqueeze(-1)
-                e = numerator.mul_(scale).mul_(scale).mul_(free).neg_()
-                d_q = torch.addcmul(e * z, d_q, scale)
-                grad = grad * scale
-                d_z = (e * q_hat).sum(-2, keepdim=True)
-                d_state, d_w = q_hat.mT @ grad, grad.sum(-2, keepdim=True)
-                d_k = _affine(d_z, values, d_state.mT)
-            else:
-                factor = _length_factor(num_keys, form)
-                d_q *= factor
-                d_state, d_w = q_hat.mT @ grad * factor, grad.sum(-2, keepdim=True) * factor
-                d_k = values @ d_state.mT
-            d_v = _affine(d_w, k_hat, d_state)
-            d_q = _unit_rows_backward(d_q, q_hat, q_inverse)
-            d_k = _unit_rows_backward(d_k, k_hat, k_inverse)
-            return _by_token(d_q, q), _by_token(d_k, k), _by_token(d_v, v), None
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    boundaries: list[int] | None,
+    form: Form,
+    grad: Tensor | None,
+    grad_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the initial state, from those of o and the state (None: zero)."""
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    d_states = []
+    if grad is None:
+        grad = torch.zeros_like(v)
+    for tokens, sequences in _sequences(q, boundaries):
+        begin = None if initial is None else initial[sequences]
+        end = None if grad_state is None else grad_state[sequences]
+        pass_ = _Pass(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
+        *rows, d_state = pass_.backward(grad[:, tokens], end)
+        for gradient, x in zip(gradients, rows, strict=True):
+            gradient[:, tokens] = x.transpose(1, 2)
+        d_states.append(d_state)
+    d_q, d_k, d_v = gradients
+    return d_q, d_k, d_v, torch.cat(d_states)
 
 
-class _Causal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.form, num_tokens = form, q.shape[1]
-        with torch.autocast(q.device.type, enabled=False):
-            q_hat, k_hat = _tiles(_unit_rows(q, form)[0]), _tiles(_unit_rows(k, form)[0])
-            values = _tiles(_by_head(v))
-            scores = _masked_scores(q_hat, k_hat, form)
-            before = _state_before(k_hat, values)
-            out = scores @ values
-            if before:
-                out += (q_hat @ before.matrix).add_(before.w)
-            out *= _row_scale(scores, q_hat, before, form)[0]
-            return _by_token(_whole(out, num_tokens), v).contiguous()
+def _sequences(q: Tensor, boundaries: list[int] | None) -> Iterator[tuple[slice, slice]]:
+    """Tokens and states that belong together."""
+    if boundaries is None:
+        yield slice(0, q.shape[1]), slice(0, q.shape[0])
+    else:
+        for i, tokens in enumerate(pairwise(boundaries)):
+            yield slice(*tokens), slice(i, i + 1)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        form, num_tokens = ctx.form, q.shape[1]
-        with torch.autocast(q.device.type, enabled=False):
-            (q_rows, q_inverse), (k_rows, k_inverse) = _unit_rows(q, form), _unit_rows(k, form)
-            q_hat, k_hat, values = _tiles(q_rows), _tiles(k_rows), _tiles(_by_head(v))
-            scores = _masked_scores(q_hat, k_hat, form)
-            before = _state_before(k_hat, values)
-            scale, free = _row_scale(scores, q_hat, before, form)
-            grad = _tiles(_by_head(grad)) * scale
 
-            d_scores = grad @ values.mT
-            d_q_before = grad @ before.matrix.mT if before else torch.zeros_like(scale)
-            e = None
-            if form.normalized:
-                numerator = _row_dot(scores, d_scores)
-                if before:
-                    numerator += _row_dot(q_hat, d_q_before) + grad @ before.w.mT
-                e = numerator.mul_(scale).mul_(free).neg_()
-                d_scores += e
-            d_scores.tril_()
+class _Features(NamedTuple):
+    """Rows of q or k on their way to features."""
 
-            d_q, d_k, d_v = d_scores @ k_hat, d_scores.mT @ q_hat, scores.mT @ grad
-            if before:
-                after = _state_after(q_hat, grad, e)
-                d_q += d_q_before if e is None else d_q_before + e * before.z
-                d_k += values @ after.matrix.mT if e is None else values @ after.matrix.mT + after.z
-                d_v += (k_hat @ after.matrix).add_(after.w)
-            d_q = _unit_rows_backward(_whole(d_q, num_tokens), q_rows, q_inverse)
-            d_k = _unit_rows_backward(_whole(d_k, num_tokens), k_rows, k_inverse)
-            d_v = _whole(d_v, num_tokens)
-            return _by_token(d_q, q), _by_token(d_k, k), _by_token(d_v, v), None
+    rows: Tensor  # x in the computing dtype, [B, H, N, D]
+    inverse: Tensor | None  # of the norm, [B, H, N, 1]
+    phi: Tensor  # (constant, phi(x-hat)), [B, H, N, D + 1]
+
+
+class _Pass:
+    """Sequences of equal length, forward or backward; both begin with features and states.
+
+    Bidirectional attention is one tile whose rows see one state. Causal attention cuts the tokens
+    into tiles [.., T, tile, *]; a row sees the state before its tile and a masked part of the tile.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, form: Form) -> None:
+        self.form = form
+        self.num_tokens = q.shape[1]
+        self.query = _features(q, float(form.has_constant), form)
+        self.key = _features(k, 1.0, form)
+        self.num_keys: float | Tensor = 1 if form.causal else max(1, self.num_tokens)  # of row 1
+        self.single_key = form.frees_single_key and initial is None and self.num_keys == 1
+        if initial is not None:
+            self.num_keys = initial[:, :1, :1, -1:] + self.num_keys  # [S, 1, 1, 1]
+        if self.single_key:
+            self.query.phi[:, :, :1, 1:] = 0  # the score of row 1 is the constant
+        self.q, self.k = self._tiles(self.query.phi), self._tiles(self.key.phi)
+        self.v = self._tiles(_append(_by_head(v), 1.0))
+        if form.causal:
+            self.scores = (self.q @ self.k.mT).tril_()
+            before = self.k[:, :, :-1].mT @ self.v[:, :, :-1]
+            self.seen = _running_sum(before, initial)  # [B, H, T, D + 1, Dv + 1]
+        else:
+            self.seen = self.k.mT @ self.v  # [B, H, D + 1, Dv + 1]
+            if initial is not None:
+                self.seen += initial
+
+    def forward(self, out: Tensor) -> None:
+        """Write o into ``out`` [B, N, H, Dv]."""
+        y = self._numerator_and_denominator()
+        rows = y[..., :-1].mul_(self._row_scale(y)[0])
+        out.copy_(self._whole(rows).transpose(1, 2))
+
+    def state(self) -> Tensor:
+        """The state of all keys, [B, H, D + 1, Dv + 1]."""
+        if self.form.causal:
+            return self.seen[:, :, -1] + self.k[:, :, -1].mT @ self.v[:, :, -1]
+        return self.seen
+
+    def backward(self, grad: Tensor, grad_state: Tensor | None) -> tuple[Tensor, ...]:
+        grad = self._tiles(_by_head(grad))
+        e: Tensor | float = 0.0
+        if self.form.normalized:
+            y = self._numerator_and_denominator()
+            scale, free = self._row_scale(y)
+            e = -(grad * y[..., :-1]).sum(-1, keepdim=True) * scale * scale * free
+        else:
+            scale, _ = self._row_scale(None)
+        d_y = _append(grad * scale, e)
+        d_q = d_y @ self.seen[..., 1:, :].mT
+        d_state = self.q.mT @ d_y
+        if self.form.causal:
+            d_scores = (d_y @ self.v.mT).tril_()
+            d_q += _masked_product(d_scores, self.k[..., 1:])
+            after = _running_sum(d_state[:, :, 1:].flip(2), grad_state).flip(2)
+            d_state = d_state[:, :, 0] + after[:, :, 0]
+            d_k = self.v @ after[..., 1:, :].mT
+            d_k += _masked_product(d_scores, self.q[..., 1:], transposed=True)
+            d_v = self.k @ after[..., :-1]
+            d_v += _masked_product(self.scores, d_y[..., :-1], transposed=True)
+        else:
+            if grad_state is not None:
+                d_state += grad_state
+            d_k = self.v @ d_state[..., 1:, :].mT
+            d_v = self.k @ d_state[..., :-1]
+        d_q, d_k, d_v = self._whole(d_q), self._whole(d_k), self._whole(d_v)
+        if self.single_key:
+            d_q[:, :, :1] = 0
+        d_state[..., 0, -1] = 0  # the number of keys is not differentiated
+        return (
+            _features_backward(d_q, self.query, self.form),
+            _features_backward(d_k, self.key, self.form),
+            d_v,
+            d_state,
+        )
+
+    def _numerator_and_denominator(self) -> Tensor:
+        y = self.q @ self.seen
+        return y + _masked_product(self.scores, self.v) if self.form.causal else y
+
+    def _row_scale(self, y: Tensor | None) -> tuple[Tensor | float, Tensor | bool]:
+        """Factor of every row's numerator, and where no clamp holds its denominator."""
+        form, num_keys = self.form, self.num_keys
+        if not form.normalized and not form.has_length_factor:
+            return form.score_scale, True
+        if form.causal:
+            num_tiles, tile = self.scores.shape[2:4]
+            place = torch.arange(num_tiles * tile, dtype=self.v.dtype, device=self.v.device)
+            first = num_keys.unsqueeze(2) if isinstance(num_keys, Tensor) else num_keys
+            num_keys = place.view(num_tiles, tile, 1) + first
+        if form.normalized:
+            assert y is not None
+            floor, denominator = DENOMINATOR_EPS * num_keys, y[..., -1:]
+            return denominator.clamp(min=floor).reciprocal(), denominator >= floor
+        return form.score_scale * num_keys**-form.length_exponent, True
+
+    def _tiles(self, x: Tensor) -> Tensor:
+        """Causal: [B, H, N, *] -> [B, H, T, tile, *], the last tile filled up with zeros."""
+        if not self.form.causal:
+            return x
+        tile = max(1, self.num_tokens) if self.num_tokens <= ONE_TILE else TILE
+        num_tiles = max(1, -(-self.num_tokens // tile))
+        if num_tiles * tile != self.num_tokens:
+            x = F.pad(x, (0, 0, 0, num_tiles * tile - self.num_tokens))
+        return x.unflatten(2, (num_tiles, tile))
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`_tiles`."""
+        return x.flatten(2, 3)[:, :, : self.num_tokens] if self.form.causal else x
+
+
+def _running_sum(states: Tensor, start: Tensor | None) -> Tensor:
+    """The sums of the first 0, 1, ... T - 1 of T - 1 states, and of the one at the start."""
+    if start is None:
+        return F.pad(states.cumsum(2), (0, 0, 0, 0, 1, 0))
+    return torch.cat([start.unsqueeze(2), states], dim=2).cumsum(2)
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -152,104 +225,50 @@ def _by_head(x: Tensor) -> Tensor:
     return x.transpose(1, 2).to(dtype).contiguous()
 
 
-def _by_token(x: Tensor, like: Tensor) -> Tensor:
-    """[B, H, N, D] -> [B, N, H, D] in the dtype of ``like``."""
-    return x.transpose(1, 2).to(like.dtype)
+def _append(x: Tensor, last: Tensor | float) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)
+    out[..., :-1], out[..., -1:] = x, last
+    return out
 
 
-def _affine(offset: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
-    """factor * (offset + a @ b) in one call; all [B, H, *, *]."""
-    batched = (x.flatten(0, 1) for x in (offset, a, b))
-    return torch.baddbmm(*batched, beta=factor, alpha=factor).unflatten(0, a.shape[:2])
+def _features(x: Tensor, constant: float, form: Form) -> _Features:
+    rows = _by_head(x)
+    phi = rows.new_empty(*rows.shape[:-1], rows.shape[-1] + 1)
+    phi[..., 0], hat = constant, phi[..., 1:]
+    inverse = None
+    if form.qk_norm:
+        inverse = torch.linalg.vecdot(rows, rows).add_(NORM_EPS).rsqrt_().unsqueeze(-1)
+        torch.mul(rows, inverse, out=hat)
+    else:
+        hat.copy_(rows)
+    if form.feature_map == "relu":
+        hat.relu_()
+    elif form.feature_map == "softplus":
+        hat.copy_(F.softplus(hat))
+    return _Features(rows, inverse, phi)
 
 
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1, keepdim=True)
-
-
-def _unit_rows(x: Tensor, form: Form) -> tuple[Tensor, Tensor | None]:
-    """[B, N, H, D] -> x-hat [B, H, N, D] and its factor [B, H, N, 1] (None: not normalised)."""
-    x = _by_head(x)
-    if not form.qk_norm:
-        return x, None
-    inverse = _row_dot(x, x).add_(NORM_EPS).rsqrt_()
-    return x * inverse, inverse
-
-
-def _unit_rows_backward(grad: Tensor, x_hat: Tensor, inverse: Tensor | None) -> Tensor:
+def _features_backward(grad: Tensor, features: _Features, form: Form) -> Tensor:
+    """Gradient of x from that of phi(x-hat); ``grad`` may be overwritten."""
+    rows, inverse, phi = features
+    if form.feature_map == "relu":
+        grad = grad * (rows > 0)
+    elif form.feature_map == "softplus":
+        grad = grad * -torch.expm1(-phi[..., 1:])  # the derivative of log(1 + e^x), from its value
     if inverse is None:
         return grad
-    return torch.addcmul(grad, x_hat, _row_dot(x_hat, grad), value=-1).mul_(inverse)
+    along = torch.linalg.vecdot(rows, grad).unsqueeze(-1) * inverse.square()
+    return torch.addcmul(grad, rows, along, value=-1).mul_(inverse)
 
 
-def _length_factor(num_keys: int, form: Form) -> float:
-    return form.score_scale * num_keys**-form.length_exponent
-
-
-def _inverse_denominator(denominator: Tensor, num_keys: int | Tensor) -> tuple[Tensor, Tensor]:
-    """1 / clamped denominator, and where the clamp left it free."""
-    floor = DENOMINATOR_EPS * num_keys
-    return denominator.clamp(min=floor).reciprocal_(), denominator >= floor
-
-
-def _tiles(x: Tensor) -> Tensor:
-    """[B, H, N, D] -> [B, H, number of tiles, tile, D], the last tile filled up with zeros."""
-    num_tokens = x.shape[2]
-    tile = num_tokens if num_tokens <= ONE_TILE else TILE
-    if num_tokens % tile:
-        x = F.pad(x, (0, 0, 0, -num_tokens % tile))
-    return x.unflatten(2, (-1, tile))
-
-
-def _whole(x: Tensor, num_tokens: int) -> Tensor:
-    """The inverse of :func:`_tiles`."""
-    return x.flatten(2, 3)[:, :, :num_tokens]
-
-
-def _masked_scores(q_hat: Tensor, k_hat: Tensor, form: Form) -> Tensor:
-    """1 + q.k within each tile, zero above the diagonal: [B, H, tiles, tile, tile]."""
-    scores = (q_hat @ k_hat.mT).add_(1).tril_()
-    if form.normalized:
-        scores[:, :, 0, 0, 0] = 1  # row 1 has one key: its weight is 1, in the limit too
-    return scores
-
-
-class _State(NamedTuple):
-    """Sums over tokens, one per tile: [B, H, tiles, *, *]."""
-
-    matrix: Tensor  # x y^T, [.., D, Dv]
-    w: Tensor  # y, [.., 1, Dv]
-    z: Tensor  # e x, [.., 1, D]
-
-
-def _state_before(x: Tensor, y: Tensor, e: Tensor | None = None) -> _State | None:
-    """The state of all earlier tiles; None if there is one tile."""
-    if x.shape[2] == 1:
-        return None
-    x, y = x[:, :, :-1], y[:, :, :-1]
-    weighted = x if e is None else e[:, :, :-1] * x
-    sums = x.mT @ y, y.sum(-2, keepdim=True), weighted.sum(-2, keepdim=True)
-    return _State(*(F.pad(s.cumsum(2), (0, 0, 0, 0, 1, 0)) for s in sums))
-
-
-def _state_after(x: Tensor, y: Tensor, e: Tensor | None) -> _State:
-    """The state of all later tiles; there must be more than one."""
-    before = _state_before(x.flip(2), y.flip(2), None if e is None else e.flip(2))
-    assert before is not None
-    return _State(*(s.flip(2) for s in before))
-
-
-def _row_scale(
-    scores: Tensor, q_hat: Tensor, before: _State | None, form: Form
-) -> tuple[Tensor, Tensor]:
-    """Factor of every row's numerator, and where no clamp holds its denominator."""
-    num_tiles, tile = scores.shape[2:4]
-    num_keys = torch.arange(1, num_tiles * tile + 1, dtype=scores.dtype, device=scores.device)
-    num_keys = num_keys.view(num_tiles, tile, 1)
-    if not form.normalized:
-        scale = num_keys**-form.length_exponent * form.score_scale
-        return scale, torch.ones_like(scale, dtype=torch.bool)
-    denominator = scores.sum(-1, keepdim=True)
-    if before:
-        denominator += q_hat @ before.z.mT + (num_keys[:, :1] - 1)
-    return _inverse_denominator(denominator, num_keys)
+def _masked_product(mask: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:
+    """mask @ rows for a lower triangular mask, whose zeros keep out NaN and infinity too."""
+    mask = mask.mT if transposed else mask
+    product = mask @ rows
+    if product.sum().isfinite():
+        return product
+    finite = rows.isfinite()
+    product = mask @ torch.where(finite, rows, 0)
+    # A row of the product depends on itself and on all rows on its side of the diagonal.
+    side = torch.ones_like(mask).triu() if transposed else torch.ones_like(mask).tril()
+    return product.masked_fill(side @ (~finite).to(side.dtype) > 0, torch.nan)

@@ -1,51 +1,157 @@
-"""Linear attention in Triton: the launches of either order as one differentiable function."""
+"""Linear attention in Triton, forward and backward: either order, wide values in blocks.
 
-from typing import Any
+Every column of v is a problem of its own once the scores are known. Values wider than one program's
+state are computed block by block; the shares of dq and dk are added in float32.
+"""
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from linclip_kernels.linear_attention import causal, noncausal
-from linclip_kernels.linear_attention.eager import Form
-from linclip_kernels.linear_attention.tiles import run
+from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.split import Split, max_value_block, run, split_tokens
 
-__all__ = ["linear_attention_triton"]
+__all__ = ["backward", "forward"]
 
 
-def linear_attention_triton(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
-    """The Triton form of :func:`linclip_kernels.linear_attention`; arguments are not checked.
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    boundaries: list[int] | None,
+    form: Form,
+    *,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend; arguments are not checked.
 
     Args:
         q, k: [B, N, H, D].
         v: [B, N, H, Dv].
+        initial: State [S, H, D + 1, Dv + 1] of earlier keys, one per sequence.
+        boundaries: Where the S sequences begin and end; None: S = B sequences of N tokens.
         form: Which form.
 
     Returns:
-        [B, N, H, Dv], contiguous, in v.dtype.
+        o [B, N, H, Dv] in v.dtype, and with return_state the state [S, H, D + 1, Dv + 1].
     """
-    return _LinearAttention.apply(q, k, v, form)
-
-
-class _LinearAttention(torch.autograd.Function):
-    """Keeps q, k, v and a state for the backward, which a causal sequence of one part has not."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
-        plans = causal if form.causal else noncausal
-        out, state, launches = plans.plan_forward(q, k, v, form)
+    plans = causal if form.causal else noncausal
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    states: list[Tensor] = []
+    for columns in _value_blocks(q, v):
+        block, start = v[..., columns], _columns(initial, columns)
+        split = split_tokens(q, block, form, boundaries, backward=False)
+        state = split.empty_states(split.num_sequences) if return_state else None
+        factor = _factor(start, split, form)
+        rows = out[..., columns]
+        launches = plans.plan_forward(q, k, block, start, split, form, factor, rows, state)
         run(launches, q.device)
-        ctx.save_for_backward(q, k, v, state)
-        ctx.form = form
-        return out
+        if state is not None:
+            states.append(state)
+    return out, _join(states) if return_state else None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, state = ctx.saved_tensors
-        plans = causal if ctx.form.causal else noncausal
-        d_q, d_k, d_v, launches = plans.plan_backward(q, k, v, grad, state, ctx.form)
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    boundaries: list[int] | None,
+    form: Form,
+    state: Tensor | None,
+    grad: Tensor | None,
+    grad_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the initial state, from those of o and the state (None: zero).
+
+    Args:
+        state: What the forward has returned, or None.
+    """
+    plans = causal if form.causal else noncausal
+    grad = torch.zeros_like(v) if grad is None else grad
+    blocks = _value_blocks(q, v)
+    # Shares of dq and dk are added in float32; as a rule there is one.
+    dtype = q.dtype if len(blocks) == 1 else torch.float32
+    d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    shares: list[tuple[Tensor, Tensor]] = []
+    d_states: list[Tensor] = []
+    for columns in blocks:
+        block, start = v[..., columns], _columns(initial, columns)
+        split = split_tokens(q, block, form, boundaries, backward=True)
+        factor = _factor(start, split, form)
+        share = (
+            torch.empty(q.shape, dtype=dtype, device=q.device),
+            torch.empty(k.shape, dtype=dtype, device=k.device),
+        )
+        end = _columns(grad_state, columns)
+        if end is not None and columns.start > 0:
+            end[..., 1:, -1] = 0  # the gradient of z goes through the first block
+        d_state, launches = plans.plan_backward(
+            q,
+            k,
+            block,
+            start,
+            split,
+            form,
+            factor,
+            _columns(state, columns),
+            grad[..., columns],
+            end,
+            (*share, d_v[..., columns]),
+        )
         run(launches, q.device)
-        # One term per value block; as a rule there is one.
-        d_q, d_k = (x[0] if len(x) == 1 else x.sum(0).to(q.dtype) for x in (d_q, d_k))
-        return d_q, d_k, d_v, None
+        shares.append(share)
+        if d_state is not None:
+            d_states.append(d_state)
+    d_q, d_k = (sum(x[1:], start=x[0]).to(q.dtype) for x in zip(*shares, strict=True))
+    return d_q, d_k, d_v, _join(d_states, add_z=True) if initial is not None else None
+
+
+def _value_blocks(q: Tensor, v: Tensor) -> list[slice]:
+    block, value_dim = max_value_block(q), v.shape[-1]
+    return [slice(i, min(i + block, value_dim)) for i in range(0, value_dim, block)]
+
+
+def _columns(state: Tensor | None, columns: slice) -> Tensor | None:
+    """The state of a block of values: its columns, and the last one, contiguous."""
+    if state is None:
+        return None
+    if columns.start == 0 and columns.stop == state.shape[-1] - 1:
+        return state.contiguous()
+    return torch.cat([state[..., columns], state[..., -1:]], dim=-1)
+
+
+def _join(states: list[Tensor], *, add_z: bool = False) -> Tensor:
+    """The inverse; the gradients of z are shares, and the number of keys has none."""
+    last = (
+        sum(x[..., -1:] for x in states[1:]) + states[0][..., -1:] if add_z else states[0][..., -1:]
+    )
+    if add_z:
+        last[..., 0, :] = 0
+    if len(states) == 1 and not add_z:
+        return states[0]
+    return torch.cat([*(x[..., :-1] for x in states), last], dim=-1)
+
+
+def _factor(initial: Tensor | None, split: Split, form: Form) -> tuple[float, Tensor | None]:
+    """Scale of all rows of the unnormalised form, and a table [B, N] of single factors."""
+    if not form.has_length_factor:
+        return float(form.score_scale), None
+    if not form.causal and initial is None and split.boundaries is None:
+        return form.score_scale * split.num_tokens**-form.length_exponent, None
+    place = torch.arange(split.num_tokens, dtype=torch.float64, device=split.device)
+    if split.boundaries is None:
+        num_keys = (place + 1 if form.causal else 0 * place + split.num_tokens).view(1, -1)
+        if initial is not None:
+            num_keys = num_keys + initial[:, 0, 0, -1:]
+    else:
+        starts = split.to_device(split.boundaries)
+        lengths, size = starts.diff(), split.num_tokens
+        first = (starts[:-1] - 1 if form.causal else -lengths).double()
+        if initial is not None:
+            first = first - initial[:, 0, 0, -1]
+        num_keys = -first.repeat_interleave(lengths, output_size=size)
+        num_keys = (num_keys + place if form.causal else num_keys).view(1, -1)
+    factors = num_keys.expand(split.batch, -1) ** -form.length_exponent
+    return float(form.score_scale), factors.float().contiguous()

@@ -1,0 +1,362 @@
+"""The public operator: arguments are checked here, and computed by a registered custom operator.
+
+torch.compile, autograd, activation checkpointing and autocast see two opaque operators,
+``linclip::linear_attention`` and ``linclip::linear_attention_backward``.
+"""
+
+from typing import Any, Literal, get_args, overload
+
+import torch
+from torch import Tensor
+
+from linclip_kernels.linear_attention import eager
+from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.quadratic import attend_quadratic, num_quadratic_features
+
+__all__ = ["linear_attention"]
+
+FeatureMap = Literal["affine", "quadratic", "relu", "softplus", "identity"]
+Backend = Literal["auto", "torch", "triton"]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: The state counts keys in float32.
+MAX_TOKENS = 2**24
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    normalized: bool = ...,
+    qk_norm: bool = ...,
+    feature_map: FeatureMap = ...,
+    score_scale: float = ...,
+    length_exponent: float = ...,
+    cu_seqlens: Tensor | None = ...,
+    initial_state: Tensor | None = ...,
+    return_state: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    normalized: bool = ...,
+    qk_norm: bool = ...,
+    feature_map: FeatureMap = ...,
+    score_scale: float = ...,
+    length_exponent: float = ...,
+    cu_seqlens: Tensor | None = ...,
+    initial_state: Tensor | None = ...,
+    return_state: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    normalized: bool = False,
+    qk_norm: bool = True,
+    feature_map: FeatureMap = "affine",
+    score_scale: float = 0.5,
+    length_exponent: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend in time and memory linear in the number of tokens.
+
+    With n keys in view of a row (all of its sequence, or those up to the row when causal, and those
+    of the initial state), f the score of a query and a key, q and k of unit length:
+    normalized (Eq. 4): o_i = sum_n f(q_i, k_n) v_n / sum_n f(q_i, k_n);
+    otherwise (Eq. 7): o_i = score_scale * n^-length_exponent * sum_n f(q_i, k_n) v_n.
+
+    The state is one additive float32 matrix per sequence and head,
+
+        sum over keys of (1, phi(k)) (v, 1)^T   [F + 1, Dv + 1]
+
+    whose last entry of the first row is the number of keys. States of disjoint keys add: over ranks
+    that hold parts of a sequence, or from one call to the next of a stream.
+
+    Args:
+        q, k: [B, N, H, D], float32, bfloat16, float16 or (torch only) float64; any strides, so that
+            views of a packed [B, N, H, 3, D] are read in place. Under autocast all three are cast
+            to its dtype, as by torch's own attention.
+        v: [B, N, H, Dv], dtype and device of q.
+        causal: Row i sees keys 1 to i.
+        normalized: Divide by the sum of scores, held above 1e-6 per key. Where it is held no
+            gradient passes through it. An affine row with one key
+            and no initial state returns that key's value.
+        qk_norm: Scale the rows of q and k by (|x|^2 + 1e-6)^-1/2. Without it the caller keeps
+            |q.k| <= 1 with the affine map.
+        feature_map: The score f of x = q.k: "affine", 1 + x; "quadratic", 1 + x + x^2 / 2; or
+            phi(q).phi(k) with phi "relu", "softplus" or "identity", each entry by itself; the last
+            is the way in for features computed by the caller, a learned map for example.
+        score_scale: Factor of the unnormalised form.
+        length_exponent: Power of 1/n in the unnormalised form.
+        cu_seqlens: Boundaries [S + 1] of S sequences that lie one behind the other in N; B is 1.
+            Integers from 0 to N in ascending order, read on the host: on the CPU this costs
+            nothing, a CUDA tensor is waited for.
+        initial_state: State [S, H, F + 1, Dv + 1] of keys that come before the sequence, float32
+            (float64 for float64 inputs). S = B without cu_seqlens, F = D except for the quadratic
+            map, where F = D + D (D + 1) / 2. Its number of keys is not differentiated.
+        return_state: Return the state of all keys too, the initial ones included.
+        backend: "triton", "torch", or "auto": Triton for CUDA tensors, torch otherwise.
+
+    Returns:
+        o [B, N, H, Dv], contiguous, in the dtype of v; with return_state (o, state). Both can be
+        differentiated once.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or boundaries that do not fit, N = 0, or a backend that
+            cannot take these tensors.
+        RuntimeError: on a second derivative.
+
+    Source: arXiv 2604.10064, Eq. 4 and Eq. 7.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_choice("feature_map", feature_map, FeatureMap)
+    _check_choice("backend", backend, Backend)
+    _check_tensors(q, k, v)
+    _check_sequences(q, v, cu_seqlens, initial_state, feature_map)
+    form = Form(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    use_triton = backend == "triton" or (backend == "auto" and q.device.type == "cuda")
+    if use_triton:
+        _check_triton_tensors(q, v)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, form: Form
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(q, k, v, initial, cu_seqlens, *form, return_state, use_triton)
+
+    if feature_map == "quadratic":
+        out, state = attend_quadratic(
+            attend, q, k, v, initial_state, form, return_state=return_state
+        )
+    else:
+        out, state = attend(q, k, v, initial_state, form)
+    return (out, state) if return_state else out
+
+
+@torch.library.custom_op("linclip::linear_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    normalized: bool,
+    qk_norm: bool,
+    feature_map: str,
+    score_scale: float,
+    length_exponent: float,
+    return_state: bool,
+    use_triton: bool,
+) -> tuple[Tensor, Tensor]:
+    """o, and the state if it is asked for or wanted by the backward; otherwise an empty tensor."""
+    form = Form(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    boundaries = _boundaries(cu_seqlens, q.shape[1])
+    keep_state = _keep_state(q, cu_seqlens, initial, causal, return_state, use_triton)
+    with torch.autocast(q.device.type, enabled=False):
+        if use_triton:
+            # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
+            from linclip_kernels.linear_attention import fused
+
+            implementation = fused.forward
+        else:
+            implementation = eager.forward
+        out, state = implementation(q, k, v, initial, boundaries, form, return_state=keep_state)
+    return out, q.new_empty(0, dtype=_state_dtype(q)) if state is None else state
+
+
+@torch.library.custom_op("linclip::linear_attention_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: Tensor,
+    grad: Tensor | None,
+    grad_state: Tensor | None,
+    causal: bool,
+    normalized: bool,
+    qk_norm: bool,
+    feature_map: str,
+    score_scale: float,
+    length_exponent: float,
+    use_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the initial state, the last empty if there is none."""
+    form = Form(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    boundaries = _boundaries(cu_seqlens, q.shape[1])
+    inputs = (q, k, v, initial, boundaries, form)
+    with torch.autocast(q.device.type, enabled=False):
+        if use_triton:
+            from linclip_kernels.linear_attention import fused
+
+            kept = state if state.numel() else None
+            d_q, d_k, d_v, d_initial = fused.backward(*inputs, kept, grad, grad_state)
+        else:
+            d_q, d_k, d_v, d_initial = eager.backward(*inputs, grad, grad_state)
+    return d_q, d_k, d_v, d_q.new_empty(0) if d_initial is None else d_initial
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, initial: Any, cu_seqlens: Any, *options: Any) -> Any:
+    causal, *_, return_state, use_triton = options
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if not _keep_state(q, cu_seqlens, initial, causal, return_state, use_triton):
+        return out, q.new_empty(0, dtype=_state_dtype(q))
+    num_sequences = _num_sequences(q, cu_seqlens)
+    shape = num_sequences, q.shape[2], q.shape[3] + 1, v.shape[3] + 1
+    return out, q.new_empty(shape, dtype=_state_dtype(q))
+
+
+@_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, initial: Any, *_: Any) -> Any:
+    gradients = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return *gradients, q.new_empty(0) if initial is None else torch.empty_like(initial)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.return_state, ctx.use_triton = inputs
+    *tensors, ctx.form = *tensors[:5], tensors[5:]
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:
+    if not ctx.return_state:
+        grad_state = None
+    inputs = ctx.saved_tensors
+    d_q, d_k, d_v, d_initial = _backward(*inputs, grad, grad_state, *ctx.form, ctx.use_triton)
+    return d_q, d_k, d_v, d_initial if inputs[3] is not None else None, *(None,) * 9
+
+
+def _refuse_second_derivative(*_: Any) -> None:
+    raise RuntimeError("linear_attention can be differentiated once; its gradients cannot")
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse_second_derivative)
+
+
+def _keep_state(
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    initial: Tensor | None,
+    causal: bool,
+    return_state: bool,
+    use_triton: bool,
+) -> bool:
+    """Whether the forward writes the state of all keys.
+
+    The bidirectional kernels' backward reads it, but in short sequences it would be as large as
+    their tensors, and is computed again.
+    """
+    short = cu_seqlens is None and q.shape[1] < 8 * q.shape[3]
+    return return_state or (use_triton and not causal and (initial is not None or not short))
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype in DTYPES[1:] else x for x in tensors)
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(get_args(choices))}")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(
+                f"{name}.shape {tuple(x.shape)} must be [B, N, H, D] with no empty axis"
+            )
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name}.dtype ({x.dtype}) must be a floating type of 16 to 64 bits")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}.dtype ({x.dtype}) must equal q.dtype ({q.dtype})")
+        if x.device != q.device:
+            raise ValueError(f"{name}.device ({x.device}) must equal q.device ({q.device})")
+    if k.shape != q.shape:
+        raise ValueError(f"k.shape {tuple(k.shape)} must equal q.shape {tuple(q.shape)}")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"v.shape {tuple(v.shape)} must start with q's [B, N, H] {tuple(q.shape[:3])}"
+        )
+    if q.shape[1] > MAX_TOKENS:
+        raise ValueError(f"q.shape[1] ({q.shape[1]}) must be at most {MAX_TOKENS} tokens")
+
+
+def _check_sequences(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, initial: Tensor | None, feature_map: str
+) -> None:
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens.shape {tuple(cu_seqlens.shape)} must be [S + 1], S >= 1")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens.dtype ({cu_seqlens.dtype}) must be int32 or int64")
+        if q.shape[0] != 1:
+            raise ValueError(f"q.shape[0] ({q.shape[0]}) must be 1 when cu_seqlens is given")
+    if initial is not None:
+        key_dim, value_dim = q.shape[3], v.shape[3]
+        num_features = num_quadratic_features(key_dim) if feature_map == "quadratic" else key_dim
+        shape = (_num_sequences(q, cu_seqlens), q.shape[2], num_features + 1, value_dim + 1)
+        if initial.shape != shape:
+            raise ValueError(f"initial_state.shape {tuple(initial.shape)} must be {shape}")
+        if initial.dtype != _state_dtype(q):
+            raise ValueError(f"initial_state.dtype ({initial.dtype}) must be {_state_dtype(q)}")
+        if initial.device != q.device:
+            raise ValueError(
+                f"initial_state.device ({initial.device}) must equal q.device ({q.device})"
+            )
+
+
+def _boundaries(cu_seqlens: Tensor | None, num_tokens: int) -> list[int] | None:
+    """Checked where the values are known: inside the operator, also when it is compiled."""
+    if cu_seqlens is None:
+        return None
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != num_tokens or values != sorted(values):
+        shown = values if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
+        raise ValueError(f"cu_seqlens {shown} must ascend from 0 to N ({num_tokens})")
+    return values
+
+
+def _check_triton_tensors(q: Tensor, v: Tensor) -> None:
+    import triton
+
+    for name, dim in (("q", q.shape[-1]), ("v", v.shape[-1])):
+        if not 16 <= dim <= 256:
+            rule = "must be in 16..256 for the Triton kernels; use backend='torch'"
+            raise ValueError(f"{name}.shape[-1] ({dim}) {rule}")
+    if q.dtype == torch.float64:
+        raise ValueError(f"q.dtype ({q.dtype}) must not be float64 for the Triton kernels")
+    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"backend ('triton') must have CUDA tensors, not {q.device.type}; "
+            "TRITON_INTERPRET=1 runs the kernels on the CPU"
+        )

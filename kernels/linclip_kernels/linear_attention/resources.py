@@ -1,0 +1,206 @@
+"""What every kernel takes from the chip, read from cubins compiled here; no GPU is needed.
+
+python -m linclip_kernels.linear_attention.resources
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from linclip_kernels.linear_attention import causal, noncausal
+from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.split import Chip, Launch, max_value_block, split_tokens
+
+__all__ = ["Case", "Usage", "cases", "measure"]
+
+WARPS_PER_SM, BLOCKS_PER_SM, REGISTERS_PER_SM = 64, 32, 65536
+#: Bytes of shared memory of a multiprocessor, by compute capability; a block can have all but 1 KB.
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A forward and a backward as they are launched for one kind of input."""
+
+    form: Form
+    num_tokens: int
+    dtype: str = "bf16"
+    dim: int = 64
+
+    def __str__(self) -> str:
+        order = "causal" if self.form.causal else "bidirectional"
+        equation = "Eq. 4" if self.form.normalized else "Eq. 7"
+        name = f"{order} {equation} {self.dtype} D={self.dim} N={self.num_tokens}"
+        return name if self.form.feature_map == "affine" else f"{name} {self.form.feature_map}"
+
+    def launches(self, capability: int) -> list[Launch]:
+        """On views of a packed [B, N, H, 3, D], with few heads: long ones have several parts."""
+        shape, chip = (1, self.num_tokens, 2, 3, self.dim), Chip(capability=capability)
+        q, k, v = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").unbind(3)
+        v = v[..., : max_value_block(q, chip)]
+        plans, form = causal if self.form.causal else noncausal, self.form
+        split = split_tokens(q, v, form, None, backward=False, chip=chip)
+        factor = 0.5, torch.empty(1, self.num_tokens) if form.has_length_factor else None
+        out, state = torch.empty_like(v), None if split.is_whole else split.empty_states(1)
+        forward = plans.plan_forward(q, k, v, None, split, form, factor, out, state)
+        split = split_tokens(q, v, form, None, backward=True, chip=chip)
+        gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _, backward = plans.plan_backward(
+            q, k, v, None, split, form, factor, state, out, None, gradients
+        )
+        return forward + backward
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One compiled kernel."""
+
+    case: Case
+    kernel: str
+    capability: int
+    registers: int  # per thread
+    stack: int  # bytes per thread that did not fit into registers
+    shared: int  # bytes per block
+    num_warps: int
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """As many as registers, shared memory and warps of a multiprocessor allow."""
+        registers = self.num_warps * 256 * -(-32 * self.registers // 256)
+        return min(
+            BLOCKS_PER_SM,
+            WARPS_PER_SM // self.num_warps,
+            REGISTERS_PER_SM // registers,
+            SHARED_MEMORY[self.capability] // (self.shared + 1024),
+        )
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps over the warps a multiprocessor can hold."""
+        return self.blocks_per_sm * self.num_warps / WARPS_PER_SM
+
+
+def cases() -> Iterator[Case]:
+    """What training uses at short and long lengths, then other widths, dtypes and feature maps."""
+    for is_causal, normalized in product((False, True), (False, True)):
+        form = Form(causal=is_causal, normalized=normalized)
+        for num_tokens in (77 if is_causal else 197, 4096):
+            yield Case(form, num_tokens)
+    for is_causal, (dtype, dim) in product(
+        (False, True),
+        [
+            ("fp32", 64),
+            ("fp16", 64),
+            ("bf16", 32),
+            ("bf16", 80),
+            ("bf16", 128),
+            ("bf16", 256),
+            ("fp32", 256),
+        ],
+    ):
+        yield Case(Form(causal=is_causal, normalized=True), 4096, dtype, dim)
+    for is_causal, feature_map in product((False, True), ("relu", "softplus")):
+        form = Form(causal=is_causal, normalized=True, feature_map=feature_map)
+        yield Case(form, 4096)
+    yield Case(Form(causal=True, length_exponent=0.5), 4096)
+
+
+def measure(case: Case, capability: int) -> list[Usage]:
+    """Compile the kernels of a case for a compute capability (80, 90, 100) and read the cubins.
+
+    Raises:
+        RuntimeError: cuobjdump does not tell the usage of a kernel.
+    """
+    usages: dict[str, Usage] = {}
+    for launch in case.launches(capability):
+        compiled = _compile(launch, capability)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+        if match is None:
+            raise RuntimeError(f"cuobjdump says nothing of registers: {text!r}")
+        name = _name(launch)
+        usages[name] = Usage(
+            case=case,
+            kernel=name,
+            capability=capability,
+            registers=int(match[1]),
+            stack=int(match[2]),
+            shared=compiled.metadata.shared,
+            num_warps=launch.num_warps,
+        )
+    return list(usages.values())
+
+
+def _name(launch: Launch) -> str:
+    name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    arguments = launch.arguments
+    if name == "backward" and arguments["p_dk"] is None:
+        return "backward, queries"
+    if name == "backward" and arguments["p_dq"] is None:
+        return "backward, keys"
+    if name == "sum_states" and arguments["p_rows"] is not None:
+        return "sum_states, weighted"
+    return name
+
+
+def _compile(launch: Launch, capability: int) -> Any:
+    """Compile with the very signature and specialisation that the launch would have."""
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    kernel = launch.kernel
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    arguments = launch.arguments | options
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(**arguments)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, arguments, bound, specialization, None
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--capabilities", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY)
+    )
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    options = parser.parse_args()
+    chosen = [case for case in cases() if options.match in str(case)]
+    if not chosen:
+        parser.error(f"match ({options.match!r}) must be part of the name of a case")
+    columns = "{:46}{:22}{:>6}{:>6}{:>7}{:>8}{:>7}{:>11}"
+    names = "kernel", "cc", "regs", "stack", "shared", "warps", "occupancy"
+    print(columns.format("", *names))
+    with ProcessPoolExecutor() as pool:
+        jobs = [
+            pool.submit(measure, case, capability)
+            for case in chosen
+            for capability in options.capabilities
+        ]
+        for use in (use for job in jobs for use in job.result()):
+            capability, occupancy = use.capability / 10, f"{use.occupancy:.0%}"
+            numbers = use.registers, use.stack, use.shared, use.num_warps
+            line = columns.format(str(use.case), use.kernel, capability, *numbers, occupancy)
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
