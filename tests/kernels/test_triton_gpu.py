@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import FORMS, check_against_definition, make_inputs, relative_rms
+from kernel_checks import FORMS, check_against_definition, make_inputs, relative_rms, with_gradients
 from triton_cases import *  # noqa: F403
 
 from linclip_kernels import linear_attention
@@ -18,6 +18,46 @@ pytestmark = [
 def test_four_thousand_tokens(form: str, dtype: torch.dtype) -> None:
     inputs, grad = make_inputs((1, 4096, 4, 64, 64), dtype, device="cuda")
     check_against_definition(inputs, grad, "triton", **FORMS[form])
+
+
+@pytest.mark.parametrize("form", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+@pytest.mark.parametrize("num_tokens", [77, 197, 2000])
+def test_cuda_graph_replays_new_inputs(form: str, num_tokens: int) -> None:
+    inputs, grad = make_inputs((2, num_tokens, 3, 64, 64), torch.bfloat16, device="cuda")
+    others, _ = make_inputs((2, num_tokens, 3, 64, 64), torch.bfloat16, device="cuda", seed=1)
+    for _ in range(3):  # compiled and warm before the capture
+        with_gradients(linear_attention, inputs, grad, **FORMS[form])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = with_gradients(linear_attention, inputs, grad, **FORMS[form])
+    with torch.no_grad():
+        for x, other in zip(inputs, others, strict=True):
+            x.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = with_gradients(linear_attention, inputs, grad, **FORMS[form])
+    assert all(map(torch.equal, captured, expected))
+
+
+def test_cuda_graph_refuses_boundaries() -> None:
+    (q, k, v), _ = make_inputs((1, 77, 3, 64, 64), torch.bfloat16, device="cuda")
+    with (
+        pytest.raises(RuntimeError, match="cu_seqlens cannot be captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        linear_attention(q, k, v, cu_seqlens=torch.tensor([0, 77]))
+
+
+@pytest.mark.parametrize("form", ["eq7", "causal-eq4"])
+def test_inductor_compiles_around_the_operator(form: str) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return linear_attention(q, k, v, **FORMS[form]).square()
+
+    inputs, grad = make_inputs((2, 197, 3, 64, 64), torch.bfloat16, device="cuda")
+    plain = with_gradients(attend, inputs, grad)
+    compiled = with_gradients(torch.compile(attend, fullgraph=True), inputs, grad)
+    for value, expected in zip(compiled, plain, strict=True):
+        assert relative_rms(value, expected.double()) < 1e-2
 
 
 @pytest.mark.parametrize("form", ["eq7", "causal-eq7"])

@@ -118,7 +118,7 @@ def linear_attention(
     Raises:
         ValueError: shapes, dtypes, devices or boundaries that do not fit, N = 0, or a backend that
             cannot take these tensors.
-        RuntimeError: on a second derivative.
+        RuntimeError: on a second derivative, and for cu_seqlens while a CUDA graph is captured.
 
     Source: arXiv 2604.10064, Eq. 4 and Eq. 7.
     """
@@ -339,6 +339,8 @@ def _boundaries(cu_seqlens: Tensor | None, num_tokens: int) -> list[int] | None:
     """Checked where the values are known: inside the operator, also when it is compiled."""
     if cu_seqlens is None:
         return None
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("cu_seqlens cannot be captured in a CUDA graph: it is read on the host")
     values = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != num_tokens or values != sorted(values):
         shown = values if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
