@@ -45,10 +45,10 @@ def forward(
         o [B, N, H, Dv] in v.dtype, and with return_state the state [S, H, D + 1, Dv + 1].
     """
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    states = []
+    states, order = [], _Causal if form.causal else _Bidirectional
     for tokens, sequences in _sequences(q, boundaries):
         begin = None if initial is None else initial[sequences]
-        pass_ = _Pass(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
+        pass_ = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
         pass_.forward(out[:, tokens])
         if return_state:
             states.append(pass_.state())
@@ -67,13 +67,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state, from those of o and the state (None: zero)."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    d_states = []
+    d_states, order = [], _Causal if form.causal else _Bidirectional
     if grad is None:
         grad = torch.zeros_like(v)
     for tokens, sequences in _sequences(q, boundaries):
         begin = None if initial is None else initial[sequences]
         end = None if grad_state is None else grad_state[sequences]
-        pass_ = _Pass(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
+        pass_ = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
         *rows, d_state = pass_.backward(grad[:, tokens], end)
         for gradient, x in zip(gradients, rows, strict=True):
             gradient[:, tokens] = x.transpose(1, 2)
@@ -102,8 +102,8 @@ class _Features(NamedTuple):
 class _Pass:
     """Sequences of equal length, forward or backward; both begin with features and states.
 
-    Bidirectional attention is one tile whose rows see one state. Causal attention cuts the tokens
-    into tiles [.., T, tile, *]; a row sees the state before its tile and a masked part of the tile.
+    Queries see keys through ``y``, numerator and denominator of their rows; what lies between the
+    features and y, and its gradient, is the order's own.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, form: Form) -> None:
@@ -117,56 +117,26 @@ class _Pass:
             self.num_keys = initial[:, :1, :1, -1:] + self.num_keys  # [S, 1, 1, 1]
         if self.single_key:
             self.query.phi[:, :, :1, 1:] = 0  # the score of row 1 is the constant
-        self.q, self.k = self._tiles(self.query.phi), self._tiles(self.key.phi)
-        self.v = self._tiles(_append(_by_head(v), 1.0))
-        if form.causal:
-            self.scores = (self.q @ self.k.mT).tril_()
-            before = self.k[:, :, :-1].mT @ self.v[:, :, :-1]
-            self.seen = _running_sum(before, initial)  # [B, H, T, D + 1, Dv + 1]
-        else:
-            self.seen = self.k.mT @ self.v  # [B, H, D + 1, Dv + 1]
-            if initial is not None:
-                self.seen += initial
+        self.q, self.k = self.query.phi, self.key.phi
+        self.v = _append(_by_head(v), 1.0)
+        self.see_keys(initial)
 
     def forward(self, out: Tensor) -> None:
         """Write o into ``out`` [B, N, H, Dv]."""
-        y = self._numerator_and_denominator()
+        y = self.y()
         rows = y[..., :-1].mul_(self._row_scale(y)[0])
-        out.copy_(self._whole(rows).transpose(1, 2))
-
-    def state(self) -> Tensor:
-        """The state of all keys, [B, H, D + 1, Dv + 1]."""
-        if self.form.causal:
-            return self.seen[:, :, -1] + self.k[:, :, -1].mT @ self.v[:, :, -1]
-        return self.seen
+        out.copy_(rows.transpose(1, 2))
 
     def backward(self, grad: Tensor, grad_state: Tensor | None) -> tuple[Tensor, ...]:
-        grad = self._tiles(_by_head(grad))
+        grad = _by_head(grad)
         e: Tensor | float = 0.0
         if self.form.normalized:
-            y = self._numerator_and_denominator()
+            y = self.y()
             scale, free = self._row_scale(y)
             e = -(grad * y[..., :-1]).sum(-1, keepdim=True) * scale * scale * free
         else:
             scale, _ = self._row_scale(None)
-        d_y = _append(grad * scale, e)
-        d_q = d_y @ self.seen[..., 1:, :].mT
-        d_state = self.q.mT @ d_y
-        if self.form.causal:
-            d_scores = (d_y @ self.v.mT).tril_()
-            d_q += _masked_product(d_scores, self.k[..., 1:])
-            after = _running_sum(d_state[:, :, 1:].flip(2), grad_state).flip(2)
-            d_state = d_state[:, :, 0] + after[:, :, 0]
-            d_k = self.v @ after[..., 1:, :].mT
-            d_k += _masked_product(d_scores, self.q[..., 1:], transposed=True)
-            d_v = self.k @ after[..., :-1]
-            d_v += _masked_product(self.scores, d_y[..., :-1], transposed=True)
-        else:
-            if grad_state is not None:
-                d_state += grad_state
-            d_k = self.v @ d_state[..., 1:, :].mT
-            d_v = self.k @ d_state[..., :-1]
-        d_q, d_k, d_v = self._whole(d_q), self._whole(d_k), self._whole(d_v)
+        d_q, d_k, d_v, d_state = self.see_keys_backward(_append(grad * scale, e), grad_state)
         if self.single_key:
             d_q[:, :, :1] = 0
         d_state[..., 0, -1] = 0  # the number of keys is not differentiated
@@ -177,9 +147,23 @@ class _Pass:
             d_state,
         )
 
-    def _numerator_and_denominator(self) -> Tensor:
-        y = self.q @ self.seen
-        return y + _masked_product(self.scores, self.v) if self.form.causal else y
+    def see_keys(self, initial: Tensor | None) -> None:
+        """Sum up what the rows will see."""
+        raise NotImplementedError
+
+    def y(self) -> Tensor:
+        """Numerator and denominator of every row, [B, H, N, Dv + 1]."""
+        raise NotImplementedError
+
+    def state(self) -> Tensor:
+        """The state of all keys, [B, H, D + 1, Dv + 1]."""
+        raise NotImplementedError
+
+    def see_keys_backward(
+        self, d_y: Tensor, grad_state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of phi(q), phi(k), v and the initial state."""
+        raise NotImplementedError
 
     def _row_scale(self, y: Tensor | None) -> tuple[Tensor | float, Tensor | bool]:
         """Factor of every row's numerator, and where no clamp holds its denominator."""
@@ -187,20 +171,77 @@ class _Pass:
         if not form.normalized and not form.has_length_factor:
             return form.score_scale, True
         if form.causal:
-            num_tiles, tile = self.scores.shape[2:4]
-            place = torch.arange(num_tiles * tile, dtype=self.v.dtype, device=self.v.device)
-            first = num_keys.unsqueeze(2) if isinstance(num_keys, Tensor) else num_keys
-            num_keys = place.view(num_tiles, tile, 1) + first
+            place = torch.arange(self.num_tokens, dtype=self.v.dtype, device=self.v.device)
+            num_keys = place.unsqueeze(-1) + num_keys
         if form.normalized:
             assert y is not None
             floor, denominator = DENOMINATOR_EPS * num_keys, y[..., -1:]
             return denominator.clamp(min=floor).reciprocal(), denominator >= floor
         return form.score_scale * num_keys**-form.length_exponent, True
 
+
+class _Bidirectional(_Pass):
+    def see_keys(self, initial: Tensor | None) -> None:
+        self.seen = self.k.mT @ self.v
+        if initial is not None:
+            self.seen += initial
+
+    def y(self) -> Tensor:
+        return self.q @ self.seen
+
+    def state(self) -> Tensor:
+        return self.seen
+
+    def see_keys_backward(
+        self, d_y: Tensor, grad_state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        d_state = self.q.mT @ d_y
+        if grad_state is not None:
+            d_state += grad_state
+        d_q = d_y @ self.seen[..., 1:, :].mT
+        return d_q, self.v @ d_state[..., 1:, :].mT, self.k @ d_state[..., :-1], d_state
+
+
+class _Causal(_Pass):
+    """Tokens in tiles [B, H, T, tile, *]: a row sees part of its tile, and the state before it."""
+
+    def see_keys(self, initial: Tensor | None) -> None:
+        self.q, self.k, self.v = self._tiles(self.q), self._tiles(self.k), self._tiles(self.v)
+        self.scores = (self.q @ self.k.mT).tril_()
+        self.seen = None  # one tile, and nothing before it
+        if self.k.shape[2] > 1 or initial is not None:
+            self.seen = _running_sum(self.k[:, :, :-1].mT @ self.v[:, :, :-1], initial)
+
+    def y(self) -> Tensor:
+        y = _masked_product(self.scores, self.v)
+        if self.seen is not None:
+            y += self.q @ self.seen
+        return self._whole(y)
+
+    def state(self) -> Tensor:
+        last = self.k[:, :, -1].mT @ self.v[:, :, -1]
+        return last if self.seen is None else last + self.seen[:, :, -1]
+
+    def see_keys_backward(
+        self, d_y: Tensor, grad_state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        d_y = self._tiles(d_y)
+        d_scores = (d_y @ self.v.mT).tril_()
+        d_q = _masked_product(d_scores, self.k[..., 1:])
+        d_k = _masked_product(d_scores, self.q[..., 1:], transposed=True)
+        d_v = _masked_product(self.scores, d_y[..., :-1], transposed=True)
+        d_state = self.q.mT @ d_y
+        if self.seen is not None:
+            d_q += d_y @ self.seen[..., 1:, :].mT
+        if self.k.shape[2] > 1 or grad_state is not None:
+            after = _running_sum(d_state[:, :, 1:].flip(2), grad_state).flip(2)
+            d_k += self.v @ after[..., 1:, :].mT
+            d_v += self.k @ after[..., :-1]
+            d_state = d_state[:, :, :1] + after[:, :, :1]
+        return self._whole(d_q), self._whole(d_k), self._whole(d_v), d_state[:, :, 0]
+
     def _tiles(self, x: Tensor) -> Tensor:
-        """Causal: [B, H, N, *] -> [B, H, T, tile, *], the last tile filled up with zeros."""
-        if not self.form.causal:
-            return x
+        """[B, H, N, *] -> [B, H, T, tile, *], the last tile filled up with zeros."""
         tile = max(1, self.num_tokens) if self.num_tokens <= ONE_TILE else TILE
         num_tiles = max(1, -(-self.num_tokens // tile))
         if num_tiles * tile != self.num_tokens:
@@ -209,7 +250,7 @@ class _Pass:
 
     def _whole(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`_tiles`."""
-        return x.flatten(2, 3)[:, :, : self.num_tokens] if self.form.causal else x
+        return x.flatten(2, 3)[:, :, : self.num_tokens]
 
 
 def _running_sum(states: Tensor, start: Tensor | None) -> Tensor:
