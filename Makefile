@@ -4,7 +4,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-gpu lint study
+.PHONY: install train test test-slow test-gpu lint study bench-kernels bench-gpu
 
 install: $(STAMP)
 
@@ -36,6 +36,14 @@ study: $(STAMP) | data/embedded
 # The Triton kernels on a real GPU.
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# The operator against SDPA on the GPU, or on one CPU core (6 minutes): docs/results/kernels/<device>.
+bench-kernels: $(STAMP)
+	$(BIN)/python kernels/benchmarks/bench_attention.py
+
+# Every measurement that needs a GPU, in 8 minutes.
+bench-gpu: $(STAMP)
+	$(BIN)/python kernels/benchmarks/bench_attention.py --device cuda --budget-seconds 400
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

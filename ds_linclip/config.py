@@ -42,8 +42,8 @@ _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
 class Attention:
     """How the tokens of one tower attend to each other.
 
-    With ``kind="softmax"`` (torch SDPA) the other fields have no effect. With ``kind="linear"`` q and
-    k are L2-normalised per head, and the feature map gives the score of their product x.
+    With ``kind="softmax"`` (torch SDPA) the other fields have no effect. With ``kind="linear"`` q
+    and k are L2-normalised per head, and the feature map gives the score of their product x.
     """
 
     kind: Literal["linear", "softmax"] = "linear"

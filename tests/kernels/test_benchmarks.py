@@ -1,0 +1,166 @@
+"""The kernel benchmark: its arithmetic by hand, and the command itself on short inputs."""
+
+import csv
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import bench_attention
+import bench_timing
+import pytest
+import torch
+from bench_report import WORKS, Check, Report, Row, crossover, slope
+
+FACTS = {name: name for name in ("device", "torch", "triton", "date_utc", "commit", "dtype")}
+CHECKS = [Check("linclip Eq. 7", 77, "o", 1e-7, 1e-6)]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Run the benchmark in this process, in very few calls."""
+    monkeypatch.setattr(bench_timing, "GROUP_SECONDS", 0.01)
+    monkeypatch.setattr(bench_timing, "COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(bench_attention, "CHECK_TOKENS", (15, 77))
+    threads = torch.get_num_threads()
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr("sys.argv", ["bench_attention.py", *map(str, arguments)])
+        return bench_attention.main()
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def row(
+    implementation: str, family: str, num_tokens: int, us_per_head: float, work: str = "forward"
+) -> Row:
+    return Row(
+        implementation=implementation,
+        family=family,
+        causal=False,
+        work=work,
+        num_tokens=num_tokens,
+        batch=1,
+        num_heads=2,
+        head_dim=64,
+        us_per_head=us_per_head,
+        copy_share=0.5,
+    )
+
+
+def test_slope_is_that_of_the_long_lengths():
+    assert slope({77: 500.0, 2000: 7.0, 4000: 28.0, 8000: 112.0}) == pytest.approx(2)
+    assert math.isnan(slope({77: 1.0, 4096: 2.0}))
+
+
+def test_crossover_is_interpolated_in_log_log():
+    # Ours twice as slow at 100, twice as fast at 10000: equal halfway, at 1000.
+    assert crossover({100: 2.0, 10_000: 2.0}, {100: 1.0, 10_000: 4.0}) == pytest.approx(1000)
+    # What counts is the last change; lengths that only one side has do not.
+    ours = {10: 1.0, 100: 2.0, 10_000: 2.0, 10**6: 9.0}
+    assert crossover(ours, {10: 2.0, 100: 1.0, 10_000: 4.0}) == pytest.approx(1000)
+
+
+def test_crossover_outside_the_measured_lengths():
+    assert crossover({100: 1.0, 1000: 1.0}, {100: 2.0, 1000: 9.0}) == 0
+    assert crossover({100: 1.0, 1000: 9.0}, {100: 2.0, 1000: 8.0}) == math.inf
+    assert math.isnan(crossover({100: 1.0}, {1000: 1.0}))
+
+
+def test_speed_up_is_over_the_fastest_sdpa():
+    rows = [
+        row("linclip Eq. 7", "linclip", 1025, 2.0),
+        row("SDPA flash", "sdpa", 1025, 10.0),
+        row("SDPA cuDNN", "sdpa", 1025, 6.0),
+    ]
+    summary = Report(FACTS, CHECKS, rows).summary()
+    assert "| linclip Eq. 7, forward          |   3x |" in summary
+    assert "below 1025" in summary
+
+
+@pytest.mark.timeout(60)
+def test_command_measures_and_writes(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert command(tmp_path, "--device", "cpu", "--tokens", 77, 15) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == (tmp_path / "summary.md").read_text().strip()
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [one.name for one in bench_attention.implementations("cpu")]
+    points = [(r["num_tokens"], r["work"], r["implementation"]) for r in rows]
+    assert points == [(n, work, name) for n in ("15", "77") for work in WORKS for name in names]
+    for r in rows:
+        assert not r["skipped"]
+        assert 0 < float(r["p20_ms"]) <= float(r["median_ms"]) <= float(r["p80_ms"])
+        heads = int(r["batch"]) * int(r["num_heads"])
+        assert float(r["us_per_head"]) == pytest.approx(1e3 * float(r["median_ms"]) / heads, 1e-3)
+        tensors = {"forward": 4, "forward+backward": 11}[r["work"]]
+        num_bytes = tensors * int(r["num_tokens"]) * heads * 64 * 4
+        rate = 1e-6 * num_bytes / float(r["median_ms"])
+        assert float(r["gb_per_s"]) == pytest.approx(rate, 1e-3)
+        assert (r["dtype"], r["torch"], r["peak_mib"]) == ("float32", torch.__version__, "")
+
+
+def test_what_is_skipped_is_recorded(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bench_attention, "check_forms", lambda device, tokens: CHECKS)
+    assert command(tmp_path, "--device", "cpu", "--tokens", 2**22, 2**40) == 0
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for r in rows:
+        assert not r["median_ms"]
+        assert r["skipped"].startswith(("one call predicted to take", "memory: "))
+        assert r["skipped"] in (tmp_path / "summary.md").read_text()
+    assert command(tmp_path, "--device", "cpu", "--tokens", 15, "--budget-seconds", 1e-9) == 0
+    with (tmp_path / "results.csv").open() as file:
+        assert {r["skipped"] for r in csv.DictReader(file)} == {"time budget"}
+
+
+def test_nothing_is_timed_when_the_operator_is_wrong(
+    command: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    right = bench_attention.linear_attention
+    wrong = lambda q, k, v, **form: right(q, k, v, **form) * (1 + 1e-4)  # noqa: E731
+    monkeypatch.setattr(bench_attention, "linear_attention", wrong)
+    assert command(tmp_path, "--device", "cpu", "--tokens", 15) == 1
+    output = capsys.readouterr()
+    assert not output.out
+    assert output.err.startswith("error: 32 of 32 checks failed: linclip Eq. 7, N = 15, o: ")
+    assert output.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_does_not_pass():
+    assert not Check("linclip Eq. 7", 77, "o", math.nan, 1e-6).passed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "device ('tpu') must be 'cpu' or 'cuda'"),
+        (["--tokens"], "argument --tokens: expected at least one argument"),
+        (["--tokens", 0, 77], "tokens (0) must be at least 1"),
+        (["--threads", 0], "threads (0) must be at least 1"),
+        (["--budget-seconds", 0], "budget-seconds (0.0) must be positive"),
+        ([__file__], "must be a folder one can write to"),
+    ],
+)
+def test_bad_arguments_give_one_line(
+    arguments: list[object],
+    message: str,
+    command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+):
+    with pytest.raises(SystemExit) as stopped:
+        command(*arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
