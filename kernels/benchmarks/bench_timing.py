@@ -222,7 +222,7 @@ class Bench:
         if (one.name, work) in self._broken:
             return self._broken[one.name, work]
         if expected > POINT_SECONDS:
-            return f"one call predicted to take {expected:.3g} s, over {POINT_SECONDS:g} s"
+            return f"one call predicted to take {expected:.0f} s, over {POINT_SECONDS:g} s"
         if time.monotonic() + expected > self.deadline:
             return "time budget"
         if self.device == "cpu":

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linclip_kernels.linear_attention.form import Form
-from linclip_kernels.linear_attention.split import Launch, Split
+from linclip_kernels.linear_attention.split import Call, Launch
 from linclip_kernels.linear_attention.tiles import (
     LENGTHS,
     at_head,
@@ -23,7 +22,6 @@ from linclip_kernels.linear_attention.tiles import (
     dot_state,
     features,
     features_backward,
-    form_arguments,
     load_rows,
     load_state,
     load_tile,
@@ -39,26 +37,13 @@ from linclip_kernels.linear_attention.tiles import (
 __all__ = ["plan_backward", "plan_forward"]
 
 
-def plan_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    split: Split,
-    form: Form,
-    factor: tuple[float, Tensor | None],
-    out: Tensor,
-    state: Tensor | None,
-) -> list[Launch]:
-    """The launches that fill ``out`` [B, N, H, Dv] and, if wanted, ``state`` [S, H, D+1, Dv+1].
-
-    Args:
-        factor: Scale of all rows, and factors [B, N] of single ones.
-    """
+def plan_forward(call: Call, out: Tensor, state: Tensor | None) -> list[Launch]:
+    """The launches that fill ``out`` [B, N, H, Dv] and, if wanted, ``state`` [S, H, D+1, Dv+1]."""
+    q, k, v, split = call.q, call.k, call.v, call.split
     launches: list[Launch] = []
     before = None
-    if not split.is_whole or initial is not None or state is not None:
-        launches, before = _plan_before(k, v, initial, split, form, state)
+    if not call.is_whole or state is not None:
+        launches, before = _plan_before(call, state)
     arguments = {
         "p_q": q,
         "p_k": k,
@@ -69,25 +54,20 @@ def plan_forward(
         "stride_k": k.stride(),
         "stride_v": v.stride(),
         "stride_out": out.stride(),
-        **form_arguments(split, form, factor, initial),
+        **call.arguments,
     }
     return [*launches, Launch(_forward_kernel, split.grid, arguments, split.num_warps)]
 
 
 def plan_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    split: Split,
-    form: Form,
-    factor: tuple[float, Tensor | None],
+    call: Call,
     _state: Tensor | None,
     grad: Tensor,
     grad_state: Tensor | None,
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor | None, list[Launch]]:
     """The launches that fill dq, dk and dv, and the initial state's gradient if there is one."""
+    q, k, v, split = call.q, call.k, call.v, call.split
     d_q, d_k, d_v = gradients
     shape = split.batch, split.heads, 2, split.num_tokens
     rows = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -101,7 +81,7 @@ def plan_backward(
         "stride_k": k.stride(),
         "stride_v": v.stride(),
         "stride_do": grad.stride(),
-        **form_arguments(split, form, factor, initial),
+        **call.arguments,
     }
     query_side: dict[str, Any] = {"p_dq": d_q, "stride_dq": d_q.stride(), "p_before": None}
     key_side: dict[str, Any] = {
@@ -115,28 +95,27 @@ def plan_backward(
     def launch(**arguments: Any) -> Launch:
         return Launch(_backward_kernel, split.grid, arguments | common, split.num_warps)
 
-    if split.is_whole and initial is None and grad_state is None:
+    if call.is_whole and grad_state is None:
         return None, [launch(**query_side, **key_side)]
     no_query_side, no_key_side = dict.fromkeys(query_side), dict.fromkeys(key_side)
-    launches, query_side["p_before"] = _plan_before(k, v, initial, split, form, None)
+    launches, query_side["p_before"] = _plan_before(call, None)
     after, d_initial = split.empty_parts(), split.empty_states(split.num_sequences)
     key_side["p_after"] = after
     launches += [
         launch(**query_side, **no_key_side),
-        sum_states(q, grad, rows, after, split, form),
+        sum_states(q, grad, rows, after, split, call.form),
         combine_states(after, split, start=grad_state, before=after, total=d_initial, reverse=True),
         launch(**no_query_side, **key_side),
     ]
     return d_initial, launches
 
 
-def _plan_before(
-    k: Tensor, v: Tensor, initial: Tensor | None, split: Split, form: Form, total: Tensor | None
-) -> tuple[list[Launch], Tensor]:
+def _plan_before(call: Call, total: Tensor | None) -> tuple[list[Launch], Tensor]:
+    split = call.split
     before = split.empty_parts()
     launches = [
-        sum_states(k, v, None, before, split, form),
-        combine_states(before, split, start=initial, before=before, total=total),
+        sum_states(call.k, call.v, None, before, split, call.form),
+        combine_states(before, split, start=call.initial, before=before, total=total),
     ]
     return launches, before
 

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention import causal, noncausal
 from linclip_kernels.linear_attention.form import Form
-from linclip_kernels.linear_attention.split import Split, max_value_block, run, split_tokens
+from linclip_kernels.linear_attention.split import (
+    Call,
+    Split,
+    max_value_block,
+    run,
+    split_tokens,
+)
 
 __all__ = ["backward", "forward"]
 
@@ -40,13 +46,9 @@ def forward(
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     states: list[Tensor] = []
     for columns in _value_blocks(q, v):
-        block, start = v[..., columns], _columns(initial, columns)
-        split = split_tokens(q, block, form, boundaries, backward=False)
-        state = split.empty_states(split.num_sequences) if return_state else None
-        factor = _factor(start, split, form)
-        rows = out[..., columns]
-        launches = plans.plan_forward(q, k, block, start, split, form, factor, rows, state)
-        run(launches, q.device)
+        call = _call(q, k, v, initial, boundaries, form, columns, backward=False)
+        state = call.split.empty_states(call.split.num_sequences) if return_state else None
+        run(plans.plan_forward(call, out[..., columns], state), q.device)
         if state is not None:
             states.append(state)
     return out, _join(states) if return_state else None
@@ -73,39 +75,43 @@ def backward(
     blocks = _value_blocks(q, v)
     # Shares of dq and dk are added in float32; as a rule there is one.
     dtype = q.dtype if len(blocks) == 1 else torch.float32
+    d_q, d_k = (torch.empty(q.shape, dtype=dtype, device=q.device) for _ in range(2))
     d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    shares: list[tuple[Tensor, Tensor]] = []
     d_states: list[Tensor] = []
     for columns in blocks:
-        block, start = v[..., columns], _columns(initial, columns)
-        split = split_tokens(q, block, form, boundaries, backward=True)
-        factor = _factor(start, split, form)
-        share = (
-            torch.empty(q.shape, dtype=dtype, device=q.device),
-            torch.empty(k.shape, dtype=dtype, device=k.device),
-        )
+        call = _call(q, k, v, initial, boundaries, form, columns, backward=True)
         end = _columns(grad_state, columns)
-        if end is not None and columns.start > 0:
+        is_first = columns.start == 0
+        if end is not None and not is_first:
             end[..., 1:, -1] = 0  # the gradient of z goes through the first block
+        shares = (d_q, d_k) if is_first else (torch.empty_like(d_q), torch.empty_like(d_k))
         d_state, launches = plans.plan_backward(
-            q,
-            k,
-            block,
-            start,
-            split,
-            form,
-            factor,
-            _columns(state, columns),
-            grad[..., columns],
-            end,
-            (*share, d_v[..., columns]),
+            call, _columns(state, columns), grad[..., columns], end, (*shares, d_v[..., columns])
         )
         run(launches, q.device)
-        shares.append(share)
+        if not is_first:
+            d_q += shares[0]
+            d_k += shares[1]
         if d_state is not None:
             d_states.append(d_state)
-    d_q, d_k = (sum(x[1:], start=x[0]).to(q.dtype) for x in zip(*shares, strict=True))
-    return d_q, d_k, d_v, _join(d_states, add_z=True) if initial is not None else None
+    d_initial = None if initial is None else _join_gradients(d_states)
+    return d_q.to(q.dtype), d_k.to(k.dtype), d_v, d_initial
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    boundaries: list[int] | None,
+    form: Form,
+    columns: slice,
+    *,
+    backward: bool,
+) -> Call:
+    v, initial = v[..., columns], _columns(initial, columns)
+    split = split_tokens(q, v, form, boundaries, backward=backward)
+    return Call(q, k, v, initial, split, form, *_factor(initial, split, form))
 
 
 def _value_blocks(q: Tensor, v: Tensor) -> list[slice]:
@@ -122,15 +128,15 @@ def _columns(state: Tensor | None, columns: slice) -> Tensor | None:
     return torch.cat([state[..., columns], state[..., -1:]], dim=-1)
 
 
-def _join(states: list[Tensor], *, add_z: bool = False) -> Tensor:
-    """The inverse; the gradients of z are shares, and the number of keys has none."""
-    last = (
-        sum(x[..., -1:] for x in states[1:]) + states[0][..., -1:] if add_z else states[0][..., -1:]
-    )
-    if add_z:
-        last[..., 0, :] = 0
-    if len(states) == 1 and not add_z:
-        return states[0]
+def _join(states: list[Tensor]) -> Tensor:
+    """The inverse."""
+    return torch.cat([*(x[..., :-1] for x in states), states[0][..., -1:]], dim=-1)
+
+
+def _join_gradients(states: list[Tensor]) -> Tensor:
+    """The inverse for gradients: those of z are shares, and the number of keys has none."""
+    last = torch.stack([x[..., -1:] for x in states]).sum(0)
+    last[..., 0, :] = 0
     return torch.cat([*(x[..., :-1] for x in states), last], dim=-1)
 
 

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linclip_kernels.linear_attention.form import Form
-from linclip_kernels.linear_attention.split import Launch, Split
+from linclip_kernels.linear_attention.split import Call, Launch
 from linclip_kernels.linear_attention.tiles import (
     LENGTHS,
     at_head,
@@ -23,7 +22,6 @@ from linclip_kernels.linear_attention.tiles import (
     features,
     features_backward,
     fold_rows,
-    form_arguments,
     load_state,
     load_tile,
     narrow,
@@ -38,45 +36,26 @@ from linclip_kernels.linear_attention.tiles import (
 __all__ = ["plan_backward", "plan_forward"]
 
 
-def plan_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    split: Split,
-    form: Form,
-    factor: tuple[float, Tensor | None],
-    out: Tensor,
-    state: Tensor | None,
-) -> list[Launch]:
-    """The launches that fill ``out`` [B, N, H, Dv] and, if wanted, ``state`` [S, H, D+1, Dv+1].
-
-    Args:
-        factor: Scale of all rows, and factors [B, N] of single ones.
-    """
+def plan_forward(call: Call, out: Tensor, state: Tensor | None) -> list[Launch]:
+    """The launches that fill ``out`` [B, N, H, Dv] and, if wanted, ``state`` [S, H, D+1, Dv+1]."""
+    q, k, v, split = call.q, call.k, call.v, call.split
     arguments = {
         "p_q": q,
         "p_out": out,
         "stride_q": q.stride(),
         "stride_out": out.stride(),
-        **form_arguments(split, form, factor, initial),
+        **call.arguments,
     }
-    if split.is_whole and initial is None:
+    if call.is_whole:
         own = {"p_state": None, "p_save": state} | _key_arguments(k, v)
         return [Launch(_forward_kernel, split.grid, arguments | own, split.num_warps)]
-    launches, state = _plan_state(k, v, initial, split, form, state)
+    launches, state = _plan_state(call, state)
     given = {"p_state": state, "p_save": None} | _key_arguments(None, None)
     return [*launches, Launch(_forward_kernel, split.grid, arguments | given, split.num_warps)]
 
 
 def plan_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    split: Split,
-    form: Form,
-    factor: tuple[float, Tensor | None],
+    call: Call,
     state: Tensor | None,
     grad: Tensor,
     grad_state: Tensor | None,
@@ -87,8 +66,9 @@ def plan_backward(
     Args:
         state: The state of all keys, if the forward has kept it.
     """
+    q, k, v, split = call.q, call.k, call.v, call.split
     d_q, d_k, d_v = gradients
-    common = form_arguments(split, form, factor, initial)
+    common = call.arguments
     query_side = {
         "p_q": q,
         "p_do": grad,
@@ -108,12 +88,12 @@ def plan_backward(
     def launch(**arguments: Any) -> Launch:
         return Launch(_backward_kernel, split.grid, arguments | common, split.num_warps)
 
-    if split.is_whole and initial is None and grad_state is None:
+    if call.is_whole and grad_state is None:
         whole = launch(**query_side, **key_side, p_state=state, p_dstate=None)
         return None, [whole]
     launches: list[Launch] = []
     if state is None:
-        launches, state = _plan_state(k, v, initial, split, form, None)
+        launches, state = _plan_state(call, None)
     parts = split.empty_parts()
     d_state = split.empty_states(split.num_sequences)
     launches += [
@@ -133,14 +113,13 @@ def _key_arguments(k: Tensor | None, v: Tensor | None) -> dict[str, Any]:
     }
 
 
-def _plan_state(
-    k: Tensor, v: Tensor, initial: Tensor | None, split: Split, form: Form, state: Tensor | None
-) -> tuple[list[Launch], Tensor]:
+def _plan_state(call: Call, state: Tensor | None) -> tuple[list[Launch], Tensor]:
+    split = call.split
     parts = split.empty_parts()
     state = split.empty_states(split.num_sequences) if state is None else state
     launches = [
-        sum_states(k, v, None, parts, split, form),
-        combine_states(parts, split, start=initial, total=state),
+        sum_states(call.k, call.v, None, parts, split, call.form),
+        combine_states(parts, split, start=call.initial, total=state),
     ]
     return launches, state
 

@@ -22,7 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from linclip_kernels.linear_attention import causal, noncausal
 from linclip_kernels.linear_attention.form import Form
-from linclip_kernels.linear_attention.split import Chip, Launch, max_value_block, split_tokens
+from linclip_kernels.linear_attention.split import Call, Chip, Launch, max_value_block, split_tokens
 
 __all__ = ["Case", "Usage", "cases", "measure"]
 
@@ -53,15 +53,14 @@ class Case:
         q, k, v = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").unbind(3)
         v = v[..., : max_value_block(q, chip)]
         plans, form = causal if self.form.causal else noncausal, self.form
+        factor = torch.empty(1, self.num_tokens) if form.has_length_factor else None
+        out, gradients = torch.empty_like(v), tuple(map(torch.empty_like, (q, k, v)))
         split = split_tokens(q, v, form, None, backward=False, chip=chip)
-        factor = 0.5, torch.empty(1, self.num_tokens) if form.has_length_factor else None
-        out, state = torch.empty_like(v), None if split.is_whole else split.empty_states(1)
-        forward = plans.plan_forward(q, k, v, None, split, form, factor, out, state)
+        state = None if split.is_whole else split.empty_states(1)
+        forward = plans.plan_forward(Call(q, k, v, None, split, form, 0.5, factor), out, state)
         split = split_tokens(q, v, form, None, backward=True, chip=chip)
-        gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        _, backward = plans.plan_backward(
-            q, k, v, None, split, form, factor, state, out, None, gradients
-        )
+        call = Call(q, k, v, None, split, form, 0.5, factor)
+        _, backward = plans.plan_backward(call, state, out, None, gradients)
         return forward + backward
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention.form import Form
 
-__all__ = ["Chip", "Launch", "Split", "max_value_block", "run", "split_tokens"]
+__all__ = ["Call", "Chip", "Launch", "Split", "max_value_block", "run", "split_tokens"]
 
 #: Tokens of one part. The upper bound caps what a single accumulator adds up.
 MIN_PART, MAX_PART = 512, 4096
@@ -153,6 +153,38 @@ class Split:
         """Rows of a tile that a program loads with one instruction of 16 bytes per thread."""
         row_bytes = columns * (2 if self.dtype == torch.bfloat16 else 4)
         return max(1, min(self.block_tokens, self.num_warps * 32 * 16 // row_bytes))
+
+
+class Call(NamedTuple):
+    """What the launches of a forward and of a backward start from."""
+
+    q: Tensor  # [B, N, H, D]
+    k: Tensor  # [B, N, H, D]
+    v: Tensor  # [B, N, H, Dv]
+    initial: Tensor | None  # state [S, H, D + 1, Dv + 1]
+    split: Split
+    form: Form
+    scale: float  # of all rows of the unnormalised form
+    factor: Tensor | None  # of single ones, [B, N]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether programs see all there is to see in one launch."""
+        return self.split.is_whole and self.initial is None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What every kernel that knows scores takes."""
+        return {
+            **self.split.arguments,
+            "scale": self.scale,
+            "p_factor": self.factor,
+            "NORMALIZED": self.form.normalized,
+            "QK_NORM": self.form.qk_norm,
+            "FEATURE_MAP": self.form.feature_map,
+            "HAS_CONSTANT": self.form.has_constant,
+            "FREE_SINGLE_KEY": self.form.frees_single_key and self.initial is None,
+        }
 
 
 def max_value_block(q: Tensor, chip: Chip | None = None) -> int:

@@ -7,8 +7,6 @@ of keys behind it, S below w and z behind S. A program works on one head and one
 of one sequence; tokens are counted from the beginning of the sequence.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +15,7 @@ from linclip_kernels.linear_attention import form as forms
 from linclip_kernels.linear_attention.form import Form
 from linclip_kernels.linear_attention.split import Launch, Split
 
-__all__ = ["combine_states", "form_arguments", "sum_states"]
+__all__ = ["combine_states", "sum_states"]
 
 NORM_EPS = tl.constexpr(forms.NORM_EPS)
 DENOMINATOR_EPS = tl.constexpr(forms.DENOMINATOR_EPS)
@@ -25,26 +23,6 @@ DENOMINATOR_EPS = tl.constexpr(forms.DENOMINATOR_EPS)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 #: Arguments whose value must not lead to another compilation.
 LENGTHS = ["num_tokens", "num_parts", "part"]
-
-
-def form_arguments(
-    split: Split, form: Form, factor: tuple[float, Tensor | None], initial: Tensor | None
-) -> dict[str, Any]:
-    """What the kernels that know scores take.
-
-    Args:
-        factor: Scale of all rows, and factors [B, N] of single ones.
-    """
-    return {
-        **split.arguments,
-        "scale": factor[0],
-        "p_factor": factor[1],
-        "NORMALIZED": form.normalized,
-        "QK_NORM": form.qk_norm,
-        "FEATURE_MAP": form.feature_map,
-        "HAS_CONSTANT": form.has_constant,
-        "FREE_SINGLE_KEY": form.frees_single_key and initial is None,
-    }
 
 
 def sum_states(
