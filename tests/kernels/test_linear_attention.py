@@ -211,7 +211,8 @@ def test_compiles_to_one_graph_for_all_lengths(form: str) -> None:
         inputs, grad = make_inputs((1, num_tokens, 2, 32, 32), torch.float32)
         plain = with_gradients(attend, inputs, grad)
         again = with_gradients(compiled, inputs, grad)
-        assert all(map(torch.equal, plain, again))
+        # The quadratic map adds gradients of its blocks in another order.
+        assert max(map(relative_rms, again, (x.double() for x in plain))) < 1e-6
     assert graphs == 2  # the forward and the backward
 
 

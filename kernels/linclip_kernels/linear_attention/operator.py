@@ -107,7 +107,7 @@ def linear_attention(
             nothing, a CUDA tensor is waited for.
         initial_state: State [S, H, F + 1, Dv + 1] of keys that come before the sequence, float32
             (float64 for float64 inputs). S = B without cu_seqlens, F = D except for the quadratic
-            map, where F = D + D (D + 1) / 2. Its number of keys is not differentiated.
+            map, where F = D + D (D // 2 + 1). Its number of keys is not differentiated.
         return_state: Return the state of all keys too, the initial ones included.
         backend: "triton", "torch", or "auto": Triton for CUDA tensors, torch otherwise.
 

@@ -1,8 +1,9 @@
 """The quadratic feature map, 1 + x + x^2 / 2 on x = q.k, out of narrower feature maps.
 
-x^2 / 2 is an inner product of D (D + 1) / 2 features, the products of pairs of entries. They are
-too many for one state in registers, and enter in blocks: o is the sum of the affine form, 1 + x,
-and of one product form per block. Any map that is given as features can be built in this way.
+x^2 / 2 is an inner product of features, the products of pairs of entries: of every entry with the
+one d places further on, round the end, for d up to D / 2. They are too many for one state in
+registers, and enter in blocks: o is the sum of the affine form, 1 + x, and of one product form per
+block. Any map that is given as features can be built in this way.
 
 Source: second-order Taylor attention as in QT-ViT and FAST.
 """
@@ -17,14 +18,14 @@ from linclip_kernels.linear_attention.form import NORM_EPS, Form
 
 __all__ = ["attend_quadratic", "num_quadratic_features"]
 
-#: Widest block of pairs, and the ones behind v that give the denominator.
+#: Widest block of pairs (or D, if that is wider), and the ones behind v that give the denominator.
 MAX_BLOCK = 128
 NUM_ONES = 16
 
 
 def num_quadratic_features(key_dim: int) -> int:
     """Features of the state beside the constant: x itself and the pairs of its entries."""
-    return key_dim + key_dim * (key_dim + 1) // 2
+    return key_dim + key_dim * (key_dim // 2 + 1)
 
 
 def attend_quadratic(
@@ -61,16 +62,17 @@ def attend_quadratic(
         if initial is not None:
             ones = initial[..., -1:].expand(-1, -1, -1, NUM_ONES + 1)
             initial = torch.cat([initial[..., :-1], ones], dim=-1)
-    pairs = torch.triu_indices(q.shape[-1], q.shape[-1], device=q.device)  # [2, F - D]
-    blocks = pairs.tensor_split(-(-pairs.shape[1] // MAX_BLOCK), dim=1)
-    begins = _split_state(initial, q.shape[-1], [block.shape[1] for block in blocks])
+    key_dim = q.shape[-1]
+    distances, at_once = range(key_dim // 2 + 1), max(1, MAX_BLOCK // key_dim)
+    blocks = [distances[i : i + at_once] for i in range(0, len(distances), at_once)]
+    begins = _split_state(initial, [key_dim * len(block) for block in ([0], *blocks)])
 
     out, state = attend(q, k, v, begins[0], narrow._replace(feature_map="affine"))
     out, states = _widened(out), [state]
     for block, begin in zip(blocks, begins[1:], strict=True):
 
         def attend_to_pairs(
-            q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, block: Tensor = block
+            q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, block: range = block
         ) -> tuple[Tensor, Tensor]:
             form = narrow._replace(feature_map="identity")
             return attend(_pairs(q, block), _pairs(k, block), v, begin, form)
@@ -93,19 +95,24 @@ def _widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _pairs(x: Tensor, block: Tensor) -> Tensor:
-    """Products x_i x_j, i <= j, such that phi(q).phi(k) sums to (q.k)^2 / 2."""
-    i, j = block
-    weight = torch.ones_like(i, dtype=x.dtype).masked_fill_(i == j, 0.5**0.5)
-    return x[..., i] * x[..., j] * weight
+def _pairs(x: Tensor, distances: range) -> Tensor:
+    """Products of pairs of entries, such that phi(q).phi(k) over all distances is (q.k)^2 / 2."""
+    # At distance 0 a pair should count half; at D / 2 every pair comes twice.
+    return torch.cat(
+        [
+            x * x.roll(-d, dims=-1) * (0.5**0.5 if d in (0, x.shape[-1] / 2) else 1)
+            for d in distances
+        ],
+        dim=-1,
+    )
 
 
-def _split_state(state: Tensor | None, key_dim: int, sizes: list[int]) -> list[Tensor | None]:
-    """The affine state, and one state per block; each has the sums of v in its first row."""
+def _split_state(state: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
+    """One state per block of features; each has the sums of v in its first row."""
     if state is None:
-        return [None] * (1 + len(sizes))
-    affine, *blocks = state[:, :, 1:].split([key_dim, *sizes], dim=2)
-    return [torch.cat([state[:, :, :1], rows], dim=2) for rows in (affine, *blocks)]
+        return [None] * len(sizes)
+    blocks = state[:, :, 1:].split(sizes, dim=2)
+    return [torch.cat([state[:, :, :1], rows], dim=2) for rows in blocks]
 
 
 def _join_states(states: list[Tensor], value_dim: int) -> Tensor:
