@@ -97,14 +97,12 @@ def _widened(x: Tensor) -> Tensor:
 
 def _pairs(x: Tensor, distances: range) -> Tensor:
     """Products of pairs of entries, such that phi(q).phi(k) over all distances is (q.k)^2 / 2."""
-    # At distance 0 a pair should count half; at D / 2 every pair comes twice.
-    return torch.cat(
-        [
-            x * x.roll(-d, dims=-1) * (0.5**0.5 if d in (0, x.shape[-1] / 2) else 1)
-            for d in distances
-        ],
-        dim=-1,
-    )
+    products = []
+    for d in distances:
+        # At distance 0 a pair should count half; at D / 2 every pair comes twice.
+        weight = 0.5**0.5 if d == 0 or 2 * d == x.shape[-1] else 1.0
+        products.append(x * x.roll(-d, dims=-1) * weight)
+    return torch.cat(products, dim=-1)
 
 
 def _split_state(state: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
