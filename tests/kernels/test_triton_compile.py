@@ -5,9 +5,16 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
+from linclip_kernels.linear_attention import causal, noncausal
 from linclip_kernels.linear_attention.form import Form
-from linclip_kernels.linear_attention.resources import SHARED_MEMORY, Case, cases, measure
-from linclip_kernels.linear_attention.split import Chip, max_value_block, split_tokens
+from linclip_kernels.linear_attention.resources import (
+    SHARED_MEMORY,
+    Case,
+    cases,
+    compile_launch,
+    measure,
+)
+from linclip_kernels.linear_attention.split import Call, Chip, max_value_block, split_tokens
 
 #: Bytes per thread; the assembler keeps that little outside registers where it gains a block by it.
 NEGLIGIBLE_STACK = 16
@@ -45,6 +52,28 @@ def test_widest_kernels_compile() -> None:
         Case(Form(True, True), 77, "bf16", 256),
     ):
         assert all(usage.blocks_per_sm >= 1 for usage in measure(case, 90))
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize(("heads", "boundaries"), [(1, [0, 1]), (3, [0, 5, 5, 900])])
+def test_sequences_with_states_compile(heads: int, boundaries: list[int], is_causal: bool) -> None:
+    """Tables, initial states and gradients of states; one head, which Triton specialises."""
+    form = Form(is_causal, normalized=heads == 1, length_exponent=0.5)
+    qkv = torch.empty(1, boundaries[-1], heads, 3, 60, dtype=torch.bfloat16, device="meta")
+    q, k, v = qkv.unbind(3)
+    factor = torch.empty(1, boundaries[-1], device="meta")
+    plans = causal if is_causal else noncausal
+    for backward in (False, True):
+        split = split_tokens(q, v, form, boundaries, backward=backward, chip=Chip())
+        state = split.empty_states(split.num_sequences)
+        call = Call(q, k, v, state, split, form, 0.5, factor)
+        if backward:
+            gradients = tuple(map(torch.empty_like, (q, k, v)))
+            _, launches = plans.plan_backward(call, state, torch.empty_like(v), state, gradients)
+        else:
+            launches = plans.plan_forward(call, torch.empty_like(v), state)
+        for launch in launches:
+            compile_launch(launch, 90)
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -24,7 +24,7 @@ from linclip_kernels.linear_attention import causal, noncausal
 from linclip_kernels.linear_attention.form import Form
 from linclip_kernels.linear_attention.split import Call, Chip, Launch, max_value_block, split_tokens
 
-__all__ = ["Case", "Usage", "cases", "measure"]
+__all__ = ["Case", "Usage", "cases", "compile_launch", "measure"]
 
 WARPS_PER_SM, BLOCKS_PER_SM, REGISTERS_PER_SM = 64, 32, 65536
 #: Bytes of shared memory of a multiprocessor, by compute capability; a block can have all but 1 KB.
@@ -126,7 +126,7 @@ def measure(case: Case, capability: int) -> list[Usage]:
     """
     usages: dict[str, Usage] = {}
     for launch in case.launches(capability):
-        compiled = _compile(launch, capability)
+        compiled = compile_launch(launch, capability)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(compiled.asm["cubin"])
             command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
@@ -159,7 +159,7 @@ def _name(launch: Launch) -> str:
     return name
 
 
-def _compile(launch: Launch, capability: int) -> Any:
+def compile_launch(launch: Launch, capability: int) -> Any:
     """Compile with the very signature and specialisation that the launch would have."""
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
