@@ -138,14 +138,14 @@ def test_feature_maps_match_definition(form: str, dtype: torch.dtype, num_tokens
 @pytest.mark.parametrize(("cut", "num_tokens"), [(1, 2), (70, 210)])
 def test_states_carry_on(form: str, cut: int, num_tokens: int) -> None:
     forms = {**FORMS, **MAP_FORMS}
-    check_states_carry_on(forms[form], torch.float32, "torch", "cpu", cut, num_tokens)
+    check_states_carry_on(forms[form], "torch", "cpu", cut, num_tokens)
 
 
 @pytest.mark.parametrize("form", [*FORMS, *MAP_FORMS])
 def test_sequences_stand_alone(form: str) -> None:
     forms = {**FORMS, **MAP_FORMS}
     lengths = [1, 0, 150, 40, 0]
-    check_sequences_stand_alone(forms[form], torch.float32, "torch", "cpu", lengths)
+    check_sequences_stand_alone(forms[form], "torch", "cpu", lengths)
 
 
 def test_states_add() -> None:
