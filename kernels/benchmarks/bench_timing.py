@@ -142,9 +142,8 @@ class Bench:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
                 slow = expected > SLOW_SECONDS
-                calls = (
-                    min(3, int(POINT_SECONDS / expected)) if slow else 2
-                )  # the first may compile
+                # Of two quick calls the first may compile.
+                calls = min(3, int(POINT_SECONDS / expected)) if slow else 2
                 seconds = [self._time(call) for _ in range(calls)]
                 peak = torch.cuda.max_memory_allocated() - before
                 if not slow:
