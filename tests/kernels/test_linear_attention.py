@@ -27,6 +27,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from linclip_kernels import linear_attention, linear_attention_reference
+from linclip_kernels.linear_attention import eager
 from linclip_kernels.linear_attention.form import Form
 
 CAUSAL = {name: form for name, form in FORMS.items() if form.get("causal")}
@@ -146,6 +147,19 @@ def test_sequences_stand_alone(form: str) -> None:
     forms = {**FORMS, **MAP_FORMS}
     lengths = [1, 0, 150, 40, 0]
     check_sequences_stand_alone(forms[form], "torch", "cpu", lengths)
+
+
+@pytest.mark.parametrize("form", [*FORMS, *MAP_FORMS])
+def test_long_sequences_are_cut_into_pieces(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**FORMS, **MAP_FORMS}[form]
+    monkeypatch.setattr(eager, "MIN_PIECE", 40)
+    monkeypatch.setattr(eager, "PIECE_ROWS", 1)
+    inputs, grad = make_inputs((1, 150, 2, 20, 24), torch.float32)
+    if not options.get("qk_norm", True):
+        inputs = [(x * 0.2 if i < 2 else x).detach().requires_grad_() for i, x in enumerate(inputs)]
+    check_against_definition(inputs, grad, "torch", **options)
+    check_states_carry_on(options, "torch", "cpu", 70, 210)
+    check_sequences_stand_alone(options, "torch", "cpu", [1, 0, 150, 40])
 
 
 def test_states_add() -> None:

@@ -2,12 +2,13 @@
 
 float64 is computed in float64, everything else in float32. Queries and keys carry a constant
 feature in front, values a one behind, so that one matrix, the state, holds all sums over tokens and
-one product gives numerator and denominator. The derivation is in README.md beside this file.
+one product gives numerator and denominator. Long sequences are worked through in pieces, so that
+temporaries stay small. The derivation is in README.md beside this file.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from linclip_kernels.linear_attention.form import DENOMINATOR_EPS, NORM_EPS, For
 
 __all__ = ["backward", "forward"]
 
+#: Rows (tokens of all heads) of a piece, and its fewest tokens.
+PIECE_ROWS, MIN_PIECE = 2**15, 2048
 #: Up to this many tokens are one masked causal tile; longer sequences are cut into tiles of 64.
 ONE_TILE = 128
 TILE = 64
@@ -48,10 +51,10 @@ def forward(
     states, order = [], _Causal if form.causal else _Bidirectional
     for tokens, sequences in _sequences(q, boundaries):
         begin = None if initial is None else initial[sequences]
-        pass_ = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
-        pass_.forward(out[:, tokens])
+        run = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
+        run.forward(out[:, tokens])
         if return_state:
-            states.append(pass_.state())
+            states.append(run.state())
     return out, torch.cat(states) if return_state else None
 
 
@@ -66,19 +69,17 @@ def backward(
     grad_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state, from those of o and the state (None: zero)."""
-    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_states, order = [], _Causal if form.causal else _Bidirectional
-    if grad is None:
-        grad = torch.zeros_like(v)
+    grad = torch.zeros_like(v) if grad is None else grad
     for tokens, sequences in _sequences(q, boundaries):
         begin = None if initial is None else initial[sequences]
         end = None if grad_state is None else grad_state[sequences]
-        pass_ = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
-        *rows, d_state = pass_.backward(grad[:, tokens], end)
-        for gradient, x in zip(gradients, rows, strict=True):
-            gradient[:, tokens] = x.transpose(1, 2)
+        run = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
+        gradients = d_q[:, tokens], d_k[:, tokens], d_v[:, tokens]
+        d_state = run.backward(grad[:, tokens], end, gradients)
+        d_state[..., 0, -1] = 0  # the number of keys is not differentiated
         d_states.append(d_state)
-    d_q, d_k, d_v = gradients
     return d_q, d_k, d_v, torch.cat(d_states)
 
 
@@ -91,128 +92,114 @@ def _sequences(q: Tensor, boundaries: list[int] | None) -> Iterator[tuple[slice,
             yield slice(*tokens), slice(i, i + 1)
 
 
-class _Features(NamedTuple):
-    """Rows of q or k on their way to features."""
-
-    rows: Tensor  # x in the computing dtype, [B, H, N, D]
-    inverse: Tensor | None  # of the norm, [B, H, N, 1]
-    phi: Tensor  # (constant, phi(x-hat)), [B, H, N, D + 1]
-
-
-class _Pass:
-    """Sequences of equal length, forward or backward; both begin with features and states.
-
-    Queries see keys through ``y``, numerator and denominator of their rows; what lies between the
-    features and y, and its gradient, is the order's own.
-    """
+class _Bidirectional:
+    """Sequences of equal length whose rows all see the same state."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, form: Form) -> None:
-        self.form = form
-        self.num_tokens = q.shape[1]
-        self.query = _features(q, float(form.has_constant), form)
-        self.key = _features(k, 1.0, form)
-        self.num_keys: float | Tensor = 1 if form.causal else max(1, self.num_tokens)  # of row 1
-        self.single_key = form.frees_single_key and initial is None and self.num_keys == 1
+        self.q, self.form = q, form
+        self.pieces = _pieces(q)
+        # One piece keeps its keys, of several each is made again.
+        self.keys = lru_cache(maxsize=1)(lambda i: _Keys(k, v, self.pieces[i], form))
+        self.seen = self.keys(0).state()  # [B, H, D + 1, Dv + 1]
+        for i in range(1, len(self.pieces)):
+            self.seen += self.keys(i).state()
+        self.num_keys: float | Tensor = max(1, q.shape[1])
+        self.single_key = initial is None and self.num_keys == 1
         if initial is not None:
-            self.num_keys = initial[:, :1, :1, -1:] + self.num_keys  # [S, 1, 1, 1]
-        if self.single_key:
-            self.query.phi[:, :, :1, 1:] = 0  # the score of row 1 is the constant
-        self.q, self.k = self.query.phi, self.key.phi
-        self.v = _append(_by_head(v), 1.0)
-        self.see_keys(initial)
+            self.seen += initial
+            self.num_keys = self.seen[:, :1, :1, -1:]  # [S, 1, 1, 1]
 
     def forward(self, out: Tensor) -> None:
         """Write o into ``out`` [B, N, H, Dv]."""
-        y = self.y()
-        rows = y[..., :-1].mul_(self._row_scale(y)[0])
-        out.copy_(rows.transpose(1, 2))
-
-    def backward(self, grad: Tensor, grad_state: Tensor | None) -> tuple[Tensor, ...]:
-        grad = _by_head(grad)
-        e: Tensor | float = 0.0
-        if self.form.normalized:
-            y = self.y()
-            scale, free = self._row_scale(y)
-            e = -(grad * y[..., :-1]).sum(-1, keepdim=True) * scale * scale * free
-        else:
-            scale, _ = self._row_scale(None)
-        d_q, d_k, d_v, d_state = self.see_keys_backward(_append(grad * scale, e), grad_state)
-        if self.single_key:
-            d_q[:, :, :1] = 0
-        d_state[..., 0, -1] = 0  # the number of keys is not differentiated
-        return (
-            _features_backward(d_q, self.query, self.form),
-            _features_backward(d_k, self.key, self.form),
-            d_v,
-            d_state,
-        )
-
-    def see_keys(self, initial: Tensor | None) -> None:
-        """Sum up what the rows will see."""
-        raise NotImplementedError
-
-    def y(self) -> Tensor:
-        """Numerator and denominator of every row, [B, H, N, Dv + 1]."""
-        raise NotImplementedError
+        for piece in self.pieces:
+            queries = self._queries(piece)
+            _put(queries.outputs(queries.phi @ self.seen), out[:, piece])
 
     def state(self) -> Tensor:
         """The state of all keys, [B, H, D + 1, Dv + 1]."""
-        raise NotImplementedError
-
-    def see_keys_backward(
-        self, d_y: Tensor, grad_state: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of phi(q), phi(k), v and the initial state."""
-        raise NotImplementedError
-
-    def _row_scale(self, y: Tensor | None) -> tuple[Tensor | float, Tensor | bool]:
-        """Factor of every row's numerator, and where no clamp holds its denominator."""
-        form, num_keys = self.form, self.num_keys
-        if not form.normalized and not form.has_length_factor:
-            return form.score_scale, True
-        if form.causal:
-            place = torch.arange(self.num_tokens, dtype=self.v.dtype, device=self.v.device)
-            num_keys = place.unsqueeze(-1) + num_keys
-        if form.normalized:
-            assert y is not None
-            floor, denominator = DENOMINATOR_EPS * num_keys, y[..., -1:]
-            return denominator.clamp(min=floor).reciprocal(), denominator >= floor
-        return form.score_scale * num_keys**-form.length_exponent, True
-
-
-class _Bidirectional(_Pass):
-    def see_keys(self, initial: Tensor | None) -> None:
-        self.seen = self.k.mT @ self.v
-        if initial is not None:
-            self.seen += initial
-
-    def y(self) -> Tensor:
-        return self.q @ self.seen
-
-    def state(self) -> Tensor:
         return self.seen
 
-    def see_keys_backward(
-        self, d_y: Tensor, grad_state: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        d_state = self.q.mT @ d_y
-        if grad_state is not None:
-            d_state += grad_state
-        d_q = d_y @ self.seen[..., 1:, :].mT
-        return d_q, self.v @ d_state[..., 1:, :].mT, self.k @ d_state[..., :-1], d_state
+    def backward(
+        self, grad: Tensor, grad_state: Tensor | None, gradients: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Write dq, dk, dv [B, N, H, *]; returns the gradient of the initial state."""
+        d_q, d_k, d_v = gradients
+        d_state = torch.zeros_like(self.seen) if grad_state is None else grad_state.clone()
+        for piece in self.pieces:
+            queries = self._queries(piece)
+            y = queries.phi @ self.seen if self.form.normalized else None
+            d_y = queries.outputs_backward(_by_head(grad[:, piece]), y)
+            _put(queries.backward(d_y @ self.seen[..., 1:, :].mT), d_q[:, piece])
+            d_state += queries.phi.mT @ d_y
+        for i in reversed(range(len(self.pieces))):
+            keys, piece = self.keys(i), self.pieces[i]
+            _put(keys.backward(keys.v @ d_state[..., 1:, :].mT), d_k[:, piece])
+            _put(keys.phi @ d_state[..., :-1], d_v[:, piece])
+        return d_state
+
+    def _queries(self, piece: slice) -> "_Queries":
+        return _Queries(self.q, piece, self.num_keys, self.single_key, self.form)
 
 
-class _Causal(_Pass):
+class _Causal:
+    """Sequences of equal length; a piece continues from the state of those before it."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, form: Form) -> None:
+        self.q, self.k, self.v, self.initial, self.form = q, k, v, initial, form
+        self.pieces = _pieces(q)
+
+    def forward(self, out: Tensor) -> None:
+        """Write o into ``out`` [B, N, H, Dv]."""
+        part = None
+        for piece in self.pieces:
+            part = self._part(piece, self.initial if part is None else part.state())
+            _put(part.queries.outputs(part.y()), out[:, piece])
+        self.last = part
+
+    def state(self) -> Tensor:
+        """After the forward, the state of all keys, [B, H, D + 1, Dv + 1]."""
+        assert self.last is not None
+        return self.last.state()
+
+    def backward(
+        self, grad: Tensor, grad_state: Tensor | None, gradients: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Write dq, dk, dv [B, N, H, *]; returns the gradient of the initial state."""
+        states, d_state = [self.initial], grad_state
+        for piece in self.pieces[:-1]:
+            own, before = _Keys(self.k, self.v, piece, self.form).state(), states[-1]
+            states.append(own if before is None else own + before)
+        for piece, state in zip(reversed(self.pieces), reversed(states), strict=True):
+            part = self._part(piece, state)
+            y = part.y() if self.form.normalized else None
+            d_y = part.queries.outputs_backward(_by_head(grad[:, piece]), y)
+            d_phi_q, d_phi_k, d_v, d_state = part.backward(d_y, d_state)
+            shares = part.queries.backward(d_phi_q), part.keys.backward(d_phi_k), d_v
+            for share, gradient in zip(shares, gradients, strict=True):
+                _put(share, gradient[:, piece])
+        assert d_state is not None
+        return d_state
+
+    def _part(self, piece: slice, state: Tensor | None) -> "_CausalPiece":
+        num_keys = 1 if state is None else state[:, :1, :1, -1:] + 1  # of the first row
+        queries = _Queries(self.q, piece, num_keys, state is None, self.form)
+        return _CausalPiece(queries, _Keys(self.k, self.v, piece, self.form), state)
+
+
+class _CausalPiece:
     """Tokens in tiles [B, H, T, tile, *]: a row sees part of its tile, and the state before it."""
 
-    def see_keys(self, initial: Tensor | None) -> None:
-        self.q, self.k, self.v = self._tiles(self.q), self._tiles(self.k), self._tiles(self.v)
+    def __init__(self, queries: "_Queries", keys: "_Keys", initial: Tensor | None) -> None:
+        self.queries, self.keys = queries, keys
+        self.num_tokens = keys.phi.shape[2]
+        self.q, self.k, self.v = map(self._tiles, (queries.phi, keys.phi, keys.v))
         self.scores = (self.q @ self.k.mT).tril_()
         self.seen = None  # one tile, and nothing before it
         if self.k.shape[2] > 1 or initial is not None:
             self.seen = _running_sum(self.k[:, :, :-1].mT @ self.v[:, :, :-1], initial)
 
     def y(self) -> Tensor:
+        """Numerator and denominator of every row, [B, H, N, Dv + 1]."""
         y = _masked_product(self.scores, self.v)
         if self.seen is not None:
             y += self.q @ self.seen
@@ -222,9 +209,8 @@ class _Causal(_Pass):
         last = self.k[:, :, -1].mT @ self.v[:, :, -1]
         return last if self.seen is None else last + self.seen[:, :, -1]
 
-    def see_keys_backward(
-        self, d_y: Tensor, grad_state: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(self, d_y: Tensor, grad_state: Tensor | None) -> tuple[Tensor, ...]:
+        """Gradients of phi(q), phi(k), v and the state before the piece."""
         d_y = self._tiles(d_y)
         d_scores = (d_y @ self.v.mT).tril_()
         d_q = _masked_product(d_scores, self.k[..., 1:])
@@ -253,6 +239,105 @@ class _Causal(_Pass):
         return x.flatten(2, 3)[:, :, : self.num_tokens]
 
 
+class _Rows:
+    """Rows of q or k, and their features with the constant: ``phi`` [B, H, N, D + 1]."""
+
+    def __init__(self, x: Tensor, constant: float, form: Form) -> None:
+        self.form, self.x = form, _by_head(x)
+        self.phi = self.x.new_empty(*self.x.shape[:-1], self.x.shape[-1] + 1)
+        self.phi[..., 0], hat = constant, self.phi[..., 1:]
+        if form.qk_norm:
+            square = torch.linalg.vecdot(self.x, self.x)
+            self.inverse = square.add_(NORM_EPS).rsqrt_().unsqueeze(-1)  # [B, H, N, 1]
+            torch.mul(self.x, self.inverse, out=hat)
+        else:
+            hat.copy_(self.x)
+        if form.feature_map == "relu":
+            hat.relu_()
+        elif form.feature_map == "softplus":
+            hat.copy_(F.softplus(hat))
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Gradient of the rows from that of phi without its constant [B, H, N, D]."""
+        if self.form.feature_map == "relu":
+            grad = grad * (self.x > 0)
+        elif self.form.feature_map == "softplus":
+            grad = grad * -torch.expm1(-self.phi[..., 1:])  # of log(1 + e^x), from its value
+        if not self.form.qk_norm:
+            return grad
+        along = torch.linalg.vecdot(self.x, grad).unsqueeze(-1) * self.inverse.square()
+        return torch.addcmul(grad, self.x, along, value=-1).mul_(self.inverse)
+
+
+class _Keys(_Rows):
+    """A piece of k, and of v with a one behind it: ``v`` [B, H, N, Dv + 1]."""
+
+    def __init__(self, k: Tensor, v: Tensor, piece: slice, form: Form) -> None:
+        super().__init__(k[:, piece], 1.0, form)
+        self.v = _append(_by_head(v[:, piece]), 1.0)
+
+    def state(self) -> Tensor:
+        return self.phi.mT @ self.v
+
+
+class _Queries(_Rows):
+    """A piece of q, and how its rows are scaled.
+
+    Args:
+        num_keys: Keys in view: of the first row if causal, otherwise of every row.
+        may_be_single: Whether the first row has one key if there is no other before it.
+    """
+
+    def __init__(
+        self, q: Tensor, piece: slice, num_keys: float | Tensor, may_be_single: bool, form: Form
+    ) -> None:
+        super().__init__(q[:, piece], float(form.has_constant), form)
+        self.num_keys = num_keys
+        self.single_key = form.frees_single_key and may_be_single
+        if self.single_key:
+            self.phi[:, :, :1, 1:] = 0  # the score of the first row is the constant
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """o [B, H, N, Dv] from numerator and denominator [B, H, N, Dv + 1]."""
+        return y[..., :-1].mul_(self._scale(y)[0])
+
+    def outputs_backward(self, grad: Tensor, y: Tensor | None) -> Tensor:
+        """Gradient of y; y itself is wanted in the normalised form."""
+        scale, free = self._scale(y)
+        if y is None:
+            return _append(grad * scale, 0.0)
+        e = -(grad * y[..., :-1]).sum(-1, keepdim=True) * scale * scale * free
+        return _append(grad * scale, e)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        if self.single_key:
+            grad[:, :, :1] = 0
+        return super().backward(grad)
+
+    def _scale(self, y: Tensor | None) -> tuple[Tensor | float, Tensor | bool]:
+        """Factor of every row's numerator, and where no clamp holds its denominator."""
+        form, num_keys = self.form, self.num_keys
+        if not form.normalized and not form.has_length_factor:
+            return form.score_scale, True
+        if form.causal:
+            place = torch.arange(self.x.shape[2], dtype=self.x.dtype, device=self.x.device)
+            num_keys = place.unsqueeze(-1) + num_keys
+        if form.normalized:
+            assert y is not None
+            floor, denominator = DENOMINATOR_EPS * num_keys, y[..., -1:]
+            return denominator.clamp(min=floor).reciprocal(), denominator >= floor
+        return form.score_scale * num_keys**-form.length_exponent, True
+
+
+def _pieces(q: Tensor) -> list[slice]:
+    """Tokens of q [B, N, H, D] in runs of about equal length."""
+    batch, num_tokens, heads, _ = q.shape
+    most = max(MIN_PIECE, PIECE_ROWS // (batch * heads))
+    count = max(1, -(-num_tokens // most))
+    edges = [num_tokens * i // count for i in range(count + 1)]
+    return [slice(*edge) for edge in pairwise(edges)]
+
+
 def _running_sum(states: Tensor, start: Tensor | None) -> Tensor:
     """The sums of the first 0, 1, ... T - 1 of T - 1 states, and of the one at the start."""
     if start is None:
@@ -266,40 +351,15 @@ def _by_head(x: Tensor) -> Tensor:
     return x.transpose(1, 2).to(dtype).contiguous()
 
 
+def _put(x: Tensor, out: Tensor) -> None:
+    """[B, H, N, D] into ``out`` [B, N, H, D]."""
+    out.copy_(x.transpose(1, 2))
+
+
 def _append(x: Tensor, last: Tensor | float) -> Tensor:
     out = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)
     out[..., :-1], out[..., -1:] = x, last
     return out
-
-
-def _features(x: Tensor, constant: float, form: Form) -> _Features:
-    rows = _by_head(x)
-    phi = rows.new_empty(*rows.shape[:-1], rows.shape[-1] + 1)
-    phi[..., 0], hat = constant, phi[..., 1:]
-    inverse = None
-    if form.qk_norm:
-        inverse = torch.linalg.vecdot(rows, rows).add_(NORM_EPS).rsqrt_().unsqueeze(-1)
-        torch.mul(rows, inverse, out=hat)
-    else:
-        hat.copy_(rows)
-    if form.feature_map == "relu":
-        hat.relu_()
-    elif form.feature_map == "softplus":
-        hat.copy_(F.softplus(hat))
-    return _Features(rows, inverse, phi)
-
-
-def _features_backward(grad: Tensor, features: _Features, form: Form) -> Tensor:
-    """Gradient of x from that of phi(x-hat); ``grad`` may be overwritten."""
-    rows, inverse, phi = features
-    if form.feature_map == "relu":
-        grad = grad * (rows > 0)
-    elif form.feature_map == "softplus":
-        grad = grad * -torch.expm1(-phi[..., 1:])  # the derivative of log(1 + e^x), from its value
-    if inverse is None:
-        return grad
-    along = torch.linalg.vecdot(rows, grad).unsqueeze(-1) * inverse.square()
-    return torch.addcmul(grad, rows, along, value=-1).mul_(inverse)
 
 
 def _masked_product(mask: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:
