@@ -4,7 +4,7 @@
 definition and then, if it passes, measures time and memory over the number of tokens. It prints
 summary.md and writes it, results.csv (one row per point, skipped ones with their reason) and
 figure.png into OUTPUT_FOLDER. Inputs are random packed views of [B, N, H, 3, D], as in the model.
-Exit codes: 0 measured, 1 the operator is wrong, 2 bad arguments.
+Exit codes: 0 measured, 1 the operator is wrong or has failed, 2 bad arguments.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
-from bench_report import WORKS, Check, Report
-from bench_timing import HEAD_DIM, TIMING, Bench, Implementation, batch_and_heads
+from bench_report import WORKS, Check, Report, Row
+from bench_timing import FAILED, HEAD_DIM, TIMING, Bench, Implementation, batch_and_heads
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from tqdm import tqdm
@@ -177,11 +177,6 @@ def main() -> int:
     deadline = start + arguments.budget_seconds
     bench = Bench(device, DTYPE[device], implementations(device), deadline)
     bench.warm_up(min(tokens[0], 1024))
-    rows = []
-    plan = tqdm(list(product(tokens, WORKS)), desc="bench", unit="point")
-    for num_tokens, work in plan:
-        plan.set_postfix_str(f"{work}, N = {num_tokens}")
-        rows += bench.measure(num_tokens, work)
     facts = {
         "device": name,
         "dtype": str(bench.dtype).removeprefix("torch."),
@@ -193,12 +188,22 @@ def main() -> int:
         "command": shlex.join(["python", *sys.argv]),
         "copy bandwidth": f"{1e-9 * bench.copy_bandwidth:.4g} GB/s, read and written",
         "timing": TIMING[device].format(threads=arguments.threads),
-        "duration": f"{time.monotonic() - start:.0f} s",
     }
-    report = Report(facts, checks, rows)
-    report.write(output)
+    rows: list[Row] = []
+    plan = tqdm(list(product(tokens, WORKS)), desc="bench", unit="point")
+    for num_tokens, work in plan:
+        plan.set_postfix_str(f"{work}, N = {num_tokens}")
+        rows += bench.measure(num_tokens, work)
+        if work == WORKS[-1]:  # what has been measured stays, whatever comes
+            duration = f"{time.monotonic() - start:.0f} s"
+            report = Report(facts | {"duration": duration}, checks, rows)
+            report.write(output)
     print(report.summary())
-    return 0
+    failed = [row for row in rows if row.family == "linclip" and row.skipped.startswith(FAILED)]
+    for row in failed:
+        place = f"{row.implementation}, {row.work}, N = {row.num_tokens}"
+        print(f"error: {place}: {row.skipped}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 class _Parser(argparse.ArgumentParser):

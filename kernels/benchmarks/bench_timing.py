@@ -16,7 +16,7 @@ from bench_report import WORKS, Row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["HEAD_DIM", "TIMING", "Bench", "Implementation", "batch_and_heads"]
+__all__ = ["FAILED", "HEAD_DIM", "TIMING", "Bench", "Implementation", "batch_and_heads"]
 
 HEAD_DIM, NUM_HEADS = 64, 16
 #: (up to this many tokens, B * H): enough work at every length.
@@ -39,6 +39,8 @@ SLOW_SECONDS = 0.5
 SHORT_SECONDS = 5e-3
 #: CPU: time for the rounds over all implementations at one length, where calls are short.
 GROUP_SECONDS = 3.0
+#: How the reason begins where a call did not run through.
+FAILED = "failed"
 TIMING = {
     "cuda": "median; calls under 5 ms are replayed from a CUDA graph (do_bench_cudagraph), "
     "longer ones timed by do_bench, which clears the L2 cache before each",
@@ -99,9 +101,7 @@ class Bench:
                     call()
                     seconds = self._time(call)
             except RuntimeError as error:
-                if one.family == "linclip":
-                    raise
-                self._broken[one.name, work] = _first_line(error)
+                self._broken[one.name, work] = _failure(error)
             else:
                 self._seen[one.name, work] = seconds, num_tokens, self._streams(num_tokens)
 
@@ -153,9 +153,7 @@ class Bench:
         except torch.OutOfMemoryError:
             return "out of memory"
         except RuntimeError as error:
-            if one.family == "linclip":
-                raise
-            return _first_line(error)
+            return _failure(error)
         return Samples(seconds, peak)
 
     def _sample_in_turn(
@@ -165,17 +163,24 @@ class Bench:
     ) -> dict[Implementation, Samples | str]:
         """Round robin, so that whatever else the machine does meets all of them alike."""
         seconds: dict[Implementation, list[float]] = {one: [] for one in calls}
+        failures: dict[Implementation, str] = {}
         rounds = int(GROUP_SECONDS / max(sum(expected[one] for one in calls), 1e-9))
         for i_round in range(-1, min(max(rounds, 3), 100)):
             for one, call in calls.items():
                 limit = SLOW_SECONDS if i_round < 0 else POINT_SECONDS / (i_round + 1)
-                if expected[one] > limit or time.monotonic() + expected[one] > self.deadline:
+                late = time.monotonic() + expected[one] > self.deadline
+                if expected[one] > limit or late or one in failures:
                     continue
-                with one.selected():
-                    elapsed = self._time(call)
+                try:
+                    with one.selected():
+                        elapsed = self._time(call)
+                except RuntimeError as error:
+                    failures[one] = _failure(error)
+                    continue
                 if i_round >= 0:  # round -1 warms up
                     seconds[one].append(elapsed)
-        return {one: Samples(s, None) if s else "time budget" for one, s in seconds.items()}
+        timed = {one: Samples(s, None) if s else "time budget" for one, s in seconds.items()}
+        return timed | failures
 
     def _row(self, one: Implementation, work: str, num_tokens: int, outcome: Samples | str) -> Row:
         batch, heads = batch_and_heads(self.device, num_tokens)
@@ -274,5 +279,5 @@ def _call(
     return forward if work == "forward" else forward_and_backward
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:100] or type(error).__name__
+def _failure(error: Exception) -> str:
+    return f"{FAILED}: {str(error).strip().partition(chr(10))[0][:100] or type(error).__name__}"

@@ -136,6 +136,33 @@ def test_nothing_is_timed_when_the_operator_is_wrong(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_failing_call_costs_no_other_result(
+    command: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    right = bench_attention.linear_attention
+
+    def fails_when_long(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **form: bool):
+        if q.shape[1] == 100 and form["causal"]:
+            raise RuntimeError("no such kernel")
+        return right(q, k, v, **form)
+
+    monkeypatch.setattr(bench_attention, "check_forms", lambda device, tokens: CHECKS)
+    monkeypatch.setattr(bench_attention, "linear_attention", fails_when_long)
+    assert command(tmp_path, "--device", "cpu", "--tokens", 15, 100) == 1
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    failed = [r for r in rows if r["skipped"]]
+    assert {(r["num_tokens"], r["implementation"]) for r in failed} == {
+        ("100", "linclip Eq. 7, causal"),
+        ("100", "linclip Eq. 4, causal"),
+    }
+    assert {r["skipped"] for r in failed} == {"failed: no such kernel"}
+    assert "error: linclip Eq. 7, causal, forward, N = 100: failed" in capsys.readouterr().err
+
+
 def test_nan_does_not_pass():
     assert not Check("linclip Eq. 7", 77, "o", math.nan, 1e-6).passed
 
