@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +39,15 @@ TOKENS = (77, 197, 577, 1025, 4096, 16_384, 65_536, 262_144, 2**20, 2**22)
 NOT_INSTALLED = "not installed"
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
-FORMS: dict[str, dict[str, bool]] = {
+FORMS: dict[str, dict[str, Any]] = {
     "linclip Eq. 7": {"causal": False, "normalized": False},
     "linclip Eq. 4": {"causal": False, "normalized": True},
     "linclip Eq. 7, causal": {"causal": True, "normalized": False},
+    "linclip Eq. 4, quadratic": {
+        "causal": False,
+        "normalized": True,
+        "feature_map": "quadratic",
+    },
     "linclip Eq. 4, causal": {"causal": True, "normalized": True},
 }
 #: Lengths of the correctness check; measured lengths up to the limit come in addition.
@@ -65,7 +70,7 @@ def plain_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def plain_definition(q: Tensor, k: Tensor, v: Tensor, **form: bool) -> Tensor:
+def plain_definition(q: Tensor, k: Tensor, v: Tensor, **form: Any) -> Tensor:
     """The N x N definition in the dtype at hand: the yardstick of the error rule."""
     return attend(q, k, v, Form(**form))
 
@@ -123,7 +128,7 @@ def _corners(x: Tensor) -> Tensor:
 
 
 def _with_gradients(
-    function: Callable[..., Tensor], packed: Tensor, form: dict[str, bool]
+    function: Callable[..., Tensor], packed: Tensor, form: dict[str, Any]
 ) -> list[Tensor]:
     """Output, dq, dk, dv for q, k, v and the output gradient in [B, N, H, 4, D]."""
     *inputs, grad = packed.unbind(3)

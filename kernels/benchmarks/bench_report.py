@@ -26,6 +26,7 @@ _TITLE: dict[str, Any] = {"fontsize": 11, "color": _INK, "weight": "bold"}
 _LABEL: dict[str, Any] = {"fontsize": 9, "color": _MUTED}
 #: Part of an implementation's name -> colour and marker; the first that fits.
 _STYLES = {
+    "quadratic": ("#7c5cc4", "P"),
     "plain": ("#64748b", "s"),
     "fla chunk": ("#2a9d6f", "s"),
     "SDPA flash": ("#d97706", "^"),

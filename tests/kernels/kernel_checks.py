@@ -239,6 +239,14 @@ def check_sequences_stand_alone(
     assert not states[empty].any()
 
 
+def check_small_features(form: dict[str, Any], backend: str, device: str) -> None:
+    """softplus of rows far below zero, not normalised: e^x, of which no digit may be lost."""
+    (q, k, v), grad = make_inputs((1, 50, 1, 32, 32), torch.float32, device=device)
+    inputs = [(q.detach() + 5).requires_grad_(), (k.detach() - 16).requires_grad_(), v]
+    options = {"feature_map": "softplus", "qk_norm": False, **form}
+    check_against_definition(inputs, grad, backend, **options)
+
+
 def check_cancelling_sums(form: dict[str, Any], backend: str, device: str, num_tokens: int) -> None:
     """bfloat16 where the state's leading digits cancel, so that its low half counts.
 

@@ -131,7 +131,7 @@ def test_nothing_is_timed_when_the_operator_is_wrong(
     assert command(tmp_path, "--device", "cpu", "--tokens", 15) == 1
     output = capsys.readouterr()
     assert not output.out
-    assert output.err.startswith("error: 32 of 32 checks failed: linclip Eq. 7, N = 15, o: ")
+    assert output.err.startswith("error: 40 of 40 checks failed: linclip Eq. 7, N = 15, o: ")
     assert output.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -17,6 +17,7 @@ from kernel_checks import (
     check_nan_stays_where_the_formula_puts_it,
     check_sequences_stand_alone,
     check_single_key,
+    check_small_features,
     check_states_carry_on,
     make_inputs,
     relative_rms,
@@ -160,6 +161,41 @@ def test_long_sequences_are_cut_into_pieces(form: str, monkeypatch: pytest.Monke
     check_against_definition(inputs, grad, "torch", **options)
     check_states_carry_on(options, "torch", "cpu", 70, 210)
     check_sequences_stand_alone(options, "torch", "cpu", [1, 0, 150, 40])
+
+
+@pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
+def test_small_features_keep_their_digits(form: str) -> None:
+    check_small_features(FORMS[form], "torch", "cpu")
+
+
+@pytest.mark.parametrize("form", ["eq7", "causal-eq4"])
+def test_returned_state_may_be_changed_in_place(form: str) -> None:
+    inputs, grad = make_inputs((1, 30, 2, 16, 16), torch.float32)
+    expected = with_gradients(linear_attention, inputs, grad, **FORMS[form])
+    out, state = linear_attention(*inputs, return_state=True, **FORMS[form])
+    with torch.no_grad():
+        state += 1  # as an all-reduce would
+    found = [out, *torch.autograd.grad(out, inputs, grad)]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_inductor_takes_a_strided_initial_state() -> None:
+    inputs, grad = make_inputs((1, 30, 2, 16, 24), torch.float32)
+    _, state = linear_attention(*inputs, return_state=True)
+    strided = state.detach().mT.contiguous().mT.requires_grad_()
+    assert not strided.is_contiguous()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> Tensor:
+        return linear_attention(q, k, v, initial_state=initial)
+
+    compiled = torch.compile(attend, fullgraph=True)
+    for function in (attend, compiled):
+        out = function(*inputs, strided)
+        gradients = torch.autograd.grad(out, [*inputs, strided], grad)
+        if function is attend:
+            expected = out, *gradients
+    for value, true in zip((out, *gradients), expected, strict=True):
+        torch.testing.assert_close(value, true)
 
 
 def test_states_add() -> None:

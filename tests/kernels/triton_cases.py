@@ -19,6 +19,7 @@ from kernel_checks import (
     check_nan_stays_where_the_formula_puts_it,
     check_sequences_stand_alone,
     check_single_key,
+    check_small_features,
     check_states_carry_on,
     make_inputs,
     with_gradients,
@@ -130,6 +131,16 @@ def test_feature_maps_match_definition(form: str, device: str) -> None:
         for x in inputs[:2] if "raw" in form or "7-quad" in form else ():
             x *= 0.2
     check_against_definition(inputs, grad, "triton", **MAP_FORMS[form])
+
+
+@pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
+def test_small_features_keep_their_digits(form: str, device: str) -> None:
+    check_small_features(FORMS[form], "triton", device)
+
+
+@pytest.mark.parametrize("form", ["eq4-relu", "causal-eq4-softplus"])
+def test_sequences_with_other_features_stand_alone(form: str, device: str) -> None:
+    check_sequences_stand_alone(MAP_FORMS[form], "triton", device, [1, 0, 40])
 
 
 @pytest.mark.parametrize("form", [*MAIN_FORMS, "eq7-alpha", "causal-eq7-alpha"])

@@ -99,7 +99,8 @@ def plan_backward(
         return None, [launch(**query_side, **key_side)]
     no_query_side, no_key_side = dict.fromkeys(query_side), dict.fromkeys(key_side)
     launches, query_side["p_before"] = _plan_before(call, None)
-    after, d_initial = split.empty_parts(), split.empty_states(split.num_sequences)
+    after = split.empty_parts()
+    d_initial = None if call.initial is None else split.empty_states(split.num_sequences)
     key_side["p_after"] = after
     launches += [
         launch(**query_side, **no_key_side),
@@ -300,13 +301,13 @@ def _backward_kernel(
                 b_ak, b_fk, _inverse = features(b_k, i_m, i_d, length, D, QK_NORM, FEATURE_MAP)
                 seen = i_n[:, None] >= i_m[None, :]
                 b_p = tl.where(seen, dot(b_do, tl.trans(b_v)), 0.0)  # [BLOCK_N, BLOCK_N]
-                b_fk_seen = tl.where(seen, b_fk[None, :], 0.0)
-                b_u += masked_dot(
-                    tl.where(seen, b_p * b_fk[None, :], 0.0), b_ak, i_n, key_start, False
-                )
+                # A factor that is NaN or infinite must not reach earlier rows through a zero.
+                b_p_scaled = tl.where(seen, b_p * b_fk[None, :], 0.0)
+                b_u += masked_dot(b_p_scaled, b_ak, i_n, key_start, False)
                 if NORMALIZED:
                     b_sum += tl.sum(b_p, axis=1)
-                    b_zs += masked_dot(b_fk_seen, b_ak, i_n, key_start, False)
+                    b_factors = tl.where(seen, b_fk[None, :], 0.0)
+                    b_zs += masked_dot(b_factors, b_ak, i_n, key_start, False)
             b_q = load_tile(p_q, stride_q, i_n, i_d, length, D)  # [BLOCK_N, BLOCK_D]
             b_aq, b_fq, b_inverse = features(b_q, i_n, i_d, length, D, QK_NORM, FEATURE_MAP)
             if FREE_SINGLE_KEY:

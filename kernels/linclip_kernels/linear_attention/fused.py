@@ -130,14 +130,18 @@ def _columns(state: Tensor | None, columns: slice) -> Tensor | None:
 
 def _join(states: list[Tensor]) -> Tensor:
     """The inverse."""
+    if len(states) == 1:
+        return states[0]
     return torch.cat([*(x[..., :-1] for x in states), states[0][..., -1:]], dim=-1)
 
 
 def _join_gradients(states: list[Tensor]) -> Tensor:
     """The inverse for gradients: those of z are shares, and the number of keys has none."""
-    last = torch.stack([x[..., -1:] for x in states]).sum(0)
-    last[..., 0, :] = 0
-    return torch.cat([*(x[..., :-1] for x in states), last], dim=-1)
+    joined = _join(states)
+    for other in states[1:]:
+        joined[..., -1] += other[..., -1]
+    joined[..., 0, -1] = 0
+    return joined
 
 
 def _factor(initial: Tensor | None, split: Split, form: Form) -> tuple[float, Tensor | None]:
@@ -159,5 +163,5 @@ def _factor(initial: Tensor | None, split: Split, form: Form) -> tuple[float, Te
             first = first - initial[:, 0, 0, -1]
         num_keys = -first.repeat_interleave(lengths, output_size=size)
         num_keys = (num_keys + place if form.causal else num_keys).view(1, -1)
-    factors = num_keys.expand(split.batch, -1) ** -form.length_exponent
-    return float(form.score_scale), factors.float().contiguous()
+    factors = (num_keys**-form.length_exponent).float()
+    return float(form.score_scale), factors.expand(split.batch, -1).contiguous()

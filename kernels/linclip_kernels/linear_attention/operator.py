@@ -107,7 +107,8 @@ def linear_attention(
             nothing, a CUDA tensor is waited for.
         initial_state: State [S, H, F + 1, Dv + 1] of keys that come before the sequence, float32
             (float64 for float64 inputs). S = B without cu_seqlens, F = D except for the quadratic
-            map, where F = D + D (D // 2 + 1). Its number of keys is not differentiated.
+            map, where F = D + D (D // 2 + 1). Its number of keys is not differentiated. A state of
+            zeros is one: what is said of a single key holds for None alone.
         return_state: Return the state of all keys too, the initial ones included.
         backend: "triton", "torch", or "auto": Triton for CUDA tensors, torch otherwise.
 
@@ -185,7 +186,7 @@ def _backward(
     v: Tensor,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    state: Tensor,
+    state: Tensor | None,
     grad: Tensor | None,
     grad_state: Tensor | None,
     causal: bool,
@@ -204,7 +205,7 @@ def _backward(
         if use_triton:
             from linclip_kernels.linear_attention import fused
 
-            kept = state if state.numel() else None
+            kept = None if state is None or not state.numel() else state
             d_q, d_k, d_v, d_initial = fused.backward(*inputs, kept, grad, grad_state)
         else:
             d_q, d_k, d_v, d_initial = eager.backward(*inputs, grad, grad_state)
@@ -225,13 +226,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, initial: Any, cu_seqlens: Any, *options: 
 @_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, initial: Any, *_: Any) -> Any:
     gradients = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    return *gradients, q.new_empty(0) if initial is None else torch.empty_like(initial)
+    return *gradients, q.new_empty(0) if initial is None else initial.new_empty(initial.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.return_state, ctx.use_triton = inputs
     *tensors, ctx.form = *tensors[:5], tensors[5:]
-    ctx.save_for_backward(*tensors, output[1])
+    # A state that the backward does not read may be changed in place, by an all-reduce for example.
+    is_read = ctx.use_triton and not ctx.form[0]
+    ctx.save_for_backward(*tensors, output[1] if is_read else None)
     ctx.set_materialize_grads(False)
 
 

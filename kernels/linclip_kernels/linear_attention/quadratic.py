@@ -78,7 +78,9 @@ def attend_quadratic(
             return attend(_pairs(q, block), _pairs(k, block), v, begin, form)
 
         # The features are made again in the backward: kept, they would be D / 2 times q and k.
-        share, state = checkpoint(attend_to_pairs, q, k, v, begin, use_reentrant=False)
+        share, state = checkpoint(
+            attend_to_pairs, q, k, v, begin, use_reentrant=False, preserve_rng_state=False
+        )
         out = out + share
         states.append(state)
     if form.normalized:

@@ -40,23 +40,25 @@ class Case:
     num_tokens: int
     dtype: str = "bf16"
     dim: int = 64
+    heads: int = 2  # few, so that long sequences have several parts
 
     def __str__(self) -> str:
         order = "causal" if self.form.causal else "bidirectional"
         equation = "Eq. 4" if self.form.normalized else "Eq. 7"
-        name = f"{order} {equation} {self.dtype} D={self.dim} N={self.num_tokens}"
+        name = f"{order} {equation} {self.dtype} D={self.dim} N={self.num_tokens} H={self.heads}"
         return name if self.form.feature_map == "affine" else f"{name} {self.form.feature_map}"
 
     def launches(self, capability: int) -> list[Launch]:
-        """On views of a packed [B, N, H, 3, D], with few heads: long ones have several parts."""
-        shape, chip = (1, self.num_tokens, 2, 3, self.dim), Chip(capability=capability)
+        """On views of a packed [B, N, H, 3, D]."""
+        shape, chip = (1, self.num_tokens, self.heads, 3, self.dim), Chip(capability=capability)
         q, k, v = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").unbind(3)
         v = v[..., : max_value_block(q, chip)]
         plans, form = causal if self.form.causal else noncausal, self.form
         factor = torch.empty(1, self.num_tokens) if form.has_length_factor else None
         out, gradients = torch.empty_like(v), tuple(map(torch.empty_like, (q, k, v)))
         split = split_tokens(q, v, form, None, backward=False, chip=chip)
-        state = None if split.is_whole else split.empty_states(1)
+        keeps_state = not form.causal and self.num_tokens >= 8 * self.dim
+        state = split.empty_states(1) if keeps_state else None
         forward = plans.plan_forward(Call(q, k, v, None, split, form, 0.5, factor), out, state)
         split = split_tokens(q, v, form, None, backward=True, chip=chip)
         call = Call(q, k, v, None, split, form, 0.5, factor)
@@ -99,6 +101,8 @@ def cases() -> Iterator[Case]:
         form = Form(causal=is_causal, normalized=normalized)
         for num_tokens in (77 if is_causal else 197, 4096):
             yield Case(form, num_tokens)
+        if not is_causal:  # one part, and a state that is kept for the backward
+            yield Case(form, 577, heads=1024)
     for is_causal, (dtype, dim) in product(
         (False, True),
         [
@@ -185,7 +189,7 @@ def main() -> None:
     chosen = [case for case in cases() if options.match in str(case)]
     if not chosen:
         parser.error(f"match ({options.match!r}) must be part of the name of a case")
-    columns = "{:46}{:22}{:>6}{:>6}{:>7}{:>8}{:>7}{:>11}"
+    columns = "{:52}{:22}{:>6}{:>6}{:>7}{:>8}{:>7}{:>11}"
     names = "kernel", "cc", "regs", "stack", "shared", "warps", "occupancy"
     print(columns.format("", *names))
     with ProcessPoolExecutor() as pool:

@@ -27,6 +27,11 @@ class Chip:
     num_sms: int = 132
     capability: int = 90
 
+    @property
+    def is_large(self) -> bool:
+        """Data-centre chips from Hopper on, whose matrix unit reads operands from shared memory."""
+        return 90 <= self.capability < 120
+
     @staticmethod
     def of(device: torch.device) -> "Chip":
         if device.type != "cuda":
@@ -192,7 +197,7 @@ def max_value_block(q: Tensor, chip: Chip | None = None) -> int:
     chip = chip or Chip.of(q.device)
     block_key = max(16, triton.next_power_of_2(q.shape[-1]))
     room = 2**12 if q.dtype == torch.bfloat16 else 2**11
-    if q.dtype == torch.bfloat16 and chip.capability >= 90 and block_key == 128:
+    if q.dtype == torch.bfloat16 and chip.is_large and block_key == 128:
         room = 2**13
     return min(128, max(16, room // block_key))
 
@@ -227,7 +232,7 @@ def split_tokens(
     words = max(block_key, block_value) * (1 if q.dtype == torch.bfloat16 else 2)
     block_tokens = 32 if form.causal or backward else 64
     block_tokens = max(16, min(block_tokens, block_tokens * 64 // words))
-    needs_more = form.normalized and not form.causal and chip.capability < 90
+    needs_more = form.normalized and not form.causal and not chip.is_large
     if backward and (needs_more or form.feature_map in ("relu", "softplus")):
         block_tokens = 16
     parts_per_batch = triton.cdiv(4 * chip.num_sms, batch * heads)

@@ -68,7 +68,7 @@ def combine_states(
         before: Gets what lies before every part; may be ``parts``.
         total: Gets the sum, [S, H, D + 1, Dv + 1].
     """
-    size, block = parts[0, 0].numel(), 1024
+    size, block = parts[0, 0].numel(), 256
     arguments = {
         "p_parts": parts,
         "p_first_parts": split.first_parts,
@@ -114,7 +114,7 @@ def at_head(p_x, stride, i_b, i_h, offset):
 @triton.jit
 def load_tile(p_x, stride, i_n, i_d, length, DIM: tl.constexpr):
     """Rows i_n, columns i_d of one head; zero outside. float16 is widened, for its short range."""
-    p = p_x + i_n.to(tl.int64)[:, None] * stride[1] + i_d[None, :] * stride[3]
+    p = p_x + i_n.to(tl.int64)[:, None] * stride[1] + i_d.to(tl.int64)[None, :] * stride[3]
     x = tl.load(p, mask=(i_n < length)[:, None] & (i_d < DIM)[None, :], other=0.0)
     return x if x.dtype != tl.float16 else x.to(tl.float32)
 
@@ -131,7 +131,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def store_tile(p_x, stride, x, i_n, i_d, length, DIM: tl.constexpr):
-    p = p_x + i_n.to(tl.int64)[:, None] * stride[1] + i_d[None, :] * stride[3]
+    p = p_x + i_n.to(tl.int64)[:, None] * stride[1] + i_d.to(tl.int64)[None, :] * stride[3]
     mask = (i_n < length)[:, None] & (i_d < DIM)[None, :]
     tl.store(p, narrow(x, p_x.dtype.element_ty), mask=mask)
 
@@ -153,7 +153,11 @@ def features(
     elif FEATURE_MAP == "softplus":
         inside = (i_n < length)[:, None] & (i_d < D)[None, :]
         x = x * inverse[:, None]
-        phi = tl.where(x < 0, 0.0, x) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+        small = tl.exp(-tl.abs(x))
+        grown = 1.0 + small
+        # log(1 + small) with all its digits, also where grown has none of small's.
+        rest = tl.where(grown == 1.0, small, tl.log(grown) * small / (grown - 1.0))
+        phi = tl.where(x < 0, 0.0, x) + rest
         return narrow(tl.where(inside, phi, 0.0), b_x.dtype), inverse * 0.0 + 1.0, inverse
     else:
         return b_x, inverse, inverse
@@ -399,7 +403,8 @@ def _combine_states_kernel(
     if p_start is not None:
         total = tl.load(p_start + i_state + i, mask=i < size, other=0.0)
     lost = tl.zeros([BLOCK], tl.float32)  # what rounding has taken from total
-    for step in range(count):
+    # Loads run ahead; where `before` is `parts`, a state is read before its place is written.
+    for step in tl.range(count, num_stages=4):
         i_part = first + (count - 1 - step if REVERSE else step)
         o_part = (i_part * num_heads + i_h) * size + i
         b_part = tl.load(p_parts + o_part, mask=i < size, other=0.0)
