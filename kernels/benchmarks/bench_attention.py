@@ -233,9 +233,16 @@ def _version(module: str) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
+    """The commit of the checkout, marked where the kernels differ from it."""
+    kernels = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(kernels), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        return f"{commit}-dirty" if git("status", "--porcelain", "--", str(kernels)) else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

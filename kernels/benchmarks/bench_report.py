@@ -201,6 +201,7 @@ class Report:
             axes.plot(*_line(times), label=label, **_style(name))
         if axes.lines:
             axes.set_yscale("log")
+            axes.set_ylim(top=50 * axes.get_ylim()[1])  # room for the legend
         ours = self._times(_HEADLINE[causal], work)
         place = crossover(ours, self._fastest_sdpa(causal=causal, work=work))
         if 0 < place < math.inf:
