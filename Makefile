@@ -37,7 +37,7 @@ study: $(STAMP) | data/embedded
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
-# The operator against SDPA on the GPU, or on one CPU core (6 minutes): docs/results/kernels/<device>.
+# The operator against SDPA on the GPU, or on one CPU core (5 minutes): docs/results/kernels/<device>.
 bench-kernels: $(STAMP)
 	$(BIN)/python kernels/benchmarks/bench_attention.py
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from linclip_kernels import linear_attention, linear_attention_reference
 from linclip_kernels.linear_attention.form import Form
-from linclip_kernels.linear_attention.reference import attend
+from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
 
 TOKENS = (77, 197, 577, 1025, 4096, 16_384, 65_536, 262_144, 2**20, 2**22)
 NOT_INSTALLED = "not installed"
@@ -53,8 +53,6 @@ FORMS: dict[str, dict[str, Any]] = {
 #: Lengths of the correctness check; measured lengths up to the limit come in addition.
 CHECK_TOKENS = (15, 77, 197, 1025)
 CHECK_LIMIT = {"cuda": 4096, "cpu": 1025}
-#: The rule of the kernel tests: err <= 2 * err(the definition in the same dtype) + ATOL[dtype].
-ATOL = {torch.float32: 1e-6, torch.bfloat16: 2**-9}
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
@@ -68,11 +66,6 @@ def plain_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     out = 0.5 * (v.sum(-2, keepdim=True) + q @ (k.mT @ v))
     return out.transpose(1, 2)
-
-
-def plain_definition(q: Tensor, k: Tensor, v: Tensor, **form: Any) -> Tensor:
-    """The N x N definition in the dtype at hand: the yardstick of the error rule."""
-    return attend(q, k, v, Form(**form))
 
 
 def implementations(device: str) -> list[Implementation]:
@@ -113,13 +106,17 @@ def check_forms(device: str, tokens: list[int]) -> list[Check]:
         found = [_corners(x) for x in _with_gradients(linear_attention, packed, form)]
         packed = _corners(packed)
         exact = _with_gradients(linear_attention_reference, packed.double(), form)
-        plain = _with_gradients(plain_definition, packed, form)
+        plain = _with_gradients(_definition, packed, form)
         for tensor, value, rough, truth in zip(
             ("o", "dq", "dk", "dv"), found, plain, exact, strict=True
         ):
-            allowed = 2 * _relative_rms(rough, truth) + ATOL[dtype]
-            checks.append(Check(name, num_tokens, tensor, _relative_rms(value, truth), allowed))
+            allowed = 2 * relative_rms(rough, truth) + ATOL[dtype]
+            checks.append(Check(name, num_tokens, tensor, relative_rms(value, truth), allowed))
     return checks
+
+
+def _definition(q: Tensor, k: Tensor, v: Tensor, **form: Any) -> Tensor:
+    return attend(q, k, v, Form(**form))
 
 
 def _corners(x: Tensor) -> Tensor:
@@ -135,10 +132,6 @@ def _with_gradients(
     leaves = [x.requires_grad_() for x in inputs]
     out = function(*leaves, **form)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def _relative_rms(value: Tensor, truth: Tensor) -> float:
-    return ((value.double() - truth).square().mean() / truth.square().mean()).sqrt().item()
 
 
 def main() -> int:

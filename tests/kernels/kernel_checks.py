@@ -13,10 +13,7 @@ from torch import Tensor
 
 from linclip_kernels import linear_attention, linear_attention_reference
 from linclip_kernels.linear_attention.form import Form
-from linclip_kernels.linear_attention.reference import attend
-
-#: Relative RMS; about the rounding of the dtype's last bit, or ten of it in float32.
-ATOL = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 1e-13}
+from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
 
 FORMS: dict[str, dict[str, Any]] = {
     "eq7": {},
@@ -89,13 +86,6 @@ def with_gradients(
     """Output, dq, dk, dv."""
     out = function(*inputs, **options)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
-
-
-def relative_rms(value: Tensor, truth: Tensor) -> float:
-    """RMS of the difference over RMS of the truth; just the RMS where the truth is zero."""
-    difference = (value.double() - truth).square().mean().sqrt()
-    size = truth.square().mean().sqrt()
-    return (difference / size if size > 0 else difference).item()
 
 
 def check_against_definition(

@@ -126,7 +126,10 @@ def test_nothing_is_timed_when_the_operator_is_wrong(
     capsys: pytest.CaptureFixture[str],
 ):
     right = bench_attention.linear_attention
-    wrong = lambda q, k, v, **form: right(q, k, v, **form) * (1 + 1e-4)  # noqa: E731
+
+    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **form: bool) -> torch.Tensor:
+        return right(q, k, v, **form) * (1 + 1e-4)
+
     monkeypatch.setattr(bench_attention, "linear_attention", wrong)
     assert command(tmp_path, "--device", "cpu", "--tokens", 15) == 1
     output = capsys.readouterr()

@@ -93,8 +93,8 @@ def linear_attention(
         v: [B, N, H, Dv], dtype and device of q.
         causal: Row i sees keys 1 to i.
         normalized: Divide by the sum of scores, held above 1e-6 per key. Where it is held no
-            gradient passes through it. An affine row with one key
-            and no initial state returns that key's value.
+            gradient passes through it. An affine row with one key and no initial state returns that
+            key's value.
         qk_norm: Scale the rows of q and k by (|x|^2 + 1e-6)^-1/2. Without it the caller keeps
             |q.k| <= 1 with the affine map.
         feature_map: The score f of x = q.k: "affine", 1 + x; "quadratic", 1 + x + x^2 / 2; or

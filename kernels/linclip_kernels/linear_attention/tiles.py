@@ -222,17 +222,6 @@ def fold_rows(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def zero_state(BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """S, w, z and the number of keys of no keys."""
-    return (
-        tl.zeros([BLOCK_D, BLOCK_DV], tl.float32),
-        tl.zeros([BLOCK_DV], tl.float32),
-        tl.zeros([BLOCK_D], tl.float32),
-        0.0,
-    )
-
-
-@triton.jit
 def load_state(p_state, i_row, i_d, i_v, D: tl.constexpr, DV: tl.constexpr):
     """S [BLOCK_D, BLOCK_DV], w [BLOCK_DV], z [BLOCK_D] and the number of keys."""
     p = p_state + i_row * (D + 1) * (DV + 1)
