@@ -17,14 +17,18 @@ from yaml import YAMLError
 
 __all__ = [
     "Attention",
+    "CacheConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
     "EvalConfig",
     "LogConfig",
     "ModelConfig",
+    "NetworkConfig",
     "OptimConfig",
     "ParallelConfig",
+    "Resolution",
+    "Source",
     "TextTower",
     "TrainConfig",
     "VisionTower",
@@ -105,20 +109,91 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class Source:
+    """Training shards that belong together.
+
+    In ``data.train`` a plain string stands for a source with that pattern and these defaults.
+    """
+
+    #: Brace pattern of tars, ``/data/laion400m/{00000..41455}.tar``: a local path, ``http(s)://``,
+    #: ``s3://``, ``gs://`` or another URL that fsspec knows.
+    shards: str = ""
+    #: Share of the stream, relative to the other sources; all sources have one or none has.
+    weight: float | None = None
+    #: How often every sample comes per epoch; with 0.5, half of the samples in every epoch.
+    upsampling: float = 1.0
+    #: Samples in all shards of the source, where nothing beside the shards tells.
+    num_samples: int | None = None
+
+
+@dataclass(kw_only=True)
+class Resolution:
+    """Side of the training images from one step on."""
+
+    from_step: int = 0
+    #: In pixels; as ``model.vision.image_size``.
+    image_size: tuple[int, int] = (224, 224)
+
+
+@dataclass(kw_only=True)
+class CacheConfig:
+    """Local copies of remote shards, shared by all processes of a node."""
+
+    #: Folder on a local disk; must be set when a source is remote.
+    dir: str | None = None
+    #: Largest total size. Shards in use are never dropped: it must hold at least two pools
+    #: (``data.shuffle_shards``) per lane that the node reads.
+    max_gib: float = 100.0
+
+
+@dataclass(kw_only=True)
+class NetworkConfig:
+    """How remote shards are fetched."""
+
+    #: Seconds until a connection must stand.
+    connect_timeout: float = 10.0
+    #: Seconds without a byte after which a transfer counts as stalled.
+    read_timeout: float = 30.0
+    #: Tries without any progress before a shard counts as unreachable, which ends the run.
+    max_tries: int = 10
+    #: Upper bound of the pause before the second try, in seconds; it doubles with every further try.
+    backoff: float = 0.5
+    #: Largest pause in seconds.
+    max_backoff: float = 60.0
+    #: Shards fetched at once by every worker.
+    downloads: int = 4
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Training shards in the LAION-400M / img2dataset layout."""
 
-    #: Shard paths; braces expand: ``/data/laion400m/{00000..41455}.tar``.
-    train: list[str] = field(default_factory=list)
-    #: Independent streams the shards are dealt to. A multiple of the data-parallel size lets every
-    #: rank read shards of its own. Part of the order: change it and the order changes.
+    #: Sources, or patterns: ``data.train=['/data/laion400m/{00000..41455}.tar']``.
+    train: list[Source] = field(default_factory=list)
+    #: "shuffled": every sample once per epoch (times ``upsampling``); "replacement": shards are
+    #: drawn with replacement.
+    sampling: Literal["shuffled", "replacement"] = "shuffled"
+    #: Independent streams the shards of a source are dealt to. A multiple of ranks x workers lets
+    #: every worker read shards of its own. Part of the order: change it and the order changes.
     num_lanes: int = 1
     #: Shards of one lane whose samples are shuffled together.
     shuffle_shards: int = 8
     #: Decoding processes per rank; has no influence on the order.
     num_workers: int = 2
+    #: Batches per rank that are decoded ahead.
+    prefetch_batches: int = 4
     #: Area range of the random resized crop.
     crop_scale: tuple[float, float] = (0.9, 1.0)
+    #: Image sizes over the run, by rising ``from_step``; empty: ``model.vision.image_size``.
+    resolutions: list[Resolution] = field(default_factory=list)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    #: Largest share of samples that may be bad and replaced before the run ends with an error.
+    max_bad_samples: float = 0.1
+    #: Largest share of opened shards that may be missing, unreadable or short of samples.
+    max_bad_shards: float = 0.1
+    #: Bad samples (a lost shard counts as one) in a row before the run ends with an error.
+    max_bad_in_a_row: int = 100
 
 
 @dataclass(kw_only=True)
