@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -33,6 +33,7 @@ __all__ = [
     "TrainConfig",
     "VisionTower",
     "ZeroConfig",
+    "as_image_size",
     "load_config",
     "save_config",
     "validate",
@@ -68,7 +69,8 @@ class Attention:
 class VisionTower:
     """Image tower (ViT), named as in open_clip's ``vision_cfg``."""
 
-    image_size: int = 224
+    #: (height, width) in pixels; in a file or on the command line one number stands for a square.
+    image_size: tuple[int, int] = (224, 224)
     patch_size: int = 16
     width: int = 768
     layers: int = 12
@@ -82,8 +84,13 @@ class VisionTower:
 
     @property
     def num_tokens(self) -> int:
-        """Patches and the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+        """Patches of an image of the configured size, and the class token."""
+        return self.num_tokens_at(self.image_size)
+
+    def num_tokens_at(self, image_size: tuple[int, int]) -> int:
+        """Patches of an image of that (height, width), and the class token."""
+        height, width = image_size
+        return (height // self.patch_size) * (width // self.patch_size) + 1
 
 
 @dataclass(kw_only=True)
@@ -128,10 +135,11 @@ class Source:
 
 @dataclass(kw_only=True)
 class Resolution:
-    """Side of the training images from one step on."""
+    """Size of the training images from one step on."""
 
+    #: Steps that are finished when the first batch of this size comes.
     from_step: int = 0
-    #: In pixels; as ``model.vision.image_size``.
+    #: As ``model.vision.image_size``; positions are interpolated.
     image_size: tuple[int, int] = (224, 224)
 
 
@@ -168,7 +176,8 @@ class NetworkConfig:
 class DataConfig:
     """Training shards in the LAION-400M / img2dataset layout."""
 
-    #: Sources, or patterns: ``data.train=['/data/laion400m/{00000..41455}.tar']``.
+    #: Sources, or patterns: ``data.train=['/data/laion400m/{00000..41455}.tar']``; a single
+    #: pattern needs no list.
     train: list[Source] = field(default_factory=list)
     #: "shuffled": every sample once per epoch (times ``upsampling``); "replacement": shards are
     #: drawn with replacement.
@@ -188,10 +197,9 @@ class DataConfig:
     resolutions: list[Resolution] = field(default_factory=list)
     cache: CacheConfig = field(default_factory=CacheConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    #: Largest share of samples that may be bad and replaced before the run ends with an error.
+    #: Largest share of samples that may be bad and replaced before the run ends with an error; every
+    #: sample of a lost shard counts.
     max_bad_samples: float = 0.1
-    #: Largest share of opened shards that may be missing, unreadable or short of samples.
-    max_bad_shards: float = 0.1
     #: Bad samples (a lost shard counts as one) in a row before the run ends with an error.
     max_bad_in_a_row: int = 100
 
@@ -296,6 +304,12 @@ class Config:
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
 
+    def image_size_at(self, step: int) -> tuple[int, int]:
+        """(height, width) of the training images in the batch that follows ``step`` finished
+        optimizer steps (0: the first batch of the run)."""
+        begun = [stage for stage in self.data.resolutions if stage.from_step <= step]
+        return begun[-1].image_size if begun else self.model.vision.image_size
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML experiment, apply ``key=value`` overrides, return the checked config.
@@ -323,7 +337,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             ) from error
     for source, content in sources:
         try:
-            merged = OmegaConf.merge(merged, content)
+            merged = OmegaConf.merge(merged, _write_out_shorthands(content))
         except ConfigKeyError as error:
             raise ValueError(f"{source}: {_unknown_key_message(error.full_key or '')}") from error
         except OmegaConfBaseException as error:
@@ -352,9 +366,7 @@ def validate(config: Config) -> None:
         _require_positive(f"{prefix}.layers", tower.layers)
         _require_positive(f"{prefix}.mlp_ratio", tower.mlp_ratio)
     _require_positive("model.embed_dim", config.model.embed_dim)
-    _require_divisible(
-        "model.vision.image_size", vision.image_size, "patch_size", vision.patch_size
-    )
+    _require_patches("model.vision.image_size", vision.image_size, vision.patch_size)
     _require_divisible("model.vision.width", vision.width, "head_width", vision.head_width)
     _require_divisible("model.text.width", text.width, "heads", text.heads)
     _require_divisible("model.text.vocab_size", text.vocab_size, "parallel.tp", config.parallel.tp)
@@ -391,15 +403,9 @@ def validate(config: Config) -> None:
     if config.zero.stage not in (1, 2):
         raise ValueError(f"zero.stage ({config.zero.stage}) must be 1 or 2 in this version")
 
-    if not config.data.train:
-        raise ValueError("data.train ([]) must name at least one shard")
-    _require_positive("data.num_lanes", config.data.num_lanes)
-    _require_positive("data.shuffle_shards", config.data.shuffle_shards)
-    if config.data.num_workers < 0:
-        raise ValueError(f"data.num_workers ({config.data.num_workers}) must not be negative")
-    low, high = config.data.crop_scale
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"data.crop_scale ({low}, {high}) must satisfy 0 < low <= high <= 1")
+    _validate_data(config.data)
+    _validate_sources(config.data.train)
+    _validate_resolutions(config)
 
     optim = config.optim
     for name in ("lr", "eps"):
@@ -429,6 +435,63 @@ def validate(config: Config) -> None:
         raise ValueError(f"name ({config.name!r}) must be a plain folder name")
 
 
+def _validate_data(data: DataConfig) -> None:
+    for name in ("num_lanes", "shuffle_shards", "prefetch_batches", "max_bad_in_a_row"):
+        _require_positive(f"data.{name}", getattr(data, name))
+    if data.num_workers < 0:
+        raise ValueError(f"data.num_workers ({data.num_workers}) must not be negative")
+    low, high = data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"data.crop_scale ({low}, {high}) must satisfy 0 < low <= high <= 1")
+    for name in ("max_bad_samples", "max_bad_shards"):
+        if not 0 < getattr(data, name) <= 1:
+            raise ValueError(f"data.{name} ({getattr(data, name)}) must be in (0, 1]")
+    _require_positive("data.cache.max_gib", data.cache.max_gib)
+    for item in fields(data.network):
+        _require_positive(f"data.network.{item.name}", getattr(data.network, item.name))
+
+
+def _validate_sources(sources: Sequence[Source]) -> None:
+    if not sources:
+        raise ValueError("data.train ([]) must name at least one shard")
+    weighted = any(source.weight is not None for source in sources)
+    for index, source in enumerate(sources):
+        name = f"data.train[{index}]"
+        if not source.shards:
+            raise ValueError(f"{name}.shards ({source.shards!r}) must name shards")
+        _require_positive(f"{name}.upsampling", source.upsampling)
+        if source.num_samples is not None:
+            _require_positive(f"{name}.num_samples", source.num_samples)
+        if not weighted:
+            continue
+        if source.weight is None:
+            raise ValueError(f"{name}.weight (None) must be set: all sources have one or none has")
+        if source.weight == 0:
+            raise ValueError(f"{name}.weight ({source.weight}) must not be 0: leave the source out")
+        _require_positive(f"{name}.weight", source.weight)
+        if source.upsampling != 1:
+            raise ValueError(
+                f"{name}.upsampling ({source.upsampling}) must be 1 with a weight "
+                f"({source.weight}): both say how often a sample comes"
+            )
+
+
+def _validate_resolutions(config: Config) -> None:
+    before = -1
+    for index, stage in enumerate(config.data.resolutions):
+        name, step = f"data.resolutions[{index}]", stage.from_step
+        if index == 0 and step != 0:
+            raise ValueError(f"{name}.from_step ({step}) must be 0: it is the size of the start")
+        if step <= before:
+            raise ValueError(f"{name}.from_step ({step}) must be greater than {before}, the last")
+        if step >= config.train.steps:
+            raise ValueError(
+                f"{name}.from_step ({step}) must be less than train.steps ({config.train.steps})"
+            )
+        _require_patches(f"{name}.image_size", stage.image_size, config.model.vision.patch_size)
+        before = step
+
+
 def _read_with_bases(path: Path) -> list[tuple[Path, DictConfig]]:
     """The file and its bases, furthest base first."""
     chain: list[tuple[Path, DictConfig]] = []
@@ -450,8 +513,51 @@ def _read_with_bases(path: Path) -> list[tuple[Path, DictConfig]]:
         path = path.parent / base
 
 
+def as_image_size(name: str, value: object) -> tuple[int, int]:
+    """(height, width) as written in a file: a pair, or one number that stands for a square.
+
+    Args:
+        name: The field, for the message.
+        value: What stands there.
+
+    Raises:
+        ValueError: naming the field, for anything else.
+    """
+    sides = [value, value] if type(value) is int else value
+    if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int]:
+        raise ValueError(f"{name} ({value}) must be an integer or [height, width], in pixels")
+    return sides[0], sides[1]
+
+
+def _write_out_shorthands(content: DictConfig) -> dict[str, Any]:
+    """``content`` as plain containers: numbers for squares and patterns for sources written out."""
+    whole: Any = OmegaConf.to_container(content)
+    vision, data = _section(_section(whole, "model"), "vision"), _section(whole, "data")
+    if "image_size" in vision:
+        vision["image_size"] = as_image_size("model.vision.image_size", vision["image_size"])
+    if "train" in data:
+        given = data["train"]
+        if not isinstance(given, str | list):
+            raise ValueError(f"data.train ({given}) must be a pattern or a list of sources")
+        sources = [given] if isinstance(given, str) else given
+        data["train"] = [{"shards": s} if isinstance(s, str) else s for s in sources]
+    if not isinstance(data.get("resolutions", []), list):
+        raise ValueError(f"data.resolutions ({data['resolutions']}) must be a list")
+    for index, stage in enumerate(data.get("resolutions", [])):
+        if isinstance(stage, dict) and "image_size" in stage:
+            name = f"data.resolutions[{index}].image_size"
+            stage["image_size"] = as_image_size(name, stage["image_size"])
+    return cast(dict[str, Any], whole)
+
+
+def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """The mapping under ``name``; an empty one where there is none."""
+    section = content.get(name)
+    return section if isinstance(section, dict) else {}
+
+
 def _unknown_key_message(key: str) -> str:
-    known = _known_keys(Config())
+    known = _known_keys(Config)
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     leaf = key.rsplit(".", 1)[-1]
     near += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in near]
@@ -459,13 +565,14 @@ def _unknown_key_message(key: str) -> str:
     return f"unknown key ({key}){hint}"
 
 
-def _known_keys(node: Any, prefix: str = "") -> list[str]:
+def _known_keys(node: type, prefix: str = "") -> list[str]:
     keys = []
-    for item in fields(node):
-        value = getattr(node, item.name)
-        keys.append(prefix + item.name)
-        if is_dataclass(value):
-            keys += _known_keys(value, f"{prefix}{item.name}.")
+    for name, hint in get_type_hints(node).items():
+        keys.append(prefix + name)
+        if get_origin(hint) is list:
+            name, (hint,) = f"{name}[*]", get_args(hint)
+        if is_dataclass(hint):
+            keys += _known_keys(cast(type, hint), f"{prefix}{name}.")
     return keys
 
 
@@ -477,3 +584,11 @@ def _require_positive(name: str, value: float) -> None:
 def _require_divisible(name: str, value: int, by_name: str, by: int) -> None:
     if value <= 0 or by <= 0 or value % by:
         raise ValueError(f"{name} ({value}) must be a positive multiple of {by_name} ({by})")
+
+
+def _require_patches(name: str, image_size: tuple[int, int], patch_size: int) -> None:
+    if patch_size <= 0 or any(side <= 0 or side % patch_size for side in image_size):
+        raise ValueError(
+            f"{name} {image_size} must be a height and a width that are both a positive multiple "
+            f"of patch_size ({patch_size})"
+        )

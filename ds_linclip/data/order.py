@@ -1,20 +1,25 @@
-"""The order of training samples: a pure function of the seed, the shards and two settings.
+"""The order of training samples: a pure function of the seed, the shards and a few settings.
 
-Samples form one endless stream of positions 0, 1, 2, ...; epoch e covers ``[e N, (e + 1) N)`` and
-holds every sample exactly once. Any position can be looked up at any time, so going on from a step
-is a seek, and neither ranks nor workers nor the batch size have any influence on the order.
+Samples form one endless stream of positions 0, 1, 2, ...; epoch e covers ``[e N, (e + 1) N)``. Any
+position can be looked up at any time, so going on from a step is a seek, and neither ranks nor
+workers nor the batch size have any influence on the order.
 
-Per epoch the shards are permuted and dealt to lanes. A lane takes ``shuffle_shards`` shards at a
-time as a pool and permutes the pool's samples. Positions alternate over the lanes; a lane that is
-exhausted drops out of the alternation.
+The positions of an epoch are dealt to groups of shards in proportion to what each group gives per
+epoch, as evenly as whole numbers allow, and every group is an endless stream of its own. One pass
+over a group holds every sample exactly once (or as many, from shards drawn with replacement): its
+shards are permuted and dealt to lanes. A lane takes ``shuffle_shards`` shards at a time as a pool
+and permutes the pool's samples. Positions alternate over the lanes; a lane that is exhausted drops
+out of the alternation.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SampleOrder"]
+__all__ = ["GroupSizes", "SampleOrder"]
 
 _Array = npt.NDArray[np.int64]
 
@@ -23,35 +28,70 @@ _SHARD_STREAM = 0
 _POOL_STREAM = 1
 
 
+@dataclass(frozen=True)
+class GroupSizes:
+    """Shards that are shuffled as one.
+
+    Attributes:
+        shard_sizes: Samples in each shard.
+        samples_per_epoch: Positions the group gets in every epoch.
+    """
+
+    shard_sizes: Sequence[int]
+    samples_per_epoch: int
+
+
 class SampleOrder:
     """Which sample stands at which position.
 
     Args:
-        shard_sizes: Samples in each shard.
+        groups: The shards; they are numbered through all groups.
         seed: Not negative.
-        num_lanes: Independent streams the shards are dealt to.
+        num_lanes: Independent streams the shards of a group are dealt to.
         shuffle_shards: Shards of one lane whose samples are shuffled together.
+        with_replacement: Draw the shards of a pass with replacement.
+
+    Attributes:
+        num_samples: Positions per epoch.
+        num_lanes: Lanes of all groups together.
+        fingerprint: Hexadecimal digest of all that fixes the order.
 
     Raises:
-        ValueError: for a negative seed, or when the shards hold no sample.
+        ValueError: for a negative seed, or when a group holds no sample.
     """
 
     def __init__(
-        self, shard_sizes: Sequence[int], *, seed: int, num_lanes: int, shuffle_shards: int
+        self,
+        groups: Sequence[GroupSizes],
+        *,
+        seed: int,
+        num_lanes: int,
+        shuffle_shards: int,
+        with_replacement: bool = False,
     ) -> None:
         if seed < 0:
             raise ValueError(f"train.seed ({seed}) must not be negative")
-        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self._seed = seed
-        self._num_lanes = num_lanes
-        self._shuffle_shards = shuffle_shards
-        self.num_samples = int(self._sizes.sum())
-        if self.num_samples == 0:
-            raise ValueError(
-                f"data.train ({len(self._sizes)} shards) must hold at least one sample"
-            )
-        self._epochs: dict[int, _Epoch] = {}
-        self._pools: dict[int, _Pool] = {}
+        for group in groups:
+            if sum(group.shard_sizes) == 0 or group.samples_per_epoch == 0:
+                raise ValueError(
+                    f"data.train ({len(group.shard_sizes)} shards) must hold at least one sample"
+                )
+        self._groups = [
+            _Group(group.shard_sizes, (seed, number), num_lanes, shuffle_shards, with_replacement)
+            for number, group in enumerate(groups)
+        ]
+        self._per_epoch = [group.samples_per_epoch for group in groups]
+        self._first_shard = np.cumsum([0, *(len(group.shard_sizes) for group in groups)])
+        self._lanes_per_group = num_lanes
+        self.num_samples = sum(self._per_epoch)
+        self.num_lanes = num_lanes * len(groups)
+        self._num_shards = int(self._first_shard[-1])
+        self._pool_share = min(1.0, shuffle_shards * self.num_lanes / self._num_shards)
+        facts = [
+            *(seed, num_lanes, shuffle_shards, with_replacement),
+            *(([int(size) for size in g.shard_sizes], g.samples_per_epoch) for g in groups),
+        ]
+        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def locate(self, positions: npt.ArrayLike) -> tuple[_Array, _Array]:
         """Find the samples at global positions.
@@ -63,16 +103,10 @@ class SampleOrder:
             Shard number and index within the shard, each [K].
         """
         positions = np.asarray(positions, dtype=np.int64)
-        epochs = positions // self.num_samples
         shards, indices = np.empty_like(positions), np.empty_like(positions)
-        for number in np.unique(epochs):
-            in_epoch = np.flatnonzero(epochs == number)
-            epoch = self._epoch(int(number))
-            lanes, offsets = epoch.lanes_at(positions[in_epoch] - number * self.num_samples)
-            for lane in np.unique(lanes):
-                in_lane = np.flatnonzero(lanes == lane)
-                rows = in_epoch[in_lane]
-                shards[rows], indices[rows] = self._in_lane(epoch, int(lane), offsets[in_lane])
+        for group, rows, offsets in self._deal(positions):
+            in_group, indices[rows] = self._groups[group].locate(offsets)
+            shards[rows] = in_group + self._first_shard[group]
         return shards, indices
 
     def step_positions(
@@ -88,54 +122,141 @@ class SampleOrder:
             Positions [G / dp_size].
         """
         positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
-        if self._num_lanes > 1:
-            epochs = positions // self.num_samples
+        if self.num_lanes > 1:
             lanes = np.empty_like(positions)
-            for number in np.unique(epochs):
-                rows = epochs == number
-                start = number * self.num_samples
-                lanes[rows] = self._epoch(int(number)).lanes_at(positions[rows] - start)[0]
+            for group, rows, offsets in self._deal(positions):
+                lanes[rows] = self._groups[group].lanes_at(offsets) + group * self._lanes_per_group
             positions = positions[np.argsort(lanes, kind="stable")]
         local = global_batch_size // dp_size
         return positions[dp_rank * local : (dp_rank + 1) * local]
 
-    def _epoch(self, number: int) -> "_Epoch":
-        if number not in self._epochs:
-            if len(self._epochs) >= 2:  # a batch spans two epochs at most, save for tiny sets
-                del self._epochs[min(self._epochs)]
-            self._epochs[number] = _Epoch(
-                number, self._sizes, self._seed, self._num_lanes, self._shuffle_shards
-            )
-        return self._epochs[number]
+    def next_shards(self, positions: npt.ArrayLike) -> list[int]:
+        """Shards of the pools that the lanes at ``positions`` [K] take after their present ones."""
+        ahead = int(self._pool_share * self.num_samples)
+        return self.pool_shards(np.asarray(positions, dtype=np.int64) + ahead)
 
-    def _in_lane(self, epoch: "_Epoch", lane: int, offsets: _Array) -> tuple[_Array, _Array]:
-        starts = epoch.pool_starts[lane]
-        pools = np.searchsorted(starts, offsets, side="right") - 1
-        shards, indices = np.empty_like(offsets), np.empty_like(offsets)
-        for number in np.unique(pools):
-            rows = pools == number
-            pool = self._pools.get(lane)
-            if pool is None or (pool.epoch, pool.number) != (epoch.number, number):
-                pool = _Pool(epoch, lane, int(number), self._sizes, self._seed)
-                self._pools[lane] = pool
-            shards[rows], indices[rows] = pool.samples_at(offsets[rows] - starts[number])
-        return shards, indices
+    def pool_shards(self, positions: npt.ArrayLike) -> list[int]:
+        """All shards of the pools that hold the samples at ``positions`` [K], each once."""
+        found: dict[int, None] = {}
+        for group, _, offsets in self._deal(np.asarray(positions, dtype=np.int64)):
+            first = int(self._first_shard[group])
+            for shards in self._groups[group].pools_at(offsets):
+                found.update(dict.fromkeys((shards + first).tolist()))
+        return list(found)
+
+    def _deal(self, positions: _Array) -> Iterator[tuple[int, npt.NDArray[np.intp], _Array]]:
+        """Group, rows of ``positions`` that fall to it, and their offsets in its stream.
+
+        The first group takes its share of an epoch's positions evenly, the next one its share of
+        what that leaves, and so on: in any window a group is within a few samples of its share.
+        """
+        rows = np.arange(len(positions))
+        if len(self._groups) == 1:
+            yield 0, rows, positions
+            return
+        # Python's integers: the products pass 64 bits for some billions of samples.
+        epochs, left = (part.astype(object) for part in np.divmod(positions, self.num_samples))
+        total = self.num_samples
+        for group, count in enumerate(self._per_epoch):
+            before = left * count // total
+            mine = ((left + 1) * count // total > before).astype(bool)
+            if mine.any():
+                offsets = epochs[mine] * count + before[mine]
+                yield group, rows[mine], offsets.astype(np.int64)
+            rows, epochs, left = rows[~mine], epochs[~mine], (left - before)[~mine]
+            total -= count
+            if not len(rows):
+                return
 
 
-class _Epoch:
-    """One epoch's deal of shards to lanes and the alternation over them."""
+class _Group:
+    """The endless stream of one group: pass after pass over its shards."""
 
     def __init__(
-        self, number: int, sizes: _Array, seed: int, num_lanes: int, shuffle_shards: int
+        self,
+        sizes: Sequence[int],
+        seed: tuple[int, int],
+        num_lanes: int,
+        shuffle_shards: int,
+        with_replacement: bool,
+    ) -> None:
+        self._sizes = np.asarray(sizes, dtype=np.int64)
+        self._num_samples = int(self._sizes.sum())
+        self._seed = seed
+        self._num_lanes = num_lanes
+        self._shuffle_shards = shuffle_shards
+        self._with_replacement = with_replacement
+        self._passes: dict[int, _Pass] = {}
+        self._pools: dict[int, _Pool] = {}
+
+    def locate(self, offsets: _Array) -> tuple[_Array, _Array]:
+        shards, indices = np.empty_like(offsets), np.empty_like(offsets)
+        for one_pass, lane, pool_number, rows, in_pool in self._by_pool(offsets):
+            pool = self._pools.get(lane)
+            if pool is None or (pool.pass_number, pool.number) != (one_pass.number, pool_number):
+                pool = _Pool(one_pass, lane, pool_number, self._seed)
+                self._pools[lane] = pool
+            shards[rows], indices[rows] = pool.samples_at(in_pool)
+        return shards, indices
+
+    def lanes_at(self, offsets: _Array) -> _Array:
+        lanes = np.empty_like(offsets)
+        for one_pass, rows, in_pass in self._by_pass(offsets):
+            lanes[rows] = one_pass.lanes_at(in_pass)[0]
+        return lanes
+
+    def pools_at(self, offsets: _Array) -> Iterator[_Array]:
+        """Shards of every pool that holds one of the samples."""
+        for one_pass, lane, pool_number, _, _ in self._by_pool(offsets):
+            yield one_pass.pool(lane, pool_number)[0]
+
+    def _by_pass(self, offsets: _Array) -> Iterator[tuple["_Pass", npt.NDArray[np.intp], _Array]]:
+        passes, in_pass = np.divmod(offsets, self._num_samples)
+        for number in np.unique(passes):
+            rows = np.flatnonzero(passes == number)
+            yield self._pass(int(number)), rows, in_pass[rows]
+
+    def _by_pool(
+        self, offsets: _Array
+    ) -> Iterator[tuple["_Pass", int, int, npt.NDArray[np.intp], _Array]]:
+        for one_pass, rows, in_pass in self._by_pass(offsets):
+            lanes, in_lane = one_pass.lanes_at(in_pass)
+            for lane in np.unique(lanes):
+                in_this = np.flatnonzero(lanes == lane)
+                starts = one_pass.pool_starts[lane]
+                pools = np.searchsorted(starts, in_lane[in_this], side="right") - 1
+                for number in np.unique(pools):
+                    chosen = in_this[pools == number]
+                    in_pool = in_lane[chosen] - starts[number]
+                    yield one_pass, int(lane), int(number), rows[chosen], in_pool
+
+    def _pass(self, number: int) -> "_Pass":
+        if number not in self._passes:
+            if len(self._passes) >= 2:  # a batch spans two passes at most, save for tiny sets
+                del self._passes[min(self._passes)]
+            draw = _drawn if self._with_replacement else _permuted
+            shards, sizes = draw(self._sizes, self._seed, number)
+            self._passes[number] = _Pass(
+                number, shards, sizes, self._num_lanes, self._shuffle_shards
+            )
+        return self._passes[number]
+
+
+class _Pass:
+    """One pass over a group: the deal of its shards to lanes and the alternation over them."""
+
+    def __init__(
+        self, number: int, shards: _Array, sizes: _Array, num_lanes: int, shuffle_shards: int
     ) -> None:
         self.number = number
-        self.shuffle_shards = shuffle_shards
-        shards = _permutation(len(sizes), seed, _SHARD_STREAM, number)
-        self.lane_shards = [shards[lane::num_lanes] for lane in range(num_lanes)]
+        self._shuffle_shards = shuffle_shards
+        self._lanes = [
+            (shards[lane::num_lanes], sizes[lane::num_lanes]) for lane in range(num_lanes)
+        ]
         self.pool_starts = []
         lengths = np.empty(num_lanes, dtype=np.int64)
-        for lane, dealt in enumerate(self.lane_shards):
-            ends = np.concatenate([[0], np.cumsum(sizes[dealt])])
+        for lane, (_, lane_sizes) in enumerate(self._lanes):
+            ends = np.concatenate([[0], np.cumsum(lane_sizes)])
             lengths[lane] = ends[-1]
             self.pool_starts.append(ends[:-1:shuffle_shards])
         # Phase k lasts until the k-th shortest lane is exhausted; its active lanes take turns.
@@ -146,27 +267,33 @@ class _Epoch:
         sizes_of_phases = (levels - self._base) * self._num_active
         self._starts = np.concatenate([[0], np.cumsum(sizes_of_phases)[:-1]])
 
-    def lanes_at(self, positions: _Array) -> tuple[_Array, _Array]:
-        """Lane and offset within the lane of positions within the epoch."""
-        phases = np.searchsorted(self._starts, positions, side="right") - 1
-        turns, seats = np.divmod(positions - self._starts[phases], self._num_active[phases])
-        lanes = np.empty_like(positions)
+    def lanes_at(self, offsets: _Array) -> tuple[_Array, _Array]:
+        """Lane and offset within the lane of offsets within the pass."""
+        phases = np.searchsorted(self._starts, offsets, side="right") - 1
+        turns, seats = np.divmod(offsets - self._starts[phases], self._num_active[phases])
+        lanes = np.empty_like(offsets)
         for phase in np.unique(phases):
             rows = phases == phase
             lanes[rows] = self._active[phase][seats[rows]]
         return lanes, self._base[phases] + turns
 
+    def pool(self, lane: int, number: int) -> tuple[_Array, _Array]:
+        """Shards of one pool, and how many samples of each belong to it."""
+        shards, sizes = self._lanes[lane]
+        chosen = slice(number * self._shuffle_shards, (number + 1) * self._shuffle_shards)
+        return shards[chosen], sizes[chosen]
+
 
 class _Pool:
     """The shuffled samples of a few shards of one lane."""
 
-    def __init__(self, epoch: _Epoch, lane: int, number: int, sizes: _Array, seed: int) -> None:
-        self.epoch, self.number = epoch.number, number
-        first = number * epoch.shuffle_shards
-        self._shards = epoch.lane_shards[lane][first : first + epoch.shuffle_shards]
-        ends = np.cumsum(sizes[self._shards])
+    def __init__(self, one_pass: _Pass, lane: int, number: int, seed: tuple[int, int]) -> None:
+        self.pass_number, self.number = one_pass.number, number
+        self._shards, sizes = one_pass.pool(lane, number)
+        ends = np.cumsum(sizes)
         self._starts = np.concatenate([[0], ends[:-1]])
-        self._samples = _permutation(int(ends[-1]), seed, _POOL_STREAM, epoch.number, lane, number)
+        bits = _bits(int(ends[-1]), seed, _POOL_STREAM, one_pass.number, lane, number)
+        self._samples = np.argsort(bits, kind="stable")
 
     def samples_at(self, offsets: _Array) -> tuple[_Array, _Array]:
         samples = self._samples[offsets]
@@ -174,8 +301,30 @@ class _Pool:
         return self._shards[which], samples - self._starts[which]
 
 
-def _permutation(size: int, seed: int, *stream: int) -> _Array:
-    # Sorting raw bits, not Generator.permutation: numpy keeps the streams of bit generators and of
+def _permuted(sizes: _Array, seed: tuple[int, int], number: int) -> tuple[_Array, _Array]:
+    """All shards in the order of one pass, and the samples of each."""
+    shards = np.argsort(_bits(len(sizes), seed, _SHARD_STREAM, number), kind="stable")
+    return shards, sizes[shards]
+
+
+def _drawn(sizes: _Array, seed: tuple[int, int], number: int) -> tuple[_Array, _Array]:
+    """Shards drawn with replacement until a pass is full; the last one gives what is missing."""
+    total, draws = int(sizes.sum()), len(sizes)
+    while True:
+        shards = (_bits(draws, seed, _SHARD_STREAM, number) % np.uint64(len(sizes))).astype(
+            np.int64
+        )
+        ends = np.cumsum(sizes[shards])
+        if ends[-1] >= total:
+            break
+        draws *= 2
+    last = int(np.searchsorted(ends, total))
+    taken = sizes[shards[: last + 1]].copy()
+    taken[-1] -= ends[last] - total
+    return shards[: last + 1], taken
+
+
+def _bits(count: int, seed: tuple[int, int], *stream: int) -> npt.NDArray[np.uint64]:
+    # Raw bits, not Generator's methods: numpy keeps the streams of bit generators and of
     # SeedSequence stable between versions, those of Generator's methods not (NEP 19).
-    bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream)).random_raw(size)
-    return np.argsort(bits, kind="stable")
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream)).random_raw(count)

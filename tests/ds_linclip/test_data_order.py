@@ -2,18 +2,38 @@
 
 import hashlib
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from ds_linclip.data.order import SampleOrder
+from ds_linclip.data.order import GroupSizes, SampleOrder
 
 SIZES = [7, 0, 13, 1, 5, 5, 11, 3, 9]
 NUM_SAMPLES = sum(SIZES)
 
 
+def order_of(
+    sizes: Sequence[int],
+    *,
+    seed: int = 0,
+    num_lanes: int = 1,
+    shuffle_shards: int = 1,
+    with_replacement: bool = False,
+) -> SampleOrder:
+    """One group, all of it in every epoch."""
+    return SampleOrder(
+        [GroupSizes(sizes, int(sum(sizes)))],
+        seed=seed,
+        num_lanes=num_lanes,
+        shuffle_shards=shuffle_shards,
+        with_replacement=with_replacement,
+    )
+
+
 def make_order(seed: int = 3, num_lanes: int = 1, shuffle_shards: int = 2) -> SampleOrder:
-    return SampleOrder(SIZES, seed=seed, num_lanes=num_lanes, shuffle_shards=shuffle_shards)
+    return order_of(SIZES, seed=seed, num_lanes=num_lanes, shuffle_shards=shuffle_shards)
 
 
 def ids_at(order: SampleOrder, positions: np.ndarray) -> list[tuple[int, int]]:
@@ -68,8 +88,8 @@ def test_order_is_frozen() -> None:
 
 
 def test_shards_and_samples_are_shuffled_anew_in_every_epoch() -> None:
-    single_samples = SampleOrder([1] * 40, seed=0, num_lanes=1, shuffle_shards=1)
-    single_shard = SampleOrder([40], seed=0, num_lanes=1, shuffle_shards=1)
+    single_samples = order_of([1] * 40)
+    single_shard = order_of([40])
     for order in (single_samples, single_shard):
         epochs = [tuple(ids_at(order, np.arange(40 * e, 40 * (e + 1)))) for e in range(3)]
         assert len(set(epochs)) == 3
@@ -105,7 +125,7 @@ def test_global_batches_do_not_depend_on_ranks(num_lanes: int) -> None:
 
 def test_ranks_read_shards_of_their_own_lanes() -> None:
     sizes = [100] * 32
-    order = SampleOrder(sizes, seed=0, num_lanes=4, shuffle_shards=2)
+    order = order_of(sizes, num_lanes=4, shuffle_shards=2)
     shards_of_rank = []
     for rank in range(4):
         read: set[int] = set()
@@ -118,16 +138,124 @@ def test_ranks_read_shards_of_their_own_lanes() -> None:
 
 
 def test_pool_mixes_its_shards_and_no_others() -> None:
-    order = SampleOrder([50] * 8, seed=0, num_lanes=1, shuffle_shards=4)
+    order = order_of([50] * 8, shuffle_shards=4)
     shards = order.locate(np.arange(400))[0]
     assert len(set(shards[:200])) == 4
     assert set(shards[:200]).isdisjoint(shards[200:])
     assert len(set(shards[:20])) == 4
 
 
+def group_of(shards: np.ndarray, groups: Sequence[GroupSizes]) -> np.ndarray:
+    ends = np.cumsum([len(group.shard_sizes) for group in groups])
+    return np.searchsorted(ends, shards, side="right")
+
+
+def mixed(shares: Sequence[int], num_lanes: int = 1) -> tuple[SampleOrder, list[GroupSizes]]:
+    """Groups of 40, 30 and 70 samples."""
+    sizes = [[10] * 4, [15, 15], [7] * 10]
+    groups = [GroupSizes(size, share) for size, share in zip(sizes, shares, strict=True)]
+    return SampleOrder(groups, seed=1, num_lanes=num_lanes, shuffle_shards=2), groups
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3])
+@pytest.mark.parametrize("shares", [(40, 30, 70), (20, 90, 30), (1, 138, 1)])
+def test_mixture_is_exact_per_epoch_and_even_in_every_window(
+    shares: tuple[int, int, int], num_lanes: int
+) -> None:
+    order, groups = mixed(shares, num_lanes)
+    assert order.num_samples == sum(shares)
+    of_position = group_of(order.locate(np.arange(3 * order.num_samples))[0], groups)
+    for epoch in range(3):
+        part = of_position[epoch * order.num_samples : (epoch + 1) * order.num_samples]
+        assert np.bincount(part, minlength=3).tolist() == list(shares)
+    for window in (10, 37, 100):
+        counts = np.array(
+            [
+                np.bincount(of_position[start : start + window], minlength=3)
+                for start in range(len(of_position) - window)
+            ]
+        )
+        assert np.abs(counts - window * np.array(shares) / order.num_samples).max() < 3
+
+
+def test_every_group_of_a_mixture_goes_through_all_its_samples() -> None:
+    order, groups = mixed((20, 60, 70))  # half, twice and once
+    places = ids_at(order, np.arange(2 * order.num_samples))
+    times = Counter(places)
+    for group, expected in enumerate((1, 4, 2)):
+        of_group = {p: n for p, n in times.items() if group_of(np.array(p[0]), groups) == group}
+        assert len(of_group) == sum(groups[group].shard_sizes)
+        assert set(of_group.values()) == {expected}
+
+
+def test_mixture_has_the_same_batches_for_every_number_of_ranks() -> None:
+    order, groups = mixed((40, 30, 70), num_lanes=2)
+    for step in range(20):
+        whole = order.step_positions(step, global_batch_size=12, dp_rank=0, dp_size=1)
+        parts = [
+            order.step_positions(step, global_batch_size=12, dp_rank=rank, dp_size=3)
+            for rank in range(3)
+        ]
+        assert np.concatenate(parts).tolist() == whole.tolist()
+        assert sorted(whole.tolist()) == list(range(step * 12, (step + 1) * 12))
+        of_position = group_of(order.locate(whole)[0], groups)
+        assert (np.diff(of_position) >= 0).all()  # a rank reads few groups
+
+
+def test_many_billion_samples_do_not_overflow() -> None:
+    groups = [GroupSizes([10_000], 5_000_000_000), GroupSizes([10_000], 7_000_000_000)]
+    order = SampleOrder(groups, seed=0, num_lanes=1, shuffle_shards=1)
+    positions = np.arange(2 * order.num_samples - 1200, 2 * order.num_samples)
+    counts = np.bincount(group_of(order.locate(positions)[0], groups))
+    assert counts.tolist() == [500, 700]
+
+
+def test_with_replacement_draws_shards_anew_and_keeps_the_length_of_an_epoch() -> None:
+    sizes = [4, 9, 0, 6, 11] * 20
+    order = order_of(sizes, num_lanes=3, shuffle_shards=2, with_replacement=True)
+    assert order.num_samples == sum(sizes)
+    times = Counter(ids_at(order, np.arange(40 * order.num_samples)))
+    assert len(times) == sum(sizes)  # in 40 passes each shard is drawn
+    assert 3 < np.std([times[shard, 0] for shard, size in enumerate(sizes) if size]) < 10
+    first = Counter(ids_at(order, np.arange(order.num_samples)))
+    assert max(first.values()) > 1
+    assert len(first) < sum(sizes)
+    scattered = np.random.default_rng(0).permutation(2 * order.num_samples)[:200]
+    through = ids_at(order, np.arange(2 * order.num_samples))
+    assert ids_at(order, scattered) == [through[p] for p in scattered]
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2])
+def test_next_shards_are_those_read_after_the_present_pools(num_lanes: int) -> None:
+    order = order_of([50] * 16, num_lanes=num_lanes, shuffle_shards=2)
+    read: set[int] = set()
+    announced = set(order.pool_shards(np.arange(10)))
+    for step in range(40):  # half an epoch
+        positions = np.arange(step * 10, (step + 1) * 10)
+        announced |= set(order.next_shards(positions))
+        read |= set(order.locate(positions)[0].tolist())
+        assert read <= announced
+        assert len(announced - read) <= 3 * 2 * num_lanes
+    assert len(read) == 8
+
+
+def test_fingerprint_tells_orders_apart() -> None:
+    orders = [
+        order_of(SIZES),
+        order_of([*SIZES, 1]),
+        order_of(SIZES, seed=1),
+        order_of(SIZES, num_lanes=2),
+        order_of(SIZES, shuffle_shards=2),
+        order_of(SIZES, with_replacement=True),
+        SampleOrder([GroupSizes(SIZES, 5)], seed=0, num_lanes=1, shuffle_shards=1),
+    ]
+    assert len({order.fingerprint for order in orders}) == len(orders)
+    assert order_of(np.array(SIZES)).fingerprint == order_of(SIZES).fingerprint
+
+
 def test_laion_scale_is_quick() -> None:
     sizes = np.random.default_rng(0).integers(9_000, 9_990, 41_456)
-    order = SampleOrder(sizes, seed=0, num_lanes=64, shuffle_shards=8)
+    order = order_of(sizes, num_lanes=64, shuffle_shards=8)
     began = time.process_time()
     for step in (0, 1, 12_000, 12_001):
         positions = order.step_positions(step, global_batch_size=32_768, dp_rank=5, dp_size=64)
@@ -139,4 +267,4 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"train\.seed \(-1\) must not be negative"):
         make_order(seed=-1)
     with pytest.raises(ValueError, match=r"data\.train \(2 shards\) must hold at least one sample"):
-        SampleOrder([0, 0], seed=0, num_lanes=1, shuffle_shards=1)
+        order_of([0, 0])
