@@ -164,7 +164,7 @@ class NetworkConfig:
     read_timeout: float = 30.0
     #: Tries without any progress before a shard counts as unreachable, which ends the run.
     max_tries: int = 10
-    #: Upper bound of the pause before the second try, in seconds; it doubles with every further try.
+    #: Upper bound of the pause before the second try, in seconds; every further try doubles it.
     backoff: float = 0.5
     #: Largest pause in seconds.
     max_backoff: float = 60.0
@@ -197,8 +197,8 @@ class DataConfig:
     resolutions: list[Resolution] = field(default_factory=list)
     cache: CacheConfig = field(default_factory=CacheConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    #: Largest share of samples that may be bad and replaced before the run ends with an error; every
-    #: sample of a lost shard counts.
+    #: Largest share of samples that may be bad and replaced before the run ends with an error;
+    #: every sample of a lost shard counts.
     max_bad_samples: float = 0.1
     #: Bad samples (a lost shard counts as one) in a row before the run ends with an error.
     max_bad_in_a_row: int = 100
@@ -340,9 +340,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             merged = OmegaConf.merge(merged, _write_out_shorthands(content))
         except ConfigKeyError as error:
             raise ValueError(f"{source}: {_unknown_key_message(error.full_key or '')}") from error
-        except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{source}: {error.full_key or 'config'}: {reason}") from error
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list and a mapping
+            reason, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+            raise ValueError(f"{source}: {key or 'config'}: {reason}") from error
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     validate(config)
@@ -443,9 +443,8 @@ def _validate_data(data: DataConfig) -> None:
     low, high = data.crop_scale
     if not 0 < low <= high <= 1:
         raise ValueError(f"data.crop_scale ({low}, {high}) must satisfy 0 < low <= high <= 1")
-    for name in ("max_bad_samples", "max_bad_shards"):
-        if not 0 < getattr(data, name) <= 1:
-            raise ValueError(f"data.{name} ({getattr(data, name)}) must be in (0, 1]")
+    if not 0 < data.max_bad_samples <= 1:
+        raise ValueError(f"data.max_bad_samples ({data.max_bad_samples}) must be in (0, 1]")
     _require_positive("data.cache.max_gib", data.cache.max_gib)
     for item in fields(data.network):
         _require_positive(f"data.network.{item.name}", getattr(data.network, item.name))
@@ -559,8 +558,10 @@ def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
 def _unknown_key_message(key: str) -> str:
     known = _known_keys(Config)
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    leaf = key.rsplit(".", 1)[-1]
-    near += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in near]
+    # The key alone may be all that is told: in lists OmegaConf does not say where it stands.
+    leaves = [k.rsplit(".", 1)[-1] for k in known]
+    alike = difflib.get_close_matches(key.rsplit(".", 1)[-1], set(leaves), n=3, cutoff=0.8)
+    near += [k for k, leaf in zip(known, leaves, strict=True) if leaf in alike and k not in near]
     hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
     return f"unknown key ({key}){hint}"
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 
-from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, ImageDecoder
+from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, EvalTransform
 from ds_linclip.data.loader import ordered_loader
-from ds_linclip.data.shards import BadSample, OpenShard, raise_file_limit
+from ds_linclip.data.shards import raise_file_limit
+from ds_linclip.data.tar_index import BadSample, OpenShard
 
 __all__ = ["LabelledBatch", "LabelledData"]
 
@@ -57,7 +58,7 @@ class LabelledData:
 
     Args:
         folder: See the module.
-        image_size: Side of the images in pixels.
+        image_size: (height, width) in pixels.
         batch_size: Samples per batch; the last may be smaller.
         rank, world_size: This rank and how many there are.
         num_workers: Decoding processes.
@@ -76,7 +77,7 @@ class LabelledData:
         self,
         folder: str | Path,
         *,
-        image_size: int,
+        image_size: tuple[int, int],
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -109,7 +110,7 @@ class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
     def __init__(
         self,
         folder: Path,
-        image_size: int,
+        image_size: tuple[int, int],
         batch_size: int,
         places: list[_Place],
         labels: list[int],
@@ -118,7 +119,7 @@ class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
         self._batch_size = batch_size
         self._places = places
         self._labels = labels
-        self._decode = ImageDecoder(image_size, crop_scale=None)
+        self._transform = EvalTransform(image_size)
 
     def __len__(self) -> int:
         return -(-len(self._places) // self._batch_size)
@@ -129,7 +130,7 @@ class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
         for shard, index in self._places[share]:
             try:
                 content = shard.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
-                images.append(self._decode(content))
+                images.append(self._transform(content))
                 captions.append(_caption(shard, index))
             except (BadSample, OSError, ValueError) as error:
                 # As a value: raised in a worker, it would arrive as a traceback.
@@ -141,7 +142,7 @@ class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
 
 def _open(folder: Path, path: Path) -> OpenShard:
     try:
-        return OpenShard(str(path))
+        return OpenShard(path.open("rb"), str(path))
     except (BadSample, OSError) as error:
         raise ValueError(f"eval.data ({folder}): {path} must be a readable tar: {error}") from error
 
@@ -162,7 +163,7 @@ def _read_label(folder: Path, place: _Place, num_classes: int) -> int:
 
 def _sample_error(folder: Path, place: _Place, rule: str) -> ValueError:
     shard, index = place
-    sample = f"sample {shard.keys[index]} of {shard.path}"
+    sample = f"sample {shard.keys[index]} of {shard.url}"
     return ValueError(f"eval.data ({folder}): {sample} must {rule}")
 
 

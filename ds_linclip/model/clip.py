@@ -46,6 +46,11 @@ class CLIP(nn.Module):
         """Tokens of one image-text pair at the configured sizes, over both towers."""
         return self.config.vision.num_tokens + self.config.text.context_length
 
+    def num_tokens(self, images: Tensor, texts: Tensor) -> int:
+        """Tokens of a batch, images [B, 3, H, W] and texts [B, L], over both towers."""
+        height, width = images.shape[2:]
+        return len(images) * self.config.vision.num_tokens_at((height, width)) + texts.numel()
+
     def encode_image(self, images: Tensor, *, normalize: bool = False) -> Tensor:
         """Features [B, E] of ``images`` [B, 3, H, W]; with ``normalize``, fp32 of length one."""
         features = self.visual(images)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ds_linclip.config import ModelConfig, TextTower, VisionTower
+from ds_linclip.config import ModelConfig, TextTower, VisionTower, as_image_size
 from ds_linclip.model.clip import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
@@ -168,6 +168,8 @@ def _full_shape(key: str, parameter: nn.Parameter, mesh: Mesh) -> tuple[int, ...
 
 def _tower_to_dict(tower: VisionTower | TextTower) -> dict[str, Any]:
     content = asdict(tower)
+    if isinstance(tower, VisionTower) and tower.image_size[0] == tower.image_size[1]:
+        content["image_size"] = tower.image_size[0]  # one number, as in open_clip's own configs
     if tower.attention.kind == "softmax":
         del content["attention"]
     return content
@@ -192,6 +194,9 @@ def _parse_config(content: Any) -> ModelConfig:
 
 def _parse_tower(tower: type[Tower], name: str, content: Any) -> Tower:
     defaults = {"attention": {"kind": "softmax"}}
+    if isinstance(content, dict) and "image_size" in content:
+        size = as_image_size(f"{name}.image_size", content["image_size"])
+        content = {**content, "image_size": size}
     try:
         merged = OmegaConf.merge(OmegaConf.structured(tower), defaults, content)
         parsed = OmegaConf.to_object(merged)

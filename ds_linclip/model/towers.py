@@ -17,18 +17,20 @@ __all__ = ["TextTransformer", "VisionTransformer"]
 class VisionTransformer(nn.Module):
     """ViT: images ``[B, 3, H, W] -> [B, embed_dim]``, read from the class token.
 
-    H and W may be any multiples of the patch size: the learned positions are resampled to the grid.
+    H and W may be any multiples of the patch size: the learned positions, one per patch of the
+    configured size in row-major order, are resampled to the grid of the images.
     """
 
     def __init__(self, config: VisionTower, embed_dim: int, mesh: Mesh) -> None:
         super().__init__()
         width = config.width
         self.patch_size = config.patch_size
-        self.grid_size = config.image_size // config.patch_size
+        rows, columns = (side // self.patch_size for side in config.image_size)
+        self.grid_size = (rows, columns)
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(self.grid_size**2 + 1, width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(config.num_tokens, width))
         self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(
             Block(
@@ -67,10 +69,10 @@ class VisionTransformer(nn.Module):
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Positions [1 + height * width, dim]: as learned, or bicubic on the patch grid."""
-        if height == width == self.grid_size:
+        if (height, width) == self.grid_size:
             return self.positional_embedding
-        class_position, patches = self.positional_embedding.split([1, self.grid_size**2])
-        grid = patches.float().T.unflatten(1, (self.grid_size, self.grid_size))  # [dim, g, g]
+        class_position, patches = self.positional_embedding.tensor_split([1])
+        grid = patches.float().T.unflatten(1, self.grid_size)  # [dim, rows, columns]
         grid = F.interpolate(
             grid[None], (height, width), mode="bicubic", antialias=True, align_corners=False
         )[0]

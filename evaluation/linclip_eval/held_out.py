@@ -33,7 +33,7 @@ class HeldOutEvaluator:
         folder: clip_benchmark's webdataset layout: ``*.tar`` with jpg and cls members,
             ``classnames.txt``, ``zeroshot_classification_templates.txt``. Opened and checked here,
             so that an evaluation hours later finds it in order.
-        image_size: side of the model's square images, in pixels.
+        image_size: (height, width) of the model's images, in pixels.
         context_length: tokens of the model's text tower.
         batch_size: images per forward, per rank.
         num_workers: decoding processes, per rank.
@@ -49,7 +49,7 @@ class HeldOutEvaluator:
         self,
         folder: str | Path,
         *,
-        image_size: int,
+        image_size: tuple[int, int],
         context_length: int,
         batch_size: int,
         num_workers: int = 0,

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from ds_linclip.config import Config, load_config, save_config
+from ds_linclip.config import (
+    Config,
+    Resolution,
+    Source,
+    VisionTower,
+    as_image_size,
+    load_config,
+    save_config,
+)
 from ds_linclip.parallel.engine import deepspeed_config
 
 CONFIGS = sorted(Path("ds_configs/train").glob("*.yaml"))
@@ -43,7 +51,112 @@ def test_command_line_wins_over_file_and_file_over_base(tmp_path):
     (tmp_path / "run.yaml").write_text("base: base.yaml\noptim: {lr: 2.0}\ntrain: {steps: 30}\n")
     config = load_config(tmp_path / "run.yaml", ["train.steps=40", "data.train=[x.tar,y.tar]"])
     assert (config.train.steps, config.optim.lr, config.train.global_batch_size) == (40, 2.0, 8)
-    assert config.data.train == ["x.tar", "y.tar"]
+    assert config.data.train == [Source(shards="x.tar"), Source(shards="y.tar")]
+
+
+PATTERN = "/a/{0..9}.tar"
+
+
+@pytest.mark.parametrize(
+    ("override", "sources"),
+    [
+        (f"data.train={PATTERN}", [Source(shards=PATTERN)]),
+        (f"data.train=['{PATTERN}']", [Source(shards=PATTERN)]),
+        (f"data.train=['{PATTERN}',b.tar]", [Source(shards=PATTERN), Source(shards="b.tar")]),
+        (
+            f"data.train=['{PATTERN}', {{shards: b.tar, upsampling: 2, num_samples: 7}}]",
+            [Source(shards=PATTERN), Source(shards="b.tar", upsampling=2.0, num_samples=7)],
+        ),
+        (
+            "data.train=[{shards: a.tar, weight: 1}, {shards: b.tar, weight: 0.5}]",
+            [Source(shards="a.tar", weight=1.0), Source(shards="b.tar", weight=0.5)],
+        ),
+    ],
+)
+def test_sources_are_patterns_or_mappings(override, sources, tmp_path):
+    config = load_config(EMBEDDED, [override])
+    assert config.data.train == sources
+    _assert_survives_saving(config, tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"base: {Path(EMBEDDED).absolute()}\n{_as_yaml(override)}\n")
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "size"),
+    [
+        ("model.vision.image_size=48", (48, 48)),
+        ("model.vision.image_size=[16,48]", (16, 48)),
+        ("model.vision.image_size=[64, 64]", (64, 64)),
+    ],
+)
+def test_image_size_is_a_pair_or_the_side_of_a_square(override, size, tmp_path):
+    config = load_config(EMBEDDED, [override])
+    assert config.model.vision.image_size == size
+    assert isinstance(config.model.vision.image_size, tuple)
+    _assert_survives_saving(config, tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"base: {Path(EMBEDDED).absolute()}\n{_as_yaml(override)}\n")
+    assert load_config(path) == config
+
+
+def test_image_size_follows_the_finished_steps(tmp_path):
+    assert load_config(EMBEDDED).image_size_at(700) == (32, 32)
+    stages = "[{image_size: 16}, {from_step: 100, image_size: [24, 32]}, {from_step: 101}]"
+    stages = stages.replace("101}", "101, image_size: 32}")
+    config = load_config(EMBEDDED, [f"data.resolutions={stages}"])
+    assert config.data.resolutions[1] == Resolution(from_step=100, image_size=(24, 32))
+    sizes = {step: config.image_size_at(step) for step in (0, 99, 100, 101, 799)}
+    assert sizes == {0: (16, 16), 99: (16, 16), 100: (24, 32), 101: (32, 32), 799: (32, 32)}
+    _assert_survives_saving(config, tmp_path)
+
+
+def test_tokens_are_patches_and_the_class_token():
+    vision = VisionTower(image_size=(32, 48), patch_size=16)
+    assert vision.num_tokens == 2 * 3 + 1
+    assert vision.num_tokens_at((64, 16)) == 4 * 1 + 1
+    assert VisionTower().num_tokens == 197
+
+
+@pytest.mark.parametrize(
+    "value", ["[8, 8, 8]", "[8]", "32.0", "[32.0, 32]", "big", "'32'", "['8', 8]", "true", "", "{}"]
+)
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("model.vision.image_size={}", "model.vision.image_size"),
+        (
+            "data.resolutions=[{{image_size: 32}}, {{from_step: 1, image_size: {}}}]",
+            "data.resolutions[1].image_size",
+        ),
+    ],
+)
+def test_image_size_of_a_wrong_shape_is_named(override, name, value):
+    rule = r" \(.*\) must be an integer or \[height, width\], in pixels"
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}{rule}$"):
+        load_config(EMBEDDED, [override.format(value)])
+    with pytest.raises(ValueError, match=f"^side{rule}$"):
+        as_image_size("side", (8, 8.0))
+
+
+def test_interpolations_are_resolved(tmp_path):
+    """A short form is written out before the merge, what it refers to is looked up after it."""
+    override = "data.train=['/data/${name}/0.tar', {shards: '${output_dir}/1.tar'}]"
+    config = load_config(EMBEDDED, ["name=run", "output_dir=out", override])
+    assert [source.shards for source in config.data.train] == ["/data/run/0.tar", "out/1.tar"]
+    _assert_survives_saving(config, tmp_path)
+
+
+def _assert_survives_saving(config, folder):
+    save_config(config, folder / "config.yaml")
+    assert load_config(folder / "config.yaml") == config
+
+
+def _as_yaml(override):
+    """``a.b=value`` as the lines a file would hold."""
+    key, value = override.split("=", 1)
+    lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate(key.split("."))]
+    return "\n".join(lines) + f" {value}"
 
 
 @pytest.mark.parametrize(
@@ -54,11 +167,86 @@ def test_command_line_wins_over_file_and_file_over_base(tmp_path):
         ("model.visoin.width=8", r"unknown key \(model\.visoin.*did you mean model\.vision"),
         ("optim.lr=fast", r"optim\.lr: Value 'fast'"),
         ("model.text.attention.kind=flash", r"kind: Invalid value 'flash'"),
-        ("model.vision.image_size=33", r"model\.vision\.image_size \(33\) must be .*patch_size"),
+        (
+            "model.vision.image_size=[30,32]",
+            r"model\.vision\.image_size \(30, 32\) must be .* multiple of patch_size \(4\)",
+        ),
+        ("model.vision.image_size=[32,33]", r"image_size \(32, 33\) must be .*patch_size \(4\)"),
+        ("model.vision.image_size=33", r"image_size \(33, 33\) must be .*patch_size \(4\)"),
+        ("model.vision.image_size=0", r"image_size \(0, 0\) must be .*positive"),
+        ("model.vision.patch_size=5", r"image_size \(32, 32\) must be .*patch_size \(5\)"),
+        ("model.vision.patch_size=0", r"image_size \(32, 32\) must be .*patch_size \(0\)"),
         ("model.text.heads=3", r"model\.text\.width \(64\) must be a positive multiple of heads"),
         ("train.steps=0", r"train\.steps \(0\) must be greater than 0"),
         ("optim.warmup_steps=100000", r"optim\.warmup_steps \(100000\) must be less than"),
         ("data.train=[]", r"data\.train \(\[\]\) must name at least one shard"),
+        ("data.train=7", r"data\.train \(7\) must be a pattern or a list of sources"),
+        ("data.train={shards: a.tar}", r"data\.train \(.*\) must be a pattern or a list"),
+        ("data.train=", r"data\.train \(None\) must be a pattern or a list"),
+        ("data.train=[7]", r"data\.train\[0\]: .*Source"),
+        ("data.train=[{shrds: a.tar}]", r"key \(shrds\); did you mean data\.train\[\*\]\.shards"),
+        ("data.train=[{weight: 1}]", r"data\.train\[0\]\.shards \(''\) must name shards"),
+        ("data.train=''", r"data\.train\[0\]\.shards \(''\) must name shards"),
+        (
+            "data.train=[{shards: a.tar, weight: 1}, b.tar]",
+            r"data\.train\[1\]\.weight \(None\) must be set: all sources have one or none",
+        ),
+        (
+            "data.train=[a.tar, {shards: b.tar, weight: 1}]",
+            r"data\.train\[0\]\.weight \(None\) must be set: all sources have one or none",
+        ),
+        (
+            "data.train=[{shards: a.tar, weight: 0}, {shards: b.tar, weight: 1}]",
+            r"data\.train\[0\]\.weight \(0\.0\) must not be 0: leave the source out",
+        ),
+        (
+            "data.train=[{shards: a.tar, weight: -1}]",
+            r"train\[0\]\.weight \(-1\.0\) must be greater",
+        ),
+        ("data.train=[{shards: a.tar, weight: .inf}]", r"weight \(inf\) must be .*finite"),
+        ("data.train=[{shards: a.tar, weight: .nan}]", r"weight \(nan\) must be .*finite"),
+        ("data.train=[{shards: a.tar, upsampling: 0}]", r"upsampling \(0\.0\) must be greater"),
+        ("data.train=[{shards: a.tar, upsampling: .inf}]", r"upsampling \(inf\) must be .*finite"),
+        (
+            "data.train=[{shards: a.tar, upsampling: 2, weight: 1}]",
+            r"data\.train\[0\]\.upsampling \(2\.0\) must be 1 with a weight \(1\.0\)",
+        ),
+        (
+            "data.train=[{shards: a.tar, num_samples: 0}]",
+            r"\[0\]\.num_samples \(0\) must be greater",
+        ),
+        ("data.resolutions=5", r"data\.resolutions \(5\) must be a list"),
+        ("data.resolutions[0].image_size=32", r"data\.resolutions \(.*\) must be a list"),
+        ("data.resolutions=[5]", r"data\.resolutions\[0\]: .*Resolution"),
+        (
+            "data.resolutions=[{image_sise: 32}]",
+            r"key \(image_sise\); did you mean .*data\.resolutions\[\*\]\.image_size",
+        ),
+        (
+            "data.resolutions=[{from_step: 1, image_size: 32}]",
+            r"data\.resolutions\[0\]\.from_step \(1\) must be 0",
+        ),
+        (
+            "data.resolutions=[{image_size: 32}, {from_step: 0, image_size: 16}]",
+            r"data\.resolutions\[1\]\.from_step \(0\) must be greater than 0, the last",
+        ),
+        (
+            "data.resolutions=[{image_size: 32}, {from_step: 800, image_size: 16}]",
+            r"data\.resolutions\[1\]\.from_step \(800\) must be less than train\.steps \(800\)",
+        ),
+        (
+            "data.resolutions=[{image_size: 32}, {from_step: 10, image_size: [32, 18]}]",
+            r"data\.resolutions\[1\]\.image_size \(32, 18\) must be .*patch_size \(4\)",
+        ),
+        ("data.cache.max_gib=0", r"data\.cache\.max_gib \(0\.0\) must be greater than 0"),
+        ("data.network.backoff=0", r"data\.network\.backoff \(0\.0\) must be greater than 0"),
+        ("data.network.max_tries=0", r"data\.network\.max_tries \(0\) must be greater than 0"),
+        ("data.network.read_timeout=.nan", r"data\.network\.read_timeout \(nan\) must be"),
+        ("data.max_bad_samples=0", r"data\.max_bad_samples \(0\.0\) must be in \(0, 1\]"),
+        ("data.max_bad_samples=1.5", r"data\.max_bad_samples \(1\.5\) must be in \(0, 1\]"),
+        ("data.max_bad_in_a_row=0", r"data\.max_bad_in_a_row \(0\) must be greater than 0"),
+        ("data.prefetch_batches=0", r"data\.prefetch_batches \(0\) must be greater than 0"),
+        ("data.crop_scale={a: 1}", r"command line: config: Cannot merge incompatible container"),
         ("parallel.dp=3", r"train\.global_batch_size \(\d+\) must be .*parallel\.dp \(3\)"),
         ("name=a/b", r"name \('a/b'\) must be a plain folder name"),
         ("train.seed=-1", r"train\.seed \(-1\) must not be negative"),

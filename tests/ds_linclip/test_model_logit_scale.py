@@ -27,7 +27,7 @@ def test_logit_scale_stays_in_range_and_comes_back_under_zero(stage: int, precis
         model=ModelConfig(
             embed_dim=8,
             vision=VisionTower(
-                image_size=8, patch_size=4, width=16, layers=1, head_width=8, attention=softmax
+                image_size=(8, 8), patch_size=4, width=16, layers=1, head_width=8, attention=softmax
             ),
             text=TextTower(
                 context_length=4, vocab_size=10, width=16, heads=2, layers=1, attention=softmax

@@ -19,7 +19,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_matrices_are_decayed_and_vectors_are_not():
-    vision = VisionTower(image_size=8, patch_size=4, width=32, layers=1, head_width=16)
+    vision = VisionTower(image_size=(8, 8), patch_size=4, width=32, layers=1, head_width=16)
     text = TextTower(context_length=4, width=32, heads=2, layers=1)
     model = CLIP(ModelConfig(embed_dim=8, vision=vision, text=text), Mesh.create())
     decayed, kept = weight_decay_groups(model, 0.2)
@@ -37,7 +37,7 @@ def test_matrices_are_decayed_and_vectors_are_not():
 
 
 def test_frozen_parameters_are_left_out():
-    vision = VisionTower(image_size=8, patch_size=4, width=32, layers=1, head_width=16)
+    vision = VisionTower(image_size=(8, 8), patch_size=4, width=32, layers=1, head_width=16)
     text = TextTower(context_length=4, width=32, heads=2, layers=1)
     model = CLIP(ModelConfig(embed_dim=8, vision=vision, text=text), Mesh.create())
     model.text.requires_grad_(False)

@@ -17,7 +17,7 @@ from ds_linclip.parallel.mesh import AgreedError, Mesh
 CONFIG = ModelConfig(
     embed_dim=24,
     vision=VisionTower(
-        image_size=32,
+        image_size=(32, 32),
         patch_size=8,
         width=64,
         layers=2,

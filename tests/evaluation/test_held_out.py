@@ -66,7 +66,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def evaluator(folder: Path, **options) -> HeldOutEvaluator:
     return HeldOutEvaluator(
         folder,
-        image_size=16,
+        image_size=(16, 16),
         context_length=8,
         batch_size=2,
         device=torch.device("cpu"),
@@ -125,7 +125,7 @@ def test_both_kinds_of_template_are_read(folder):
 
 def test_config_says_all(folder):
     config = Config()
-    config.model.vision.image_size, config.model.text.context_length = 16, 8
+    config.model.vision.image_size, config.model.text.context_length = (16, 16), 8
     config.data.num_workers = 2
     config.eval.batch_size, config.log.num_images = 2, 3
     device = torch.device("cpu")
