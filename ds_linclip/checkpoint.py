@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,31 +40,34 @@ class CheckpointStore:
     Args:
         config: the run's.
         mesh: the ranks that save and load.
-        num_samples: training samples per epoch.
+        data_identity: what fixes the data, by name in messages.
 
     A checkpoint belongs to its run: what fixes the weights after a step (model, optimizer,
     schedule, batch, order of the data, layout of the ranks) must be what it was, or it is refused.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, num_samples: int) -> None:
+    def __init__(self, config: Config, mesh: Mesh, data_identity: Mapping[str, Any]) -> None:
         self.directory = config.run_dir / "checkpoints"
         self._config = config
         self._mesh = mesh
-        self._identity = {
+        identity = {
             "number of data-parallel ranks": mesh.dp_size,
             "parallel.tp": mesh.tp_size,
             "zero.stage": config.zero.stage,
-            "number of samples in data.train": num_samples,
-            "data.num_lanes": config.data.num_lanes,
-            "data.shuffle_shards": config.data.shuffle_shards,
-            "data.crop_scale": list(config.data.crop_scale),
+            **data_identity,
             **_flatten(asdict(config.train), "train"),
             **_flatten(asdict(config.optim), "optim"),
             **_flatten(asdict(config.model), "model"),
         }
+        self._identity = json.loads(json.dumps(identity))  # as it will be read back
 
-    def save(self, engine: Any, step: int) -> Path:
+    def save(self, engine: Any, step: int, data_state: Mapping[str, Any]) -> Path:
         """Save engine state as ``step-N`` and drop all but the newest ``checkpoint.keep_last``.
+
+        Args:
+            engine: DeepSpeed's.
+            step: optimizer steps done.
+            data_state: what :meth:`load` gives back; small, plain data, the same on all ranks.
 
         Raises:
             OSError: when a file cannot be written or read back; older checkpoints stay.
@@ -80,8 +84,8 @@ class CheckpointStore:
         if unreadable:
             raise OSError(f"{staging / unreadable[0]} was saved but cannot be read: not committed")
         if self._mesh.rank == 0:
-            manifest = {"step": step, "run": self._identity, "files": hashes}
-            _write_synced(staging / _MANIFEST, json.dumps(manifest, indent=1))
+            facts = {"step": step, "run": self._identity, "data": data_state, "files": hashes}
+            _write_synced(staging / _MANIFEST, json.dumps(facts, indent=1))
             _sync_directory(staging)
             staging.rename(final)
             _write_synced(self.directory / "latest.tmp", final.name)
@@ -121,8 +125,8 @@ class CheckpointStore:
             "choose another name to start from scratch"
         )
 
-    def load(self, engine: Any, path: Path) -> int:
-        """Load a checkpoint that :meth:`newest` chose and return its step.
+    def load(self, engine: Any, path: Path) -> tuple[int, dict[str, Any]]:
+        """Load a checkpoint that :meth:`newest` chose; returns its step and data state.
 
         Newer folders, all rejected by :meth:`newest`, are set aside as ``step-N.rejected``.
         """
@@ -131,8 +135,9 @@ class CheckpointStore:
             for newer in _committed(self.directory):
                 if newer.name > path.name:
                     newer.rename(_free_name(newer.with_suffix(".rejected")))
-        self._mesh.barrier()
-        return int(engine.global_steps)
+        return int(engine.global_steps), self._mesh.from_rank_zero(
+            lambda: _read_manifest(path)["data"]
+        )
 
     def _problem_of(self, path: Path) -> str | None:
         """What makes the checkpoint unusable, in words; the same answer on all ranks."""
@@ -219,7 +224,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = path / _MANIFEST
     try:
         content = json.loads(manifest.read_text())
-        return {key: content[key] for key in ("step", "run", "files")}
+        return {key: content[key] for key in ("step", "run", "data", "files")}
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{manifest} cannot be read: {error}") from error
 

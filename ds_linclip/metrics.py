@@ -5,13 +5,11 @@ import math
 import resource
 import statistics
 import time
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from ds_linclip.config import Config
 from ds_linclip.parallel.mesh import Mesh
@@ -51,49 +49,43 @@ class MetricWriter:
 class StepMeter:
     """Sums over the steps between two logging steps; reads the device only when asked."""
 
-    def __init__(self, mesh: Mesh, samples_per_step: int, tokens_per_sample: int) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._samples_per_step = samples_per_step
-        self._tokens_per_sample = tokens_per_sample
-        self._skipped: Counter[str] = Counter()
         self.restart()
 
     def restart(self) -> None:
         """Start a new interval, after a log or a pause in training."""
         self._started = time.perf_counter()
         self._waited = 0.0
-        self._steps = 0
+        self._steps = self._samples = self._tokens = 0
 
     def waited(self, seconds: float) -> None:
         """Add time spent waiting for data."""
         self._waited += seconds
 
-    def step_done(self, skipped: Mapping[str, int]) -> None:
+    def step_done(self, *, samples: int, tokens: int) -> None:
+        """Count one step of this rank."""
         self._steps += 1
-        self._skipped.update(skipped)
+        self._samples += samples
+        self._tokens += tokens
 
     def read(self, loss: Tensor) -> dict[str, float]:
-        """Values of the interval, and the loss of its last step averaged over the data ranks.
+        """Values of the interval over all data ranks; the loss is that of its last step.
 
-        Bad samples are counted from the start of this process on, over all data ranks, by cause.
+        Waiting for data is that of the rank that waited longest: the others wait for it.
         """
-        mine: tuple[float, Counter[str]] = (loss.item(), self._skipped)
-        ranks = [mine] * self._mesh.dp_size
-        if self._mesh.dp_size > 1:
-            dist.all_gather_object(ranks, mine, group=self._mesh.dp_group)
-        skipped = sum((counts for _, counts in ranks), Counter[str]())
+        mine = (loss.item(), self._waited)
+        losses, waits = zip(*self._mesh.gather(mine), strict=True)
         # After the wait for the device, so that its queued work is inside the interval.
         seconds = time.perf_counter() - self._started
-        rate = self._steps * self._samples_per_step / seconds if self._steps else math.nan
+        steps, ranks = max(self._steps, 1), self._mesh.dp_size
         return {
-            "train/loss": statistics.fmean(loss for loss, _ in ranks),
-            "perf/samples_per_second": rate,
-            "perf/tokens_per_second": rate * self._tokens_per_sample,
-            "perf/data_seconds_per_step": self._waited / max(self._steps, 1),
-            "perf/seconds_per_step": seconds / max(self._steps, 1),
+            "train/loss": statistics.fmean(losses),
+            "perf/samples_per_second": self._samples * ranks / seconds,
+            "perf/tokens_per_second": self._tokens * ranks / seconds,
+            "perf/data_seconds_per_step": max(waits) / steps,
+            "perf/seconds_per_step": seconds / steps,
             "perf/peak_memory_gib": peak_memory_gib(loss.device),
-            "data/skipped_samples": skipped.total(),
-            **{f"data/skipped/{cause}": count for cause, count in skipped.items()},
         }
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, save_config
-from ds_linclip.data import TrainData
+from ds_linclip.data import DataReport, Storage, TrainData, find_shards
 from ds_linclip.loss import clip_loss
 from ds_linclip.metrics import MetricWriter, StepMeter
 from ds_linclip.model import CLIP
@@ -56,9 +56,10 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
             scored.
         DataError: on the rank that finds no usable training sample.
     """
-    data = mesh.agree(lambda: _open_data(config, mesh))
+    data = _open_data(config, mesh)
+    report = DataReport(config.data.max_bad_samples)
     mesh.agree(lambda: deepspeed_config(config, mesh.dp_size))
-    checkpoints = CheckpointStore(config, mesh, data.num_samples)
+    checkpoints = CheckpointStore(config, mesh, data.identity)
     resume_from = checkpoints.newest()
     mesh.agree(lambda: _prepare_run_folder(config, mesh))
 
@@ -66,22 +67,26 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     model = CLIP(config.model, mesh)
     optimizer = build_optimizer(model, config.optim)
     engine = initialize_engine(model, optimizer, config, mesh)
-    start = checkpoints.load(engine, resume_from) if resume_from else 0
+    start = 0
+    if resume_from:
+        start, state = checkpoints.load(engine, resume_from)
+        report.load_state(state)
     if mesh.rank == 0:
         where = f"{mesh.world_size} ranks on {mesh.device.type}"
         logger.info("%s, %s", where, f"resumed from {resume_from}" if start else "from step 0")
 
     writer = MetricWriter(config, mesh, engine.monitor)
-    meter = StepMeter(mesh, config.train.global_batch_size, model.tokens_per_sample)
+    meter = StepMeter(mesh)
     result = TrainResult(steps=config.train.steps)
     steps = config.train.steps
-    batches = data.batches(start)
+    batches = data.batches(start, mesh.device)
     progress = _progress_bar(config, mesh, start)
     model.train()
     for step in range(start + 1, steps + 1):
         asked = time.perf_counter()
-        batch = next(batches).to(mesh.device)
+        batch = next(batches)
         meter.waited(time.perf_counter() - asked)
+        report.add(batch)
 
         rate = learning_rate(step - 1, steps, config.optim)
         for group in engine.optimizer.param_groups:
@@ -90,18 +95,19 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         loss = clip_loss(image_features, text_features, logit_scale, mesh.dp_group)
         engine.backward(loss)
         engine.step()
-        meter.step_done(batch.skipped)
+        meter.step_done(samples=len(batch.keys), tokens=model.num_tokens(batch.images, batch.texts))
         progress.update()
 
         if _is_due(step, config.log.every_steps, steps):
-            values = meter.read(loss)
+            values = meter.read(loss) | _share_report(report, config, mesh, step)
             values |= _optimizer_values(engine, logit_scale, rate)
             writer.scalars(step, values)
             _show(progress, values)
             result.last = values
             meter.restart()
         if _is_due(step, config.checkpoint.every_steps, steps):
-            checkpoints.save(engine, step)
+            _share_report(report, config, mesh, step)
+            checkpoints.save(engine, step, report.state())
             meter.restart()
         if evaluate and _is_due(step, config.eval.every_steps, steps):
             result.evaluation = _evaluate(evaluate, model, writer, step)
@@ -164,15 +170,22 @@ def _show(progress: tqdm, values: Mapping[str, float]) -> None:
 
 
 def _open_data(config: Config, mesh: Mesh) -> TrainData:
-    return TrainData(
-        config.data,
-        image_size=config.model.vision.image_size,
-        context_length=config.model.text.context_length,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.train.seed,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
+    """Rank 0 looks for the shards: tens of thousands of small files are not read by every rank."""
+    groups = mesh.from_rank_zero(
+        lambda: find_shards(config.data.train, Storage(config.data.cache, config.data.network))
     )
+    return mesh.agree(
+        lambda: TrainData(config, groups, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
+    )
+
+
+def _share_report(report: DataReport, config: Config, mesh: Mesh, step: int) -> dict[str, float]:
+    """Add up what the ranks have met in their data, write it down, judge it."""
+    report.merge(mesh.gather(report.take()))
+    if mesh.rank == 0:
+        report.write(config.run_dir / "data_report.json", step=step)
+    mesh.agree(report.check)
+    return report.scalars()
 
 
 def _prepare_run_folder(config: Config, mesh: Mesh) -> None:

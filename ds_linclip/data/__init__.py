@@ -2,6 +2,18 @@
 
 from ds_linclip.data.eval_data import LabelledBatch, LabelledData
 from ds_linclip.data.loader import Batch, TrainData
+from ds_linclip.data.report import DataReport
 from ds_linclip.data.samples import DataError
+from ds_linclip.data.shards import find_shards
+from ds_linclip.data.storage import Storage
 
-__all__ = ["Batch", "DataError", "LabelledBatch", "LabelledData", "TrainData"]
+__all__ = [
+    "Batch",
+    "DataError",
+    "DataReport",
+    "LabelledBatch",
+    "LabelledData",
+    "Storage",
+    "TrainData",
+    "find_shards",
+]

@@ -1,30 +1,37 @@
 """Bytes -> image tensor and token ids, with every input limited before it costs anything.
 
-The transforms and the tokenizer are open_clip's. Pixels are decoded by Pillow from an allow-list of
-formats; nothing else in a shard is ever interpreted.
+The tokenizer, the evaluation transform and the statistics of normalisation are open_clip's. Pixels
+are decoded by Pillow from an allow-list of formats (plain JPEGs, nearly all of a training set, by
+libjpeg-turbo itself, to the same pixels); nothing else in a shard is ever interpreted.
 """
 
 import io
+import math
+import random
 import struct
 import zlib
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
+import simplejpeg
 import torch
-from open_clip import SimpleTokenizer
-from open_clip.transform import AugmentationCfg, image_transform
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
+from open_clip.transform import image_transform
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
-from ds_linclip.data.shards import BadSample
+from ds_linclip.data.tar_index import BadSample
 
 __all__ = [
     "MAX_IMAGE_BYTES",
     "MAX_TEXT_BYTES",
     "CaptionTokenizer",
-    "ImageDecoder",
+    "EvalTransform",
+    "TrainTransform",
     "decode_image",
     "decode_text",
+    "normalize",
 ]
 
 MAX_IMAGE_BYTES = 64 * 2**20
@@ -47,39 +54,78 @@ _DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+# torchvision's default range of aspect ratios, 3/4 to 4/3.
+_LOG_RATIO = math.log(4 / 3)
 # A merge of a word is quadratic in its length. No natural text needs more characters per token.
 _CHARACTERS_PER_TOKEN = 16
 _MAX_CACHED_WORDS = 200_000
 
 
-class ImageDecoder:
-    """Image file -> model input, with open_clip's transforms.
+class EvalTransform:
+    """Image file -> model input, with open_clip's evaluation transform.
 
     Args:
-        image_size: Side of the square image in pixels.
-        crop_scale: Area range of the random resized crop; None: the evaluation transform.
+        image_size: Height and width in pixels.
     """
 
-    def __init__(self, image_size: int, *, crop_scale: tuple[float, float] | None) -> None:
-        augmentation = None if crop_scale is None else AugmentationCfg(scale=crop_scale)
-        self._transform = image_transform(
-            image_size, is_train=crop_scale is not None, aug_cfg=augmentation
-        )
+    def __init__(self, image_size: tuple[int, int]) -> None:
+        self._transform = image_transform(image_size, is_train=False)
 
-    def __call__(self, content: bytes, *, seed: int = 0) -> Tensor:
-        """Decode, crop and normalise; the crop depends on ``seed`` only.
+    def __call__(self, content: bytes) -> Tensor:
+        """Decode, resize, crop the centre and normalise.
 
         Returns:
-            [3, image_size, image_size] float32, normalised with open_clip's mean and deviation.
+            [3, height, width] float32.
 
         Raises:
             BadSample: see :func:`decode_image`.
         """
-        image = decode_image(content)
-        # torchvision draws from the global generator; it is given back as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return cast(Tensor, self._transform(image))
+        return cast(Tensor, self._transform(decode_image(content)))
+
+
+class TrainTransform:
+    """Image file -> random resized crop, as torchvision's, in bytes.
+
+    The crop is drawn on the header's size, before anything is decoded, and a JPEG is decoded at
+    half, a quarter, ... of its size as long as the crop keeps at least the pixels it must give.
+
+    Args:
+        crop_scale: Range of the crop's share of the area.
+        seed: Of all crops.
+    """
+
+    def __init__(self, crop_scale: tuple[float, float], *, seed: int) -> None:
+        self._crop_scale = crop_scale
+        self._seed = seed
+
+    def __call__(self, content: bytes, image_size: tuple[int, int], position: int) -> Tensor:
+        """Decode, crop and resize (bicubic, antialiased).
+
+        Args:
+            content: Image file.
+            image_size: Height and width in pixels.
+            position: Of the sample in the order; the crop depends on it and the seed only.
+
+        Returns:
+            [3, height, width] uint8.
+
+        Raises:
+            BadSample: see :func:`decode_image`.
+        """
+        image = _open_image(content)
+        rng = random.Random((self._seed << 64) + position)
+        pixels: np.ndarray
+        if _is_plain_jpeg(image):
+            box = _random_crop(image.height, image.width, self._crop_scale, rng)
+            pixels = _decode_jpeg(content, image, box, image_size)
+            scale_y, scale_x = pixels.shape[0] / image.height, pixels.shape[1] / image.width
+            top, bottom = round(box.top * scale_y), round(box.bottom * scale_y)
+            left, right = round(box.left * scale_x), round(box.right * scale_x)
+        else:
+            pixels = np.asarray(_load_rgb(image))
+            top, left, bottom, right = _random_crop(*pixels.shape[:2], self._crop_scale, rng)
+        crop = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)
+        return F.interpolate(crop[None], image_size, mode="bicubic", antialias=True)[0]
 
 
 class CaptionTokenizer:
@@ -109,21 +155,7 @@ def decode_image(content: bytes) -> Image.Image:
         BadSample: ``image_undecodable``, ``image_too_many_pixels`` (known from the header, nothing
             is decoded) or ``image_too_small``.
     """
-    try:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise BadSample("image_too_many_pixels") from error
-    except _DECODE_ERRORS as error:
-        raise BadSample("image_undecodable") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise BadSample("image_too_many_pixels")
-    if min(image.size) < MIN_SIDE:
-        raise BadSample("image_too_small")
-    try:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except _DECODE_ERRORS as error:
-        raise BadSample("image_undecodable") from error
+    return _load_rgb(_open_image(content))
 
 
 def decode_text(content: bytes) -> str:
@@ -139,6 +171,82 @@ def decode_text(content: bytes) -> str:
     if not caption:
         raise BadSample("text_empty")
     return caption
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] uint8 -> float32 with open_clip's mean and deviation, on their device."""
+    mean = torch.tensor(OPENAI_DATASET_MEAN, device=images.device).mul_(255).view(3, 1, 1)
+    factor = torch.tensor(OPENAI_DATASET_STD, device=images.device).mul_(255).reciprocal_()
+    return images.float().sub_(mean).mul_(factor.view(3, 1, 1))
+
+
+def _open_image(content: bytes) -> Image.Image:
+    """Read the header and judge by it."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadSample("image_too_many_pixels") from error
+    except _DECODE_ERRORS as error:
+        raise BadSample("image_undecodable") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample("image_too_many_pixels")
+    if min(image.size) < MIN_SIDE:
+        raise BadSample("image_too_small")
+    return image
+
+
+def _load_rgb(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except _DECODE_ERRORS as error:
+        raise BadSample("image_undecodable") from error
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and "exif" not in image.info
+
+
+def _decode_jpeg(
+    content: bytes, image: Image.Image, box: "_Box", image_size: tuple[int, int]
+) -> np.ndarray:
+    """Pixels [h, w, 3] of the whole image, reduced as far as the crop allows."""
+    height, width = image_size
+    try:
+        return simplejpeg.decode_jpeg(
+            content,
+            "RGB",
+            min_height=math.ceil(image.height * height / (box.bottom - box.top)),
+            min_width=math.ceil(image.width * width / (box.right - box.left)),
+            min_factor=2,
+        )
+    except ValueError:  # it is stricter than Pillow, who decides
+        return np.asarray(_load_rgb(image))
+
+
+class _Box(NamedTuple):
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
+def _random_crop(
+    height: int, width: int, scale: tuple[float, float], rng: random.Random
+) -> _Box:
+    """As torchvision's RandomResizedCrop draws it, with its usual aspect ratios."""
+    for _ in range(10):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        ratio = math.exp(_LOG_RATIO * (2 * rng.random() - 1))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = int((height - h + 1) * rng.random())
+            left = int((width - w + 1) * rng.random())
+            return _Box(top, left, top + h, left + w)
+    w = min(width, round(height * math.exp(_LOG_RATIO)))
+    h = min(height, round(width * math.exp(_LOG_RATIO)))
+    top, left = (height - h) // 2, (width - w) // 2
+    return _Box(top, left, top + h, left + w)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

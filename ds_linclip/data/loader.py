@@ -1,24 +1,28 @@
 """Training batches: the local part of each global batch, decoded by worker processes.
 
-The only state is the step number; :meth:`TrainData.batches` starts anywhere by seeking.
+Every worker makes its share of every batch, so that as little as possible waits in memory, and the
+shards of a lane are read by few workers. The only state is the step number;
+:meth:`TrainData.batches` starts anywhere by seeking.
 """
 
 import itertools
 import signal
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Self, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ds_linclip.config import DataConfig
-from ds_linclip.data.decode import CaptionTokenizer, ImageDecoder
-from ds_linclip.data.order import SampleOrder
-from ds_linclip.data.samples import DataError, SampleReader
-from ds_linclip.data.shards import find_shards, raise_file_limit
+from ds_linclip.config import Config
+from ds_linclip.data.decode import CaptionTokenizer, TrainTransform, normalize
+from ds_linclip.data.order import GroupSizes, SampleOrder
+from ds_linclip.data.samples import DataError, SampleReader, ShardProblem
+from ds_linclip.data.shards import ShardGroup, raise_file_limit
+from ds_linclip.data.storage import Storage, is_remote
 
 __all__ = ["Batch", "TrainData", "ordered_loader"]
 
@@ -35,21 +39,15 @@ class Batch:
         keys: Key of each sample within its shard.
         captions: Text the ids come from.
         skipped: Bad samples that were replaced in this batch, counted by cause.
+        problems: What was found wrong with shards opened for this batch.
     """
 
     images: Tensor
     texts: Tensor
     keys: list[str]
     captions: list[str]
-    skipped: dict[str, int]
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device; asynchronous from pinned memory."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            texts=self.texts.to(device, non_blocking=True),
-        )
+    skipped: Counter[str] = field(default_factory=Counter)
+    problems: list[ShardProblem] = field(default_factory=list)
 
     def pin_memory(self) -> Self:
         """Called by torch's DataLoader."""
@@ -60,127 +58,170 @@ class TrainData:
     """The training shards as an endless stream of batches.
 
     Args:
-        config: Shards, lanes, workers, crop.
-        image_size: Side of the images in pixels.
-        context_length: Token ids per caption.
-        global_batch_size: Pairs per step over all data-parallel ranks.
-        seed: Of the order and of the augmentation.
-        dp_rank, dp_size: Place on the data-parallel axis; tensor- and pipeline-parallel peers pass
-            the same and see the same samples.
+        config: The run's.
+        groups: From :func:`~ds_linclip.data.shards.find_shards`, the same on all ranks.
+        dp_rank, dp_size: Place on the data-parallel axis; tensor-, pipeline- and context-parallel
+            peers pass the same and see the same samples.
+
+    Attributes:
+        order: Which sample stands at which position.
+        identity: What must be the same for a run to go on, by name.
 
     Raises:
-        ValueError: naming the field, its value and the rule.
+        ValueError: naming the field, its value and the rule; among others when this rank sees none
+            of the shards.
     """
 
     def __init__(
-        self,
-        config: DataConfig,
-        *,
-        image_size: int,
-        context_length: int,
-        global_batch_size: int,
-        seed: int,
-        dp_rank: int,
-        dp_size: int,
+        self, config: Config, groups: Sequence[ShardGroup], *, dp_rank: int, dp_size: int
     ) -> None:
-        if global_batch_size <= 0 or global_batch_size % dp_size:
+        data, batch_size = config.data, config.train.global_batch_size
+        if batch_size <= 0 or batch_size % dp_size:
             raise ValueError(
-                f"train.global_batch_size ({global_batch_size}) must be a positive multiple of the "
+                f"train.global_batch_size ({batch_size}) must be a positive multiple of the "
                 f"data-parallel size ({dp_size})"
             )
         raise_file_limit()
-        shards = find_shards(config.train)
-        order = SampleOrder(
-            [shard.num_samples for shard in shards],
-            seed=seed,
-            num_lanes=config.num_lanes,
-            shuffle_shards=config.shuffle_shards,
+        self.order = SampleOrder(
+            [
+                GroupSizes([shard.num_samples for shard in group.shards], group.samples_per_epoch)
+                for group in groups
+            ],
+            seed=config.train.seed,
+            num_lanes=data.num_lanes,
+            shuffle_shards=data.shuffle_shards,
+            with_replacement=data.sampling == "replacement",
         )
-        #: Samples per epoch.
-        self.num_samples = order.num_samples
-        self._num_workers = config.num_workers
-        lanes_per_rank = -(-config.num_lanes // dp_size) + 1
+        self.identity: dict[str, Any] = {
+            "number of samples in data.train": self.order.num_samples,
+            "data.num_lanes": data.num_lanes,
+            "data.shuffle_shards": data.shuffle_shards,
+            "data.sampling": data.sampling,
+            "order of data.train (from sizes, weights and seed)": self.order.fingerprint,
+            "data.crop_scale": data.crop_scale,
+            "data.resolutions": [asdict(resolution) for resolution in data.resolutions],
+        }
+        urls = [shard.url for group in groups for shard in group.shards]
+        storage = Storage(data.cache, data.network)
+        _check_visible(urls, storage)
+        lanes_per_rank = -(-self.order.num_lanes // dp_size) + 1
         reader = SampleReader(
-            shards,
-            ImageDecoder(image_size, crop_scale=config.crop_scale),
-            CaptionTokenizer(context_length),
-            seed=seed,
-            open_shards=lanes_per_rank * config.shuffle_shards + 2,
+            groups,
+            storage,
+            TrainTransform(data.crop_scale, seed=config.train.seed),
+            CaptionTokenizer(config.model.text.context_length),
+            open_shards=lanes_per_rank * data.shuffle_shards + 2,
+            max_bad_in_a_row=data.max_bad_in_a_row,
         )
-        self._dataset = _StepDataset(order, reader, global_batch_size, dp_rank, dp_size)
+        local_size = batch_size // dp_size
+        self._num_parts = max(1, min(data.num_workers, local_size))
+        self._prefetch_batches = data.prefetch_batches
+        self._num_workers = min(data.num_workers, self._num_parts)
+        prefetch = any(map(is_remote, urls))
+        self._dataset = _PartDataset(
+            config, self.order, reader, (dp_rank, dp_size), self._num_parts, prefetch
+        )
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """Batches of steps ``start_step``, ``start_step + 1``, ... without end.
+    def batches(self, start_step: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """Batches of steps ``start_step``, ``start_step + 1``, ... without end, on ``device``.
 
         The sequence is bit-identical for every number of workers, and for every ``start_step`` it
         goes on exactly where a run from step 0 would be. Workers end when the iterator is closed or
         collected.
 
         Raises:
-            DataError: when samples and all candidates to replace them are bad.
-            OSError: when the file system fails; that is no reason to replace samples.
+            DataError: when samples and all candidates to replace them are bad, or when a file
+                system or network fails; that is no reason to replace samples.
         """
-        loader = ordered_loader(self._dataset, _Steps(start_step), num_workers=self._num_workers)
-        for item in loader:
-            if isinstance(item, DataError):
-                raise item
-            yield item
+        loader = ordered_loader(
+            self._dataset,
+            _Parts(start_step, self._num_parts),
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch_batches,
+        )
+        parts: list[Batch] = []
+        for part in loader:
+            if isinstance(part, DataError):
+                raise part
+            parts.append(part)
+            if len(parts) == self._num_parts:
+                yield _joined(parts, torch.device(device))
+                parts = []
 
 
-class _StepDataset(Dataset[Batch | DataError]):
-    """Maps a step number to this rank's part of its global batch."""
+class _PartDataset(Dataset[Batch | DataError]):
+    """Maps (step, number of the part) to a part of this rank's share of a global batch.
+
+    The images of a part are bytes, not normalised yet.
+    """
 
     def __init__(
         self,
+        config: Config,
         order: SampleOrder,
         reader: SampleReader,
-        global_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
+        dp_place: tuple[int, int],
+        num_parts: int,
+        prefetch: bool,
     ) -> None:
+        self._config = config
         self._order = order
         self._reader = reader
-        self._global_batch_size = global_batch_size
-        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._dp_rank, self._dp_size = dp_place
+        self._num_parts = num_parts
+        self._prefetch = prefetch
 
-    def __getitem__(self, step: int) -> Batch | DataError:
+    def __getitem__(self, place: tuple[int, int]) -> Batch | DataError:
+        step, part = place
         positions = self._order.step_positions(
             step,
-            global_batch_size=self._global_batch_size,
+            global_batch_size=self._config.train.global_batch_size,
             dp_rank=self._dp_rank,
             dp_size=self._dp_size,
         )
-        shards, indices = self._order.locate(positions)
-        samples, skipped = [], Counter[str]()
         try:
-            for place in zip(positions.tolist(), shards.tolist(), indices.tolist(), strict=True):
-                sample, cause = self._reader.read(*place)
-                samples.append(sample)
-                if cause is not None:
-                    skipped[cause] += 1
+            return self._read(step, np.array_split(positions, self._num_parts)[part])
         except DataError as error:
             return error  # as a value: raised in a worker, it would arrive as a traceback
-        return Batch(
-            images=torch.stack([sample.image for sample in samples]),
-            texts=torch.stack([sample.tokens for sample in samples]),
-            keys=[sample.key for sample in samples],
-            captions=[sample.caption for sample in samples],
-            skipped=dict(skipped),
-        )
+        except OSError as error:
+            return DataError(f"data.train cannot be read: {error}")
+
+    def _read(self, step: int, positions: np.ndarray) -> Batch:
+        image_size = self._config.image_size_at(step)
+        if self._prefetch:
+            self._reader.prefetch(self._order.pool_shards(positions))
+            self._reader.prefetch(self._order.next_shards(positions))
+        shards, indices = self._order.locate(positions)
+        images = torch.empty((len(positions), 3, *image_size), dtype=torch.uint8)
+        if get_worker_info() is not None:
+            images.share_memory_()  # written once, straight to where the training process reads
+        tokens, keys, captions, skipped = [], [], [], Counter[str]()
+        places = zip(positions.tolist(), shards.tolist(), indices.tolist(), strict=True)
+        for row, place in enumerate(places):
+            sample, cause = self._reader.read(*place, image_size)
+            images[row] = sample.image
+            tokens.append(sample.tokens)
+            keys.append(sample.key)
+            captions.append(sample.caption)
+            if cause is not None:
+                skipped[cause] += 1
+        problems, self._reader.problems = self._reader.problems, []
+        return Batch(images, torch.stack(tokens), keys, captions, skipped, problems)
 
 
-class _Steps(Sampler[int]):
-    """start, start + 1, ... without end."""
+class _Parts(Sampler[tuple[int, int]]):
+    """All parts of step start, of step start + 1, ... without end."""
 
-    def __init__(self, start: int) -> None:
-        self._start = start
+    def __init__(self, start: int, num_parts: int) -> None:
+        self._start, self._num_parts = start, num_parts
 
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self._start)
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in itertools.count(self._start):
+            yield from ((step, part) for part in range(self._num_parts))
 
 
 def ordered_loader(
-    dataset: Dataset[_Item], sampler: Sampler[int], *, num_workers: int
+    dataset: Dataset[_Item], sampler: Sampler, *, num_workers: int, prefetch_factor: int = 2
 ) -> DataLoader[_Item]:
     """A DataLoader whose items are whole batches, in the sampler's order."""
     return DataLoader(
@@ -188,11 +229,36 @@ def ordered_loader(
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         # Without one of its own, the loader draws a seed from the global generator.
         generator=torch.Generator(),
     )
+
+
+def _joined(parts: Sequence[Batch], device: torch.device) -> Batch:
+    """One batch on ``device``, normalised there; asynchronous from pinned memory."""
+    images = torch.cat([part.images.to(device, non_blocking=True) for part in parts])
+    return Batch(
+        images=normalize(images),
+        texts=torch.cat([part.texts.to(device, non_blocking=True) for part in parts]),
+        keys=[key for part in parts for key in part.keys],
+        captions=[caption for part in parts for caption in part.captions],
+        skipped=sum((part.skipped for part in parts), Counter()),
+        problems=[problem for part in parts for problem in part.problems],
+    )
+
+
+def _check_visible(urls: Sequence[str], storage: Storage) -> None:
+    """A node that lacks the mount or the credentials is told so before the first step."""
+    asked = urls[:: -(-len(urls) // 8)]
+    try:
+        if any(storage.exists(url) for url in asked):
+            return
+    except OSError as error:
+        raise ValueError(f"data.train ({asked[0]}) cannot be reached: {error}") from error
+    raise ValueError(f"data.train ({asked[0]}) must be visible to every rank")
 
 
 def _start_worker(_worker: int) -> None:

@@ -1,95 +1,91 @@
-"""Shards on disk: which files a pattern names, how many samples they hold, where each one lies.
+"""The shards of a run: which files the sources name, and how many samples each one holds.
 
 Layout: img2dataset, as of LAION-400M. ``NNNNN.tar`` holds ``KEY.jpg``, ``KEY.txt``, ``KEY.json``;
-``NNNNN_stats.json`` beside it, written last, holds the number of samples.
+``NNNNN_stats.json`` beside it, written last, holds the number of samples. ``sizes.json`` in the
+folder (webdataset's habit: file name -> samples) spares asking for each of them.
 """
 
 import contextlib
-import errno
+import io
 import json
 import logging
-import os
 import resource
-import tarfile
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from functools import partial
 
-import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
-__all__ = ["BadSample", "OpenShard", "Shard", "ShardCache", "find_shards", "raise_file_limit"]
+from ds_linclip.config import Source
+from ds_linclip.data.storage import Storage, check_url, is_remote
+from ds_linclip.data.tar_index import BadSample, OpenShard
+
+__all__ = ["Shard", "ShardGroup", "find_shards", "raise_file_limit"]
 
 logger = logging.getLogger(__name__)
 
-Role = Literal["image", "text", "class", "meta"]
-
-_ROLES: tuple[Role, ...] = ("image", "text", "class", "meta")
-_ROLE_OF_EXTENSION: dict[str, Role] = {
-    "jpg": "image",
-    "jpeg": "image",
-    "png": "image",
-    "webp": "image",
-    "gif": "image",
-    "txt": "text",
-    "cls": "class",
-    "json": "meta",
-}
-
-_MAX_MEMBER_BYTES = 2**50  # headers can name negative sizes and such that no int64 holds
-
-
-class BadSample(Exception):
-    """A sample that cannot be used.
-
-    Attributes:
-        cause: Short name under which it is counted.
-        whole_shard: The other samples of the shard are bad too.
-    """
-
-    def __init__(self, cause: str, *, whole_shard: bool = False) -> None:
-        super().__init__(cause)
-        self.cause = cause
-        self.whole_shard = whole_shard
+_MAX_SIDE_FILE_BYTES = 2**28
+_REQUESTS_AT_ONCE = 32  # network storage answers slowly but many at once
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file and the number of samples it should hold."""
+    """A tar file.
 
-    path: str
+    Attributes:
+        url: Path or URL.
+        num_samples: Samples it should hold.
+        exact: The number was counted; otherwise it is the mean over the source.
+    """
+
+    url: str
     num_samples: int
+    exact: bool = True
 
 
-def find_shards(patterns: Sequence[str]) -> list[Shard]:
-    """Expand brace patterns and read how many samples each shard holds.
+@dataclass(frozen=True)
+class ShardGroup:
+    """Shards that are shuffled as one.
 
-    The number comes from ``NNNNN_stats.json``, else from the successful rows of ``NNNNN.parquet``,
-    else from the headers of the tar itself.
+    Attributes:
+        shards: In the order of the config.
+        samples_per_epoch: How many of their samples an epoch takes.
+    """
+
+    shards: list[Shard]
+    samples_per_epoch: int
+
+
+def find_shards(sources: Sequence[Source], storage: Storage) -> list[ShardGroup]:
+    """Expand the patterns of all sources and learn how many samples each shard holds.
+
+    The number comes from ``sizes.json``, else ``NNNNN_stats.json``, else the successful rows of
+    ``NNNNN.parquet``, else ``num_samples`` of the source, spread evenly, else, for local files, the
+    headers of the tar itself. With weights every source is a group of its own; otherwise those of
+    equal ``upsampling`` make one.
 
     Raises:
-        ValueError: naming ``data.train`` and the pattern, when it cannot be expanded, is not a
-            local path, or names a file that does not exist; or the statistics are unreadable.
+        ValueError: naming ``data.train`` and the pattern: it cannot be expanded, names a file that
+            does not exist, cannot be reached, nothing tells its size, or the sizes disagree.
     """
-    paths: list[str] = []
-    for pattern in patterns:
-        paths += _expand(pattern)
-    # Network file systems answer slowly but many at once.
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        counted = list(pool.map(_count_samples, paths))
-    without = [path for path, (_, exact) in zip(paths, counted, strict=True) if not exact]
-    if without:
-        logger.warning(
-            "%d of %d shards have no _stats.json (first: %s) and may be incomplete",
-            len(without),
-            len(paths),
-            without[0],
-        )
-    return [Shard(path, count) for path, (count, _) in zip(paths, counted, strict=True)]
+    found = []
+    for source in sources:
+        try:
+            found.append(_count_source(source, storage))
+        except OSError as error:
+            raise ValueError(f"data.train ({source.shards}) cannot be reached: {error}") from error
+    if sources[0].weight is not None:
+        return _by_weight(sources, found)
+    groups: dict[float, list[Shard]] = {}
+    for source, shards in zip(sources, found, strict=True):
+        groups.setdefault(source.upsampling, []).extend(shards)
+    return [
+        ShardGroup(shards, round(upsampling * _total(shards)))
+        for upsampling, shards in groups.items()
+    ]
 
 
 def raise_file_limit() -> None:
@@ -102,180 +98,154 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class OpenShard:
-    """An open tar file and the place of every sample in it.
-
-    A sample is a run of members with one key; the key is the name up to its known extension, so it
-    may hold dots. A key that comes twice makes two samples. Members with other extensions are never
-    read.
-
-    Raises:
-        BadSample: ``shard_missing`` or ``shard_unreadable``.
-        OSError: for what says nothing about the shard: no more files can be opened, the file system
-            is not answering.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.keys: list[str] = []
-        places: list[list[tuple[int, int]]] = []
-        try:
-            self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise BadSample("shard_missing", whole_shard=True) from error
-        try:
-            with tarfile.open(fileobj=self._file, mode="r:") as tar:
-                self._scan(tar, places)
-        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-            # EINVAL and the last two: a broken header points to where no file can reach.
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:
-                self._file.close()
-                raise
-            # A cut or broken tar: the members before that place are sound.
-            if not places:
-                self._file.close()
-                raise BadSample("shard_unreadable", whole_shard=True) from error
-        self._places = np.array(places, dtype=np.int64).reshape(len(places), len(_ROLES), 2)
-        if len(set(self.keys)) < len(self.keys):
-            repeated = len(self.keys) - len(set(self.keys))
-            logger.warning("%s: %d keys come more than once; all kept", path, repeated)
-
-    def _scan(self, tar: tarfile.TarFile, places: list[list[tuple[int, int]]]) -> None:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined] # or tarfile keeps every header
-            if not 0 <= member.size <= _MAX_MEMBER_BYTES:
-                raise tarfile.ReadError(f"size of {member.name} ({member.size}) is no size")
-            key, _, extension = member.name.rpartition(".")
-            role = _ROLE_OF_EXTENSION.get(extension.lower())
-            if role is None or not member.isreg() or member.issparse():
-                continue
-            column = _ROLES.index(role)
-            if not self.keys or self.keys[-1] != key or places[-1][column][0] >= 0:
-                self.keys.append(key)
-                places.append([(-1, 0)] * len(_ROLES))
-            places[-1][column] = (member.offset_data, member.size)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def find(self, index: int, role: Role, *, max_bytes: int) -> tuple[int, int]:
-        """Offset and size in bytes of one member of the sample at ``index``; reads nothing.
-
-        Raises:
-            BadSample: ``shard_short`` (no such sample), ``<role>_missing`` or
-                ``<role>_too_many_bytes``.
-        """
-        if index >= len(self.keys):
-            raise BadSample("shard_short")
-        offset, size = (int(value) for value in self._places[index, _ROLES.index(role)])
-        if offset < 0:
-            raise BadSample(f"{role}_missing")
-        if size > max_bytes:
-            raise BadSample(f"{role}_too_many_bytes")
-        return offset, size
-
-    def read(self, index: int, role: Role, *, max_bytes: int) -> bytes:
-        """Bytes of one member of the sample at ``index``.
-
-        Raises:
-            BadSample: as :meth:`find`, or ``<role>_cut``.
-            OSError: when the file system fails.
-        """
-        offset, size = self.find(index, role, max_bytes=max_bytes)
-        content = os.pread(self._file.fileno(), size, offset)
-        if len(content) < size:
-            raise BadSample(f"{role}_cut")
-        return content
-
-    def close(self) -> None:
-        self._file.close()
+def _total(shards: Sequence[Shard]) -> int:
+    return sum(shard.num_samples for shard in shards)
 
 
-class ShardCache:
-    """The most recently used open shards of one process.
+def _by_weight(sources: Sequence[Source], found: Sequence[list[Shard]]) -> list[ShardGroup]:
+    """Shares of an epoch that is as long as all sources together."""
+    weights = [source.weight or 0.0 for source in sources]
+    total = sum(map(_total, found))
+    ends = [round(total * sum(weights[: i + 1]) / sum(weights)) for i in range(len(weights))]
+    starts = [0, *ends[:-1]]
+    return [
+        ShardGroup(shards, end - start)
+        for shards, start, end in zip(found, starts, ends, strict=True)
+    ]
 
-    Args:
-        shards: All shards.
-        capacity: Shards held open at once.
-    """
 
-    def __init__(self, shards: Sequence[Shard], *, capacity: int) -> None:
-        self._shards = shards
-        self._capacity = capacity
-        self._open: OrderedDict[int, OpenShard | BadSample] = OrderedDict()
+def _count_source(source: Source, storage: Storage) -> list[Shard]:
+    urls = _expand(source.shards)
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        counts = _sizes_files(urls, storage)
+        for url in {urls[0], urls[-1]} & counts.keys():
+            _check_equal(f"{url}: sizes.json", counts[url], _count_beside(storage, url))
+        ask = [url for url in urls if url not in counts]
+        answers = zip(ask, pool.map(partial(_count_beside, storage), ask), strict=True)
+        counts |= {url: count for url, count in answers if count is not None}
+        # Statistics are written last: a remote shard that has them is there.
+        unsure = [url for url in urls if url not in counts or not is_remote(url)]
+        _check_existing(source.shards, urls, unsure, list(pool.map(storage.exists, unsure)))
+        unknown = [url for url in urls if url not in counts]
+        if unknown and source.num_samples is None:
+            _warn_unvouched(unknown, len(urls))
+            counts |= zip(unknown, pool.map(partial(_count_headers, storage), unknown), strict=True)
+            unknown = []
+    shards = {url: Shard(url, count) for url, count in counts.items()}
+    if source.num_samples is not None:
+        shards |= _spread(source, unknown, sum(counts.values()))
+    return [shards[url] for url in urls]
 
-    def get(self, number: int) -> OpenShard:
-        """The shard with this number.
 
-        Raises:
-            BadSample: when it is lost or broken; that too is remembered.
-            OSError: as :class:`OpenShard`; not remembered.
-        """
-        found = self._open.get(number)
-        if found is None:
-            found = self._open_shard(self._shards[number])
-            self._open[number] = found
-            if len(self._open) > self._capacity:
-                oldest = self._open.popitem(last=False)[1]
-                if isinstance(oldest, OpenShard):
-                    oldest.close()
-        self._open.move_to_end(number)
-        if isinstance(found, BadSample):
-            raise BadSample(found.cause, whole_shard=True)
-        return found
-
-    @staticmethod
-    def _open_shard(shard: Shard) -> OpenShard | BadSample:
-        try:
-            opened = OpenShard(shard.path)
-        except BadSample as error:
-            logger.warning("%s: %s; all its samples are replaced", shard.path, error.cause)
-            return error
-        if len(opened) != shard.num_samples:
-            logger.warning(
-                "%s: %d samples found, %d expected", shard.path, len(opened), shard.num_samples
-            )
-        return opened
+def _spread(source: Source, urls: Sequence[str], known: int) -> dict[str, Shard]:
+    """Shards of unknown size, sharing evenly what ``num_samples`` leaves for them."""
+    total = source.num_samples or 0
+    if total < known or (total > known and not urls):
+        rule = "be at least" if urls else "equal"
+        raise ValueError(
+            f"data.train ({source.shards}): num_samples ({total}) must {rule} the number of "
+            f"samples told beside the shards ({known})"
+        )
+    ends = [(total - known) * (i + 1) // len(urls) for i in range(len(urls))]
+    starts = [0, *ends[:-1]]
+    return {
+        url: Shard(url, end - start, exact=False)
+        for url, start, end in zip(urls, starts, ends, strict=True)
+    }
 
 
 def _expand(pattern: str) -> list[str]:
-    if "://" in pattern or pattern.startswith("pipe:"):
-        raise ValueError(f"data.train ({pattern}) must be a local path")
+    check_url(pattern)
     try:
-        paths = list(braceexpand(pattern))
+        return list(braceexpand(pattern))
     except ValueError as error:
         raise ValueError(f"data.train ({pattern}) must be a valid brace pattern") from error
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        exists = list(pool.map(os.path.isfile, paths))
-    missing = [path for path, found in zip(paths, exists, strict=True) if not found]
-    if len(missing) == len(paths):
+
+
+def _check_existing(
+    pattern: str, urls: Sequence[str], unsure: Sequence[str], exists: Sequence[bool]
+) -> None:
+    missing = [url for url, found in zip(unsure, exists, strict=True) if not found]
+    if len(missing) == len(urls):
         raise ValueError(f"data.train ({pattern}) matches no file")
     if missing:
         raise ValueError(
-            f"data.train ({pattern}) must name existing files: {len(missing)} of {len(paths)} are "
+            f"data.train ({pattern}) must name existing files: {len(missing)} of {len(urls)} are "
             f"missing, first {missing[0]}"
         )
-    return paths
 
 
-def _count_samples(path: str) -> tuple[int, bool]:
-    """Number of samples, and whether a statistics file vouches for it."""
-    stem = str(Path(path).with_suffix(""))
+def _check_equal(name: str, value: int, expected: int | None) -> None:
+    if expected is not None and value != expected:
+        raise ValueError(f"{name} ({value}) must equal what _stats.json says ({expected})")
+
+
+def _warn_unvouched(urls: Sequence[str], num_shards: int) -> None:
+    logger.warning(
+        "%d of %d shards have neither sizes.json nor _stats.json (first: %s) and may be incomplete",
+        len(urls),
+        num_shards,
+        urls[0],
+    )
+
+
+def _sizes_files(urls: Iterable[str], storage: Storage) -> dict[str, int]:
+    """Samples of the shards that a ``sizes.json`` in their folder lists."""
+    counts: dict[str, int] = {}
+    folders: dict[str, dict[str, int]] = {}
+    for url in urls:
+        folder, slash, name = url.rpartition("/")
+        if folder not in folders:
+            folders[folder] = _read_json(storage, f"{folder}{slash}sizes.json") or {}
+        if name in folders[folder]:
+            counts[url] = _as_count(folders[folder][name], f"{folder}{slash}sizes.json")
+    return counts
+
+
+def _count_beside(storage: Storage, url: str) -> int | None:
+    """Number of samples by the statistics or the parquet file beside a shard."""
+    stem = url.removesuffix(".tar")
+    stats = _read_json(storage, f"{stem}_stats.json")
+    if stats is not None:
+        return _as_count(stats.get("successes"), f"{stem}_stats.json")
+    content = storage.read(f"{stem}.parquet", _MAX_SIDE_FILE_BYTES)
+    if content is None:
+        return None
     try:
-        with open(f"{stem}_stats.json", encoding="utf-8") as file:
-            return int(json.load(file)["successes"]), True
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        status = pq.read_table(io.BytesIO(content), columns=["status"])["status"]
+    except (pa.ArrowException, KeyError) as error:
+        raise ValueError(f"data.train ({stem}.parquet) must be readable: {error}") from error
+    return status.to_pylist().count("success")
+
+
+def _read_json(storage: Storage, url: str) -> dict[str, int] | None:
+    content = storage.read(url, _MAX_SIDE_FILE_BYTES)
+    if content is None:
+        return None
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"data.train ({url}) must be readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"data.train ({url}) must hold an object with numbers")
+    return values
+
+
+def _as_count(value: object, url: str) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"data.train ({url}) must hold numbers of samples; it has {value!r}")
+    return value
+
+
+def _count_headers(storage: Storage, url: str) -> int:
+    if is_remote(url):
         raise ValueError(
-            f"data.train ({path}) must have a readable {stem}_stats.json: {error!r}"
-        ) from error
-    if os.path.isfile(f"{stem}.parquet"):
-        status = pq.read_table(f"{stem}.parquet", columns=["status"])["status"]
-        return status.to_pylist().count("success"), False
+            f"data.train ({url}) must have sizes.json, _stats.json or a parquet file beside it, or "
+            "num_samples in the config, to tell how many samples it holds"
+        )
     try:
-        shard = OpenShard(path)
+        shard = OpenShard(storage.open(url), url)
     except (BadSample, OSError) as error:
-        raise ValueError(f"data.train ({path}) must be a readable tar: {error}") from error
+        raise ValueError(f"data.train ({url}) must be a readable tar: {error}") from error
     shard.close()
-    return len(shard), False
+    return len(shard)

@@ -114,6 +114,13 @@ class Mesh:
             where = f" (on rank{'s' if len(failed) > 1 else ''} {ranks} of {self.world_size})"
         raise AgreedError(f"{messages[failed[0]]}{where}") from failure
 
+    def gather(self, value: T) -> list[T]:
+        """What every data-parallel rank gives, which can be pickled, in rank order, to all."""
+        values = [value] * self.dp_size
+        if self.dp_size > 1:
+            dist.all_gather_object(values, value, group=self.dp_group)
+        return values
+
     def from_rank_zero(self, fn: Callable[[], T]) -> T:
         """Run ``fn`` on rank 0 and give its result, which can be pickled, to every rank.
 
