@@ -10,6 +10,7 @@ import math
 import random
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -123,7 +124,8 @@ class TrainTransform:
             left, right = round(box.left * scale_x), round(box.right * scale_x)
         else:
             pixels = np.asarray(_load_rgb(image))
-            top, left, bottom, right = _random_crop(*pixels.shape[:2], self._crop_scale, rng)
+            height, width = pixels.shape[:2]
+            top, left, bottom, right = _random_crop(height, width, self._crop_scale, rng)
         crop = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)
         return F.interpolate(crop[None], image_size, mode="bicubic", antialias=True)[0]
 
@@ -173,11 +175,27 @@ def decode_text(content: bytes) -> str:
     return caption
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] uint8 -> float32 with open_clip's mean and deviation, on their device."""
-    mean = torch.tensor(OPENAI_DATASET_MEAN, device=images.device).mul_(255).view(3, 1, 1)
-    factor = torch.tensor(OPENAI_DATASET_STD, device=images.device).mul_(255).reciprocal_()
-    return images.float().sub_(mean).mul_(factor.view(3, 1, 1))
+def normalize(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One batch with open_clip's mean and deviation, computed on ``device``.
+
+    Args:
+        parts: [B_i, 3, H, W] uint8; copied asynchronously from pinned memory.
+        device: Where the batch goes.
+
+    Returns:
+        [B, 3, H, W] float32, B the sum of all B_i.
+    """
+    mean, deviation = (
+        (255 * torch.tensor(values, device=device)).view(3, 1, 1)
+        for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    )
+    images = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), device=device)
+    first = 0
+    for part in parts:
+        rows = images[first : first + len(part)]
+        torch.sub(part.to(device, non_blocking=True), mean, out=rows)
+        first += len(part)
+    return images.div_(deviation)
 
 
 def _open_image(content: bytes) -> Image.Image:
@@ -231,9 +249,7 @@ class _Box(NamedTuple):
     right: int
 
 
-def _random_crop(
-    height: int, width: int, scale: tuple[float, float], rng: random.Random
-) -> _Box:
+def _random_crop(height: int, width: int, scale: tuple[float, float], rng: random.Random) -> _Box:
     """As torchvision's RandomResizedCrop draws it, with its usual aspect ratios."""
     for _ in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())

@@ -239,9 +239,8 @@ def ordered_loader(
 
 def _joined(parts: Sequence[Batch], device: torch.device) -> Batch:
     """One batch on ``device``, normalised there; asynchronous from pinned memory."""
-    images = torch.cat([part.images.to(device, non_blocking=True) for part in parts])
     return Batch(
-        images=normalize(images),
+        images=normalize([part.images for part in parts], device),
         texts=torch.cat([part.texts.to(device, non_blocking=True) for part in parts]),
         keys=[key for part in parts for key in part.keys],
         captions=[caption for part in parts for caption in part.captions],

@@ -144,9 +144,7 @@ class SampleReader:
         """Have shards fetched that will be read soon."""
         self._storage.prefetch([self._shards[number].url for number in shards])
 
-    def _load(
-        self, position: int, number: int, index: int, image_size: tuple[int, int]
-    ) -> Sample:
+    def _load(self, position: int, number: int, index: int, image_size: tuple[int, int]) -> Sample:
         shard = self._shard(number)
         caption = decode_text(shard.read(index, "text", max_bytes=MAX_TEXT_BYTES))
         content = shard.read(index, "image", max_bytes=MAX_IMAGE_BYTES)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import random
 import struct
 import time
 import zlib
@@ -10,16 +11,21 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip.transform import AugmentationCfg, image_transform
+from open_clip.transform import image_transform
 from PIL import Image
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
 
 from ds_linclip.data.decode import (
     CaptionTokenizer,
-    ImageDecoder,
+    EvalTransform,
+    TrainTransform,
+    _random_crop,
     decode_image,
     decode_text,
+    normalize,
 )
-from ds_linclip.data.shards import BadSample
+from ds_linclip.data.tar_index import BadSample
 
 
 def encode(image: Image.Image, file_format: str, **arguments: object) -> bytes:
@@ -133,21 +139,119 @@ def test_damaged_bytes_raise_nothing_else(file_format: str) -> None:
     assert "image_undecodable" in causes
 
 
-def test_training_transform_is_open_clips() -> None:
-    content = encode(gradient(), "PNG")
-    transform = image_transform(32, is_train=True, aug_cfg=AugmentationCfg(scale=(0.3, 1.0)))
-    torch.manual_seed(11)
-    expected = transform(gradient())
+def photo(height: int, width: int) -> Image.Image:
+    """Soft shapes and a little noise."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(256, size=(6, 9, 3)).astype(np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
+    pixels += rng.normal(0, 4, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def test_crop_is_drawn_as_torchvision_draws_it() -> None:
+    height, width, scale = 60, 80, (0.3, 1.0)
+    rng = random.Random(0)
+    ours = np.array([_random_crop(height, width, scale, rng) for _ in range(4000)])
+    torch.manual_seed(0)
+    picture = torch.empty(3, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(4000)]
+    )
+    top, left, bottom, right = ours.T
+    for mine, other in zip((top, left, bottom - top, right - left), theirs.T, strict=True):
+        assert ks_2samp(mine, other).pvalue > 1e-3
+    assert (top >= 0).all()
+    assert (bottom <= height).all()
+    assert (right <= width).all()
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_whole_image_is_resized_as_pillow_does(file_format: str) -> None:
+    content = encode(photo(100, 100), file_format)
+    found = TrainTransform((1.0, 1.0), seed=0)(content, (32, 48), 5).permute(1, 2, 0).numpy()
+    source = Image.open(io.BytesIO(content)).convert("RGB")
+    expected = np.asarray(source.resize((48, 32), Image.Resampling.BICUBIC))
+    assert found.dtype == np.uint8
+    assert np.abs(found.astype(int) - expected).max() <= (1 if file_format == "PNG" else 12)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_gives_the_pixels_that_pillow_gives(mode: str) -> None:
+    jpeg = encode(photo(64, 90).convert(mode), "JPEG", quality=90)
+    png = encode(Image.open(io.BytesIO(jpeg)), "PNG")
+    transform = TrainTransform((0.5, 1.0), seed=3)
+    for position in range(20):
+        assert torch.equal(transform(jpeg, (48, 48), position), transform(png, (48, 48), position))
+
+
+def test_reduced_decoding_looks_the_same() -> None:
+    jpeg = encode(photo(800, 800), "JPEG", quality=95)
+    png = encode(Image.open(io.BytesIO(jpeg)), "PNG")
+
+    def both(crop_scale: tuple[float, float], position: int) -> list[torch.Tensor]:
+        transform = TrainTransform(crop_scale, seed=3)
+        return [transform(content, (96, 64), position).float() for content in (jpeg, png)]
+
+    reduced, whole = both((1.0, 1.0), 0)
+    assert 0 < (reduced - whole).abs().mean() < 0.5
+    for position in range(8):
+        # The ends of a crop are moved to whole pixels of the reduced image.
+        reduced, whole = both((0.2, 1.0), position)
+        moved_by_a_pixel = (whole[:, 1:] - whole[:, :-1]).abs().mean()
+        assert (reduced - whole).abs().mean() < moved_by_a_pixel / 2
+
+
+def test_crop_depends_on_seed_and_position_only() -> None:
+    content = encode(photo(40, 40), "JPEG")
     state = torch.get_rng_state()
-    decode = ImageDecoder(32, crop_scale=(0.3, 1.0))
-    assert torch.equal(decode(content, seed=11), expected)
-    assert not torch.equal(decode(content, seed=12), expected)
+    first = TrainTransform((0.3, 1.0), seed=1)(content, (32, 32), 2**40)
+    assert torch.equal(TrainTransform((0.3, 1.0), seed=1)(content, (32, 32), 2**40), first)
+    assert not torch.equal(TrainTransform((0.3, 1.0), seed=2)(content, (32, 32), 2**40), first)
+    assert not torch.equal(TrainTransform((0.3, 1.0), seed=1)(content, (32, 32), 7), first)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_evaluation_transform_is_open_clips() -> None:
-    expected = image_transform(32, is_train=False)(gradient())
-    assert torch.equal(ImageDecoder(32, crop_scale=None)(encode(gradient(), "PNG")), expected)
+def test_rotated_jpeg_is_cropped_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(photo(40, 80), "JPEG", exif=exif)
+    found = TrainTransform((1.0, 1.0), seed=0)(content, (64, 32), 0).permute(1, 2, 0).numpy()
+    # The largest crop with an allowed aspect ratio, from the middle of 80 x 40 pixels.
+    expected = decode_image(content).crop((0, 13, 40, 66)).resize((32, 64))
+    assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_damaged_bytes_are_bad_samples_for_training(file_format: str) -> None:
+    sound = encode(gradient(), file_format)
+    transform = TrainTransform((0.5, 1.0), seed=0)
+    rng = np.random.default_rng(1)
+    causes = set()
+    for cut in rng.integers(len(sound), size=40):
+        damaged = bytearray(sound[:cut])
+        if cut:
+            damaged[rng.integers(cut)] = rng.integers(256)
+        try:
+            assert transform(bytes(damaged), (8, 8), 0).shape == (3, 8, 8)
+        except BadSample as error:
+            causes.add(error.cause)
+    assert "image_undecodable" in causes
+
+
+def test_normalized_batch_is_open_clips() -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(5, 6, 4, 3)).astype(np.uint8)
+    transform = image_transform((6, 4), is_train=False)
+    expected = torch.stack([transform(Image.fromarray(image)) for image in pixels])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    found = normalize([images[:2], images[2:]], torch.device("cpu"))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("image_size", [(32, 32), (32, 48)])
+def test_evaluation_transform_is_open_clips(image_size: tuple[int, int]) -> None:
+    expected = image_transform(image_size, is_train=False)(gradient())
+    assert torch.equal(EvalTransform(image_size)(encode(gradient(), "PNG")), expected)
 
 
 @pytest.mark.parametrize("context_length", [8, 77])
