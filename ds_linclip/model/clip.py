@@ -41,11 +41,6 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         self.to(mesh.device)
 
-    @property
-    def tokens_per_sample(self) -> int:
-        """Tokens of one image-text pair at the configured sizes, over both towers."""
-        return self.config.vision.num_tokens + self.config.text.context_length
-
     def num_tokens(self, images: Tensor, texts: Tensor) -> int:
         """Tokens of a batch, images [B, 3, H, W] and texts [B, L], over both towers."""
         height, width = images.shape[2:]

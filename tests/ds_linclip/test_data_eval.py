@@ -23,8 +23,8 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "test"
 
 
-def open_data(folder: Path, **options: int) -> LabelledData:
-    return LabelledData(folder, image_size=16, batch_size=4, **options)
+def open_data(folder: Path, image_size: tuple[int, int] = (16, 16), **options: int) -> LabelledData:
+    return LabelledData(folder, image_size=image_size, batch_size=4, **options)
 
 
 def take(folder: Path, rank: int = 0, world_size: int = 1) -> list[LabelledBatch]:
@@ -57,10 +57,12 @@ def test_classes_and_templates(held_out: Path) -> None:
     assert all("{c}" in template for template in data.templates)
 
 
-def test_batches_hold_what_lies_in_the_tar(held_out: Path) -> None:
-    batches = take(held_out)
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (24, 8)])
+def test_batches_hold_what_lies_in_the_tar(held_out: Path, size: tuple[int, int]) -> None:
+    batches = list(open_data(held_out, size))
     assert [len(batch.labels) for batch in batches] == [4, 4, 4, 1]
-    transform = image_transform(16, is_train=False)
+    assert batches[0].images.shape == (4, 3, *size)
+    transform = image_transform(16 if size == (16, 16) else size, is_train=False)
     images, labels, captions = [], [], []
     with tarfile.open(held_out / "test" / "0.tar") as tar:
         for member in tar:

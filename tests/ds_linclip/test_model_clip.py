@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from open_clip.model import resize_pos_embed
 from torch import nn
 
 from ds_linclip.config import Attention, ModelConfig, ParallelConfig, TextTower, VisionTower
@@ -24,11 +25,16 @@ def mesh() -> Mesh:
     return Mesh.create(ParallelConfig(device="cpu"))
 
 
-def small_config(attention: Attention) -> ModelConfig:
+def small_config(attention: Attention, image_size: tuple[int, int] = (32, 32)) -> ModelConfig:
     return ModelConfig(
         embed_dim=24,
         vision=VisionTower(
-            image_size=32, patch_size=8, width=64, layers=2, head_width=16, attention=attention
+            image_size=image_size,
+            patch_size=8,
+            width=64,
+            layers=2,
+            head_width=16,
+            attention=attention,
         ),
         text=TextTower(
             context_length=12, vocab_size=60, width=48, heads=3, layers=2, attention=attention
@@ -36,14 +42,18 @@ def small_config(attention: Attention) -> ModelConfig:
     )
 
 
-def build(mesh: Mesh, attention: Attention, seed: int = 0) -> CLIP:
+def build(
+    mesh: Mesh, attention: Attention, seed: int = 0, image_size: tuple[int, int] = (32, 32)
+) -> CLIP:
     torch.manual_seed(seed)
-    return CLIP(small_config(attention), mesh)
+    return CLIP(small_config(attention, image_size), mesh)
 
 
-def inputs(batch: int = 4, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(
+    batch: int = 4, seed: int = 1, image_size: tuple[int, int] = (32, 32)
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(batch, 3, 32, 32, generator=generator)
+    images = torch.randn(batch, 3, *image_size, generator=generator)
     texts = torch.randint(1, 58, (batch, 12), generator=generator)
     texts[:, 7] = 59
     return images, texts
@@ -133,8 +143,16 @@ def test_state_dict_holds_tensors_only_and_loads_back(mesh: Mesh) -> None:
     build(mesh, Attention(), seed=1).load_state_dict(state)
 
 
-def test_tokens_per_sample_counts_both_towers(mesh: Mesh) -> None:
-    assert build(mesh, Attention()).tokens_per_sample == 4 * 4 + 1 + 12
+@pytest.mark.parametrize("size", [(32, 32), (16, 40), (64, 8)])
+def test_tokens_of_a_batch_are_those_the_towers_see(mesh: Mesh, size: tuple[int, int]) -> None:
+    model = build(mesh, Attention())
+    seen = []
+    for block in (model.visual.blocks[0], model.text.blocks[0]):
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0][..., 0].numel()))
+    images, texts = inputs(3, image_size=size)
+    texts = texts[:, :9]
+    model(images, texts)
+    assert model.num_tokens(images, texts) == sum(seen)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +230,87 @@ def test_images_of_other_sizes_train(mesh: Mesh, size: tuple[int, int]) -> None:
     features.square().sum().backward()
     assert features.shape == (2, 24)
     assert model.visual.positional_embedding.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["softmax", "head_norm"])
+def test_model_of_a_wide_image_trains(mesh: Mesh, kind: str) -> None:
+    model = build(mesh, ATTENTIONS[kind], image_size=(16, 48))
+    assert model.visual.grid_size == (2, 6)
+    assert model.visual.positional_embedding.shape == (2 * 6 + 1, 64)
+    image_features, text_features, scale = model(*inputs(image_size=(16, 48)))
+    assert image_features.shape == text_features.shape == (4, 24)
+    logits = scale * image_features @ text_features.T
+    nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_grid_is_rows_by_columns_and_not_its_transpose(mesh: Mesh) -> None:
+    """A 6 x 2 and a 2 x 6 grid have as many positions: only one of them is left as it is."""
+    visual = build(mesh, Attention(), image_size=(16, 48)).visual
+    assert visual._positions(2, 6) is visual.positional_embedding
+    assert not torch.equal(visual._positions(6, 2), visual.positional_embedding)
+
+
+def test_every_patch_has_the_position_of_its_place(mesh: Mesh) -> None:
+    """Row-major, class token first: with content switched off, what enters the first block."""
+    visual = build(mesh, Attention(), image_size=(16, 24)).visual
+    nn.init.zeros_(visual.conv1.weight)
+    nn.init.zeros_(visual.class_embedding)
+    visual.ln_pre = nn.Identity()
+    with torch.no_grad():
+        visual.positional_embedding[:, 0] = torch.arange(7.0)
+        visual.conv1.weight[1] = 1 / (3 * 8 * 8)  # feature 1: the mean of the patch
+    entered: list[torch.Tensor] = []
+    visual.blocks[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    images = torch.zeros(1, 3, 16, 24)
+    images[:, :, 8:, :8] = 1000.0  # second row, first column: place 3 of a row-major grid
+    visual(images)
+    assert entered[0][0, :, 0].tolist() == list(range(7))
+    assert entered[0][0, :, 1].argmax().item() == 1 + 3
+
+
+@pytest.mark.parametrize("learned", [(32, 32), (16, 48), (48, 24)])
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (48, 48), (24, 56), (64, 8)])
+@torch.no_grad()
+def test_same_weights_serve_every_size(
+    mesh: Mesh, learned: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """The features are those of a model configured for the size, its positions interpolated by
+    torch's upsampling of an [H, W] picture per feature."""
+    model = build(mesh, ATTENTIONS["normalized"], image_size=learned)
+    target = build(mesh, ATTENTIONS["normalized"], seed=1, image_size=size)
+    rows, columns = learned[0] // 8, learned[1] // 8
+    positions = model.visual.positional_embedding
+    picture = torch.empty(1, 64, rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            picture[0, :, row, column] = positions[1 + row * columns + column]
+    if learned != size:
+        resample = nn.functional.interpolate
+        picture = resample(picture, (size[0] // 8, size[1] // 8), mode="bicubic", antialias=True)
+    grid = [(row, column) for row in range(size[0] // 8) for column in range(size[1] // 8)]
+    places = [picture[0, :, row, column] for row, column in grid]
+    state = model.state_dict() | {
+        "visual.positional_embedding": torch.stack([positions[0], *places])
+    }
+    target.load_state_dict(state)
+    images, _ = inputs(image_size=size)
+    assert relative_rms(model.encode_image(images), target.encode_image(images)) <= 1e-5
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 48), (24, 56)])
+@torch.no_grad()
+def test_positions_are_resampled_as_open_clip_does(mesh: Mesh, size: tuple[int, int]) -> None:
+    """open_clip resamples square grids when it loads weights."""
+    model = build(mesh, Attention())
+    theirs = build(mesh, Attention(), image_size=size)
+    weights = {"visual.positional_embedding": model.visual.positional_embedding}
+    resize_pos_embed(weights, theirs)
+    positions = model.visual._positions(size[0] // 8, size[1] // 8)
+    assert relative_rms(positions, weights["visual.positional_embedding"]) <= 1e-6
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 33), (2, 1, 32, 32), (3, 32, 32), (2, 3, 0, 32)])

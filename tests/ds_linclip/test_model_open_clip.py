@@ -40,11 +40,18 @@ def mesh() -> Mesh:
     return Mesh.create(ParallelConfig(device="cpu"))
 
 
-def small_config(attention: Attention = SOFTMAX) -> ModelConfig:
+def small_config(
+    attention: Attention = SOFTMAX, image_size: tuple[int, int] = (32, 32)
+) -> ModelConfig:
     return ModelConfig(
         embed_dim=24,
         vision=VisionTower(
-            image_size=32, patch_size=8, width=64, layers=2, head_width=16, attention=attention
+            image_size=image_size,
+            patch_size=8,
+            width=64,
+            layers=2,
+            head_width=16,
+            attention=attention,
         ),
         text=TextTower(
             context_length=12, vocab_size=60, width=48, heads=3, layers=2, attention=attention
@@ -94,13 +101,18 @@ def test_features_and_state_dict_equal_open_clips(mesh: Mesh, name: str) -> None
         assert torch.equal(exported[key], value), key
 
 
+@pytest.mark.parametrize("size", [(32, 32), (16, 48), (40, 8)])
 @torch.no_grad()
-def test_features_equal_when_no_weight_is_at_its_initial_value(mesh: Mesh) -> None:
-    """Norms, biases and head order matter here; fresh weights leave biases at zero."""
-    theirs = stock_model(small_config())
-    ours = CLIP(small_config(), mesh)
+def test_features_equal_when_no_weight_is_at_its_initial_value(
+    mesh: Mesh, size: tuple[int, int]
+) -> None:
+    """Norms, biases, head order and the order of patches matter here; fresh weights leave biases
+    at zero."""
+    config = small_config(image_size=size)
+    theirs = stock_model(config)
+    ours = CLIP(config, mesh)
     from_open_clip(ours, theirs.state_dict())
-    images, texts = torch.randn(3, 3, 32, 32), torch.randint(0, 60, (3, 12))
+    images, texts = torch.randn(3, 3, *size), torch.randint(0, 60, (3, 12))
     expected = theirs.encode_image(images), theirs.encode_text(texts)
     assert relative_rms(ours.encode_image(images), expected[0]) <= 1e-5
     assert relative_rms(ours.encode_text(texts), expected[1]) <= 1e-5
@@ -141,12 +153,17 @@ def test_initial_weights_are_distributed_as_open_clips(mesh: Mesh) -> None:
             assert is_uniform(actual) == is_uniform(expected), key
 
 
+@pytest.mark.parametrize(("size", "written"), [((32, 32), 32), ((16, 48), [16, 48])])
 @torch.no_grad()
-def test_open_clip_opens_a_softmax_export(mesh: Mesh, tmp_path: Path) -> None:
-    ours = CLIP(small_config(), mesh)
+def test_open_clip_opens_a_softmax_export(
+    mesh: Mesh, tmp_path: Path, size: tuple[int, int], written: int | list[int]
+) -> None:
+    ours = CLIP(small_config(image_size=size), mesh)
     export_folder(ours, tmp_path)
+    content = json.loads((tmp_path / "open_clip_config.json").read_text())
+    assert content["model_cfg"]["vision_cfg"]["image_size"] == written
     theirs = open_clip.create_model(f"local-dir:{tmp_path}").eval()
-    images, texts = torch.randn(3, 3, 32, 32), torch.randint(0, 60, (3, 12))
+    images, texts = torch.randn(3, 3, *size), torch.randint(0, 60, (3, 12))
     expected = theirs.encode_image(images), theirs.encode_text(texts)
     assert relative_rms(ours.encode_image(images), expected[0]) <= 1e-5
     assert relative_rms(ours.encode_text(texts), expected[1]) <= 1e-5
@@ -169,9 +186,12 @@ def test_open_clip_refuses_a_linear_export(mesh: Mesh, tmp_path: Path, linear_to
         Attention(length_exponent=0.5, score_scale=0.25),
     ],
 )
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
 @torch.no_grad()
-def test_folder_loads_back_equal(mesh: Mesh, tmp_path: Path, attention: Attention) -> None:
-    model = CLIP(small_config(attention), mesh)
+def test_folder_loads_back_equal(
+    mesh: Mesh, tmp_path: Path, attention: Attention, size: tuple[int, int]
+) -> None:
+    model = CLIP(small_config(attention, size), mesh)
     for parameter in model.parameters():  # gains and biases too are away from ones and zeros
         torch.nn.init.normal_(parameter, std=0.1)
     export_folder(model, tmp_path)
@@ -180,7 +200,7 @@ def test_folder_loads_back_equal(mesh: Mesh, tmp_path: Path, attention: Attentio
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, *size)
     assert torch.equal(loaded.encode_image(images), model.encode_image(images))
 
 
@@ -227,6 +247,21 @@ def test_bad_folder_is_named(mesh: Mesh, tmp_path: Path) -> None:
             content["model_cfg"][name] = True
         config_file.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
+            load_folder(tmp_path, mesh)
+
+    for given, message in [
+        ([32, 32], None),
+        ([32, 32, 3], r"vision_cfg\.image_size \(\[32, 32, 3\]\) must be an integer or \[height"),
+        (32.0, r"vision_cfg\.image_size \(32\.0\) must be an integer or \[height"),
+        ([16, 32], r"has visual\.positional_embedding of shape \(17, 64\), not \(9, 64\)"),
+    ]:
+        content = json.loads(good)
+        content["model_cfg"]["vision_cfg"]["image_size"] = given
+        config_file.write_text(json.dumps(content))
+        if message is None:
+            assert load_folder(tmp_path, mesh).config == small_config()
+            continue
+        with pytest.raises(ValueError, match=rf"open_clip folder \(.*\): .*{message}"):
             load_folder(tmp_path, mesh)
 
     config_file.write_text("{}")

@@ -14,24 +14,27 @@ from linclip_eval.figures import draw_predictions
 from linclip_eval.zero_shot import Prediction
 
 
-def prediction(true_class: str = "cat", pixel: float = 0.25) -> Prediction:
+def prediction(
+    true_class: str = "cat", pixel: float = 0.25, size: tuple[int, int] = (8, 8)
+) -> Prediction:
     mean = torch.tensor(OPENAI_DATASET_MEAN)[:, None, None]
     deviation = torch.tensor(OPENAI_DATASET_STD)[:, None, None]
     return Prediction(
         key="000000007",
         caption="a cat for $5, or two for $8",
-        image=(torch.full((3, 8, 8), pixel) - mean) / deviation,
+        image=(torch.full((3, *size), pixel) - mean) / deviation,
         true_class=true_class,
         top_classes=("dog", "cat", "cow", "hen", "fox"),
         top_probabilities=(0.5, 0.3, 0.1, 0.06, 0.04),
     )
 
 
-def test_image_caption_and_bars_are_shown():
-    figure = draw_predictions([prediction()])
+@pytest.mark.parametrize("size", [(8, 8), (8, 20)])
+def test_image_caption_and_bars_are_shown(size):
+    figure = draw_predictions([prediction(size=size)])
     image_axes, bar_axes = figure.axes
     (image,) = [child for child in image_axes.get_children() if isinstance(child, AxesImage)]
-    torch.testing.assert_close(torch.tensor(image.get_array()), torch.full((8, 8, 3), 0.25))
+    torch.testing.assert_close(torch.tensor(image.get_array()), torch.full((*size, 3), 0.25))
     assert image_axes.get_xlabel().replace("\\$", "$") == "a cat for $5, or two for $8"
     bars = [bar for bar in bar_axes.patches if bar.get_width() < 1]
     assert [bar.get_width() for bar in bars] == [0.5, 0.3, 0.1, 0.06, 0.04]

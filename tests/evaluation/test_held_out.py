@@ -125,7 +125,7 @@ def test_both_kinds_of_template_are_read(folder):
 
 def test_config_says_all(folder):
     config = Config()
-    config.model.vision.image_size, config.model.text.context_length = (16, 16), 8
+    config.model.vision.image_size, config.model.text.context_length = (16, 24), 8
     config.data.num_workers = 2
     config.eval.batch_size, config.log.num_images = 2, 3
     device = torch.device("cpu")
@@ -136,7 +136,7 @@ def test_config_says_all(folder):
     result = HeldOutEvaluator.from_config(config, device=device).score(model)
     assert result.top1 == 6 / 7
     assert len(result.predictions) == 3
-    assert model.image_shapes == [(2, 3, 16, 16)] * 3 + [(1, 3, 16, 16)]
+    assert model.image_shapes == [(2, 3, 16, 24)] * 3 + [(1, 3, 16, 24)]
     assert model.most_workers == 2
 
 
