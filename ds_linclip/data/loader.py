@@ -183,8 +183,6 @@ class _PartDataset(Dataset[Batch | DataError]):
             return self._read(step, np.array_split(positions, self._num_parts)[part])
         except DataError as error:
             return error  # as a value: raised in a worker, it would arrive as a traceback
-        except OSError as error:
-            return DataError(f"data.train cannot be read: {error}")
 
     def _read(self, step: int, positions: np.ndarray) -> Batch:
         image_size = self._config.image_size_at(step)

@@ -122,8 +122,7 @@ class SampleReader:
             The sample, and why the one at this very place was bad (None: it was good).
 
         Raises:
-            DataError: when all candidates for the replacement are bad.
-            OSError: when a shard cannot be reached.
+            DataError: when all candidates for the replacement are bad, or a shard cannot be reached.
         """
         first_cause: str | None = None
         tried = 0
@@ -145,9 +144,14 @@ class SampleReader:
         self._storage.prefetch([self._shards[number].url for number in shards])
 
     def _load(self, position: int, number: int, index: int, image_size: tuple[int, int]) -> Sample:
-        shard = self._shard(number)
-        caption = decode_text(shard.read(index, "text", max_bytes=MAX_TEXT_BYTES))
-        content = shard.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
+        try:
+            shard = self._shard(number)
+            text = shard.read(index, "text", max_bytes=MAX_TEXT_BYTES)
+            content = shard.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
+        except OSError as error:
+            url = self._shards[number].url
+            raise DataError(f"data.train ({url}) cannot be read: {error}") from error
+        caption = decode_text(text)
         image = self._transform(content, image_size, position)
         return Sample(image, self._tokenize(caption), shard.keys[index], caption)
 

@@ -119,7 +119,9 @@ def _count_source(source: Source, storage: Storage) -> list[Shard]:
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         counts = _sizes_files(urls, storage)
         for url in {urls[0], urls[-1]} & counts.keys():
-            _check_equal(f"{url}: sizes.json", counts[url], _count_beside(storage, url))
+            _check_equal(
+                f"data.train ({url}): sizes.json", counts[url], _count_beside(storage, url)
+            )
         ask = [url for url in urls if url not in counts]
         answers = zip(ask, pool.map(partial(_count_beside, storage), ask), strict=True)
         counts |= {url: count for url, count in answers if count is not None}

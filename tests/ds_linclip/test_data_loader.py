@@ -9,16 +9,26 @@ import random
 import resource
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ds_linclip.config import DataConfig
-from ds_linclip.data import Batch, DataError, TrainData
+from ds_linclip.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    Resolution,
+    Source,
+    TextTower,
+    TrainConfig,
+    VisionTower,
+)
+from ds_linclip.data import Batch, DataError, Storage, TrainData, find_shards
 
 NUM_SAMPLES = 60
 NUM_SHARDS = 4
@@ -63,31 +73,29 @@ def patterns(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def train_data(
-    patterns: list[str],
+    patterns: Sequence[str | Source],
     *,
     dp_rank: int = 0,
     dp_size: int = 1,
-    num_workers: int = 0,
-    num_lanes: int = 1,
     seed: int = 0,
     global_batch_size: int = BATCH,
+    lower_limits: Callable[[], None] | None = None,
+    **data: Any,
 ) -> TrainData:
-    config = DataConfig(
-        train=patterns,
-        num_lanes=num_lanes,
-        shuffle_shards=2,
-        num_workers=num_workers,
-        crop_scale=(0.5, 1.0),
+    sources = [Source(shards=p) if isinstance(p, str) else p for p in patterns]
+    config = Config(
+        data=DataConfig(
+            train=sources, crop_scale=(0.5, 1.0), **{"shuffle_shards": 2, "num_workers": 0, **data}
+        ),
+        model=ModelConfig(
+            vision=VisionTower(image_size=(8, 8), patch_size=4), text=TextTower(context_length=6)
+        ),
+        train=TrainConfig(global_batch_size=global_batch_size, seed=seed, steps=100),
     )
-    return TrainData(
-        config,
-        image_size=8,
-        context_length=6,
-        global_batch_size=global_batch_size,
-        seed=seed,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-    )
+    groups = find_shards(sources, Storage(config.data.cache, config.data.network))
+    if lower_limits is not None:
+        lower_limits()
+    return TrainData(config, groups, dp_rank=dp_rank, dp_size=dp_size)
 
 
 def take(data: TrainData, count: int, start: int = 0) -> list[Batch]:
@@ -106,7 +114,7 @@ def assert_same(left: Sequence[Batch], right: Sequence[Batch]) -> None:
 
 def test_batch_holds_what_it_says(patterns: list[str]) -> None:
     data = train_data(patterns)
-    assert data.num_samples == NUM_SAMPLES
+    assert data.order.num_samples == NUM_SAMPLES
     (batch,) = take(data, 1)
     assert batch.images.shape == (BATCH, 3, 8, 8)
     assert batch.images.dtype == torch.float32
@@ -115,7 +123,8 @@ def test_batch_holds_what_it_says(patterns: list[str]) -> None:
     assert (batch.texts[:, 0] == 49406).all()
     assert batch.captions == [f"picture {int(key)}" for key in batch.keys]
     assert batch.skipped == {}
-    moved = batch.to("meta")
+    assert batch.problems == []
+    moved = next(data.batches(0, "meta"))
     assert moved.images.device.type == moved.texts.device.type == "meta"
     assert moved.keys == batch.keys
 
@@ -133,7 +142,7 @@ def test_epoch_holds_every_sample_once_and_crops_differ(patterns: list[str]) -> 
     assert not any(torch.equal(images[0][key], images[1][key]) for key in images[0])
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
 def test_workers_change_nothing(patterns: list[str], num_workers: int) -> None:
     expected = take(train_data(patterns), 7)
     assert_same(take(train_data(patterns, num_workers=num_workers), 7), expected)
@@ -161,7 +170,6 @@ def test_ranks_share_the_same_global_batches(patterns: list[str], num_lanes: int
                 texts=torch.cat([batch.texts for batch in step]),
                 keys=[key for batch in step for key in batch.keys],
                 captions=[caption for batch in step for caption in batch.captions],
-                skipped={},
             )
             for step in zip(*parts, strict=True)
         ]
@@ -254,6 +262,13 @@ def test_cut_and_lost_shards_are_replaced_and_counted(tmp_path: Path) -> None:
     assert skipped == {"text_missing": 1, "shard_short": 4, "shard_unreadable": 15}
     seen = {int(key) for batch in batches for key in batch.keys}
     assert seen == {*range(10), *range(15, 30), *range(45, 60)}
+    problems = {
+        (Path(p.url).name, p.cause, p.found, p.expected) for b in batches for p in b.problems
+    }
+    assert problems == {
+        ("00000.tar", "shard_cut", 11, 15),
+        ("00002.tar", "shard_unreadable", 0, 15),
+    }
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -262,7 +277,9 @@ def test_all_bad_is_an_error(tmp_path: Path, num_workers: int) -> None:
     for parts in samples.values():
         parts["txt"] = b""
     data = train_data(write_shards(tmp_path, samples), num_workers=num_workers)
-    with pytest.raises(DataError, match=r"data\.train .*\(first cause: text_empty\)") as caught:
+    with pytest.raises(
+        DataError, match=r"data\.train .* 60 candidates .* first cause: text_empty\)"
+    ) as caught:
         take(data, 1)
     assert "Traceback" not in str(caught.value)
 
@@ -281,12 +298,78 @@ def test_low_file_limit_replaces_no_sample(patterns: list[str]) -> None:
     next_file = os.open(os.devnull, os.O_RDONLY)
     os.close(next_file)
     expected = take(train_data(patterns), NUM_SAMPLES // BATCH)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, limits[1]))
+
+    def no_more_files() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_file, limits[1]))
+
     try:
-        batches = take(train_data(patterns, num_workers=1), NUM_SAMPLES // BATCH)
+        data = train_data(patterns, num_workers=1, lower_limits=no_more_files)
+        batches = take(data, NUM_SAMPLES // BATCH)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert_same(batches, expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_failing_file_system_ends_the_run(tmp_path: Path, num_workers: int) -> None:
+    """The start of a process' memory cannot be read: the kernel answers EIO."""
+    patterns = write_shards(tmp_path, sound_samples())
+    data = train_data(patterns, num_workers=num_workers)
+    for number in range(NUM_SHARDS):
+        (tmp_path / f"{number:05d}.tar").unlink()
+        (tmp_path / f"{number:05d}.tar").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"data\.train .*0000\d\.tar.*Input/output error"):
+        take(data, 1)
+
+
+def test_open_files_are_bounded(tmp_path: Path) -> None:
+    patterns = []
+    for number in range(10):
+        folder = tmp_path / str(number)
+        patterns += write_shards(folder, sound_samples())
+    data = train_data(patterns, shuffle_shards=1)
+    before = len(os.listdir("/proc/self/fd"))
+    for batch in itertools.islice(data.batches(0), 10 * NUM_SAMPLES // BATCH):
+        assert len(batch.keys) == BATCH
+        assert len(os.listdir("/proc/self/fd")) - before <= 4
+    del data
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_resolution_follows_the_step(patterns: list[str]) -> None:
+    stages = [
+        Resolution(from_step=0, image_size=(8, 8)),
+        Resolution(from_step=2, image_size=(16, 8)),
+        Resolution(from_step=3, image_size=(24, 16)),
+    ]
+    expected = [(8, 8), (8, 8), (16, 8), (24, 16), (24, 16)]
+    through = take(train_data(patterns, resolutions=stages), 5)
+    assert [tuple(batch.images.shape[2:]) for batch in through] == expected
+    assert_same(take(train_data(patterns, resolutions=stages, num_workers=2), 3, 2), through[2:])
+    # The same samples and crops as without a schedule.
+    plain = take(train_data(patterns), 5)
+    assert [batch.keys for batch in plain] == [batch.keys for batch in through]
+    assert torch.equal(plain[1].images, through[1].images)
+
+
+def test_sources_come_in_their_shares(tmp_path: Path, patterns: list[str]) -> None:
+    other = {f"x{key}": parts for key, parts in sound_samples().items()}
+    sources = [
+        Source(shards=patterns[0], weight=1.0),
+        Source(shards=write_shards(tmp_path, other)[0], weight=2.0),
+    ]
+    data = train_data(sources, num_lanes=2)
+    batches = take(data, 10)
+    for batch in batches:
+        assert sum(key.startswith("x") for key in batch.keys) == BATCH * 2 / 3
+    of_second = [key for batch in batches for key in batch.keys if key.startswith("x")]
+    assert len(of_second) == 80
+    assert len(set(of_second[:56])) == 56
+    assert len(set(of_second[:64])) == NUM_SAMPLES
+    parts = [train_data(sources, num_lanes=2, dp_rank=rank, dp_size=3) for rank in range(3)]
+    for step, whole in enumerate(batches[:4]):
+        keys = [key for part in parts for key in take(part, 1, step)[0].keys]
+        assert keys == whole.keys
 
 
 def test_bad_arguments_are_named(patterns: list[str]) -> None:
@@ -294,4 +377,4 @@ def test_bad_arguments_are_named(patterns: list[str]) -> None:
         train_data(patterns, dp_size=5)
     with pytest.raises(ValueError, match=r"data\.train \(/none/x\.tar\) matches no file"):
         train_data(["/none/x.tar"])
-    assert train_data(patterns).num_samples == 60
+    assert train_data(patterns).order.num_samples == 60
