@@ -59,6 +59,7 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
             for importer, names in FORBIDDEN.items()
             for forbidden in names
             if is_within(module, importer) and is_within(name, forbidden)
+            if not is_within(name, importer)
         ]
         broken += [
             f"only {' and '.join(allowed)} may import {reserved}"

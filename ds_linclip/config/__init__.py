@@ -1,0 +1,51 @@
+"""The configuration: typed dataclasses, loaded in three merges, checked once.
+
+Structured defaults <- YAML file (and the files its ``base:`` key names) <- ``key=value`` from the
+command line. Only the typed :class:`Config` travels further; nothing else reads YAML.
+"""
+
+from ds_linclip.config.files import as_image_size, load_config, save_config
+from ds_linclip.config.rules import validate
+from ds_linclip.config.schema import (
+    Attention,
+    CacheConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    NetworkConfig,
+    OptimConfig,
+    ParallelConfig,
+    Resolution,
+    Source,
+    TextTower,
+    TrainConfig,
+    VisionTower,
+    ZeroConfig,
+)
+
+__all__ = [
+    "Attention",
+    "CacheConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Resolution",
+    "Source",
+    "TextTower",
+    "TrainConfig",
+    "VisionTower",
+    "ZeroConfig",
+    "as_image_size",
+    "load_config",
+    "save_config",
+    "validate",
+]

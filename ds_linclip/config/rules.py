@@ -1,0 +1,172 @@
+"""What a configuration must satisfy before anything starts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from ds_linclip.config.schema import Config, DataConfig, Source
+
+__all__ = ["validate"]
+
+_TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
+
+
+def validate(config: Config) -> None:
+    """Check every rule that needs neither data nor processes.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+    vision, text = config.model.vision, config.model.text
+    for prefix, tower in (("model.vision", vision), ("model.text", text)):
+        _require_positive(f"{prefix}.width", tower.width)
+        _require_positive(f"{prefix}.layers", tower.layers)
+        _require_positive(f"{prefix}.mlp_ratio", tower.mlp_ratio)
+    _require_positive("model.embed_dim", config.model.embed_dim)
+    _require_patches("model.vision.image_size", vision.image_size, vision.patch_size)
+    _require_divisible("model.vision.width", vision.width, "head_width", vision.head_width)
+    _require_divisible("model.text.width", text.width, "heads", text.heads)
+    _require_divisible("model.text.vocab_size", text.vocab_size, "parallel.tp", config.parallel.tp)
+    if text.vocab_size < _TOKENIZER_VOCABULARY:
+        raise ValueError(
+            f"model.text.vocab_size ({text.vocab_size}) must be at least {_TOKENIZER_VOCABULARY}, "
+            "the size of the tokenizer's vocabulary"
+        )
+    if text.context_length < 3:
+        raise ValueError(
+            f"model.text.context_length ({text.context_length}) must be at least 3: start, one "
+            "token, end"
+        )
+    for prefix, tower in (("model.vision", vision), ("model.text", text)):
+        head_dim = tower.width // tower.heads
+        if tower.attention.kind == "linear" and not 16 <= head_dim <= 256:
+            raise ValueError(
+                f"{prefix}: head dimension ({head_dim}) must be in 16..256 for linear attention"
+            )
+
+    _require_positive("train.steps", config.train.steps)
+    _require_positive("train.global_batch_size", config.train.global_batch_size)
+    if config.train.seed < 0:
+        raise ValueError(f"train.seed ({config.train.seed}) must not be negative")
+    if config.parallel.dp is not None:
+        _require_divisible(
+            "train.global_batch_size",
+            config.train.global_batch_size,
+            "parallel.dp",
+            config.parallel.dp,
+        )
+    if config.parallel.tp != 1:
+        raise ValueError(f"parallel.tp ({config.parallel.tp}) must be 1 in this version")
+    if config.zero.stage not in (1, 2):
+        raise ValueError(f"zero.stage ({config.zero.stage}) must be 1 or 2 in this version")
+
+    _validate_data(config.data)
+    _validate_sources(config.data.train)
+    _validate_resolutions(config)
+
+    optim = config.optim
+    for name in ("lr", "eps"):
+        _require_positive(f"optim.{name}", getattr(optim, name))
+    for name in ("weight_decay", "warmup_steps", "clip_grad_norm"):
+        if not 0 <= getattr(optim, name) < math.inf:
+            raise ValueError(f"optim.{name} ({getattr(optim, name)}) must not be negative")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise ValueError(f"optim.{name} ({getattr(optim, name)}) must be in [0, 1)")
+    if optim.warmup_steps >= config.train.steps:
+        raise ValueError(
+            f"optim.warmup_steps ({optim.warmup_steps}) must be less than train.steps "
+            f"({config.train.steps})"
+        )
+    _require_positive("checkpoint.every_steps", config.checkpoint.every_steps)
+    _require_positive("checkpoint.keep_last", config.checkpoint.keep_last)
+    _require_positive("log.every_steps", config.log.every_steps)
+    _require_positive("eval.batch_size", config.eval.batch_size)
+    for name, value in (
+        ("eval.every_steps", config.eval.every_steps),
+        ("log.num_images", config.log.num_images),
+    ):
+        if value < 0:
+            raise ValueError(f"{name} ({value}) must not be negative")
+    if not config.name or Path(config.name).name != config.name:
+        raise ValueError(f"name ({config.name!r}) must be a plain folder name")
+
+
+def _validate_data(data: DataConfig) -> None:
+    for name in ("num_lanes", "shuffle_shards", "prefetch_batches", "max_bad_in_a_row"):
+        _require_positive(f"data.{name}", getattr(data, name))
+    if data.num_workers < 0:
+        raise ValueError(f"data.num_workers ({data.num_workers}) must not be negative")
+    low, high = data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"data.crop_scale ({low}, {high}) must satisfy 0 < low <= high <= 1")
+    if not 0 < data.max_bad_samples <= 1:
+        raise ValueError(f"data.max_bad_samples ({data.max_bad_samples}) must be in (0, 1]")
+    _require_positive("data.cache.max_gib", data.cache.max_gib)
+    for item in fields(data.network):
+        _require_positive(f"data.network.{item.name}", getattr(data.network, item.name))
+    if data.network.backoff > data.network.max_backoff:
+        raise ValueError(
+            f"data.network.backoff ({data.network.backoff}) must not be greater than "
+            f"data.network.max_backoff ({data.network.max_backoff})"
+        )
+
+
+def _validate_sources(sources: Sequence[Source]) -> None:
+    if not sources:
+        raise ValueError("data.train ([]) must name at least one shard")
+    weighted = any(source.weight is not None for source in sources)
+    for index, source in enumerate(sources):
+        name = f"data.train[{index}]"
+        if not source.shards:
+            raise ValueError(f"{name}.shards ({source.shards!r}) must name shards")
+        _require_positive(f"{name}.upsampling", source.upsampling)
+        if source.num_samples is not None:
+            _require_positive(f"{name}.num_samples", source.num_samples)
+        if not weighted:
+            continue
+        if source.weight is None:
+            raise ValueError(f"{name}.weight (None) must be set: all sources have one or none has")
+        if source.weight == 0:
+            raise ValueError(f"{name}.weight ({source.weight}) must not be 0: leave the source out")
+        _require_positive(f"{name}.weight", source.weight)
+        if source.upsampling != 1:
+            raise ValueError(
+                f"{name}.upsampling ({source.upsampling}) must be 1 with a weight "
+                f"({source.weight}): both say how often a sample comes"
+            )
+
+
+def _validate_resolutions(config: Config) -> None:
+    before = -1
+    for index, stage in enumerate(config.data.resolutions):
+        name, step = f"data.resolutions[{index}]", stage.from_step
+        if index == 0 and step != 0:
+            raise ValueError(f"{name}.from_step ({step}) must be 0: it is the size of the start")
+        if step <= before:
+            raise ValueError(f"{name}.from_step ({step}) must be greater than {before}, the last")
+        if step >= config.train.steps:
+            raise ValueError(
+                f"{name}.from_step ({step}) must be less than train.steps ({config.train.steps})"
+            )
+        _require_patches(f"{name}.image_size", stage.image_size, config.model.vision.patch_size)
+        before = step
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} ({value}) must be greater than 0 and finite")
+
+
+def _require_divisible(name: str, value: int, by_name: str, by: int) -> None:
+    if value <= 0 or by <= 0 or value % by:
+        raise ValueError(f"{name} ({value}) must be a positive multiple of {by_name} ({by})")
+
+
+def _require_patches(name: str, image_size: tuple[int, int], patch_size: int) -> None:
+    if patch_size <= 0 or any(side <= 0 or side % patch_size for side in image_size):
+        raise ValueError(
+            f"{name} {image_size} must be a height and a width that are both a positive multiple "
+            f"of patch_size ({patch_size})"
+        )

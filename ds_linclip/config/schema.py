@@ -1,0 +1,293 @@
+"""The fields of a configuration: typed, documented, with their defaults."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+__all__ = [
+    "Attention",
+    "CacheConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Resolution",
+    "Source",
+    "TextTower",
+    "TrainConfig",
+    "VisionTower",
+    "ZeroConfig",
+]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Attention:
+    """How the tokens of one tower attend to each other.
+
+    With ``kind="softmax"`` (torch SDPA) the other fields have no effect. With ``kind="linear"`` q
+    and k are L2-normalised per head, and the feature map gives the score of their product x.
+    """
+
+    kind: Literal["linear", "softmax"] = "linear"
+    #: "affine": 1 + x (arXiv 2604.10064); "quadratic": 1 + x + x^2 / 2, slower; "relu", "softplus":
+    #: phi(q).phi(k), entry by entry.
+    feature_map: Literal["affine", "quadratic", "relu", "softplus"] = "affine"
+    #: Divide by the sum of scores (Eq. 4); without it the output is the plain weighted sum (Eq. 7).
+    normalized: bool = False
+    #: Factor on the unnormalised score; 1/2 brings 1 + q.k into [0, 1]. No effect on Eq. 4.
+    score_scale: float = 0.5
+    #: alpha: the unnormalised output is multiplied by (number of keys)^-alpha. No effect on Eq. 4.
+    length_exponent: float = 0.0
+    #: RMSNorm with a learned gain on every head's output, before the output projection.
+    head_norm: bool = False
+
+
+@dataclass(kw_only=True)
+class VisionTower:
+    """Image tower (ViT), named as in open_clip's ``vision_cfg``."""
+
+    #: (height, width) in pixels; in a file or on the command line one number stands for a square.
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    attention: Attention = field(default_factory=Attention)
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_width
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of an image of the configured size, and the class token."""
+        return self.num_tokens_at(self.image_size)
+
+    def num_tokens_at(self, image_size: tuple[int, int]) -> int:
+        """Patches of an image of that (height, width), and the class token."""
+        height, width = image_size
+        return (height // self.patch_size) * (width // self.patch_size) + 1
+
+
+@dataclass(kw_only=True)
+class TextTower:
+    """Causal text tower, named as in open_clip's ``text_cfg``."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+    attention: Attention = field(default_factory=Attention)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Both towers and the width of the space they share."""
+
+    embed_dim: int = 512
+    vision: VisionTower = field(default_factory=VisionTower)
+    text: TextTower = field(default_factory=TextTower)
+
+
+@dataclass(kw_only=True)
+class Source:
+    """Training shards that belong together.
+
+    In ``data.train`` a plain string stands for a source with that pattern and these defaults.
+    """
+
+    #: Brace pattern of tars, ``/data/laion400m/{00000..41455}.tar``: a local path, ``http(s)://``,
+    #: ``s3://``, ``gs://`` or another URL that fsspec knows.
+    shards: str = ""
+    #: Share of the stream, relative to the other sources; all sources have one or none has.
+    weight: float | None = None
+    #: How often every sample comes per epoch; with 0.5, half of the samples in every epoch.
+    upsampling: float = 1.0
+    #: Samples in all shards of the source, where nothing beside the shards tells.
+    num_samples: int | None = None
+
+
+@dataclass(kw_only=True)
+class Resolution:
+    """Size of the training images from one step on."""
+
+    #: Steps that are finished when the first batch of this size comes.
+    from_step: int = 0
+    #: As ``model.vision.image_size``; positions are interpolated.
+    image_size: tuple[int, int] = (224, 224)
+
+
+@dataclass(kw_only=True)
+class CacheConfig:
+    """Local copies of remote shards, shared by all processes of a node."""
+
+    #: Folder on a local disk; must be set when a source is remote.
+    dir: str | None = None
+    #: Largest total size. Shards in use are never dropped: it must hold at least two pools
+    #: (``data.shuffle_shards``) per lane that the node reads.
+    max_gib: float = 100.0
+
+
+@dataclass(kw_only=True)
+class NetworkConfig:
+    """How remote shards are fetched."""
+
+    #: Seconds until a connection must stand.
+    connect_timeout: float = 10.0
+    #: Seconds without a byte after which a transfer counts as stalled.
+    read_timeout: float = 30.0
+    #: Tries without any progress before a shard counts as unreachable, which ends the run.
+    max_tries: int = 10
+    #: Upper bound of the pause before the second try, in seconds; every further try doubles it.
+    backoff: float = 0.5
+    #: Largest pause in seconds.
+    max_backoff: float = 60.0
+    #: Shards fetched at once by every worker.
+    downloads: int = 4
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training shards in the LAION-400M / img2dataset layout."""
+
+    #: Sources, or patterns: ``data.train=['/data/laion400m/{00000..41455}.tar']``; a single
+    #: pattern needs no list.
+    train: list[Source] = field(default_factory=list)
+    #: "shuffled": every sample once per epoch (times ``upsampling``); "replacement": shards are
+    #: drawn with replacement.
+    sampling: Literal["shuffled", "replacement"] = "shuffled"
+    #: Independent streams the shards of a source are dealt to. A multiple of ranks x workers lets
+    #: every worker read shards of its own. Part of the order: change it and the order changes.
+    num_lanes: int = 1
+    #: Shards of one lane whose samples are shuffled together.
+    shuffle_shards: int = 8
+    #: Decoding processes per rank; has no influence on the order.
+    num_workers: int = 2
+    #: Batches per rank that are decoded ahead.
+    prefetch_batches: int = 4
+    #: Area range of the random resized crop.
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    #: Image sizes over the run, by rising ``from_step``; empty: ``model.vision.image_size``.
+    resolutions: list[Resolution] = field(default_factory=list)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    #: Largest share of samples that may be bad and replaced before the run ends with an error;
+    #: every sample of a lost shard counts.
+    max_bad_samples: float = 0.1
+    #: Bad samples (a lost shard counts as one) in a row before the run ends with an error.
+    max_bad_in_a_row: int = 100
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How long, how many at once, how precise."""
+
+    steps: int = 0
+    #: Image-text pairs per optimizer step, over all ranks; each is the others' negative.
+    global_batch_size: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW, cosine to zero after a linear warm-up; defaults are open_clip's for ViT."""
+
+    lr: float = 5e-4
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup_steps: int = 10_000
+    #: Largest gradient norm over all parameters; 0 switches clipping off.
+    clip_grad_norm: float = 1.0
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Ranks and devices. The data-parallel size is the number of ranks that were started."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    #: Data-parallel ranks the run must have; None takes what was started.
+    dp: int | None = None
+    tp: int = 1
+
+
+@dataclass(kw_only=True)
+class ZeroConfig:
+    """DeepSpeed ZeRO."""
+
+    stage: int = 1
+    #: JSON file with what is DeepSpeed's alone (bucket sizes, overlap); None: its defaults.
+    deepspeed_config: str | None = None
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What is saved into ``<run folder>/checkpoints``, and when."""
+
+    #: Steps between saves; the last step is always saved.
+    every_steps: int = 1000
+    #: Newest checkpoints kept.
+    keep_last: int = 3
+    #: ``latest`` goes on from the newest checkpoint of the run folder, if it has one; ``never``
+    #: refuses a run folder that holds checkpoints.
+    resume: Literal["latest", "never"] = "latest"
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Zero-shot classification on a held-out folder, during and after training."""
+
+    #: Folder in clip_benchmark's webdataset layout (``test/*.tar``, ``classnames.txt``,
+    #: ``zeroshot_classification_templates.txt``); None: no evaluation.
+    data: str | None = None
+    #: Steps between evaluations; 0: only at the end.
+    every_steps: int = 0
+    batch_size: int = 256
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """Progress, TensorBoard."""
+
+    every_steps: int = 10
+    tensorboard: bool = True
+    #: Held-out images drawn with their captions and top-5 classes at every evaluation.
+    num_images: int = 8
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One whole experiment."""
+
+    #: Name of the run; its folder is ``<output_dir>/<name>``.
+    name: str = "linclip"
+    output_dir: str = "runs"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    def image_size_at(self, step: int) -> tuple[int, int]:
+        """(height, width) of the training images in the batch that follows ``step`` finished
+        optimizer steps (0: the first batch of the run)."""
+        begun = [stage for stage in self.data.resolutions if stage.from_step <= step]
+        return begun[-1].image_size if begun else self.model.vision.image_size
