@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 data/embedded: | $(STAMP)
-	$(BIN)/python -m ds_linclip.data.make_shards digits $@
+	$(BIN)/ds-linclip make-shards digits $@
 
 # Train the embedded model on handwritten digits, score it zero-shot, print a table.
 train: $(STAMP) | data/embedded

@@ -20,7 +20,7 @@ EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded dataset, written by the command that users run."""
     folder = tmp_path_factory.mktemp("data") / "embedded"
-    command = [sys.executable, "-m", "ds_linclip.data.make_shards", "digits", str(folder)]
+    command = [Path(sys.executable).parent / "ds-linclip", "make-shards", "digits", folder]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return folder
 

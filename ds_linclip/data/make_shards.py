@@ -1,27 +1,39 @@
-"""Command line: writes a data set as shards.
+"""Subcommand ``ds-linclip make-shards``: writes a data set as shards.
 
-``python -m ds_linclip.data.make_shards digits OUT`` and ``... scenes OUT``. The set is written into
-a folder beside OUT that is renamed at the end: an interrupted run leaves no half OUT. A set that is
-already there is left alone.
+A set is written into a folder beside OUT that is renamed at the end: an interrupted run leaves no
+half OUT. A set that is already there is left alone.
 """
 
 import argparse
-import json
-import shutil
+import random
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ds_linclip.data import digits, scenes
-from ds_linclip.data.shard_writer import RawSample, write_labelled_folder, write_train_shard
+from ds_linclip.data.pairs import (
+    RESIZE_MODES,
+    PairLoader,
+    PairSet,
+    ResizeMode,
+    csv_pairs,
+    folder_pairs,
+)
+from ds_linclip.data.process_pool import num_usable_cores, ordered_map
+from ds_linclip.data.shard_writer import EncodedSample, write_labelled_folder, write_train_shard
+from ds_linclip.data.whole_set import Record, write_once
 
-__all__ = ["main", "make_digits", "make_scenes"]
+__all__ = ["main", "make_digits", "make_pairs", "make_scenes"]
 
+_SIDES = range(4, 8193)  # of an image that the decoder takes
+_MAX_SAMPLES_PER_SHARD = 10_000  # keys have four digits for the index
+_MAX_SHARDS = 100_000  # and five for the shard
 _DIGIT_SHARDS = 8
-_RECORD = "dataset.json"
 
 
 def make_digits(out: Path, *, image_size: int = 32, seed: int = 0) -> bool:
@@ -38,13 +50,14 @@ def make_digits(out: Path, *, image_size: int = 32, seed: int = 0) -> bool:
     Raises:
         ValueError: when ``out`` holds anything else.
     """
-    record: dict[str, str | int] = {"name": "digits", "image_size": image_size, "seed": seed}
+    record: Record = {"name": "digits", "image_size": image_size, "seed": seed}
 
     def write(folder: Path) -> None:
         train = list(digits.digit_samples("train", image_size=image_size, seed=seed))
         (folder / "train").mkdir()
         for number in tqdm(range(_DIGIT_SHARDS), desc="digits", unit="shard"):
-            write_train_shard(folder / "train", number, train[number::_DIGIT_SHARDS])
+            samples = (sample.encode() for sample in train[number::_DIGIT_SHARDS])
+            write_train_shard(folder / "train", number, samples)
         write_labelled_folder(
             folder / "test",
             digits.digit_samples("test", image_size=image_size, seed=seed),
@@ -52,7 +65,7 @@ def make_digits(out: Path, *, image_size: int = 32, seed: int = 0) -> bool:
             templates=digits.TEMPLATES,
         )
 
-    return _write_once(out, record, write)
+    return write_once(out, record, write)
 
 
 def make_scenes(
@@ -82,7 +95,7 @@ def make_scenes(
     Raises:
         ValueError: for a number that is too small, or when ``out`` holds anything else.
     """
-    record: dict[str, str | int] = {
+    record: Record = {
         "name": "scenes",
         "num_shards": num_shards,
         "samples_per_shard": samples_per_shard,
@@ -90,11 +103,10 @@ def make_scenes(
         "seed": seed,
         "num_test": num_test,
     }
-    if not 1 <= samples_per_shard <= 10_000:  # keys have four digits for the index
-        raise ValueError(f"samples_per_shard ({samples_per_shard}) must be in 1 ... 10000")
+    _check_samples_per_shard(samples_per_shard)
 
-    def scene(index: int) -> RawSample:
-        return scenes.training_scene(index, image_size=image_size, seed=seed)
+    def scene(index: int) -> EncodedSample:
+        return scenes.training_scene(index, image_size=image_size, seed=seed).encode()
 
     def write(folder: Path) -> None:
         (folder / "train").mkdir()
@@ -102,7 +114,8 @@ def make_scenes(
             for number in range(num_shards):
                 first = number * samples_per_shard
                 indices = range(first, first + samples_per_shard)
-                progress.update(write_train_shard(folder / "train", number, map(scene, indices)))
+                samples = map(scene, indices)
+                progress.update(write_train_shard(folder / "train", number, samples).total())
         for split in ("test", "test_unseen") if num_test else ():
             write_labelled_folder(
                 folder / split,
@@ -113,85 +126,191 @@ def make_scenes(
                 templates=scenes.TEMPLATES,
             )
 
-    return _write_once(out, record, write)
+    return write_once(out, record, write)
+
+
+def make_pairs(
+    out: Path,
+    pairs: PairSet,
+    *,
+    samples_per_shard: int = 10_000,
+    resize: ResizeMode = "no",
+    image_size: int | None = None,
+    shuffle_seed: int | None = 0,
+    num_workers: int = 1,
+) -> Counter[str] | None:
+    """Write images and captions that lie in files: ``OUT/NNNNN.tar`` and what belongs to it.
+
+    A bad pair is a failed row of the parquet, as a failed download is for img2dataset.
+
+    Args:
+        out: Folder that does not exist yet, is empty, or holds the same set.
+        pairs: What to write.
+        samples_per_shard: Pairs per shard, the failed ones among them.
+        resize: See :class:`ds_linclip.data.pairs.PairLoader`.
+        image_size: In pixels; None if and only if ``resize`` is "no".
+        shuffle_seed: Of the order; None keeps it. Neighbours in a folder resemble each other, and
+            training shuffles only within a few shards.
+        num_workers: Processes that read and resize; the bytes written do not depend on it.
+
+    Returns:
+        How many pairs there are with ``success``, and how many failed by cause; None: the same set
+        was there already.
+
+    Raises:
+        ValueError: for a number out of range, when ``out`` holds anything else, or when all pairs
+            are bad.
+    """
+    record: Record = {
+        "name": "pairs",
+        "num_pairs": len(pairs.images),
+        "fingerprint": pairs.fingerprint,
+        "samples_per_shard": samples_per_shard,
+        "resize": resize,
+        "image_size": image_size,
+        "shuffle_seed": shuffle_seed,
+    }
+    _check_samples_per_shard(samples_per_shard)
+    if num_workers < 1:
+        raise ValueError(f"workers ({num_workers}) must be at least 1")
+    if (image_size is None) != (resize == "no"):
+        raise ValueError(f"image_size ({image_size}) must be set unless resize ({resize}) is no")
+    if image_size is not None and image_size not in _SIDES:
+        raise ValueError(f"image_size ({image_size}) must be in {_SIDES[0]} ... {_SIDES[-1]}")
+    num_shards = -(-len(pairs.images) // samples_per_shard)
+    if num_shards > _MAX_SHARDS:
+        raise ValueError(f"samples_per_shard ({samples_per_shard}) gives {num_shards} shards")
+    order = list(range(len(pairs.images)))
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(order)
+    counts: Counter[str] = Counter()
+
+    def write(folder: Path) -> None:
+        load = PairLoader(pairs.root, resize, image_size or 0)
+        loaded = ordered_map(load, _in_order(pairs, order), num_workers=num_workers)
+        with closing(loaded), tqdm(loaded, total=len(order), unit="image") as progress:
+            samples = iter(progress)
+            for number in range(num_shards):
+                shard = islice(samples, samples_per_shard)
+                counts.update(write_train_shard(folder, number, shard))
+        if not counts["success"]:
+            causes = ", ".join(f"{cause}: {count}" for cause, count in counts.items() if count)
+            raise ValueError(f"source ({pairs.root}) must hold a usable pair; all failed, {causes}")
+
+    return counts if write_once(out, record, write) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        if options.command == "digits":
-            written = make_digits(options.out, image_size=options.image_size, seed=options.seed)
-        else:
-            written = make_scenes(
-                options.out,
-                num_shards=options.num_shards,
-                samples_per_shard=options.samples_per_shard,
-                image_size=options.image_size,
-                seed=options.seed,
-                num_test=options.test,
-            )
+        summary = _run(options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    state = "written" if written else "already complete"
-    sys.stdout.write(f"{options.command} in {options.out}: {state}\n")
+    sys.stdout.write(f"{options.command} in {options.out}: {summary}\n")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ds_linclip.data.make_shards", description=__doc__
+def _run(options: argparse.Namespace) -> str:
+    """Do what was asked; returns what to say about it."""
+    if options.command == "digits":
+        written = make_digits(options.out, image_size=options.image_size, seed=options.seed)
+        return "written" if written else "already complete"
+    if options.command == "scenes":
+        written = make_scenes(
+            options.out,
+            num_shards=options.num_shards,
+            samples_per_shard=options.samples_per_shard,
+            image_size=options.image_size,
+            seed=options.seed,
+            num_test=options.test,
+        )
+        return "written" if written else "already complete"
+    if options.command == "csv":
+        pairs = csv_pairs(
+            options.source,
+            image_column=options.image_column,
+            caption_column=options.caption_column,
+            separator=options.separator,
+        )
+    else:
+        pairs = folder_pairs(options.source)
+    counts = make_pairs(
+        options.out,
+        pairs,
+        samples_per_shard=options.samples_per_shard,
+        resize=options.resize,
+        image_size=options.image_size,
+        shuffle_seed=options.shuffle_seed,
+        num_workers=options.workers,
     )
+    return "already complete" if counts is None else _summary(counts)
+
+
+def _summary(counts: Counter[str]) -> str:
+    failed = {cause: count for cause, count in sorted(counts.items()) if cause != "success"}
+    lines = [f"written, {counts['success']} samples, {sum(failed.values())} failed"]
+    lines += [f"    {cause:24} {count:10}" for cause, count in failed.items()]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ds-linclip make-shards", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, size in (("digits", 32), ("scenes", 256)):
-        command = commands.add_parser(name)
+        command = commands.add_parser(name, help=f"the {name} that ds_linclip makes itself")
         command.add_argument("out", type=Path, help="folder to write")
         command.add_argument("--image-size", type=int, default=size, help="side in pixels")
         command.add_argument("--seed", type=int, default=0)
     command.add_argument("--num-shards", type=int, default=8)
     command.add_argument("--samples-per-shard", type=int, default=1000)
     command.add_argument("--test", type=int, default=0, help="scenes in each held-out folder")
+    folder = commands.add_parser("folder", help="images with captions in .txt files beside them")
+    folder.add_argument("source", type=Path, help="folder of images, searched recursively")
+    _add_pair_options(folder)
+    table = commands.add_parser("csv", help="images and captions named in a table")
+    table.add_argument("source", type=Path, help="table with a header line")
+    _add_pair_options(table)
+    table.add_argument("--image-column", default="filepath", help="paths of the images")
+    table.add_argument("--caption-column", default="title")
+    table.add_argument("--separator", type=_separator, default="\t", help=r"default: tab, '\t'")
     return parser
 
 
-def _write_once(out: Path, record: dict[str, str | int], write: Callable[[Path], None]) -> bool:
-    """Run ``write`` on a folder beside ``out`` and rename it, unless the same set is there."""
-    for name, value in record.items():
-        if isinstance(value, int) and value < (0 if name in ("seed", "num_test") else 1):
-            raise ValueError(f"{name} ({value}) is too small")
-    if _holds(out, record):
-        return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        write(partial)
-        (partial / _RECORD).write_text(json.dumps(record, indent=4) + "\n")
-        partial.chmod(0o755)
-        try:
-            partial.rename(out)
-        except OSError:
-            # Another run was faster, or a file was put there meanwhile.
-            if _holds(out, record):
-                return False
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return True
+def _add_pair_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("--samples-per-shard", type=int, default=_MAX_SAMPLES_PER_SHARD)
+    command.add_argument(
+        "--resize",
+        choices=RESIZE_MODES,
+        default="no",
+        help="as img2dataset's resize_mode; default: no, keep the files as they are",
+    )
+    command.add_argument("--image-size", type=int, help="side in pixels, unless --resize no")
+    command.add_argument(
+        "--shuffle-seed",
+        type=lambda word: None if word == "none" else int(word),
+        default=0,
+        metavar="SEED",
+        help="of the order before it is cut into shards; none: keep it; default: 0",
+    )
+    command.add_argument(
+        "--workers", type=int, default=num_usable_cores(), help="processes; default: one per core"
+    )
 
 
-def _holds(out: Path, record: dict[str, str | int]) -> bool:
-    """Whether ``out`` holds the set; False when there is nothing."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        found = json.loads((out / _RECORD).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"out ({out}) must be empty or hold a complete data set") from error
-    if found != record:
-        raise ValueError(f"out ({out}) must be empty: it holds {found}, asked for is {record}")
-    return True
+def _separator(word: str) -> str:
+    r"""Shells make it hard to write a tab: ``--separator '\t'``."""
+    return "\t" if word == r"\t" else word
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _in_order(pairs: PairSet, order: list[int]) -> Iterator[tuple[str, str | None, bool]]:
+    for index in order:
+        caption = pairs.captions[index] if pairs.captions is not None else None
+        yield pairs.images[index], caption, pairs.captions is None
+
+
+def _check_samples_per_shard(value: int) -> None:
+    if not 1 <= value <= _MAX_SAMPLES_PER_SHARD:
+        raise ValueError(f"samples_per_shard ({value}) must be in 1 ... {_MAX_SAMPLES_PER_SHARD}")

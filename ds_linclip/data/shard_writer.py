@@ -7,16 +7,25 @@ folders as clip_benchmark reads them. The bytes depend on the samples alone.
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from webdataset import TarWriter
 
-__all__ = ["RawSample", "write_labelled_folder", "write_train_shard"]
+__all__ = [
+    "EncodedSample",
+    "FailedSample",
+    "RawSample",
+    "encode_jpeg",
+    "write_labelled_folder",
+    "write_train_shard",
+]
 
 _PARQUET_SCHEMA = pa.schema(
     [
@@ -33,6 +42,74 @@ _PARQUET_SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as it lies in a shard.
+
+    Attributes:
+        image: The file.
+        extension: Of its member: ``jpg``, ``png``, ``webp`` or ``gif``.
+        caption: Not empty.
+        url: Names the source.
+        size: Width and height in pixels.
+        original_size: Width and height before any scaling.
+        exif: JSON; None: not looked at.
+        sha256: Of the image file before any scaling.
+    """
+
+    image: bytes
+    extension: str
+    caption: str
+    url: str
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+    exif: str | None
+    sha256: str
+
+    def meta(self, key: str) -> dict[str, str | int | None]:
+        """The fields of the JSON member and of the parquet row."""
+        return {
+            "url": self.url,
+            "caption": self.caption,
+            "key": key,
+            "status": "success",
+            "error_message": None,
+            "width": self.size[0],
+            "height": self.size[1],
+            "original_width": self.original_size[0],
+            "original_height": self.original_size[1],
+            "exif": self.exif,
+            "sha256": self.sha256,
+        }
+
+
+@dataclass(frozen=True)
+class FailedSample:
+    """A source that gave no sample.
+
+    Attributes:
+        url: Names the source.
+        caption: None: there is none, or it cannot be used.
+        status: img2dataset's word for the step that failed.
+        cause: Short name under which it is counted.
+    """
+
+    url: str
+    caption: str | None
+    status: Literal["failed_to_download", "failed_to_resize"]
+    cause: str
+
+    def meta(self, key: str) -> dict[str, str | int | None]:
+        """The fields of the parquet row."""
+        return {
+            "url": self.url,
+            "caption": self.caption,
+            "key": key,
+            "status": self.status,
+            "error_message": self.cause,
+        }
 
 
 @dataclass(frozen=True)
@@ -53,57 +130,62 @@ class RawSample:
     original_size: tuple[int, int]
     label: int = -1
 
-    def jpeg(self) -> bytes:
-        """Encoded as img2dataset does: JPEG, quality 95."""
-        buffer = io.BytesIO()
-        self.image.save(buffer, "JPEG", quality=95)
-        return buffer.getvalue()
-
-    def meta(self, key: str, jpeg: bytes) -> dict[str, str | int | None]:
-        """The fields of the JSON member and of the parquet row."""
-        return {
-            "url": self.url,
-            "caption": self.caption,
-            "key": key,
-            "status": "success",
-            "error_message": None,
-            "width": self.image.width,
-            "height": self.image.height,
-            "original_width": self.original_size[0],
-            "original_height": self.original_size[1],
-            "exif": "{}",
-            "sha256": hashlib.sha256(jpeg).hexdigest(),
-        }
+    def encode(self) -> EncodedSample:
+        jpeg = encode_jpeg(self.image)
+        return EncodedSample(
+            image=jpeg,
+            extension="jpg",
+            caption=self.caption,
+            url=self.url,
+            size=self.image.size,
+            original_size=self.original_size,
+            exif="{}",
+            sha256=hashlib.sha256(jpeg).hexdigest(),
+        )
 
 
-def write_train_shard(folder: Path, number: int, samples: Iterable[RawSample]) -> int:
+def encode_jpeg(image: Image.Image) -> bytes:
+    """Encode an RGB image as img2dataset does: JPEG, quality 95."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def write_train_shard(
+    folder: Path, number: int, samples: Iterable[EncodedSample | FailedSample]
+) -> Counter[str]:
     """Write ``NNNNN.tar``, ``NNNNN.parquet`` and, last, ``NNNNN_stats.json``.
 
+    Failed samples leave a gap in the keys, a row in the parquet and a count in the statistics.
+
     Returns:
-        Number of samples written.
+        How many samples there are with ``success``, and how many failed by cause.
     """
     stem = f"{number:05d}"
     rows = []
     with open(folder / f"{stem}.tar", "wb") as file, _tar_writer(file) as tar:
         for index, sample in enumerate(samples):
-            key, jpeg = f"{stem}{index:04d}", sample.jpeg()
-            rows.append(sample.meta(key, jpeg))
-            meta = json.dumps(rows[-1], indent=4).encode()
-            text = sample.caption.encode()
-            tar.write({"__key__": key, "jpg": jpeg, "json": meta, "txt": text})
+            key = f"{stem}{index:04d}"
+            rows.append(sample.meta(key))
+            if isinstance(sample, EncodedSample):
+                meta = json.dumps(rows[-1], indent=4).encode()
+                members = {sample.extension: sample.image, "json": meta}
+                tar.write({"__key__": key, **members, "txt": sample.caption.encode()})
     pq.write_table(pa.Table.from_pylist(rows, _PARQUET_SCHEMA), folder / f"{stem}.parquet")
+    status = Counter(row["status"] for row in rows)
+    causes = Counter(str(row["error_message"] or "success") for row in rows)
     stats = {
         "count": len(rows),
-        "successes": len(rows),
-        "failed_to_download": 0,
-        "failed_to_resize": 0,
+        "successes": status["success"],
+        "failed_to_download": status["failed_to_download"],
+        "failed_to_resize": status["failed_to_resize"],
         "duration": 0.0,
         "start_time": 0.0,
         "end_time": 0.0,
-        "status_dict": {"success": len(rows)},
+        "status_dict": dict(sorted(causes.items())),
     }
     (folder / f"{stem}_stats.json").write_text(json.dumps(stats, indent=4))
-    return len(rows)
+    return causes
 
 
 def write_labelled_folder(
@@ -122,14 +204,14 @@ def write_labelled_folder(
     count = 0
     with open(folder / "test" / "0.tar", "wb") as file, _tar_writer(file) as tar:
         for index, sample in enumerate(samples):
-            key, jpeg = f"s{index:07d}", sample.jpeg()
+            key, encoded = f"s{index:07d}", sample.encode()
             tar.write(
                 {
                     "__key__": key,
-                    "jpg": jpeg,
+                    "jpg": encoded.image,
                     "cls": str(sample.label).encode(),
                     "txt": sample.caption.encode(),
-                    "json": json.dumps(sample.meta(key, jpeg), indent=4).encode(),
+                    "json": json.dumps(encoded.meta(key), indent=4).encode(),
                 }
             )
             count += 1

@@ -158,7 +158,7 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path) -> None:
     arguments = ["scenes", str(tmp_path / "set"), "--num-shards", "1", "--image-size", "32"]
     arguments += ["--samples-per-shard", "3"]
-    command = [sys.executable, "-m", "ds_linclip.data.make_shards", *arguments]
+    command = [sys.executable, "-m", "ds_linclip", "make-shards", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
     assert done.stdout.endswith("set: written\n")

@@ -1,0 +1,36 @@
+"""Command line ``ds-linclip``: every tool is a subcommand."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Hand over to a subcommand; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="ds-linclip",
+        description="Tools around training.",
+        epilog="`ds-linclip COMMAND --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command",
+        choices=("make-shards", "inspect-shards"),
+        help="make-shards: write a data set as shards; inspect-shards: report what shards hold",
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the subcommand")
+    options = parser.parse_args(arguments)
+    # Imported where it is needed: torch takes seconds.
+    if options.command == "make-shards":
+        from ds_linclip.data import make_shards
+
+        return make_shards.main(options.arguments)
+    from ds_linclip.data import inspect_shards
+
+    return inspect_shards.main(options.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The picture of an inspection: captions, image sizes, bytes and what is wrong, one panel each.
+
+Drawn on a bare ``matplotlib.figure.Figure``: no window system, no global pyplot state.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+__all__ = ["draw_inspection"]
+
+_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
+_BLUE, _ORANGE, _GREEN, _RED = "#2563a8", "#d97706", "#2a9d6f", "#d1495b"
+_MAX_CAUSES = 14
+
+
+def draw_inspection(report: Mapping[str, Any]) -> Figure:
+    """Draw the report of :func:`ds_linclip.data.inspect_shards.inspect_shards`.
+
+    Returns:
+        A figure with an Agg canvas, ready for ``savefig``.
+    """
+    figure = Figure(
+        figsize=(11, 7.4), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    )
+    FigureCanvasAgg(figure)
+    samples = report["samples"]
+    share = f", {samples['usable'] / samples['read']:.1%} of them usable" if samples["read"] else ""
+    figure.suptitle(
+        f"{report['shards']['inspected']:,} shards, {samples['read']:,} samples read{share}",
+        color=_INK,
+        fontsize=13,
+        fontweight="bold",
+    )
+    grid = figure.subplots(2, 2)
+    _draw_captions(grid[0, 0], report["caption_tokens"])
+    _draw_sizes(grid[0, 1], report["image_width"], report["image_height"])
+    _draw_bytes(grid[1, 0], report["image_bytes"])
+    _draw_causes(grid[1, 1], report["causes"])
+    return figure
+
+
+def _draw_captions(axes: Axes, tokens: Mapping[str, Any]) -> None:
+    _style(axes, "Caption length", "tokens, start and end included")
+    _fill(axes, tokens, _BLUE)
+    limit = tokens["context_length"]
+    if tokens["count"] and tokens["max"] > limit // 2:
+        axes.axvline(limit + 0.5, color=_RED, linewidth=1.2)
+        axes.annotate(
+            f" {limit} tokens\n {tokens['truncated_share']:.1%} longer",
+            (limit + 0.5, 1.0),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            color=_RED,
+            fontsize=9,
+        )
+        axes.set_xlim(right=max(tokens["edges"][-1], 1.35 * limit))
+
+
+def _draw_sizes(axes: Axes, width: Mapping[str, Any], height: Mapping[str, Any]) -> None:
+    _style(axes, "Image size", "pixels")
+    _fill(axes, width, _BLUE, label="width")
+    if height["count"]:
+        axes.stairs(height["counts"], height["edges"], color=_ORANGE, linewidth=1.6, label="height")
+        axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    _log_ticks(axes, str)
+
+
+def _draw_bytes(axes: Axes, size: Mapping[str, Any]) -> None:
+    _style(axes, "Image file", "bytes")
+    _fill(axes, size, _GREEN)
+    if size["count"]:
+        axes.axvline(size["median"], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f" median {_bytes(size['median'])}",
+            (size["median"], 1.0),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            color=_INK,
+            fontsize=9,
+        )
+    _log_ticks(axes, _bytes)
+
+
+def _draw_causes(axes: Axes, causes: Mapping[str, Mapping[str, int]]) -> None:
+    _style(axes, "What is wrong", "samples (shards)", grid="x")
+    shown = sorted(causes.items(), key=lambda item: item[1]["samples"])[-_MAX_CAUSES:]
+    if not shown:
+        axes.annotate(
+            "nothing", (0.5, 0.5), xycoords="axes fraction", ha="center", color=_MUTED, fontsize=12
+        )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    counts = [count["samples"] for _, count in shown]
+    axes.barh([name for name, _ in shown], counts, height=0.66, color=_RED)
+    axes.bar_label(
+        axes.containers[0],  # type: ignore[arg-type]
+        [f"{count['samples']:,} ({count['shards']:,})" for _, count in shown],
+        padding=4,
+        color=_INK,
+        fontsize=9,
+    )
+    axes.tick_params(axis="y", labelcolor=_INK)
+    axes.grid(visible=False)
+    axes.set_xticks([])
+    axes.set_xlim(0, 1.25 * max(1, *counts))
+
+
+def _style(axes: Axes, title: str, label: str, *, grid: str = "y") -> None:
+    axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold")
+    axes.set_xlabel(label, color=_MUTED, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GRID)
+    axes.tick_params(colors=_MUTED, labelsize=9, length=0)
+    axes.grid(axis=grid, color=_GRID, linewidth=0.8)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _fill(axes: Axes, distribution: Mapping[str, Any], colour: str, label: str = "") -> None:
+    if distribution["count"]:
+        axes.stairs(
+            distribution["counts"],
+            distribution["edges"],
+            fill=True,
+            color=colour,
+            alpha=0.85,
+            label=label,
+        )
+
+
+def _log_ticks(axes: Axes, form: Any) -> None:
+    """Few round numbers, whether the values span a tenth of a decade or six."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    subs = (1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(round(value))))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"

@@ -1,0 +1,188 @@
+"""The report of an inspection: what was found in shards, added up and put in numbers and words."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+__all__ = ["CONTEXT_LENGTH", "Findings", "summarise", "to_text"]
+
+CONTEXT_LENGTH = 77
+
+_MAX_PROBLEMS_LISTED = 1000
+_NUM_BINS = 32
+
+
+@dataclass
+class Findings:
+    """What one shard holds, or many: everything in it can be added up.
+
+    Attributes:
+        expected, found, read: Samples by the statistics, in the tars, looked at.
+        bytes_read, seconds: What reading and decoding them took; seconds over all workers.
+        samples_by_cause, shards_by_cause: What is wrong, and with how many.
+        problems: The same for single shards.
+        characters, tokens: Usable samples by length of the caption.
+        sizes, image_bytes, formats, modes: Usable samples by width and height in pixels, size of
+            the file, Pillow's format and mode.
+    """
+
+    expected: int = 0
+    found: int = 0
+    read: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+    samples_by_cause: Counter[str] = field(default_factory=Counter)
+    shards_by_cause: Counter[str] = field(default_factory=Counter)
+    problems: list[dict[str, str | int]] = field(default_factory=list)
+    characters: Counter[int] = field(default_factory=Counter)
+    tokens: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    image_bytes: Counter[int] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "Findings") -> None:
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            else:
+                setattr(self, item.name, mine + theirs)
+
+
+def summarise(total: Findings, *, seconds: float, num_workers: int) -> dict[str, Any]:
+    """Counts, distributions and throughput, ready for JSON.
+
+    Args:
+        total: Of all shards.
+        seconds: From the start to the end of the inspection.
+        num_workers: Processes.
+    """
+    usable = total.characters.total()
+    widths, heights = (_marginal(total.sizes, axis) for axis in (0, 1))
+    sides = _edges([*widths, *heights], log=True)
+    truncated = sum(n for length, n in total.tokens.items() if length > CONTEXT_LENGTH)
+    return {
+        "samples": {
+            "expected": total.expected,
+            "found": total.found,
+            "read": total.read,
+            "usable": usable,
+        },
+        "causes": {
+            cause: {"samples": total.samples_by_cause[cause], "shards": shards}
+            for cause, shards in sorted(total.shards_by_cause.items())
+        },
+        "problems": total.problems[:_MAX_PROBLEMS_LISTED],
+        "caption_characters": _distribution(
+            total.characters, _edges(list(total.characters), log=True)
+        ),
+        "caption_tokens": {
+            **_distribution(total.tokens, _edges(list(total.tokens), log=False)),
+            "context_length": CONTEXT_LENGTH,
+            "truncated": truncated,
+            "truncated_share": truncated / max(1, usable),
+        },
+        "image_width": _distribution(widths, sides),
+        "image_height": _distribution(heights, sides),
+        "image_bytes": _distribution(total.image_bytes, _edges(list(total.image_bytes), log=True)),
+        "image_sizes": [[*size, n] for size, n in _most_common(total.sizes)[:20]],
+        "formats": dict(_most_common(total.formats)),
+        "modes": dict(_most_common(total.modes)),
+        "throughput": _throughput(total, seconds, num_workers),
+    }
+
+
+def _throughput(total: Findings, seconds: float, num_workers: int) -> dict[str, float]:
+    busy = max(total.seconds, 1e-9)
+    return {
+        "workers": num_workers,
+        "seconds": seconds,
+        "samples_per_second": total.read / seconds,
+        "mb_per_second": total.bytes_read / 1e6 / seconds,
+        "samples_per_second_per_worker": total.read / busy,
+        "mb_per_second_per_worker": total.bytes_read / 1e6 / busy,
+    }
+
+
+def _marginal(sizes: Mapping[tuple[int, int], int], axis: int) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for size, n in sizes.items():
+        counts[size[axis]] += n
+    return counts
+
+
+def _most_common(counts: Mapping[Any, int]) -> list[tuple[Any, int]]:
+    """Equal counts in the order of their names, so that reports can be compared."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _edges(values: Sequence[int], *, log: bool) -> np.ndarray:
+    low, high = (min(values), max(values)) if values else (1, 1)
+    if log:
+        # A single value still gets a bar that can be seen.
+        return np.geomspace(max(0.5, 0.8 * low), 1.25 * high, _NUM_BINS + 1)
+    step = -(-(high - low + 1) // _NUM_BINS)
+    return np.arange(low, high + step + 1, step) - 0.5
+
+
+def _distribution(counts: Mapping[int, int], edges: np.ndarray) -> dict[str, Any]:
+    if not counts:
+        return {"count": 0, "edges": [], "counts": []}
+    values = np.array(sorted(counts), dtype=np.int64)
+    weights = np.array([counts[value] for value in values.tolist()], dtype=np.int64)
+    below = weights.cumsum()
+    quantiles = {
+        name: int(values[np.searchsorted(below, share * below[-1])])
+        for name, share in (("p5", 0.05), ("median", 0.5), ("p95", 0.95), ("p99", 0.99))
+    }
+    return {
+        "count": int(below[-1]),
+        "mean": float((values * weights).sum() / below[-1]),
+        "min": int(values[0]),
+        **quantiles,
+        "max": int(values[-1]),
+        "edges": [round(float(edge), 2) for edge in edges],
+        "counts": np.histogram(values, edges, weights=weights)[0].astype(int).tolist(),
+    }
+
+
+def to_text(report: Mapping[str, Any]) -> str:
+    """The report as a table for a terminal."""
+    samples, tokens = report["samples"], report["caption_tokens"]
+    speed = report["throughput"]
+    lines = [
+        f"{report['shards']['inspected']} of {report['shards']['listed']} shards: "
+        f"{samples['expected']} samples expected, {samples['found']} found, "
+        f"{samples['read']} read, {samples['usable']} usable",
+        f"{'cause':24} {'samples':>10} {'shards':>8}",
+    ]
+    lines += [
+        f"{cause:24} {counts['samples']:10} {counts['shards']:8}"
+        for cause, counts in report["causes"].items()
+    ] or ["none"]
+    lines.append(f"{'usable samples':18} {'p5':>9} {'median':>9} {'p95':>9} {'max':>9}")
+    for name in (
+        "caption_characters",
+        "caption_tokens",
+        "image_width",
+        "image_height",
+        "image_bytes",
+    ):
+        numbers = [report[name].get(key, 0) for key in ("p5", "median", "p95", "max")]
+        lines.append(f"{name:18} " + " ".join(f"{number:9}" for number in numbers))
+    for name in ("formats", "modes"):
+        lines.append(f"{name}: {', '.join(f'{key} {n}' for key, n in report[name].items())}")
+    lines += [
+        f"captions over {tokens['context_length']} tokens: {tokens['truncated_share']:.2%}"
+        if samples["usable"]
+        else "no usable sample",
+        f"{speed['samples_per_second']:.0f} samples/s, {speed['mb_per_second']:.1f} MB/s with "
+        f"{speed['workers']} workers; a worker alone "
+        f"{speed['samples_per_second_per_worker']:.0f} samples/s, "
+        f"{speed['mb_per_second_per_worker']:.1f} MB/s",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""Images and captions that lie in files: found, read, checked, resized.
+
+Resize modes are img2dataset's, by name and meaning; pixels are decoded as in training.
+"""
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from PIL import Image
+
+from ds_linclip.data.decode import (
+    MAX_IMAGE_BYTES,
+    MAX_PIXELS,
+    MAX_TEXT_BYTES,
+    decode_image,
+    decode_text,
+)
+from ds_linclip.data.shard_writer import EncodedSample, FailedSample, encode_jpeg
+from ds_linclip.data.tar_index import BadSample
+
+__all__ = ["RESIZE_MODES", "PairLoader", "PairSet", "ResizeMode", "csv_pairs", "folder_pairs"]
+
+ResizeMode = Literal["no", "border", "keep_ratio", "center_crop"]
+RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+_MAX_JPEG_SIDE = 65535
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Images and captions before anything of them is read.
+
+    Attributes:
+        root: Folder that relative image paths start from.
+        images: Their paths.
+        captions: One for each image, None where the table has none; None for all: in a ``.txt``
+            file beside the image.
+        fingerprint: Differs when the files do.
+    """
+
+    root: str
+    images: list[str]
+    captions: list[str | None] | None
+    fingerprint: str
+
+
+def folder_pairs(folder: Path) -> PairSet:
+    """All images below a folder, sorted by path; the caption of ``a/b.jpg`` is in ``a/b.txt``.
+
+    Raises:
+        ValueError: when it is no folder or holds no images.
+        OSError: when a folder below it cannot be listed.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"source ({folder}) must be a folder")
+    images = []
+    digest = hashlib.sha256()
+    for path in sorted(_files_below(folder)):
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in _IMAGE_SUFFIXES:
+            images.append(path)
+        if suffix in (*_IMAGE_SUFFIXES, ".txt"):
+            file = folder / path
+            state = file.stat() if file.exists() else file.lstat()  # a link may lead nowhere
+            digest.update(os.fsencode(path) + b"\0%d %d\0" % (state.st_size, state.st_mtime_ns))
+    if not images:
+        raise ValueError(f"source ({folder}) must hold images ({', '.join(_IMAGE_SUFFIXES)})")
+    return PairSet(str(folder), images, None, digest.hexdigest())
+
+
+def csv_pairs(file: Path, *, image_column: str, caption_column: str, separator: str) -> PairSet:
+    """The rows of a table with a header line, quoted as csv files are.
+
+    Args:
+        file: UTF-8. Image paths in it are absolute or start from its folder.
+        image_column, caption_column: Names in the header.
+        separator: One character.
+
+    Raises:
+        ValueError: when it is no such table.
+        OSError: when it cannot be read.
+    """
+    if len(separator) != 1 or separator in '"\r\n':
+        raise ValueError(f"separator ({separator!r}) must be one character, no quote or line end")
+    images, captions = [], []
+    # A caption that is no UTF-8 makes one bad sample, not a bad table.
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=separator, strict=True)
+        try:
+            columns = reader.fieldnames or []
+            for name, value in (("image_column", image_column), ("caption_column", caption_column)):
+                if value not in columns:
+                    raise ValueError(f"{name} ({value}) must be a column of {file}: {columns}")
+            for row in reader:
+                images.append(row[image_column] or "")
+                captions.append(row[caption_column])
+        except csv.Error as error:
+            raise ValueError(
+                f"source ({file}) must be a csv file: line {reader.reader.line_num}: {error}"
+            ) from error
+    if not images:
+        raise ValueError(f"source ({file}) must hold rows")
+    with open(file, "rb") as content:
+        fingerprint = hashlib.file_digest(content, "sha256").hexdigest()
+    return PairSet(str(file.parent), images, captions, fingerprint)
+
+
+@dataclass(frozen=True)
+class PairLoader:
+    """Reads, checks and resizes one pair; goes to worker processes.
+
+    Attributes:
+        root: As in :class:`PairSet`.
+        resize: "no" keeps the bytes of the file, after decoding them as a check; "border": the
+            longer side becomes ``image_size``, white fills up the square; "keep_ratio": the
+            shorter side does; "center_crop": that, and a square cut from the middle.
+        image_size: In pixels; not read for "no".
+    """
+
+    root: str
+    resize: ResizeMode
+    image_size: int
+
+    def __call__(self, pair: tuple[str, str | None, bool]) -> EncodedSample | FailedSample:
+        """Load one pair.
+
+        Args:
+            pair: Path of the image, caption, and whether the caption lies in a file beside it.
+        """
+        url, text, caption_in_file = pair
+        readable_url = os.fsencode(url).decode("utf-8", "replace")
+        path = os.path.join(self.root, url)
+        caption = None
+        try:
+            if caption_in_file:
+                caption = decode_text(_read(os.path.splitext(path)[0] + ".txt", "text"))
+            else:
+                caption = _checked_text(text)
+            content = _read(path, "image")
+        except BadSample as error:
+            return FailedSample(readable_url, caption, "failed_to_download", error.cause)
+        try:
+            return self._encode(content, caption, readable_url)
+        except BadSample as error:
+            return FailedSample(readable_url, caption, "failed_to_resize", error.cause)
+
+    def _encode(self, content: bytes, caption: str, url: str) -> EncodedSample:
+        image = decode_image(content)
+        original_size = image.size
+        if self.resize == "no":
+            with Image.open(io.BytesIO(content), formats=tuple(_EXTENSIONS)) as opened:
+                stored, extension = content, _EXTENSIONS[opened.format or ""]
+        else:
+            image = _resized(image, self.resize, self.image_size)
+            stored, extension = encode_jpeg(image), "jpg"
+        return EncodedSample(
+            image=stored,
+            extension=extension,
+            caption=caption,
+            url=url,
+            size=image.size,
+            original_size=original_size,
+            exif=None,
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Relative paths; a folder that cannot be listed is an error."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=fail):
+        prefix = os.path.relpath(parent, folder)
+        for name in names:
+            yield name if prefix == "." else os.path.join(prefix, name)
+
+
+def _read(path: str, role: Literal["image", "text"]) -> bytes:
+    limit = MAX_IMAGE_BYTES if role == "image" else MAX_TEXT_BYTES
+    if not os.path.isfile(path):
+        raise BadSample(f"{role}_missing")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise BadSample(f"{role}_unreadable") from error
+    if len(content) > limit:
+        raise BadSample(f"{role}_too_many_bytes")
+    return content
+
+
+def _checked_text(text: str | None) -> str:
+    if text is None:
+        raise BadSample("text_missing")
+    content = text.encode("utf-8", "surrogateescape")
+    if len(content) > MAX_TEXT_BYTES:
+        raise BadSample("text_too_many_bytes")
+    return decode_text(content)
+
+
+def _resized(image: Image.Image, mode: ResizeMode, image_size: int) -> Image.Image:
+    """Sides rounded and interpolated (area down, Lanczos up) as in img2dataset."""
+    scale = image_size / (max(image.size) if mode == "border" else min(image.size))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    if width * height > MAX_PIXELS or max(width, height) > _MAX_JPEG_SIDE:
+        raise BadSample("image_too_many_pixels")
+    resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.LANCZOS
+    image = image.resize((width, height), resampling)
+    left, top = (image_size - width) // 2, (image_size - height) // 2
+    if mode == "border":
+        square = Image.new("RGB", (image_size, image_size), "white")
+        square.paste(image, (left, top))
+        return square
+    if mode == "center_crop":
+        left, top = (width - image_size) // 2, (height - image_size) // 2
+        return image.crop((left, top, left + image_size, top + image_size))
+    return image

@@ -1,0 +1,395 @@
+"""``make-shards folder`` and ``csv``: every file becomes a sample or a counted failure."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from PIL import Image
+
+from ds_linclip.data.make_shards import main, make_pairs
+from ds_linclip.data.pairs import PairLoader, ResizeMode, csv_pairs, folder_pairs
+from ds_linclip.data.shard_writer import EncodedSample, FailedSample
+
+COMMAND = Path(sys.executable).parent / "ds-linclip"
+FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
+
+
+def picture(width: int, height: int, *, form: str = "JPEG", seed: int = 0, **save: object) -> bytes:
+    """An image file whose pixels differ with the seed."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    small.resize((width, height), Image.Resampling.BICUBIC).save(buffer, form, **save)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of a PNG that claims a size."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + data + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
+
+
+def write_folder(folder: Path, count: int = 12) -> dict[str, bytes]:
+    """Sound pairs in two folders and all formats; returns the files by caption."""
+    files = {}
+    for number in range(count):
+        suffix = list(FORMATS)[number % 5]
+        content = picture(40 + number, 30, form=FORMATS[suffix], seed=number)
+        path = folder / ("cats" if number < count // 2 else "a/dogs") / f"{number:02d}.x.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        path.with_suffix(".txt").write_text(f"  picture {number} ü\n")
+        files[f"picture {number} ü"] = content
+    return files
+
+
+def write_dirty_folder(folder: Path) -> Counter[str]:
+    """Two sound pairs and one or two of each failure; returns the counts."""
+    folder.mkdir(parents=True)
+    sound = picture(20, 20)
+    pairs: list[tuple[str, bytes, bytes | None, str]] = [
+        ("ok.JPG", sound, b"fine", "success"),
+        ("ok2.jpg", picture(24, 24, form="PNG"), b"a png by another name", "success"),
+        ("cut.jpg", sound[: len(sound) // 2], b"cut", "image_undecodable"),
+        ("text.png", b"no image at all", b"text", "image_undecodable"),
+        ("tiny.png", picture(2, 30, form="PNG"), b"tiny", "image_too_small"),
+        ("bomb.png", png_header(30_000, 30_000), b"bomb", "image_too_many_pixels"),
+        ("big.webp", b"\0" * (64 * 2**20 + 1), b"big", "image_too_many_bytes"),
+        ("alone.jpg", sound, None, "text_missing"),
+        ("blank.jpg", sound, b" \n", "text_empty"),
+        ("latin.jpg", sound, "über".encode("latin-1"), "text_not_utf8"),
+        ("novel.jpg", sound, b"x" * (64 * 2**10 + 1), "text_too_many_bytes"),
+    ]
+    for name, content, text, _ in pairs:
+        (folder / name).write_bytes(content)
+        if text is not None:
+            (folder / name).with_suffix(".txt").write_bytes(text)
+    (folder / "gone.png").symlink_to("nowhere")
+    (folder / "gone.txt").write_text("a broken link")
+    (folder / "readme.md").write_text("no image, not counted")
+    return Counter({"image_missing": 1}) + Counter(cause for *_, cause in pairs)
+
+
+def write_csv(file: Path, rows: list[list[str]], separator: str = "\t") -> None:
+    with open(file, "w", newline="", encoding="utf-8") as lines:
+        csv.writer(lines, delimiter=separator).writerows(rows)
+
+
+def read_set(out: Path) -> list[dict[str, bytes]]:
+    """All samples as plain webdataset finds them."""
+    urls = sorted(str(path) for path in out.glob("*.tar"))
+    return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+
+
+def read_rows(out: Path) -> list[dict[str, object]]:
+    paths = sorted(out.glob("*.parquet"))
+    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_folder_keeps_every_file_as_it_is(tmp_path: Path) -> None:
+    files = write_folder(tmp_path / "images")
+    counts = make_pairs(tmp_path / "out", folder_pairs(tmp_path / "images"), samples_per_shard=5)
+    assert counts == {"success": 12}
+    samples = read_set(tmp_path / "out")
+    assert {
+        sample["txt"].decode(): next(sample[ext] for ext in FORMATS if ext in sample)
+        for sample in samples
+    } == files
+    assert [sample["__key__"] for sample in samples][:6] == [
+        *(f"00000000{i}" for i in range(5)),
+        "000010000",
+    ]
+    rows = read_rows(tmp_path / "out")
+    assert [json.loads(sample["json"]) for sample in samples] == rows
+    for row in rows:
+        content = files[str(row["caption"])]
+        assert row["sha256"] == hashlib.sha256(content).hexdigest()
+        assert (tmp_path / "images" / str(row["url"])).read_bytes() == content
+        assert row["width"] == row["original_width"] == 40 + int(str(row["caption"]).split()[1])
+    stats = [
+        json.loads(path.read_text()) for path in sorted((tmp_path / "out").glob("*_stats.json"))
+    ]
+    assert [stat["successes"] for stat in stats] == [5, 5, 2]
+
+
+def test_order_is_shuffled_by_seed_or_kept(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images")
+    pairs = folder_pairs(tmp_path / "images")
+    urls = {}
+    for name, seed in (("kept", None), ("zero", 0), ("one", 1)):
+        make_pairs(tmp_path / name, pairs, shuffle_seed=seed)
+        urls[name] = [row["url"] for row in read_rows(tmp_path / name)]
+    assert urls["kept"] == sorted(urls["kept"], key=str)
+    assert len({tuple(order) for order in urls.values()}) == 3
+    assert len({frozenset(order) for order in urls.values()}) == 1
+
+
+@pytest.mark.parametrize("resize", ["no", "border"])
+def test_bytes_do_not_depend_on_workers(tmp_path: Path, resize: ResizeMode) -> None:
+    write_folder(tmp_path / "images", 40)
+    write_dirty_folder(tmp_path / "images" / "dirty")
+    pairs = folder_pairs(tmp_path / "images")
+    size = None if resize == "no" else 24
+    for workers in (1, 2):
+        counts = make_pairs(
+            tmp_path / f"workers{workers}",
+            pairs,
+            samples_per_shard=9,
+            resize=resize,
+            image_size=size,
+            num_workers=workers,
+        )
+        assert counts is not None
+        assert counts["success"] == 42
+    assert bytes_of(tmp_path / "workers1") == bytes_of(tmp_path / "workers2")
+
+
+def test_bad_pairs_are_counted_and_listed(tmp_path: Path) -> None:
+    expected = write_dirty_folder(tmp_path / "images")
+    counts = make_pairs(tmp_path / "out", folder_pairs(tmp_path / "images"), samples_per_shard=7)
+    assert counts == expected
+    rows = read_rows(tmp_path / "out")
+    assert Counter(row["error_message"] or "success" for row in rows) == expected
+    failed = {row["url"]: row for row in rows if row["status"] != "success"}
+    assert failed["cut.jpg"]["status"] == "failed_to_resize"
+    assert failed["cut.jpg"]["caption"] == "cut"
+    assert failed["alone.jpg"]["status"] == "failed_to_download"
+    assert failed["alone.jpg"]["caption"] is None
+    # Keys are places in the list: failures leave gaps.
+    assert [row["key"] for row in rows] == [f"0000{i // 7}{i % 7:04d}" for i in range(len(rows))]
+    samples = read_set(tmp_path / "out")
+    assert {sample["__key__"] for sample in samples} == {
+        row["key"] for row in rows if row["status"] == "success"
+    }
+    assert sorted("png" if "png" in sample else "jpg" for sample in samples) == [
+        "jpg",
+        "png",
+    ]  # named after what they are
+    total: Counter[str] = Counter()
+    for path in (tmp_path / "out").glob("*_stats.json"):
+        stats = json.loads(path.read_text())
+        assert stats["count"] == sum(stats["status_dict"].values())
+        assert stats["count"] == (
+            stats["successes"] + stats["failed_to_download"] + stats["failed_to_resize"]
+        )
+        total.update(stats["status_dict"])
+    assert total == expected
+
+
+def test_csv_as_open_clip_reads_it(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images", 4)
+    elsewhere = tmp_path / "elsewhere.jpg"
+    elsewhere.write_bytes(picture(33, 22, seed=9))
+    captions = [
+        'say "cheese", please',
+        "two\nlines",
+        " a\ttab ",
+        "",
+        "comma, comma",
+        "nothing there",
+    ]
+    names = ["images/cats/00.x.jpg", "images/cats/01.x.jpeg", "images/a/dogs/02.x.png"]
+    paths = [*names, "images/a/dogs/03.x.webp", str(elsewhere), "images/lost.jpg"]
+    pairs = zip(captions, paths, strict=True)
+    rows = [["id", "title", "filepath"]]
+    rows += [[str(i), caption, path] for i, (caption, path) in enumerate(pairs)]
+    for name, separator in (("tab", "\t"), ("comma", ",")):
+        write_csv(tmp_path / f"{name}.csv", rows, separator)
+        table = csv_pairs(
+            tmp_path / f"{name}.csv",
+            image_column="filepath",
+            caption_column="title",
+            separator=separator,
+        )
+        counts = make_pairs(tmp_path / name, table, shuffle_seed=None)
+        assert counts == {"success": 4, "text_empty": 1, "image_missing": 1}
+        texts = [sample["txt"].decode() for sample in read_set(tmp_path / name)]
+        assert texts == ['say "cheese", please', "two\nlines", "a\ttab", "comma, comma"]
+        assert [row["url"] for row in read_rows(tmp_path / name)] == paths
+    assert read_set(tmp_path / "tab")[3]["jpg"] == elsewhere.read_bytes()
+
+
+def test_csv_row_with_broken_text_is_one_bad_sample(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(20, 20))
+    (tmp_path / "a.tsv").write_bytes(
+        b"\xef\xbb\xbffilepath\ttitle\na.jpg\tgood\na.jpg\tb\xe4d\na.jpg\n\xe4.jpg\tlost\n"
+    )
+    pairs = csv_pairs(
+        tmp_path / "a.tsv", image_column="filepath", caption_column="title", separator="\t"
+    )
+    counts = make_pairs(tmp_path / "out", pairs)
+    assert counts == {"success": 1, "text_not_utf8": 1, "text_missing": 1, "image_missing": 1}
+    assert "�.jpg" in [row["url"] for row in read_rows(tmp_path / "out")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "expected"),
+    [
+        ("border", (100, 50), (32, 32)),
+        ("border", (10, 8), (32, 32)),
+        ("keep_ratio", (100, 50), (64, 32)),
+        ("keep_ratio", (10, 15), (32, 48)),
+        ("center_crop", (100, 50), (32, 32)),
+        ("center_crop", (8, 24), (32, 32)),
+    ],
+)
+def test_resize_modes_are_img2datasets(
+    tmp_path: Path, mode: ResizeMode, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    red_left = Image.new("RGB", size, "blue")
+    red_left.paste("red", (0, 0, size[0] // 2, size[1]))
+    red_left.save(tmp_path / "a.png")
+    sample = PairLoader(str(tmp_path), mode, 32)(("a.png", "red and blue", False))
+    assert isinstance(sample, EncodedSample)
+    with Image.open(io.BytesIO(sample.image)) as image:
+        assert (image.format, image.size, sample.size) == ("JPEG", expected, expected)
+        pixels = np.asarray(image).astype(int)
+    assert sample.original_size == size
+    middle = pixels[expected[1] // 2]
+    assert middle[2, 0] - middle[2, 2] > 150  # red
+    assert middle[-3, 2] - middle[-3, 0] > 150  # blue
+    is_white = (pixels > 240).all(axis=2)
+    share = 1 - min(size) / max(size) if mode == "border" else 0
+    assert is_white.mean() == pytest.approx(share, abs=0.06)
+    if share > 0.4:
+        assert is_white[0].all()
+        assert is_white[-1].all()
+
+
+def test_exif_rotation_transparency_and_extremes(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    (tmp_path / "turned.jpg").write_bytes(picture(60, 30, exif=exif.tobytes()))
+    Image.new("RGBA", (30, 30), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (8000, 4), "red").save(tmp_path / "line.png")
+    keep = PairLoader(str(tmp_path), "keep_ratio", 16)
+    turned = keep(("turned.jpg", "x", False))
+    assert isinstance(turned, EncodedSample)
+    assert (turned.size, turned.original_size) == ((16, 32), (30, 60))
+    clear = keep(("clear.png", "x", False))
+    assert isinstance(clear, EncodedSample)
+    assert np.asarray(Image.open(io.BytesIO(clear.image))).min() > 250
+    huge = PairLoader(str(tmp_path), "keep_ratio", 256)(("line.png", "x", False))
+    assert isinstance(huge, FailedSample)
+    assert huge.cause == "image_too_many_pixels"
+    thin = PairLoader(str(tmp_path), "border", 256)(("line.png", "x", False))
+    assert isinstance(thin, EncodedSample)
+
+
+def test_changed_files_are_not_taken_for_the_same_set(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images", 3)
+    out = tmp_path / "out"
+    assert make_pairs(out, folder_pairs(tmp_path / "images")) == {"success": 3}
+    before = bytes_of(out)
+    assert make_pairs(out, folder_pairs(tmp_path / "images"), num_workers=2) is None
+    (tmp_path / "images" / "cats" / "00.x.txt").write_text("another caption")
+    with pytest.raises(ValueError, match=r"out \(.*\) must be empty: it holds"):
+        make_pairs(out, folder_pairs(tmp_path / "images"))
+    assert bytes_of(out) == before
+
+
+def test_all_bad_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(b"broken")
+        (tmp_path / "images" / f"{number}.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"source \(.*\) must hold a usable pair.*undecodable: 3"):
+        make_pairs(tmp_path / "out", folder_pairs(tmp_path / "images"), num_workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_file_that_may_not_be_read_is_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images", 2)
+    (tmp_path / "images" / "cats" / "00.x.jpg").chmod(0)
+    counts = make_pairs(tmp_path / "out", folder_pairs(tmp_path / "images"))
+    assert counts == {"success": 1, "image_unreadable": 1}
+
+
+def test_command_reports_what_failed(tmp_path: Path) -> None:
+    expected = write_dirty_folder(tmp_path / "images")
+    arguments = ["folder", tmp_path / "images", tmp_path / "out", "--workers", "2"]
+    arguments += ["--resize", "border", "--image-size", "32", "--shuffle-seed", "none"]
+    done = subprocess.run(
+        [str(word) for word in (COMMAND, "make-shards", *arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "written, 2 samples, 10 failed\n" in done.stdout
+    lines = dict(line.split() for line in done.stdout.splitlines()[1:])
+    assert {cause: int(count) for cause, count in lines.items()} == {
+        cause: count for cause, count in expected.items() if cause != "success"
+    }
+    assert "12/12" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("folder nowhere OUT", "source (nowhere) must be a folder"),
+        ("folder empty OUT", "source (empty) must hold images"),
+        ("folder images OUT --workers 0", "workers (0)"),
+        ("folder images OUT --samples-per-shard 10001", "samples_per_shard (10001)"),
+        ("folder images OUT --resize border", "image_size (None)"),
+        ("folder images OUT --image-size 64", "image_size (64)"),
+        ("folder images OUT --resize border --image-size 3", "image_size (3)"),
+        ("folder images OUT --shuffle-seed -1", "shuffle_seed (-1)"),
+        ("folder images images", "out (images) must be empty"),
+        ("csv nowhere.csv OUT", "nowhere.csv"),
+        ("csv table.csv OUT", "image_column (filepath) must be a column of table.csv"),
+        ("csv table.csv OUT --separator , --image-column a --caption-column b", "line 3"),
+        ("csv table.csv OUT --separator ;;", "separator (';;') must be one character"),
+        ("csv header.csv OUT", "source (header.csv) must hold rows"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "images", 2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text('a,b\n1,2\n"open,3\n')
+    (tmp_path / "header.csv").write_text("filepath\ttitle\n")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_command_ends_with_2_for_a_mistake(tmp_path: Path) -> None:
+    command = [str(COMMAND), "make-shards", "folder", str(tmp_path / "no"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: source ({tmp_path / 'no'}) must be a folder\n"
+    unknown = subprocess.run(
+        [str(COMMAND), "bake-shards"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert unknown.returncode == 2
+    assert "make-shards" in unknown.stderr
