@@ -122,7 +122,7 @@ class SampleReader:
             The sample, and why the one at this very place was bad (None: it was good).
 
         Raises:
-            DataError: when all candidates for the replacement are bad, or a shard cannot be reached.
+            DataError: when all candidates for the replacement are bad, or a shard is out of reach.
         """
         first_cause: str | None = None
         tried = 0

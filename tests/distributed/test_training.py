@@ -7,6 +7,7 @@ import pytest
 
 from ds_linclip.checkpoint import CheckpointStore, read_model_state
 from ds_linclip.config import load_config
+from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 
 pytestmark = pytest.mark.distributed
@@ -99,6 +100,11 @@ def test_run_folder_says_what_the_run_was(job):
         ("zero.stage=2", r"step-00000030, .*zero\.stage \(2\) must equal 1"),
         ("train.seed=5", r"step-00000030, .*train\.seed \(5\) must equal 0"),
         ("optim.lr=1.0", r"step-00000030, .*optim\.lr \(1\.0\) must equal 0\.002"),
+        ("data.num_lanes=3", r"data\.num_lanes \(3\) must equal 1.* order of data\.train"),
+        (
+            "data.resolutions=[{image_size: 64}]",
+            r"data\.resolutions \(\[.*64.*\]\) must equal \[\]",
+        ),
         ("train.steps=900", r"step-00000030, .*train\.steps \(900\) must equal 30"),
         (
             "name=fp32_zero1_whole",
@@ -113,6 +119,8 @@ def test_checkpoint_of_another_run_is_refused(job, embedded_overrides, override,
         [*embedded_overrides, f"output_dir={job}", "name=fp32_zero1_whole", override],
     )
     before = sorted(job.rglob("*"))
+    groups = find_shards(config.data.train, Storage(config.data.cache, config.data.network))
+    data = TrainData(config, groups, dp_rank=0, dp_size=1)
     with pytest.raises(AgreedError, match=message):
-        CheckpointStore(config, Mesh.create(), num_samples=1437).newest()
+        CheckpointStore(config, Mesh.create(), data.identity).newest()
     assert sorted(job.rglob("*")) == before
