@@ -24,12 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # Imported where it is needed: torch takes seconds.
     if options.command == "make-shards":
-        from ds_linclip.data import make_shards
-
-        return make_shards.main(options.arguments)
-    from ds_linclip.data import inspect_shards
-
-    return inspect_shards.main(options.arguments)
+        from ds_linclip.data.make_shards import main as run
+    else:
+        from ds_linclip.data.inspect_shards import main as run
+    return run(options.arguments)
 
 
 if __name__ == "__main__":

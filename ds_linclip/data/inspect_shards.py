@@ -224,14 +224,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ds-linclip inspect-shards", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ds-linclip inspect-shards",
+        description="Report what shards hold and what of it training cannot use.",
+    )
     parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="as in data.train")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--max-shards", type=int, help="look at so many, evenly spaced")
-    parser.add_argument("--max-samples", type=int, help="read at most so many, evenly spaced")
     parser.add_argument(
-        "--workers", type=int, default=num_usable_cores(), help="processes; default: one per core"
+        "--max-shards", type=int, metavar="N", help="look at N shards, evenly spaced"
     )
-    parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--cache-dir", help="local folder for remote shards")
+    parser.add_argument(
+        "--max-samples", type=int, metavar="N", help="read at most N samples, evenly spaced"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=num_usable_cores(),
+        metavar="N",
+        help="processes; default: one per core",
+    )
+    parser.add_argument(
+        "--decode",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="decode the images instead of reading their headers only; default: yes",
+    )
+    parser.add_argument("--cache-dir", metavar="DIR", help="copies of remote shards go there")
     return parser

@@ -3,14 +3,15 @@
 Drawn on a bare ``matplotlib.figure.Figure``: no window system, no global pyplot state.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 __all__ = ["draw_inspection"]
 
@@ -30,9 +31,9 @@ def draw_inspection(report: Mapping[str, Any]) -> Figure:
     )
     FigureCanvasAgg(figure)
     samples = report["samples"]
-    share = f", {samples['usable'] / samples['read']:.1%} of them usable" if samples["read"] else ""
     figure.suptitle(
-        f"{report['shards']['inspected']:,} shards, {samples['read']:,} samples read{share}",
+        f"{report['shards']['inspected']:,} shards: {samples['expected']:,} samples expected, "
+        f"{samples['read']:,} read, {samples['usable']:,} usable",
         color=_INK,
         fontsize=13,
         fontweight="bold",
@@ -67,7 +68,7 @@ def _draw_sizes(axes: Axes, width: Mapping[str, Any], height: Mapping[str, Any])
     _fill(axes, width, _BLUE, label="width")
     if height["count"]:
         axes.stairs(height["counts"], height["edges"], color=_ORANGE, linewidth=1.6, label="height")
-        axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+        axes.legend(frameon=False, labelcolor=_INK, fontsize=9, ncols=2, loc="upper right")
     _log_ticks(axes, str)
 
 
@@ -120,33 +121,30 @@ def _style(axes: Axes, title: str, label: str, *, grid: str = "y") -> None:
     axes.tick_params(colors=_MUTED, labelsize=9, length=0)
     axes.grid(axis=grid, color=_GRID, linewidth=0.8)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def _fill(axes: Axes, distribution: Mapping[str, Any], colour: str, label: str = "") -> None:
+    counts, edges = distribution["counts"], distribution["edges"]
     if distribution["count"]:
-        axes.stairs(
-            distribution["counts"],
-            distribution["edges"],
-            fill=True,
-            color=colour,
-            alpha=0.85,
-            label=label,
-        )
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.85, label=label)
+        axes.set_ylim(0, 1.2 * max(counts))  # room for a legend
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _log_ticks(axes: Axes, form: Any) -> None:
-    """Few round numbers, whether the values span a tenth of a decade or six."""
-    axes.set_xscale("log")
+def _log_ticks(axes: Axes, form: Callable[[int], str]) -> None:
+    """Few ticks, whether the values span a factor of two or a million."""
+    axes.set_xscale("log", base=2)
     low, high = axes.get_xlim()
-    subs = (1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    doublings = math.log2(high / low)
+    axes.xaxis.set_major_locator(LogLocator(base=2 ** max(1, round(doublings / 8))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(round(value))))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _bytes(count: int) -> str:
-    for unit, size in (("MB", 10**6), ("kB", 10**3)):
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} B"

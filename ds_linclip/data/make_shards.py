@@ -245,7 +245,10 @@ def _run(options: argparse.Namespace) -> str:
         shuffle_seed=options.shuffle_seed,
         num_workers=options.workers,
     )
-    return "already complete" if counts is None else _summary(counts)
+    last = (len(pairs.images) - 1) // options.samples_per_shard
+    name = "00000" if last == 0 else f"{{00000..{last:05d}}}"
+    summary = "already complete" if counts is None else _summary(counts)
+    return f"{summary}\ndata.train=['{options.out}/{name}.tar']"
 
 
 def _summary(counts: Counter[str]) -> str:
@@ -256,7 +259,10 @@ def _summary(counts: Counter[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ds-linclip make-shards", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ds-linclip make-shards",
+        description="Write a data set as shards. A set that is already there is left alone.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, size in (("digits", 32), ("scenes", 256)):
         command = commands.add_parser(name, help=f"the {name} that ds_linclip makes itself")
@@ -272,22 +278,30 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("csv", help="images and captions named in a table")
     table.add_argument("source", type=Path, help="table with a header line")
     _add_pair_options(table)
-    table.add_argument("--image-column", default="filepath", help="paths of the images")
-    table.add_argument("--caption-column", default="title")
-    table.add_argument("--separator", type=_separator, default="\t", help=r"default: tab, '\t'")
+    table.add_argument("--image-column", default="filepath", help="default: filepath")
+    table.add_argument("--caption-column", default="title", help="default: title")
+    table.add_argument("--separator", type=_separator, default="\t", help=r"default: '\t', a tab")
     return parser
 
 
 def _add_pair_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", type=Path, help="folder to write")
-    command.add_argument("--samples-per-shard", type=int, default=_MAX_SAMPLES_PER_SHARD)
+    command.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=_MAX_SAMPLES_PER_SHARD,
+        metavar="N",
+        help="default and most: 10000",
+    )
     command.add_argument(
         "--resize",
         choices=RESIZE_MODES,
         default="no",
         help="as img2dataset's resize_mode; default: no, keep the files as they are",
     )
-    command.add_argument("--image-size", type=int, help="side in pixels, unless --resize no")
+    command.add_argument(
+        "--image-size", type=int, metavar="N", help="side in pixels, unless --resize no"
+    )
     command.add_argument(
         "--shuffle-seed",
         type=lambda word: None if word == "none" else int(word),
@@ -296,7 +310,11 @@ def _add_pair_options(command: argparse.ArgumentParser) -> None:
         help="of the order before it is cut into shards; none: keep it; default: 0",
     )
     command.add_argument(
-        "--workers", type=int, default=num_usable_cores(), help="processes; default: one per core"
+        "--workers",
+        type=int,
+        default=num_usable_cores(),
+        metavar="N",
+        help="processes; default: one per core",
     )
 
 

@@ -336,7 +336,9 @@ def test_command_reports_what_failed(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "written, 2 samples, 10 failed\n" in done.stdout
-    lines = dict(line.split() for line in done.stdout.splitlines()[1:])
+    *table, pattern = done.stdout.splitlines()[1:]
+    assert pattern == f"data.train=['{tmp_path / 'out'}/00000.tar']"
+    lines = dict(line.split() for line in table)
     assert {cause: int(count) for cause, count in lines.items()} == {
         cause: count for cause, count in expected.items() if cause != "success"
     }

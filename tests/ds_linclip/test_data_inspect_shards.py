@@ -1,0 +1,249 @@
+"""``inspect-shards``: every damage is counted under its cause, nothing else is."""
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from ds_linclip.data.inspect_shards import inspect_shards, main
+
+COMMAND = Path(sys.executable).parent / "ds-linclip"
+
+
+def picture(width: int = 20, height: int = 10, form: str = "JPEG", mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(buffer, form)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of a PNG that claims a size."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + data + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
+
+
+def write_shard(
+    path: Path, samples: list[tuple[str, dict[str, bytes]]], expected: int | None = None
+) -> None:
+    """A tar of these members and statistics that expect all of them, or another number."""
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples:
+            for extension, content in members.items():
+                header = tarfile.TarInfo(f"{key}.{extension}")
+                header.size = len(content)
+                tar.addfile(header, io.BytesIO(content))
+    write_stats(path, len(samples) if expected is None else expected)
+
+
+def write_stats(path: Path, successes: int) -> None:
+    path.with_name(f"{path.stem}_stats.json").write_text(json.dumps({"successes": successes}))
+
+
+def sound(count: int) -> list[tuple[str, dict[str, bytes]]]:
+    return [(f"s{i}", {"jpg": picture(), "txt": b"one two three"}) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Seven shards with all that can be wrong; returns their pattern."""
+    folder = tmp_path_factory.mktemp("dirty")
+    image, text = picture(), b"one two three"
+    half = picture(100, 100)[:-1000]  # the header is whole
+    write_shard(
+        folder / "00000.tar",
+        [
+            ("fine", {"jpg": image, "txt": text}),
+            ("long", {"png": picture(64, 48, "PNG", "L"), "txt": b"word " * 100}),
+            ("cut", {"jpg": half, "txt": text}),
+            ("junk", {"webp": b"no image", "txt": text}),
+            ("tiny", {"png": picture(3, 30, "PNG"), "txt": text}),
+            ("bomb", {"png": png_header(30_000, 30_000), "txt": text}),
+            ("huge", {"jpg": bytes(MAX_IMAGE_BYTES + 1), "txt": text}),
+            ("mute", {"jpg": image}),
+            ("blind", {"txt": text}),
+            ("blank", {"jpg": image, "txt": b" \n"}),
+            ("latin", {"jpg": image, "txt": b"\xfcber"}),
+            ("novel", {"jpg": image, "txt": b"x" * (MAX_TEXT_BYTES + 1)}),
+            ("both", {"jpg": half, "txt": b""}),  # the text is read first
+        ],
+    )
+    write_shard(folder / "00001.tar", sound(5), expected=7)
+    write_shard(folder / "00002.tar", sound(4))
+    with tarfile.open(folder / "00002.tar") as tar:
+        place = tar.getmember("s3.txt").offset_data
+    with open(folder / "00002.tar", "r+b") as file:
+        file.truncate(place + 5)
+    (folder / "00003.tar").write_bytes(b"garbage" * 1000)
+    write_stats(folder / "00003.tar", 4)
+    write_shard(folder / "00004.tar", [*sound(3), ("s1", {"jpg": image, "txt": text})])
+    write_shard(folder / "00005.tar", sound(5), expected=3)
+    (folder / "00006.tar").write_bytes(b"")
+    write_stats(folder / "00006.tar", 3)
+    return f"{folder}/{{00000..00006}}.tar"
+
+
+@pytest.fixture(scope="module")
+def dirty_report(dirty: str) -> dict[str, Any]:
+    return inspect_shards([dirty])
+
+
+def test_every_cause_is_counted_exactly(dirty_report: dict[str, Any]) -> None:
+    assert dirty_report["causes"] == {
+        "image_missing": {"samples": 1, "shards": 1},
+        "image_too_many_bytes": {"samples": 1, "shards": 1},
+        "image_too_many_pixels": {"samples": 1, "shards": 1},
+        "image_too_small": {"samples": 1, "shards": 1},
+        "image_undecodable": {"samples": 2, "shards": 1},
+        "keys_repeated": {"samples": 1, "shards": 1},
+        "shard_cut": {"samples": 0, "shards": 1},
+        "shard_long": {"samples": 2, "shards": 1},
+        "shard_short": {"samples": 2, "shards": 1},
+        "shard_unreadable": {"samples": 7, "shards": 2},
+        "text_cut": {"samples": 1, "shards": 1},
+        "text_empty": {"samples": 2, "shards": 1},
+        "text_missing": {"samples": 1, "shards": 1},
+        "text_not_utf8": {"samples": 1, "shards": 1},
+        "text_too_many_bytes": {"samples": 1, "shards": 1},
+    }
+    # 13 + 7 + 4 + 4 + 4 + 3 + 3; 13 + 5 + 4 + 4 + 5; two of the last five are never read.
+    assert dirty_report["samples"] == {"expected": 38, "found": 31, "read": 29, "usable": 17}
+    assert dirty_report["shards"] == {"listed": 7, "inspected": 7}
+    problems = {Path(problem.pop("url")).name: problem for problem in dirty_report["problems"]}
+    assert problems["00001.tar"] == {
+        "cause": "shard_short",
+        "samples": 2,
+        "expected": 7,
+        "found": 5,
+    }
+    assert [problems[name]["cause"] for name in sorted(problems)] == [
+        "shard_short",
+        "shard_cut",
+        "shard_unreadable",
+        "keys_repeated",
+        "shard_long",
+        "shard_unreadable",
+    ]
+
+
+def test_usable_samples_are_measured(dirty_report: dict[str, Any]) -> None:
+    tokens = dirty_report["caption_tokens"]
+    assert (tokens["min"], tokens["median"], tokens["max"]) == (5, 5, 102)
+    assert (tokens["truncated"], tokens["truncated_share"]) == (1, 1 / 17)
+    assert tokens["count"] == sum(tokens["counts"]) == 17
+    characters = dirty_report["caption_characters"]
+    assert (characters["min"], characters["max"]) == (13, 499)
+    assert characters["mean"] == pytest.approx((16 * 13 + 499) / 17)
+    assert dirty_report["image_sizes"] == [[20, 10, 16], [64, 48, 1]]
+    assert (dirty_report["image_width"]["min"], dirty_report["image_width"]["max"]) == (20, 64)
+    assert (dirty_report["image_height"]["min"], dirty_report["image_height"]["max"]) == (10, 48)
+    assert dirty_report["image_bytes"]["median"] == len(picture())
+    assert sum(dirty_report["image_bytes"]["counts"]) == 17
+    assert dirty_report["formats"] == {"JPEG": 16, "PNG": 1}
+    assert dirty_report["modes"] == {"RGB": 16, "L": 1}
+
+
+def test_report_does_not_depend_on_workers(dirty: str) -> None:
+    reports = [inspect_shards([dirty], num_workers=workers) for workers in (1, 2)]
+    for report in reports:
+        assert report.pop("throughput")["samples_per_second"] > 0
+    assert json.dumps(reports[0]) == json.dumps(reports[1])
+
+
+def test_without_decoding_headers_alone_are_judged(dirty: str) -> None:
+    report = inspect_shards([dirty], decode=False)
+    assert report["causes"]["image_undecodable"]["samples"] == 1  # the cut one goes unnoticed
+    assert report["causes"]["image_too_small"]["samples"] == 1
+    assert report["samples"]["usable"] == 18
+
+
+def test_limits_look_at_an_even_part(tmp_path: Path) -> None:
+    for number in range(10):
+        samples = [
+            (f"s{i}", {"jpg": picture(10 + number, 10), "txt": b"w " * (i + 1)}) for i in range(8)
+        ]
+        write_shard(tmp_path / f"{number:05d}.tar", samples)
+    pattern = f"{tmp_path}/{{00000..00009}}.tar"
+    report = inspect_shards([pattern], max_shards=5, max_samples=11)
+    assert report["shards"] == {"listed": 10, "inspected": 5}
+    assert report["samples"] == {"expected": 40, "found": 40, "read": 11, "usable": 11}
+    assert {width for width, *_ in report["image_sizes"]} == {10, 12, 14, 16, 18}
+    assert report["caption_tokens"]["max"] >= 7  # not the first samples only
+    assert report["causes"] == {}
+
+
+def test_command_writes_report_and_picture(dirty: str, tmp_path: Path) -> None:
+    arguments = ["inspect-shards", dirty, "--out", str(tmp_path / "a" / "report"), "--workers", "2"]
+    done = subprocess.run(
+        [str(COMMAND), *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "38 samples expected, 31 found, 29 read, 17 usable" in done.stdout
+    table = [line.split() for line in done.stdout.splitlines()]
+    assert ["shard_unreadable", "7", "2"] in table
+    assert ["image_width", "20", "20", "64", "64"] in table
+    assert "captions over 77 tokens: 5.88%" in done.stdout
+    assert "7/7" in done.stderr
+    report = json.loads((tmp_path / "a" / "report" / "report.json").read_text())
+    assert report["samples"]["usable"] == 17
+    with Image.open(tmp_path / "a" / "report" / "report.png") as figure:
+        assert figure.size == (1320, 888)
+        grey = np.asarray(figure.convert("L"))
+        halves = [half for rows in np.array_split(grey, 2) for half in np.array_split(rows, 2, 1)]
+    assert all((half < 160).mean() > 0.01 for half in halves)  # a panel with something in each
+
+
+def test_nothing_usable_is_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "00000.tar").write_bytes(b"garbage" * 1000)
+    write_stats(tmp_path / "00000.tar", 4)
+    arguments = [f"{tmp_path}/00000.tar", "--out", str(tmp_path / "report"), "--workers", "1"]
+    assert main(arguments) == 0
+    assert "no usable sample" in capsys.readouterr().out
+    assert (tmp_path / "report" / "report.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nothing.tar --out report", "(nothing.tar) matches no file"),
+        ("{00000..00001}.tar --out report", "1 of 2 are missing, first 00001.tar"),
+        ("pipe:cat --out report", "pipe:cat"),
+        ("00000.tar --out report --max-shards 0", "max_shards (0) must be at least 1"),
+        ("00000.tar --out report --max-samples -3", "max_samples (-3) must be at least 1"),
+        ("00000.tar --out report --workers 0", "workers (0) must be at least 1"),
+        ("00000.tar --out file", "file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_shard(tmp_path / "00000.tar", sound(1))
+    (tmp_path / "file").write_text("no folder")
+    assert main(arguments.split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_command_ends_with_2_for_a_mistake(tmp_path: Path) -> None:
+    command = [str(COMMAND), "inspect-shards", "nothing.tar", "--out", str(tmp_path / "report")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
