@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import random
 import resource
+import struct
 import tarfile
+import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,6 +44,18 @@ def jpeg(number: int, mode: str = "RGB", file_format: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize((20, 16)).convert(mode).save(buffer, file_format)
     return buffer.getvalue()
+
+
+def png_bomb() -> bytes:
+    """A small file whose header announces 60,000 x 60,000 pixels."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(100_000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
 def sound_samples() -> dict[str, dict[str, bytes]]:
@@ -212,6 +227,7 @@ def make_dirty(samples: dict[str, dict[str, bytes]]) -> dict[str, str]:
         19: "text_not_utf8",
         44: "image_undecodable",
         45: "text_too_many_bytes",
+        50: "image_too_many_pixels",
         59: "image_too_small",
     }
     keys = list(samples)
@@ -225,10 +241,19 @@ def make_dirty(samples: dict[str, dict[str, bytes]]) -> dict[str, str]:
     tiny = io.BytesIO()
     Image.new("RGB", (1, 1)).save(tiny, "JPEG")
     samples[keys[59]]["jpg"] = tiny.getvalue()
+    samples[keys[50]]["png"] = png_bomb()
+    del samples[keys[50]]["jpg"]
     # Unusual, but sound.
     samples[keys[20]]["jpg"] = jpeg(20, "L")
     samples[keys[21]]["jpg"] = jpeg(21, "CMYK")
-    samples[keys[22]]["jpg"] = jpeg(22, "RGBA", "PNG")
+    for number, mode, file_format in (
+        *((22, "RGBA", "PNG"), (23, "P", "PNG"), (24, "P", "GIF"), (25, "RGBA", "WEBP")),
+        *((26, "I;16", "PNG"), (27, "LA", "PNG"), (28, "1", "PNG")),
+    ):
+        samples[keys[number]]["jpg"] = jpeg(number, mode, file_format)
+    items = [("a.dotted.key" if key == keys[29] else key, parts) for key, parts in samples.items()]
+    samples.clear()
+    samples.update(items)
     return {keys[number]: cause for number, cause in causes.items()}
 
 
@@ -244,8 +269,56 @@ def test_bad_samples_are_replaced_and_counted(tmp_path: Path, num_workers: int) 
     assert seen.total() == NUM_SAMPLES
     assert set(seen) == set(samples) - set(causes)
     # The next good sample of the same shard; 59 is the last of its shard, whose first is 45.
-    replacements = [5, 5, 20, 20, 20, 30, 46, 46]
+    replacements = [5, 5, 20, 20, 20, 30, 46, 46, 51]
     assert seen - Counter(set(seen)) == Counter(f"{number:09d}" for number in replacements)
+
+
+def test_keys_that_come_twice_are_both_kept_and_reported(tmp_path: Path) -> None:
+    patterns = write_shards(tmp_path, sound_samples())
+    with tarfile.open(tmp_path / "00001.tar") as tar:
+        contents = [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
+    with tarfile.open(tmp_path / "00001.tar", "w") as tar:
+        for name, content in contents:
+            info = tarfile.TarInfo(name.replace("000000016", "000000015"))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    batches = take(train_data(patterns), NUM_SAMPLES // BATCH)
+    seen = Counter(key for batch in batches for key in batch.keys)
+    assert seen["000000015"] == 2
+    assert {caption for batch in batches for caption in batch.captions} == {
+        f"picture {number}" for number in range(NUM_SAMPLES)
+    }
+    problems = {p for batch in batches for p in batch.problems}
+    assert [(p.cause, p.found, p.expected) for p in problems] == [("keys_repeated", 15, 14)]
+
+
+def test_bomb_and_huge_caption_cost_nothing(tmp_path: Path) -> None:
+    samples = sound_samples()
+    keys = list(samples)
+    samples[keys[0]] = {"png": png_bomb(), "txt": b"a bomb"}
+    samples[keys[1]]["txt"] = b"x" * 50_000_000
+    batches = train_data(write_shards(tmp_path, samples), global_batch_size=1).batches(0)
+    next(batches)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    slowest, skipped = 0.0, Counter[str]()
+    for _ in range(NUM_SAMPLES - 1):
+        began = time.process_time()
+        skipped.update(next(batches).skipped)
+        slowest = max(slowest, time.process_time() - began)
+    assert set(skipped) == {"image_too_many_pixels", "text_too_many_bytes"}
+    assert slowest < 0.1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 20 * 1024
+
+
+def test_fewer_shards_than_readers(tmp_path: Path) -> None:
+    patterns = write_shards(tmp_path, sound_samples())
+    one_shard = [patterns[0].replace("{00000..00003}", "00002")]
+    whole = take(train_data(one_shard, num_lanes=8), 5)
+    assert len({key for batch in whole for key in batch.keys}) == NUM_SAMPLES // NUM_SHARDS
+    for rank in range(4):
+        part = train_data(one_shard, num_lanes=8, num_workers=2, dp_rank=rank, dp_size=4)
+        for step, batch in enumerate(take(part, 5)):
+            assert batch.keys == whole[step].keys[3 * rank : 3 * rank + 3]
 
 
 def test_cut_and_lost_shards_are_replaced_and_counted(tmp_path: Path) -> None:
