@@ -53,7 +53,7 @@ def test_tensorboard_holds_scalars_and_pictures(finished):
     expected = {
         *("train/loss", "train/lr", "train/logit_scale", "train/grad_norm"),
         *("perf/samples_per_second", "perf/tokens_per_second", "perf/data_seconds_per_step"),
-        *("perf/peak_memory_gib", "data/skipped_samples"),
+        *("perf/peak_memory_gib", "data/skipped_samples", "data/bad_shards"),
         *("eval/zeroshot_top1", "eval/zeroshot_top5"),
     }
     assert expected <= set(tags["scalars"])
@@ -61,6 +61,15 @@ def test_tensorboard_holds_scalars_and_pictures(finished):
     picture = board.Images("eval/predictions")[-1]
     assert picture.width > 300
     assert len(picture.encoded_image_string) > 10_000
+
+
+def test_data_report_counts_what_was_read(finished):
+    run, _ = finished
+    report = json.loads((run / "data_report.json").read_text())
+    assert report == {
+        **{"step": 12, "samples": 12 * 128, "skipped_samples": 0},
+        **{"skipped": {}, "shards": []},
+    }
 
 
 def test_eval_script_repeats_the_score_of_training(finished):
@@ -144,6 +153,35 @@ def test_shards_without_a_usable_sample_end_the_run(deepspeed_cpu, embedded_over
         r"^error: rank \d: data\.train .*00000\.tar\) must hold usable", done.stderr, re.M
     )
     assert "image_undecodable" in done.stderr
+
+
+def test_too_many_bad_samples_end_the_run(deepspeed_cpu, digits, embedded_overrides, tmp_path):
+    """A quarter of the captions is empty; a lost shard is among the rest."""
+    for shard in sorted((digits / "train").glob("*.tar")):
+        samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+        with webdataset.TarWriter(str(tmp_path / shard.name)) as tar:
+            for index, sample in enumerate(samples):
+                caption = b"" if index % 4 == 0 else sample["txt"]
+                tar.write({"__key__": sample["__key__"], "jpg": sample["jpg"], "txt": caption})
+    (tmp_path / "sizes.json").write_text(json.dumps({f"{n:05d}.tar": 179 for n in range(8)}))
+    (tmp_path / "00003.tar").write_bytes(b"garbage")
+    overrides = [*embedded_overrides, f"output_dir={tmp_path}", "name=dirty", "eval.data=null"]
+    pattern = f"data.train=['{tmp_path}/{{00000..00007}}.tar']"
+    done = deepspeed_cpu(TRAIN, EMBEDDED, *overrides, pattern)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(
+        r"data\.max_bad_samples \(0\.1\) is exceeded: (\d+) of 1280 samples are bad "
+        r"\(text_empty \d+, shard_unreadable \d+\)",
+        errors[0],
+    )
+    assert "Traceback" not in done.stderr
+    report = json.loads((tmp_path / "dirty" / "data_report.json").read_text())
+    assert report["samples"] == 1280
+    assert report["skipped_samples"] == sum(report["skipped"].values()) > 128
+    lost = [shard for shard in report["shards"] if shard["cause"] == "shard_unreadable"]
+    assert [shard["url"] for shard in lost] == [f"{tmp_path}/00003.tar"]
 
 
 @pytest.mark.parametrize(
