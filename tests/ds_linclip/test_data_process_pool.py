@@ -1,0 +1,87 @@
+"""The map over processes: in order, bounded, and gone when it is closed."""
+
+import multiprocessing
+import operator
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ds_linclip.data.process_pool import ordered_map
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_results_come_in_order_and_few_items_wait(num_workers: int) -> None:
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        for item in range(1, 101):
+            taken += 1
+            yield item
+
+    with closing(ordered_map(operator.neg, items(), num_workers=num_workers)) as results:
+        for number, result in enumerate(results, start=1):
+            assert result == -number
+            assert taken - number < 4 * num_workers
+    assert taken == 100
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_error_of_one_item_reaches_the_caller(num_workers: int) -> None:
+    results = ordered_map(operator.index, [1, "two", 3], num_workers=num_workers)
+    assert next(results) == 1
+    with pytest.raises(TypeError, match="str"):
+        next(results)
+
+
+def test_closing_early_ends_the_processes() -> None:
+    with closing(ordered_map(operator.neg, range(10**9), num_workers=2)) as results:
+        assert [next(results) for _ in range(3)] == [0, -1, -2]
+        assert len(multiprocessing.active_children()) == 2
+    assert multiprocessing.active_children() == []
+
+
+def test_interrupted_command_leaves_no_files_and_no_processes(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(3000):
+        if number == 0:
+            Image.new("RGB", (600, 600)).save(tmp_path / "images" / "0.jpg")
+        else:
+            os.link(tmp_path / "images" / "0.jpg", tmp_path / "images" / f"{number}.jpg")
+        (tmp_path / "images" / f"{number}.txt").write_text("black")
+    command = [Path(sys.executable).parent / "ds-linclip", "make-shards", "folder"]
+    arguments = [tmp_path / "images", tmp_path / "out", "--workers", "2", "--resize", "border"]
+    running = subprocess.Popen(
+        [str(word) for word in (*command, *arguments, "--image-size", "512")],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert running.stderr is not None
+    shown = ""
+    while "2%" not in shown:
+        shown += running.stderr.read(16)
+    os.killpg(running.pid, signal.SIGINT)  # as Ctrl-C does: to all processes
+    running.stderr.read()
+    assert running.wait(timeout=60) != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    deadline = time.monotonic() + 10
+    while group_lives(running.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
