@@ -32,24 +32,42 @@ def embedded_overrides(digits: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def deepspeed_cpu() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run ``deepspeed SCRIPT ARGS`` with gloo ranks on the CPU and return the finished launcher."""
+def start_deepspeed_cpu() -> Callable[..., subprocess.Popen[str]]:
+    """Start ``deepspeed SCRIPT ARGS`` with gloo ranks on the CPU; returns the running launcher."""
 
-    def run(
-        script: Path, *arguments: str, ranks: int = 2, timeout: float = 240
-    ) -> subprocess.CompletedProcess[str]:
+    def start(script: Path, *arguments: object, ranks: int = 2) -> subprocess.Popen[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         launcher = Path(sys.executable).parent / "deepspeed"
         command = [launcher, "--quiet", "--num_gpus", ranks, "--master_port", port, script]
-        return subprocess.run(
+        return subprocess.Popen(
             [str(part) for part in (*command, *arguments)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
         )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def deepspeed_cpu(
+    start_deepspeed_cpu: Callable[..., subprocess.Popen[str]],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``deepspeed SCRIPT ARGS`` with gloo ranks on the CPU; returns the finished launcher."""
+
+    def run(
+        script: Path, *arguments: object, ranks: int = 2, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        with start_deepspeed_cpu(script, *arguments, ranks=ranks) as running:
+            try:
+                out, err = running.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                running.terminate()  # it ends its ranks
+                raise
+            return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
     return run
