@@ -33,6 +33,7 @@ __all__ = [
     "decode_image",
     "decode_text",
     "normalize",
+    "open_image",
 ]
 
 MAX_IMAGE_BYTES = 64 * 2**20
@@ -113,7 +114,7 @@ class TrainTransform:
         Raises:
             BadSample: see :func:`decode_image`.
         """
-        image = _open_image(content)
+        image = open_image(content)
         rng = random.Random((self._seed << 64) + position)
         pixels: np.ndarray
         if _is_plain_jpeg(image):
@@ -144,10 +145,16 @@ class CaptionTokenizer:
 
     def __call__(self, caption: str) -> Tensor:
         """Token ids [context_length] int64."""
+        return cast(Tensor, self._tokenizer(self._bounded(caption))[0])
+
+    def count(self, caption: str) -> int:
+        """Token ids of a caption, start and end included, before it is cut to the context."""
+        return len(self._tokenizer.encode(self._bounded(caption))) + 2
+
+    def _bounded(self, caption: str) -> str:
         if len(self._tokenizer.cache) > _MAX_CACHED_WORDS:  # it keeps every word it meets
             self._tokenizer.cache = dict(self._special_tokens)
-        text = " ".join(caption.split())[: self._max_characters]
-        return cast(Tensor, self._tokenizer(text)[0])
+        return " ".join(caption.split())[: self._max_characters]
 
 
 def decode_image(content: bytes) -> Image.Image:
@@ -157,7 +164,7 @@ def decode_image(content: bytes) -> Image.Image:
         BadSample: ``image_undecodable``, ``image_too_many_pixels`` (known from the header, nothing
             is decoded) or ``image_too_small``.
     """
-    return _load_rgb(_open_image(content))
+    return _load_rgb(open_image(content))
 
 
 def decode_text(content: bytes) -> str:
@@ -198,8 +205,12 @@ def normalize(parts: Sequence[Tensor], device: torch.device) -> Tensor:
     return images.div_(deviation)
 
 
-def _open_image(content: bytes) -> Image.Image:
-    """Read the header and judge by it."""
+def open_image(content: bytes) -> Image.Image:
+    """Read the header and judge by it; the pixels are not decoded yet.
+
+    Raises:
+        BadSample: as :func:`decode_image`.
+    """
     try:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
     except Image.DecompressionBombError as error:

@@ -17,16 +17,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from open_clip import SimpleTokenizer
 from tqdm import tqdm
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data.decode import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
-    _open_image,
+    CaptionTokenizer,
     decode_image,
     decode_text,
+    open_image,
 )
 from ds_linclip.data.inspection_figure import draw_inspection
 from ds_linclip.data.inspection_report import CONTEXT_LENGTH, Findings, summarise, to_text
@@ -36,9 +36,6 @@ from ds_linclip.data.storage import Storage
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
 __all__ = ["inspect_shards", "main"]
-
-_MAX_CHARACTERS = 16 * CONTEXT_LENGTH  # training reads no more of a caption
-_MAX_CACHED_WORDS = 200_000
 
 
 def inspect_shards(
@@ -151,12 +148,12 @@ class _Inspector:
         caption = decode_text(text)
         content = opened.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
         findings.bytes_read += len(content)
-        with _open_image(content) as image:
+        with open_image(content) as image:
             size, kind, mode = image.size, image.format or "", image.mode
         if self.decode:
             decode_image(content)
         findings.characters[len(caption)] += 1
-        findings.tokens[_count_tokens(caption)] += 1
+        findings.tokens[_tokenizer().count(caption)] += 1
         findings.sizes[size] += 1
         findings.image_bytes[len(content)] += 1
         findings.formats[kind] += 1
@@ -189,16 +186,8 @@ def _storage(cache_dir: str | None) -> Storage:
 
 
 @cache
-def _tokenizer() -> SimpleTokenizer:
-    return SimpleTokenizer()
-
-
-def _count_tokens(caption: str) -> int:
-    """Ids with the start and the end, before any is cut off."""
-    tokenizer = _tokenizer()
-    if len(tokenizer.cache) > _MAX_CACHED_WORDS:  # it keeps every word it meets
-        tokenizer.cache = {word: word for word in list(tokenizer.cache)[:2]}
-    return len(tokenizer.encode(" ".join(caption.split())[:_MAX_CHARACTERS])) + 2
+def _tokenizer() -> CaptionTokenizer:
+    return CaptionTokenizer(CONTEXT_LENGTH)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
