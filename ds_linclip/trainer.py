@@ -174,9 +174,7 @@ def _open_data(config: Config, mesh: Mesh) -> TrainData:
     groups = mesh.from_rank_zero(
         lambda: find_shards(config.data.train, Storage(config.data.cache, config.data.network))
     )
-    return mesh.agree(
-        lambda: TrainData(config, groups, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
-    )
+    return mesh.agree(lambda: TrainData(config, groups, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size))
 
 
 def _share_report(report: DataReport, config: Config, mesh: Mesh, step: int) -> dict[str, float]:

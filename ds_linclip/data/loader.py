@@ -103,6 +103,7 @@ class TrainData:
         }
         urls = [shard.url for group in groups for shard in group.shards]
         storage = Storage(data.cache, data.network)
+        storage.check(urls)
         _check_visible(urls, storage)
         lanes_per_rank = -(-self.order.num_lanes // dp_size) + 1
         reader = SampleReader(

@@ -66,10 +66,8 @@ def test_tensorboard_holds_scalars_and_pictures(finished):
 def test_data_report_counts_what_was_read(finished):
     run, _ = finished
     report = json.loads((run / "data_report.json").read_text())
-    assert report == {
-        **{"step": 12, "samples": 12 * 128, "skipped_samples": 0},
-        **{"skipped": {}, "shards": []},
-    }
+    samples = {"step": 12, "samples": 12 * 128, "skipped_samples": 0}
+    assert report == {**samples, "skipped": {}, "shards": []}
 
 
 def test_eval_script_repeats_the_score_of_training(finished):
