@@ -4,7 +4,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-gpu lint study bench-kernels bench-gpu
+.PHONY: install train test test-slow test-gpu lint study bench-kernels bench-data bench-gpu
 
 install: $(STAMP)
 
@@ -40,6 +40,10 @@ test-gpu: $(STAMP)
 # The operator against SDPA on the GPU, or on one CPU core (5 minutes): docs/results/kernels/<device>.
 bench-kernels: $(STAMP)
 	$(BIN)/python kernels/benchmarks/bench_attention.py
+
+# Training data against open_clip_train's loader, 1 worker (10 minutes): docs/results/data/<device>.
+bench-data: $(STAMP) | data/embedded
+	$(BIN)/python launch/bench_data.py
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)

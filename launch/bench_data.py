@@ -1,0 +1,399 @@
+"""Training-data throughput: this project's loader against open_clip_train's, on the same shards.
+
+``python launch/bench_data.py [OUTPUT_FOLDER]`` writes shards of photos, measures both loaders in
+turn, each time in a process of its own, what bad images cost, and how long the embedded training
+run waits for data. It prints summary.md and writes it, data.csv (one row per measurement) and
+data.png into OUTPUT_FOLDER. Exit codes: 0 every requirement is met, 1 one is not, 2 it could not be
+measured.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+from bench_data_loaders import Settings, Throughput
+from bench_data_report import FIGURES, LOADERS, Report, Requirement, Row
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from tqdm import tqdm
+
+from ds_linclip.data.shard_writer import EncodedSample, RawSample, write_train_shard
+
+ROOT = Path(__file__).parents[1]
+#: What open_clip_torch 3.3.0 asks for training, as far as its data module imports it. With the
+#: webdataset of this project its loader ends in KeyError: 'fname': it does not know the mark that
+#: newer versions put at the end of every shard.
+OPEN_CLIP_PACKAGES = ("webdataset==0.2.86", "pandas")
+NUM_SHARDS = 4
+BAD_SHARE = 0.05
+#: Sides of the crops from the sample photos, which are 427 pixels high: at their smallest a 256 px
+#: image keeps the photo's own pixels, at their largest it has its detail.
+CROP_SIDES = (256, 427)
+CLEAN, DIRTY, LARGE, SMALL = (
+    "256 px, to 224 px",
+    "256 px, to 224 px, 5 % truncated",
+    "512 px, to 224 px",
+    "512 px, to 112 px",
+)
+#: Intervals of the training run that are not counted: workers start in the first.
+SKIPPED_INTERVALS = 1
+MIN_RATIO, MAX_LOSS, MAX_WAIT = 2.0, 0.10, 0.02
+NOTES = """\
+- Every measurement is a process of its own with one thread, and the loaders take turns. The time is
+  that between two batches, one epoch apart; start-up (imports, opening, the first quarter of an
+  epoch) is not in it. CPU time is user and system time of the process and its workers between the
+  same two batches.
+- Both loaders read the files of the same shards from the page cache, decode, crop (scale 0.9 to 1),
+  resize (bicubic, antialiased), tokenise, shuffle and batch. Both end with what the model takes:
+  normalised float32 images and token ids on the CPU. open_clip_train normalises in the worker,
+  ds_linclip in the training process, which is inside both figures.
+- open_clip_train's loader is get_wds_dataset with open_clip's image_transform and tokenizer, in a
+  throw-away environment with the webdataset that its package asks for; all else is the same.
+- Photos are crops of the two sample photos of scikit-learn; those of 512 px are enlarged.
+- Truncated images are cut in half; ds_linclip replaces each by another sample of the shard.
+- Waiting for data is the sum of perf/data_seconds_per_step over that of perf/seconds_per_step,
+  without the first logging interval."""
+#: Captions of natural length are made of these.
+WORDS = """a the of in with and on for at by from to old new red blue green white black golden big
+small beautiful ancient modern traditional temple palace roof tower gate garden flower dahlia petal
+blossom leaf tree mountain river lake sky cloud sunset morning evening summer winter spring autumn
+city street market bridge boat island beach house kitchen table chair lamp wallpaper poster canvas
+print photo photograph picture image vector illustration background pattern texture design style art
+vintage stock free download best sale shop travel guide hotel restaurant food recipe chocolate cake
+wedding dress shoes leather bag watch phone case car engine football team player music guitar
+festival concert woman man child dog cat horse bird portrait closeup panorama aerial view landscape
+Beijing China Summer_Palace Europe London Paris 2015 2018 III XL 4K"""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A set of shards as it was written."""
+
+    paths: list[str]
+    num_samples: int
+    num_bad: int
+    bytes_per_image: float
+
+
+def main() -> int:
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, nargs="?", help="docs/results/data/<device>")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--batches-per-shard", type=int, default=10)
+    parser.add_argument("--training-steps", type=int, default=200, help="0: no training run")
+    parser.add_argument(
+        "--without-open-clip", action="store_true", help="where packages cannot be installed"
+    )
+    arguments = parser.parse_args()
+    for name in ("workers", "repetitions", "batch_size", "batches_per_shard"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"{name.replace('_', '-')} ({getattr(arguments, name)}) must be positive")
+    output = arguments.output or ROOT / "docs" / "results" / "data" / _slug(_device_name())
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            rows, requirements = _measure_all(Path(folder), arguments)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or str(error)
+            print(
+                f"error: {reason.strip().splitlines()[-1].removeprefix('error: ')}", file=sys.stderr
+            )
+            return 2
+    facts = _facts(arguments, rows) | {"duration": f"{time.monotonic() - start:.0f} s"}
+    report = Report(facts, rows, requirements, NOTES)
+    report.write(output)
+    print(report.summary())
+    return 0 if all(requirement.passed for requirement in requirements) else 1
+
+
+def _measure_all(
+    folder: Path, arguments: argparse.Namespace
+) -> tuple[list[Row], list[Requirement]]:
+    pythons = {"ds_linclip": Path(sys.executable)}
+    if not arguments.without_open_clip:
+        pythons["open_clip"] = open_clip_python(folder / "environment")
+    per_shard = arguments.batches_per_shard * arguments.batch_size
+    sets = write_shards(folder, per_shard)
+    shards = {CLEAN: sets["clean"], DIRTY: sets["dirty"], LARGE: sets["large"]}
+    shards[SMALL] = shards[LARGE]
+    plan = [
+        (repetition, case, loader)
+        for repetition in range(arguments.repetitions)
+        for case in shards
+        for loader in pythons
+        if (case, loader) != (DIRTY, "open_clip")
+    ]
+    rows = []
+    for repetition, case, loader in tqdm(plan, desc="bench", unit="run"):
+        batches = shards[case].num_samples // arguments.batch_size
+        settings = Settings(
+            loader=loader,
+            shards=shards[case].paths,
+            num_samples=shards[case].num_samples,
+            image_size=112 if case == SMALL else 224,
+            batch_size=arguments.batch_size,
+            num_workers=arguments.workers,
+            warmup_batches=-(-batches // 4),
+            batches=batches,
+        )
+        throughput = measure_apart(pythons[loader], settings)
+        rows.append(
+            Row(
+                case=case,
+                repetition=repetition,
+                settings=settings,
+                throughput=throughput,
+                bytes_per_image=shards[case].bytes_per_image,
+            )
+        )
+    requirements = judge(rows, shards[DIRTY].num_bad)
+    if arguments.training_steps:
+        share = waiting_share(training_metrics(folder / "runs", arguments.training_steps))
+        name = "share of the embedded run spent waiting for data"
+        found = f"{share:.2%}"
+        requirements.append(Requirement(name, f"<= {MAX_WAIT:.0%}", found, share <= MAX_WAIT))
+    return rows, requirements
+
+
+def write_shards(folder: Path, samples_per_shard: int) -> dict[str, Shards]:
+    """Write photos as "clean" shards, the same ones as "dirty" and bigger ones as "large".
+
+    Args:
+        folder: Where a folder is made for each.
+        samples_per_shard: Of "clean" and "dirty"; a quarter of it for "large".
+    """
+    clean = list(islice(photos(256), NUM_SHARDS * samples_per_shard))
+    bad = set(random.Random(0).sample(range(len(clean)), round(BAD_SHARE * len(clean))))
+    dirty = [_truncated(one) if index in bad else one for index, one in enumerate(clean)]
+    large = list(islice(photos(512), max(len(clean) // 4, NUM_SHARDS)))
+    return {
+        "clean": _write(folder / "clean", clean, num_bad=0),
+        "dirty": _write(folder / "dirty", dirty, num_bad=len(bad)),
+        "large": _write(folder / "large", large, num_bad=0),
+    }
+
+
+def photos(image_size: int) -> Iterator[EncodedSample]:
+    """Endless crops of scikit-learn's two sample photos, as JPEGs with captions.
+
+    Args:
+        image_size: Side in pixels.
+    """
+    whole = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    words = WORDS.split()
+    rng = random.Random(0)
+    while True:
+        photo, side = rng.choice(whole), rng.randint(*CROP_SIDES)
+        left, top = rng.randint(0, photo.width - side), rng.randint(0, photo.height - side)
+        box = (left, top, left + side, top + side)
+        image = photo.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
+        caption = " ".join(rng.choices(words, k=rng.randint(4, 18)))
+        yield RawSample(image, caption, "https://scikit-learn.org", photo.size).encode()
+
+
+def open_clip_python(folder: Path) -> Path:
+    """An interpreter that sees this environment's packages, but those open_clip_train needs first.
+
+    Args:
+        folder: Of the environment that is made.
+
+    Raises:
+        OSError: when the packages cannot be installed.
+    """
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
+    paths = sysconfig.get_paths("venv", vars={"base": str(folder), "platbase": str(folder)})
+    own = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    Path(paths["purelib"], "project.pth").write_text("\n".join(sorted(own)) + "\n")
+    python = folder / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run([*pip, *OPEN_CLIP_PACKAGES], capture_output=True, text=True)
+    if done.returncode:
+        packages = " and ".join(OPEN_CLIP_PACKAGES)
+        raise OSError(
+            f"open_clip_train needs {packages}, which pip could not install; "
+            "--without-open-clip leaves it out"
+        )
+    return python
+
+
+def measure_apart(python: Path, settings: Settings) -> Throughput:
+    """Measure in a new process.
+
+    Raises:
+        CalledProcessError: with what it wrote to its standard error.
+    """
+    script = Path(__file__).with_name("bench_data_loaders.py")
+    done = subprocess.run(
+        [python, script, json.dumps(asdict(settings))],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return Throughput(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def judge(rows: Sequence[Row], num_bad: int) -> list[Requirement]:
+    """Hold the rows to the requirements they allow to judge.
+
+    Args:
+        rows: Of one run.
+        num_bad: Truncated images in the dirty shards.
+    """
+    report = Report({}, rows, [], "")
+    ours, dirty = (CLEAN, "ds_linclip"), (DIRTY, "ds_linclip")
+    found = []
+    if any(row.settings.loader == "open_clip" for row in rows):
+        for figure, title in FIGURES.items():
+            ratio = report.ratio(figure, ours, (CLEAN, "open_clip"))
+            found.append(
+                Requirement(
+                    f"{title} over open_clip_train's, {CLEAN}",
+                    f">= {MIN_RATIO:g}x",
+                    f"{ratio.middle:.2f}x ({ratio.low:.2f} ... {ratio.high:.2f})",
+                    ratio.middle >= MIN_RATIO,
+                )
+            )
+    for figure, title in FIGURES.items():
+        middle, low, high = (1 - x for x in report.ratio(figure, dirty, ours))
+        found.append(
+            Requirement(
+                f"loss of {title} with 5 % truncated images",
+                f"<= {MAX_LOSS:.0%}",
+                f"{middle:.1%} ({high:.1%} ... {low:.1%})",
+                middle <= MAX_LOSS,
+            )
+        )
+    counts = [row.throughput.skipped for row in rows if row.case == DIRTY]
+    totals = sorted({sum(count.values()) for count in counts})
+    clean = sum(sum(row.throughput.skipped.values()) for row in rows if row.case != DIRTY)
+    found.append(
+        Requirement(
+            "truncated images that were skipped and counted in one epoch",
+            f"{num_bad} of {num_bad}",
+            f"{', '.join(map(str, totals))} in each of {len(counts)} runs; {clean} where none is",
+            totals == [num_bad] and clean == 0,
+        )
+    )
+    return found
+
+
+def training_metrics(output: Path, steps: int) -> list[dict[str, float]]:
+    """Train the embedded config with the launcher of this machine; returns its metrics.
+
+    Args:
+        output: Folder of the run.
+        steps: At least two logging intervals.
+    """
+    config = "ds_configs/train/embedded.yaml"
+    overrides = [f"output_dir={output}", "name=wait", f"train.steps={steps}"]
+    overrides += ["optim.warmup_steps=1", "eval.every_steps=0", "log.tensorboard=false"]
+    command = [str(ROOT / "launch" / "local.sh"), config, *overrides]
+    subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    lines = (output / "wait" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def waiting_share(metrics: Iterable[dict[str, float]]) -> float:
+    """Share of the time per step that was spent waiting for data, without the first interval."""
+    intervals = [record for record in metrics if "perf/seconds_per_step" in record]
+    waited, passed = (
+        sum(record[f"perf/{name}_per_step"] for record in intervals[SKIPPED_INTERVALS:])
+        for name in ("data_seconds", "seconds")
+    )
+    return waited / passed
+
+
+def _truncated(sample: EncodedSample) -> EncodedSample:
+    return replace(sample, image=sample.image[: len(sample.image) // 2])
+
+
+def _write(folder: Path, samples: Sequence[EncodedSample], *, num_bad: int) -> Shards:
+    folder.mkdir()
+    for number in range(NUM_SHARDS):
+        write_train_shard(folder, number, samples[number::NUM_SHARDS])
+    return Shards(
+        paths=[str(folder / f"{number:05d}.tar") for number in range(NUM_SHARDS)],
+        num_samples=len(samples),
+        num_bad=num_bad,
+        bytes_per_image=sum(len(sample.image) for sample in samples) / len(samples),
+    )
+
+
+def _facts(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, str]:
+    per_case = {row.case: row for row in rows}
+    photos = {
+        f"{case.partition(',')[0]}": f"{row.settings.num_samples} photos, JPEG of quality 95, "
+        f"{row.bytes_per_image / 1000:.1f} kB each"
+        for case, row in per_case.items()
+        if case in (CLEAN, LARGE)
+    }
+    theirs = {
+        f"webdataset of {LOADERS[row.settings.loader][0]}": row.throughput.webdataset
+        for row in rows
+        if row.settings.loader == "open_clip"
+    }
+    packages = ("torch", "open_clip_torch", "webdataset", "simplejpeg", "pillow")
+    return {
+        "device": _device_name(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        **theirs,
+        **photos,
+        "workers": str(arguments.workers),
+        "batch size": str(arguments.batch_size),
+        "repetitions": str(arguments.repetitions),
+        "date_utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": _commit(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def _device_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {models[0] if models else platform.machine()}"
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _commit() -> str:
+    """The commit of the checkout, marked where the data package or this benchmark differs."""
+    measured = ["ds_linclip/data", *(str(p) for p in Path(__file__).parent.glob("bench_data*.py"))]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        return f"{commit}-dirty" if git("status", "--porcelain", "--", *measured) else commit
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
