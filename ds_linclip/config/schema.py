@@ -131,7 +131,7 @@ class CacheConfig:
 
     #: Folder on a local disk; must be set when a source is remote.
     dir: str | None = None
-    #: Largest total size. Shards in use are never dropped: it must hold at least two pools
+    #: Largest total size. Shards in use are never dropped: it must hold about three pools
     #: (``data.shuffle_shards``) per lane that the node reads.
     max_gib: float = 100.0
 
@@ -151,7 +151,7 @@ class NetworkConfig:
     #: Largest pause in seconds.
     max_backoff: float = 60.0
     #: Shards fetched at once by every worker.
-    downloads: int = 4
+    downloads: int = 2
 
 
 @dataclass(kw_only=True)

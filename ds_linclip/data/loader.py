@@ -105,17 +105,17 @@ class TrainData:
         storage = Storage(data.cache, data.network)
         storage.check(urls)
         _check_visible(urls, storage)
-        lanes_per_rank = -(-self.order.num_lanes // dp_size) + 1
+        local_size = batch_size // dp_size
+        self._num_parts = max(1, min(data.num_workers, local_size))
+        lanes_per_reader = -(-self.order.num_lanes // (dp_size * self._num_parts)) + 2
         reader = SampleReader(
             groups,
             storage,
             TrainTransform(data.crop_scale, seed=config.train.seed),
             CaptionTokenizer(config.model.text.context_length),
-            open_shards=lanes_per_rank * data.shuffle_shards + 2,
+            open_shards=lanes_per_reader * data.shuffle_shards + 2,
             max_bad_in_a_row=data.max_bad_in_a_row,
         )
-        local_size = batch_size // dp_size
-        self._num_parts = max(1, min(data.num_workers, local_size))
         self._prefetch_batches = data.prefetch_batches
         self._num_workers = min(data.num_workers, self._num_parts)
         prefetch = any(map(is_remote, urls))
@@ -187,6 +187,7 @@ class _PartDataset(Dataset[Batch | DataError]):
 
     def _read(self, step: int, positions: np.ndarray) -> Batch:
         image_size = self._config.image_size_at(step)
+        self._reader.start_part()
         if self._prefetch:
             self._reader.prefetch(self._order.pool_shards(positions))
             self._reader.prefetch(self._order.next_shards(positions))

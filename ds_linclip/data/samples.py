@@ -29,6 +29,7 @@ __all__ = ["DataError", "Sample", "SampleReader", "ShardProblem"]
 logger = logging.getLogger(__name__)
 
 _TRIES_PER_SHARD = 16
+_FORGET_AFTER = 64  # parts of a batch
 
 
 class DataError(ValueError):
@@ -104,7 +105,8 @@ class SampleReader:
         self._tokenize = tokenize
         self._max_bad_in_a_row = max_bad_in_a_row
         self._capacity = open_shards
-        self._open: OrderedDict[int, OpenShard | BadSample] = OrderedDict()
+        self._open: OrderedDict[int, tuple[OpenShard | BadSample, int]] = OrderedDict()
+        self._part = 0
         self.problems: list[ShardProblem] = []
 
     def read(
@@ -139,6 +141,12 @@ class SampleReader:
                         break
         raise DataError(self._all_bad(shard, index, tried, first_cause))
 
+    def start_part(self) -> None:
+        """Close the shards that were not read for a while: copies of remote ones may then go."""
+        self._part += 1
+        while self._open and next(iter(self._open.values()))[1] < self._part - _FORGET_AFTER:
+            self._close_oldest()
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """Have shards fetched that will be read soon."""
         self._storage.prefetch([self._shards[number].url for number in shards])
@@ -171,18 +179,20 @@ class SampleReader:
 
     def _shard(self, number: int) -> OpenShard:
         """An open shard; that it is lost or broken is remembered too, an OSError is not."""
-        found = self._open.get(number)
+        found, _ = self._open.pop(number, (None, 0))
         if found is None:
             found = self._open_shard(self._shards[number])
-            self._open[number] = found
-            if len(self._open) > self._capacity:
-                oldest = self._open.popitem(last=False)[1]
-                if isinstance(oldest, OpenShard):
-                    oldest.close()
-        self._open.move_to_end(number)
+            if len(self._open) == self._capacity:
+                self._close_oldest()
+        self._open[number] = found, self._part
         if isinstance(found, BadSample):
             raise BadSample(found.cause, whole_shard=True)
         return found
+
+    def _close_oldest(self) -> None:
+        oldest, _ = self._open.popitem(last=False)[1]
+        if isinstance(oldest, OpenShard):
+            oldest.close()
 
     def _open_shard(self, shard: Shard) -> OpenShard | BadSample:
         found = _attempt(shard.url, self._storage, again=False)

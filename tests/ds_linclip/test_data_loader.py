@@ -404,9 +404,21 @@ def test_open_files_are_bounded(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for batch in itertools.islice(data.batches(0), 10 * NUM_SAMPLES // BATCH):
         assert len(batch.keys) == BATCH
-        assert len(os.listdir("/proc/self/fd")) - before <= 4
+        assert len(os.listdir("/proc/self/fd")) - before <= 5
     del data
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_shards_of_past_pools_are_closed(tmp_path: Path) -> None:
+    """Four pools of two shards; there is room for all, but 64 batches later a pool is closed."""
+    folders = [write_shards(tmp_path / name, sound_samples())[0] for name in "ab"]
+    batches = train_data(folders, global_batch_size=1).batches(0)
+    before = len(os.listdir("/proc/self/fd"))
+    opened = []
+    for _ in range(120):
+        next(batches)
+        opened.append(len(os.listdir("/proc/self/fd")) - before)
+    assert [opened[i] for i in (29, 59, 89, 119)] == [2, 4, 6, 6]
 
 
 def test_resolution_follows_the_step(patterns: list[str]) -> None:
