@@ -1,0 +1,130 @@
+"""An HTTP server on the loopback whose answers are scripted path by path."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock, Thread
+from typing import NamedTuple
+
+Answer = Callable[["Handler"], None]
+
+
+class Request(NamedTuple):
+    """What the server saw: first byte asked for (None without Range) and If-Range."""
+
+    start: int | None
+    if_range: str | None
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: "MisbehavingServer"
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range")
+        self.start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else None
+        self.server.note(self.path, Request(self.start, self.headers.get("If-Range")))
+        try:
+            self.server.next_answer(self.path)(self)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def head(self, status: int, **headers: object) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+class MisbehavingServer(ThreadingHTTPServer):
+    """Answers each path with its script, the last answer again and again; else 404."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.scripts: dict[str, list[Answer]] = {}
+        self.requests: dict[str, list[Request]] = defaultdict(list)
+        self._lock = Lock()
+        Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def url(self, path: str, *script: Answer) -> str:
+        self.scripts[path] = list(script)
+        return f"http://127.0.0.1:{self.server_address[1]}{path}"
+
+    def note(self, path: str, request: Request) -> None:
+        with self._lock:
+            self.requests[path].append(request)
+
+    def next_answer(self, path: str) -> Answer:
+        with self._lock:
+            script = self.scripts.get(path) or [status(404)]
+            return script.pop(0) if len(script) > 1 else script[0]
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # clients that hang up
+
+
+def status(code: int, **headers: object) -> Answer:
+    """An answer without content."""
+    return lambda handler: handler.head(code, Content_Length=0, **headers)
+
+
+def whole(
+    content: bytes,
+    *,
+    etag: str | None = '"1"',
+    ranges: bool = True,
+    if_range: bool = True,
+    send: int | None = None,
+    wait: float = 0.0,
+    seconds: float = 0.0,
+) -> Answer:
+    """The content, or what a Range asks of it.
+
+    Args:
+        ranges: Whether Range is heeded.
+        if_range: Whether If-Range is heeded.
+        send: Bytes of the body sent before the connection is closed.
+        wait: Seconds of silence after them.
+        seconds: Time that the whole body takes.
+    """
+
+    def answer(handler: Handler) -> None:
+        start, code, headers = 0, 200, {}
+        if etag:
+            headers["ETag"] = etag
+        asked_for_this = not if_range or handler.headers.get("If-Range") in (None, etag)
+        if ranges and handler.start is not None and asked_for_this:
+            start, code = handler.start, 206
+            if start >= len(content):
+                return handler.head(416, Content_Length=0)
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = content[start:]
+        handler.head(code, Content_Length=len(body), **headers)
+        for piece in range(0, len(body[:send]), 2**16):
+            handler.wfile.write(body[:send][piece : piece + 2**16])
+            time.sleep(seconds * 2**16 / len(body))
+        if send is not None and send < len(body):
+            handler.wfile.flush()
+            time.sleep(wait)
+            handler.close_connection = True
+        return None
+
+    return answer
+
+
+def endless_zeros(size: int) -> Answer:
+    """A large body that the server does not hold either."""
+
+    def answer(handler: Handler) -> None:
+        handler.head(200, Content_Length=size)
+        block = bytes(2**20)
+        for _ in range(size // len(block)):
+            handler.wfile.write(block)
+
+    return answer
