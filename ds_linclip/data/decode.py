@@ -29,10 +29,10 @@ __all__ = [
     "MAX_TEXT_BYTES",
     "CaptionTokenizer",
     "EvalTransform",
+    "Normalizer",
     "TrainTransform",
     "decode_image",
     "decode_text",
-    "normalize",
     "open_image",
 ]
 
@@ -182,27 +182,37 @@ def decode_text(content: bytes) -> str:
     return caption
 
 
-def normalize(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One batch with open_clip's mean and deviation, computed on ``device``.
+class Normalizer:
+    """Bytes -> model input: open_clip's mean and deviation, for a whole batch at once.
 
     Args:
-        parts: [B_i, 3, H, W] uint8; copied asynchronously from pinned memory.
-        device: Where the batch goes.
-
-    Returns:
-        [B, 3, H, W] float32, B the sum of all B_i.
+        device: Where batches go.
     """
-    mean, deviation = (
-        (255 * torch.tensor(values, device=device)).view(3, 1, 1)
-        for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-    )
-    images = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), device=device)
-    first = 0
-    for part in parts:
-        rows = images[first : first + len(part)]
-        torch.sub(part.to(device, non_blocking=True), mean, out=rows)
-        first += len(part)
-    return images.div_(deviation)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Made once: a copy from ordinary memory to a GPU waits for all of its work.
+        self._mean, self._deviation = (
+            (255 * torch.tensor(values)).view(3, 1, 1).to(device)
+            for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+        )
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        """One batch on the device; asynchronous from pinned memory.
+
+        Args:
+            parts: [B_i, 3, H, W] uint8.
+
+        Returns:
+            [B, 3, H, W] float32, B the sum of all B_i.
+        """
+        images = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), device=self._device)
+        first = 0
+        for part in parts:
+            rows = images[first : first + len(part)]
+            torch.sub(part.to(self._device, non_blocking=True), self._mean, out=rows)
+            first += len(part)
+        return images.div_(self._deviation)
 
 
 def open_image(content: bytes) -> Image.Image:

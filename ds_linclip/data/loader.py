@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ds_linclip.config import Config
-from ds_linclip.data.decode import CaptionTokenizer, TrainTransform, normalize
+from ds_linclip.data.decode import CaptionTokenizer, Normalizer, TrainTransform
 from ds_linclip.data.order import GroupSizes, SampleOrder
 from ds_linclip.data.samples import DataError, SampleReader, ShardProblem
 from ds_linclip.data.shards import ShardGroup, raise_file_limit
@@ -140,13 +140,15 @@ class TrainData:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_batches,
         )
+        device = torch.device(device)
+        normalize = Normalizer(device)
         parts: list[Batch] = []
         for part in loader:
             if isinstance(part, DataError):
                 raise part
             parts.append(part)
             if len(parts) == self._num_parts:
-                yield _joined(parts, torch.device(device))
+                yield _joined(parts, normalize, device)
                 parts = []
 
 
@@ -237,10 +239,10 @@ def ordered_loader(
     )
 
 
-def _joined(parts: Sequence[Batch], device: torch.device) -> Batch:
+def _joined(parts: Sequence[Batch], normalize: Normalizer, device: torch.device) -> Batch:
     """One batch on ``device``, normalised there; asynchronous from pinned memory."""
     return Batch(
-        images=normalize([part.images for part in parts], device),
+        images=normalize([part.images for part in parts]),
         texts=torch.cat([part.texts.to(device, non_blocking=True) for part in parts]),
         keys=[key for part in parts for key in part.keys],
         captions=[caption for part in parts for caption in part.captions],

@@ -19,11 +19,11 @@ from torchvision.transforms import RandomResizedCrop
 from ds_linclip.data.decode import (
     CaptionTokenizer,
     EvalTransform,
+    Normalizer,
     TrainTransform,
     _random_crop,
     decode_image,
     decode_text,
-    normalize,
 )
 from ds_linclip.data.tar_index import BadSample
 
@@ -243,7 +243,7 @@ def test_normalized_batch_is_open_clips() -> None:
     transform = image_transform((6, 4), is_train=False)
     expected = torch.stack([transform(Image.fromarray(image)) for image in pixels])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    found = normalize([images[:2], images[2:]], torch.device("cpu"))
+    found = Normalizer(torch.device("cpu"))([images[:2], images[2:]])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
