@@ -109,7 +109,7 @@ class DiskCache:
         except (OSError, ValueError) as error:
             # Bytes of a file that may come yet are gone on with by the next one to ask.
             if not isinstance(error, RemoteError) or partial.position == 0:
-                with self._folder_locked():
+                with self._local_errors(), self._folder_locked():
                     self._remove(name, _PARTIAL, _LOCK)
             raise
         finally:

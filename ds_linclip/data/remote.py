@@ -28,7 +28,8 @@ __all__ = ["Remote", "RemoteError", "Sink", "Version", "shown"]
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 2**20  # bytes read at once; a file system may read one such block ahead
+_HTTP_BLOCK = 2**20  # bytes read at once
+_FILE_BLOCK = 2**22  # the file system reads another one ahead: a request per 8 MiB
 
 _REFUSED = {401, 403, 407}
 #: Of the statuses that blame the request, those that another try may heal.
@@ -311,9 +312,9 @@ class _HttpStore:
     def _body(self, response: aiohttp.ClientResponse, version: Version, offset: int) -> _Body:
         async def take() -> bytes:
             block = bytearray()
-            while len(block) < _BLOCK:
+            while len(block) < _HTTP_BLOCK:
                 try:
-                    piece = await response.content.read(_BLOCK - len(block))
+                    piece = await response.content.read(_HTTP_BLOCK - len(block))
                 except (OSError, aiohttp.ClientError):
                     if not block:
                         raise
@@ -351,6 +352,10 @@ class _FileSystemStore:
             yield
         except self._kinds as error:
             raise _judge(error, url) from None
+        except IndexError as error:  # s3fs reads the message of a time-out, which has none
+            if not isinstance(error.__context__, TimeoutError):
+                raise
+            raise _judge(error.__context__, url) from None
 
     def open(self, url: str, have: Version | None, position: int) -> _Body:
         """The body from ``position`` on if what ``have`` tells still holds, else from 0 on."""
@@ -359,7 +364,7 @@ class _FileSystemStore:
         if hasattr(filesystem, "retries"):
             filesystem.retries = 1  # the pauses between tries are ours
         filesystem.invalidate_cache()
-        file = filesystem.open(path, "rb", block_size=_BLOCK)
+        file = filesystem.open(path, "rb", block_size=_FILE_BLOCK)
         facts = getattr(file, "details", None) or filesystem.info(path)
         if facts.get("type") == "directory":
             raise FileNotFoundError(errno.ENOENT, "a folder", path)
@@ -371,7 +376,7 @@ class _FileSystemStore:
         same = have is not None and have.resumable and have == version
         offset = position if same else 0
         file.seek(offset)
-        return _Body(version, offset, lambda: file.read(_BLOCK), file.close)
+        return _Body(version, offset, lambda: file.read(_FILE_BLOCK), file.close)
 
 
 class _Memory:

@@ -22,13 +22,16 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        self.start = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else None
+        first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        self.start = int(first) if first else None
+        self.end = int(last) + 1 if last else None
         self.server.note(self.path, Request(self.start, self.headers.get("If-Range")))
         try:
             self.server.next_answer(self.path)(self)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
+
+    do_HEAD = do_GET
 
     def head(self, status: int, **headers: object) -> None:
         self.send_response(status)
@@ -95,17 +98,19 @@ def whole(
     """
 
     def answer(handler: Handler) -> None:
-        start, code, headers = 0, 200, {}
+        start, end, code, headers = 0, len(content), 200, {}
         if etag:
             headers["ETag"] = etag
         asked_for_this = not if_range or handler.headers.get("If-Range") in (None, etag)
         if ranges and handler.start is not None and asked_for_this:
-            start, code = handler.start, 206
+            start, end, code = handler.start, min(handler.end or end, end), 206
             if start >= len(content):
                 return handler.head(416, Content_Length=0)
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        body = content[start:]
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        body = content[start:end]
         handler.head(code, Content_Length=len(body), **headers)
+        if handler.command == "HEAD":
+            return None
         for piece in range(0, len(body[:send]), 2**16):
             handler.wfile.write(body[:send][piece : piece + 2**16])
             time.sleep(seconds * 2**16 / len(body))

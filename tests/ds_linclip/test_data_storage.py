@@ -406,17 +406,23 @@ def open_in_child(storage: Storage, url: str, results: "queue.Queue[str]") -> No
         results.put(f"{type(error).__name__}: {error}")
 
 
+def content_in_child(storage: Storage, url: str) -> str:
+    """Length of the content or the error, from a process that has no S3 client yet."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=open_in_child, args=(storage, url, results))
+    child.start()
+    answer = results.get(timeout=60)
+    child.join(timeout=30)
+    return str(answer)
+
+
 def test_absent_s3_credentials_are_named(
     bucket: str, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    context = multiprocessing.get_context("fork")  # a process that has no client yet
-    results = context.Queue()
-    child = context.Process(target=open_in_child, args=(storage, f"{bucket}/a/00000.tar", results))
-    child.start()
-    message = results.get(timeout=30)
-    child.join(timeout=30)
+    message = content_in_child(storage, f"{bucket}/a/00000.tar")
     assert "RemoteError: s3://shards/a/00000.tar: credentials are absent or refused" in message
 
 
@@ -435,3 +441,34 @@ def test_s3_body_goes_on_where_a_killed_process_left_it(
     copy.with_name(copy.name + ".partial").write_bytes(content[:HALF])
     copy.unlink()
     assert content_of(storage, url) == OTHER
+
+
+@pytest.mark.parametrize("wait", [0.0, 60.0])
+def test_s3_bodies_that_break_or_stall_go_on(
+    bucket: str,
+    server: MisbehavingServer,
+    storage: Storage,
+    monkeypatch: pytest.MonkeyPatch,
+    wait: float,
+) -> None:
+    content = os.urandom(12_000_000)
+    broken = whole(content, send=HALF, wait=wait)
+    # In turn what HEAD and GET are answered.
+    script = (status(503), whole(content), broken, whole(content))
+    endpoint = server.url("/shards/0.tar", *script).removesuffix("/shards/0.tar")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    began = time.monotonic()
+    assert content_in_child(storage, f"{bucket}/0.tar") == str(len(content))
+    assert content_of(storage, f"{bucket}/0.tar") == content
+    assert time.monotonic() - began < 30
+    assert len(server.requests["/shards/0.tar"]) < 10
+
+
+def test_refused_s3_credentials_are_named_at_once(
+    bucket: str, server: MisbehavingServer, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = server.url("/shards/0.tar", status(403)).removesuffix("/shards/0.tar")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    message = content_in_child(storage, f"{bucket}/0.tar")
+    assert "RemoteError: s3://shards/0.tar: credentials are absent or refused" in message
+    assert len(server.requests["/shards/0.tar"]) == 1
