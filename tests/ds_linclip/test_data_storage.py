@@ -285,6 +285,7 @@ def test_prefetched_files_are_there_before_they_are_asked_for(
     server: MisbehavingServer, storage: Storage, tmp_path: Path
 ) -> None:
     urls = [server.url(f"/{i}.tar", whole(CONTENT, seconds=0.2)) for i in range(6)]
+    storage.check(urls)  # makes the folder
     storage.prefetch([*urls, *urls, server.url("/none.tar", status(404))])
     wait_for(lambda: len(copies(tmp_path)) == 6 and "partial" not in "".join(copies(tmp_path)))
     wait_for(lambda: len(server.requests["/none.tar"]) == 1)
