@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ds_linclip.config import Config
 from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.parallel.universal import write_universal
 
 __all__ = ["CheckpointStore", "latest_checkpoint", "read_model_state"]
 
@@ -43,7 +44,8 @@ class CheckpointStore:
         data_identity: what fixes the data, by name in messages.
 
     A checkpoint belongs to its run: what fixes the weights after a step (model, optimizer,
-    schedule, batch, order of the data, layout of the ranks) must be what it was, or it is refused.
+    schedule, batch, order of the data) must be what it was, or it is refused. The number of
+    data-parallel ranks may change: the checkpoint is then converted as it is loaded.
     """
 
     def __init__(self, config: Config, mesh: Mesh, data_identity: Mapping[str, Any]) -> None:
@@ -51,7 +53,6 @@ class CheckpointStore:
         self._config = config
         self._mesh = mesh
         identity = {
-            "number of data-parallel ranks": mesh.dp_size,
             "parallel.tp": mesh.tp_size,
             "zero.stage": config.zero.stage,
             **data_identity,
@@ -84,7 +85,13 @@ class CheckpointStore:
         if unreadable:
             raise OSError(f"{staging / unreadable[0]} was saved but cannot be read: not committed")
         if self._mesh.rank == 0:
-            facts = {"step": step, "run": self._identity, "data": data_state, "files": hashes}
+            facts = {
+                "step": step,
+                "dp_size": self._mesh.dp_size,
+                "run": self._identity,
+                "data": data_state,
+                "files": hashes,
+            }
             _write_synced(staging / _MANIFEST, json.dumps(facts, indent=1))
             _sync_directory(staging)
             staging.rename(final)
@@ -125,19 +132,39 @@ class CheckpointStore:
             "choose another name to start from scratch"
         )
 
+    def is_from_other_ranks(self, path: Path) -> bool:
+        """Whether another number of data-parallel ranks saved the checkpoint."""
+        return self._mesh.from_rank_zero(
+            lambda: _read_manifest(path)["dp_size"] != self._mesh.dp_size
+        )
+
     def load(self, engine: Any, path: Path) -> tuple[int, dict[str, Any]]:
         """Load a checkpoint that :meth:`newest` chose; returns its step and data state.
 
+        The engine must have been told to load the universal form if :meth:`is_from_other_ranks`.
         Newer folders, all rejected by :meth:`newest`, are set aside as ``step-N.rejected``.
         """
-        engine.load_checkpoint(str(self.directory), tag=path.name)
+        folder = self.directory
+        if self.is_from_other_ranks(path):
+            folder = path.with_suffix(".universal")
+            self._mesh.agree(partial(self._convert, path, folder), errors=(OSError,))
+        engine.load_checkpoint(str(folder), tag=path.name)
+        self._mesh.barrier()
         if self._mesh.rank == 0:
+            shutil.rmtree(path.with_suffix(".universal"), ignore_errors=True)
             for newer in _committed(self.directory):
                 if newer.name > path.name:
                     newer.rename(_free_name(newer.with_suffix(".rejected")))
         return int(engine.global_steps), self._mesh.from_rank_zero(
             lambda: _read_manifest(path)["data"]
         )
+
+    def _convert(self, path: Path, folder: Path) -> None:
+        if self._mesh.rank == 0:
+            theirs = _read_manifest(path)["dp_size"]
+            logger.info("%s: from %d ranks to %d", path.name, theirs, self._mesh.dp_size)
+            shutil.rmtree(folder, ignore_errors=True)
+            write_universal(path, folder)
 
     def _problem_of(self, path: Path) -> str | None:
         """What makes the checkpoint unusable, in words; the same answer on all ranks."""
@@ -224,7 +251,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = path / _MANIFEST
     try:
         content = json.loads(manifest.read_text())
-        return {key: content[key] for key in ("step", "run", "data", "files")}
+        return {key: content[key] for key in ("step", "dp_size", "run", "data", "files")}
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{manifest} cannot be read: {error}") from error
 

@@ -66,7 +66,8 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     torch.manual_seed(config.train.seed)
     model = CLIP(config.model, mesh)
     optimizer = build_optimizer(model, config.optim)
-    engine = initialize_engine(model, optimizer, config, mesh)
+    changed = resume_from is not None and checkpoints.is_from_other_ranks(resume_from)
+    engine = initialize_engine(model, optimizer, config, mesh, load_universal=changed)
     start = 0
     if resume_from:
         start, state = checkpoints.load(engine, resume_from)

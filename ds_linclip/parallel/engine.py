@@ -29,9 +29,18 @@ __all__ = ["deepspeed_config", "initialize_engine"]
 
 
 def initialize_engine(
-    model: nn.Module, optimizer: optim.Optimizer, config: Config, mesh: Mesh
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    config: Config,
+    mesh: Mesh,
+    *,
+    load_universal: bool = False,
 ) -> Any:
     """Hand model and optimizer to ``deepspeed.initialize``; returns the ``DeepSpeedEngine``.
+
+    Args:
+        model, optimizer, config, mesh: Of the run.
+        load_universal: The engine will load a checkpoint in DeepSpeed's universal form.
 
     Raises:
         ValueError: as :func:`deepspeed_config`.
@@ -39,7 +48,8 @@ def initialize_engine(
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=deepspeed_config(config, mesh.dp_size),
+        config=deepspeed_config(config, mesh.dp_size)
+        | {"checkpoint": {"load_universal": load_universal}},
         mpu=mesh.mpu(),
         dist_init_required=False,
     )

@@ -1,5 +1,6 @@
-"""The epoch audit: killed, resumed on other numbers of ranks, every sample comes exactly once."""
+"""Killed, resumed on other numbers of ranks: every sample once per epoch, and the same losses."""
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,9 @@ from ds_linclip.data.shard_writer import RawSample, write_train_shard
 
 pytestmark = pytest.mark.distributed
 JOB = Path(__file__).with_name("streaming_job.py")
+REPOSITORY = Path(__file__).parents[2]
+TRAIN = REPOSITORY / "launch" / "train.py"
+EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 NUM_SHARDS = 100
 #: Uneven: 2,400 samples, 50 steps per epoch.
 SIZES = [20 + number % 9 for number in range(NUM_SHARDS - 1)] + [24]
@@ -85,3 +89,67 @@ def test_every_sample_once_per_epoch_through_kills_and_changes_of_ranks(
         for line in log.read_text().splitlines()[:-1]:  # the last one may be cut by the kill
             step, *keys = line.split()
             assert set(keys) <= set(batches[int(step)])
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Processes that run the training script below the launcher."""
+    parents, commands = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int(
+                (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            )
+            commands[int(folder.name)] = (folder / "cmdline").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found = []
+    for process, command in commands.items():
+        above = process
+        while above in parents and above != launcher:
+            above = parents[above]
+        if above == launcher and any(b"--local_rank" in word for word in command):
+            found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("form", [("fp32", 1), pytest.param(("bf16", 2), marks=pytest.mark.slow)])
+def test_losses_go_on_through_kills_and_changes_of_ranks(
+    form, start_deepspeed_cpu, deepspeed_cpu, embedded_overrides, tmp_path
+):
+    precision, stage = form
+    arguments = [
+        *(TRAIN, EMBEDDED, *embedded_overrides, f"output_dir={tmp_path}", "eval.data=null"),
+        *(
+            "train.steps=32",
+            "optim.warmup_steps=4",
+            "checkpoint.every_steps=6",
+            "log.every_steps=1",
+        ),
+        *("train.global_batch_size=32", f"train.precision={precision}", f"zero.stage={stage}"),
+    ]
+    assert deepspeed_cpu(*arguments, "name=whole", ranks=2).returncode == 0
+    latest = tmp_path / "resumed" / "checkpoints" / "latest"
+    for ranks, step in ((4, 6), (2, 12), (1, 18)):
+        running = start_deepspeed_cpu(*arguments, "name=resumed", ranks=ranks)
+        while not latest.exists() or latest.read_text() < f"step-{step:08d}":
+            assert running.poll() is None, running.communicate()
+            time.sleep(0.01)
+        os.kill(max(ranks_of(running.pid)), signal.SIGKILL)
+        running.communicate(timeout=60)
+        assert running.returncode != 0
+    done = deepspeed_cpu(*arguments, "name=resumed", ranks=4)
+    assert done.returncode == 0, done.stderr
+    assert "from 1 ranks to 4" in done.stderr
+
+    def losses(name: str) -> dict[int, float]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return {record["step"]: record["train/loss"] for record in map(json.loads, lines)}
+
+    whole, resumed = losses("whole"), losses("resumed")
+    assert sorted(resumed) == sorted(whole) == list(range(1, 33))
+    worst = max(abs(resumed[step] / whole[step] - 1) for step in whole)
+    print(f"{precision} ZeRO-{stage}: largest relative difference of the loss {worst:.1e}")
+    assert worst <= {"fp32": 1e-5, "bf16": 5e-3}[precision]
+    report = json.loads((tmp_path / "resumed" / "data_report.json").read_text())
+    assert (report["step"], report["samples"]) == (32, 32 * 32)
+    assert not list(latest.parent.glob("*.universal"))
