@@ -5,7 +5,8 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ds_linclip.config import Config
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["MetricWriter", "StepMeter", "peak_memory_gib"]
+__all__ = ["MetricWriter", "SampleLog", "StepMeter", "peak_memory_gib"]
 
 
 class MetricWriter:
@@ -44,6 +45,28 @@ class MetricWriter:
         if board is not None and board.summary_writer is not None:
             board.summary_writer.add_figure(tag, figure, step)
             board.summary_writer.flush()
+
+
+class SampleLog:
+    """Which samples every step saw: one JSON object per step and data-parallel rank.
+
+    Does nothing unless ``log.sample_keys`` is set. Steps that are done again after a resume stand
+    twice; ``start``, the step the process began at, tells them apart.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, start: int) -> None:
+        self._path: Path | None = None
+        self._facts = {"start": start, "ranks": mesh.dp_size}
+        if config.log.sample_keys and mesh.tp_rank == 0:
+            folder = config.run_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            self._path = folder / f"rank-{mesh.dp_rank:05d}.jsonl"
+
+    def write(self, step: int, keys: Sequence[str]) -> None:
+        """Note the keys of this rank's part of the batch that made ``step``."""
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **self._facts, "keys": keys}) + "\n")
 
 
 class StepMeter:

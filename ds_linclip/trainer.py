@@ -21,7 +21,7 @@ from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, save_config
 from ds_linclip.data import DataReport, Storage, TrainData, find_shards
 from ds_linclip.loss import clip_loss
-from ds_linclip.metrics import MetricWriter, StepMeter
+from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.optim import build_optimizer, learning_rate
 from ds_linclip.parallel.engine import deepspeed_config, initialize_engine
@@ -77,6 +77,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         logger.info("%s, %s", where, f"resumed from {resume_from}" if start else "from step 0")
 
     writer = MetricWriter(config, mesh, engine.monitor)
+    sample_log = SampleLog(config, mesh, start)
     meter = StepMeter(mesh)
     result = TrainResult(steps=config.train.steps)
     steps = config.train.steps
@@ -96,6 +97,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         loss = clip_loss(image_features, text_features, logit_scale, mesh.dp_group)
         engine.backward(loss)
         engine.step()
+        sample_log.write(step, batch.keys)
         meter.step_done(samples=len(batch.keys), tokens=model.num_tokens(batch.images, batch.texts))
         progress.update()
 

@@ -263,6 +263,8 @@ class LogConfig:
     tensorboard: bool = True
     #: Held-out images drawn with their captions and top-5 classes at every evaluation.
     num_images: int = 8
+    #: Write the keys of every batch into ``<run folder>/samples/rank-N.jsonl``.
+    sample_keys: bool = False
 
 
 @dataclass(kw_only=True)
