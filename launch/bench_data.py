@@ -91,7 +91,7 @@ class Shards:
 
 
 def main() -> int:
-    start = time.monotonic()
+    start, load = time.monotonic(), os.getloadavg()[0]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -119,7 +119,10 @@ def main() -> int:
                 f"error: {reason.strip().splitlines()[-1].removeprefix('error: ')}", file=sys.stderr
             )
             return 2
-    facts = _facts(arguments, rows) | {"duration": f"{time.monotonic() - start:.0f} s"}
+    facts = _facts(arguments, rows) | {
+        "duration": f"{time.monotonic() - start:.0f} s",
+        "load before": f"{load:.1f} of {len(os.sched_getaffinity(0))} cores",
+    }
     report = Report(facts, rows, requirements, NOTES)
     report.write(output)
     print(report.summary())
