@@ -7,7 +7,7 @@ shards of a lane are read by few workers. The only state is the step number;
 
 import itertools
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self, TypeVar
@@ -173,6 +173,7 @@ class _PartDataset(Dataset[Batch | DataError]):
         self._dp_rank, self._dp_size = dp_place
         self._num_parts = num_parts
         self._prefetch = prefetch
+        self._buffers: deque[Tensor] = deque()
 
     def __getitem__(self, place: tuple[int, int]) -> Batch | DataError:
         step, part = place
@@ -194,9 +195,7 @@ class _PartDataset(Dataset[Batch | DataError]):
             self._reader.prefetch(self._order.pool_shards(positions))
             self._reader.prefetch(self._order.next_shards(positions))
         shards, indices = self._order.locate(positions)
-        images = torch.empty((len(positions), 3, *image_size), dtype=torch.uint8)
-        if get_worker_info() is not None:
-            images.share_memory_()  # written once, straight to where the training process reads
+        images = self._buffer((len(positions), *image_size, 3)).permute(0, 3, 1, 2)
         tokens, keys, captions, skipped = [], [], [], Counter[str]()
         places = zip(positions.tolist(), shards.tolist(), indices.tolist(), strict=True)
         for row, place in enumerate(places):
@@ -209,6 +208,22 @@ class _PartDataset(Dataset[Batch | DataError]):
                 skipped[cause] += 1
         problems, self._reader.problems = self._reader.problems, []
         return Batch(images, torch.stack(tokens), keys, captions, skipped, problems)
+
+    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
+        """Bytes for the images of a part, in a worker where the training process can read them.
+
+        A worker has no more than ``prefetch_batches`` parts that were not taken yet, and a part is
+        joined into its batch before the next one is taken: two buffers more, and they can go round.
+        """
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        buffer: Tensor | None = None
+        if len(self._buffers) == self._config.data.prefetch_batches + 2:
+            buffer = self._buffers.popleft()
+        if buffer is None or buffer.shape != shape:
+            buffer = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        self._buffers.append(buffer)
+        return buffer
 
 
 class _Parts(Sampler[tuple[int, int]]):

@@ -163,6 +163,17 @@ def test_workers_change_nothing(patterns: list[str], num_workers: int) -> None:
     assert_same(take(train_data(patterns, num_workers=num_workers), 7), expected)
 
 
+def test_slow_reader_keeps_its_batches(patterns: list[str]) -> None:
+    """Workers write into the same few buffers in turn, never into one that is still to be read."""
+    expected = take(train_data(patterns), 12)
+    data = train_data(patterns, num_workers=2, prefetch_batches=1)
+    found = []
+    for batch in itertools.islice(data.batches(0), 12):
+        time.sleep(0.05)
+        found.append(batch)
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_is_bit_identical(patterns: list[str], num_workers: int) -> None:
     through = take(train_data(patterns), 9)
