@@ -101,15 +101,18 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         meter.step_done(samples=len(batch.keys), tokens=model.num_tokens(batch.images, batch.texts))
         progress.update()
 
-        if _is_due(step, config.log.every_steps, steps):
-            values = meter.read(loss) | _share_report(report, config, mesh, step)
+        is_logged = _is_due(step, config.log.every_steps, steps)
+        is_saved = _is_due(step, config.checkpoint.every_steps, steps)
+        if is_logged or is_saved:
+            data_counts = _share_report(report, config, mesh, step)
+        if is_logged:
+            values = meter.read(loss) | data_counts
             values |= _optimizer_values(engine, logit_scale, rate)
             writer.scalars(step, values)
             _show(progress, values)
             result.last = values
             meter.restart()
-        if _is_due(step, config.checkpoint.every_steps, steps):
-            _share_report(report, config, mesh, step)
+        if is_saved:
             checkpoints.save(engine, step, report.state())
             meter.restart()
         if evaluate and _is_due(step, config.eval.every_steps, steps):

@@ -5,7 +5,9 @@ shards of a lane are read by few workers. The only state is the step number;
 :meth:`TrainData.batches` starts anywhere by seeking.
 """
 
+import hashlib
 import itertools
+import os
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -22,11 +24,12 @@ from ds_linclip.data.decode import CaptionTokenizer, Normalizer, TrainTransform
 from ds_linclip.data.order import GroupSizes, SampleOrder
 from ds_linclip.data.samples import DataError, SampleReader, ShardProblem
 from ds_linclip.data.shards import ShardGroup, raise_file_limit
-from ds_linclip.data.storage import Storage, is_remote
+from ds_linclip.data.storage import Storage, is_remote, shown
 
 __all__ = ["Batch", "TrainData", "ordered_loader"]
 
 _Item = TypeVar("_Item")
+_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,17 @@ class TrainData:
             shuffle_shards=data.shuffle_shards,
             with_replacement=data.sampling == "replacement",
         )
+        urls = [shard.url for group in groups for shard in group.shards]
         self.identity: dict[str, Any] = {
             "number of samples in data.train": self.order.num_samples,
             "data.num_lanes": data.num_lanes,
             "data.shuffle_shards": data.shuffle_shards,
             "data.sampling": data.sampling,
             "order of data.train (from sizes, weights and seed)": self.order.fingerprint,
+            "shards of data.train (from their names)": _names_digest(urls),
             "data.crop_scale": data.crop_scale,
             "data.resolutions": [asdict(resolution) for resolution in data.resolutions],
         }
-        urls = [shard.url for group in groups for shard in group.shards]
         storage = Storage(data.cache, data.network)
         storage.check(urls)
         _check_visible(urls, storage)
@@ -118,6 +122,7 @@ class TrainData:
         )
         self._prefetch_batches = data.prefetch_batches
         self._num_workers = min(data.num_workers, self._num_parts)
+        _check_shared_memory(config, local_size)
         prefetch = any(map(is_remote, urls))
         self._dataset = _PartDataset(
             config, self.order, reader, (dp_rank, dp_size), self._num_parts, prefetch
@@ -148,8 +153,10 @@ class TrainData:
                 raise part
             parts.append(part)
             if len(parts) == self._num_parts:
-                yield _joined(parts, normalize, device)
-                parts = []
+                batch = _joined(parts, normalize, device)
+                parts.clear()
+                del part  # or its memory stays taken during the step
+                yield batch
 
 
 class _PartDataset(Dataset[Batch | DataError]):
@@ -190,10 +197,11 @@ class _PartDataset(Dataset[Batch | DataError]):
 
     def _read(self, step: int, positions: np.ndarray) -> Batch:
         image_size = self._config.image_size_at(step)
-        self._reader.start_part()
+        pools = self._order.pool_shards(positions)
+        self._reader.keep(pools)
         if self._prefetch:
-            self._reader.prefetch(self._order.pool_shards(positions))
-            self._reader.prefetch(self._order.next_shards(positions))
+            self._reader.prefetch(pools)
+            self._reader.prefetch(self._order.pool_shards(positions, following=True))
         shards, indices = self._order.locate(positions)
         images = self._buffer((len(positions), *image_size, 3)).permute(0, 3, 1, 2)
         tokens, keys, captions, skipped = [], [], [], Counter[str]()
@@ -221,7 +229,14 @@ class _PartDataset(Dataset[Batch | DataError]):
         if len(self._buffers) == self._config.data.prefetch_batches + 2:
             buffer = self._buffers.popleft()
         if buffer is None or buffer.shape != shape:
-            buffer = torch.empty(shape, dtype=torch.uint8).share_memory_()
+            try:
+                buffer = torch.empty(shape, dtype=torch.uint8).share_memory_()
+            except RuntimeError as error:
+                ahead = self._config.data.prefetch_batches
+                raise DataError(
+                    f"data.prefetch_batches ({ahead}) must fit into {_SHARED_MEMORY}, which is "
+                    f"full (in Docker use --ipc=host or a larger --shm-size): {error}"
+                ) from error
         self._buffers.append(buffer)
         return buffer
 
@@ -247,7 +262,7 @@ def ordered_loader(
         sampler=sampler,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # not on a CPU run beside idle GPUs
         worker_init_fn=_start_worker,
         # Without one of its own, the loader draws a seed from the global generator.
         generator=torch.Generator(),
@@ -266,6 +281,12 @@ def _joined(parts: Sequence[Batch], normalize: Normalizer, device: torch.device)
     )
 
 
+def _names_digest(urls: Sequence[str]) -> str:
+    """Digest of the shards' names and folders; what is above these may change."""
+    names = ["/".join(shown(url).split("/")[-2:]) for url in urls]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
 def _check_visible(urls: Sequence[str], storage: Storage) -> None:
     """A node that lacks the mount or the credentials is told so before the first step."""
     asked = urls[:: -(-len(urls) // 8)]
@@ -273,8 +294,25 @@ def _check_visible(urls: Sequence[str], storage: Storage) -> None:
         if any(storage.exists(url) for url in asked):
             return
     except OSError as error:
-        raise ValueError(f"data.train ({asked[0]}) cannot be reached: {error}") from error
-    raise ValueError(f"data.train ({asked[0]}) must be visible to every rank")
+        raise ValueError(f"data.train ({shown(asked[0])}) cannot be reached: {error}") from error
+    raise ValueError(f"data.train ({shown(asked[0])}) must be visible to every rank")
+
+
+def _check_shared_memory(config: Config, local_size: int) -> None:
+    """The usual 64 MiB of a container are little, and a worker that runs out of it says so late."""
+    if config.data.num_workers == 0 or not os.path.isdir(_SHARED_MEMORY):
+        return
+    sizes = [config.model.vision.image_size, *(r.image_size for r in config.data.resolutions)]
+    batch = 3 * local_size * max(height * width for height, width in sizes)
+    needed = (config.data.prefetch_batches + 2) * batch
+    space = os.statvfs(_SHARED_MEMORY)
+    free = space.f_bavail * space.f_frsize
+    if needed > free:
+        raise ValueError(
+            f"data.prefetch_batches ({config.data.prefetch_batches}) must fit into shared memory: "
+            f"every rank needs {needed / 2**20:.0f} MiB of {_SHARED_MEMORY}, which has "
+            f"{free / 2**20:.0f} MiB free; in Docker use --ipc=host or a larger --shm-size"
+        )
 
 
 def _start_worker(_worker: int) -> None:

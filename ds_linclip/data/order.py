@@ -85,8 +85,6 @@ class SampleOrder:
         self._lanes_per_group = num_lanes
         self.num_samples = sum(self._per_epoch)
         self.num_lanes = num_lanes * len(groups)
-        self._num_shards = int(self._first_shard[-1])
-        self._pool_share = min(1.0, shuffle_shards * self.num_lanes / self._num_shards)
         facts = [
             *(seed, num_lanes, shuffle_shards, with_replacement),
             *(([int(size) for size in g.shard_sizes], g.samples_per_epoch) for g in groups),
@@ -130,19 +128,24 @@ class SampleOrder:
         local = global_batch_size // dp_size
         return positions[dp_rank * local : (dp_rank + 1) * local]
 
-    def next_shards(self, positions: npt.ArrayLike) -> list[int]:
-        """Shards of the pools that the lanes at ``positions`` [K] take after their present ones."""
-        ahead = int(self._pool_share * self.num_samples)
-        return self.pool_shards(np.asarray(positions, dtype=np.int64) + ahead)
+    def pool_shards(
+        self, positions: npt.ArrayLike, *, following: bool = False
+    ) -> dict[int, set[int]]:
+        """Shards of the pools that hold the samples at some positions.
 
-    def pool_shards(self, positions: npt.ArrayLike) -> list[int]:
-        """All shards of the pools that hold the samples at ``positions`` [K], each once."""
-        found: dict[int, None] = {}
+        Args:
+            positions: [K], not negative.
+            following: The pools that come after these instead.
+
+        Returns:
+            Shard numbers by lane; lanes are numbered through all groups.
+        """
+        found: dict[int, set[int]] = {}
         for group, _, offsets in self._deal(np.asarray(positions, dtype=np.int64)):
-            first = int(self._first_shard[group])
-            for shards in self._groups[group].pools_at(offsets):
-                found.update(dict.fromkeys((shards + first).tolist()))
-        return list(found)
+            for lane, shards in self._groups[group].pools_at(offsets, following):
+                pool = found.setdefault(group * self._lanes_per_group + lane, set())
+                pool.update((shards + self._first_shard[group]).tolist())
+        return found
 
     def _deal(self, positions: _Array) -> Iterator[tuple[int, npt.NDArray[np.intp], _Array]]:
         """Group, rows of ``positions`` that fall to it, and their offsets in its stream.
@@ -154,8 +157,10 @@ class SampleOrder:
         if len(self._groups) == 1:
             yield 0, rows, positions
             return
-        # Python's integers: the products pass 64 bits for some billions of samples.
-        epochs, left = (part.astype(object) for part in np.divmod(positions, self.num_samples))
+        epochs, left = np.divmod(positions, self.num_samples)
+        if self.num_samples**2 >= 2**63 or positions.max(initial=0) >= 2**62:
+            # The products below pass 64 bits: Python's integers, slower.
+            epochs, left = epochs.astype(object), left.astype(object)
         total = self.num_samples
         for group, count in enumerate(self._per_epoch):
             before = left * count // total
@@ -205,10 +210,15 @@ class _Group:
             lanes[rows] = one_pass.lanes_at(in_pass)[0]
         return lanes
 
-    def pools_at(self, offsets: _Array) -> Iterator[_Array]:
-        """Shards of every pool that holds one of the samples."""
-        for one_pass, lane, pool_number, _, _ in self._by_pool(offsets):
-            yield one_pass.pool(lane, pool_number)[0]
+    def pools_at(self, offsets: _Array, following: bool) -> Iterator[tuple[int, _Array]]:
+        """Lane and shards of every pool that holds one of the samples, or of the one after it."""
+        for one_pass, lane, number, _, _ in self._by_pool(offsets):
+            if not following:
+                yield lane, one_pass.pool(lane, number)[0]
+            elif number + 1 < len(one_pass.pool_starts[lane]):
+                yield lane, one_pass.pool(lane, number + 1)[0]
+            else:
+                yield lane, self._pass(one_pass.number + 1).pool(lane, 0)[0]
 
     def _by_pass(self, offsets: _Array) -> Iterator[tuple["_Pass", npt.NDArray[np.intp], _Array]]:
         passes, in_pass = np.divmod(offsets, self._num_samples)

@@ -18,11 +18,12 @@ logger = logging.getLogger(__name__)
 
 # A share of fewer samples says nothing.
 _MIN_SAMPLES_JUDGED = 1000
-_MAX_SHARDS_LISTED = 1000
 
 
 @dataclass
-class _Counts:
+class Counts:
+    """What one rank has met."""
+
     samples: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     problems: list[ShardProblem] = field(default_factory=list)
@@ -40,7 +41,7 @@ class DataReport:
 
     def __init__(self, max_bad_samples: float) -> None:
         self._max_bad_samples = max_bad_samples
-        self._mine = _Counts()
+        self._mine = Counts()
         self._samples = 0
         self._skipped: Counter[str] = Counter()
         self._shards: dict[tuple[str, str], ShardProblem] = {}
@@ -51,19 +52,18 @@ class DataReport:
         self._mine.skipped.update(batch.skipped)
         self._mine.problems += batch.problems
 
-    def take(self) -> Any:
+    def take(self) -> Counts:
         """What this rank has counted since it was last asked; can be pickled."""
-        mine, self._mine = self._mine, _Counts()
+        mine, self._mine = self._mine, Counts()
         return mine
 
-    def merge(self, ranks: Sequence[Any]) -> None:
+    def merge(self, ranks: Sequence[Counts]) -> None:
         """Add what all data ranks have taken."""
         for counts in ranks:
             self._samples += counts.samples
             self._skipped.update(counts.skipped)
             for problem in counts.problems:  # several workers may meet the same shard
-                if len(self._shards) < _MAX_SHARDS_LISTED:
-                    self._shards[problem.url, problem.cause] = problem
+                self._shards[problem.url, problem.cause] = problem
 
     def check(self) -> None:
         """Judge the sums.
@@ -106,7 +106,10 @@ class DataReport:
         self._shards = {(problem.url, problem.cause): problem for problem in problems}
 
     def write(self, path: Path, **facts: Any) -> None:
-        """Replace ``path`` with the counts and other facts, as JSON."""
+        """Replace ``path`` with the counts and other facts, as JSON; a full disk is no error."""
         partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps({**facts, **self.state()}, indent=1) + "\n")
-        os.replace(partial, path)
+        try:
+            partial.write_text(json.dumps({**facts, **self.state()}, indent=1) + "\n")
+            os.replace(partial, path)
+        except OSError as error:
+            logger.warning("%s not written: %s", path, error)

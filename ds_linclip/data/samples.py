@@ -8,7 +8,7 @@ run, or ranks that must see the same samples would drift apart.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,15 +21,14 @@ from ds_linclip.data.decode import (
     decode_text,
 )
 from ds_linclip.data.shards import Shard, ShardGroup
-from ds_linclip.data.storage import Storage
+from ds_linclip.data.storage import Storage, shown
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
-__all__ = ["DataError", "Sample", "SampleReader", "ShardProblem"]
+__all__ = ["DataError", "Sample", "SampleReader", "ShardProblem", "open_and_judge"]
 
 logger = logging.getLogger(__name__)
 
 _TRIES_PER_SHARD = 16
-_FORGET_AFTER = 64  # parts of a batch
 
 
 class DataError(ValueError):
@@ -58,7 +57,7 @@ class ShardProblem:
     """What is wrong with a shard as a whole.
 
     Attributes:
-        url: The shard.
+        url: The shard, without what may be secret.
         cause: ``shard_missing``, ``shard_unreadable``, ``shard_cut``, ``shard_short``,
             ``shard_long`` (more samples than expected, those are never read) or ``keys_repeated``.
         found, expected: Number of samples; for ``keys_repeated``, of samples and of keys.
@@ -105,8 +104,8 @@ class SampleReader:
         self._tokenize = tokenize
         self._max_bad_in_a_row = max_bad_in_a_row
         self._capacity = open_shards
-        self._open: OrderedDict[int, tuple[OpenShard | BadSample, int]] = OrderedDict()
-        self._part = 0
+        self._open: OrderedDict[int, OpenShard | BadSample] = OrderedDict()
+        self._pools: dict[int, set[int]] = {}
         self.problems: list[ShardProblem] = []
 
     def read(
@@ -141,23 +140,31 @@ class SampleReader:
                         break
         raise DataError(self._all_bad(shard, index, tried, first_cause))
 
-    def start_part(self) -> None:
-        """Close the shards that were not read for a while: copies of remote ones may then go."""
-        self._part += 1
-        while self._open and next(iter(self._open.values()))[1] < self._part - _FORGET_AFTER:
-            self._close_oldest()
+    def keep(self, pools: Mapping[int, set[int]]) -> None:
+        """Close what lanes have done with, so that copies of remote shards may go.
 
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Have shards fetched that will be read soon."""
-        self._storage.prefetch([self._shards[number].url for number in shards])
+        Args:
+            pools: Shards that some lanes read now; other lanes keep theirs.
+        """
+        for lane, shards in pools.items():
+            for number in self._pools.get(lane, set()) - shards:
+                self._close(number)
+            self._pools[lane] = shards
+
+    def prefetch(self, pools: Mapping[int, set[int]]) -> None:
+        """Have shards fetched that some lanes will read soon."""
+        numbers = sorted(set().union(*pools.values()))
+        self._storage.prefetch([self._shards[number].url for number in numbers])
 
     def _load(self, position: int, number: int, index: int, image_size: tuple[int, int]) -> Sample:
         try:
             shard = self._shard(number)
+            if not self._shards[number].exact and len(shard):
+                index %= len(shard)  # of a shard of unknown size, no index is wrong
             text = shard.read(index, "text", max_bytes=MAX_TEXT_BYTES)
             content = shard.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
         except OSError as error:
-            url = self._shards[number].url
+            url = shown(self._shards[number].url)
             raise DataError(f"data.train ({url}) cannot be read: {error}") from error
         caption = decode_text(text)
         image = self._transform(content, image_size, position)
@@ -171,55 +178,73 @@ class SampleReader:
             yield number, [(index + i) % size for i in range(min(_TRIES_PER_SHARD, size))]
 
     def _all_bad(self, shard: int, index: int, tried: int, cause: str | None) -> str:
+        url = shown(self._shards[shard].url)
         return (
-            f"data.train ({self._shards[shard].url}) must hold usable samples: from sample {index} "
-            f"on, {tried} candidates in a row are bad (data.max_bad_in_a_row is "
-            f"{self._max_bad_in_a_row}; first cause: {cause})"
+            f"data.train ({url}) must hold usable samples: from sample {index} on, {tried} "
+            f"candidates in a row are bad (data.max_bad_in_a_row is {self._max_bad_in_a_row}, the "
+            f"first cause {cause})"
         )
 
     def _shard(self, number: int) -> OpenShard:
         """An open shard; that it is lost or broken is remembered too, an OSError is not."""
-        found, _ = self._open.pop(number, (None, 0))
+        found = self._open.get(number)
         if found is None:
-            found = self._open_shard(self._shards[number])
+            found, problems = open_and_judge(self._shards[number], self._storage)
+            for problem in problems:
+                logger.warning(
+                    "%s: %s (%d found, %d expected)",
+                    *(problem.url, problem.cause, problem.found, problem.expected),
+                )
+            self.problems += problems
             if len(self._open) == self._capacity:
-                self._close_oldest()
-        self._open[number] = found, self._part
+                self._close(next(iter(self._open)))
+            self._open[number] = found
+        self._open.move_to_end(number)
         if isinstance(found, BadSample):
             raise BadSample(found.cause, whole_shard=True)
         return found
 
-    def _close_oldest(self) -> None:
-        oldest, _ = self._open.popitem(last=False)[1]
-        if isinstance(oldest, OpenShard):
-            oldest.close()
-
-    def _open_shard(self, shard: Shard) -> OpenShard | BadSample:
-        found = _attempt(shard.url, self._storage, again=False)
-        if isinstance(found, BadSample) or found.cut:
-            found = _attempt(shard.url, self._storage, again=True)
-        if isinstance(found, BadSample):
-            self._report(shard, found.cause, 0, shard.num_samples)
-            return found
-        if found.cut:
-            self._report(shard, "shard_cut", len(found), shard.num_samples)
-        elif shard.exact and len(found) != shard.num_samples:
-            cause = "shard_short" if len(found) < shard.num_samples else "shard_long"
-            self._report(shard, cause, len(found), shard.num_samples)
-        if found.repeated_keys:
-            num_keys = len(found) - found.repeated_keys
-            self._report(shard, "keys_repeated", len(found), num_keys)
-        return found
-
-    def _report(self, shard: Shard, cause: str, found: int, expected: int) -> None:
-        logger.warning("%s: %s (%d found, %d expected)", shard.url, cause, found, expected)
-        self.problems.append(ShardProblem(shard.url, cause, found, expected))
+    def _close(self, number: int) -> None:
+        shard = self._open.pop(number, None)
+        if isinstance(shard, OpenShard):
+            shard.close()
 
 
-def _attempt(url: str, storage: Storage, *, again: bool) -> OpenShard | BadSample:
+def open_and_judge(
+    shard: Shard, storage: Storage
+) -> tuple[OpenShard | BadSample, list[ShardProblem]]:
+    """Open a shard, once more if it is damaged, and tell what is wrong with it as a whole.
+
+    Returns:
+        The shard, or why it cannot be read; and its problems.
+
+    Raises:
+        OSError: when it cannot be reached.
+    """
+    found = _open(shard.url, storage, anew=False)
+    if isinstance(found, BadSample) or found.cut:
+        if isinstance(found, OpenShard):
+            found.close()
+        found = _open(shard.url, storage, anew=True)
+    name = shown(shard.url)
+    if isinstance(found, BadSample):
+        return found, [ShardProblem(name, found.cause, 0, shard.num_samples)]
+    problems = []
+    if found.cut:
+        problems.append(ShardProblem(name, "shard_cut", len(found), shard.num_samples))
+    elif shard.exact and len(found) != shard.num_samples:
+        cause = "shard_short" if len(found) < shard.num_samples else "shard_long"
+        problems.append(ShardProblem(name, cause, len(found), shard.num_samples))
+    if found.repeated_keys:
+        num_keys = len(found) - found.repeated_keys
+        problems.append(ShardProblem(name, "keys_repeated", len(found), num_keys))
+    return found, problems
+
+
+def _open(url: str, storage: Storage, *, anew: bool) -> OpenShard | BadSample:
     try:
-        return OpenShard(storage.open_again(url) if again else storage.open(url), url)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        return OpenShard(storage.open_again(url) if anew else storage.open(url), url)
+    except FileNotFoundError:
         return BadSample("shard_missing", whole_shard=True)
     except BadSample as error:
         return error

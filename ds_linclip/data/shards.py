@@ -9,26 +9,28 @@ import contextlib
 import io
 import json
 import logging
+import os
+import re
 import resource
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
 from ds_linclip.config import Source
-from ds_linclip.data.storage import Storage, check_url, is_remote
+from ds_linclip.data.storage import Storage, check_url, is_remote, shown
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
 __all__ = ["Shard", "ShardGroup", "find_shards", "raise_file_limit"]
 
 logger = logging.getLogger(__name__)
 
-_MAX_SIDE_FILE_BYTES = 2**28
 _REQUESTS_AT_ONCE = 32  # network storage answers slowly but many at once
+_MAX_COUNTED_BY_HEADERS = 256  # at a few a second
 
 
 @dataclass(frozen=True)
@@ -59,24 +61,38 @@ class ShardGroup:
     samples_per_epoch: int
 
 
-def find_shards(sources: Sequence[Source], storage: Storage) -> list[ShardGroup]:
+def find_shards(
+    sources: Sequence[Source], storage: Storage, *, count_headers: bool = True
+) -> list[ShardGroup]:
     """Expand the patterns of all sources and learn how many samples each shard holds.
 
     The number comes from ``sizes.json``, else ``NNNNN_stats.json``, else the successful rows of
-    ``NNNNN.parquet``, else ``num_samples`` of the source, spread evenly, else, for local files, the
-    headers of the tar itself. With weights every source is a group of its own; otherwise those of
-    equal ``upsampling`` make one.
+    ``NNNNN.parquet``, else ``num_samples`` of the source, spread evenly, else, for a few local
+    files, the headers of the tar itself. With weights every source is a group of its own; otherwise
+    those of equal ``upsampling`` make one.
+
+    Args:
+        sources: Of the config.
+        storage: Where they lie.
+        count_headers: Else a shard of unknown size counts as 0 samples, not exact.
 
     Raises:
         ValueError: naming ``data.train`` and the pattern: it cannot be expanded, names a file that
-            does not exist, cannot be reached, nothing tells its size, or the sizes disagree.
+            does not exist or comes twice, cannot be reached, nothing tells its size, or the sizes
+            disagree.
     """
-    found = []
+    found: list[list[Shard]] = []
     for source in sources:
+        name = f"data.train ({shown(source.shards)})"
         try:
-            found.append(_count_source(source, storage))
+            found.append(_Sizes(source, storage, name).shards(count_headers=count_headers))
         except OSError as error:
-            raise ValueError(f"data.train ({source.shards}) cannot be reached: {error}") from error
+            raise ValueError(f"{name} cannot be reached: {error}") from error
+        except ValueError as error:
+            if str(error).startswith("data."):
+                raise
+            raise ValueError(f"{name} cannot be read: {error}") from error
+    _check_distinct([shard.url for shards in found for shard in shards])
     if sources[0].weight is not None:
         return _by_weight(sources, found)
     groups: dict[float, list[Shard]] = {}
@@ -114,140 +130,185 @@ def _by_weight(sources: Sequence[Source], found: Sequence[list[Shard]]) -> list[
     ]
 
 
-def _count_source(source: Source, storage: Storage) -> list[Shard]:
-    urls = _expand(source.shards)
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        counts = _sizes_files(urls, storage)
-        for url in {urls[0], urls[-1]} & counts.keys():
-            _check_equal(
-                f"data.train ({url}): sizes.json", counts[url], _count_beside(storage, url)
+class _Sizes:
+    """Finds out how many samples the shards of one source hold."""
+
+    def __init__(self, source: Source, storage: Storage, name: str) -> None:
+        self._source, self._storage, self._name = source, storage, name
+        self._urls = _expand(source.shards, name)
+
+    def shards(self, *, count_headers: bool) -> list[Shard]:
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            counts = self._counts_beside(pool)
+            # Statistics are written last: a remote shard that has them is there.
+            unsure = [url for url in self._urls if url not in counts or not is_remote(url)]
+            exist = pool.map(self._storage.exists, unsure)
+            self._check_existing(
+                [url for url, there in zip(unsure, exist, strict=True) if not there]
             )
-        ask = [url for url in urls if url not in counts]
-        answers = zip(ask, pool.map(partial(_count_beside, storage), ask), strict=True)
-        counts |= {url: count for url, count in answers if count is not None}
-        # Statistics are written last: a remote shard that has them is there.
-        unsure = [url for url in urls if url not in counts or not is_remote(url)]
-        _check_existing(source.shards, urls, unsure, list(pool.map(storage.exists, unsure)))
-        unknown = [url for url in urls if url not in counts]
-        if unknown and source.num_samples is None:
-            _warn_unvouched(unknown, len(urls))
-            counts |= zip(unknown, pool.map(partial(_count_headers, storage), unknown), strict=True)
-            unknown = []
-    shards = {url: Shard(url, count) for url, count in counts.items()}
-    if source.num_samples is not None:
-        shards |= _spread(source, unknown, sum(counts.values()))
-    return [shards[url] for url in urls]
+            unknown = [url for url in self._urls if url not in counts]
+            if unknown and self._source.num_samples is None and count_headers:
+                self._check_few(unknown)
+                counts |= zip(unknown, pool.map(self._count_headers, unknown), strict=True)
+                unknown = []
+        shards = {url: Shard(url, count) for url, count in counts.items()}
+        if self._source.num_samples is not None:
+            shards |= self._spread(unknown, self._source.num_samples, sum(counts.values()))
+        else:
+            shards |= {url: Shard(url, 0, exact=False) for url in unknown}
+        return [shards[url] for url in self._urls]
+
+    def _counts_beside(self, pool: ThreadPoolExecutor) -> dict[str, int]:
+        """What the files beside the shards say, for as many as they say it."""
+        counts: dict[str, int] = {}
+        for folder, urls in self._by_folder().items():
+            sizes = self._read_json(folder) or {}
+            for url in urls:
+                size = sizes.get(_file_name(url))
+                if size is not None:
+                    counts[url] = self._as_count(size, folder)
+        ends = {self._urls[0], self._urls[-1]}
+        for url in ends & counts.keys():
+            stats = self._count_beside(url)
+            if stats not in (None, counts[url]):
+                raise ValueError(
+                    f"{self._name}: sizes.json ({counts[url]}) must equal what _stats.json says "
+                    f"({stats}) of {shown(url)}"
+                )
+        ask = [url for url in self._urls if url not in counts]
+        if ask and self._source.num_samples is not None:
+            # Tens of thousands of requests for nothing: none has a file beside it if the ends have
+            # none.
+            ask = ask if any(self._count_beside(url) is not None for url in ends) else []
+        answers = zip(ask, pool.map(self._count_beside, ask), strict=True)
+        return counts | {url: count for url, count in answers if count is not None}
+
+    def _by_folder(self) -> dict[str, list[str]]:
+        """Shards by the URL of the sizes file of their folder."""
+        folders: dict[str, list[str]] = {}
+        for url in self._urls:
+            path, query = _split_query(url)
+            folder, slash, _ = path.rpartition("/")
+            folders.setdefault(f"{folder}{slash}sizes.json{query}", []).append(url)
+        return folders
+
+    def _count_beside(self, url: str) -> int | None:
+        """Number of samples by the statistics or the parquet file beside a shard."""
+        path, query = _split_query(url)
+        stem = path.removesuffix(".tar")
+        stats = self._read_json(f"{stem}_stats.json{query}")
+        if stats is not None:
+            return self._as_count(stats.get("successes"), f"{stem}_stats.json")
+        content = self._read(f"{stem}.parquet{query}")
+        if content is None:
+            return None
+        try:
+            status = pq.read_table(io.BytesIO(content), columns=["status"])["status"]
+        except (pa.ArrowException, KeyError) as error:
+            raise ValueError(
+                f"{self._name}: {shown(stem)}.parquet must be readable: {error}"
+            ) from error
+        return status.to_pylist().count("success")
+
+    def _read_json(self, url: str) -> dict[str, int] | None:
+        content = self._read(url)
+        if content is None:
+            return None
+        try:
+            values = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{self._name}: {shown(url)} must be readable JSON: {error}"
+            ) from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{self._name}: {shown(url)} must hold an object with numbers")
+        return values
+
+    def _read(self, url: str) -> bytes | None:
+        # Some stores refuse what is not there.
+        return self._storage.read(url)
+
+    def _as_count(self, value: object, url: str) -> int:
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(
+                f"{self._name}: {shown(url)} must hold numbers of samples; it has {value!r}"
+            )
+        return value
+
+    def _check_existing(self, missing: Sequence[str]) -> None:
+        if len(missing) == len(self._urls):
+            raise ValueError(f"{self._name} matches no file")
+        if missing:
+            raise ValueError(
+                f"{self._name} must name existing files: {len(missing)} of {len(self._urls)} are "
+                f"missing, first {shown(missing[0])}"
+            )
+
+    def _check_few(self, unknown: Sequence[str]) -> None:
+        """Headers are counted for a few local shards only."""
+        what = f"{len(unknown)} of {len(self._urls)} shards (first: {shown(unknown[0])})"
+        if any(map(is_remote, unknown)):
+            raise ValueError(
+                f"{self._name}: {what} must have sizes.json, _stats.json or a parquet file beside "
+                "them, or the source num_samples, to tell how many samples they hold"
+            )
+        if len(unknown) > _MAX_COUNTED_BY_HEADERS:
+            raise ValueError(
+                f"{self._name}: {what} must have a file beside them that tells how many samples "
+                "they hold; ds-linclip inspect-shards --no-decode --write-sizes makes it"
+            )
+        logger.warning("%s have neither sizes.json nor _stats.json and may be incomplete", what)
+
+    def _count_headers(self, url: str) -> int:
+        try:
+            shard = OpenShard(self._storage.open(url), url)
+        except (BadSample, OSError) as error:
+            raise ValueError(f"{self._name}: {url} must be a readable tar: {error}") from error
+        shard.close()
+        return len(shard)
+
+    def _spread(self, urls: Sequence[str], total: int, known: int) -> dict[str, Shard]:
+        """Shards of unknown size, sharing evenly what the known ones leave of ``num_samples``."""
+        if total < known or (total > known and not urls):
+            rule = "be at least" if urls else "equal"
+            raise ValueError(
+                f"{self._name}: num_samples ({total}) must {rule} the number of samples told "
+                f"beside the shards ({known})"
+            )
+        ends = [(total - known) * (i + 1) // len(urls) for i in range(len(urls))]
+        starts = [0, *ends[:-1]]
+        return {
+            url: Shard(url, end - start, exact=False)
+            for url, start, end in zip(urls, starts, ends, strict=True)
+        }
 
 
-def _spread(source: Source, urls: Sequence[str], known: int) -> dict[str, Shard]:
-    """Shards of unknown size, sharing evenly what ``num_samples`` leaves for them."""
-    total = source.num_samples or 0
-    if total < known or (total > known and not urls):
-        rule = "be at least" if urls else "equal"
-        raise ValueError(
-            f"data.train ({source.shards}): num_samples ({total}) must {rule} the number of "
-            f"samples told beside the shards ({known})"
-        )
-    ends = [(total - known) * (i + 1) // len(urls) for i in range(len(urls))]
-    starts = [0, *ends[:-1]]
-    return {
-        url: Shard(url, end - start, exact=False)
-        for url, start, end in zip(urls, starts, ends, strict=True)
-    }
-
-
-def _expand(pattern: str) -> list[str]:
-    check_url(pattern)
+def _expand(pattern: str, name: str) -> list[str]:
+    if not is_remote(pattern):
+        pattern = os.path.expanduser(pattern)
     try:
-        return list(braceexpand(pattern))
+        urls = list(braceexpand(pattern))
     except ValueError as error:
-        raise ValueError(f"data.train ({pattern}) must be a valid brace pattern") from error
+        raise ValueError(f"{name} must be a valid brace pattern") from error
+    for url in {url.partition(":")[0]: url for url in urls if ":" in url}.values():
+        check_url(url)
+    return urls
 
 
-def _check_existing(
-    pattern: str, urls: Sequence[str], unsure: Sequence[str], exists: Sequence[bool]
-) -> None:
-    missing = [url for url, found in zip(unsure, exists, strict=True) if not found]
-    if len(missing) == len(urls):
-        raise ValueError(f"data.train ({pattern}) matches no file")
-    if missing:
+def _check_distinct(urls: Sequence[str]) -> None:
+    repeated = [url for url, times in Counter(urls).items() if times > 1]
+    if repeated:
         raise ValueError(
-            f"data.train ({pattern}) must name existing files: {len(missing)} of {len(urls)} are "
-            f"missing, first {missing[0]}"
+            f"data.train ({shown(repeated[0])}) must come once, not {urls.count(repeated[0])} "
+            "times; upsampling makes samples come more often"
         )
 
 
-def _check_equal(name: str, value: int, expected: int | None) -> None:
-    if expected is not None and value != expected:
-        raise ValueError(f"{name} ({value}) must equal what _stats.json says ({expected})")
+def _split_query(url: str) -> tuple[str, str]:
+    """What names the file, and the query or fragment after it."""
+    match = re.match(r"([^?#]*)(.*)", url) if is_remote(url) else None
+    return (match[1], match[2]) if match else (url, "")
 
 
-def _warn_unvouched(urls: Sequence[str], num_shards: int) -> None:
-    logger.warning(
-        "%d of %d shards have neither sizes.json nor _stats.json (first: %s) and may be incomplete",
-        len(urls),
-        num_shards,
-        urls[0],
-    )
-
-
-def _sizes_files(urls: Iterable[str], storage: Storage) -> dict[str, int]:
-    """Samples of the shards that a ``sizes.json`` in their folder lists."""
-    counts: dict[str, int] = {}
-    folders: dict[str, dict[str, int]] = {}
-    for url in urls:
-        folder, slash, name = url.rpartition("/")
-        if folder not in folders:
-            folders[folder] = _read_json(storage, f"{folder}{slash}sizes.json") or {}
-        if name in folders[folder]:
-            counts[url] = _as_count(folders[folder][name], f"{folder}{slash}sizes.json")
-    return counts
-
-
-def _count_beside(storage: Storage, url: str) -> int | None:
-    """Number of samples by the statistics or the parquet file beside a shard."""
-    stem = url.removesuffix(".tar")
-    stats = _read_json(storage, f"{stem}_stats.json")
-    if stats is not None:
-        return _as_count(stats.get("successes"), f"{stem}_stats.json")
-    content = storage.read(f"{stem}.parquet", _MAX_SIDE_FILE_BYTES)
-    if content is None:
-        return None
-    try:
-        status = pq.read_table(io.BytesIO(content), columns=["status"])["status"]
-    except (pa.ArrowException, KeyError) as error:
-        raise ValueError(f"data.train ({stem}.parquet) must be readable: {error}") from error
-    return status.to_pylist().count("success")
-
-
-def _read_json(storage: Storage, url: str) -> dict[str, int] | None:
-    content = storage.read(url, _MAX_SIDE_FILE_BYTES)
-    if content is None:
-        return None
-    try:
-        values = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"data.train ({url}) must be readable JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"data.train ({url}) must hold an object with numbers")
-    return values
-
-
-def _as_count(value: object, url: str) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"data.train ({url}) must hold numbers of samples; it has {value!r}")
-    return value
-
-
-def _count_headers(storage: Storage, url: str) -> int:
-    if is_remote(url):
-        raise ValueError(
-            f"data.train ({url}) must have sizes.json, _stats.json or a parquet file beside it, or "
-            "num_samples in the config, to tell how many samples it holds"
-        )
-    try:
-        shard = OpenShard(storage.open(url), url)
-    except (BadSample, OSError) as error:
-        raise ValueError(f"data.train ({url}) must be a readable tar: {error}") from error
-    shard.close()
-    return len(shard)
+def _file_name(url: str) -> str:
+    return _split_query(url)[0].rpartition("/")[2]

@@ -225,18 +225,23 @@ def test_with_replacement_draws_shards_anew_and_keeps_the_length_of_an_epoch() -
     assert ids_at(order, scattered) == [through[p] for p in scattered]
 
 
-@pytest.mark.parametrize("num_lanes", [1, 2])
-def test_next_shards_are_those_read_after_the_present_pools(num_lanes: int) -> None:
-    order = order_of([50] * 16, num_lanes=num_lanes, shuffle_shards=2)
-    read: set[int] = set()
-    announced = set(order.pool_shards(np.arange(10)))
-    for step in range(40):  # half an epoch
-        positions = np.arange(step * 10, (step + 1) * 10)
-        announced |= set(order.next_shards(positions))
-        read |= set(order.locate(positions)[0].tolist())
-        assert read <= announced
-        assert len(announced - read) <= 3 * 2 * num_lanes
-    assert len(read) == 8
+@pytest.mark.parametrize("num_lanes", [1, 3])
+@pytest.mark.parametrize("shares", [(40, 30, 70), (1, 138, 1), (20, 90, 30)])
+def test_following_pools_are_read_next_and_never_later(
+    shares: tuple[int, int, int], num_lanes: int
+) -> None:
+    """Whatever a lane reads was announced while it read the pool before."""
+    order, _ = mixed(shares, num_lanes)
+    announced: dict[int, set[int]] = {}
+    present: dict[int, set[int]] = {}
+    for position in range(3 * order.num_samples):
+        (lane, pool), *rest = order.pool_shards([position]).items()
+        assert not rest
+        assert int(order.locate([position])[0][0]) in pool
+        if present.get(lane) != pool and lane in present:
+            assert pool == announced[lane]
+        present[lane] = pool
+        (announced[lane],) = order.pool_shards([position], following=True).values()
 
 
 def test_fingerprint_tells_orders_apart() -> None:

@@ -84,10 +84,10 @@ def test_sizes_file_spares_asking_for_each_shard(tmp_path: Path) -> None:
 
 def test_config_fills_in_what_nothing_tells(tmp_path: Path) -> None:
     pattern = write_numbered(tmp_path, 1, 2, 3)
-    (tmp_path / "1_stats.json").write_text(json.dumps({"successes": 40}))
+    (tmp_path / "2_stats.json").write_text(json.dumps({"successes": 40}))
     (group,) = find(Source(shards=pattern, num_samples=101))
-    assert [shard.num_samples for shard in group.shards] == [30, 40, 31]
-    assert [shard.exact for shard in group.shards] == [False, True, False]
+    assert [shard.num_samples for shard in group.shards] == [30, 31, 40]
+    assert [shard.exact for shard in group.shards] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_config_fills_in_what_nothing_tells(tmp_path: Path) -> None:
         (
             {"sizes.json": {"0.tar": 5, "1.tar": 6}, "1_stats.json": {"successes": 7}},
             None,
-            r"data\.train \(.*1\.tar\): sizes\.json \(6\) must equal .*_stats\.json .*\(7\)",
+            r"data\.train .*: sizes\.json \(6\) must equal .*_stats\.json says \(7\) of .*1\.tar",
         ),
         (
             {"sizes.json": {"0.tar": 5, "1.tar": 6}},
@@ -104,9 +104,9 @@ def test_config_fills_in_what_nothing_tells(tmp_path: Path) -> None:
             r"data\.train \(.*\): num_samples \(12\) must equal .* \(11\)",
         ),
         ({"0_stats.json": {"successes": 5}}, 4, r"num_samples \(4\) must be at least .* \(5\)"),
-        ({"0_stats.json": {"count": 5}}, None, r"0_stats\.json\) must hold numbers .* None"),
-        ({"sizes.json": {"0.tar": -1}}, None, r"sizes\.json\) must hold numbers .* -1"),
-        ({"sizes.json": [1]}, None, r"sizes\.json\) must hold an object"),
+        ({"0_stats.json": {"count": 5}}, None, r"0_stats\.json must hold numbers .* None"),
+        ({"sizes.json": {"0.tar": -1}}, None, r"sizes\.json must hold numbers .* -1"),
+        ({"sizes.json": [1]}, None, r"sizes\.json must hold an object"),
     ],
 )
 def test_sizes_that_disagree_are_named(
@@ -117,6 +117,35 @@ def test_sizes_that_disagree_are_named(
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         find(Source(shards=pattern, num_samples=num_samples))
+
+
+def test_shard_that_comes_twice_is_named(tmp_path: Path) -> None:
+    pattern = write_numbered(tmp_path, 4, 6)
+    with pytest.raises(ValueError, match=r"data\.train \(.*1\.tar\) must come once, not 2 times"):
+        find(pattern, f"{tmp_path}/1.tar")
+
+
+def test_many_shards_are_not_counted_by_their_headers(tmp_path: Path) -> None:
+    pattern = write_numbered(tmp_path, *[1] * 300)
+    with pytest.raises(ValueError, match=r"300 of 300 shards .* inspect-shards .*--write-sizes"):
+        find(pattern)
+    (group,) = find_shards(
+        [Source(shards=pattern)], Storage(CacheConfig(), NetworkConfig()), count_headers=False
+    )
+    assert {(shard.num_samples, shard.exact) for shard in group.shards} == {(0, False)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{memory,memory}://a/0.tar", r"memory://a/0\.tar\) must be a local path or have a scheme"),
+        ("{/none,pipe:touch run}/0.tar", r"data\.train \(pipe:.*\) .* commands are not run"),
+        ("/a\0b.tar", r"data\.train \(/a.b\.tar\) cannot be read: embedded null byte"),
+    ],
+)
+def test_what_braces_expand_to_is_checked(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find(pattern)
 
 
 def test_sources_of_equal_upsampling_are_shuffled_as_one(tmp_path: Path) -> None:
