@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,7 +32,8 @@ RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
-_MAX_JPEG_SIDE = 65535
+_MAX_JPEG_SIDE = 65500  # of libjpeg; the format itself has room for 65535
+_MAX_FIELD = 2**31 - 1  # what a C long holds everywhere
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,10 @@ def csv_pairs(file: Path, *, image_column: str, caption_column: str, separator: 
         raise ValueError(f"separator ({separator!r}) must be one character, no quote or line end")
     images, captions = [], []
     # A caption that is no UTF-8 makes one bad sample, not a bad table.
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with (
+        open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines,
+        _fields_of_any_length(),
+    ):
         reader = csv.DictReader(lines, delimiter=separator, strict=True)
         try:
             columns = reader.fieldnames or []
@@ -171,6 +176,16 @@ class PairLoader:
             exif=None,
             sha256=hashlib.sha256(content).hexdigest(),
         )
+
+
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """A caption that is too long makes one bad sample too; csv's limit is the whole process's."""
+    before = csv.field_size_limit(_MAX_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _files_below(folder: Path) -> Iterator[str]:

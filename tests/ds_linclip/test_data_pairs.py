@@ -239,6 +239,19 @@ def test_csv_row_with_broken_text_is_one_bad_sample(tmp_path: Path) -> None:
     assert "�.jpg" in [row["url"] for row in read_rows(tmp_path / "out")]
 
 
+def test_csv_row_with_endless_caption_is_one_bad_sample(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(20, 20))
+    rows = [["filepath", "title"], ["a.jpg", "good"], ["a.jpg", "word " * 200_000]]
+    write_csv(tmp_path / "a.tsv", [*rows, ["x" * 200_000, "lost"], ["a.jpg", "good too"]])
+    limit = csv.field_size_limit()
+    pairs = csv_pairs(
+        tmp_path / "a.tsv", image_column="filepath", caption_column="title", separator="\t"
+    )
+    assert csv.field_size_limit() == limit
+    counts = make_pairs(tmp_path / "out", pairs)
+    assert counts == {"success": 2, "text_too_many_bytes": 1, "image_missing": 1}
+
+
 @pytest.mark.parametrize(
     ("mode", "size", "expected"),
     [
@@ -291,6 +304,20 @@ def test_exif_rotation_transparency_and_extremes(tmp_path: Path) -> None:
     assert huge.cause == "image_too_many_pixels"
     thin = PairLoader(str(tmp_path), "border", 256)(("line.png", "x", False))
     assert isinstance(thin, EncodedSample)
+
+
+@pytest.mark.parametrize(("height", "usable"), [(4093, True), (4095, False)])
+def test_side_too_long_for_libjpeg_is_one_bad_sample(
+    tmp_path: Path, height: int, usable: bool
+) -> None:
+    (tmp_path / "images").mkdir()
+    for name, size in (("strip", (4, height)), ("plain", (20, 20))):
+        Image.new("RGB", size, "red").save(tmp_path / "images" / f"{name}.png")
+        (tmp_path / "images" / f"{name}.txt").write_text(name)
+    counts = make_pairs(
+        tmp_path / "out", folder_pairs(tmp_path / "images"), resize="keep_ratio", image_size=64
+    )
+    assert counts == ({"success": 2} if usable else {"success": 1, "image_too_many_pixels": 1})
 
 
 def test_changed_files_are_not_taken_for_the_same_set(tmp_path: Path) -> None:

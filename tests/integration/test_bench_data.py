@@ -9,14 +9,12 @@ from types import ModuleType
 import pytest
 import torch
 
-LAUNCH = Path(__file__).parents[2] / "launch"
 SMALL = ["--repetitions", 1, "--batch-size", 5, "--batches-per-shard", 5]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def bench() -> ModuleType:
     """The script as a module."""
-    monkeypatch.syspath_prepend(LAUNCH)
     return importlib.import_module("bench_data")
 
 
