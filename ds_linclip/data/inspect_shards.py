@@ -5,11 +5,12 @@ Samples are read and judged as in training; causes have the names under which a 
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -31,8 +32,9 @@ from ds_linclip.data.decode import (
 from ds_linclip.data.inspection_figure import draw_inspection
 from ds_linclip.data.inspection_report import CONTEXT_LENGTH, Findings, summarise, to_text
 from ds_linclip.data.process_pool import num_usable_cores, ordered_map
+from ds_linclip.data.samples import ShardProblem, open_and_judge
 from ds_linclip.data.shards import Shard, find_shards
-from ds_linclip.data.storage import Storage
+from ds_linclip.data.storage import Storage, is_remote, shown
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
 __all__ = ["inspect_shards", "main"]
@@ -46,8 +48,11 @@ def inspect_shards(
     num_workers: int = 1,
     decode: bool = True,
     cache_dir: str | None = None,
+    write_sizes: bool = False,
 ) -> dict[str, Any]:
     """Read shards and report what they hold.
+
+    Sizes need not be known: a shard that nothing vouches for is expected to hold what it holds.
 
     Args:
         patterns: As in ``data.train``.
@@ -56,21 +61,31 @@ def inspect_shards(
         num_workers: Processes; but for ``throughput``, the report does not depend on it.
         decode: Decode the images; without, a damage behind the header goes unnoticed.
         cache_dir: Folder for copies of remote shards.
+        write_sizes: Write ``sizes.json`` beside the shards, with the samples found in each one that
+            was read whole and is not at odds with what vouches for it. Entries of other shards
+            stay. Needs local shards and no ``max_shards`` or ``max_samples``.
 
     Returns:
         Numbers, texts, lists and dictionaries, ready for JSON.
 
     Raises:
-        ValueError: for a number below 1 or a pattern that :func:`find_shards` refuses.
-        OSError: when a shard cannot be reached.
+        ValueError: for a number below 1, a pattern that :func:`find_shards` refuses, or what
+            ``write_sizes`` does not go with.
+        OSError: when a shard cannot be reached, or ``sizes.json`` not be written.
     """
     limits = {"max_shards": max_shards, "max_samples": max_samples, "workers": num_workers}
     for name, value in limits.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} ({value}) must be at least 1")
+        if write_sizes and value is not None and name != "workers":
+            raise ValueError(f"{name} ({value}) must be left out with write_sizes")
+    sizes = _SizesFiles(patterns) if write_sizes else None
     inspect = _Inspector(decode, cache_dir)
-    groups = find_shards([Source(shards=pattern) for pattern in patterns], inspect.storage())
+    sources = [Source(shards=pattern) for pattern in patterns]
+    groups = find_shards(sources, inspect.storage(), count_headers=False)
     listed = [shard for group in groups for shard in group.shards]
+    if sizes is not None:
+        sizes.expect(listed)
     shards = [listed[i] for i in _spread(len(listed), max_shards)]
     quotas: list[int | None] = [None] * len(shards)
     if max_samples is not None:
@@ -80,13 +95,20 @@ def inspect_shards(
     start = time.perf_counter()
     found = ordered_map(inspect, zip(shards, quotas, strict=True), num_workers=num_workers)
     with closing(found), tqdm(found, total=len(shards), unit="shard") as progress:
-        for findings in progress:
+        for shard, findings in zip(shards, progress, strict=True):
             total.add(findings)
+            if sizes is not None:
+                sizes.add(shard, findings)
     seconds = time.perf_counter() - start
     return {
         "patterns": list(patterns),
         "decode": decode,
-        "shards": {"listed": len(listed), "inspected": len(shards)},
+        "shards": {
+            "listed": len(listed),
+            "inspected": len(shards),
+            "unvouched": total.unvouched,
+        },
+        "sizes_files": {} if sizes is None else sizes.write(),
         **summarise(total, seconds=seconds, num_workers=num_workers),
     }
 
@@ -103,27 +125,18 @@ class _Inspector:
 
     def __call__(self, task: tuple[Shard, int | None]) -> Findings:
         shard, quota = task
-        findings = Findings(expected=shard.num_samples)
-        try:
-            opened = OpenShard(self.storage().open(shard.url), shard.url)
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
-            _note(findings, shard, "shard_missing", shard.num_samples)
-            return findings
-        except BadSample as error:
-            _note(findings, shard, error.cause, shard.num_samples)
-            return findings
-        with closing(opened):
-            findings.found = len(opened)
-            lost = shard.num_samples - len(opened)
-            if lost > 0 or opened.cut:
-                _note(findings, shard, "shard_cut" if opened.cut else "shard_short", max(0, lost))
-            elif lost < 0:
-                _note(findings, shard, "shard_long", -lost)
-            if opened.repeated_keys:
-                _note(findings, shard, "keys_repeated", opened.repeated_keys)
-            # Training reads no samples beyond the expected ones.
-            indices = _spread(min(len(opened), shard.num_samples), quota)
-            self._read(opened, indices, findings)
+        opened, problems = open_and_judge(shard, self.storage())
+        # Training reads no samples beyond the expected ones.
+        expected = (
+            shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
+        )
+        findings = Findings(expected=expected, unvouched=int(not shard.exact))
+        for problem in problems:
+            _note(findings, problem)
+        if isinstance(opened, OpenShard):
+            with closing(opened):
+                findings.found = len(opened)
+                self._read(opened, _spread(min(len(opened), expected), quota), findings)
         return findings
 
     def _read(self, opened: OpenShard, indices: Sequence[int], findings: Findings) -> None:
@@ -160,16 +173,19 @@ class _Inspector:
         findings.modes[mode] += 1
 
 
-def _note(findings: Findings, shard: Shard, cause: str, num_samples: int) -> None:
-    findings.samples_by_cause[cause] += num_samples
-    findings.shards_by_cause[cause] += 1
+def _note(findings: Findings, problem: ShardProblem) -> None:
+    too_many = problem.found - problem.expected
+    is_more = problem.cause in ("shard_long", "keys_repeated")
+    num_samples = too_many if is_more else max(0, -too_many)
+    findings.samples_by_cause[problem.cause] += num_samples
+    findings.shards_by_cause[problem.cause] += 1
     findings.problems.append(
         {
-            "url": shard.url,
-            "cause": cause,
+            "url": problem.url,
+            "cause": problem.cause,
             "samples": num_samples,
-            "expected": shard.num_samples,
-            "found": findings.found,
+            "expected": problem.expected,
+            "found": problem.found,
         }
     )
 
@@ -178,6 +194,51 @@ def _spread(length: int, limit: int | None) -> list[int]:
     """At most ``limit`` indices, evenly spaced."""
     count = length if limit is None else min(length, limit)
     return [i * length // count for i in range(count)]
+
+
+class _SizesFiles:
+    """``sizes.json`` in every folder of local shards."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        for pattern in patterns:
+            _local_path(pattern)
+        self._num_shards: Counter[Path] = Counter()
+        self._found: dict[Path, dict[str, int]] = {}
+
+    def expect(self, shards: Iterable[Shard]) -> None:
+        self._num_shards.update(_local_path(shard.url).parent for shard in shards)
+        for folder in self._num_shards:
+            self._found[folder] = {}
+            if not os.access(folder, os.W_OK):  # at the end, it would be known hours later
+                raise PermissionError(f"write_sizes must be able to write into {folder}")
+
+    def add(self, shard: Shard, findings: Findings) -> None:
+        if findings.is_whole:
+            path = _local_path(shard.url)
+            self._found[path.parent][path.name] = findings.found
+
+    def write(self) -> dict[str, dict[str, int]]:
+        """Update the files; returns by path how many shards there are, and were written."""
+        for folder, found in self._found.items():
+            path = folder / "sizes.json"
+            sizes = json.loads(path.read_text()) if path.exists() else {}
+            partial = folder / f".sizes.json.{os.getpid()}"
+            try:
+                partial.write_text(json.dumps(sizes | found, indent=4, sort_keys=True) + "\n")
+                os.replace(partial, path)  # readers find the old file or the new one
+            finally:
+                partial.unlink(missing_ok=True)
+        return {
+            f"{folder}/sizes.json": {"shards": self._num_shards[folder], "written": len(found)}
+            for folder, found in self._found.items()
+        }
+
+
+def _local_path(url: str) -> Path:
+    if is_remote(url):
+        raise ValueError(f"write_sizes needs local shards; {shown(url)} is remote")
+    scheme, mark, path = url.partition("://")
+    return Path(path if mark and scheme.lower() in ("file", "local") else url)
 
 
 @cache
@@ -202,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_workers=options.workers,
             decode=options.decode,
             cache_dir=options.cache_dir,
+            write_sizes=options.write_sizes,
         )
         (options.out / "report.json").write_text(json.dumps(report, indent=4) + "\n")
         draw_inspection(report).savefig(options.out / "report.png")
@@ -239,4 +301,9 @@ def _parser() -> argparse.ArgumentParser:
         help="decode the images instead of reading their headers only; default: yes",
     )
     parser.add_argument("--cache-dir", metavar="DIR", help="copies of remote shards go there")
+    parser.add_argument(
+        "--write-sizes",
+        action="store_true",
+        help="write the number of samples of local shards into sizes.json beside them",
+    )
     return parser

@@ -21,6 +21,7 @@ class Findings:
 
     Attributes:
         expected, found, read: Samples by the statistics, in the tars, looked at.
+        unvouched: Shards without statistics; they are expected to hold what they hold.
         bytes_read, seconds: What reading and decoding them took; seconds over all workers.
         samples_by_cause, shards_by_cause: What is wrong, and with how many.
         problems: The same for single shards.
@@ -30,6 +31,7 @@ class Findings:
     """
 
     expected: int = 0
+    unvouched: int = 0
     found: int = 0
     read: int = 0
     bytes_read: int = 0
@@ -43,6 +45,11 @@ class Findings:
     image_bytes: Counter[int] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every expected sample was found, and no other."""
+        return all(problem["cause"] == "keys_repeated" for problem in self.problems)
 
     def add(self, other: "Findings") -> None:
         for item in fields(self):
@@ -164,6 +171,11 @@ def to_text(report: Mapping[str, Any]) -> str:
         f"{cause:24} {counts['samples']:10} {counts['shards']:8}"
         for cause, counts in report["causes"].items()
     ] or ["none"]
+    if report["shards"]["unvouched"]:
+        lines.append(
+            f"{report['shards']['unvouched']} shards have neither sizes.json nor _stats.json and "
+            "may be incomplete"
+        )
     lines.append(f"{'usable samples':18} {'p5':>9} {'median':>9} {'p95':>9} {'max':>9}")
     for name in (
         "caption_characters",
@@ -184,5 +196,9 @@ def to_text(report: Mapping[str, Any]) -> str:
         f"{speed['workers']} workers; a worker alone "
         f"{speed['samples_per_second_per_worker']:.0f} samples/s, "
         f"{speed['mb_per_second_per_worker']:.1f} MB/s",
+    ]
+    lines += [
+        f"{path}: {counts['written']} of {counts['shards']} shards written"
+        for path, counts in report["sizes_files"].items()
     ]
     return "\n".join(lines)

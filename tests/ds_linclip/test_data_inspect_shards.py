@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from ds_linclip.data.inspect_shards import inspect_shards, main
+from ds_linclip.data.samples import open_and_judge
+from ds_linclip.data.shards import find_shards
+from ds_linclip.data.storage import Storage
 
 COMMAND = Path(sys.executable).parent / "ds-linclip"
 
@@ -119,9 +123,10 @@ def test_every_cause_is_counted_exactly(dirty_report: dict[str, Any]) -> None:
     }
     # 13 + 7 + 4 + 4 + 4 + 3 + 3; 13 + 5 + 4 + 4 + 5; two of the last five are never read.
     assert dirty_report["samples"] == {"expected": 38, "found": 31, "read": 29, "usable": 17}
-    assert dirty_report["shards"] == {"listed": 7, "inspected": 7}
-    problems = {Path(problem.pop("url")).name: problem for problem in dirty_report["problems"]}
+    assert dirty_report["shards"] == {"listed": 7, "inspected": 7, "unvouched": 0}
+    problems = {Path(problem["url"]).name: problem for problem in dirty_report["problems"]}
     assert problems["00001.tar"] == {
+        "url": problems["00001.tar"]["url"],
         "cause": "shard_short",
         "samples": 2,
         "expected": 7,
@@ -176,11 +181,100 @@ def test_limits_look_at_an_even_part(tmp_path: Path) -> None:
         write_shard(tmp_path / f"{number:05d}.tar", samples)
     pattern = f"{tmp_path}/{{00000..00009}}.tar"
     report = inspect_shards([pattern], max_shards=5, max_samples=11)
-    assert report["shards"] == {"listed": 10, "inspected": 5}
+    assert report["shards"] == {"listed": 10, "inspected": 5, "unvouched": 0}
     assert report["samples"] == {"expected": 40, "found": 40, "read": 11, "usable": 11}
     assert {width for width, *_ in report["image_sizes"]} == {10, 12, 14, 16, 18}
     assert report["caption_tokens"]["max"] >= 7  # not the first samples only
     assert report["causes"] == {}
+
+
+def test_shards_are_judged_as_in_training(dirty: str, dirty_report: dict[str, Any]) -> None:
+    storage = Storage(CacheConfig(), NetworkConfig())
+    judged = [
+        (problem.url, problem.cause, problem.found, problem.expected)
+        for group in find_shards([Source(shards=dirty)], storage)
+        for shard in group.shards
+        for problem in open_and_judge(shard, storage)[1]
+    ]
+    fields = ("url", "cause", "found", "expected")
+    assert judged == [tuple(problem[f] for f in fields) for problem in dirty_report["problems"]]
+
+
+def write_unvouched(folder: Path) -> str:
+    """Shards without statistics, a sound, a cut and a garbage one; returns their pattern."""
+    for number in range(3):
+        write_shard(folder / f"{number}.tar", sound(4))
+        (folder / f"{number}_stats.json").unlink()
+    with open(folder / "1.tar", "r+b") as file:
+        file.truncate(1700)
+    (folder / "2.tar").write_bytes(b"garbage" * 1000)
+    return f"{folder}/{{0..2}}.tar"
+
+
+def test_shards_that_nothing_vouches_for_are_inspected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pattern = write_unvouched(tmp_path)
+    assert main([pattern, "--out", str(tmp_path / "report"), "--workers", "1"]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["shards"] == {"listed": 3, "inspected": 3, "unvouched": 3}
+    assert report["samples"] == {"expected": 5, "found": 5, "read": 5, "usable": 4}
+    assert report["causes"] == {
+        "shard_cut": {"samples": 0, "shards": 1},
+        "shard_unreadable": {"samples": 0, "shards": 1},
+        "text_missing": {"samples": 1, "shards": 1},
+    }
+    assert "3 shards have neither sizes.json nor _stats.json" in capsys.readouterr().out
+    assert not (tmp_path / "sizes.json").exists()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_sizes_of_whole_shards_are_written(tmp_path: Path, num_workers: int) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    patterns = [write_unvouched(tmp_path / "a"), f"file://{tmp_path}/b/{{0..3}}.tar"]
+    write_shard(tmp_path / "b" / "0.tar", [*sound(3), sound(1)[0]])  # a key twice
+    write_shard(tmp_path / "b" / "1.tar", sound(5), expected=7)
+    write_shard(tmp_path / "b" / "2.tar", sound(6))
+    write_shard(tmp_path / "b" / "3.tar", sound(2), expected=1)
+    before = {"1.tar": 7, "9.tar": 30}
+    (tmp_path / "b" / "sizes.json").write_text(json.dumps(before))
+    report = inspect_shards(patterns, write_sizes=True, decode=False, num_workers=num_workers)
+    assert json.loads((tmp_path / "a" / "sizes.json").read_text()) == {"0.tar": 4}
+    assert json.loads((tmp_path / "b" / "sizes.json").read_text()) == {
+        "0.tar": 4,
+        "1.tar": 7,
+        "2.tar": 6,
+        "9.tar": 30,
+    }
+    assert report["sizes_files"] == {
+        f"{tmp_path}/a/sizes.json": {"shards": 3, "written": 1},
+        f"{tmp_path}/b/sizes.json": {"shards": 4, "written": 2},
+    }
+    assert not list(tmp_path.glob("*/.*"))
+    [group] = find_shards(
+        [Source(shards=f"{tmp_path}/b/{{0..3}}.tar")], Storage(CacheConfig(), NetworkConfig())
+    )
+    assert [shard.num_samples for shard in group.shards] == [4, 7, 6, 1]
+
+
+def test_sizes_that_cannot_be_written_leave_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "0.tar", sound(2))
+    (tmp_path / "sizes.json").write_text('{"1.tar": 3}')
+
+    def refuse(source: Path, target: Path) -> None:
+        assert json.loads(source.read_text()) == {"0.tar": 2, "1.tar": 3}
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("os.replace", refuse)
+    arguments = [f"{tmp_path}/0.tar", "--write-sizes", "--workers", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "report")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: the disk is gone"
+    assert (tmp_path / "sizes.json").read_text() == '{"1.tar": 3}'
+    names = ["0.tar", "0_stats.json", "report", "sizes.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_command_writes_report_and_picture(dirty: str, tmp_path: Path) -> None:
@@ -223,6 +317,9 @@ def test_nothing_usable_is_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixt
         ("00000.tar --out report --max-samples -3", "max_samples (-3) must be at least 1"),
         ("00000.tar --out report --workers 0", "workers (0) must be at least 1"),
         ("00000.tar --out file", "file"),
+        ("00000.tar --out report --write-sizes --max-shards 1", "max_shards (1) must be left out"),
+        ("00000.tar --out report --write-sizes --max-samples 9", "max_samples (9) must be left"),
+        ("00000.tar https://a.b/0.tar --out report --write-sizes", "write_sizes needs local"),
     ],
 )
 def test_mistakes_are_one_line(
