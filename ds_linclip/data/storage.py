@@ -1,6 +1,7 @@
 """Where the files that a user names lie: local paths, and URLs behind a cache on the local disk."""
 
 import difflib
+import logging
 import os
 import queue
 import re
@@ -13,9 +14,12 @@ import fsspec
 
 from ds_linclip.config import CacheConfig, NetworkConfig
 from ds_linclip.data.disk_cache import CacheError, DiskCache
-from ds_linclip.data.remote import Remote, RemoteError, shown
+from ds_linclip.data.remote import Remote
+from ds_linclip.data.stores import RemoteError, shown
 
-__all__ = ["CacheError", "RemoteError", "Storage", "check_url", "is_remote"]
+__all__ = ["CacheError", "RemoteError", "Storage", "check_url", "is_remote", "shown"]
+
+logger = logging.getLogger(__name__)
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LOCAL = ("file", "local")
@@ -57,7 +61,7 @@ class Storage:
         self._cache = cache
         self._network = network
         self._copies = None if cache.dir is None else DiskCache(cache.dir, cache.max_gib)
-        # By process; a forked one leaves its parent's alone, see _HttpStore in remote.py.
+        # By process; a forked one leaves its parent's alone, see HttpStore in stores.py.
         self._processes: dict[int, _Process] = {}
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[CacheConfig, NetworkConfig]]:
@@ -81,31 +85,48 @@ class Storage:
         """A whole local file, open for ``os.pread``; while it is open it is not evicted.
 
         A remote file is fetched first when there is no copy of it; whoever fetches it, others wait
-        for that.
+        for that, and share its failure.
 
         Raises:
             FileNotFoundError: there is no such file.
-            PermissionError, IsADirectoryError: of a local path.
+            OSError: of a local path, such as PermissionError: the machine is at fault, not the
+                data.
             RemoteError: refused or absent credentials, or out of reach after all tries.
             CacheError: no room within ``data.cache.max_gib``, a full disk, a folder that cannot be
                 written.
             ValueError: ``data.cache.dir`` is None and the file remote.
         """
-        return self._open(url, anew=False)
+        return self._open(url)
 
     def open_again(self, url: str) -> BinaryIO:
-        """As :meth:`open`, after the copy turned out damaged: a remote file is fetched anew."""
+        """As :meth:`open`, after the copy turned out damaged: a remote file is fetched anew.
+
+        Unless that was done before, and the same content came again: it is so at its source.
+        """
         return self._open(url, anew=True)
 
-    def read(self, url: str, max_bytes: int = _MAX_SIDE_FILE_BYTES) -> bytes | None:
+    def read(
+        self,
+        url: str,
+        max_bytes: int = _MAX_SIDE_FILE_BYTES,
+        *,
+        refused_is_absent: bool = False,
+    ) -> bytes | None:
         """A small file in memory, without the cache; None when there is none.
+
+        Args:
+            url: Names the file.
+            max_bytes: Its largest size.
+            refused_is_absent: Whether it counts as none when a store refuses the credentials: so
+                answer some for a file that does not exist, or was not signed for.
 
         Raises:
             ValueError: it has more than ``max_bytes``.
             OSError: as :meth:`open`.
         """
         if is_remote(url):
-            return self._process().remote.read(url, max_bytes)
+            remote = self._process().remote
+            return remote.read(url, max_bytes, refused_is_absent=refused_is_absent)
         try:
             with open(_local_path(url), "rb") as file:
                 content = file.read(max_bytes + 1)
@@ -128,19 +149,19 @@ class Storage:
     def prefetch(self, urls: Sequence[str]) -> None:
         """Start fetching remote files in the background, ``network.downloads`` at once per process.
 
-        A file for which there is no room, or that cannot be had, is passed over: :meth:`open` meets
-        the error again.
+        A file for which there is no room, or that does not come at the first try, is passed over:
+        :meth:`open` meets the error again.
         """
         remote = [url for url in urls if is_remote(url)]
         if remote:
             self._disk_cache(remote[0])
-            self._process().prefetch(remote, partial(self._open, anew=False, wait=False))
+            self._process().prefetch(remote, partial(self._open, ahead=True))
 
-    def _open(self, url: str, *, anew: bool, wait: bool = True) -> BinaryIO:
+    def _open(self, url: str, *, anew: bool = False, ahead: bool = False) -> BinaryIO:
         if not is_remote(url):
             return open(_local_path(url), "rb")
-        fetch = partial(self._process().remote.fetch, url)
-        return self._disk_cache(url).open(url, fetch, anew=anew, wait=wait)
+        fetch = partial(self._process().remote.fetch, url, ahead=ahead)
+        return self._disk_cache(url).open(url, fetch, anew=anew, ahead=ahead)
 
     def _disk_cache(self, url: str) -> DiskCache:
         if self._copies is None:
@@ -213,6 +234,7 @@ class _Process:
         self._threads: list[threading.Thread] = []
         self._queue: queue.SimpleQueue[tuple[str, Callable[[str], BinaryIO]]] = queue.SimpleQueue()
         self._waiting: set[str] = set()
+        self._reported: set[type[Exception]] = set()
 
     def prefetch(self, urls: Sequence[str], fetch: Callable[[str], BinaryIO]) -> None:
         with self._lock:
@@ -233,6 +255,10 @@ class _Process:
                 fetch(url).close()
             except OSError:
                 pass  # open() meets it again, in a place that can report it
+            except Exception as error:  # noqa: BLE001 - a thread that ended would be missed by none
+                if type(error) not in self._reported:
+                    self._reported.add(type(error))
+                    logger.warning("%s is not fetched ahead: %s", shown(url), type(error).__name__)
             finally:
                 with self._lock:
                     self._waiting.discard(url)

@@ -1,9 +1,13 @@
-"""An HTTP server on the loopback whose answers are scripted path by path."""
+"""Servers on the loopback whose answers are scripted: HTTP path by path, FTP by connection."""
 
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, repeat
+from socket import create_server
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from threading import Lock, Thread
 from typing import NamedTuple
 
@@ -133,3 +137,65 @@ def endless_zeros(size: int) -> Answer:
             handler.wfile.write(block)
 
     return answer
+
+
+class FtpHandler(StreamRequestHandler):
+    server: "FtpServer"
+
+    def handle(self) -> None:
+        """One control connection, which ends with a transfer that is cut."""
+        with self.server.lock:
+            self.server.num_connections += 1
+            greeting, send = next(self.server.script)
+        self.say(greeting)
+        start = 0
+        while greeting.startswith("220") and (line := self.rfile.readline()):
+            command, _, argument = line.decode().strip().partition(" ")
+            if command == "PASV":
+                listener = create_server(("127.0.0.1", 0))
+                high, low = divmod(listener.getsockname()[1], 256)
+                self.say(f"227 here (127,0,0,1,{high},{low})")
+            elif command == "REST":
+                start = int(argument)
+                self.say("350 from there")
+            elif command in ("MLSD", "RETR"):
+                listing = f"type=file;size={len(self.server.content)}; 0.tar\r\n".encode()
+                content = listing if command == "MLSD" else self.server.content[start:]
+                cut = command == "RETR" and send is not None
+                self.say("150 it comes")
+                connection, _ = listener.accept()
+                listener.close()
+                with connection, suppress(OSError):  # the client may have enough
+                    connection.sendall(content[:send] if cut else content)
+                if cut:
+                    return
+                self.say("226 done")
+                start = 0
+            else:
+                self.say({"USER": "331 who?", "PASS": "230 hello"}.get(command, "200 fine"))
+
+    def say(self, line: str) -> None:
+        self.wfile.write(f"{line}\r\n".encode())
+
+
+class FtpServer(ThreadingTCPServer):
+    """Holds one file, ``0.tar``.
+
+    Args:
+        script: For each connection in turn its greeting and the bytes after which a transfer is
+            cut, None for none; the last one again and again.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, content: bytes, *script: tuple[str, int | None]) -> None:
+        super().__init__(("127.0.0.1", 0), FtpHandler)
+        self.content = content
+        self.script = chain(script, repeat(script[-1]))
+        self.num_connections = 0
+        self.lock = Lock()
+        self.url = f"ftp://127.0.0.1:{self.server_address[1]}/0.tar"
+        Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # clients that hang up

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from misbehaving_server import MisbehavingServer, status, whole
+from misbehaving_server import Answer, Handler, MisbehavingServer, status, whole
 
 from ds_linclip.config import CacheConfig, NetworkConfig
 from ds_linclip.data.disk_cache import CacheError
@@ -95,6 +95,79 @@ def test_processes_and_threads_that_ask_at_once_share_one_transfer(
     for asker in askers:
         asker.join(timeout=30)
     assert len(server.requests["/0.tar"]) == 1
+
+
+def slow(code: int) -> Answer:
+    def answer(handler: Handler) -> None:
+        time.sleep(0.5)  # meanwhile the others come to wait
+        handler.head(code, Content_Length=0)
+
+    return answer
+
+
+def open_and_report_error(
+    storage: Storage, url: str, ahead: bool, start: Any, results: Any
+) -> None:
+    start.wait()
+    if ahead:
+        storage.prefetch([url])
+    try:
+        storage.open(url)
+    except OSError as error:
+        results.put((type(error).__name__, str(error)))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(
+    ("code", "kind", "num_tries"), [(503, "RemoteError", 3), (404, "FileNotFoundError", 1)]
+)
+def test_those_who_wait_for_a_file_share_its_failure(
+    server: MisbehavingServer, tmp_path: Path, code: int, kind: str, num_tries: int, ahead: bool
+) -> None:
+    url = server.url("/0.tar", slow(code))
+    storage = make_storage(tmp_path)
+    storage.check([url])
+    start, results = FORK.Barrier(6), FORK.SimpleQueue()
+    askers = [
+        FORK.Process(target=open_and_report_error, args=(storage, url, ahead, start, results))
+        for _ in range(6)
+    ]
+    for asker in askers:
+        asker.start()
+    errors = [results.get() for _ in askers]
+    for asker in askers:
+        asker.join(timeout=30)
+    assert set(errors) == {(kind, errors[0][1])}
+    assert "/0.tar" in errors[0][1]
+    # One of them tries for all; who looks ahead does it once, unless another one is at it.
+    assert num_tries <= len(server.requests["/0.tar"]) <= num_tries + 6 * ahead
+    # Who asks later tries for itself.
+    content = content_of_size(0)
+    server.url("/0.tar", whole(content))
+    with storage.open(url) as file:
+        assert read_all(file) == content
+
+
+def test_a_failure_that_left_bytes_is_shared_and_forgotten(
+    server: MisbehavingServer, tmp_path: Path
+) -> None:
+    content = content_of_size(0)
+    url = server.url("/0.tar", whole(content, send=MB // 2, wait=0.5), slow(503))
+    storage = make_storage(tmp_path)
+    start, results = threading.Barrier(3), FORK.SimpleQueue()
+    askers = [
+        threading.Thread(target=open_and_report_error, args=(storage, url, False, start, results))
+        for _ in range(3)
+    ]
+    for asker in askers:
+        asker.start()
+    assert {results.get()[0] for _ in askers} == {"RemoteError"}
+    num_requests = len(server.requests["/0.tar"])
+    assert num_requests == 4
+    server.url("/0.tar", whole(content))
+    with make_storage(tmp_path).open(url) as file:
+        assert read_all(file) == content
+    assert server.requests["/0.tar"][-1].start is not None  # gone on with
 
 
 def test_equal_names_of_different_urls_do_not_collide(

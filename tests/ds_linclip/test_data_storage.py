@@ -7,17 +7,24 @@ import os
 import pickle
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-from misbehaving_server import MisbehavingServer, endless_zeros, status, whole
+from misbehaving_server import FtpServer, MisbehavingServer, endless_zeros, status, whole
 from moto.server import ThreadedMotoServer
 
 from ds_linclip.config import CacheConfig, NetworkConfig
-from ds_linclip.data.storage import CacheError, RemoteError, Storage, check_url, is_remote
+from ds_linclip.data.storage import (
+    CacheError,
+    RemoteError,
+    Storage,
+    check_url,
+    is_remote,
+    shown,
+)
 
 CONTENT = os.urandom(3_000_000)
 OTHER = os.urandom(3_000_000)
@@ -183,6 +190,80 @@ def test_refused_credentials_are_named_at_once(
         with pytest.raises(RemoteError, match=rf"credentials are absent or refused .*{code}"):
             ask(url)
     assert len(server.requests["/0.tar"]) == 3
+    # Buckets that do not let us list, and CDNs, answer so for side files that are not there.
+    assert storage.read(url, refused_is_absent=True) is None
+
+
+def test_credentials_that_a_proxy_refuses_are_no_absent_file(
+    server: MisbehavingServer, storage: Storage
+) -> None:
+    with pytest.raises(RemoteError, match=r"credentials are absent or refused .*407"):
+        storage.read(server.url("/sizes.json", status(407)), refused_is_absent=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://user:pw@host:80/a/0.tar?sig=pw#pw", "https://host:80/a/0.tar"),
+        ("{http://u:pw@a,https://u:pw@b}/{0..9}.tar", "{http://a,https://b}/{0..9}.tar"),
+        ("s3://bucket/a@b/0.tar", "s3://bucket/a@b/0.tar"),
+        ("/data/a#1?/user@host/0.tar", "/data/a#1?/user@host/0.tar"),
+    ],
+)
+def test_what_may_be_secret_is_not_shown(url: str, expected: str) -> None:
+    assert shown(url) == expected
+
+
+@pytest.fixture
+def ftp_server() -> Iterator[Callable[..., FtpServer]]:
+    running = []
+
+    def start(*script: Any) -> FtpServer:
+        running.append(FtpServer(CONTENT, *script))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def test_what_other_libraries_raise_is_tried_again(
+    storage: Storage, ftp_server: Callable[..., FtpServer]
+) -> None:
+    # Neither is an OSError: ftplib.error_temp, and EOFError on a connection that is dead.
+    busy, ready = "421 too many users", "220 ready"
+    server = ftp_server((busy, None), (ready, HALF), (ready, None))
+    assert content_of(storage, server.url) == CONTENT
+    assert server.num_connections == 3
+    assert storage.exists(server.url)
+    assert storage.read(server.url.replace("0.tar", "sizes.json")) is None
+
+
+@pytest.mark.parametrize(
+    ("greeting", "message", "num_tries"),
+    [
+        ("421 too many users", "3 tries brought no progress, the last: error_temp: 421", 3),
+        ("530 no anonymous users", "cannot be fetched: error_perm: 530 no anonymous", 1),
+    ],
+)
+def test_what_other_libraries_raise_is_named(
+    storage: Storage,
+    ftp_server: Callable[..., FtpServer],
+    greeting: str,
+    message: str,
+    num_tries: int,
+) -> None:
+    server = ftp_server((greeting, None))
+    for ask in (storage.open, storage.exists, storage.read):
+        with pytest.raises(RemoteError, match=message):
+            ask(server.url)
+    assert server.num_connections == 3 * num_tries
+
+
+def test_a_host_that_cannot_be_one_is_named_at_once(storage: Storage) -> None:
+    with pytest.raises(RemoteError, match=r"http://a\.\.b/0\.tar cannot be fetched: UnicodeError"):
+        storage.open("http://a..b/0.tar")
 
 
 def test_secrets_of_a_url_are_sent_but_not_shown(
@@ -210,6 +291,35 @@ def test_damaged_copy_is_fetched_anew(server: MisbehavingServer, storage: Storag
         assert os.pread(first.fileno(), 2**30, 0) == CONTENT
     assert content_of(storage, url) == OTHER
     assert len(server.requests["/0.tar"]) == 2
+
+
+def test_what_is_damaged_at_its_source_is_fetched_anew_once(
+    server: MisbehavingServer, storage: Storage, tmp_path: Path
+) -> None:
+    url = server.url("/0.tar", whole(CONTENT))
+    content_of(storage, url)
+    for process in range(3):
+        assert content_of(make_storage(tmp_path), url, again=True) == CONTENT, process
+        assert content_of(storage, url) == CONTENT
+    assert len(server.requests["/0.tar"]) == 2
+    # A copy of another size is none, and what comes in its place is known.
+    (copy,) = [p for p in (tmp_path / "cache").iterdir() if p.name.endswith("-0.tar")]
+    os.truncate(copy, HALF)
+    assert content_of(storage, url) == content_of(storage, url, again=True) == CONTENT
+    assert len(server.requests["/0.tar"]) == 3
+
+
+def test_what_was_damaged_on_its_way_is_not_taken_for_damaged_at_its_source(
+    server: MisbehavingServer, storage: Storage
+) -> None:
+    bodies = [whole(CONTENT[:HALF]), whole(CONTENT), whole(CONTENT), whole(OTHER)]
+    url = server.url("/0.tar", *bodies)
+    assert content_of(storage, url) == CONTENT[:HALF]
+    assert content_of(storage, url, again=True) == CONTENT
+    assert content_of(storage, url, again=True) == CONTENT
+    assert len(server.requests["/0.tar"]) == 3
+    assert content_of(storage, url, again=True) == CONTENT
+    assert len(server.requests["/0.tar"]) == 3
 
 
 def test_side_files_are_read_without_the_cache(
@@ -293,6 +403,32 @@ def test_prefetched_files_are_there_before_they_are_asked_for(
     assert [len(server.requests[f"/{i}.tar"]) for i in range(6)] == [1] * 6
     with pytest.raises(FileNotFoundError):
         storage.open(server.url("/none.tar", status(404)))
+
+
+def test_prefetching_outlives_what_it_did_not_expect(
+    server: MisbehavingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = make_storage(tmp_path, downloads=1)
+    url = server.url("/0.tar", whole(CONTENT))
+    with caplog.at_level(logging.WARNING):
+        # What no name can be made of: a half of a pair that no encoding knows.
+        storage.prefetch([*(f"http://u:secret@host/{i}\udc80.tar" for i in range(3)), url])
+        wait_for(lambda: len(copies(tmp_path)) == 1 if (tmp_path / "cache").exists() else False)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "is not fetched ahead: UnicodeEncodeError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_prefetching_tries_once(server: MisbehavingServer, tmp_path: Path) -> None:
+    storage = make_storage(tmp_path)
+    urls = [server.url("/0.tar", status(503)), server.url("/1.tar", whole(CONTENT))]
+    storage.check(urls)
+    storage.prefetch(urls)
+    wait_for(lambda: len(copies(tmp_path)) == 1)
+    wait_for(lambda: len(server.requests["/0.tar"]) == 1)
+    time.sleep(0.3)  # longer than all pauses
+    assert len(server.requests["/0.tar"]) == 1
+    assert content_of(storage, server.url("/0.tar", status(503), whole(CONTENT))) == CONTENT
 
 
 def wait_for(condition: Any) -> None:
@@ -407,11 +543,15 @@ def open_in_child(storage: Storage, url: str, results: "queue.Queue[str]") -> No
         results.put(f"{type(error).__name__}: {error}")
 
 
-def content_in_child(storage: Storage, url: str) -> str:
+def read_in_child(storage: Storage, url: str, results: "queue.Queue[str]") -> None:
+    results.put(str(storage.read(url, refused_is_absent=True)))
+
+
+def content_in_child(storage: Storage, url: str, ask: Any = open_in_child) -> str:
     """Length of the content or the error, from a process that has no S3 client yet."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    child = context.Process(target=open_in_child, args=(storage, url, results))
+    child = context.Process(target=ask, args=(storage, url, results))
     child.start()
     answer = results.get(timeout=60)
     child.join(timeout=30)
@@ -471,5 +611,6 @@ def test_refused_s3_credentials_are_named_at_once(
     endpoint = server.url("/shards/0.tar", status(403)).removesuffix("/shards/0.tar")
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     message = content_in_child(storage, f"{bucket}/0.tar")
-    assert "RemoteError: s3://shards/0.tar: credentials are absent or refused" in message
-    assert len(server.requests["/shards/0.tar"]) == 1
+    assert "RefusedError: s3://shards/0.tar: credentials are absent or refused" in message
+    assert content_in_child(storage, f"{bucket}/0.tar", read_in_child) == "None"
+    assert len(server.requests["/shards/0.tar"]) == 2
