@@ -226,7 +226,7 @@ class _Sizes:
 
     def _read(self, url: str) -> bytes | None:
         # Some stores refuse what is not there.
-        return self._storage.read(url)
+        return self._storage.read(url, refused_is_absent=True)
 
     def _as_count(self, value: object, url: str) -> int:
         if not isinstance(value, int) or value < 0:

@@ -3,12 +3,13 @@
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from misbehaving_server import MisbehavingServer, status, whole
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data import Storage, find_shards
@@ -166,3 +167,45 @@ def test_unreadable_statistics_are_named(tmp_path: Path) -> None:
     (tmp_path / "00000_stats.json").write_text("{")
     with pytest.raises(ValueError, match=r"data\.train .* must be readable JSON"):
         find(f"{tmp_path}/00000.tar")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MisbehavingServer]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with MisbehavingServer() as running:
+        yield running
+        running.shutdown()
+
+
+def test_query_of_a_url_stays_behind_the_names_of_side_files(server: MisbehavingServer) -> None:
+    base = server.url("/a/0.tar?token=secret", whole(b"tar")).partition("/a/")[0]
+    server.url("/a/0_stats.json?token=secret", whole(b'{"successes": 5}'))
+    (group,) = find(f"{base}/a/0.tar?token=secret")
+    assert [shard.num_samples for shard in group.shards] == [5]
+    server.url("/b/sizes.json?token=secret", whole(b'{"0.tar": 7, "1.tar": 8}'))
+    (group,) = find(f"{base}/b/{{0..1}}.tar?token=secret")
+    assert [shard.num_samples for shard in group.shards] == [7, 8]
+
+
+def test_store_that_refuses_what_is_not_there_needs_num_samples(server: MisbehavingServer) -> None:
+    pattern = server.url("/0.tar", whole(b"tar"))
+    for name in ("/sizes.json", "/0_stats.json", "/0.parquet"):
+        server.url(name, status(403))
+    with pytest.raises(ValueError, match=r"must have sizes\.json, .* or the source num_samples"):
+        find(pattern)
+    (group,) = find(Source(shards=pattern, num_samples=9))
+    assert [shard.num_samples for shard in group.shards] == [9]
+    server.url("/0.tar", status(403))
+    with pytest.raises(ValueError, match=r"data\.train \(.*0\.tar\) cannot be reached: .*refused"):
+        find(Source(shards=pattern, num_samples=9))
+
+
+def test_no_message_tells_a_secret(server: MisbehavingServer) -> None:
+    url = server.url("/0.tar?token=secret", status(403)).replace("//", "//user:secret@")
+    wrong = server.url("/1.tar?token=secret", whole(b"tar")).replace("//", "//user:secret@")
+    server.url("/1_stats.json?token=secret", whole(b"{"))
+    missing = url.replace("0.tar", "{2..3}.tar")
+    for pattern in (url, wrong, missing, url.replace("http", "htp"), url + "{"):
+        with pytest.raises(ValueError, match=r"data\.train \(ht") as caught:
+            find(pattern)
+        assert "secret" not in str(caught.value)
