@@ -6,11 +6,13 @@ libjpeg-turbo itself, to the same pixels); nothing else in a shard is ever inter
 """
 
 import io
+import itertools
 import math
 import random
+import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
 from open_clip.transform import image_transform
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +43,9 @@ MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10
 MAX_PIXELS = 8192 * 8192
 MIN_SIDE = 4
+_MAX_PIXELS_OF_OTHER_JPEGS = 8192 * 4096  # may have to be rotated, as a copy of four bytes a pixel
+_MAX_PIXELS_OF_OTHERS = 4096 * 4096  # a few kB can unfold to any size, and slowly
+_MAX_SCANS = 100  # each goes over the whole image; encoders make about ten
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 # What Pillow's plugins raise for broken files of these formats.
@@ -56,6 +62,9 @@ _DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+# A marker that a segment follows, or the end.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+_STRIP_PIXELS = 2**20
 # torchvision's default range of aspect ratios, 3/4 to 4/3.
 _LOG_RATIO = math.log(4 / 3)
 # A merge of a word is quadratic in its length. No natural text needs more characters per token.
@@ -123,13 +132,13 @@ class TrainTransform:
             scale_y, scale_x = pixels.shape[0] / image.height, pixels.shape[1] / image.width
             top, bottom = round(box.top * scale_y), round(box.bottom * scale_y)
             left, right = round(box.left * scale_x), round(box.right * scale_x)
+            pixels = np.ascontiguousarray(pixels[top:bottom, left:right])
         else:
-            pixels = np.asarray(_load_rgb(image))
-            height, width = pixels.shape[:2]
-            top, left, bottom, right = _random_crop(height, width, self._crop_scale, rng)
+            _load(image)
+            box = _random_crop(image.height, image.width, self._crop_scale, rng)
+            pixels = _rgb_pixels(image, box)
         # As a batch of one whose strides say channels last, or torch takes a slower way.
-        crop = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right]))[None]
-        crop = crop.permute(0, 3, 1, 2)
+        crop = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
         return F.interpolate(crop, image_size, mode="bicubic", antialias=True)[0]
 
 
@@ -163,10 +172,17 @@ def decode_image(content: bytes) -> Image.Image:
     """Decode into RGB: rotated as EXIF says, transparency over white, 16-bit grey rescaled.
 
     Raises:
-        BadSample: ``image_undecodable``, ``image_too_many_pixels`` (known from the header, nothing
-            is decoded) or ``image_too_small``.
+        BadSample: ``image_undecodable``, or, before anything is decoded,
+            ``image_too_many_pixels``, ``image_too_many_scans`` or ``image_too_small``.
     """
-    return _load_rgb(open_image(content))
+    image = open_image(content)
+    _load(image)
+    if _is_rgb(image):
+        return image
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _rgb_strips(image, _Box(0, 0, image.height, image.width)):
+        rgb.paste(strip, (0, top))
+    return rgb
 
 
 def decode_text(content: bytes) -> str:
@@ -235,23 +251,64 @@ def open_image(content: bytes) -> Image.Image:
         raise BadSample("image_too_many_pixels") from error
     except _DECODE_ERRORS as error:
         raise BadSample("image_undecodable") from error
-    if image.width * image.height > MAX_PIXELS:
+    num_pixels = image.width * image.height
+    limit = _MAX_PIXELS_OF_OTHERS
+    if isinstance(image, JpegImageFile):
+        if _has_one_scan(content, image):
+            limit = MAX_PIXELS if _is_plain_jpeg(image) else _MAX_PIXELS_OF_OTHER_JPEGS
+        elif _has_too_many_scans(content):
+            raise BadSample("image_too_many_scans")
+    if num_pixels > limit:
         raise BadSample("image_too_many_pixels")
     if min(image.size) < MIN_SIDE:
         raise BadSample("image_too_small")
     return image
 
 
-def _load_rgb(image: Image.Image) -> Image.Image:
+def _has_one_scan(content: bytes, image: JpegImageFile) -> bool:
+    """Whether it is decoded row by row; otherwise all coefficients are kept, scan after scan."""
+    if "progressive" in image.info or image.fp is None:
+        return False
+    header = b"\xff\xda\0" + bytes((2 * image.layers + 6, image.layers))  # all colours at once
+    # Pillow has just read the first one; of the formats built on JPEG, some move on.
+    if content.startswith(header, max(0, image.fp.tell() - 2 * image.layers - 8)):
+        return True
+    return content.startswith(header, next(_scans(content), len(content)))
+
+
+def _has_too_many_scans(content: bytes) -> bool:
+    if content.count(b"\xff\xda") <= _MAX_SCANS:
+        return False
+    return next(itertools.islice(_scans(content), _MAX_SCANS, None), None) is not None
+
+
+def _scans(content: bytes) -> Iterator[int]:
+    """Where the scans of a JPEG begin, found as libjpeg finds them."""
+    found = _JPEG_MARKER.search(content)
+    while found and found[0] != b"\xff\xd9":
+        if found[0] == b"\xff\xda":
+            yield found.start()
+        length = int.from_bytes(content[found.end() : found.end() + 2], "big")
+        found = _JPEG_MARKER.search(content, found.end() + max(length, 2))
+
+
+def _load(image: Image.Image) -> None:
+    """Decode in place, and rotate as EXIF or XMP says."""
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
     except _DECODE_ERRORS as error:
         raise BadSample("image_undecodable") from error
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
-    return image.format == "JPEG" and image.mode in ("RGB", "L") and "exif" not in image.info
+    """Whether libjpeg alone gives what Pillow does: both EXIF and XMP can ask for a rotation."""
+    return (
+        image.format == "JPEG"
+        and image.mode in ("RGB", "L")
+        and "exif" not in image.info
+        and "xmp" not in image.info
+    )
 
 
 def _decode_jpeg(
@@ -268,7 +325,8 @@ def _decode_jpeg(
             min_factor=2,
         )
     except ValueError:  # it is stricter than Pillow, who decides
-        return np.asarray(_load_rgb(image))
+        _load(image)
+        return _rgb_pixels(image, _Box(0, 0, image.height, image.width))
 
 
 class _Box(NamedTuple):
@@ -294,10 +352,36 @@ def _random_crop(height: int, width: int, scale: tuple[float, float], rng: rando
     return _Box(top, left, top + h, left + w)
 
 
+def _rgb_pixels(image: Image.Image, box: _Box) -> np.ndarray:
+    """Pixels [h, w, 3] of a part of a decoded image."""
+    pixels = np.empty((box.bottom - box.top, box.right - box.left, 3), np.uint8)
+    for top, strip in _rgb_strips(image, box):
+        pixels[top : top + strip.height] = np.asarray(strip)
+    return pixels
+
+
+def _rgb_strips(image: Image.Image, box: _Box) -> Iterator[tuple[int, Image.Image]]:
+    """A part of a decoded image from top to bottom, so that conversions need little memory."""
+    num_rows = max(1, _STRIP_PIXELS // (box.right - box.left))
+    for top in range(box.top, box.bottom, num_rows):
+        strip = image.crop((box.left, top, box.right, min(top + num_rows, box.bottom)))
+        try:
+            yield top - box.top, _to_rgb(strip)
+        except _DECODE_ERRORS as error:
+            raise BadSample("image_undecodable") from error
+
+
+def _is_rgb(image: Image.Image) -> bool:
+    return image.mode == "RGB" and "transparency" not in image.info
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if _is_rgb(image):
+        return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.float64) / 257.0  # 65535 -> 255
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        grey = (grey + 128) // 257  # 65535 -> 255
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -2,10 +2,15 @@
 
 import io
 import itertools
+import multiprocessing
 import random
+import re
 import struct
 import time
+import warnings
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -24,6 +29,7 @@ from ds_linclip.data.decode import (
     _random_crop,
     decode_image,
     decode_text,
+    open_image,
 )
 from ds_linclip.data.tar_index import BadSample
 
@@ -83,9 +89,9 @@ def test_transparency_lies_over_white() -> None:
 
 
 def test_sixteen_bit_grey_is_rescaled() -> None:
-    grey = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
-    pixels = np.asarray(decode_image(encode(Image.fromarray(grey), "PNG")), dtype=float)
-    assert np.abs(pixels[..., 0] - grey / 257).max() <= 0.5
+    grey = np.arange(2**16).reshape(256, 256).astype(np.uint16)
+    pixels = np.asarray(decode_image(encode(Image.fromarray(grey), "PNG")))
+    assert (pixels == np.round(grey / 257)[..., None]).all()
 
 
 def test_exif_rotation_is_applied() -> None:
@@ -93,6 +99,32 @@ def test_exif_rotation_is_applied() -> None:
     exif[0x0112] = 6  # rotate by 90 degrees
     image = decode_image(encode(gradient(), "JPEG", exif=exif))
     assert image.size == (16, 24)
+
+
+def test_xmp_rotation_is_applied_in_training_too() -> None:
+    """Some programs write the orientation nowhere else."""
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    content = encode(photo(40, 40), "JPEG", xmp=xmp)
+    upright = decode_image(encode(photo(40, 40), "JPEG")).transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(np.asarray(decode_image(content)), np.asarray(upright))
+    found = TrainTransform((1.0, 1.0), seed=0)(content, (40, 40), 0).permute(1, 2, 0).numpy()
+    assert np.array_equal(found, np.asarray(upright))
+
+
+def test_pixels_do_not_depend_on_the_strips_they_are_converted_in() -> None:
+    """Larger than one strip, in the modes that are converted."""
+    for mode in ("RGBA", "LA", "P", "L", "I;16"):
+        source = photo(1100, 1000)
+        if mode == "I;16":
+            source = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
+            expected = source.point(lambda x: x / 257).convert("L").convert("RGB")
+        else:
+            source = source.convert(mode)
+            expected = source.convert("RGB")
+        content = encode(source, "PNG")
+        assert np.array_equal(np.asarray(decode_image(content)), np.asarray(expected)), mode
+        found = TrainTransform((1.0, 1.0), seed=0)(content, (1100, 1000), 0).permute(1, 2, 0)
+        assert np.array_equal(found.numpy(), np.asarray(expected)), mode
 
 
 def test_broken_images_are_undecodable() -> None:
@@ -121,6 +153,124 @@ def test_bomb_is_rejected_by_its_header() -> None:
     began = time.process_time()
     assert cause_of(png) == "image_too_many_pixels"
     assert time.process_time() - began < 0.1
+
+
+def segments_of(jpeg: bytes) -> list[bytes]:
+    """Of a file that Pillow wrote, each with the scan behind it, without the end."""
+    places = [m.start() for m in re.finditer(rb"\xff[^\x00\xd0-\xd7\xff]", jpeg)]
+    bounds = [0, places[1]]
+    while jpeg[bounds[-1] : bounds[-1] + 2] != b"\xff\xd9":
+        length = int.from_bytes(jpeg[bounds[-1] + 2 : bounds[-1] + 4])
+        bounds.append(next(place for place in places if place >= bounds[-1] + 2 + length))
+    return [jpeg[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def with_scans(num_scans: int, side: int = 64) -> bytes:
+    """A sound progressive JPEG, one of whose scans is repeated."""
+    segments = segments_of(encode(Image.new("RGB", (side, side)), "JPEG", progressive=True))
+    scans = [i for i, segment in enumerate(segments) if segment[:2] == b"\xff\xda"]
+    segments[scans[1] : scans[1] + 1] = [segments[scans[1]]] * (num_scans - len(scans) + 1)
+    return b"".join([*segments, b"\xff\xd9"])
+
+
+def test_jpeg_with_endless_scans_is_rejected() -> None:
+    """Each scan takes a few bytes and goes over the whole image."""
+    assert decode_image(with_scans(100)).size == (64, 64)
+    assert cause_of(with_scans(101)) == "image_too_many_scans"
+    with pytest.raises(BadSample, match="image_too_many_scans"):
+        TrainTransform((0.5, 1.0), seed=0)(with_scans(101), (32, 32), 0)
+    # In turn for each colour, and not progressive.
+    head, scan = encode(Image.new("RGB", (64, 64)), "JPEG").split(b"\xff\xda")
+    one = b"\xff\xda" + struct.pack(">H6B", 8, 1, 1, 0, 0, 63, 0) + scan[12:-2]
+    assert cause_of(head + one * 101 + b"\xff\xd9") == "image_too_many_scans"
+    began = time.process_time()
+    assert cause_of(with_scans(2_000_000)) == "image_too_many_scans"
+    assert time.process_time() - began < 2
+
+
+def test_what_only_looks_like_scans_is_none() -> None:
+    """Previews in the headers, and whatever follows the end."""
+    for jpeg in (with_scans(10), encode(gradient(), "JPEG")):
+        looks = b"\xff\xda\0\x0c\3" * 200
+        comment = b"\xff\xfe" + struct.pack(">H", len(looks) + 2) + looks
+        content = jpeg[:2] + comment + jpeg[2:] + looks
+        expected = TrainTransform((0.5, 1.0), seed=0)(jpeg, (8, 8), 0)
+        assert torch.equal(TrainTransform((0.5, 1.0), seed=0)(content, (8, 8), 0), expected)
+
+
+def rotated() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+# Just within the limits: file format, mode, size and arguments.
+LARGEST: list[tuple[str, str, tuple[int, int], dict[str, object]]] = [
+    ("GIF", "P", (4096, 4096), {}),
+    ("PNG", "P", (4096, 4096), {"transparency": 0}),
+    ("PNG", "RGBA", (4096, 4096), {}),
+    ("PNG", "LA", (4096, 4096), {"exif": rotated()}),
+    ("PNG", "I;16", (4096, 4096), {}),
+    ("WEBP", "RGBA", (4096, 4096), {"method": 0}),
+    ("WEBP", "RGB", (4096, 4096), {"method": 0}),
+    ("JPEG", "RGB", (4096, 4096), {"progressive": True, "subsampling": 0}),
+    ("JPEG", "RGB", (8192, 4096), {"exif": rotated()}),
+    ("JPEG", "CMYK", (8192, 4096), {}),
+    ("JPEG", "RGB", (8192, 8192), {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("file_format", "mode", "size", "arguments"),
+    [case for case in LARGEST if case[:2] not in (("WEBP", "RGB"), ("PNG", "LA"))],
+)
+def test_limit_of_pixels(
+    file_format: str, mode: str, size: tuple[int, int], arguments: dict[str, object]
+) -> None:
+    content = encode(Image.new(mode, (size[0], size[1] + 1)), file_format, **arguments)
+    assert cause_of(content) == "image_too_many_pixels"
+    assert open_image(encode(Image.new(mode, size), file_format, **arguments)).size == size
+
+
+def cost(decode: Callable[[bytes], object], content: bytes) -> tuple[float, float]:
+    """MiB that the process has at the peak, and CPU seconds."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now
+    began = time.process_time()
+    decode(content)
+    seconds = time.process_time() - began
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return kib / 1024, seconds
+
+
+def for_training(content: bytes) -> torch.Tensor:
+    return TrainTransform((0.9, 1.0), seed=0)(content, (224, 224), 0)
+
+
+def test_largest_images_cost_bounded_memory_and_time() -> None:
+    # In a process of its own, where nothing else uses memory.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        before, _ = pool.apply(cost, (for_training, encode(gradient(), "PNG")))
+        for file_format, mode, size, arguments in LARGEST:
+            content = encode(Image.new(mode, size), file_format, **arguments)
+            for decode in (for_training, decode_image):
+                memory, seconds = pool.apply(cost, (decode, content))
+                assert memory - before < 300, (file_format, mode, decode)
+                assert seconds < 3, (file_format, mode, decode)
+        assert memory - before > 200  # it sees what there is to see
+
+
+def test_nothing_warns() -> None:
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for file_format in ("PNG", "WEBP", "GIF", "JPEG"):
+                for mode in ("RGB", "L"):
+                    for_training(encode(gradient().convert(mode), file_format))
+                    for_training(encode(gradient().convert(mode), file_format, exif=rotated()))
+    finally:
+        torch.set_warn_always(False)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "JPEG"])
