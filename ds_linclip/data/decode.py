@@ -209,8 +209,8 @@ class Normalizer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # A CPU goes over each image while it is in its cache.
-        self._at_once = 1 if device.type == "cpu" else 2**31
+        # A CPU goes over a few images while they are in its cache.
+        self._bytes_at_once = 2**18 if device.type == "cpu" else 2**62
         # Made once: a copy from ordinary memory to a GPU waits for all of its work.
         self._mean, self._deviation = (
             (255 * torch.tensor(values)).view(3, 1, 1).to(device)
@@ -231,9 +231,8 @@ class Normalizer:
         for part in parts:
             part = part.to(self._device, non_blocking=True)
             rows = images[first : first + len(part)]
-            for row, pixels in zip(
-                rows.split(self._at_once), part.split(self._at_once), strict=True
-            ):
+            at_once = max(1, self._bytes_at_once // part[0].numel())
+            for row, pixels in zip(rows.split(at_once), part.split(at_once), strict=True):
                 row.copy_(pixels).sub_(self._mean).div_(self._deviation)
             first += len(part)
         return images

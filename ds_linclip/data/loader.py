@@ -52,9 +52,48 @@ class Batch:
     skipped: Counter[str] = field(default_factory=Counter)
     problems: list[ShardProblem] = field(default_factory=list)
 
+
+@dataclass(frozen=True)
+class _Part:
+    """What a worker hands over: one piece of memory, for each costs a round trip, and small facts.
+
+    Attributes:
+        memory: [B * (8 * L + 3 * H * W)] uint8, token ids and then pixels.
+        context_length: L.
+        image_size: H and W.
+    """
+
+    memory: Tensor
+    context_length: int
+    image_size: tuple[int, int]
+    keys: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    problems: list[ShardProblem] = field(default_factory=list)
+
+    @staticmethod
+    def num_bytes(num_samples: int, context_length: int, image_size: tuple[int, int]) -> int:
+        return num_samples * (8 * context_length + 3 * image_size[0] * image_size[1])
+
+    @property
+    def texts(self) -> Tensor:
+        """Token ids [B, L] int64."""
+        return self._split()[0].view(torch.int64).view(-1, self.context_length)
+
+    @property
+    def images(self) -> Tensor:
+        """Pixels [B, 3, H, W] uint8, channels last in memory."""
+        return self._split()[1].view(-1, *self.image_size, 3).permute(0, 3, 1, 2)
+
     def pin_memory(self) -> Self:
         """Called by torch's DataLoader."""
-        return replace(self, images=self.images.pin_memory(), texts=self.texts.pin_memory())
+        return replace(self, memory=self.memory.pin_memory())
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        per_sample = self.num_bytes(1, self.context_length, self.image_size)
+        num_samples = len(self.memory) // per_sample
+        end = 8 * self.context_length * num_samples
+        return self.memory[:end], self.memory[end:]
 
 
 class TrainData:
@@ -147,7 +186,7 @@ class TrainData:
         )
         device = torch.device(device)
         normalize = Normalizer(device)
-        parts: list[Batch] = []
+        parts: list[_Part] = []
         for part in loader:
             if isinstance(part, DataError):
                 raise part
@@ -159,11 +198,8 @@ class TrainData:
                 yield batch
 
 
-class _PartDataset(Dataset[Batch | DataError]):
-    """Maps (step, number of the part) to a part of this rank's share of a global batch.
-
-    The images of a part are bytes, not normalised yet.
-    """
+class _PartDataset(Dataset[_Part | DataError]):
+    """Maps (step, number of the part) to a part of this rank's share of a global batch."""
 
     def __init__(
         self,
@@ -180,9 +216,9 @@ class _PartDataset(Dataset[Batch | DataError]):
         self._dp_rank, self._dp_size = dp_place
         self._num_parts = num_parts
         self._prefetch = prefetch
-        self._buffers: deque[Tensor] = deque()
+        self._ring: deque[Tensor] = deque()
 
-    def __getitem__(self, place: tuple[int, int]) -> Batch | DataError:
+    def __getitem__(self, place: tuple[int, int]) -> _Part | DataError:
         step, part = place
         positions = self._order.step_positions(
             step,
@@ -195,7 +231,7 @@ class _PartDataset(Dataset[Batch | DataError]):
         except DataError as error:
             return error  # as a value: raised in a worker, it would arrive as a traceback
 
-    def _read(self, step: int, positions: np.ndarray) -> Batch:
+    def _read(self, step: int, positions: np.ndarray) -> _Part:
         image_size = self._config.image_size_at(step)
         pools = self._order.pool_shards(positions)
         self._reader.keep(pools)
@@ -203,42 +239,45 @@ class _PartDataset(Dataset[Batch | DataError]):
             self._reader.prefetch(pools)
             self._reader.prefetch(self._order.pool_shards(positions, following=True))
         shards, indices = self._order.locate(positions)
-        images = self._buffer((len(positions), *image_size, 3)).permute(0, 3, 1, 2)
-        tokens, keys, captions, skipped = [], [], [], Counter[str]()
+        context_length = self._config.model.text.context_length
+        memory = self._memory(_Part.num_bytes(len(positions), context_length, image_size))
+        part = _Part(memory, context_length, image_size)
+        texts, images = part.texts, part.images
         places = zip(positions.tolist(), shards.tolist(), indices.tolist(), strict=True)
         for row, place in enumerate(places):
             sample, cause = self._reader.read(*place, image_size)
             images[row] = sample.image
-            tokens.append(sample.tokens)
-            keys.append(sample.key)
-            captions.append(sample.caption)
+            texts[row] = sample.tokens
+            part.keys.append(sample.key)
+            part.captions.append(sample.caption)
             if cause is not None:
-                skipped[cause] += 1
-        problems, self._reader.problems = self._reader.problems, []
-        return Batch(images, torch.stack(tokens), keys, captions, skipped, problems)
+                part.skipped[cause] += 1
+        part.problems.extend(self._reader.problems)
+        self._reader.problems.clear()
+        return part
 
-    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
-        """Bytes for the images of a part, in a worker where the training process can read them.
+    def _memory(self, num_bytes: int) -> Tensor:
+        """Memory for one part, in a worker where the training process can read it.
 
         A worker has no more than ``prefetch_batches`` parts that were not taken yet, and a part is
-        joined into its batch before the next one is taken: two buffers more, and they can go round.
+        joined into its batch before the next one is taken: two pieces more, and they can go round.
         """
         if get_worker_info() is None:
-            return torch.empty(shape, dtype=torch.uint8)
-        buffer: Tensor | None = None
-        if len(self._buffers) == self._config.data.prefetch_batches + 2:
-            buffer = self._buffers.popleft()
-        if buffer is None or buffer.shape != shape:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        ahead = self._config.data.prefetch_batches
+        memory: Tensor | None = None
+        if len(self._ring) == ahead + 2:
+            memory = self._ring.popleft()
+        if memory is None or len(memory) != num_bytes:
             try:
-                buffer = torch.empty(shape, dtype=torch.uint8).share_memory_()
+                memory = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
             except RuntimeError as error:
-                ahead = self._config.data.prefetch_batches
                 raise DataError(
                     f"data.prefetch_batches ({ahead}) must fit into {_SHARED_MEMORY}, which is "
                     f"full (in Docker use --ipc=host or a larger --shm-size): {error}"
                 ) from error
-        self._buffers.append(buffer)
-        return buffer
+        self._ring.append(memory)
+        return memory
 
 
 class _Parts(Sampler[tuple[int, int]]):
@@ -269,7 +308,7 @@ def ordered_loader(
     )
 
 
-def _joined(parts: Sequence[Batch], normalize: Normalizer, device: torch.device) -> Batch:
+def _joined(parts: Sequence[_Part], normalize: Normalizer, device: torch.device) -> Batch:
     """One batch on ``device``, normalised there; asynchronous from pinned memory."""
     return Batch(
         images=normalize([part.images for part in parts]),
