@@ -141,11 +141,12 @@ def test_stalled_body_is_given_up_and_gone_on_with(
 def test_servers_that_ignore_range_start_again(server: MisbehavingServer, storage: Storage) -> None:
     url = server.url("/0.tar", whole(CONTENT, send=HALF), whole(CONTENT, ranges=False))
     assert content_of(storage, url) == CONTENT
-    # No progress is endless: half of it comes each time, and never more.
+    # No progress is endless: half of it comes each time, and never more. (What comes together with
+    # the end of a connection may be lost, so the second try may bring a little.)
     url = server.url("/1.tar", whole(CONTENT, send=HALF, ranges=False))
     with pytest.raises(RemoteError, match="3 tries brought no progress"):
         storage.open(url)
-    assert len(server.requests["/1.tar"]) == 4
+    assert 4 <= len(server.requests["/1.tar"]) <= 5
 
 
 @pytest.mark.parametrize("if_range", [True, False])
