@@ -44,8 +44,10 @@ def main() -> int:
         mesh.barrier()
         return 2
     except DataError as error:
-        # The other ranks wait for this one: leave at once, and the launcher ends them.
-        print(f"error: rank {mesh.rank}: {error}", file=sys.stderr, flush=True)
+        # The other ranks wait for this one: leave at once, and the launcher ends them. In one write,
+        # or lines of several ranks mix.
+        sys.stderr.write(f"error: rank {mesh.rank}: {error}\n")
+        sys.stderr.flush()
         os._exit(2)
     if mesh.rank == 0:
         print(_summary(config, result), flush=True)

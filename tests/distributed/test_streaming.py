@@ -18,8 +18,8 @@ pytestmark = pytest.mark.distributed
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = REPOSITORY / "launch" / "train.py"
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
-#: 100 uneven shards, 2,400 samples: 50 steps of 48 per epoch.
-SIZES = [20 + number % 9 for number in range(99)] + [24]
+#: 100 uneven shards, 1,200 samples: 25 steps of 48 per epoch.
+SIZES = [10 + number % 5 for number in range(99)] + [14]
 EPOCH = sum(SIZES) // 48
 STEPS = 2 * EPOCH
 
@@ -107,7 +107,7 @@ def test_epoch_audit(
     done = deepspeed_cpu(*arguments, *form, "name=whole", ranks=2)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "resumed"
-    for ranks, step in ((4, 20), (2, 40), (3, 70)):
+    for ranks, step in ((4, 10), (2, 20), (3, 30)):
         running = start_deepspeed_cpu(*arguments, *form, "name=resumed", ranks=ranks)
         kill_a_rank_after(step, run, running)
     done = deepspeed_cpu(*arguments, *form, "name=resumed", ranks=4)
