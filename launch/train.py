@@ -44,8 +44,8 @@ def main() -> int:
         mesh.barrier()
         return 2
     except DataError as error:
-        # The other ranks wait for this one: leave at once, and the launcher ends them. In one write,
-        # or lines of several ranks mix.
+        # The other ranks wait for this one: leave at once, and the launcher ends them. The line is
+        # one write, or those of several ranks mix.
         sys.stderr.write(f"error: rank {mesh.rank}: {error}\n")
         sys.stderr.flush()
         os._exit(2)
