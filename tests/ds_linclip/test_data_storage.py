@@ -123,7 +123,7 @@ def test_cut_body_goes_on_where_it_broke(server: MisbehavingServer, storage: Sto
     starts = [request.start or 0 for request in requests]
     assert starts[0] == 0
     # What comes together with the end of the connection may be lost.
-    assert all(0 < end - start <= 500_000 for start, end in itertools.pairwise(starts))
+    assert all(0 <= end - start <= 500_000 for start, end in itertools.pairwise(starts))
     assert len(starts) == 6
     assert {request.if_range for request in requests[1:]} == {'"1"'}
 
@@ -142,11 +142,11 @@ def test_servers_that_ignore_range_start_again(server: MisbehavingServer, storag
     url = server.url("/0.tar", whole(CONTENT, send=HALF), whole(CONTENT, ranges=False))
     assert content_of(storage, url) == CONTENT
     # No progress is endless: half of it comes each time, and never more. (What comes together with
-    # the end of a connection may be lost, so the second try may bring a little.)
+    # the end of a connection may be lost: one of the next three tries may still bring a little.)
     url = server.url("/1.tar", whole(CONTENT, send=HALF, ranges=False))
     with pytest.raises(RemoteError, match="3 tries brought no progress"):
         storage.open(url)
-    assert 4 <= len(server.requests["/1.tar"]) <= 5
+    assert 4 <= len(server.requests["/1.tar"]) <= 1 + 3 + 3
 
 
 @pytest.mark.parametrize("if_range", [True, False])
