@@ -1,6 +1,15 @@
-"""Linear attention: one function, several ways to compute it."""
+"""Linear attention: one function, its two halves, several ways to compute it."""
 
 from linclip_kernels.linear_attention.operator import linear_attention
 from linclip_kernels.linear_attention.reference import linear_attention_reference
+from linclip_kernels.linear_attention.state import (
+    linear_attention_from_state,
+    linear_attention_state,
+)
 
-__all__ = ["linear_attention", "linear_attention_reference"]
+__all__ = [
+    "linear_attention",
+    "linear_attention_from_state",
+    "linear_attention_reference",
+    "linear_attention_state",
+]

@@ -6,12 +6,18 @@ where err is the relative RMS against the float64 definition, for the output and
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linclip_kernels import linear_attention, linear_attention_reference
+from linclip_kernels import (
+    linear_attention,
+    linear_attention_from_state,
+    linear_attention_reference,
+    linear_attention_state,
+)
 from linclip_kernels.linear_attention.form import Form
 from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
 
@@ -89,14 +95,19 @@ def with_gradients(
 
 
 def check_against_definition(
-    inputs: list[Tensor], grad: Tensor, backend: str, **options: Any
+    inputs: list[Tensor],
+    grad: Tensor,
+    backend: str,
+    *,
+    function: Callable[..., Tensor] = linear_attention,
+    **options: Any,
 ) -> None:
-    """Hold output and gradients of the operator to the rule of this module."""
+    """Hold output and gradients of the operator, or its halves, to the rule of this module."""
     dtype = inputs[0].dtype
     exact = [x.detach().double().requires_grad_() for x in inputs]
     truth = with_gradients(linear_attention_reference, exact, grad.double(), **options)
     rough = with_gradients(lambda q, k, v: attend(q, k, v, Form(**options)), inputs, grad)
-    found = with_gradients(linear_attention, inputs, grad, backend=backend, **options)
+    found = with_gradients(function, inputs, grad, backend=backend, **options)
     for name, value, by_plain, true in zip(
         ("o", "dq", "dk", "dv"), found, rough, truth, strict=True
     ):
@@ -104,6 +115,66 @@ def check_against_definition(
         assert value.shape == true.shape
         error, allowed = relative_rms(value, true), 2 * relative_rms(by_plain, true) + ATOL[dtype]
         assert error <= allowed, f"{name}: relative RMS {error:.2e} > {allowed:.2e}"
+
+
+def from_state(q: Tensor, k: Tensor, v: Tensor, *, parts: int = 1, **options: Any) -> Tensor:
+    """The two halves of the operator; the keys in some parts whose states are added."""
+    shared = {name: options[name] for name in ("qk_norm", "feature_map") if name in options}
+    shared["backend"] = options["backend"]
+    cut = [x.tensor_split(parts, dim=1) for x in (k, v)]
+    states = [linear_attention_state(*part, **shared) for part in zip(*cut, strict=True)]
+    state = states[0] if parts == 1 else torch.stack(states).sum(0)
+    return linear_attention_from_state(q, state, **options)
+
+
+def check_halves_against_definition(
+    shape: tuple[int, int, int, int, int],
+    num_queries: int,
+    dtype: torch.dtype,
+    backend: str,
+    device: str,
+    *,
+    parts: int = 1,
+    **options: Any,
+) -> None:
+    """Hold the state, and queries that see it, to the rule; shape is (B, keys, H, D, Dv)."""
+    batch, _, heads, key_dim, value_dim = shape
+    scale = options.get("qk_norm", True)
+    (_, k, v), _ = make_inputs(shape, dtype, device=device, qk_norm=scale)
+    queries = batch, num_queries, heads, key_dim, value_dim
+    (q, _, _), grad = make_inputs(queries, dtype, device=device, qk_norm=scale, seed=1)
+    halves = partial(from_state, parts=parts)
+    check_against_definition([q, k, v], grad, backend, function=halves, **options)
+
+
+def check_single_key_state(backend: str, device: str) -> None:
+    """Eq. 4 with one key: its value exactly, for any query; nothing to q, k of parts without it."""
+    (q, _, _), grad = make_inputs((2, 3, 2, 16, 16), torch.float32, device=device)
+    (_, _, v), _ = make_inputs((2, 1, 2, 16, 16), torch.float32, device=device)
+    k = (-q[:, :1].detach()).requires_grad_()
+    options = {"normalized": True, "backend": backend, "parts": 2}  # the second part is empty
+    out, d_q, d_k, d_v = with_gradients(from_state, [q, k, v], grad, **options)
+    assert torch.equal(out, v.expand_as(out))
+    assert not d_q.any()
+    assert not d_k.any()
+    torch.testing.assert_close(d_v, grad.sum(1, keepdim=True))
+
+
+def check_empty_halves(form: dict[str, Any], backend: str, device: str) -> None:
+    """No keys give a state of zeros, no queries an empty output; gradients are zero or empty."""
+    inputs, grad = make_inputs((2, 0, 2, 16, 24), torch.float32, device=device)
+    shared = {name: form[name] for name in ("qk_norm", "feature_map") if name in form}
+    state = linear_attention_state(*inputs[1:], backend=backend, **shared)
+    assert state.dtype == torch.float32
+    assert not state.any()
+    d_k, d_v = torch.autograd.grad(state, inputs[1:], torch.ones_like(state))
+    assert (d_k.shape, d_v.shape) == (inputs[1].shape, inputs[2].shape)
+    seen = torch.ones_like(state).requires_grad_()
+    out = linear_attention_from_state(inputs[0], seen, backend=backend, **form)
+    assert out.shape == inputs[2].shape
+    d_q, d_state = torch.autograd.grad(out, [inputs[0], seen], grad)
+    assert d_q.shape == inputs[0].shape
+    assert not d_state.any()
 
 
 def check_collapsed_keys(

@@ -64,7 +64,7 @@ def test_sequences_with_states_compile(heads: int, boundaries: list[int], is_cau
     factor = torch.empty(1, boundaries[-1], device="meta")
     plans = causal if is_causal else noncausal
     for backward in (False, True):
-        split = split_tokens(q, v, form, boundaries, backward=backward, chip=Chip())
+        split = split_tokens(q, 60, form, boundaries, backward=backward, chip=Chip())
         state = split.empty_states(split.num_sequences)
         call = Call(q, k, v, state, split, form, 0.5, factor)
         if backward:
@@ -87,8 +87,8 @@ def test_parts_are_whole_blocks(
     for heads, dim, capability in ((1, 16, 80), (250, 64, 90), (1000, 256, 100)):
         q = torch.empty(1, num_tokens, heads, dim, dtype=dtype, device="meta")
         chip = Chip(capability=capability)
-        v = q[..., : max_value_block(q, chip)]
-        split = split_tokens(q, v, Form(is_causal, True), None, backward=backward, chip=chip)
+        value_dim = min(dim, max_value_block(q, chip))
+        split = split_tokens(q, value_dim, Form(is_causal, True), backward=backward, chip=chip)
         (num_parts,) = split.parts_of_sequences
         assert split.part % split.block_tokens == 0
         assert split.part <= 4096

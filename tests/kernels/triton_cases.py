@@ -15,10 +15,13 @@ from kernel_checks import (
     check_against_definition,
     check_cancelling_sums,
     check_collapsed_keys,
+    check_empty_halves,
+    check_halves_against_definition,
     check_later_tokens_do_not_matter,
     check_nan_stays_where_the_formula_puts_it,
     check_sequences_stand_alone,
     check_single_key,
+    check_single_key_state,
     check_small_features,
     check_states_carry_on,
     make_inputs,
@@ -151,6 +154,37 @@ def test_states_carry_on(form: str, several_parts: bool, device: str) -> None:
         check_states_carry_on(FORMS[form], "triton", device, cut, num_tokens)
     else:  # and values in two blocks
         check_states_carry_on(FORMS[form], "triton", device, 1, 20, dims=(64, 40))
+
+
+@pytest.mark.parametrize(
+    ("form", "num_keys", "num_queries", "dims", "dtype"),
+    [
+        ("eq7", 40, 600, (32, 32), torch.bfloat16),
+        ("eq4", 600, 40, (16, 144), torch.float32),
+        ("eq7-alpha", 33, 20, (32, 16), torch.float32),
+        ("eq4-relu", 33, 20, (20, 40), torch.float32),
+        ("eq4-quadratic", 20, 33, (16, 16), torch.float32),
+    ],
+)
+def test_halves_match_definition(
+    form: str,
+    num_keys: int,
+    num_queries: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    shape, options = (1, num_keys, 1, *dims), {**FORMS, **MAP_FORMS}[form]
+    check_halves_against_definition(shape, num_queries, dtype, "triton", device, **options)
+
+
+@pytest.mark.parametrize("form", ["eq7", "eq4", "eq4-quadratic"])
+def test_empty_halves(form: str, device: str) -> None:
+    check_empty_halves({**FORMS, **MAP_FORMS}[form], "triton", device)
+
+
+def test_state_of_a_single_key(device: str) -> None:
+    check_single_key_state("triton", device)
 
 
 @pytest.mark.parametrize("form", [*MAIN_FORMS, "eq7-alpha", "causal-eq7-alpha"])

@@ -16,13 +16,24 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention.form import DENOMINATOR_EPS, NORM_EPS, Form
 
-__all__ = ["backward", "forward"]
+__all__ = [
+    "apply_state",
+    "apply_state_backward",
+    "backward",
+    "forward",
+    "sum_keys",
+    "sum_keys_backward",
+]
 
+#: An index of rows.
+Rows = tuple[slice | Tensor, ...]
 #: Rows (tokens of all heads) of a piece, and its fewest tokens.
 PIECE_ROWS, MIN_PIECE = 2**15, 2048
 #: Up to this many tokens are one masked causal tile; longer sequences are cut into tiles of 64.
 ONE_TILE = 128
 TILE = 64
+#: Index of the rows of [B, H, N, *] that see one key alone where nothing lies before a sequence.
+_FIRST_ROW = slice(None), slice(None), slice(1)
 
 
 def forward(
@@ -83,6 +94,39 @@ def backward(
     return d_q, d_k, d_v, torch.cat(d_states)
 
 
+def sum_keys(k: Tensor, v: Tensor, form: Form) -> Tensor:
+    """The state of all keys, [B, H, D + 1, Dv + 1], of which there may be none."""
+    return _KeySide(k, v, form).state()
+
+
+def sum_keys_backward(
+    k: Tensor, v: Tensor, form: Form, grad_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v from that of their state."""
+    d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    _KeySide(k, v, form).backward(grad_state, d_k, d_v)
+    return d_k, d_v
+
+
+def apply_state(q: Tensor, state: Tensor, form: Form) -> Tensor:
+    """o [B, N, H, Dv] of queries that all see the keys of ``state`` [B, H, D + 1, Dv + 1]."""
+    shape = *q.shape[:-1], state.shape[-1] - 1
+    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    _QuerySide(q, state, form).forward(out)
+    return out
+
+
+def apply_state_backward(
+    q: Tensor, state: Tensor, form: Form, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and of the state from that of o."""
+    d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    d_state = state.new_zeros(state.shape)
+    _QuerySide(q, state, form).backward(grad, d_q, d_state)
+    d_state[..., 0, -1] = 0  # the number of keys is not differentiated
+    return d_q, d_state
+
+
 def _sequences(q: Tensor, boundaries: list[int] | None) -> Iterator[tuple[slice, slice]]:
     """Tokens and states that belong together."""
     if boundaries is None:
@@ -96,24 +140,15 @@ class _Bidirectional:
     """Sequences of equal length whose rows all see the same state."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, form: Form) -> None:
-        self.q, self.form = q, form
-        self.pieces = _pieces(q)
-        # One piece keeps its keys, of several each is made again.
-        self.keys = lru_cache(maxsize=1)(lambda i: _Keys(k, v, self.pieces[i], form))
-        self.seen = self.keys(0).state()  # [B, H, D + 1, Dv + 1]
-        for i in range(1, len(self.pieces)):
-            self.seen += self.keys(i).state()
-        self.num_keys: float | Tensor = max(1, q.shape[1])
-        self.single_key = initial is None and self.num_keys == 1
+        self.keys = _KeySide(k, v, form)
+        self.seen = self.keys.state()  # [B, H, D + 1, Dv + 1]
         if initial is not None:
             self.seen += initial
-            self.num_keys = self.seen[:, :1, :1, -1:]  # [S, 1, 1, 1]
+        self.queries = _QuerySide(q, self.seen, form, frees_single_key=initial is None)
 
     def forward(self, out: Tensor) -> None:
         """Write o into ``out`` [B, N, H, Dv]."""
-        for piece in self.pieces:
-            queries = self._queries(piece)
-            _put(queries.outputs(queries.phi @ self.seen), out[:, piece])
+        self.queries.forward(out)
 
     def state(self) -> Tensor:
         """The state of all keys, [B, H, D + 1, Dv + 1]."""
@@ -125,20 +160,69 @@ class _Bidirectional:
         """Write dq, dk, dv [B, N, H, *]; returns the gradient of the initial state."""
         d_q, d_k, d_v = gradients
         d_state = torch.zeros_like(self.seen) if grad_state is None else grad_state.clone()
+        self.queries.backward(grad, d_q, d_state)
+        self.keys.backward(d_state, d_k, d_v)
+        return d_state
+
+
+class _KeySide:
+    """Keys and values of sequences of equal length, piece by piece."""
+
+    def __init__(self, k: Tensor, v: Tensor, form: Form) -> None:
+        self.pieces = _pieces(k)
+        # One piece keeps its keys, of several each is made again.
+        self.keys = lru_cache(maxsize=1)(lambda i: _Keys(k, v, self.pieces[i], form))
+
+    def state(self) -> Tensor:
+        """The state of all keys, [B, H, D + 1, Dv + 1]."""
+        state = self.keys(0).state()
+        for i in range(1, len(self.pieces)):
+            state += self.keys(i).state()
+        return state
+
+    def backward(self, d_state: Tensor, d_k: Tensor, d_v: Tensor) -> None:
+        """Write dk and dv [B, N, H, *] from the gradient of the state."""
+        for i in reversed(range(len(self.pieces))):
+            keys, piece = self.keys(i), self.pieces[i]
+            _put(keys.backward(keys.v @ d_state[..., 1:, :].mT), d_k[:, piece])
+            _put(keys.phi @ d_state[..., :-1], d_v[:, piece])
+
+
+class _QuerySide:
+    """Queries of sequences of equal length that all see one state, piece by piece.
+
+    Args:
+        frees_single_key: Whether a state of one key is one where the form sets that key's weight.
+    """
+
+    def __init__(
+        self, q: Tensor, seen: Tensor, form: Form, *, frees_single_key: bool = True
+    ) -> None:
+        self.q, self.seen, self.form = q, seen, form
+        self.pieces = _pieces(q)
+        self.num_keys = seen[:, :1, :1, -1:]  # [B, 1, 1, 1]
+        self.single: Rows | None = None
+        if frees_single_key and form.frees_single_key:
+            is_single = self.num_keys.flatten() == 1
+            self.single = (is_single,) if is_single.any() else None
+
+    def forward(self, out: Tensor) -> None:
+        """Write o into ``out`` [B, N, H, Dv]."""
+        for piece in self.pieces:
+            queries = self._queries(piece)
+            _put(queries.outputs(queries.phi @ self.seen), out[:, piece])
+
+    def backward(self, grad: Tensor, d_q: Tensor, d_state: Tensor) -> None:
+        """Write dq [B, N, H, D], and add to the gradient of the state."""
         for piece in self.pieces:
             queries = self._queries(piece)
             y = queries.phi @ self.seen if self.form.normalized else None
             d_y = queries.outputs_backward(_by_head(grad[:, piece]), y)
             _put(queries.backward(d_y @ self.seen[..., 1:, :].mT), d_q[:, piece])
             d_state += queries.phi.mT @ d_y
-        for i in reversed(range(len(self.pieces))):
-            keys, piece = self.keys(i), self.pieces[i]
-            _put(keys.backward(keys.v @ d_state[..., 1:, :].mT), d_k[:, piece])
-            _put(keys.phi @ d_state[..., :-1], d_v[:, piece])
-        return d_state
 
     def _queries(self, piece: slice) -> "_Queries":
-        return _Queries(self.q, piece, self.num_keys, self.single_key, self.form)
+        return _Queries(self.q, piece, self.num_keys, self.single, self.form)
 
 
 class _Causal:
@@ -182,7 +266,8 @@ class _Causal:
 
     def _part(self, piece: slice, state: Tensor | None) -> "_CausalPiece":
         num_keys = 1 if state is None else state[:, :1, :1, -1:] + 1  # of the first row
-        queries = _Queries(self.q, piece, num_keys, state is None, self.form)
+        single = _FIRST_ROW if state is None and self.form.frees_single_key else None
+        queries = _Queries(self.q, piece, num_keys, single, self.form)
         return _CausalPiece(queries, _Keys(self.k, self.v, piece, self.form), state)
 
 
@@ -285,17 +370,17 @@ class _Queries(_Rows):
 
     Args:
         num_keys: Keys in view: of the first row if causal, otherwise of every row.
-        may_be_single: Whether the first row has one key if there is no other before it.
+        single: Index of the rows of [B, H, N, *] whose only key's weight is set.
     """
 
     def __init__(
-        self, q: Tensor, piece: slice, num_keys: float | Tensor, may_be_single: bool, form: Form
+        self, q: Tensor, piece: slice, num_keys: float | Tensor, single: Rows | None, form: Form
     ) -> None:
         super().__init__(q[:, piece], float(form.has_constant), form)
         self.num_keys = num_keys
-        self.single_key = form.frees_single_key and may_be_single
-        if self.single_key:
-            self.phi[:, :, :1, 1:] = 0  # the score of the first row is the constant
+        self.single = single
+        if single is not None:
+            self.phi[(*single, ..., slice(1, None))] = 0  # the score is the constant
 
     def outputs(self, y: Tensor) -> Tensor:
         """o [B, H, N, Dv] from numerator and denominator [B, H, N, Dv + 1]."""
@@ -310,8 +395,8 @@ class _Queries(_Rows):
         return _append(grad * scale, e)
 
     def backward(self, grad: Tensor) -> Tensor:
-        if self.single_key:
-            grad[:, :, :1] = 0
+        if self.single is not None:
+            grad[self.single] = 0
         return super().backward(grad)
 
     def _scale(self, y: Tensor | None) -> tuple[Tensor | float, Tensor | bool]:

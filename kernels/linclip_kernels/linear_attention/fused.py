@@ -4,6 +4,10 @@ Every column of v is a problem of its own once the scores are known. Values wide
 state are computed block by block; the shares of dq and dk are added in float32.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,10 +18,18 @@ from linclip_kernels.linear_attention.split import (
     Split,
     max_value_block,
     run,
+    score_arguments,
     split_tokens,
 )
 
-__all__ = ["backward", "forward"]
+__all__ = [
+    "apply_state",
+    "apply_state_backward",
+    "backward",
+    "forward",
+    "sum_keys",
+    "sum_keys_backward",
+]
 
 
 def forward(
@@ -45,7 +57,7 @@ def forward(
     plans = causal if form.causal else noncausal
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     states: list[Tensor] = []
-    for columns in _value_blocks(q, v):
+    for columns in _value_blocks(q, v.shape[-1]):
         call = _call(q, k, v, initial, boundaries, form, columns, backward=False)
         state = call.split.empty_states(call.split.num_sequences) if return_state else None
         run(plans.plan_forward(call, out[..., columns], state), q.device)
@@ -72,30 +84,101 @@ def backward(
     """
     plans = causal if form.causal else noncausal
     grad = torch.zeros_like(v) if grad is None else grad
-    blocks = _value_blocks(q, v)
-    # Shares of dq and dk are added in float32; as a rule there is one.
-    dtype = q.dtype if len(blocks) == 1 else torch.float32
-    d_q, d_k = (torch.empty(q.shape, dtype=dtype, device=q.device) for _ in range(2))
+    blocks = _value_blocks(q, v.shape[-1])
+    d_q, d_k = _Shares(q, blocks), _Shares(k, blocks)
     d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_states: list[Tensor] = []
     for columns in blocks:
         call = _call(q, k, v, initial, boundaries, form, columns, backward=True)
-        end = _columns(grad_state, columns)
-        is_first = columns.start == 0
-        if end is not None and not is_first:
-            end[..., 1:, -1] = 0  # the gradient of z goes through the first block
-        shares = (d_q, d_k) if is_first else (torch.empty_like(d_q), torch.empty_like(d_k))
-        d_state, launches = plans.plan_backward(
-            call, _columns(state, columns), grad[..., columns], end, (*shares, d_v[..., columns])
-        )
-        run(launches, q.device)
-        if not is_first:
-            d_q += shares[0]
-            d_k += shares[1]
+        kept = None if state is None else _columns(state, columns)
+        end = None if grad_state is None else _gradient_columns(grad_state, columns)
+        with d_q.share() as d_q_share, d_k.share() as d_k_share:
+            gradients = d_q_share, d_k_share, d_v[..., columns]
+            d_state, launches = plans.plan_backward(call, kept, grad[..., columns], end, gradients)
+            run(launches, q.device)
         if d_state is not None:
             d_states.append(d_state)
     d_initial = None if initial is None else _join_gradients(d_states)
-    return d_q.to(q.dtype), d_k.to(k.dtype), d_v, d_initial
+    return d_q.sum(), d_k.sum(), d_v, d_initial
+
+
+def sum_keys(k: Tensor, v: Tensor, form: Form) -> Tensor:
+    """The state of all keys, [B, H, D + 1, Dv + 1], of which there may be none."""
+    batch, num_tokens, heads, key_dim = k.shape
+    if num_tokens == 0:
+        return k.new_zeros(batch, heads, key_dim + 1, v.shape[-1] + 1, dtype=torch.float32)
+    states: list[Tensor] = []
+    for columns in _value_blocks(k, v.shape[-1]):
+        split = split_tokens(k, columns.stop - columns.start, form, backward=False)
+        states.append(split.empty_states(batch))
+        run(noncausal.plan_state(k, v[..., columns], states[-1], split, form), k.device)
+    return _join(states)
+
+
+def sum_keys_backward(
+    k: Tensor, v: Tensor, form: Form, grad_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v from that of their state."""
+    if k.shape[1] == 0:
+        return k.new_empty(k.shape), v.new_empty(v.shape)
+    blocks = _value_blocks(k, v.shape[-1])
+    d_k, d_v = _Shares(k, blocks), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    for columns in blocks:
+        split = split_tokens(k, columns.stop - columns.start, form, backward=True)
+        arguments = score_arguments(split, form, 1.0, None)
+        end = _gradient_columns(grad_state, columns)
+        with d_k.share() as share:
+            tensors = k, v[..., columns], end, share, d_v[..., columns]
+            run([noncausal.plan_state_backward(*tensors, split, arguments)], k.device)
+    return d_k.sum(), d_v
+
+
+def apply_state(q: Tensor, state: Tensor, form: Form) -> Tensor:
+    """o [B, N, H, Dv] of queries that all see the keys of ``state`` [B, H, D + 1, Dv + 1]."""
+    out = torch.empty(*q.shape[:-1], state.shape[-1] - 1, dtype=q.dtype, device=q.device)
+    if q.shape[1] == 0:
+        return out
+    for columns in _value_blocks(q, out.shape[-1]):
+        split, arguments = _query_arguments(q, state, columns, form, backward=False)
+        tensors = q, _columns(state, columns), out[..., columns]
+        run([noncausal.plan_apply(*tensors, split, arguments)], q.device)
+    return out
+
+
+def apply_state_backward(
+    q: Tensor, state: Tensor, form: Form, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and of the state from that of o."""
+    if q.shape[1] == 0:
+        return q.new_empty(q.shape), state.new_zeros(state.shape)
+    blocks = _value_blocks(q, grad.shape[-1])
+    d_q, d_states = _Shares(q, blocks), []
+    for columns in blocks:
+        split, arguments = _query_arguments(q, state, columns, form, backward=True)
+        d_states.append(split.empty_states(split.num_sequences))
+        with d_q.share() as share:
+            tensors = q, _columns(state, columns), grad[..., columns], share, d_states[-1]
+            run(noncausal.plan_apply_backward(*tensors, split, arguments), q.device)
+    return d_q.sum(), _join_gradients(d_states)
+
+
+class _Shares:
+    """A gradient of q or k to which every block of values adds; in float32 if there are several."""
+
+    def __init__(self, x: Tensor, blocks: list[slice]) -> None:
+        self.x, self.dtype = x, x.dtype if len(blocks) == 1 else torch.float32
+        self.total: Tensor | None = None
+
+    @contextmanager
+    def share(self) -> Iterator[Tensor]:
+        """Room for the next share, which is to be filled inside."""
+        share = torch.empty(self.x.shape, dtype=self.dtype, device=self.x.device)
+        yield share
+        self.total = share if self.total is None else self.total.add_(share)
+
+    def sum(self) -> Tensor:
+        assert self.total is not None
+        return self.total.to(self.x.dtype)
 
 
 def _call(
@@ -109,23 +192,42 @@ def _call(
     *,
     backward: bool,
 ) -> Call:
-    v, initial = v[..., columns], _columns(initial, columns)
-    split = split_tokens(q, v, form, boundaries, backward=backward)
+    v, initial = v[..., columns], None if initial is None else _columns(initial, columns)
+    split = split_tokens(q, v.shape[-1], form, boundaries, backward=backward)
     return Call(q, k, v, initial, split, form, *_factor(initial, split, form))
 
 
-def _value_blocks(q: Tensor, v: Tensor) -> list[slice]:
-    block, value_dim = max_value_block(q), v.shape[-1]
+def _query_arguments(
+    q: Tensor, state: Tensor, columns: slice, form: Form, *, backward: bool
+) -> tuple[Split, dict[str, Any]]:
+    """The split of queries that see a given state, and what their kernels take."""
+    split = split_tokens(q, columns.stop - columns.start, form, backward=backward)
+    scale, factor = float(form.score_scale), None
+    if form.has_length_factor:
+        num_keys = state[:, 0, 0, -1:].double()  # [B, 1]
+        factors = (num_keys**-form.length_exponent).float()
+        factor = factors.expand(-1, split.num_tokens).contiguous()
+    return split, score_arguments(split, form, scale, factor)
+
+
+def _value_blocks(q: Tensor, value_dim: int) -> list[slice]:
+    block = max_value_block(q)
     return [slice(i, min(i + block, value_dim)) for i in range(0, value_dim, block)]
 
 
-def _columns(state: Tensor | None, columns: slice) -> Tensor | None:
+def _columns(state: Tensor, columns: slice) -> Tensor:
     """The state of a block of values: its columns, and the last one, contiguous."""
-    if state is None:
-        return None
     if columns.start == 0 and columns.stop == state.shape[-1] - 1:
         return state.contiguous()
     return torch.cat([state[..., columns], state[..., -1:]], dim=-1)
+
+
+def _gradient_columns(grad_state: Tensor, columns: slice) -> Tensor:
+    """The same of a state's gradient, that of z to the first block alone."""
+    part = _columns(grad_state, columns)
+    if columns.start != 0:
+        part[..., 1:, -1] = 0
+    return part
 
 
 def _join(states: list[Tensor]) -> Tensor:

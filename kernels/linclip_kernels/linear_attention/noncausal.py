@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linclip_kernels.linear_attention.split import Call, Launch
+from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.split import Call, Launch, Split
 from linclip_kernels.linear_attention.tiles import (
     LENGTHS,
     at_head,
@@ -33,25 +34,26 @@ from linclip_kernels.linear_attention.tiles import (
     sum_tokens,
 )
 
-__all__ = ["plan_backward", "plan_forward"]
+__all__ = [
+    "plan_apply",
+    "plan_apply_backward",
+    "plan_backward",
+    "plan_forward",
+    "plan_state",
+    "plan_state_backward",
+]
 
 
 def plan_forward(call: Call, out: Tensor, state: Tensor | None) -> list[Launch]:
     """The launches that fill ``out`` [B, N, H, Dv] and, if wanted, ``state`` [S, H, D+1, Dv+1]."""
-    q, k, v, split = call.q, call.k, call.v, call.split
-    arguments = {
-        "p_q": q,
-        "p_out": out,
-        "stride_q": q.stride(),
-        "stride_out": out.stride(),
-        **call.arguments,
-    }
+    split = call.split
     if call.is_whole:
-        own = {"p_state": None, "p_save": state} | _key_arguments(k, v)
-        return [Launch(_forward_kernel, split.grid, arguments | own, split.num_warps)]
-    launches, state = _plan_state(call, state)
-    given = {"p_state": state, "p_save": None} | _key_arguments(None, None)
-    return [*launches, Launch(_forward_kernel, split.grid, arguments | given, split.num_warps)]
+        keys = _key_arguments(call.k, call.v)
+        return [_launch_forward(call.q, out, call.arguments, split, None, state, keys)]
+    if state is None:
+        state = split.empty_states(split.num_sequences)
+    launches = plan_state(call.k, call.v, state, split, call.form, initial=call.initial)
+    return [*launches, plan_apply(call.q, state, out, split, call.arguments)]
 
 
 def plan_backward(
@@ -66,62 +68,131 @@ def plan_backward(
     Args:
         state: The state of all keys, if the forward has kept it.
     """
-    q, k, v, split = call.q, call.k, call.v, call.split
+    q, k, v, split, arguments = call.q, call.k, call.v, call.split, call.arguments
     d_q, d_k, d_v = gradients
-    common = call.arguments
-    query_side = {
-        "p_q": q,
-        "p_do": grad,
-        "p_dq": d_q,
-        "stride_q": q.stride(),
-        "stride_do": grad.stride(),
-        "stride_dq": d_q.stride(),
-    }
-    key_side = _key_arguments(k, v) | {
-        "p_dk": d_k,
-        "p_dv": d_v,
-        "stride_dk": d_k.stride(),
-        "stride_dv": d_v.stride(),
-    }
-    no_query_side, no_key_side = dict.fromkeys(query_side), dict.fromkeys(key_side)
-
-    def launch(**arguments: Any) -> Launch:
-        return Launch(_backward_kernel, split.grid, arguments | common, split.num_warps)
-
     if call.is_whole and grad_state is None:
-        whole = launch(**query_side, **key_side, p_state=state, p_dstate=None)
-        return None, [whole]
+        sides = _query_side(q, grad, d_q) | _key_side(k, v, d_k, d_v)
+        return None, [_launch_backward(sides, state, None, split, arguments)]
     launches: list[Launch] = []
     if state is None:
-        launches, state = _plan_state(call, None)
-    parts = split.empty_parts()
+        state = split.empty_states(split.num_sequences)
+        launches = plan_state(k, v, state, split, call.form, initial=call.initial)
     d_state = split.empty_states(split.num_sequences)
-    launches += [
-        launch(**query_side, **no_key_side, p_state=state, p_dstate=parts),
-        combine_states(parts, split, start=grad_state, total=d_state),
-        launch(**no_query_side, **key_side, p_state=state, p_dstate=d_state),
-    ]
+    launches += plan_apply_backward(
+        q, state, grad, d_q, d_state, split, arguments, grad_state=grad_state
+    )
+    launches.append(plan_state_backward(k, v, d_state, d_k, d_v, split, arguments))
     return d_state, launches
 
 
-def _key_arguments(k: Tensor | None, v: Tensor | None) -> dict[str, Any]:
-    return {
-        "p_k": k,
-        "p_v": v,
-        "stride_k": None if k is None else k.stride(),
-        "stride_v": None if v is None else v.stride(),
-    }
-
-
-def _plan_state(call: Call, state: Tensor | None) -> tuple[list[Launch], Tensor]:
-    split = call.split
+def plan_state(
+    k: Tensor, v: Tensor, state: Tensor, split: Split, form: Form, *, initial: Tensor | None = None
+) -> list[Launch]:
+    """The launches that fill ``state`` [S, H, D + 1, Dv + 1] with the sums over keys."""
+    if split.is_whole and initial is None:
+        return [sum_states(k, v, None, state, split, form)]
     parts = split.empty_parts()
-    state = split.empty_states(split.num_sequences) if state is None else state
-    launches = [
-        sum_states(call.k, call.v, None, parts, split, call.form),
-        combine_states(parts, split, start=call.initial, total=state),
+    return [
+        sum_states(k, v, None, parts, split, form),
+        combine_states(parts, split, start=initial, total=state),
     ]
-    return launches, state
+
+
+def plan_state_backward(
+    k: Tensor,
+    v: Tensor,
+    d_state: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    split: Split,
+    arguments: dict[str, Any],
+) -> Launch:
+    """The launch that fills dk and dv from the gradient of the state."""
+    sides = _key_side(k, v, d_k, d_v) | _NO_QUERY_SIDE
+    return _launch_backward(sides, None, d_state, split, arguments)
+
+
+def plan_apply(
+    q: Tensor, state: Tensor, out: Tensor, split: Split, arguments: dict[str, Any]
+) -> Launch:
+    """The launch that fills ``out`` [B, N, H, Dv] from the state of all keys."""
+    return _launch_forward(q, out, arguments, split, state, None, _key_arguments(None, None))
+
+
+def plan_apply_backward(
+    q: Tensor,
+    state: Tensor,
+    grad: Tensor,
+    d_q: Tensor,
+    d_state: Tensor,
+    split: Split,
+    arguments: dict[str, Any],
+    *,
+    grad_state: Tensor | None = None,
+) -> list[Launch]:
+    """The launches that fill dq, and ``d_state`` with ``grad_state`` and the queries' share."""
+    sides = _query_side(q, grad, d_q) | _NO_KEY_SIDE
+    if split.is_whole and grad_state is None:
+        return [_launch_backward(sides, state, d_state, split, arguments)]
+    parts = split.empty_parts()
+    return [
+        _launch_backward(sides, state, parts, split, arguments),
+        combine_states(parts, split, start=grad_state, total=d_state),
+    ]
+
+
+def _launch_forward(
+    q: Tensor,
+    out: Tensor,
+    arguments: dict[str, Any],
+    split: Split,
+    state: Tensor | None,
+    save: Tensor | None,
+    keys: dict[str, Any],
+) -> Launch:
+    tensors = {
+        "p_q": q,
+        "p_out": out,
+        "stride_q": q.stride(),
+        "stride_out": out.stride(),
+        "p_state": state,
+        "p_save": save,
+    }
+    return Launch(_forward_kernel, split.grid, tensors | keys | arguments, split.num_warps)
+
+
+def _launch_backward(
+    sides: dict[str, Any],
+    state: Tensor | None,
+    d_state: Tensor | None,
+    split: Split,
+    arguments: dict[str, Any],
+) -> Launch:
+    states = {"p_state": state, "p_dstate": d_state}
+    return Launch(_backward_kernel, split.grid, sides | states | arguments, split.num_warps)
+
+
+def _key_arguments(k: Tensor | None, v: Tensor | None) -> dict[str, Any]:
+    return {"p_k": k, "p_v": v, "stride_k": _stride(k), "stride_v": _stride(v)}
+
+
+def _key_side(
+    k: Tensor | None, v: Tensor | None, d_k: Tensor | None, d_v: Tensor | None
+) -> dict[str, Any]:
+    gradients = {"p_dk": d_k, "p_dv": d_v, "stride_dk": _stride(d_k), "stride_dv": _stride(d_v)}
+    return _key_arguments(k, v) | gradients
+
+
+def _query_side(q: Tensor | None, grad: Tensor | None, d_q: Tensor | None) -> dict[str, Any]:
+    strides = {"stride_q": _stride(q), "stride_do": _stride(grad), "stride_dq": _stride(d_q)}
+    return {"p_q": q, "p_do": grad, "p_dq": d_q} | strides
+
+
+def _stride(x: Tensor | None) -> tuple[int, ...] | None:
+    return None if x is None else x.stride()
+
+
+_NO_KEY_SIDE, _NO_QUERY_SIDE = _key_side(None, None, None, None), _query_side(None, None, None)
 
 
 @triton.jit

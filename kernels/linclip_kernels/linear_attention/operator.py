@@ -4,22 +4,26 @@ torch.compile, autograd, activation checkpointing and autocast see two opaque op
 ``linclip::linear_attention`` and ``linclip::linear_attention_backward``.
 """
 
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from linclip_kernels.linear_attention import eager
+from linclip_kernels.linear_attention.checks import (
+    Backend,
+    FeatureMap,
+    cast_for_autocast,
+    check_choice,
+    check_state,
+    check_tensors,
+    state_dtype,
+    takes_triton,
+)
 from linclip_kernels.linear_attention.form import Form
-from linclip_kernels.linear_attention.quadratic import attend_quadratic, num_quadratic_features
+from linclip_kernels.linear_attention.quadratic import attend_quadratic
 
 __all__ = ["linear_attention"]
-
-FeatureMap = Literal["affine", "quadratic", "relu", "softplus", "identity"]
-Backend = Literal["auto", "torch", "triton"]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: The state counts keys in float32.
-MAX_TOKENS = 2**24
 
 
 @overload
@@ -123,15 +127,12 @@ def linear_attention(
 
     Source: arXiv 2604.10064, Eq. 4 and Eq. 7.
     """
-    q, k, v = _autocast(q, k, v)
-    _check_choice("feature_map", feature_map, FeatureMap)
-    _check_choice("backend", backend, Backend)
-    _check_tensors(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
+    check_choice("feature_map", feature_map, FeatureMap)
+    check_tensors(q=q, k=k, v=v)
     _check_sequences(q, v, cu_seqlens, initial_state, feature_map)
     form = Form(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
-    use_triton = backend == "triton" or (backend == "auto" and q.device.type == "cuda")
-    if use_triton:
-        _check_triton_tensors(q, v)
+    use_triton = takes_triton(backend, q, {"q.shape[-1]": q.shape[3], "v.shape[-1]": v.shape[3]})
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, form: Form
@@ -176,7 +177,7 @@ def _forward(
         else:
             implementation = eager.forward
         out, state = implementation(q, k, v, initial, boundaries, form, return_state=keep_state)
-    return out, q.new_empty(0, dtype=_state_dtype(q)) if state is None else state
+    return out, q.new_empty(0, dtype=state_dtype(q)) if state is None else state
 
 
 @torch.library.custom_op("linclip::linear_attention_backward", mutates_args=())
@@ -217,10 +218,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, initial: Any, cu_seqlens: Any, *options: 
     causal, *_, return_state, use_triton = options
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if not _keep_state(q, cu_seqlens, initial, causal, return_state, use_triton):
-        return out, q.new_empty(0, dtype=_state_dtype(q))
+        return out, q.new_empty(0, dtype=state_dtype(q))
     num_sequences = _num_sequences(q, cu_seqlens)
     shape = num_sequences, q.shape[2], q.shape[3] + 1, v.shape[3] + 1
-    return out, q.new_empty(shape, dtype=_state_dtype(q))
+    return out, q.new_empty(shape, dtype=state_dtype(q))
 
 
 @_backward.register_fake
@@ -271,47 +272,8 @@ def _keep_state(
     return return_state or (use_triton and not causal and (initial is not None or not short))
 
 
-def _state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.dtype in DTYPES[1:] else x for x in tensors)
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(get_args(choices))}")
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or 0 in x.shape:
-            raise ValueError(
-                f"{name}.shape {tuple(x.shape)} must be [B, N, H, D] with no empty axis"
-            )
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name}.dtype ({x.dtype}) must be a floating type of 16 to 64 bits")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}.dtype ({x.dtype}) must equal q.dtype ({q.dtype})")
-        if x.device != q.device:
-            raise ValueError(f"{name}.device ({x.device}) must equal q.device ({q.device})")
-    if k.shape != q.shape:
-        raise ValueError(f"k.shape {tuple(k.shape)} must equal q.shape {tuple(q.shape)}")
-    if v.shape[:3] != q.shape[:3]:
-        raise ValueError(
-            f"v.shape {tuple(v.shape)} must start with q's [B, N, H] {tuple(q.shape[:3])}"
-        )
-    if q.shape[1] > MAX_TOKENS:
-        raise ValueError(f"q.shape[1] ({q.shape[1]}) must be at most {MAX_TOKENS} tokens")
 
 
 def _check_sequences(
@@ -325,17 +287,14 @@ def _check_sequences(
         if q.shape[0] != 1:
             raise ValueError(f"q.shape[0] ({q.shape[0]}) must be 1 when cu_seqlens is given")
     if initial is not None:
-        key_dim, value_dim = q.shape[3], v.shape[3]
-        num_features = num_quadratic_features(key_dim) if feature_map == "quadratic" else key_dim
-        shape = (_num_sequences(q, cu_seqlens), q.shape[2], num_features + 1, value_dim + 1)
-        if initial.shape != shape:
-            raise ValueError(f"initial_state.shape {tuple(initial.shape)} must be {shape}")
-        if initial.dtype != _state_dtype(q):
-            raise ValueError(f"initial_state.dtype ({initial.dtype}) must be {_state_dtype(q)}")
-        if initial.device != q.device:
-            raise ValueError(
-                f"initial_state.device ({initial.device}) must equal q.device ({q.device})"
-            )
+        check_state(
+            "initial_state",
+            initial,
+            q,
+            feature_map,
+            num_sequences=_num_sequences(q, cu_seqlens),
+            value_dim=v.shape[3],
+        )
 
 
 def _boundaries(cu_seqlens: Tensor | None, num_tokens: int) -> list[int] | None:
@@ -349,19 +308,3 @@ def _boundaries(cu_seqlens: Tensor | None, num_tokens: int) -> list[int] | None:
         shown = values if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
         raise ValueError(f"cu_seqlens {shown} must ascend from 0 to N ({num_tokens})")
     return values
-
-
-def _check_triton_tensors(q: Tensor, v: Tensor) -> None:
-    import triton
-
-    for name, dim in (("q", q.shape[-1]), ("v", v.shape[-1])):
-        if not 16 <= dim <= 256:
-            rule = "must be in 16..256 for the Triton kernels; use backend='torch'"
-            raise ValueError(f"{name}.shape[-1] ({dim}) {rule}")
-    if q.dtype == torch.float64:
-        raise ValueError(f"q.dtype ({q.dtype}) must not be float64 for the Triton kernels")
-    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(
-            f"backend ('triton') must have CUDA tensors, not {q.device.type}; "
-            "TRITON_INTERPRET=1 runs the kernels on the CPU"
-        )

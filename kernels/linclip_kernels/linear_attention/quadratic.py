@@ -9,6 +9,7 @@ Source: second-order Taylor attention as in QT-ViT and FAST.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from linclip_kernels.linear_attention.form import NORM_EPS, Form
 
-__all__ = ["attend_quadratic", "num_quadratic_features"]
+__all__ = [
+    "apply_quadratic_state",
+    "attend_quadratic",
+    "num_quadratic_features",
+    "sum_quadratic_keys",
+]
 
 #: Widest block of pairs (or D, if that is wider), and the ones behind v that give the denominator.
 MAX_BLOCK = 128
@@ -54,18 +60,12 @@ def attend_quadratic(
     if form.qk_norm:
         q, k = _unit_rows(q), _unit_rows(k)
     value_dim, dtype = v.shape[-1], v.dtype
-    narrow = form._replace(qk_norm=False, normalized=False)
+    narrow = _narrowed(form)
     if form.normalized:
-        # The mean over keys of (score v, score): its quotient is Eq. 4. Scores are at least 1/2.
-        narrow = narrow._replace(score_scale=1.0, length_exponent=1.0)
         v = torch.cat([v, v.new_ones(*v.shape[:-1], NUM_ONES)], dim=-1)
-        if initial is not None:
-            ones = initial[..., -1:].expand(-1, -1, -1, NUM_ONES + 1)
-            initial = torch.cat([initial[..., :-1], ones], dim=-1)
-    key_dim = q.shape[-1]
-    distances, at_once = range(key_dim // 2 + 1), max(1, MAX_BLOCK // key_dim)
-    blocks = [distances[i : i + at_once] for i in range(0, len(distances), at_once)]
-    begins = _split_state(initial, [key_dim * len(block) for block in ([0], *blocks)])
+        initial = None if initial is None else _with_ones(initial)
+    blocks = _blocks(q.shape[-1])
+    begins = _split_state(initial, q.shape[-1], blocks)
 
     out, state = attend(q, k, v, begins[0], narrow._replace(feature_map="affine"))
     out, states = _widened(out), [state]
@@ -77,15 +77,90 @@ def attend_quadratic(
             form = narrow._replace(feature_map="identity")
             return attend(_pairs(q, block), _pairs(k, block), v, begin, form)
 
-        # The features are made again in the backward: kept, they would be D / 2 times q and k.
-        share, state = checkpoint(
-            attend_to_pairs, q, k, v, begin, use_reentrant=False, preserve_rng_state=False
-        )
+        share, state = _without_features(attend_to_pairs, q, k, v, begin)
         out = out + share
         states.append(state)
     if form.normalized:
         out = out[..., :value_dim] / out[..., -1:]
     return out.to(dtype), _join_states(states, value_dim) if return_state else states[0]
+
+
+def sum_quadratic_keys(
+    sum_keys: Callable[[Tensor, Tensor, Form], Tensor], k: Tensor, v: Tensor, form: Form
+) -> Tensor:
+    """The state [B, H, F + 1, Dv + 1] of all keys, for a form whose feature map is quadratic.
+
+    Args:
+        sum_keys: (k, v, form) -> state for the narrow feature maps.
+        k: [B, N, H, D].
+        v: [B, N, H, Dv].
+        form: Which form.
+    """
+    k, narrow = _unit_rows(k) if form.qk_norm else k, _narrowed(form)
+    states = [sum_keys(k, v, narrow._replace(feature_map="affine"))]
+    for block in _blocks(k.shape[-1]):
+
+        def sum_pairs(k: Tensor, v: Tensor, block: range = block) -> Tensor:
+            return sum_keys(_pairs(k, block), v, narrow._replace(feature_map="identity"))
+
+        states.append(_without_features(sum_pairs, k, v))
+    return _join_states(states, v.shape[-1])
+
+
+def apply_quadratic_state(
+    apply_state: Callable[[Tensor, Tensor, Form], Tensor], q: Tensor, state: Tensor, form: Form
+) -> Tensor:
+    """o [B, N, H, Dv] of queries that all see one state, for the quadratic feature map.
+
+    Args:
+        apply_state: (q, state, form) -> o for the narrow feature maps.
+        q: [B, N, H, D].
+        state: [B, H, F + 1, Dv + 1].
+        form: Which form.
+    """
+    value_dim, dtype = state.shape[-1] - 1, q.dtype
+    q, narrow = _unit_rows(q) if form.qk_norm else q, _narrowed(form)
+    state = _with_ones(state) if form.normalized else state
+    blocks = _blocks(q.shape[-1])
+    first, *others = _split_state(state, q.shape[-1], blocks)
+    assert first is not None
+    out = _widened(apply_state(q, first, narrow._replace(feature_map="affine")))
+    for block, part in zip(blocks, others, strict=True):
+
+        def apply_to_pairs(q: Tensor, part: Tensor, block: range = block) -> Tensor:
+            return apply_state(_pairs(q, block), part, narrow._replace(feature_map="identity"))
+
+        out = out + _without_features(apply_to_pairs, q, part)
+    if form.normalized:
+        out = out[..., :value_dim] / out[..., -1:]
+    return out.to(dtype)
+
+
+def _narrowed(form: Form) -> Form:
+    """The form of the parts, but for their feature maps.
+
+    Eq. 4 is the quotient of two parts of the mean over keys of (score v, score): columns of v and
+    ones behind them. Scores are at least 1/2.
+    """
+    narrow = form._replace(qk_norm=False, normalized=False)
+    return narrow._replace(score_scale=1.0, length_exponent=1.0) if form.normalized else narrow
+
+
+def _with_ones(state: Tensor) -> Tensor:
+    """The state of values with ones behind them."""
+    ones = state[..., -1:].expand(-1, -1, -1, NUM_ONES + 1)
+    return torch.cat([state[..., :-1], ones], dim=-1)
+
+
+def _blocks(key_dim: int) -> list[range]:
+    """Distances between the entries of a pair, in blocks."""
+    distances, at_once = range(key_dim // 2 + 1), max(1, MAX_BLOCK // key_dim)
+    return [distances[i : i + at_once] for i in range(0, len(distances), at_once)]
+
+
+def _without_features(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
+    """Call; features are made again in the backward: kept, they would be D / 2 times q and k."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -107,12 +182,13 @@ def _pairs(x: Tensor, distances: range) -> Tensor:
     return torch.cat(products, dim=-1)
 
 
-def _split_state(state: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
-    """One state per block of features; each has the sums of v in its first row."""
+def _split_state(state: Tensor | None, key_dim: int, blocks: list[range]) -> list[Tensor | None]:
+    """One state for the keys themselves and one per block; each has the sums of v in front."""
+    sizes = [key_dim * len(block) for block in ([0], *blocks)]
     if state is None:
         return [None] * len(sizes)
-    blocks = state[:, :, 1:].split(sizes, dim=2)
-    return [torch.cat([state[:, :, :1], rows], dim=2) for rows in blocks]
+    parts = state[:, :, 1:].split(sizes, dim=2)
+    return [torch.cat([state[:, :, :1], rows], dim=2) for rows in parts]
 
 
 def _join_states(states: list[Tensor], value_dim: int) -> Tensor:

@@ -23,7 +23,7 @@ def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) 
     """Linear attention by its definition: an N x N matrix of scores, float64.
 
     Args:
-        q, k: [B, N, H, D].
+        q, k: [B, N, H, D]; unless causal, q may have another N than k and v.
         v: [B, N, H, Dv].
         options: causal, normalized, qk_norm, feature_map, score_scale, length_exponent: as in
             :func:`linclip_kernels.linear_attention`.
@@ -42,8 +42,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
     if form.qk_norm:
         q, k = (x * (x.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt() for x in (q, k))
     scores = _scores(q, k, form.feature_map)  # [B, H, N, N]
-    num_tokens = scores.shape[-1]
-    num_keys = scores.new_full((num_tokens, 1), num_tokens, dtype=torch.float64)
+    num_queries, num_tokens = scores.shape[-2:]
+    num_keys = scores.new_full((num_queries, 1), num_tokens, dtype=torch.float64)
     if form.causal:
         scores = scores.tril()
         num_keys = torch.ones_like(num_keys).cumsum(0)

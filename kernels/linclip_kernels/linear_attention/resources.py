@@ -56,11 +56,11 @@ class Case:
         plans, form = causal if self.form.causal else noncausal, self.form
         factor = torch.empty(1, self.num_tokens) if form.has_length_factor else None
         out, gradients = torch.empty_like(v), tuple(map(torch.empty_like, (q, k, v)))
-        split = split_tokens(q, v, form, None, backward=False, chip=chip)
+        split = split_tokens(q, v.shape[-1], form, backward=False, chip=chip)
         keeps_state = not form.causal and self.num_tokens >= 8 * self.dim
         state = split.empty_states(1) if keeps_state else None
         forward = plans.plan_forward(Call(q, k, v, None, split, form, 0.5, factor), out, state)
-        split = split_tokens(q, v, form, None, backward=True, chip=chip)
+        split = split_tokens(q, v.shape[-1], form, backward=True, chip=chip)
         call = Call(q, k, v, None, split, form, 0.5, factor)
         _, backward = plans.plan_backward(call, state, out, None, gradients)
         return forward + backward

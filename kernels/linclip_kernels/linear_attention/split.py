@@ -12,7 +12,16 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention.form import Form
 
-__all__ = ["Call", "Chip", "Launch", "Split", "max_value_block", "run", "split_tokens"]
+__all__ = [
+    "Call",
+    "Chip",
+    "Launch",
+    "Split",
+    "max_value_block",
+    "run",
+    "score_arguments",
+    "split_tokens",
+]
 
 #: Tokens of one part. The upper bound caps what a single accumulator adds up.
 MIN_PART, MAX_PART = 512, 4096
@@ -180,16 +189,40 @@ class Call(NamedTuple):
     @property
     def arguments(self) -> dict[str, Any]:
         """What every kernel that knows scores takes."""
-        return {
-            **self.split.arguments,
-            "scale": self.scale,
-            "p_factor": self.factor,
-            "NORMALIZED": self.form.normalized,
-            "QK_NORM": self.form.qk_norm,
-            "FEATURE_MAP": self.form.feature_map,
-            "HAS_CONSTANT": self.form.has_constant,
-            "FREE_SINGLE_KEY": self.form.frees_single_key and self.initial is None,
-        }
+        return score_arguments(
+            self.split,
+            self.form,
+            self.scale,
+            self.factor,
+            frees_single_key=self.initial is None,
+        )
+
+
+def score_arguments(
+    split: Split,
+    form: Form,
+    scale: float,
+    factor: Tensor | None,
+    *,
+    frees_single_key: bool = True,
+) -> dict[str, Any]:
+    """What every kernel that knows scores takes.
+
+    Args:
+        scale: Of all rows of the unnormalised form.
+        factor: Of single ones, [B, N].
+        frees_single_key: Whether a sequence of one key is one where the form sets its weight.
+    """
+    return {
+        **split.arguments,
+        "scale": scale,
+        "p_factor": factor,
+        "NORMALIZED": form.normalized,
+        "QK_NORM": form.qk_norm,
+        "FEATURE_MAP": form.feature_map,
+        "HAS_CONSTANT": form.has_constant,
+        "FREE_SINGLE_KEY": form.frees_single_key and frees_single_key,
+    }
 
 
 def max_value_block(q: Tensor, chip: Chip | None = None) -> int:
@@ -204,9 +237,9 @@ def max_value_block(q: Tensor, chip: Chip | None = None) -> int:
 
 def split_tokens(
     q: Tensor,
-    v: Tensor,
+    value_dim: int,
     form: Form,
-    boundaries: list[int] | None,
+    boundaries: list[int] | None = None,
     *,
     backward: bool,
     chip: Chip | None = None,
@@ -217,8 +250,8 @@ def split_tokens(
     otherwise as many parts as are wanted for that, of 512 to 4096 tokens. Causal: parts of 256.
 
     Args:
-        q: [B, N, H, D].
-        v: [B, N, H, Dv], at most :func:`max_value_block` wide.
+        q: Queries or keys, [B, N, H, D].
+        value_dim: Width of the values, at most :func:`max_value_block`.
         form: Which form.
         boundaries: Boundaries of the sequences; None: B sequences of N tokens.
         backward: Whether the split is for the backward, which holds more in registers.
@@ -226,7 +259,6 @@ def split_tokens(
     """
     chip = chip or Chip.of(q.device)
     batch, num_tokens, heads, key_dim = q.shape
-    value_dim = v.shape[-1]
     block_key, block_value = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
     # The largest blocks whose tiles and states fit into registers (resources.py tells).
     words = max(block_key, block_value) * (1 if q.dtype == torch.bfloat16 else 2)

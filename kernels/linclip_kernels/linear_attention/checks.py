@@ -1,0 +1,127 @@
+"""What the public functions ask of their arguments, and how autocast changes them."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from linclip_kernels.linear_attention.quadratic import num_quadratic_features
+
+__all__ = [
+    "Backend",
+    "FeatureMap",
+    "cast_for_autocast",
+    "check_choice",
+    "check_state",
+    "check_tensors",
+    "state_dtype",
+    "takes_triton",
+]
+
+FeatureMap = Literal["affine", "quadratic", "relu", "softplus", "identity"]
+Backend = Literal["auto", "torch", "triton"]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: The state counts keys in float32.
+MAX_TOKENS = 2**24
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the state for queries or keys ``x``."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch's own attention does it: all in autocast's dtype where it is on."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype in DTYPES[1:] else x for x in tensors)
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Hold an argument to a Literal type."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(get_args(choices))}")
+
+
+def check_tensors(*, may_be_empty: bool = False, **tensors: Tensor) -> None:
+    """Hold q, k, v, or some of them, to [B, N, H, D] with B, N, H, dtype and device in common.
+
+    Args:
+        may_be_empty: Whether N can be 0.
+    """
+    first, x = next(iter(tensors.items()))
+    for name, y in tensors.items():
+        if y.dim() != 4 or 0 in (*y.shape[:1], *y.shape[2 if may_be_empty else 1 :]):
+            axes = "axis but N" if may_be_empty else "axis"
+            shape = tuple(y.shape)
+            raise ValueError(f"{name}.shape {shape} must be [B, N, H, D] with no empty {axes}")
+        if y.dtype not in DTYPES:
+            raise ValueError(f"{name}.dtype ({y.dtype}) must be a floating type of 16 to 64 bits")
+        if y.dtype != x.dtype:
+            raise ValueError(f"{name}.dtype ({y.dtype}) must equal {first}.dtype ({x.dtype})")
+        if y.device != x.device:
+            raise ValueError(f"{name}.device ({y.device}) must equal {first}.device ({x.device})")
+    for name, y in tensors.items():
+        if name == "k" and y.shape != x.shape:
+            raise ValueError(f"k.shape {tuple(y.shape)} must equal {first}.shape {tuple(x.shape)}")
+        if y.shape[:3] != x.shape[:3]:
+            rule = f"must start with {first}'s [B, N, H] {tuple(x.shape[:3])}"
+            raise ValueError(f"{name}.shape {tuple(y.shape)} {rule}")
+    if x.shape[1] > MAX_TOKENS:
+        raise ValueError(f"{first}.shape[1] ({x.shape[1]}) must be at most {MAX_TOKENS} tokens")
+
+
+def check_state(
+    name: str,
+    state: Tensor,
+    q: Tensor,
+    feature_map: str,
+    *,
+    num_sequences: int,
+    value_dim: int | None = None,
+) -> None:
+    """Hold a state to [S, H, F + 1, Dv + 1] as it belongs to q [B, N, H, D].
+
+    Args:
+        value_dim: Dv; None: any.
+    """
+    key_dim = q.shape[3]
+    num_features = num_quadratic_features(key_dim) if feature_map == "quadratic" else key_dim
+    rows = num_sequences, q.shape[2], num_features + 1
+    columns = "Dv + 1" if value_dim is None else value_dim + 1
+    has_columns = state.dim() == 4 and state.shape[3] > 1 and columns in ("Dv + 1", state.shape[3])
+    if not has_columns or state.shape[:3] != rows:
+        wanted = ", ".join(map(str, (*rows, columns)))
+        raise ValueError(f"{name}.shape {tuple(state.shape)} must be ({wanted})")
+    if state.dtype != state_dtype(q):
+        raise ValueError(f"{name}.dtype ({state.dtype}) must be {state_dtype(q)}")
+    if state.device != q.device:
+        raise ValueError(f"{name}.device ({state.device}) must equal q.device ({q.device})")
+
+
+def takes_triton(backend: str, x: Tensor, dims: dict[str, int]) -> bool:
+    """Whether the backend that is asked for is Triton; then its kernels must take the tensors.
+
+    Args:
+        x: Any of the tensors, which are equal in dtype and device.
+        dims: Widths of keys and values, by what the caller knows them as.
+    """
+    check_choice("backend", backend, Backend)
+    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
+        return False
+    import triton
+
+    for name, dim in dims.items():
+        if not 16 <= dim <= 256:
+            rule = "must be in 16..256 for the Triton kernels; use backend='torch'"
+            raise ValueError(f"{name} ({dim}) {rule}")
+    if x.dtype == torch.float64:
+        raise ValueError("dtype (torch.float64) must not be float64 for the Triton kernels")
+    if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"backend ('triton') must have CUDA tensors, not {x.device.type}; "
+            "TRITON_INTERPRET=1 runs the kernels on the CPU"
+        )
+    return True

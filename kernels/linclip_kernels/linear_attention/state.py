@@ -1,0 +1,215 @@
+"""The bidirectional operator in two halves: the state of the keys, and the queries that see it.
+
+Between the halves the state can be added up over processes that hold parts of the keys, or be kept
+for other queries. As in operator.py, each half is a registered custom operator with a backward of
+its own, ``linclip::linear_attention_state`` and ``linclip::linear_attention_from_state``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linclip_kernels.linear_attention import eager
+from linclip_kernels.linear_attention.checks import (
+    Backend,
+    FeatureMap,
+    cast_for_autocast,
+    check_choice,
+    check_state,
+    check_tensors,
+    state_dtype,
+    takes_triton,
+)
+from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.quadratic import apply_quadratic_state, sum_quadratic_keys
+
+__all__ = ["linear_attention_from_state", "linear_attention_state"]
+
+
+def linear_attention_state(
+    k: Tensor,
+    v: Tensor,
+    *,
+    qk_norm: bool = True,
+    feature_map: FeatureMap = "affine",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Sum (1, phi(k)) (v, 1)^T over all keys: the state that :func:`linear_attention` returns.
+
+    Args:
+        k: [B, N, H, D] as in :func:`linear_attention`. N = 0 gives a state of zeros.
+        v: [B, N, H, Dv], dtype and device of k.
+        qk_norm, feature_map, backend: As in :func:`linear_attention`.
+
+    Returns:
+        [B, H, F + 1, Dv + 1], float32 (float64 for float64 inputs). It can be differentiated once,
+        and may be changed in place. Its last entry of the first row is the number of keys.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot take them.
+        RuntimeError: on a second derivative.
+
+    Source: README.md beside this file, "The state".
+    """
+    k, v = cast_for_autocast(k, v)
+    check_choice("feature_map", feature_map, FeatureMap)
+    check_tensors(k=k, v=v, may_be_empty=True)
+    dims = {"k.shape[-1]": k.shape[3], "v.shape[-1]": v.shape[3]}
+    use_triton = takes_triton(backend, k, dims)
+    form = Form(qk_norm=qk_norm, feature_map=feature_map)
+
+    def sum_keys(k: Tensor, v: Tensor, form: Form) -> Tensor:
+        return _sum_keys(k, v, form.qk_norm, form.feature_map, use_triton)
+
+    if feature_map == "quadratic":
+        return sum_quadratic_keys(sum_keys, k, v, form)
+    return sum_keys(k, v, form)
+
+
+def linear_attention_from_state(
+    q: Tensor,
+    state: Tensor,
+    *,
+    normalized: bool = False,
+    qk_norm: bool = True,
+    feature_map: FeatureMap = "affine",
+    score_scale: float = 0.5,
+    length_exponent: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attend to the keys of a state, every query to all of them.
+
+    With ``state = linear_attention_state(k, v)`` this is ``linear_attention(q, k, v)`` to rounding,
+    in value and gradients, also with a single key. The number of queries is free: cross-attention,
+    or some of the queries of a sequence whose keys are on many ranks.
+
+    Args:
+        q: [B, N, H, D] as in :func:`linear_attention`, cast under autocast; N may be 0.
+        state: [B, H, F + 1, Dv + 1] of :func:`linear_attention_state`, or a sum of such, with the
+            same qk_norm and feature map. Its number of keys is not differentiated; if that is 0,
+            Eq. 4 and a length factor give NaN.
+        normalized, qk_norm, feature_map, score_scale, length_exponent, backend: As in
+            :func:`linear_attention`.
+
+    Returns:
+        o [B, N, H, Dv], contiguous, in the dtype of q. It can be differentiated once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot take them.
+        RuntimeError: on a second derivative.
+
+    Source: arXiv 2604.10064, Eq. 4 (normalized) and Eq. 7.
+    """
+    (q,) = cast_for_autocast(q)
+    check_choice("feature_map", feature_map, FeatureMap)
+    check_tensors(q=q, may_be_empty=True)
+    check_state("state", state, q, feature_map, num_sequences=q.shape[0])
+    dims = {"q.shape[-1]": q.shape[3], "state.shape[-1] - 1": state.shape[3] - 1}
+    use_triton = takes_triton(backend, q, dims)
+    form = Form(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
+
+    def apply_state(q: Tensor, state: Tensor, form: Form) -> Tensor:
+        return _apply_state(q, state, *form[1:], use_triton)
+
+    if feature_map == "quadratic":
+        return apply_quadratic_state(apply_state, q, state, form)
+    return apply_state(q, state, form)
+
+
+@torch.library.custom_op("linclip::linear_attention_state", mutates_args=())
+def _sum_keys(k: Tensor, v: Tensor, qk_norm: bool, feature_map: str, use_triton: bool) -> Tensor:
+    form = Form(qk_norm=qk_norm, feature_map=feature_map)
+    with torch.autocast(k.device.type, enabled=False):
+        return _implementation(use_triton).sum_keys(k, v, form)
+
+
+@torch.library.custom_op("linclip::linear_attention_state_backward", mutates_args=())
+def _sum_keys_backward(
+    k: Tensor, v: Tensor, grad_state: Tensor, qk_norm: bool, feature_map: str, use_triton: bool
+) -> tuple[Tensor, Tensor]:
+    form = Form(qk_norm=qk_norm, feature_map=feature_map)
+    with torch.autocast(k.device.type, enabled=False):
+        return _implementation(use_triton).sum_keys_backward(k, v, form, grad_state)
+
+
+@torch.library.custom_op("linclip::linear_attention_from_state", mutates_args=())
+def _apply_state(
+    q: Tensor,
+    state: Tensor,
+    normalized: bool,
+    qk_norm: bool,
+    feature_map: str,
+    score_scale: float,
+    length_exponent: float,
+    use_triton: bool,
+) -> Tensor:
+    form = Form(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    with torch.autocast(q.device.type, enabled=False):
+        return _implementation(use_triton).apply_state(q, state, form)
+
+
+@torch.library.custom_op("linclip::linear_attention_from_state_backward", mutates_args=())
+def _apply_state_backward(
+    q: Tensor,
+    state: Tensor,
+    grad: Tensor,
+    normalized: bool,
+    qk_norm: bool,
+    feature_map: str,
+    score_scale: float,
+    length_exponent: float,
+    use_triton: bool,
+) -> tuple[Tensor, Tensor]:
+    form = Form(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    with torch.autocast(q.device.type, enabled=False):
+        return _implementation(use_triton).apply_state_backward(q, state, form, grad)
+
+
+def _implementation(use_triton: bool) -> Any:
+    if not use_triton:
+        return eager
+    # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
+    from linclip_kernels.linear_attention import fused
+
+    return fused
+
+
+@_sum_keys.register_fake
+def _(k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    batch, heads, key_dim = k.shape[0], *k.shape[2:]
+    return k.new_empty(batch, heads, key_dim + 1, v.shape[3] + 1, dtype=state_dtype(k))
+
+
+@_apply_state.register_fake
+def _(q: Tensor, state: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(*q.shape[:3], state.shape[3] - 1)
+
+
+@_sum_keys_backward.register_fake
+@_apply_state_backward.register_fake
+def _(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _differentiate_sum(ctx: Any, grad_state: Tensor) -> tuple[Any, ...]:
+    return *_sum_keys_backward(*ctx.saved_tensors, grad_state, *ctx.options), None, None, None
+
+
+def _differentiate_apply(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *_apply_state_backward(*ctx.saved_tensors, grad, *ctx.options), *(None,) * 6
+
+
+def _refuse_second_derivative(*_: Any) -> None:
+    raise RuntimeError("linear_attention can be differentiated once; its gradients cannot")
+
+
+_sum_keys.register_autograd(_differentiate_sum, setup_context=_save_inputs)
+_apply_state.register_autograd(_differentiate_apply, setup_context=_save_inputs)
+_sum_keys_backward.register_autograd(_refuse_second_derivative)
+_apply_state_backward.register_autograd(_refuse_second_derivative)
