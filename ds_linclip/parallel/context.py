@@ -1,0 +1,107 @@
+"""What ranks tell each other when the tokens of one image are split over them: context parallelism.
+
+Every rank of a context group holds consecutive tokens of the same images, and all parameters. What
+a token does by itself needs no one else. Bidirectional linear attention needs the sum of one state
+per layer, whose size does not depend on the number of tokens:
+
+    state = sum_over_ranks(linear_attention_state(k, v), group)
+    o = linear_attention_from_state(q, state)
+
+The loss is the mean, over all data and context ranks, of the value that each rank computes, and the
+engine averages gradients over the same ranks. The functions here are linear, and the backward of
+each is its adjoint with respect to the sum over all ranks: <f(x), g> = <x, f'(g)>, both summed over
+ranks. So a rank's backward gives the gradient, with respect to its own copy of the parameters, of
+the sum of all ranks' values, and the average over copies is the gradient of the loss: no factor is
+left to care about.
+
+Every rank must take part in every call, and in its backward: a rank without tokens keeps its empty
+tensors in the graph.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["first_token", "sum_over_ranks", "token_slice"]
+
+
+def token_slice(num_tokens: int, rank: int, size: int) -> slice:
+    """Which tokens a rank holds: consecutive ones, in numbers that differ by one at most.
+
+    Args:
+        num_tokens: Tokens of an image; those that are left over go to the first ranks, so that rank
+            0 has the first token, and ranks may have none.
+        rank: Of this process in its context group.
+        size: Ranks of the context group.
+
+    Raises:
+        ValueError: when there is no such rank.
+    """
+    if not 0 <= rank < size:
+        raise ValueError(f"rank ({rank}) must be in 0..size - 1 ({size - 1})")
+    share, left_over = divmod(num_tokens, size)
+    start = rank * share + min(rank, left_over)
+    return slice(start, start + share + (rank < left_over))
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of all ranks' ``x`` on every rank; one all-reduce forward and one backward.
+
+    Args:
+        x: Any shape, the same on all ranks. It must need a gradient on all of them or on none.
+        group: The context group; with one rank, or None, ``x`` itself is returned.
+    """
+    if group is None or group.size() == 1:
+        return x
+    return _SumOverRanks.apply(x, group)
+
+
+def first_token(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The first token of the images, which rank 0 holds, on every rank.
+
+    Args:
+        x: This rank's tokens [B, n, W]; n differs between ranks, and is at least 1 on rank 0.
+        group: The context group; with one rank, or None, the token is taken from ``x``.
+
+    Returns:
+        [B, W]. Its gradients of all ranks are added up on rank 0.
+    """
+    if group is None or group.size() == 1:
+        return x[:, 0]
+    # Elsewhere the sum of no tokens: zeros that are part of the graph.
+    own = x[:, : int(group.rank() == 0)].sum(1)
+    return _FromFirstRank.apply(own, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_reduced(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduced(grad, ctx.group), None
+
+
+class _FromFirstRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(x, group=group, group_src=0)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.reduce(total, group=ctx.group, group_dst=0)
+        return total if ctx.group.rank() == 0 else torch.zeros_like(grad), None
+
+
+def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
