@@ -1,24 +1,37 @@
-"""AdamW with weight-decay groups, and the learning rate as a pure function of the step."""
+"""Optimizers with weight-decay groups; learning rate and EMA decay as functions of the step."""
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from torch import nn, optim
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn, optim
 
 from ds_linclip.config import OptimConfig
 
-__all__ = ["build_optimizer", "learning_rate", "weight_decay_groups"]
+__all__ = ["Lamb", "build_optimizer", "ema_decay", "learning_rate", "weight_decay_groups"]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
-    """AdamW over the trainable parameters of ``model``, in :func:`weight_decay_groups`."""
-    return optim.AdamW(
-        weight_decay_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, kind: Literal["adamw", "lion", "lamb"] = "adamw"
+) -> optim.Optimizer:
+    """An optimizer over the trainable parameters of ``model``, in :func:`weight_decay_groups`.
+
+    AdamW is torch's (fused), Lion is timm's (arXiv 2302.06675; it has no eps), LAMB is
+    :class:`Lamb`, which must be told of DeepSpeed's partitions before its first step.
+    """
+    groups = weight_decay_groups(model, config.weight_decay)
+    betas = (config.beta1, config.beta2)
+    if kind == "lion":
+        from timm.optim import Lion  # importing timm takes seconds
+
+        return Lion(groups, lr=config.lr, betas=betas)
+    if kind == "lamb":
+        return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps)
+    return optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -49,3 +62,138 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """Weight of the old average of the weights when a step has been taken: ``decay``, once warm.
+
+    The warm-up is TensorFlow's and torch_ema's, ``(1 + step) / (10 + step)``: the average spans
+    about the last tenth of the steps until ``decay`` is reached, 0.9999 after 90 thousand.
+
+    Args:
+        step: the step about to be taken, 0-based.
+        decay: the final value.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a tensor of the optimizer holds: slices of it, each with its parameter's number."""
+
+    pieces: Sequence[tuple[int, slice]]
+    num_parameters: int
+    #: Ranks that hold the other pieces of the same parameters; None: there are none.
+    group: dist.ProcessGroup | None = None
+
+
+class Lamb(optim.Optimizer):
+    """LAMB (arXiv 1904.00962, Algorithm 2, with bias correction), exact also under ZeRO.
+
+    A parameter's trust ratio is that of the whole parameter: where ZeRO leaves this rank pieces of
+    it in a flat tensor, the squared norms are summed over the ranks. As in timm and NVIDIA's LAMB,
+    groups without weight decay take a plain Adam step; clipping is not done here.
+
+    Args:
+        params: parameter groups.
+        lr, betas, eps: as in Adam.
+    """
+
+    def __init__(
+        self, params: Any, *, lr: float, betas: tuple[float, float], eps: float = 1e-6
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        tensors = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        self._layouts: dict[Tensor, _Layout] = {p: _whole(p) for p in tensors}
+        self._device: torch.device | None = None
+
+    def attach(self, engine: Any, dp_group: dist.ProcessGroup) -> None:
+        """Learn where ZeRO keeps the parameters; once, right after ``deepspeed.initialize``.
+
+        Args:
+            engine: DeepSpeed's, at any ZeRO stage.
+            dp_group: the ranks that share the parameters.
+
+        Raises:
+            ValueError: when ``round_robin_gradients`` is on: DeepSpeed then loses track itself.
+        """
+        if getattr(engine.optimizer, "round_robin_gradients", False):
+            raise ValueError(
+                "zero_optimization.round_robin_gradients (true) must be false with LAMB"
+            )
+        self._layouts = dict(_layouts(engine.optimizer, dp_group))
+        self._device = engine.device
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = self._adam_update(p, group)
+                if group["weight_decay"] != 0:
+                    update.add_(p, alpha=group["weight_decay"])
+                    self._scale_by_trust_ratios(p, update)
+                p.add_(update, alpha=-group["lr"])
+
+    def _adam_update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        (beta1, beta2), step = group["betas"], state["step"]
+        state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        return (state["exp_avg"] / (1 - beta1**step)).div_(denominator)
+
+    def _scale_by_trust_ratios(self, p: Tensor, update: Tensor) -> None:
+        if p not in self._layouts:
+            raise RuntimeError("Lamb.attach must be called after deepspeed.initialize")
+        layout = self._layouts[p]
+        weights, updates = p.view(-1), update.view(-1)
+        squares = p.new_zeros(2, layout.num_parameters)
+        for index, where in layout.pieces:
+            squares[0, index] = weights[where].square().sum()
+            squares[1, index] = updates[where].square().sum()
+        if layout.group is not None:
+            squares = squares.to(self._device)  # with offload, only the device can communicate
+            dist.all_reduce(squares, group=layout.group)
+            squares = squares.to(p.device)
+        weight_norm, update_norm = squares.sqrt()
+        usable = (weight_norm > 0) & (update_norm > 0)
+        ratio = torch.where(usable, weight_norm / update_norm, 1.0)
+        for index, where in layout.pieces:
+            updates[where].mul_(ratio[index])
+
+
+def _whole(p: Tensor) -> _Layout:
+    return _Layout([(0, slice(0, p.numel()))], num_parameters=1)
+
+
+def _layouts(zero: Any, dp_group: dist.ProcessGroup) -> Iterator[tuple[Tensor, _Layout]]:
+    """The tensors that DeepSpeed's optimizer ``zero`` gives to the one it wraps, each as it is."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3: every rank has a part of each
+        for flat, params in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            pieces, start = [], 0
+            for index, p in enumerate(params):
+                part = p.partition_numel()
+                # The last rank's part may end in padding.
+                used = min(part, max(0, p.ds_numel - part * dp_group.rank()))
+                pieces.append((index, slice(start, start + used)))
+                start += part
+            yield flat, _Layout(pieces, len(params), dp_group)
+    elif hasattr(zero, "bit16_groups") or hasattr(zero, "bf16_groups"):  # stages 1 and 2
+        groups = zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
+        for params, group in zip(groups, zero.optimizer.param_groups, strict=True):
+            (flat,) = group["params"]
+            pieces = []
+            for index, p in enumerate(params):
+                if p._hp_mapping is not None:
+                    address = p._hp_mapping.get_hp_fragment_address()
+                    pieces.append((index, slice(address.start, address.start + address.numel)))
+            yield flat, _Layout(pieces, len(params), dp_group)
+    else:  # stage 0
+        for group in zero.param_groups:
+            yield from ((p, _whole(p)) for p in group["params"])

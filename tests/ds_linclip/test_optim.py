@@ -1,10 +1,25 @@
-"""The learning rate's shape and the weight-decay groups."""
+"""Learning rate, EMA decay, weight-decay groups, the optimizers and the average of the weights.
+
+What ZeRO makes of them is in tests/distributed/test_optimizers.py.
+"""
+
+from types import SimpleNamespace
 
 import pytest
+import timm.optim
+import torch
+from torch import nn
 
 from ds_linclip.config import ModelConfig, OptimConfig, TextTower, VisionTower
 from ds_linclip.model import CLIP
-from ds_linclip.optim import learning_rate, weight_decay_groups
+from ds_linclip.optim import (
+    Lamb,
+    build_optimizer,
+    ema_decay,
+    learning_rate,
+    weight_decay_groups,
+)
+from ds_linclip.parallel.ema import ema_weights, track_ema
 from ds_linclip.parallel.mesh import Mesh
 
 
@@ -44,3 +59,117 @@ def test_frozen_parameters_are_left_out():
     groups = weight_decay_groups(model, 0.2)
     taken = {id(p) for group in groups for p in group["params"]}
     assert taken == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def step_on(model, optimizer, seed):
+    inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    model(inputs).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [("adamw", torch.optim.AdamW), ("lion", timm.optim.Lion), ("lamb", Lamb)]
+)
+def test_optimizer_is_built_as_configured(kind, form):
+    config = OptimConfig(lr=0.02, beta1=0.8, beta2=0.95, eps=1e-7, weight_decay=0.3)
+    optimizer = build_optimizer(small_model(), config, kind)
+    assert type(optimizer) is form
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    for group in optimizer.param_groups:
+        assert (group["lr"], tuple(group["betas"])) == (0.02, (0.8, 0.95))
+        assert group.get("eps", 1e-7) == 1e-7
+
+
+def test_lamb_is_that_of_timm():
+    config = OptimConfig(lr=0.02, weight_decay=0.3)
+    model, other = small_model(), small_model()
+    with torch.no_grad():  # no trust ratio without weights
+        model[0].weight.zero_()
+        other[0].weight.zero_()
+    optimizer = build_optimizer(model, config, "lamb")
+    reference = timm.optim.Lamb(
+        weight_decay_groups(other, 0.3), lr=0.02, betas=(0.9, 0.98), eps=1e-6, max_grad_norm=None
+    )
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for seed in range(20):
+        step_on(model, optimizer, seed)
+        step_on(other, reference, seed)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    expected = torch.cat([p.detach().flatten() for p in other.parameters()])
+    assert (after - expected).abs().max() < 1e-6
+    assert (after - before).abs().max() > 0.1
+
+
+def test_lamb_refuses_tensors_whose_parameters_it_does_not_know():
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig(), "lamb")
+    flat = torch.zeros(4, requires_grad=True)
+    flat.grad = torch.ones(4)
+    optimizer.param_groups[0]["params"] = [flat]  # as ZeRO does
+    with pytest.raises(RuntimeError, match=r"Lamb\.attach must be called"):
+        optimizer.step()
+
+
+def test_lamb_refuses_partitions_that_deepspeed_mixes_up():
+    optimizer = build_optimizer(small_model(), OptimConfig(), "lamb")
+    engine = SimpleNamespace(optimizer=SimpleNamespace(round_robin_gradients=True))
+    with pytest.raises(ValueError, match=r"round_robin_gradients \(true\) must be false"):
+        optimizer.attach(engine, None)
+
+
+def test_ema_decay_warms_up():
+    assert ema_decay(0, 0.99) == 0.1
+    assert ema_decay(10, 0.99) == 0.55
+    assert ema_decay(889, 0.99) == pytest.approx(890 / 899)
+    assert ema_decay(891, 0.99) == ema_decay(10**6, 0.99) == 0.99
+
+
+def test_average_is_seen_in_evaluation_and_gone_afterwards():
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig(lr=0.05))
+    track_ema(optimizer)
+    engine = SimpleNamespace(optimizer=optimizer)
+    with ema_weights(engine):
+        pass  # nothing to average yet
+    average = None
+    for step, decay in enumerate((0.3, 0.6, 0.9)):
+        for group in optimizer.param_groups:
+            group["ema_decay"] = decay
+        step_on(model, optimizer, step)
+        weights = [p.detach().clone() for p in model.parameters()]
+        average = average or weights
+        average = [decay * old + (1 - decay) * p for old, p in zip(average, weights, strict=True)]
+
+    def evaluate():
+        with ema_weights(engine):
+            for p, expected in zip(model.parameters(), average, strict=True):
+                assert p.allclose(expected, atol=1e-7)
+            assert not any(p.allclose(w) for p, w in zip(model.parameters(), weights, strict=True))
+            raise KeyError
+
+    with pytest.raises(KeyError):  # an evaluation that fails leaves the training weights
+        evaluate()
+    assert all(p.equal(w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_average_leaves_frozen_and_unused_parameters_alone():
+    model = small_model()
+    model[2].requires_grad_(False)
+    unused = nn.Linear(2, 2)
+    optimizer = build_optimizer(nn.ModuleList([model, unused]), OptimConfig(lr=0.05))
+    track_ema(optimizer)
+    for step in range(2):
+        for group in optimizer.param_groups:
+            group["ema_decay"] = 0.5
+        step_on(model, optimizer, step)
+    before = [p.detach().clone() for p in (*model[2].parameters(), *unused.parameters())]
+    with ema_weights(SimpleNamespace(optimizer=optimizer)):
+        seen = [*model[2].parameters(), *unused.parameters()]
+        assert all(p.equal(b) for p, b in zip(seen, before, strict=True))
+    assert not any("ema" in optimizer.state[p] for p in unused.parameters())
