@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_linclip.config import Config
+from ds_linclip.parallel.engine import Engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.parallel.universal import write_universal
 
@@ -53,7 +54,8 @@ class CheckpointStore:
         self._config = config
         self._mesh = mesh
         identity = {
-            "parallel.tp": mesh.tp_size,
+            "parallel.tp": mesh.tp.size,
+            "parallel.pp": mesh.pp.size,
             "zero.stage": config.zero.stage,
             **data_identity,
             **_flatten(asdict(config.train), "train"),
@@ -62,11 +64,11 @@ class CheckpointStore:
         }
         self._identity = json.loads(json.dumps(identity))  # as it will be read back
 
-    def save(self, engine: Any, step: int, data_state: Mapping[str, Any]) -> Path:
+    def save(self, engine: Engine, step: int, data_state: Mapping[str, Any]) -> Path:
         """Save engine state as ``step-N`` and drop all but the newest ``checkpoint.keep_last``.
 
         Args:
-            engine: DeepSpeed's.
+            engine: The run's.
             step: optimizer steps done.
             data_state: what :meth:`load` gives back; small, plain data, the same on all ranks.
 
@@ -78,7 +80,7 @@ class CheckpointStore:
         if self._mesh.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         self._mesh.barrier()
-        engine.save_checkpoint(str(self.directory), tag=staging.name, save_latest=False)
+        engine.save(self.directory, staging.name)
         names = self._mesh.from_rank_zero(lambda: sorted(path.name for path in staging.iterdir()))
         hashes = self._hash_together(staging, names)
         unreadable = [name for name, digest in hashes.items() if digest is None]
@@ -87,7 +89,7 @@ class CheckpointStore:
         if self._mesh.rank == 0:
             facts = {
                 "step": step,
-                "dp_size": self._mesh.dp_size,
+                "dp_size": self._mesh.replicas.size,
                 "run": self._identity,
                 "data": data_state,
                 "files": hashes,
@@ -135,10 +137,10 @@ class CheckpointStore:
     def is_from_other_ranks(self, path: Path) -> bool:
         """Whether another number of data-parallel ranks saved the checkpoint."""
         return self._mesh.from_rank_zero(
-            lambda: _read_manifest(path)["dp_size"] != self._mesh.dp_size
+            lambda: _read_manifest(path)["dp_size"] != self._mesh.replicas.size
         )
 
-    def load(self, engine: Any, path: Path) -> tuple[int, dict[str, Any]]:
+    def load(self, engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
         """Load a checkpoint that :meth:`newest` chose; returns its step and data state.
 
         The engine must have been told to load the universal form if :meth:`is_from_other_ranks`.
@@ -148,21 +150,19 @@ class CheckpointStore:
         if self.is_from_other_ranks(path):
             folder = path.with_suffix(".universal")
             self._mesh.agree(partial(self._convert, path, folder), errors=(OSError,))
-        engine.load_checkpoint(str(folder), tag=path.name)
+        step = engine.load(folder, path.name)
         self._mesh.barrier()
         if self._mesh.rank == 0:
             shutil.rmtree(path.with_suffix(".universal"), ignore_errors=True)
             for newer in _committed(self.directory):
                 if newer.name > path.name:
                     newer.rename(_free_name(newer.with_suffix(".rejected")))
-        return int(engine.global_steps), self._mesh.from_rank_zero(
-            lambda: _read_manifest(path)["data"]
-        )
+        return step, self._mesh.from_rank_zero(lambda: _read_manifest(path)["data"])
 
     def _convert(self, path: Path, folder: Path) -> None:
         if self._mesh.rank == 0:
             theirs = _read_manifest(path)["dp_size"]
-            logger.info("%s: from %d ranks to %d", path.name, theirs, self._mesh.dp_size)
+            logger.info("%s: from %d ranks to %d", path.name, theirs, self._mesh.replicas.size)
             shutil.rmtree(folder, ignore_errors=True)
             write_universal(path, folder)
 

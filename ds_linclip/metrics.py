@@ -56,11 +56,11 @@ class SampleLog:
 
     def __init__(self, config: Config, mesh: Mesh, start: int) -> None:
         self._path: Path | None = None
-        self._facts = {"start": start, "ranks": mesh.dp_size}
-        if config.log.sample_keys and mesh.tp_rank == 0:
+        self._facts = {"start": start, "ranks": mesh.dp.size}
+        if config.log.sample_keys and mesh.is_first_of_its_data:
             folder = config.run_dir / "samples"
             folder.mkdir(exist_ok=True)
-            self._path = folder / f"rank-{mesh.dp_rank:05d}.jsonl"
+            self._path = folder / f"rank-{mesh.dp.rank:05d}.jsonl"
 
     def write(self, step: int, keys: Sequence[str]) -> None:
         """Note the keys of this rank's part of the batch that made ``step``."""
@@ -101,7 +101,7 @@ class StepMeter:
         losses, waits = zip(*self._mesh.gather(mine), strict=True)
         # After the wait for the device, so that its queued work is inside the interval.
         seconds = time.perf_counter() - self._started
-        steps, ranks = max(self._steps, 1), self._mesh.dp_size
+        steps, ranks = max(self._steps, 1), self._mesh.dp.size
         return {
             "train/loss": statistics.fmean(losses),
             "perf/samples_per_second": self._samples * ranks / seconds,

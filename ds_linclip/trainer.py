@@ -19,13 +19,15 @@ from tqdm import tqdm
 
 from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, save_config
-from ds_linclip.data import DataReport, Storage, TrainData, find_shards
-from ds_linclip.loss import clip_loss
+from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP
+from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.optim import build_optimizer, learning_rate
-from ds_linclip.parallel.engine import deepspeed_config, initialize_engine
+from ds_linclip.parallel.deepspeed_config import deepspeed_config
+from ds_linclip.parallel.engine import Engine, initialize_engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.parallel.plan import stage_units
 
 __all__ = ["Evaluator", "TrainResult", "train"]
 
@@ -58,13 +60,16 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     """
     data = _open_data(config, mesh)
     report = DataReport(config.data.max_bad_samples)
-    mesh.agree(lambda: deepspeed_config(config, mesh.dp_size))
+    mesh.agree(lambda: deepspeed_config(config, mesh))
     checkpoints = CheckpointStore(config, mesh, data.identity)
     resume_from = checkpoints.newest()
     mesh.agree(lambda: _prepare_run_folder(config, mesh))
 
     torch.manual_seed(config.train.seed)
-    model = CLIP(config.model, mesh)
+    model = CLIP(config.model, mesh, loss=config.loss.kind, units=stage_units(config, mesh.pp))
+    model.recompute_activations(config.train.activation_checkpointing)
+    if config.train.compile:
+        model.compile_blocks()
     optimizer = build_optimizer(model, config.optim)
     changed = resume_from is not None and checkpoints.is_from_other_ranks(resume_from)
     engine = initialize_engine(model, optimizer, config, mesh, load_universal=changed)
@@ -91,12 +96,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         report.add(batch)
 
         rate = learning_rate(step - 1, steps, config.optim)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-        image_features, text_features, logit_scale = engine(batch.images, batch.texts)
-        loss = clip_loss(image_features, text_features, logit_scale, mesh.dp_group)
-        engine.backward(loss)
-        engine.step()
+        loss = engine.step(_inputs(batch, config, mesh, step), rate)
         sample_log.write(step, batch.keys)
         meter.step_done(samples=len(batch.keys), tokens=model.num_tokens(batch.images, batch.texts))
         progress.update()
@@ -107,7 +107,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
             data_counts = _share_report(report, config, mesh, step)
         if is_logged:
             values = meter.read(loss) | data_counts
-            values |= _optimizer_values(engine, logit_scale, rate)
+            values |= _optimizer_values(engine, rate)
             writer.scalars(step, values)
             _show(progress, values)
             result.last = values
@@ -116,11 +116,11 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
             checkpoints.save(engine, step, report.state())
             meter.restart()
         if evaluate and _is_due(step, config.eval.every_steps, steps):
-            result.evaluation = _evaluate(evaluate, model, writer, step)
+            result.evaluation = _evaluate(evaluate, engine, writer, step)
             meter.restart()
     progress.close()
     if evaluate and start == steps:  # a finished run is scored again
-        result.evaluation = _evaluate(evaluate, model, writer, steps)
+        result.evaluation = _evaluate(evaluate, engine, writer, steps)
     return result
 
 
@@ -129,26 +129,39 @@ def _is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
+def _inputs(batch: Batch, config: Config, mesh: Mesh, step: int) -> tuple[Tensor, ...]:
+    """Arguments of the model: images, texts and, with patch dropout, the patches to look at."""
+    vision = config.model.vision
+    if vision.patch_dropout == 0:
+        return batch.images, batch.texts
+    height, width = batch.images.shape[2:]
+    first = (step - 1) * config.train.global_batch_size + mesh.dp.rank * len(batch.images)
+    kept = kept_patches(
+        torch.arange(first, first + len(batch.images), device=mesh.device),
+        num_patches=vision.num_tokens_at((height, width)) - 1,
+        num_kept=vision.num_kept_patches_at((height, width)),
+        seed=config.train.seed,
+    )
+    return batch.images, batch.texts, kept
+
+
 def _evaluate(
-    evaluate: Evaluator, model: CLIP, writer: MetricWriter, step: int
+    evaluate: Evaluator, engine: Engine, writer: MetricWriter, step: int
 ) -> Mapping[str, float]:
-    model.eval()
     try:
-        with torch.no_grad():
+        with engine.evaluation_model() as model:
             values = evaluate(model, writer, step)
     except ValueError as error:
         raise AgreedError(str(error)) from error
-    model.train()
     writer.scalars(step, values)
     return values
 
 
-def _optimizer_values(engine: Any, logit_scale: Tensor, rate: float) -> dict[str, float]:
-    norm = engine.get_global_grad_norm()
+def _optimizer_values(engine: Engine, rate: float) -> dict[str, float]:
     return {
         "train/lr": rate,
-        "train/logit_scale": logit_scale.item(),
-        "train/grad_norm": float(norm),
+        "train/logit_scale": engine.objective.logit_scale.item(),
+        "train/grad_norm": engine.grad_norm,
         "train/skipped_steps": engine.skipped_steps,
     }
 
@@ -180,7 +193,7 @@ def _open_data(config: Config, mesh: Mesh) -> TrainData:
     groups = mesh.from_rank_zero(
         lambda: find_shards(config.data.train, Storage(config.data.cache, config.data.network))
     )
-    return mesh.agree(lambda: TrainData(config, groups, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size))
+    return mesh.agree(lambda: TrainData(config, groups, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size))
 
 
 def _share_report(report: DataReport, config: Config, mesh: Mesh, step: int) -> dict[str, float]:
@@ -207,7 +220,7 @@ def _prepare_run_folder(config: Config, mesh: Mesh) -> None:
             **{name: version(name) for name in ("torch", "triton", "deepspeed", "megatron-core")},
         }
         (config.run_dir / "versions.json").write_text(json.dumps(provenance, indent=1))
-        generated = deepspeed_config(config, mesh.dp_size)
+        generated = deepspeed_config(config, mesh)
         (config.run_dir / "deepspeed.json").write_text(json.dumps(generated, indent=1))
     except OSError as error:
         raise ValueError(f"output_dir ({config.output_dir}) cannot be written: {error}") from error

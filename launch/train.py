@@ -68,7 +68,7 @@ def _fail_before_start(error: ValueError) -> int:
 def _open_evaluator(config: Config, mesh: Mesh) -> HeldOutEvaluator | None:
     if config.eval.data is None:
         return None
-    return HeldOutEvaluator.from_config(config, device=mesh.device, group=mesh.dp_group)
+    return HeldOutEvaluator.from_config(config, device=mesh.device, group=mesh.dp.group)
 
 
 def _summary(config: Config, result: TrainResult) -> str:

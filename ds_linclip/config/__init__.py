@@ -5,7 +5,7 @@ command line. Only the typed :class:`Config` travels further; nothing else reads
 """
 
 from ds_linclip.config.files import as_image_size, load_config, save_config
-from ds_linclip.config.rules import validate
+from ds_linclip.config.rules import check_batch, validate
 from ds_linclip.config.schema import (
     Attention,
     CacheConfig,
@@ -14,6 +14,7 @@ from ds_linclip.config.schema import (
     DataConfig,
     EvalConfig,
     LogConfig,
+    LossConfig,
     ModelConfig,
     NetworkConfig,
     OptimConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "LogConfig",
+    "LossConfig",
     "ModelConfig",
     "NetworkConfig",
     "OptimConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "VisionTower",
     "ZeroConfig",
     "as_image_size",
+    "check_batch",
     "load_config",
     "save_config",
     "validate",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ds_linclip.config.schema import Config, DataConfig, Source
 
-__all__ = ["validate"]
+__all__ = ["check_batch", "validate"]
 
 _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
 
@@ -27,7 +27,6 @@ def validate(config: Config) -> None:
     _require_patches("model.vision.image_size", vision.image_size, vision.patch_size)
     _require_divisible("model.vision.width", vision.width, "head_width", vision.head_width)
     _require_divisible("model.text.width", text.width, "heads", text.heads)
-    _require_divisible("model.text.vocab_size", text.vocab_size, "parallel.tp", config.parallel.tp)
     if text.vocab_size < _TOKENIZER_VOCABULARY:
         raise ValueError(
             f"model.text.vocab_size ({text.vocab_size}) must be at least {_TOKENIZER_VOCABULARY}, "
@@ -49,17 +48,16 @@ def validate(config: Config) -> None:
     _require_positive("train.global_batch_size", config.train.global_batch_size)
     if config.train.seed < 0:
         raise ValueError(f"train.seed ({config.train.seed}) must not be negative")
-    if config.parallel.dp is not None:
-        _require_divisible(
-            "train.global_batch_size",
-            config.train.global_batch_size,
-            "parallel.dp",
-            config.parallel.dp,
+    _require_positive("loss.chunk_size", config.loss.chunk_size)
+    if not 0 <= vision.patch_dropout < 1:
+        raise ValueError(
+            f"model.vision.patch_dropout ({vision.patch_dropout}) must be in [0, 1): the share of "
+            "patches left out"
         )
-    if config.parallel.tp != 1:
-        raise ValueError(f"parallel.tp ({config.parallel.tp}) must be 1 in this version")
-    if config.zero.stage not in (1, 2):
-        raise ValueError(f"zero.stage ({config.zero.stage}) must be 1 or 2 in this version")
+    _validate_layout(config)
+    _validate_zero(config)
+    if config.parallel.dp is not None:
+        check_batch(config, config.parallel.dp)
 
     _validate_data(config.data)
     _validate_sources(config.data.train)
@@ -91,6 +89,95 @@ def validate(config: Config) -> None:
             raise ValueError(f"{name} ({value}) must not be negative")
     if not config.name or Path(config.name).name != config.name:
         raise ValueError(f"name ({config.name!r}) must be a plain folder name")
+
+
+def check_batch(config: Config, dp_size: int) -> None:
+    """Check that the batch divides over the data-parallel ranks and into micro-batches.
+
+    Raises:
+        ValueError: naming the fields and the nearest values that would do.
+    """
+    batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
+    if batch % dp_size:
+        raise ValueError(
+            f"train.global_batch_size ({batch}) must be a positive multiple of the data-parallel "
+            f"size ({dp_size}): {_multiples_near(batch, dp_size)} would do"
+        )
+    local = batch // dp_size
+    if micro_batch is not None and (micro_batch < 1 or local % micro_batch):
+        below = [size for size in range(1, local + 1) if local % size == 0 and size <= micro_batch]
+        raise ValueError(
+            f"train.micro_batch_size ({micro_batch}) must divide a rank's part of the batch "
+            f"({batch} / {dp_size} = {local}): {max(below, default=1)} would do"
+        )
+
+
+def _validate_layout(config: Config) -> None:
+    """What the axes ask of the model, whatever the number of ranks."""
+    vision, text, parallel = config.model.vision, config.model.text, config.parallel
+    for name in ("tp", "pp", "cp"):
+        _require_positive(f"parallel.{name}", getattr(parallel, name))
+    if parallel.dp is not None:
+        _require_positive("parallel.dp", parallel.dp)
+    split = {
+        "model.vision heads": vision.heads,
+        "model.text.heads": text.heads,
+        "model.vision.width * mlp_ratio": int(vision.width * vision.mlp_ratio),
+        "model.text.width * mlp_ratio": int(text.width * text.mlp_ratio),
+        "model.text.vocab_size": text.vocab_size,
+    }
+    for name, size in split.items():
+        if size % parallel.tp:
+            possible = [n for n in range(1, 129) if all(s % n == 0 for s in split.values())]
+            raise ValueError(
+                f"parallel.tp ({parallel.tp}) must divide {name} ({size}): "
+                f"{' or '.join(map(str, possible))} would do for this model"
+            )
+    num_blocks = vision.layers + text.layers
+    if parallel.pp > num_blocks:
+        raise ValueError(
+            f"parallel.pp ({parallel.pp}) must be at most model.vision.layers + model.text.layers "
+            f"({num_blocks}): a stage holds at least one block"
+        )
+    if parallel.cp == 1:
+        return
+    if vision.attention.kind != "linear":
+        raise ValueError(
+            f"parallel.cp ({parallel.cp}) needs model.vision.attention.kind linear, not "
+            f"({vision.attention.kind}): softmax would have to send every key to every rank; take "
+            "parallel.cp=1, or parallel.tp for softmax attention"
+        )
+    sizes = [vision.image_size, *(stage.image_size for stage in config.data.resolutions)]
+    kept = min(1 + vision.num_kept_patches_at(size) for size in sizes)
+    if kept < parallel.cp:
+        raise ValueError(
+            f"parallel.cp ({parallel.cp}) must be at most the number of tokens of an image ({kept})"
+        )
+
+
+def _validate_zero(config: Config) -> None:
+    zero, pp = config.zero, config.parallel.pp
+    if zero.stage not in (1, 2, 3):
+        raise ValueError(f"zero.stage ({zero.stage}) must be 1, 2 or 3")
+    if zero.stage > 1 and pp > 1:
+        raise ValueError(
+            f"zero.stage ({zero.stage}) must be 1 with parallel.pp ({pp}): a pipeline holds the "
+            "gradients of all micro-batches; take zero.stage=1, or parallel.pp=1"
+        )
+    if zero.offload_param != "none" and zero.stage != 3:
+        raise ValueError(
+            f"zero.offload_param ({zero.offload_param}) needs zero.stage 3, not ({zero.stage}): "
+            "other stages keep all weights on every rank"
+        )
+    targets = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_param}
+    for name, target in targets.items():
+        if target == "nvme" and zero.stage != 3:
+            raise ValueError(
+                f"zero.{name} (nvme) needs zero.stage 3, not ({zero.stage}): take zero.stage=3, or "
+                f"zero.{name}=cpu"
+            )
+        if target == "nvme" and zero.nvme_path is None:
+            raise ValueError(f"zero.{name} (nvme) needs a folder in zero.nvme_path")
 
 
 def _validate_data(data: DataConfig) -> None:
@@ -152,6 +239,11 @@ def _validate_resolutions(config: Config) -> None:
             )
         _require_patches(f"{name}.image_size", stage.image_size, config.model.vision.patch_size)
         before = step
+
+
+def _multiples_near(value: int, of: int) -> str:
+    below = value // of * of
+    return " or ".join(str(multiple) for multiple in (below, below + of) if multiple > 0)
 
 
 def _require_positive(name: str, value: float) -> None:

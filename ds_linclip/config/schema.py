@@ -12,6 +12,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "LogConfig",
+    "LossConfig",
     "ModelConfig",
     "NetworkConfig",
     "OptimConfig",
@@ -58,6 +59,8 @@ class VisionTower:
     layers: int = 12
     head_width: int = 64
     mlp_ratio: float = 4.0
+    #: Share of the patches of every training image that is left out (FLIP, arXiv 2212.00794).
+    patch_dropout: float = 0.0
     attention: Attention = field(default_factory=Attention)
 
     @property
@@ -73,6 +76,10 @@ class VisionTower:
         """Patches of an image of that (height, width), and the class token."""
         height, width = image_size
         return (height // self.patch_size) * (width // self.patch_size) + 1
+
+    def num_kept_patches_at(self, image_size: tuple[int, int]) -> int:
+        """Patches of a training image of that (height, width) that ``patch_dropout`` leaves."""
+        return max(1, int((self.num_tokens_at(image_size) - 1) * (1 - self.patch_dropout)))
 
 
 @dataclass(kw_only=True)
@@ -193,8 +200,29 @@ class TrainConfig:
     steps: int = 0
     #: Image-text pairs per optimizer step, over all ranks; each is the others' negative.
     global_batch_size: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    #: Pairs that a rank runs at once; None: its whole part of the global batch. With smaller ones
+    #: gradients are accumulated, and negatives still come from the whole global batch: features of
+    #: all micro-batches are computed first, without graph, and once more for the backward.
+    micro_batch_size: int | None = None
+    #: "bf16", "fp16" (with dynamic loss scaling) or "fp32"; master weights and accumulated
+    #: gradients are fp32 in all of them.
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    #: What of a block's activations is computed again in the backward: "full", all but its input;
+    #: "selective", all but its matrix products and attention.
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    #: torch.compile every block.
+    compile: bool = False
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """Contrastive loss over the whole global batch."""
+
+    #: "softmax": CLIP (arXiv 2103.00020); "sigmoid": SigLIP (arXiv 2303.15343), with a learned bias.
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    #: Rows of logits a rank holds at once.
+    chunk_size: int = 1024
 
 
 @dataclass(kw_only=True)
@@ -213,19 +241,32 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Ranks and devices. The data-parallel size is the number of ranks that were started."""
+    """Ranks and devices: world size = tp x cp x dp x pp, tensor innermost."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    #: Data-parallel ranks the run must have; None takes what was started.
+    #: Data-parallel size; None: what the other axes leave of the ranks that were started.
     dp: int | None = None
+    #: Tensor-parallel size: heads and MLPs of every layer are split. Must divide the heads of both
+    #: towers.
     tp: int = 1
+    #: Pipeline stages: consecutive layers of both towers, balanced by their cost. ZeRO-1 only.
+    pp: int = 1
+    #: Context-parallel size: the tokens of every image are split. Linear attention only.
+    cp: int = 1
 
 
 @dataclass(kw_only=True)
 class ZeroConfig:
-    """DeepSpeed ZeRO."""
+    """DeepSpeed ZeRO: what is split over the data- and context-parallel ranks."""
 
+    #: 1: optimizer state and master weights; 2: gradients too; 3: weights too.
     stage: int = 1
+    #: Where the optimizer state and the master weights live.
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    #: Where the weights live between their uses; stage 3.
+    offload_param: Literal["none", "cpu", "nvme"] = "none"
+    #: Folder on a fast local disk, for "nvme".
+    nvme_path: str | None = None
     #: JSON file with what is DeepSpeed's alone (bucket sizes, overlap); None: its defaults.
     deepspeed_config: str | None = None
 
@@ -277,6 +318,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)

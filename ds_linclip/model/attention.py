@@ -6,9 +6,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.config import Attention
+from ds_linclip.parallel.context import sum_over_ranks
 from ds_linclip.parallel.layers import column_parallel, head_rms_norm, row_parallel
 from ds_linclip.parallel.mesh import Mesh
-from linclip_kernels import linear_attention
+from linclip_kernels import (
+    linear_attention,
+    linear_attention_from_state,
+    linear_attention_state,
+)
 
 __all__ = ["SelfAttention"]
 
@@ -38,12 +43,14 @@ class SelfAttention(nn.Module):
         init_out: Callable[[Tensor], object],
     ) -> None:
         super().__init__()
-        if heads % mesh.tp_size:
-            raise ValueError(f"heads ({heads}) must be divisible by parallel.tp ({mesh.tp_size})")
-        self.local_heads = heads // mesh.tp_size
+        if heads % mesh.tp.size:
+            raise ValueError(f"heads ({heads}) must be divisible by parallel.tp ({mesh.tp.size})")
+        self.local_heads = heads // mesh.tp.size
         self.head_dim = width // heads
         self.attention = attention
         self.causal = causal
+        # Ranks that hold other tokens of the same sequences; texts are whole on all of them.
+        self.cp_group = mesh.cp.group if mesh.cp.size > 1 and not causal else None
         self.qkv = column_parallel(mesh, width, 3 * width, init=init_qkv)
         self.head_norm = (
             head_rms_norm(mesh, heads, self.head_dim)
@@ -60,16 +67,20 @@ class SelfAttention(nn.Module):
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=self.causal
             ).transpose(1, 2)  # [B, N, H, D]
         else:
-            o = linear_attention(
-                q,
-                k,
-                v,
-                causal=self.causal,
-                normalized=self.attention.normalized,
-                feature_map=self.attention.feature_map,
-                score_scale=self.attention.score_scale,
-                length_exponent=self.attention.length_exponent,
-            )
+            o = self._linear_attention(q, k, v)
         if self.head_norm is not None:
             o = self.head_norm(o)
         return self.out_proj(o.flatten(2))  # [B, N, H * D] -> [B, N, width]
+
+    def _linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        feature_map = self.attention.feature_map
+        form = {
+            "normalized": self.attention.normalized,
+            "score_scale": self.attention.score_scale,
+            "length_exponent": self.attention.length_exponent,
+        }
+        if self.cp_group is None:
+            return linear_attention(q, k, v, causal=self.causal, feature_map=feature_map, **form)
+        state = linear_attention_state(k, v, feature_map=feature_map)
+        state = sum_over_ranks(state, self.cp_group)
+        return linear_attention_from_state(q, state, feature_map=feature_map, **form)

@@ -3,18 +3,38 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ds_linclip.config import Attention
 from ds_linclip.model.attention import SelfAttention
 from ds_linclip.parallel.layers import column_parallel, row_parallel
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["Block", "BlockInit"]
+__all__ = ["Block", "BlockInit", "Recompute"]
 
 Init = Callable[[Tensor], object]
+Recompute = Literal["none", "selective", "full"]
+
+#: What "selective" keeps. A sum over ranks is done in place, on the product of a row-parallel layer
+#: or on a copy of a state: these are kept with the sum in them, and the sum is not done again.
+_KEPT_OPERATORS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.linclip.linear_attention.default,
+    torch.ops.linclip.linear_attention_from_state.default,
+    torch.ops.aten.clone.default,
+    torch.ops.c10d.allreduce_.default,
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +66,13 @@ class BlockInit:
 
 class Block(nn.Module):
     """Pre-norm residual block ``[B, N, width] -> [B, N, width]``: attention, then an MLP with
-    exact GELU."""
+    exact GELU.
+
+    Attributes:
+        recompute: What the backward computes again instead of finding it kept: "none"; "full",
+            everything; "selective", all but the outputs of matrix products, attention and sums
+            over ranks. A block draws no random numbers, so that what is recomputed is what it was.
+    """
 
     def __init__(
         self,
@@ -72,8 +98,21 @@ class Block(nn.Module):
         )
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = _MLP(width, int(width * mlp_ratio), mesh, init)
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._forward(x)
+        kept = partial(
+            create_selective_checkpoint_contexts,
+            _KEPT_OPERATORS if self.recompute == "selective" else [],
+            allow_cache_entry_mutation=True,
+        )
+        return checkpoint(
+            self._forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=kept
+        )
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 

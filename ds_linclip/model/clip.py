@@ -1,100 +1,130 @@
 """CLIP: an image and a text tower that share a space, and the learned scale of their similarity."""
 
 import math
-from typing import Any
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.config import ModelConfig
+from ds_linclip.model.block import Block, Recompute
 from ds_linclip.model.towers import TextTransformer, VisionTransformer
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["CLIP"]
 
-MAX_LOGIT_SCALE = 100.0
-
 
 class CLIP(nn.Module):
     """Contrastive image-text model (arXiv 2103.00020) with the attention of ``config``.
 
-    The weights come from torch's default CPU generator in a fixed order: seed it alike on all
-    ranks, and they do not depend on the number of ranks.
+    The model is a row of units: the image tower's embedding, blocks and head, then the text tower's.
+    One process may hold a part of them, and passes on what is between them. The weights follow from
+    one number drawn from torch's default CPU generator: seed it alike on all ranks, and they depend
+    neither on the number of ranks nor on who holds them.
 
     Args:
         config: both towers and the width of their common space.
-        mesh: the tensor axis that splits the layers, and the device the model is put on.
+        mesh: the axes that split the layers and the tokens, and the device the model is put on.
+        loss: what the model is trained with: it sets the initial scale, and "sigmoid" a bias.
+        units: the part of :meth:`num_units` that is held here; None: all.
 
     Raises:
         ValueError: when heads or vocabulary do not divide by the tensor-parallel size.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        loss: Literal["softmax", "sigmoid"] = "softmax",
+        units: range | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.mesh = mesh
-        self.visual = VisionTransformer(config.vision, config.embed_dim, mesh)
-        self.text = TextTransformer(config.text, config.embed_dim, mesh)
-        # One element, not a scalar: DeepSpeed cannot partition a tensor without dimensions.
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+        seed = int(torch.randint(2**40, ()))
+        num_image, num_units = config.vision.layers + 2, self.num_units(config)
+        units = range(num_units) if units is None else units
+        image = range(units.start, min(units.stop, num_image))
+        text = range(max(units.start - num_image, 0), units.stop - num_image)
+        self.visual = (
+            VisionTransformer(config.vision, config.embed_dim, mesh, units=image, seed=seed)
+            if len(image)
+            else None
+        )
+        self.text = (
+            TextTransformer(config.text, config.embed_dim, mesh, units=text, seed=seed + num_image)
+            if len(text)
+            else None
+        )
+        self.is_last = units.stop == num_units
+        if self.is_last:
+            # One element, not a scalar: DeepSpeed cannot partition a tensor without dimensions.
+            log_scale = math.log(10) if loss == "sigmoid" else math.log(1 / 0.07)
+            self.logit_scale = nn.Parameter(torch.full((1,), log_scale))
+            if loss == "sigmoid":
+                self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
         self.to(mesh.device)
 
+    @staticmethod
+    def num_units(config: ModelConfig) -> int:
+        """Parts that the model can be divided into."""
+        return config.vision.layers + 2 + config.text.layers + 2
+
     def num_tokens(self, images: Tensor, texts: Tensor) -> int:
-        """Tokens of a batch, images [B, 3, H, W] and texts [B, L], over both towers."""
+        """Tokens of a training batch, images [B, 3, H, W] and texts [B, L], over both towers."""
         height, width = images.shape[2:]
-        return len(images) * self.config.vision.num_tokens_at((height, width)) + texts.numel()
+        per_image = 1 + self.config.vision.num_kept_patches_at((height, width))
+        return len(images) * per_image + texts.numel()
 
     def encode_image(self, images: Tensor, *, normalize: bool = False) -> Tensor:
         """Features [B, E] of ``images`` [B, 3, H, W]; with ``normalize``, fp32 of length one."""
+        assert self.visual is not None
         features = self.visual(images)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text(self, texts: Tensor, *, normalize: bool = False) -> Tensor:
         """Features [B, E] of ``texts`` [B, L] int64; with ``normalize``, fp32 of length one."""
+        assert self.text is not None
         features = self.text(texts)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised features of both, and the scale of their similarities.
+    def forward(self, image: Tensor, texts: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        """Normalised features of both, and the parameters of their similarities.
 
         Args:
-            images: [B, 3, H, W].
-            texts: [B, L] int64.
+            image: Images [B, 3, H, W]; in a later part of the model what the one before gave.
+            texts: Token ids [B, L] int64.
+            more: With the images: nothing, or indices [B, K] int64 of the patches to look at. In a
+                later part: what the one before gave.
 
         Returns:
-            Image features [B, E], text features [B, E] and the logit scale [], all fp32; the scale
-            lies in [1, 100] whatever value the optimizer has given the parameter.
+            Image features [B, E] and text features [B, E], fp32 of length one; the logarithm of the
+            logit scale [1]; with the sigmoid loss the logit bias [1]. An earlier part of the model
+            gives the arguments of the next one.
         """
-        return (
-            self.encode_image(images, normalize=True),
-            self.encode_text(texts, normalize=True),
-            _ClampedExp.apply(self.logit_scale, self.mesh.dp_group).squeeze(0),
-        )
+        if self.visual is not None:
+            image, more = self.visual(image, *more), ()
+        if self.text is not None:
+            more = (self.text(texts, *more),)
+        if not self.is_last:
+            return image, texts, *more
+        (text,) = more
+        features = (F.normalize(x.float(), dim=-1) for x in (image, text))
+        bias = (self.logit_bias,) if hasattr(self, "logit_bias") else ()
+        return *features, self.logit_scale, *bias
 
+    def recompute_activations(self, what: Recompute) -> None:
+        """Choose what the backward of every block computes again; see :class:`Block`."""
+        for block in self._blocks():
+            block.recompute = what
 
-class _ClampedExp(torch.autograd.Function):
-    """``exp`` held in [1, 100]; beyond an end, only gradients that lead back pass.
+    def compile_blocks(self) -> None:
+        """torch.compile every block, in place."""
+        for block in self._blocks():
+            block.compile()
 
-    Clamping the parameter itself would not last: under ZeRO the optimizer owns an fp32 copy. Which
-    way the gradient leads is asked of the whole global batch, not of each rank's part of it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, log_scale: Tensor, dp_group: dist.ProcessGroup) -> Tensor:
-        scale = log_scale.float().exp().clamp(1.0, MAX_LOGIT_SCALE)
-        ctx.save_for_backward(log_scale, scale)
-        ctx.dp_group = dp_group
-        return scale
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        log_scale, scale = ctx.saved_tensors
-        (grad,) = grad_outputs
-        total = grad.clone()
-        if ctx.dp_group.size() > 1:
-            dist.all_reduce(total, group=ctx.dp_group)
-        # Descent moves against the gradient.
-        outward = ((scale >= MAX_LOGIT_SCALE) & (total < 0)) | ((scale <= 1.0) & (total > 0))
-        return torch.where(outward, 0.0, grad * scale).to(log_scale.dtype), None
+    def _blocks(self) -> list[Block]:
+        return [module for module in self.modules() if isinstance(module, Block)]

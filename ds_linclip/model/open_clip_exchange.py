@@ -27,6 +27,8 @@ __all__ = ["export_folder", "from_open_clip", "load_folder", "open_clip_config",
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+#: Scalars in open_clip, of shape [1] here.
+_SCALARS = ("logit_scale", "logit_bias")
 
 Tower = TypeVar("Tower", VisionTower, TextTower)
 
@@ -41,7 +43,7 @@ def to_open_clip(model: CLIP) -> dict[str, Tensor]:
         full = _gather(parameter, model.mesh)
         if ".attn.qkv." in name:
             full = full.unflatten(0, (_heads(model, name), 3, -1)).transpose(0, 1).flatten(0, 2)
-        if key == "logit_scale":
+        if key in _SCALARS:
             full = full.reshape(())
         weights[key] = full.clone(memory_format=torch.contiguous_format)
     return weights
@@ -145,24 +147,24 @@ def _split_dim(parameter: nn.Parameter) -> int | None:
 
 def _gather(parameter: nn.Parameter, mesh: Mesh) -> Tensor:
     own, dim = parameter.detach().contiguous(), _split_dim(parameter)
-    if mesh.tp_size == 1 or dim is None:
+    if mesh.tp.size == 1 or dim is None:
         return own
-    parts = [torch.empty_like(own) for _ in range(mesh.tp_size)]
-    dist.all_gather(parts, own, group=mesh.tp_group)
+    parts = [torch.empty_like(own) for _ in range(mesh.tp.size)]
+    dist.all_gather(parts, own, group=mesh.tp.group)
     return torch.cat(parts, dim)
 
 
 def _split(full: Tensor, parameter: nn.Parameter, mesh: Mesh) -> Tensor:
     dim = _split_dim(parameter)
-    return full if dim is None else full.chunk(mesh.tp_size, dim)[mesh.tp_rank]
+    return full if dim is None else full.chunk(mesh.tp.size, dim)[mesh.tp.rank]
 
 
 def _full_shape(key: str, parameter: nn.Parameter, mesh: Mesh) -> tuple[int, ...]:
-    if key == "logit_scale":
+    if key in _SCALARS:
         return ()
     shape, dim = list(parameter.shape), _split_dim(parameter)
     if dim is not None:
-        shape[dim] *= mesh.tp_size
+        shape[dim] *= mesh.tp.size
     return tuple(shape)
 
 

@@ -1,5 +1,12 @@
-"""The image and the text tower; architecture and initial distributions are open_clip's."""
+"""The image and the text tower; architecture and initial distributions are open_clip's.
 
+A tower is a row of units, its embedding, its blocks, its head, of which one process may hold a part:
+the stage of a pipeline. What is not held is not made. Every unit is initialised from a seed of its
+own, so that the weights do not depend on who holds them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -8,32 +15,74 @@ from torch.nn import functional as F
 
 from ds_linclip.config import TextTower, VisionTower
 from ds_linclip.model.block import Block, BlockInit
+from ds_linclip.parallel.context import first_token, token_slice
 from ds_linclip.parallel.layers import vocab_parallel_embedding
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["TextTransformer", "VisionTransformer"]
 
 
-class VisionTransformer(nn.Module):
+class _Tower(nn.Module):
+    """What both towers are: an embedding, blocks, a head.
+
+    Args:
+        layers: Number of blocks.
+        units: Which units are held here: 0 the embedding, 1 to ``layers`` the blocks, ``layers`` + 1
+            the head.
+        seed: Of unit 0; the others count on from it.
+    """
+
+    def __init__(self, layers: int, units: range, seed: int) -> None:
+        super().__init__()
+        self.has_embedding = 0 in units
+        self.has_head = layers + 1 in units
+        self._seed = seed
+        self._held = [unit - 1 for unit in units if 1 <= unit <= layers]
+
+    def _make_blocks(self, make: Callable[[], Block]) -> nn.ModuleDict:
+        """The blocks held here, under the names that a list of all would give them."""
+        blocks = nn.ModuleDict()
+        for index in self._held:
+            with self._seeded(1 + index):
+                blocks[str(index)] = make()
+        return blocks
+
+    @contextmanager
+    def _seeded(self, unit: int) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed + unit)
+            yield
+
+
+class VisionTransformer(_Tower):
     """ViT: images ``[B, 3, H, W] -> [B, embed_dim]``, read from the class token.
 
     H and W may be any multiples of the patch size: the learned positions, one per patch of the
-    configured size in row-major order, are resampled to the grid of the images.
+    configured size in row-major order, are resampled to the grid of the images. With context
+    parallelism each rank runs a slice of the tokens, the first one the class token; the features
+    come to all.
     """
 
-    def __init__(self, config: VisionTower, embed_dim: int, mesh: Mesh) -> None:
-        super().__init__()
+    def __init__(
+        self, config: VisionTower, embed_dim: int, mesh: Mesh, *, units: range, seed: int
+    ) -> None:
+        super().__init__(config.layers, units, seed)
         width = config.width
         self.patch_size = config.patch_size
         rows, columns = (side // self.patch_size for side in config.image_size)
         self.grid_size = (rows, columns)
+        self.cp = mesh.cp
         scale = width**-0.5
-        self.conv1 = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(config.num_tokens, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(
-            Block(
+        if self.has_embedding:
+            with self._seeded(0):
+                self.conv1 = _PatchEmbedding(width, self.patch_size)
+                self.class_embedding = nn.Parameter(scale * torch.randn(width))
+                self.positional_embedding = nn.Parameter(
+                    scale * torch.randn(config.num_tokens, width)
+                )
+            self.ln_pre = nn.LayerNorm(width)
+        self.blocks = self._make_blocks(
+            lambda: Block(
                 width,
                 config.heads,
                 config.mlp_ratio,
@@ -42,30 +91,54 @@ class VisionTransformer(nn.Module):
                 causal=False,
                 init=BlockInit.vision(),
             )
-            for _ in range(config.layers)
         )
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        if self.has_head:
+            self.ln_post = nn.LayerNorm(width)
+            with self._seeded(config.layers + 1):
+                self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features of ``images`` [B, 3, H, W], not normalised.
+    def forward(self, x: Tensor, kept_patches: Tensor | None = None) -> Tensor:
+        """Features, not normalised; a part of the tower takes and gives what is between its units.
+
+        Args:
+            x: Images [B, 3, H, W], or tokens [B, N, width] without the embedding.
+            kept_patches: Indices [B, K] int64 of the patches to look at; None: all.
+
+        Returns:
+            Features [B, embed_dim], or tokens [B, N, width] without the head.
 
         Raises:
-            ValueError: for another shape.
+            ValueError: for images of another shape.
         """
+        if self.has_embedding:
+            x = self._embed(x, kept_patches)
+        for block in self.blocks.values():
+            x = block(x)
+        return self._read(x) if self.has_head else x
+
+    def _embed(self, images: Tensor, kept_patches: Tensor | None) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or not _divides(self.patch_size, images):
             raise ValueError(
                 f"images {tuple(images.shape)} must have shape [B, 3, H, W] with H and W multiples "
                 f"of patch_size ({self.patch_size})"
             )
-        x = self.conv1(images.to(self.conv1.weight.dtype))  # [B, width, H / patch, W / patch]
-        positions = self._positions(x.shape[2], x.shape[3])
-        x = x.flatten(2).transpose(1, 2)  # [B, patches, width]
-        class_token = self.class_embedding.expand(x.shape[0], 1, -1)
-        x = self.ln_pre(torch.cat([class_token, x], dim=1) + positions)
-        for block in self.blocks:
-            x = block(x)
-        return self.ln_post(x[:, 0]) @ self.proj
+        rows, columns = (side // self.patch_size for side in images.shape[2:])
+        class_position, positions = self._positions(rows, columns).tensor_split([1])
+        num_tokens = 1 + (rows * columns if kept_patches is None else kept_patches.shape[1])
+        held = token_slice(num_tokens, self.cp.rank, self.cp.size)
+        first, last = max(held.start - 1, 0), held.stop - 1  # the class token is no patch
+        if kept_patches is None:
+            x, positions = self.conv1(images, slice(first, last)), positions[first:last]
+        else:
+            kept_patches = kept_patches[:, first:last]
+            x, positions = self.conv1(images, kept_patches), positions[kept_patches]
+        x = x + positions  # [B, n, width]
+        class_token = (self.class_embedding + class_position).expand(x.shape[0], 1, -1)
+        # An empty slice where the class token is not held: all parameters get their gradient.
+        return self.ln_pre(torch.cat([class_token[:, held], x], dim=1))
+
+    def _read(self, x: Tensor) -> Tensor:
+        return self.ln_post(first_token(x, self.cp.group)) @ self.proj
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Positions [1 + height * width, dim]: as learned, or bicubic on the patch grid."""
@@ -79,22 +152,29 @@ class VisionTransformer(nn.Module):
         return torch.cat([class_position, grid.flatten(1).T.to(class_position.dtype)])
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(_Tower):
     """Causal transformer: token ids ``[B, L] -> [B, embed_dim]``, read from the end-of-text token.
 
     End of text is the token with the largest id, as in CLIP's vocabulary. L may be anything up to
-    the context length.
+    the context length. Context-parallel ranks all run the whole text.
     """
 
-    def __init__(self, config: TextTower, embed_dim: int, mesh: Mesh) -> None:
-        super().__init__()
+    def __init__(
+        self, config: TextTower, embed_dim: int, mesh: Mesh, *, units: range, seed: int
+    ) -> None:
+        super().__init__(config.layers, units, seed)
         width = config.width
-        self.token_embedding = vocab_parallel_embedding(
-            mesh, config.vocab_size, width, init=partial(nn.init.normal_, std=0.02)
-        )
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.blocks = nn.ModuleList(
-            Block(
+        self.context_length = config.context_length
+        if self.has_embedding:
+            with self._seeded(0):
+                self.token_embedding = vocab_parallel_embedding(
+                    mesh, config.vocab_size, width, init=partial(nn.init.normal_, std=0.02)
+                )
+                self.positional_embedding = nn.Parameter(
+                    0.01 * torch.randn(config.context_length, width)
+                )
+        self.blocks = self._make_blocks(
+            lambda: Block(
                 width,
                 config.heads,
                 config.mlp_ratio,
@@ -103,28 +183,69 @@ class TextTransformer(nn.Module):
                 causal=True,
                 init=BlockInit.text(width, config.layers),
             )
-            for _ in range(config.layers)
         )
-        self.ln_final = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        if self.has_head:
+            self.ln_final = nn.LayerNorm(width)
+            with self._seeded(config.layers + 1):
+                self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
-    def forward(self, texts: Tensor) -> Tensor:
-        """Features of ``texts`` [B, L] int64, not normalised.
+    def forward(self, texts: Tensor, x: Tensor | None = None) -> Tensor:
+        """Features, not normalised; a part of the tower takes and gives what is between its units.
+
+        Args:
+            texts: Token ids [B, L] int64.
+            x: Tokens [B, L, width], where the embedding is not held here.
+
+        Returns:
+            Features [B, embed_dim], or tokens [B, L, width] without the head.
 
         Raises:
-            ValueError: for another shape.
+            ValueError: for texts of another shape.
         """
-        context_length = self.positional_embedding.shape[0]
-        if texts.ndim != 2 or texts.shape[1] > context_length:
+        if self.has_embedding:
+            x = self._embed(texts)
+        assert x is not None
+        for block in self.blocks.values():
+            x = block(x)
+        return self._read(x, texts) if self.has_head else x
+
+    def _embed(self, texts: Tensor) -> Tensor:
+        if texts.ndim != 2 or texts.shape[1] > self.context_length:
             raise ValueError(
                 f"texts {tuple(texts.shape)} must have shape [B, L] with L at most context_length "
-                f"({context_length})"
+                f"({self.context_length})"
             )
-        x = self.token_embedding(texts) + self.positional_embedding[: texts.shape[1]]
-        for block in self.blocks:
-            x = block(x)
+        return self.token_embedding(texts) + self.positional_embedding[: texts.shape[1]]
+
+    def _read(self, x: Tensor, texts: Tensor) -> Tensor:
         rows = torch.arange(x.shape[0], device=x.device)
         return self.ln_final(x[rows, texts.argmax(dim=-1)]) @ self.proj
+
+
+class _PatchEmbedding(nn.Module):
+    """Linear map of square patches, with the weight [width, 3, P, P] of the equal convolution."""
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        super().__init__()
+        bound = (3 * patch_size**2) ** -0.5  # torch's default for a convolution
+        weight = torch.empty(width, 3, patch_size, patch_size).uniform_(-bound, bound)
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, images: Tensor, chosen: slice | Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, n, width]: a range of the patches in row-major order, or those with
+        the indices [B, n]."""
+        size = self.weight.shape[-1]
+        patches = images.unfold(2, size, size).unfold(3, size, size)  # [B, 3, rows, columns, P, P]
+        patches = patches.permute(0, 2, 3, 1, 4, 5)
+        columns = patches.shape[2]
+        if isinstance(chosen, slice):
+            above = chosen.start // columns
+            patches = patches[:, above : -(-chosen.stop // columns)].flatten(1, 2)
+            patches = patches[:, chosen.start - above * columns : chosen.stop - above * columns]
+        else:
+            image = torch.arange(len(images), device=images.device)[:, None]
+            patches = patches[image, chosen // columns, chosen % columns]
+        return F.linear(patches.flatten(2).to(self.weight.dtype), self.weight.flatten(1))
 
 
 def _divides(patch_size: int, images: Tensor) -> bool:

@@ -1,108 +1,249 @@
-"""The DeepSpeed engine: one function that builds it, one dictionary generated from our config."""
+"""The engines: one optimizer step of the contrastive objective under DeepSpeed, with or without a
+pipeline, behind one interface."""
 
-import json
+import contextlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
-from torch import nn, optim
+import torch
+import torch.distributed as dist
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn, optim
 
 from ds_linclip.config import Config
+from ds_linclip.model import CLIP
+from ds_linclip.objective import Objective, surrogate
+from ds_linclip.parallel.deepspeed_config import deepspeed_config, monitor_config
 from ds_linclip.parallel.mesh import Mesh
 
-#: What is DeepSpeed's alone. Batch, precision, clipping and optimizer are set in our config.
-_FILE_MAY_SET = {
-    "zero_optimization",
-    "communication_data_type",
-    "prescale_gradients",
-    "comms_logger",
-    "flops_profiler",
-    "wall_clock_breakdown",
-    "wandb",
-    "comet",
-    "csv_monitor",
-}
+__all__ = ["Engine", "initialize_engine"]
 
-__all__ = ["deepspeed_config", "initialize_engine"]
+#: Arguments of the model: images, texts and, with patch dropout, the patches to keep.
+Inputs = tuple[Tensor, ...]
 
 
 def initialize_engine(
-    model: nn.Module,
+    model: CLIP,
     optimizer: optim.Optimizer,
     config: Config,
     mesh: Mesh,
     *,
     load_universal: bool = False,
-) -> Any:
-    """Hand model and optimizer to ``deepspeed.initialize``; returns the ``DeepSpeedEngine``.
+) -> "Engine":
+    """Hand model and optimizer to ``deepspeed.initialize``.
 
     Args:
-        model, optimizer, config, mesh: Of the run.
+        model: The whole model, or with pipeline parallelism this rank's stage of it.
+        optimizer, config, mesh: Of the run.
         load_universal: The engine will load a checkpoint in DeepSpeed's universal form.
 
     Raises:
         ValueError: as :func:`deepspeed_config`.
     """
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, mesh.dp_size)
-        | {"checkpoint": {"load_universal": load_universal}},
-        mpu=mesh.mpu(),
-        dist_init_required=False,
-    )
-    return engine
+    kind = PipelineEngine if mesh.pp.size > 1 else PlainEngine
+    return kind(model, optimizer, config, mesh, load_universal=load_universal)
 
 
-def deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary: batch, precision and clipping from our config, the rest from the
-    JSON file of ``zero.deepspeed_config``.
+class Engine(ABC):
+    """Takes optimizer steps, saves and loads its state. All ranks call every method together.
 
-    Raises:
-        ValueError: when that file cannot be read, or sets a key that our config owns or that
-            DeepSpeed does not know.
+    Attributes:
+        monitor: Where scalars and figures go: DeepSpeed's TensorBoard and others.
+        objective: The loss, with its latest logit scale.
     """
-    generated: dict[str, Any] = {
-        "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.train.global_batch_size // dp_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.clip_grad_norm,
-        "bf16": {"enabled": config.train.precision == "bf16"},
-        "zero_optimization": {"stage": config.zero.stage},
-        "steps_per_print": 2**31,
-        "tensorboard": {
-            "enabled": config.log.tensorboard,
-            "output_path": str(config.run_dir),
-            "job_name": "tensorboard",
-        },
-    }
-    if config.zero.deepspeed_config is None:
-        return generated
-    path = Path(config.zero.deepspeed_config)
-    try:
-        merged = _merge(json.loads(path.read_text()), generated)
-        DeepSpeedZeroConfig(**merged["zero_optimization"])
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"zero.deepspeed_config ({path}) cannot be read: {error}") from error
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(
-            f"zero.deepspeed_config ({path}): zero_optimization: {problems}"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"zero.deepspeed_config ({path}) {error}") from error
-    return merged
+
+    def __init__(
+        self,
+        model: CLIP,
+        optimizer: optim.Optimizer,
+        config: Config,
+        mesh: Mesh,
+        *,
+        load_universal: bool,
+    ) -> None:
+        self._model = model
+        self._mesh = mesh
+        self._config = config
+        self.objective = Objective(config.loss, mesh)
+        self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
+        mesh.prepare_for_deepspeed()
+        generated = deepspeed_config(config, mesh)
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=self._module(model),
+            optimizer=optimizer,
+            config=generated | {"checkpoint": {"load_universal": load_universal}},
+            mpu=mesh.mpu() if mesh.pp.size == 1 else None,
+            dist_init_required=False,
+        )
+        self._num_micro_batches = int(generated["gradient_accumulation_steps"])
+
+    def step(self, batch: Inputs, learning_rate: float) -> Tensor:
+        """One optimizer step on this rank's part of the global batch.
+
+        Args:
+            batch: Images [B, 3, H, W], texts [B, L] and perhaps patches [B, K].
+            learning_rate: Of this step.
+
+        Returns:
+            The loss [] of this rank's rows.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        parts = zip(*(tensor.chunk(self._num_micro_batches) for tensor in batch), strict=True)
+        return self._step(list(parts))
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient over all parameters, before clipping."""
+        return float(self._engine.get_global_grad_norm())
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps not taken since the start because a gradient was not finite."""
+        return int(self._engine.skipped_steps)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's part of model and optimizer into ``folder / tag``."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> int:
+        """Read what :meth:`save` wrote; returns the optimizer steps done."""
+        self._engine.load_checkpoint(str(folder), tag=tag)
+        return int(self._engine.global_steps)
+
+    @contextlib.contextmanager
+    def evaluation_model(self) -> Iterator[CLIP]:
+        """The whole model (this rank's heads of it), in eval mode, without gradients.
+
+        Where this rank trains a part of the layers, or ZeRO-3 a part of each weight, it is a copy
+        that lives as long as the context.
+        """
+        with torch.no_grad():
+            model = self._whole_model()
+            model.eval()
+            yield model
+        self._model.train()
+
+    @abstractmethod
+    def _module(self, model: CLIP) -> nn.Module:
+        """What DeepSpeed is given."""
+
+    @abstractmethod
+    def _step(self, micro_batches: Sequence[Inputs]) -> Tensor: ...
+
+    @abstractmethod
+    def _whole_model(self) -> CLIP: ...
+
+    def _empty_model(self) -> CLIP:
+        """All layers, whatever their weights, in the dtype of training."""
+        with torch.random.fork_rng(devices=[]):
+            model = CLIP(self._config.model, self._mesh, loss=self._config.loss.kind)
+        return model.to(next(self._model.parameters()).dtype)
 
 
-def _merge(extra: Any, generated: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(extra, dict):
-        raise ValueError(f"must hold keys and values, not {extra!r}")
-    for key in extra.keys() - _FILE_MAY_SET:
-        owned = "the training config owns it" if key in generated else "it is not known here"
-        raise ValueError(f"must not set {key}: {owned}")
-    zero = extra.get("zero_optimization", {})
-    if "stage" in zero:
-        raise ValueError("must not set zero_optimization.stage: the training config owns it")
-    return {**extra, **generated, "zero_optimization": {**zero, **generated["zero_optimization"]}}
+class PlainEngine(Engine):
+    """Every rank holds all layers: ZeRO-1, 2 or 3 over data, tensor and context parallelism."""
+
+    def _module(self, model: CLIP) -> nn.Module:
+        return model
+
+    def _step(self, micro_batches: Sequence[Inputs]) -> Tensor:
+        # A single micro-batch needs no second forward: its graph waits for the loss.
+        is_single = len(micro_batches) == 1
+        with torch.set_grad_enabled(is_single):
+            outputs = [self._engine(*inputs) for inputs in micro_batches]
+        loss, gradients = self.objective(outputs)
+        for number, inputs in enumerate(micro_batches):
+            output = outputs[0] if is_single else self._engine(*inputs)
+            # DeepSpeed takes the mean over micro-batches; the gradients are those of a sum.
+            self._engine.backward(len(micro_batches) * surrogate(output, gradients[number]))
+            self._engine.step()
+        return loss
+
+    def _whole_model(self) -> CLIP:
+        if self._config.zero.stage < 3:
+            return self._model
+        model = self._empty_model()
+        for mine, whole in zip(self._model.parameters(), model.parameters(), strict=True):
+            with deepspeed.zero.GatheredParameters([mine]):
+                whole.copy_(mine)
+        return model
+
+
+class PipelineEngine(Engine):
+    """Every rank holds consecutive layers of both towers; micro-batches run through the stages."""
+
+    def _module(self, model: CLIP) -> nn.Module:
+        mesh = self._mesh
+        topology = PipeModelDataParallelTopology(
+            num_pp=mesh.pp.size, num_mp=mesh.tp.size, num_dp=mesh.replicas.size
+        )
+        place = topology.get_coord(mesh.rank)
+        # DeepSpeed makes groups of its own: they must be megatron's.
+        assert (place.pipe, place.data, place.model) == (
+            mesh.pp.rank,
+            mesh.replicas.rank,
+            mesh.tp.rank,
+        )
+        layers: list[Any] = [LayerSpec(nn.Identity)] * mesh.pp.size  # others' are never built
+        layers[mesh.pp.rank] = _Stage(model)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return PipelineModule(
+                layers, topology=topology, loss_fn=surrogate, partition_method="uniform"
+            )
+
+    def _step(self, micro_batches: Sequence[Inputs]) -> Tensor:
+        engine = self._engine
+        shapes = [tensor.shape for tensor in micro_batches[0]]
+        if shapes != getattr(self, "_shapes", shapes):
+            engine.reset_activation_shape()
+        self._shapes = shapes
+
+        engine.total_loss = None
+        nothing = [()] * len(micro_batches)
+        outputs = engine.eval_batch(
+            iter(zip(micro_batches, nothing, strict=True)), compute_loss=False, reduce_output=None
+        )
+        loss, gradients = torch.zeros((), device=self._mesh.device), nothing
+        if engine.is_last_stage():
+            loss, found = self.objective([tuple(output) for output in outputs])
+            # DeepSpeed takes the mean over micro-batches; the gradients are those of a sum.
+            gradients = [tuple(len(found) * part for part in parts) for parts in found]
+        engine.train_batch(iter(zip(micro_batches, gradients, strict=True)))
+        shared = torch.stack([loss, self.objective.logit_scale.to(loss)])
+        pp = self._mesh.pp
+        dist.broadcast(shared, group=pp.group, group_src=pp.size - 1)
+        loss, self.objective.logit_scale = shared.unbind()
+        return loss
+
+    def _whole_model(self) -> CLIP:
+        model = self._empty_model()
+        pp = self._mesh.pp
+        mine = dict(self._model.named_parameters())
+        whole = dict(model.named_parameters())
+        names: list[list[str]] = [[]] * pp.size
+        dist.all_gather_object(names, list(mine), group=pp.group)
+        for stage, held in enumerate(names):
+            for name in held:
+                if stage == pp.rank:
+                    whole[name].copy_(mine[name])
+                dist.broadcast(whole[name].data, group=pp.group, group_src=stage)
+        return model
+
+
+class _Stage(nn.Module):
+    """A part of the model as a layer of DeepSpeed's pipeline: tuple in, tuple out."""
+
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.clip = model
+
+    def forward(self, inputs: Inputs) -> Inputs:
+        return self.clip(*inputs)

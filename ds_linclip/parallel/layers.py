@@ -47,7 +47,7 @@ def column_parallel(
         init_method=init,
         bias=bias,
         gather_output=False,
-        tp_group=mesh.tp_group,
+        tp_group=mesh.tp.group,
     )
     if bias and bias_init is not None:
         _init_split(layer.bias, out_features, bias_init, mesh)
@@ -78,7 +78,7 @@ def row_parallel(
         bias=bias,
         input_is_parallel=True,
         skip_bias_add=False,
-        tp_group=mesh.tp_group,
+        tp_group=mesh.tp.group,
     )
     if bias and bias_init is not None:
         with torch.no_grad():
@@ -97,7 +97,7 @@ def vocab_parallel_embedding(mesh: Mesh, num_embeddings: int, dim: int, *, init:
     """
     _check_split("num_embeddings", num_embeddings, mesh)
     return VocabParallelEmbedding(
-        num_embeddings, dim, init_method=init, config=_config(mesh), tp_group=mesh.tp_group
+        num_embeddings, dim, init_method=init, config=_config(mesh), tp_group=mesh.tp.group
     )
 
 
@@ -109,7 +109,7 @@ def head_rms_norm(mesh: Mesh, heads: int, head_dim: int) -> nn.Module:
         ValueError: when ``heads`` does not divide by the tensor-parallel size.
     """
     _check_split("heads", heads, mesh)
-    return _HeadRMSNorm(heads // mesh.tp_size, head_dim)
+    return _HeadRMSNorm(heads // mesh.tp.size, head_dim)
 
 
 class _ColumnParallel(ColumnParallelLinear):
@@ -146,7 +146,7 @@ class _HeadRMSNorm(nn.Module):
 
 def _config(mesh: Mesh) -> ModelParallelConfig:
     return ModelParallelConfig(
-        tensor_model_parallel_size=mesh.tp_size,
+        tensor_model_parallel_size=mesh.tp.size,
         use_cpu_initialization=True,
         perform_initialization=True,
         gradient_accumulation_fusion=False,
@@ -161,9 +161,9 @@ def _init_split(parameter: nn.Parameter, full_size: int, init: Init, mesh: Mesh)
     full = torch.empty(full_size)
     init(full)
     with torch.no_grad():
-        parameter.copy_(full.chunk(mesh.tp_size)[mesh.tp_rank])
+        parameter.copy_(full.chunk(mesh.tp.size)[mesh.tp.rank])
 
 
 def _check_split(name: str, value: int, mesh: Mesh) -> None:
-    if value % mesh.tp_size:
-        raise ValueError(f"{name} ({value}) must be divisible by parallel.tp ({mesh.tp_size})")
+    if value % mesh.tp.size:
+        raise ValueError(f"{name} ({value}) must be divisible by parallel.tp ({mesh.tp.size})")

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from ds_linclip.config import ParallelConfig
 
-__all__ = ["AgreedError", "Mesh"]
+__all__ = ["AgreedError", "Axis", "Mesh"]
 
 T = TypeVar("T")
 
@@ -24,33 +24,48 @@ class AgreedError(ValueError):
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """Where this process stands: its device and its place on the data and tensor axes.
+class Axis:
+    """This process's place on one axis of the mesh."""
 
-    Ranks of one tensor-parallel group see the same samples; contrastive negatives come from
-    ``dp_group`` only.
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands: its device and its place on every axis.
+
+    Ranks are numbered tensor first, then context, data, pipeline. Tensor-, context- and
+    pipeline-parallel peers see the same samples; contrastive negatives come from the data axis only.
+
+    Attributes:
+        device: This rank's GPU, or the CPU.
+        rank, world_size: Of this process, of all.
+        dp, tp, pp, cp: The axes.
+        replicas: Ranks that hold the same weights and get different gradients, data x context:
+            gradients are averaged over them, and ZeRO splits its state over them.
     """
 
     device: torch.device
     rank: int
     world_size: int
-    dp_rank: int
-    dp_size: int
-    dp_group: dist.ProcessGroup
-    tp_rank: int
-    tp_size: int
-    tp_group: dist.ProcessGroup
+    dp: Axis
+    tp: Axis
+    pp: Axis
+    cp: Axis
+    replicas: Axis
 
     @classmethod
     def create(cls, config: ParallelConfig | None = None) -> "Mesh":
-        """Start torch.distributed and the groups of both axes, or reuse those already there.
+        """Start torch.distributed and the groups of all axes, or reuse those already there.
 
         A process started by a launcher (``RANK`` and ``WORLD_SIZE`` in the environment) joins the
         others: nccl between GPUs, gloo between CPUs. Any other process becomes a world of one,
         without touching the network.
 
         Raises:
-            ValueError: when the ranks do not fit ``config.dp`` and ``config.tp``, or when there are
+            ValueError: when the axes do not multiply to the number of ranks, or when there are
                 fewer GPUs than ranks on this node.
         """
         config = config or ParallelConfig()
@@ -67,18 +82,23 @@ class Mesh:
                 _join_launched_group(backend)
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        _split_axes(config.tp)
+        _split_axes(config)
+        state = parallel_state
         return cls(
             device=device,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
-            dp_group=parallel_state.get_data_parallel_group(),
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp=_axis(state.get_data_parallel_group()),
+            tp=_axis(state.get_tensor_model_parallel_group()),
+            pp=_axis(state.get_pipeline_model_parallel_group()),
+            cp=_axis(state.get_context_parallel_group()),
+            replicas=_axis(state.get_data_parallel_group(with_context_parallel=True)),
         )
+
+    @property
+    def is_first_of_its_data(self) -> bool:
+        """Whether this is the first of the ranks that see the same samples."""
+        return self.tp.rank == self.cp.rank == self.pp.rank == 0
 
     def agree(self, fn: Callable[[], T], errors: tuple[type[Exception], ...] = (ValueError,)) -> T:
         """Run ``fn`` on every rank; if it fails on any, every rank raises the same error.
@@ -116,9 +136,9 @@ class Mesh:
 
     def gather(self, value: T) -> list[T]:
         """What every data-parallel rank gives, which can be pickled, in rank order, to all."""
-        values = [value] * self.dp_size
-        if self.dp_size > 1:
-            dist.all_gather_object(values, value, group=self.dp_group)
+        values = [value] * self.dp.size
+        if self.dp.size > 1:
+            dist.all_gather_object(values, value, group=self.dp.group)
         return values
 
     def from_rank_zero(self, fn: Callable[[], T]) -> T:
@@ -144,18 +164,34 @@ class Mesh:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def mpu(self) -> Any:
-        """What ``deepspeed.initialize`` takes as ``mpu``; ask for it right before that call."""
+    def prepare_for_deepspeed(self) -> None:
+        """What DeepSpeed finds in its surroundings; call it right before anything of DeepSpeed."""
         _switch_off_shared_memory_op()
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, even in a world of one
+
+    def mpu(self) -> Any:
+        """What ``deepspeed.initialize`` takes as ``mpu`` of an engine without a pipeline."""
         return _DeepSpeedGroups()
 
 
 class _DeepSpeedGroups:
-    """megatron's ``parallel_state`` with the three questions that DeepSpeed asks besides."""
+    """megatron's ``parallel_state`` as DeepSpeed asks it: data parallel is all that averages
+    gradients, the context axis included."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+    def get_data_parallel_world_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
 
     def get_model_parallel_rank(self) -> int:
         return parallel_state.get_tensor_model_parallel_rank()
@@ -163,21 +199,30 @@ class _DeepSpeedGroups:
     def get_model_parallel_world_size(self) -> int:
         return parallel_state.get_tensor_model_parallel_world_size()
 
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
 
 
 def _check_sizes(config: ParallelConfig, world_size: int) -> None:
-    if config.tp < 1 or world_size % config.tp:
+    others = config.tp * config.cp * config.pp
+    fields = (
+        f"parallel.tp ({config.tp}) x parallel.cp ({config.cp}) x parallel.pp ({config.pp})"
+    )
+    if min(config.tp, config.cp, config.pp) < 1 or world_size % others:
         raise ValueError(
-            f"parallel.tp ({config.tp}) must divide the number of ranks ({world_size})"
+            f"{fields} = {others} must divide the number of ranks ({world_size}): start a multiple "
+            f"of {others} ranks, or choose sizes whose product divides {world_size}"
         )
-    dp_size = world_size // config.tp
+    dp_size = world_size // others
     if config.dp is not None and config.dp != dp_size:
         raise ValueError(
-            f"parallel.dp ({config.dp}) must equal the number of ranks divided by parallel.tp "
-            f"({world_size} / {config.tp} = {dp_size})"
+            f"parallel.dp ({config.dp}) x {fields} must equal the number of ranks ({world_size}): "
+            f"parallel.dp={dp_size} would do, or {config.dp * others} ranks"
         )
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)
 
 
 def _select_device(config: ParallelConfig, launched: bool) -> torch.device:
@@ -218,11 +263,20 @@ def _switch_off_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _split_axes(tp: int) -> None:
+def _split_axes(config: ParallelConfig) -> None:
+    """megatron's groups; made anew where those that stand were split otherwise."""
     if parallel_state.model_parallel_is_initialized():
-        if parallel_state.get_tensor_model_parallel_world_size() == tp:
+        sizes = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        if sizes == (config.tp, config.cp, config.pp):
             return
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, create_gloo_process_groups=False
+        tensor_model_parallel_size=config.tp,
+        context_parallel_size=config.cp,
+        pipeline_model_parallel_size=config.pp,
+        create_gloo_process_groups=False,
     )

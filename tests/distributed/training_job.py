@@ -82,7 +82,7 @@ def loss_against_one_process(mesh: Mesh) -> dict[str, float]:
     mine = slice(mesh.rank * 6, (mesh.rank + 1) * 6)
     part, part_scale = rows[:, mine].clone().requires_grad_(), scale.clone().requires_grad_()
     images, texts = F.normalize(part, dim=-1)
-    loss = clip_loss(images, texts, part_scale, mesh.dp_group)
+    loss = clip_loss(images, texts, part_scale, mesh.dp.group)
     loss.backward()
     mean_loss = loss.detach().clone()
     dist.all_reduce(mean_loss)

@@ -43,14 +43,14 @@ def mesh() -> Mesh:
 def test_unlaunched_process_is_a_world_of_one(mesh: Mesh) -> None:
     assert mesh.device == torch.device("cpu")
     assert (mesh.rank, mesh.world_size) == (0, 1)
-    assert (mesh.dp_rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size) == (0, 1, 0, 1)
-    assert torch.distributed.get_world_size(mesh.dp_group) == 1
+    assert (mesh.dp.rank, mesh.dp.size, mesh.tp.rank, mesh.tp.size) == (0, 1, 0, 1)
+    assert torch.distributed.get_world_size(mesh.dp.group) == 1
 
 
 def test_creating_the_mesh_again_reuses_its_groups(mesh: Mesh) -> None:
     again = Mesh.create(ParallelConfig(device="cpu", dp=1))
-    assert again.dp_group is mesh.dp_group
-    assert again.tp_group is mesh.tp_group
+    assert again.dp_group is mesh.dp.group
+    assert again.tp_group is mesh.tp.group
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_agree_returns_the_result_or_raises_the_error(mesh: Mesh) -> None:
 
 def test_mpu_answers_what_deepspeed_asks(mesh: Mesh) -> None:
     mpu = mesh.mpu()
-    assert mpu.get_data_parallel_group() is mesh.dp_group
+    assert mpu.get_data_parallel_group() is mesh.dp.group
     assert mpu.get_data_parallel_world_size() == 1
     assert mpu.get_data_parallel_group_ranks() == [0]
     assert (mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()) == (0, 1)
@@ -152,7 +152,7 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
     }
     torch.set_num_threads(1)
     mesh = Mesh.create(ParallelConfig(device="cpu", dp=2))
-    layout: list[Any] = [(mesh.rank, mesh.dp_rank, mesh.dp_size, mesh.tp_size)]
+    layout: list[Any] = [(mesh.rank, mesh.dp.rank, mesh.dp.size, mesh.tp.size)]
 
     def fail_on(*ranks: int) -> str:
         if mesh.rank in ranks:
@@ -167,7 +167,7 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
             answers.append(str(error))
 
     mesh = Mesh.create(ParallelConfig(device="cpu", tp=2))
-    layout.append((mesh.rank, mesh.dp_size, mesh.tp_rank, mesh.tp_size))
+    layout.append((mesh.rank, mesh.dp.size, mesh.tp.rank, mesh.tp.size))
     torch.save(run_model(mesh) | {"layout": layout, "answers": answers}, folder / f"{rank}.pt")
     mesh.close()
 

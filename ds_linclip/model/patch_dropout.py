@@ -1,0 +1,45 @@
+"""Which patches of each training image are looked at (FLIP, arXiv 2212.00794)."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["kept_patches"]
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
+_MIX = (-4658895280553007687, -7723592293110705685)  # of splitmix64
+
+
+def kept_patches(
+    samples: Tensor, *, num_patches: int, num_kept: int, seed: int
+) -> Tensor:
+    """A random choice of patches per sample: a function of the sample's number alone.
+
+    No random state is drawn from, so that the choice is the same on tensor-, context- and
+    pipeline-parallel ranks, in both passes over a micro-batch, in recomputed activations, after a
+    resume and on any number of ranks.
+
+    Args:
+        samples: Numbers [B] int64 that no two samples of the run share.
+        num_patches: Of an image.
+        num_kept: How many of them to keep.
+        seed: Of the run.
+
+    Returns:
+        Ascending indices [B, num_kept] int64, on the device of ``samples``.
+    """
+    patches = torch.arange(num_patches, device=samples.device)
+    noise = _mix(_mix(samples + seed * _GOLDEN)[:, None] + patches)  # [B, num_patches]
+    return noise.argsort(dim=1)[:, :num_kept].sort(dim=1).values
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64, a bijection of 64 bits that looks random; int64 wraps around."""
+    x = x * _GOLDEN
+    for shift, factor in zip((30, 27), _MIX, strict=True):
+        x = (x ^ _shifted(x, shift)) * factor
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """``x`` to the right, zeros from the left; ``>>`` alone would repeat the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)

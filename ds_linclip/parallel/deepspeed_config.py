@@ -1,0 +1,117 @@
+"""DeepSpeed's dictionary, generated from our config: batch, precision, clipping and ZeRO are set
+there once; what is DeepSpeed's alone comes from a JSON file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+
+from ds_linclip.config import Config, check_batch
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["deepspeed_config", "monitor_config"]
+
+#: What the file may set and DeepSpeed's engine sees.
+_FILE_MAY_SET = {
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+}
+#: What the file may set of the monitors, which are ours: the engine would write curves of its own.
+_MONITORS = {"wandb", "comet", "csv_monitor"}
+
+
+def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What ``deepspeed.initialize`` is given.
+
+    Raises:
+        ValueError: when the batch does not divide over the ranks, when the file of
+            ``zero.deepspeed_config`` cannot be read, or when it sets a key that our config owns or
+            that DeepSpeed does not know.
+    """
+    check_batch(config, mesh.dp.size)
+    local = config.train.global_batch_size // mesh.dp.size
+    micro_batch = config.train.micro_batch_size or local
+    generated: dict[str, Any] = {
+        # Context-parallel ranks count as data-parallel ones: they share batches, not gradients.
+        "train_batch_size": local * mesh.replicas.size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": local // micro_batch,
+        "gradient_clipping": config.optim.clip_grad_norm,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "fp16": {"enabled": config.train.precision == "fp16"},
+        "zero_optimization": _zero(config),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
+        "steps_per_print": 2**31,
+    }
+    content = _read(config)
+    zero = content.get("zero_optimization", {})
+    merged = {k: v for k, v in content.items() if k not in _MONITORS} | generated
+    merged["zero_optimization"] = {**zero, **generated["zero_optimization"]}
+    try:
+        DeepSpeedZeroConfig(**merged["zero_optimization"])
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(
+            f"zero.deepspeed_config ({config.zero.deepspeed_config}): zero_optimization: {problems}"
+        ) from error
+    return merged
+
+
+def monitor_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's dictionary of monitors: TensorBoard as we set it, others from the file.
+
+    Raises:
+        ValueError: as :func:`deepspeed_config`, for the file.
+    """
+    board = {
+        "enabled": config.log.tensorboard,
+        "output_path": str(config.run_dir),
+        "job_name": "tensorboard",
+    }
+    return {k: v for k, v in _read(config).items() if k in _MONITORS} | {"tensorboard": board}
+
+
+def _zero(config: Config) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    for name, target in (
+        ("offload_optimizer", config.zero.offload_optimizer),
+        ("offload_param", config.zero.offload_param),
+    ):
+        if target != "none":
+            zero[name] = {"device": target}
+            if target == "nvme":
+                zero[name]["nvme_path"] = config.zero.nvme_path
+    return zero
+
+
+def _read(config: Config) -> dict[str, Any]:
+    if config.zero.deepspeed_config is None:
+        return {}
+    path = Path(config.zero.deepspeed_config)
+    where = f"zero.deepspeed_config ({path})"
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must hold keys and values, not {content!r}")
+    for key in content.keys() - _FILE_MAY_SET - _MONITORS:
+        raise ValueError(
+            f"{where} must not set {key}: the training config owns it, or it is not known here"
+        )
+    owned = {"stage", "offload_optimizer", "offload_param"} & content.get(
+        "zero_optimization", {}
+    ).keys()
+    for key in owned:
+        raise ValueError(
+            f"{where} must not set zero_optimization.{key}: the training config owns it (zero.{key})"
+        )
+    return content
