@@ -2,7 +2,6 @@
 every micro-batch's outputs, which is all that their backwards need to know of each other."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -73,16 +72,16 @@ class Objective:
         dist.all_reduce(shared, group=self._group)
         shared /= self._group.size() * len(outputs)
         shared[0] *= _is_free(self.logit_scale, shared[0]) * self.logit_scale  # d exp(x) = exp(x)
-        assert images.grad is not None and texts.grad is not None
+        assert images.grad is not None
+        assert texts.grad is not None
         parts = zip(images.grad.split(sizes), texts.grad.split(sizes), strict=True)
         return loss.detach(), [(*part, *shared.split(1)) for part in parts]
 
     def _loss(self, images: Tensor, texts: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
-        kind: Literal["softmax", "sigmoid"] = self._config.kind
-        options = {"group": self._group, "chunk_size": self._config.chunk_size}
-        if kind == "softmax":
-            return clip_loss(images, texts, scale, **options)
-        return siglip_loss(images, texts, scale, *bias, **options)
+        chunk_size = self._config.chunk_size
+        if self._config.kind == "softmax":
+            return clip_loss(images, texts, scale, self._group, chunk_size=chunk_size)
+        return siglip_loss(images, texts, scale, bias[0], self._group, chunk_size=chunk_size)
 
 
 def surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:

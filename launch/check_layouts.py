@@ -1,4 +1,4 @@
-"""Train the same tiny model in every parallel layout and compare: ``python launch/check_layouts.py``.
+"""Train one tiny model in every parallel layout and compare: ``python launch/check_layouts.py``.
 
 Same seed, same global batches, fp32. For each layout: the largest relative difference of a loss and
 of a weight tensor from the single process. Writes ``layouts.csv`` and ``summary.md``; exit code 1
@@ -31,6 +31,14 @@ from ds_linclip.trainer import train
 
 TOLERANCE = 1e-5
 EMBEDDED = Path(__file__).parents[1] / "ds_configs" / "train" / "embedded.yaml"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: losses by step, and the final weights under open_clip's names."""
+
+    losses: dict[int, float]
+    weights: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,9 @@ LAYOUTS = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="for the embedded config, such as data.train")
-    parser.add_argument("--out", type=Path, help="folder for the results; default: none are written")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the results; default: none are written"
+    )
     parser.add_argument("--layouts", nargs="+", help="names of layouts, as in the table")
     parser.add_argument("--attention", nargs="+", default=["linear", "softmax"])
     parser.add_argument("--steps", type=int, default=20)
@@ -96,7 +106,7 @@ def main() -> int:
     worst = 0.0
     rows = []
     for attention in arguments.attention:
-        reference: dict[str, object] | None = None
+        reference: Result | None = None
         for layout in LAYOUTS:
             if arguments.layouts and layout.name not in ["1", *arguments.layouts]:
                 continue
@@ -118,9 +128,7 @@ def main() -> int:
     return 0 if worst <= TOLERANCE else 1
 
 
-def run(
-    layout: Layout, attention: str, steps: int, overrides: list[str]
-) -> dict[str, object]:
+def run(layout: Layout, attention: str, steps: int, overrides: list[str]) -> Result:
     """Train in processes of their own; losses by step and the final weights."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         config = load_config(
@@ -151,7 +159,7 @@ def run(
         lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         losses = {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
-        return {"losses": losses, "weights": torch.load(config.run_dir / "weights.pt")}
+        return Result(losses, torch.load(config.run_dir / "weights.pt"))
 
 
 def train_rank(rank: int, world_size: int, port: int, config: Config) -> None:
@@ -177,18 +185,12 @@ def train_rank(rank: int, world_size: int, port: int, config: Config) -> None:
     mesh.close()
 
 
-def differences(
-    result: Mapping[str, object], reference: Mapping[str, object]
-) -> tuple[float, float, str]:
-    """Largest relative difference of a loss and, in relative RMS, of a weight tensor, with its name."""
-    losses, expected = result["losses"], reference["losses"]
-    assert isinstance(losses, dict) and isinstance(expected, dict)
-    assert losses.keys() == expected.keys()
-    loss = max(abs(losses[step] / expected[step] - 1) for step in expected)
-    weights, theirs = result["weights"], reference["weights"]
-    assert isinstance(weights, dict) and isinstance(theirs, dict)
-    assert weights.keys() == theirs.keys()
-    found = {name: relative_rms(weights[name], theirs[name]) for name in theirs}
+def differences(result: Result, reference: Result) -> tuple[float, float, str]:
+    """Largest relative difference of a loss, and of a weight tensor (RMS) with its name."""
+    assert result.losses.keys() == reference.losses.keys()
+    assert result.weights.keys() == reference.weights.keys()
+    loss = max(abs(result.losses[step] / it - 1) for step, it in reference.losses.items())
+    found = {name: relative_rms(result.weights[name], it) for name, it in reference.weights.items()}
     name = max(found, key=lambda name: found[name])
     return loss, found[name], name
 

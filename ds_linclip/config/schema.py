@@ -219,7 +219,7 @@ class TrainConfig:
 class LossConfig:
     """Contrastive loss over the whole global batch."""
 
-    #: "softmax": CLIP (arXiv 2103.00020); "sigmoid": SigLIP (arXiv 2303.15343), with a learned bias.
+    #: "softmax": CLIP (arXiv 2103.00020); "sigmoid": SigLIP (arXiv 2303.15343), with a bias.
     kind: Literal["softmax", "sigmoid"] = "softmax"
     #: Rows of logits a rank holds at once.
     chunk_size: int = 1024

@@ -73,14 +73,24 @@ class SelfAttention(nn.Module):
         return self.out_proj(o.flatten(2))  # [B, N, H * D] -> [B, N, width]
 
     def _linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        feature_map = self.attention.feature_map
-        form = {
-            "normalized": self.attention.normalized,
-            "score_scale": self.attention.score_scale,
-            "length_exponent": self.attention.length_exponent,
-        }
+        form = self.attention
         if self.cp_group is None:
-            return linear_attention(q, k, v, causal=self.causal, feature_map=feature_map, **form)
-        state = linear_attention_state(k, v, feature_map=feature_map)
-        state = sum_over_ranks(state, self.cp_group)
-        return linear_attention_from_state(q, state, feature_map=feature_map, **form)
+            return linear_attention(
+                q,
+                k,
+                v,
+                causal=self.causal,
+                normalized=form.normalized,
+                feature_map=form.feature_map,
+                score_scale=form.score_scale,
+                length_exponent=form.length_exponent,
+            )
+        state = linear_attention_state(k, v, feature_map=form.feature_map)
+        return linear_attention_from_state(
+            q,
+            sum_over_ranks(state, self.cp_group),
+            normalized=form.normalized,
+            feature_map=form.feature_map,
+            score_scale=form.score_scale,
+            length_exponent=form.length_exponent,
+        )

@@ -18,10 +18,10 @@ __all__ = ["CLIP"]
 class CLIP(nn.Module):
     """Contrastive image-text model (arXiv 2103.00020) with the attention of ``config``.
 
-    The model is a row of units: the image tower's embedding, blocks and head, then the text tower's.
-    One process may hold a part of them, and passes on what is between them. The weights follow from
-    one number drawn from torch's default CPU generator: seed it alike on all ranks, and they depend
-    neither on the number of ranks nor on who holds them.
+    The model is a row of units: embedding, blocks and head of the image tower, then of the text
+    tower. One process may hold a part of them, and passes on what is between them. The weights
+    follow from one number drawn from torch's default CPU generator: seed it alike on all ranks, and
+    they depend neither on the number of ranks nor on who holds them.
 
     Args:
         config: both towers and the width of their common space.

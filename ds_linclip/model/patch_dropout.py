@@ -9,9 +9,7 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX = (-4658895280553007687, -7723592293110705685)  # of splitmix64
 
 
-def kept_patches(
-    samples: Tensor, *, num_patches: int, num_kept: int, seed: int
-) -> Tensor:
+def kept_patches(samples: Tensor, *, num_patches: int, num_kept: int, seed: int) -> Tensor:
     """A random choice of patches per sample: a function of the sample's number alone.
 
     No random state is drawn from, so that the choice is the same on tensor-, context- and

@@ -1,8 +1,8 @@
 """The image and the text tower; architecture and initial distributions are open_clip's.
 
-A tower is a row of units, its embedding, its blocks, its head, of which one process may hold a part:
-the stage of a pipeline. What is not held is not made. Every unit is initialised from a seed of its
-own, so that the weights do not depend on who holds them.
+A tower is a row of units: its embedding, its blocks, its head. One process may hold a part of
+them, a stage of a pipeline; what it does not hold is not made. Every unit is initialised from a
+seed of its own, so that the weights do not depend on who holds them.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,8 +27,8 @@ class _Tower(nn.Module):
 
     Args:
         layers: Number of blocks.
-        units: Which units are held here: 0 the embedding, 1 to ``layers`` the blocks, ``layers`` + 1
-            the head.
+        units: Those held here: 0 is the embedding, 1 to ``layers`` are the blocks, ``layers`` + 1
+            is the head.
         seed: Of unit 0; the others count on from it.
     """
 

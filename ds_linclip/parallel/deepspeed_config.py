@@ -103,15 +103,14 @@ def _read(config: Config) -> dict[str, Any]:
         raise ValueError(f"{where} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where} must hold keys and values, not {content!r}")
-    for key in content.keys() - _FILE_MAY_SET - _MONITORS:
-        raise ValueError(
-            f"{where} must not set {key}: the training config owns it, or it is not known here"
-        )
+    may_set = _FILE_MAY_SET | _MONITORS
+    for key in content.keys() - may_set:
+        raise ValueError(f"{where} must not set {key}: only {', '.join(sorted(may_set))} are read")
     owned = {"stage", "offload_optimizer", "offload_param"} & content.get(
         "zero_optimization", {}
     ).keys()
     for key in owned:
         raise ValueError(
-            f"{where} must not set zero_optimization.{key}: the training config owns it (zero.{key})"
+            f"{where} must not set zero_optimization.{key}: the training config owns zero.{key}"
         )
     return content

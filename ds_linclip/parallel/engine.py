@@ -72,7 +72,6 @@ class Engine(ABC):
         self._mesh = mesh
         self._config = config
         self.objective = Objective(config.loss, mesh)
-        self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         mesh.prepare_for_deepspeed()
         generated = deepspeed_config(config, mesh)
         self._engine, _, _, _ = deepspeed.initialize(
@@ -82,6 +81,7 @@ class Engine(ABC):
             mpu=mesh.mpu() if mesh.pp.size == 1 else None,
             dist_init_required=False,
         )
+        self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])
 
     def step(self, batch: Inputs, learning_rate: float) -> Tensor:
@@ -207,7 +207,7 @@ class PipelineEngine(Engine):
         self._shapes = shapes
 
         engine.total_loss = None
-        nothing = [()] * len(micro_batches)
+        nothing: list[tuple[Tensor, ...]] = [()] * len(micro_batches)
         outputs = engine.eval_batch(
             iter(zip(micro_batches, nothing, strict=True)), compute_loss=False, reduce_output=None
         )

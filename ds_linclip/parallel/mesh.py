@@ -36,8 +36,8 @@ class Axis:
 class Mesh:
     """Where this process stands: its device and its place on every axis.
 
-    Ranks are numbered tensor first, then context, data, pipeline. Tensor-, context- and
-    pipeline-parallel peers see the same samples; contrastive negatives come from the data axis only.
+    Ranks are numbered tensor first, then context, data, pipeline. Peers on all axes but data see
+    the same samples; contrastive negatives come from the data axis only.
 
     Attributes:
         device: This rank's GPU, or the CPU.
@@ -205,10 +205,8 @@ class _DeepSpeedGroups:
 
 def _check_sizes(config: ParallelConfig, world_size: int) -> None:
     others = config.tp * config.cp * config.pp
-    fields = (
-        f"parallel.tp ({config.tp}) x parallel.cp ({config.cp}) x parallel.pp ({config.pp})"
-    )
-    if min(config.tp, config.cp, config.pp) < 1 or world_size % others:
+    fields = f"parallel.tp ({config.tp}) x parallel.cp ({config.cp}) x parallel.pp ({config.pp})"
+    if world_size % others:
         raise ValueError(
             f"{fields} = {others} must divide the number of ranks ({world_size}): start a multiple "
             f"of {others} ranks, or choose sizes whose product divides {world_size}"

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import functional as F
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.loss import clip_loss
 from ds_linclip.model import CLIP
+from ds_linclip.objective import Objective
 from ds_linclip.optim import build_optimizer
 from ds_linclip.parallel.engine import initialize_engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
@@ -48,7 +50,9 @@ def main(folder: Path, config_file: str, overrides: list[str]) -> None:
         mesh.barrier()
         train(again, mesh)
     train(config("fp32_zero2", "zero.stage=2", "train.precision=fp32"), mesh)
-    results["scale"] = logit_scale_under_pressure(mesh, config("scale", "train.precision=bf16"))
+    results["scale"] = logit_scale_under_pressure(
+        mesh, config("scale", "train.precision=bf16", "train.global_batch_size=8")
+    )
     (folder / f"rank{mesh.rank}.json").write_text(json.dumps(results))
     mesh.barrier()
     mesh.close()
@@ -95,25 +99,31 @@ def loss_against_one_process(mesh: Mesh) -> dict[str, float]:
     }
 
 
+class Pulled(Objective):
+    """The logit scale as the loss, pulled at by every rank with a weight of its own."""
+
+    weight = 1.0
+
+    def _loss(self, images: Tensor, texts: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
+        return self.weight * scale + 0 * (images.sum() + texts.sum())
+
+
 def logit_scale_under_pressure(mesh: Mesh, config: Config) -> dict[str, list[float]]:
     """The scale that the loss sees while the batch pushes it up hard, then down.
 
     One rank's part of the batch always pulls the other way; the whole batch decides.
     """
     model = CLIP(config.model, mesh)
-    optimizer = build_optimizer(model, config.optim)
-    engine = initialize_engine(model, optimizer, config, mesh)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = 0.2
-    images, texts = torch.zeros(2, 3, 32, 32), torch.ones(2, 8, dtype=torch.int64)
+    engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
+    engine.objective = objective = Pulled(config.loss, mesh)
+    batch = torch.zeros(4, 3, 32, 32), torch.ones(4, 8, dtype=torch.int64)
     seen: dict[str, list[float]] = {"up": [], "down": []}
     part = 3.0 if mesh.rank == 0 else -1.0
     for direction, sign in (("up", -1.0), ("down", 1.0)):
         for _ in range(25):
-            *_, scale = engine(images, texts)
-            seen[direction].append(scale.item())
-            engine.backward(sign * part * scale)
-            engine.step()
+            objective.weight = sign * part
+            engine.step(batch, 0.2)
+            seen[direction].append(objective.logit_scale.item())
     return seen
 
 

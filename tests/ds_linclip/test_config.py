@@ -16,7 +16,8 @@ from ds_linclip.config import (
     load_config,
     save_config,
 )
-from ds_linclip.parallel.engine import deepspeed_config
+from ds_linclip.parallel.deepspeed_config import deepspeed_config
+from ds_linclip.parallel.mesh import Mesh
 
 CONFIGS = sorted(Path("ds_configs/train").glob("*.yaml"))
 EMBEDDED = "ds_configs/train/embedded.yaml"
@@ -247,10 +248,43 @@ def _as_yaml(override):
         ("data.max_bad_in_a_row=0", r"data\.max_bad_in_a_row \(0\) must be greater than 0"),
         ("data.prefetch_batches=0", r"data\.prefetch_batches \(0\) must be greater than 0"),
         ("data.crop_scale={a: 1}", r"command line: config: Cannot merge incompatible container"),
-        ("parallel.dp=3", r"train\.global_batch_size \(\d+\) must be .*parallel\.dp \(3\)"),
+        ("parallel.dp=3", r"train\.global_batch_size \(128\) must be .*\(3\): 126 or 129 would do"),
         ("name=a/b", r"name \('a/b'\) must be a plain folder name"),
         ("train.seed=-1", r"train\.seed \(-1\) must not be negative"),
         ("zero.stage=7", r"zero\.stage \(7\) must be"),
+        ("parallel.tp=0", r"parallel\.tp \(0\) must be greater than 0"),
+        (
+            "parallel.tp=3",
+            r"parallel\.tp \(3\) must divide model\.vision heads \(2\): 1 or 2 would do",
+        ),
+        (
+            "parallel.pp=7",
+            r"parallel\.pp \(7\) must be at most .*layers \(6\): a stage holds at least",
+        ),
+        ("parallel.cp=66", r"parallel\.cp \(66\) must be at most the number of tokens .*\(65\)"),
+        (
+            ["parallel.cp=2", "model.vision.attention.kind=softmax"],
+            r"parallel\.cp \(2\) needs model\.vision\.attention\.kind linear, .* take parallel\.cp",
+        ),
+        (
+            ["parallel.pp=2", "zero.stage=3"],
+            r"zero\.stage \(3\) must be 1 with parallel\.pp \(2\): .* take zero\.stage=1, or par",
+        ),
+        ("zero.offload_param=cpu", r"zero\.offload_param \(cpu\) needs zero\.stage 3, not \(1\)"),
+        (
+            "zero.offload_optimizer=nvme",
+            r"offload_optimizer \(nvme\) needs zero\.stage 3, not \(1\)",
+        ),
+        (
+            ["zero.offload_optimizer=nvme", "zero.stage=3"],
+            r"zero\.offload_optimizer \(nvme\) needs a folder in zero\.nvme_path",
+        ),
+        (
+            ["parallel.dp=2", "train.micro_batch_size=48"],
+            r"train\.micro_batch_size \(48\) must divide .* \(128 / 2 = 64\): 32 would do",
+        ),
+        ("loss.chunk_size=0", r"loss\.chunk_size \(0\) must be greater than 0"),
+        ("model.vision.patch_dropout=1", r"patch_dropout \(1\.0\) must be in \[0, 1\)"),
         ("model.text.vocab_size=1000", r"vocab_size \(1000\) must be at least 49408"),
         ("model.text.context_length=2", r"context_length \(2\) must be at least 3"),
         ("model.vision.head_width=8", r"model\.vision: head dimension \(8\) must be in 16\.\.256"),
@@ -261,7 +295,7 @@ def _as_yaml(override):
 )
 def test_bad_value_is_named_with_its_rule(override, message):
     with pytest.raises(ValueError, match=message):
-        load_config(EMBEDDED, [override])
+        load_config(EMBEDDED, [override] if isinstance(override, str) else override)
 
 
 @pytest.mark.parametrize(
@@ -287,8 +321,11 @@ def test_deepspeed_dictionary_is_generated_from_the_config(tmp_path):
     extra = tmp_path / "extra.json"
     extra.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}}))
     config.zero.deepspeed_config = str(extra)
-    generated = deepspeed_config(config, dp_size=2)
-    assert generated["train_micro_batch_size_per_gpu"] * 2 == config.train.global_batch_size
+    config.train.micro_batch_size = 32
+    generated = deepspeed_config(config, Mesh.create())
+    assert generated["train_batch_size"] == config.train.global_batch_size == 128
+    assert generated["train_micro_batch_size_per_gpu"] == 32
+    assert generated["gradient_accumulation_steps"] == 4
     assert generated["bf16"] == {"enabled": True}
     assert generated["gradient_clipping"] == 0.5
     assert generated["zero_optimization"] == {"overlap_comm": True, "stage": 1}
@@ -297,9 +334,15 @@ def test_deepspeed_dictionary_is_generated_from_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"train_batch_size": 8}', "must not set train_batch_size: the training config owns it"),
+        (
+            '{"train_batch_size": 8}',
+            "must not set train_batch_size: only comms_logger, communication",
+        ),
         ('{"zero_optimization": {"stage": 2}}', r"must not set zero_optimization\.stage"),
-        ('{"zero_optimisation": {}}', "must not set zero_optimisation: it is not known here"),
+        (
+            '{"zero_optimisation": {}}',
+            "must not set zero_optimisation: only .*zero_optimization are",
+        ),
         ('{"zero_optimization": {"overlap_com": true}}', "overlap_com: Extra inputs"),
         ("{", "cannot be read"),
         ("[]", "must hold keys and values"),
@@ -309,9 +352,10 @@ def test_mistake_in_the_deepspeed_file_is_named(tmp_path, content, message):
     extra = tmp_path / "extra.json"
     extra.write_text(content)
     config = Config()
+    config.train.global_batch_size = 8
     config.zero.deepspeed_config = str(extra)
     with pytest.raises(ValueError, match=rf"zero\.deepspeed_config \(.*extra\.json\).* {message}"):
-        deepspeed_config(config, dp_size=1)
+        deepspeed_config(config, Mesh.create())
 
 
 def test_commands_in_the_readme_have_overrides_that_load():

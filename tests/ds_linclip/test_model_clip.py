@@ -1,4 +1,3 @@
-import math
 
 import pytest
 import torch
@@ -68,19 +67,18 @@ def test_forward_returns_normalized_fp32_features_and_the_initial_scale(
     mesh: Mesh, kind: str
 ) -> None:
     model = build(mesh, ATTENTIONS[kind])
-    image_features, text_features, scale = model(*inputs())
+    image_features, text_features, log_scale = model(*inputs())
     assert image_features.shape == text_features.shape == (4, 24)
     torch.testing.assert_close(image_features.norm(dim=-1), torch.ones(4))
     torch.testing.assert_close(text_features.norm(dim=-1), torch.ones(4))
-    assert scale.shape == ()
-    assert scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
+    assert log_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_gradient_reaches_every_parameter(mesh: Mesh, kind: str) -> None:
     model = build(mesh, ATTENTIONS[kind])
-    image_features, text_features, scale = model(*inputs())
-    logits = scale * image_features @ text_features.T
+    image_features, text_features, log_scale = model(*inputs())
+    logits = log_scale.exp() * image_features @ text_features.T
     nn.functional.cross_entropy(logits, torch.arange(4)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -91,8 +89,8 @@ def test_gradient_reaches_every_parameter(mesh: Mesh, kind: str) -> None:
 def test_bf16_weights_give_fp32_features_near_the_fp32_ones(mesh: Mesh) -> None:
     for kind in ("softmax", "normalized"):
         model = build(mesh, ATTENTIONS[kind])
-        expected = model(*inputs())
-        actual = model.bfloat16()(*inputs())
+        expected = model(*inputs())[:2]
+        actual = model.bfloat16()(*inputs())[:2]
         for got, wanted in zip(actual, expected, strict=True):
             assert got.dtype == torch.float32
             assert relative_rms(got, wanted) < 3e-2
@@ -147,62 +145,12 @@ def test_state_dict_holds_tensors_only_and_loads_back(mesh: Mesh) -> None:
 def test_tokens_of_a_batch_are_those_the_towers_see(mesh: Mesh, size: tuple[int, int]) -> None:
     model = build(mesh, Attention())
     seen = []
-    for block in (model.visual.blocks[0], model.text.blocks[0]):
+    for block in (model.visual.blocks["0"], model.text.blocks["0"]):
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0][..., 0].numel()))
     images, texts = inputs(3, image_size=size)
     texts = texts[:, :9]
     model(images, texts)
     assert model.num_tokens(images, texts) == sum(seen)
-
-
-@pytest.mark.parametrize(
-    ("log_scale", "expected"),
-    [(math.log(20), 20.0), (4.7, 100.0), (50.0, 100.0), (math.log(100), 100.0), (-3.0, 1.0)],
-)
-def test_logit_scale_is_held_in_range_whatever_the_parameter(
-    mesh: Mesh, log_scale: float, expected: float
-) -> None:
-    model = build(mesh, Attention())
-    for dtype in (torch.float32, torch.bfloat16):
-        model = model.to(dtype)
-        model.logit_scale.data.fill_(log_scale)
-        scale = model(*inputs())[2].item()
-        assert 1.0 <= scale <= 100.0
-        assert scale == pytest.approx(expected, rel=2e-2 if dtype is torch.bfloat16 else 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("log_scale", "direction", "passes"),
-    [
-        (2.0, -1.0, True),
-        (2.0, 1.0, True),
-        (4.7, -1.0, False),  # asks for more than 100
-        (4.7, 1.0, True),
-        (-0.1, -1.0, True),
-        (-0.1, 1.0, False),  # asks for less than 1
-    ],
-)
-def test_logit_scale_gradient_passes_only_inward(
-    mesh: Mesh, log_scale: float, direction: float, passes: bool
-) -> None:
-    model = build(mesh, Attention())
-    model.logit_scale.data.fill_(log_scale)
-    scale = model(*inputs())[2]
-    (direction * scale).backward()
-    expected = direction * scale.item() if passes else 0.0
-    assert model.logit_scale.grad is not None
-    assert model.logit_scale.grad.item() == pytest.approx(expected)
-
-
-def test_logit_scale_comes_back_from_beyond_the_limit(mesh: Mesh) -> None:
-    model = build(mesh, Attention())
-    model.logit_scale.data.fill_(4.62)
-    optimizer = torch.optim.SGD([model.logit_scale], lr=1e-3)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(*inputs())[2].backward()
-        optimizer.step()
-    assert model(*inputs())[2].item() < 90
 
 
 def test_positions_are_untouched_at_the_configured_size(mesh: Mesh) -> None:
@@ -237,9 +185,9 @@ def test_model_of_a_wide_image_trains(mesh: Mesh, kind: str) -> None:
     model = build(mesh, ATTENTIONS[kind], image_size=(16, 48))
     assert model.visual.grid_size == (2, 6)
     assert model.visual.positional_embedding.shape == (2 * 6 + 1, 64)
-    image_features, text_features, scale = model(*inputs(image_size=(16, 48)))
+    image_features, text_features, log_scale = model(*inputs(image_size=(16, 48)))
     assert image_features.shape == text_features.shape == (4, 24)
-    logits = scale * image_features @ text_features.T
+    logits = log_scale.exp() * image_features @ text_features.T
     nn.functional.cross_entropy(logits, torch.arange(4)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -264,7 +212,7 @@ def test_every_patch_has_the_position_of_its_place(mesh: Mesh) -> None:
         visual.positional_embedding[:, 0] = torch.arange(7.0)
         visual.conv1.weight[1] = 1 / (3 * 8 * 8)  # feature 1: the mean of the patch
     entered: list[torch.Tensor] = []
-    visual.blocks[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    visual.blocks["0"].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     images = torch.zeros(1, 3, 16, 24)
     images[:, :, 8:, :8] = 1000.0  # second row, first column: place 3 of a row-major grid
     visual(images)

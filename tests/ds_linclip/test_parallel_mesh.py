@@ -49,16 +49,20 @@ def test_unlaunched_process_is_a_world_of_one(mesh: Mesh) -> None:
 
 def test_creating_the_mesh_again_reuses_its_groups(mesh: Mesh) -> None:
     again = Mesh.create(ParallelConfig(device="cpu", dp=1))
-    assert again.dp_group is mesh.dp.group
-    assert again.tp_group is mesh.tp.group
+    assert again == mesh
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ParallelConfig(device="cpu", dp=2), r"parallel\.dp \(2\) must equal .* \(1 / 1 = 1\)"),
-        (ParallelConfig(device="cpu", tp=2), r"parallel\.tp \(2\) must divide .* ranks \(1\)"),
-        (ParallelConfig(device="cpu", tp=0), r"parallel\.tp \(0\) must divide"),
+        (
+            ParallelConfig(device="cpu", dp=2),
+            r"parallel\.dp \(2\) x .* must equal the number of ranks \(1\): .*dp=1 would do, or 2",
+        ),
+        (
+            ParallelConfig(device="cpu", tp=2, cp=3, pp=5),
+            r"tp \(2\) x .*cp \(3\) x .*pp \(5\) = 30 must divide the number of ranks \(1\): st",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_the_ranks_are_named(config: ParallelConfig, message: str) -> None:
@@ -87,7 +91,7 @@ def test_agree_returns_the_result_or_raises_the_error(mesh: Mesh) -> None:
 
 def test_mpu_answers_what_deepspeed_asks(mesh: Mesh) -> None:
     mpu = mesh.mpu()
-    assert mpu.get_data_parallel_group() is mesh.dp.group
+    assert mpu.get_data_parallel_group() is mesh.replicas.group
     assert mpu.get_data_parallel_world_size() == 1
     assert mpu.get_data_parallel_group_ranks() == [0]
     assert (mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()) == (0, 1)
@@ -121,8 +125,8 @@ def run_model(mesh: Mesh) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(4, 3, 32, 32, generator=generator)
     texts = torch.randint(0, 60, (4, 12), generator=generator)
-    image_features, text_features, scale = model(images, texts)
-    logits = scale * image_features @ text_features.T
+    image_features, text_features, log_scale = model(images, texts)
+    logits = log_scale.exp() * image_features @ text_features.T
     torch.nn.functional.cross_entropy(logits, torch.arange(4)).backward()
     with torch.no_grad():
         for parameter in model.parameters():
