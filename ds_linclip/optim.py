@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 
 from ds_linclip.config import OptimConfig
+from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["Lamb", "build_optimizer", "ema_decay", "learning_rate", "weight_decay_groups"]
 
@@ -82,17 +83,19 @@ class _Layout:
     """What a tensor of the optimizer holds: slices of it, each with its parameter's number."""
 
     pieces: Sequence[tuple[int, slice]]
-    num_parameters: int
-    #: Ranks that hold the other pieces of the same parameters; None: there are none.
-    group: dist.ProcessGroup | None = None
+    #: For every parameter, whether tensor parallelism splits it.
+    is_split: Sequence[bool]
+    #: Whether the other data-parallel ranks hold the rest of the pieces.
+    is_partitioned: bool = False
 
 
 class Lamb(optim.Optimizer):
     """LAMB (arXiv 1904.00962, Algorithm 2, with bias correction), exact also under ZeRO.
 
     A parameter's trust ratio is that of the whole parameter: where ZeRO leaves this rank pieces of
-    it in a flat tensor, the squared norms are summed over the ranks. As in timm and NVIDIA's LAMB,
-    groups without weight decay take a plain Adam step; clipping is not done here.
+    it in a flat tensor, or tensor parallelism splits it, the squared norms are summed over the
+    ranks. As in timm and NVIDIA's LAMB, groups without weight decay take a plain Adam step;
+    clipping is not done here.
 
     Args:
         params: parameter groups.
@@ -105,14 +108,14 @@ class Lamb(optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         tensors = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         self._layouts: dict[Tensor, _Layout] = {p: _whole(p) for p in tensors}
-        self._device: torch.device | None = None
+        self._mesh: Mesh | None = None
 
-    def attach(self, engine: Any, dp_group: dist.ProcessGroup) -> None:
+    def attach(self, engine: Any, mesh: Mesh) -> None:
         """Learn where ZeRO keeps the parameters; once, right after ``deepspeed.initialize``.
 
         Args:
             engine: DeepSpeed's, at any ZeRO stage.
-            dp_group: the ranks that share the parameters.
+            mesh: the ranks that share the parameters.
 
         Raises:
             ValueError: when ``round_robin_gradients`` is on: DeepSpeed then loses track itself.
@@ -121,8 +124,8 @@ class Lamb(optim.Optimizer):
             raise ValueError(
                 "zero_optimization.round_robin_gradients (true) must be false with LAMB"
             )
-        self._layouts = dict(_layouts(engine.optimizer, dp_group))
-        self._device = engine.device
+        self._layouts = dict(_layouts(engine.optimizer, mesh.dp_rank))
+        self._mesh = mesh
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -153,14 +156,12 @@ class Lamb(optim.Optimizer):
             raise RuntimeError("Lamb.attach must be called after deepspeed.initialize")
         layout = self._layouts[p]
         weights, updates = p.view(-1), update.view(-1)
-        squares = p.new_zeros(2, layout.num_parameters)
+        squares = p.new_zeros(2, len(layout.is_split))
         for index, where in layout.pieces:
             squares[0, index] = weights[where].square().sum()
             squares[1, index] = updates[where].square().sum()
-        if layout.group is not None:
-            squares = squares.to(self._device)  # with offload, only the device can communicate
-            dist.all_reduce(squares, group=layout.group)
-            squares = squares.to(p.device)
+        if self._mesh is not None:
+            squares = _sum_over_ranks(squares, layout, self._mesh)
         weight_norm, update_norm = squares.sqrt()
         usable = (weight_norm > 0) & (update_norm > 0)
         ratio = torch.where(usable, weight_norm / update_norm, 1.0)
@@ -168,32 +169,47 @@ class Lamb(optim.Optimizer):
             updates[where].mul_(ratio[index])
 
 
+def _sum_over_ranks(squares: Tensor, layout: _Layout, mesh: Mesh) -> Tensor:
+    on_device = squares.to(mesh.device)  # with offload they are not, and nccl wants them there
+    if layout.is_partitioned:
+        dist.all_reduce(on_device, group=mesh.dp_group)
+    if mesh.tp_size > 1:
+        total = on_device.clone()
+        dist.all_reduce(total, group=mesh.tp_group)
+        is_split = torch.tensor(layout.is_split, device=mesh.device)
+        on_device = torch.where(is_split, total, on_device)
+    return on_device.to(squares.device)
+
+
 def _whole(p: Tensor) -> _Layout:
-    return _Layout([(0, slice(0, p.numel()))], num_parameters=1)
+    return _Layout([(0, slice(0, p.numel()))], _is_split([p]))
 
 
-def _layouts(zero: Any, dp_group: dist.ProcessGroup) -> Iterator[tuple[Tensor, _Layout]]:
+def _is_split(params: Sequence[Tensor]) -> list[bool]:
+    return [getattr(p, "tensor_model_parallel", False) for p in params]
+
+
+def _layouts(zero: Any, dp_rank: int) -> Iterator[tuple[Tensor, _Layout]]:
     """The tensors that DeepSpeed's optimizer ``zero`` gives to the one it wraps, each as it is."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3: every rank has a part of each
         for flat, params in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             pieces, start = [], 0
             for index, p in enumerate(params):
                 part = p.partition_numel()
-                # The last rank's part may end in padding.
-                used = min(part, max(0, p.ds_numel - part * dp_group.rank()))
+                used = min(part, max(0, p.ds_numel - part * dp_rank))  # the rest is padding
                 pieces.append((index, slice(start, start + used)))
                 start += part
-            yield flat, _Layout(pieces, len(params), dp_group)
+            yield flat, _Layout(pieces, _is_split(params), is_partitioned=True)
     elif hasattr(zero, "bit16_groups") or hasattr(zero, "bf16_groups"):  # stages 1 and 2
         groups = zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
-        for params, group in zip(groups, zero.optimizer.param_groups, strict=True):
+        for params, group in zip(groups, zero.param_groups, strict=True):
             (flat,) = group["params"]
             pieces = []
             for index, p in enumerate(params):
                 if p._hp_mapping is not None:
                     address = p._hp_mapping.get_hp_fragment_address()
                     pieces.append((index, slice(address.start, address.start + address.numel)))
-            yield flat, _Layout(pieces, len(params), dp_group)
+            yield flat, _Layout(pieces, _is_split(params), is_partitioned=True)
     else:  # stage 0
         for group in zero.param_groups:
             yield from ((p, _whole(p)) for p in group["params"])

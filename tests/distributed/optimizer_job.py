@@ -4,10 +4,12 @@ One start of the launcher, many checks: see test_optimizers.py, which reads the 
 differences are from training in one process, which every rank does for itself.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -82,6 +84,7 @@ def main(folder: Path) -> None:
         expected, averages = train_in_one_process(kind, STEPS)
         for form in (name for name in FORMS if name.startswith("fp32")):
             results[f"{kind}_{form}"] = whole_run(mesh, kind, form, expected, averages)
+    results["lamb_tensor_parallel"] = lamb_on_split_parameters(mesh)
     for form in FORMS:
         results[f"resume_{form}"] = resume(mesh, form, folder / form)
     (folder / f"rank{mesh.rank}.json").write_text(json.dumps(results))
@@ -126,7 +129,7 @@ def make_engine(mesh: Mesh, kind: str, form: str) -> Any:
         dist_init_required=False,
     )
     if isinstance(optimizer, Lamb):
-        optimizer.attach(engine, mesh.dp_group)
+        optimizer.attach(engine, mesh)
     return engine
 
 
@@ -182,6 +185,35 @@ def train_in_one_process(kind: str, steps: int) -> tuple[dict[str, Tensor], dict
             old = averages.get(name, p.detach())
             averages[name] = decay * old + (1 - decay) * p.detach()
     return {name: p.detach() for name, p in model.named_parameters()}, averages
+
+
+def lamb_on_split_parameters(mesh: Mesh) -> dict[str, float]:
+    """One matrix shared out over two tensor-parallel ranks, another that both have."""
+    generator = torch.Generator().manual_seed(0)
+    split, both = torch.randn(2, 6, 4, generator=generator)
+    gradients = torch.randn(STEPS, 2, 6, 4, generator=generator)
+    reference = [nn.Parameter(split.clone()), nn.Parameter(both.clone())]
+    mine = slice(3 * mesh.rank, 3 * mesh.rank + 3)
+    parameters = [nn.Parameter(split[mine].clone()), nn.Parameter(both.clone())]
+    parameters[0].tensor_model_parallel = True
+    groups = [{"params": parameters, "weight_decay": 0.1}]
+    optimizer = Lamb(groups, lr=0.1, betas=(0.9, 0.98))
+    tensor_parallel = dataclasses.replace(mesh, dp_size=1, tp_size=2, tp_group=mesh.dp_group)
+    optimizer.attach(SimpleNamespace(optimizer=optimizer), tensor_parallel)
+    whole = timm.optim.Lamb(
+        reference, lr=0.1, betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=None
+    )
+    for step in range(STEPS):
+        for p, gradient in zip(reference, gradients[step], strict=True):
+            p.grad = gradient.clone()
+        parameters[0].grad, parameters[1].grad = gradients[step, 0, mine], gradients[step, 1]
+        optimizer.step()
+        whole.step()
+    return {
+        "split": (parameters[0] - reference[0][mine]).abs().max().item(),
+        "both": (parameters[1] - reference[1]).abs().max().item(),
+        "way": (reference[0] - split).abs().max().item(),
+    }
 
 
 def module_weights(engine: Any) -> dict[str, Tensor]:

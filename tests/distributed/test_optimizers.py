@@ -36,6 +36,13 @@ def test_two_ranks_train_as_one_process_does(job, kind, form):
         assert seen["restored"] == 0
 
 
+def test_trust_ratios_are_those_of_parameters_that_tensor_parallelism_splits(job):
+    for seen in results(job, "lamb_tensor_parallel"):
+        assert seen["split"] < 1e-6
+        assert seen["both"] < 1e-6
+        assert seen["way"] > 0.1
+
+
 @pytest.mark.parametrize("form", toy.FORMS)
 def test_averages_are_saved_and_go_on_bit_for_bit(job, form):
     for seen in results(job, f"resume_{form}"):
