@@ -124,7 +124,7 @@ class Lamb(optim.Optimizer):
             raise ValueError(
                 "zero_optimization.round_robin_gradients (true) must be false with LAMB"
             )
-        self._layouts = dict(_layouts(engine.optimizer, mesh.dp_rank))
+        self._layouts = dict(_layouts(engine.optimizer, mesh.replicas.rank))
         self._mesh = mesh
 
     @torch.no_grad()
@@ -172,10 +172,10 @@ class Lamb(optim.Optimizer):
 def _sum_over_ranks(squares: Tensor, layout: _Layout, mesh: Mesh) -> Tensor:
     on_device = squares.to(mesh.device)  # with offload they are not, and nccl wants them there
     if layout.is_partitioned:
-        dist.all_reduce(on_device, group=mesh.dp_group)
-    if mesh.tp_size > 1:
+        dist.all_reduce(on_device, group=mesh.replicas.group)
+    if mesh.tp.size > 1:
         total = on_device.clone()
-        dist.all_reduce(total, group=mesh.tp_group)
+        dist.all_reduce(total, group=mesh.tp.group)
         is_split = torch.tensor(layout.is_split, device=mesh.device)
         on_device = torch.where(is_split, total, on_device)
     return on_device.to(squares.device)

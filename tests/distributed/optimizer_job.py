@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ds_linclip.config import OptimConfig
 from ds_linclip.optim import Lamb, build_optimizer, ema_decay, weight_decay_groups
 from ds_linclip.parallel.ema import ema_weights, track_ema
-from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.mesh import Axis, Mesh
 
 STEPS = 11
 SKIPPED = 5  # its gradients are not finite: ten steps count
@@ -79,6 +79,7 @@ class Toy(nn.Module):
 
 def main(folder: Path) -> None:
     mesh = Mesh.create()
+    mesh.prepare_for_deepspeed()
     results = {}
     for kind in ("adamw", "lion", "lamb"):
         expected, averages = train_in_one_process(kind, STEPS)
@@ -116,7 +117,7 @@ def make_engine(mesh: Mesh, kind: str, form: str) -> Any:
     track_ema(optimizer)
     common = {
         "train_batch_size": 8,
-        "train_micro_batch_size_per_gpu": 8 // mesh.dp_size,
+        "train_micro_batch_size_per_gpu": 8 // mesh.replicas.size,
         "gradient_clipping": 1.0,
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
@@ -140,8 +141,8 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def train(engine: Any, mesh: Mesh, steps: Iterable[int]) -> None:
-    share = 8 // mesh.dp_size
-    mine = slice(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
+    share = 8 // mesh.replicas.size
+    mine = slice(mesh.replicas.rank * share, (mesh.replicas.rank + 1) * share)
     for step in steps:
         set_schedule(engine.optimizer.param_groups, step)
         inputs, targets = batch(step)
@@ -198,7 +199,8 @@ def lamb_on_split_parameters(mesh: Mesh) -> dict[str, float]:
     parameters[0].tensor_model_parallel = True
     groups = [{"params": parameters, "weight_decay": 0.1}]
     optimizer = Lamb(groups, lr=0.1, betas=(0.9, 0.98))
-    tensor_parallel = dataclasses.replace(mesh, dp_size=1, tp_size=2, tp_group=mesh.dp_group)
+    alone = Axis(rank=0, size=1, group=mesh.tp.group)
+    tensor_parallel = dataclasses.replace(mesh, replicas=alone, tp=mesh.dp)
     optimizer.attach(SimpleNamespace(optimizer=optimizer), tensor_parallel)
     whole = timm.optim.Lamb(
         reference, lr=0.1, betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=None
