@@ -72,7 +72,6 @@ class Engine(ABC):
         self._mesh = mesh
         self._config = config
         self.objective = Objective(config.loss, mesh)
-        mesh.prepare_for_deepspeed()
         generated = deepspeed_config(config, mesh)
         self._engine, _, _, _ = deepspeed.initialize(
             model=self._module(model),
@@ -194,6 +193,7 @@ class PipelineEngine(Engine):
         )
         layers: list[Any] = [LayerSpec(nn.Identity)] * mesh.pp.size  # others' are never built
         layers[mesh.pp.rank] = _Stage(model)
+        mesh.prepare_for_deepspeed()
         with contextlib.redirect_stdout(io.StringIO()):
             return PipelineModule(
                 layers, topology=topology, loss_fn=surrogate, partition_method="uniform"

@@ -171,6 +171,7 @@ class Mesh:
 
     def mpu(self) -> Any:
         """What ``deepspeed.initialize`` takes as ``mpu`` of an engine without a pipeline."""
+        self.prepare_for_deepspeed()
         return _DeepSpeedGroups()
 
 

@@ -79,7 +79,6 @@ class Toy(nn.Module):
 
 def main(folder: Path) -> None:
     mesh = Mesh.create()
-    mesh.prepare_for_deepspeed()
     results = {}
     for kind in ("adamw", "lion", "lamb"):
         expected, averages = train_in_one_process(kind, STEPS)
