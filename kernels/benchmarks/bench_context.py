@@ -113,16 +113,15 @@ def main() -> int:
         tokens=(512, 1024) if arguments.quick else sorted(set(arguments.tokens)),
         repetitions=1 if arguments.quick else arguments.repetitions,
     )
-    output = arguments.output or ROOT / "docs" / "results" / "context" / folder_name(
-        device_name(device)
-    )
+    name = device_name(device)
+    output = arguments.output or Path("docs/results/context", folder_name(name))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"output ({output}) must be a folder: {error.strerror}")
     checks, rows = run(plan)
     facts = {
-        "device": device_name(device),
+        "device": name,
         "cores": str(len(os.sched_getaffinity(0))),
         "backend": "nccl" if device == "cuda" else "gloo",
         "dtype": str(DTYPE[device]).removeprefix("torch."),
