@@ -146,8 +146,8 @@ class Report:
         by_length = self._by_length
         peaks = []
         if any(row.peak_mib is not None for row in self.rows):
-            table = by_length("peak_mib", lambda mib: f"{mib:.0f}")
-            peaks = ["## Peak memory beyond the inputs, MiB", table]
+            by_form = by_length("peak_mib", lambda mib: f"{mib:.0f}")
+            peaks = ["## Peak memory beyond the inputs, MiB", by_form]
         sections = [
             f"# Linear attention and SDPA on {self.facts['device']}",
             table(["", ""], [[*fact] for fact in self.facts.items()], left=2),
