@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_linclip.config import Config
+from ds_linclip.parallel.ema import add_ema_to_universal
 from ds_linclip.parallel.engine import Engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.parallel.universal import write_universal
@@ -165,6 +166,7 @@ class CheckpointStore:
             logger.info("%s: from %d ranks to %d", path.name, theirs, self._mesh.replicas.size)
             shutil.rmtree(folder, ignore_errors=True)
             write_universal(path, folder)
+            add_ema_to_universal(path, folder / path.name)
 
     def _problem_of(self, path: Path) -> str | None:
         """What makes the checkpoint unusable, in words; the same answer on all ranks."""

@@ -117,7 +117,7 @@ def whole_run(
 def make_engine(mesh: Mesh, kind: str, form: str) -> Any:
     torch.manual_seed(0)
     model = Toy()
-    optimizer = build_optimizer(model, CONFIG, kind)
+    optimizer = build_optimizer(model, dataclasses.replace(CONFIG, kind=kind))
     track_ema(optimizer)
     common = {
         "train_batch_size": 8,
@@ -174,7 +174,7 @@ def train_in_one_process(kind: str, steps: int) -> tuple[dict[str, Tensor], dict
             max_grad_norm=None,
         )
     else:
-        optimizer = build_optimizer(model, CONFIG, kind)
+        optimizer = build_optimizer(model, dataclasses.replace(CONFIG, kind=kind))
     averages: dict[str, Tensor] = {}
     for step in range(steps):
         set_schedule(optimizer.param_groups, step)

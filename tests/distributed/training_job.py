@@ -122,7 +122,7 @@ def logit_scale_under_pressure(mesh: Mesh, config: Config) -> dict[str, list[flo
     for direction, sign in (("up", -1.0), ("down", 1.0)):
         for _ in range(25):
             objective.weight = sign * part
-            engine.step(batch, 0.2)
+            engine.step(batch, lr=0.2)
             seen[direction].append(objective.logit_scale.item())
     return seen
 
