@@ -12,9 +12,18 @@ from bench_report import LABEL, MUTED, TITLE, dress, table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["CHECK_TOKENS", "HEADS", "HEAD_DIM", "ContextReport", "ContextRow", "SplitCheck"]
+__all__ = [
+    "CHECK_TOKENS",
+    "HEADS",
+    "HEAD_DIM",
+    "STATE_BYTES",
+    "ContextReport",
+    "ContextRow",
+    "SplitCheck",
+]
 
-HEADS, HEAD_DIM = 12, 64
+#: Few, so that 262144 tokens in one process leave room on a machine of 16 GiB.
+HEADS, HEAD_DIM = 4, 64
 #: A state is [H, D + 1, D + 1] in float32, whatever the number of tokens.
 STATE_BYTES = HEADS * (HEAD_DIM + 1) ** 2 * 4
 #: Of the check; not divisible by the ranks.
