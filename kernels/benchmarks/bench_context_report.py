@@ -11,6 +11,7 @@ from typing import Any
 from bench_report import LABEL, MUTED, TITLE, dress, table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 __all__ = [
     "CHECK_TOKENS",
@@ -184,9 +185,10 @@ class ContextReport:
         """Time, exchange and memory of a rank over the number of tokens."""
         figure = Figure(figsize=(14, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
-        time_field = "wall_seconds" if self.facts["backend"] == "nccl" else "cpu_seconds"
+        on_gpu = self.facts["backend"] == "nccl"
+        time_field = "wall_seconds" if on_gpu else "cpu_seconds"
         titles = {
-            time_field: ("time per rank, forward + backward", f"{time_field.split('_')[0]} s"),
+            time_field: ("time per rank, forward + backward", "s" if on_gpu else "CPU seconds"),
             "forward_bytes": ("exchanged per layer and rank, forward", "bytes"),
             "peak_mib": ("peak memory per rank, beyond inputs", "MiB"),
         }
@@ -202,6 +204,8 @@ class ContextReport:
             axes.set_yscale("log")
             axes.legend(frameon=False, fontsize=9)
             dress(axes)
+            axes.set_xticks(self.tokens, minor=False)
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlim(0.7 * self.tokens[0], 1.4 * self.tokens[-1])
         facts = self.facts
         figure.suptitle(
