@@ -11,7 +11,7 @@ from typing import Any
 from bench_report import LABEL, MUTED, TITLE, dress, table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import EngFormatter, NullLocator
 
 __all__ = [
     "CHECK_TOKENS",
@@ -206,6 +206,7 @@ class ContextReport:
             dress(axes)
             axes.set_xticks(self.tokens, minor=False)
             axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
             axes.set_xlim(0.7 * self.tokens[0], 1.4 * self.tokens[-1])
         facts = self.facts
         figure.suptitle(
