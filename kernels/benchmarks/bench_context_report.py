@@ -11,10 +11,20 @@ from typing import Any
 from bench_report import LABEL, MUTED, TITLE, dress, table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullLocator
 
-__all__ = ["CHECK_TOKENS", "HEADS", "HEAD_DIM", "ContextReport", "ContextRow", "SplitCheck"]
+__all__ = [
+    "CHECK_TOKENS",
+    "HEADS",
+    "HEAD_DIM",
+    "STATE_BYTES",
+    "ContextReport",
+    "ContextRow",
+    "SplitCheck",
+]
 
-HEADS, HEAD_DIM = 12, 64
+#: Few, so that 262144 tokens in one process leave room on a machine of 16 GiB.
+HEADS, HEAD_DIM = 4, 64
 #: A state is [H, D + 1, D + 1] in float32, whatever the number of tokens.
 STATE_BYTES = HEADS * (HEAD_DIM + 1) ** 2 * 4
 #: Of the check; not divisible by the ranks.
@@ -175,9 +185,10 @@ class ContextReport:
         """Time, exchange and memory of a rank over the number of tokens."""
         figure = Figure(figsize=(14, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
-        time_field = "wall_seconds" if self.facts["backend"] == "nccl" else "cpu_seconds"
+        on_gpu = self.facts["backend"] == "nccl"
+        time_field = "wall_seconds" if on_gpu else "cpu_seconds"
         titles = {
-            time_field: ("time per rank, forward + backward", f"{time_field.split('_')[0]} s"),
+            time_field: ("time per rank, forward + backward", "s" if on_gpu else "CPU seconds"),
             "forward_bytes": ("exchanged per layer and rank, forward", "bytes"),
             "peak_mib": ("peak memory per rank, beyond inputs", "MiB"),
         }
@@ -193,6 +204,9 @@ class ContextReport:
             axes.set_yscale("log")
             axes.legend(frameon=False, fontsize=9)
             dress(axes)
+            axes.set_xticks(self.tokens, minor=False)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
             axes.set_xlim(0.7 * self.tokens[0], 1.4 * self.tokens[-1])
         facts = self.facts
         figure.suptitle(

@@ -10,7 +10,7 @@ import bench_attention
 import bench_timing
 import pytest
 import torch
-from bench_context_report import ContextReport, ContextRow, SplitCheck
+from bench_context_report import STATE_BYTES, ContextReport, ContextRow, SplitCheck
 from bench_report import WORKS, Check, Report, Row, crossover, slope
 
 FACTS = {name: name for name in ("device", "torch", "triton", "date_utc", "commit", "dtype")}
@@ -210,9 +210,9 @@ def test_context_report_takes_the_slowest_rank_and_the_median():
     assert report.values("cpu_seconds", 1) == [8]
     assert report.values("cpu_seconds", 2) == [5]
     assert report.passed
-    assert "| 2 ranks, forward  |  202800 | 202800 |" in report.summary()
+    assert f"| {STATE_BYTES} |" in report.summary()
     assert not ContextReport(facts, [SplitCheck(2, "o", math.nan, 1e-6)], rows).passed
-    more = context_row(2, 0, 0, 1, num_tokens=32, forward_bytes=202_804)
+    more = context_row(2, 0, 0, 1, num_tokens=32, forward_bytes=STATE_BYTES + 4)
     assert not ContextReport(facts, checks, [*rows, more]).passed
 
 
@@ -223,7 +223,7 @@ def context_row(
     seconds: float,
     *,
     num_tokens: int = 16,
-    forward_bytes: int = 202_800,
+    forward_bytes: int = STATE_BYTES,
 ) -> ContextRow:
     return ContextRow(
         num_tokens=num_tokens,
@@ -233,7 +233,7 @@ def context_row(
         cpu_seconds=seconds,
         wall_seconds=seconds,
         forward_bytes=forward_bytes if num_ranks > 1 else 0,
-        backward_bytes=202_800 if num_ranks > 1 else 0,
+        backward_bytes=STATE_BYTES if num_ranks > 1 else 0,
         peak_mib=1.0,
     )
 
@@ -248,5 +248,5 @@ def test_context_command_checks_and_counts(tmp_path: Path, monkeypatch: pytest.M
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (1 + 2 + 4)  # lengths, ranks
     exchanged = {row["forward_bytes"] for row in rows if row["num_ranks"] != "1"}
-    assert exchanged == {str(12 * 65 * 65 * 4)}
+    assert exchanged == {str(4 * 65 * 65 * 4)}
     assert (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")
