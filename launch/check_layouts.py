@@ -1,9 +1,9 @@
 """Train one tiny model in every parallel layout and compare: ``python launch/check_layouts.py``.
 
 Same seed, same global batches, fp32. Shown for each layout: the largest relative difference of a
-loss, and of a weight tensor (RMS), from the single process; the bytes that ranks exchange in a step,
-by axis, and how far they are from the plan. Exit code 1 when a difference is greater than 1e-5, or
-traffic differs by more than control messages.
+loss, and of a weight tensor (RMS), from the single process; the bytes that ranks exchange in a
+step, by axis, and how far they are from the plan. Exit code 1 when a difference is greater than
+1e-5, or traffic differs by more than control messages.
 """
 
 import argparse
@@ -289,9 +289,9 @@ def write(folder: Path, rows: Sequence[Row], steps: int) -> None:
         "",
         f"`python launch/check_layouts.py --out {folder}`: {steps} steps of {BATCH} pairs of the",
         f"embedded model in fp32, {platform.processor() or platform.machine()}, {packages}.",
-        "Differences are relative, from the single process: of the losses the largest, of the final",
-        "weights that of the worst tensor (RMS). Bytes: of a step, the rank that has most of them;",
-        f"the last column is how far any rank is from the plan (control messages under "
+        "Differences are relative, from the single process: the largest of a loss, and of a final",
+        "weight tensor (RMS). Bytes: of a step, on the rank that has most of them; the last column",
+        "is how far any rank is from the plan (control messages of less than "
         f"{CONTROL_BYTES} bytes are not counted).",
         "",
         "| attention | layout | ranks | loss | weights | tp | cp | pp | loss gather | ZeRO | off |",

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,8 @@ def load_folder(path: str | Path, mesh: Mesh) -> CLIP:
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"open_clip folder ({folder}) cannot be read: {error}") from error
     try:
-        model = CLIP(_parse_config(content), mesh)
+        loss: Literal["softmax", "sigmoid"] = "sigmoid" if "logit_bias" in weights else "softmax"
+        model = CLIP(_parse_config(content), mesh, loss=loss)
         from_open_clip(model, weights)
     except ValueError as error:
         raise ValueError(f"open_clip folder ({folder}): {error}") from error

@@ -185,7 +185,7 @@ class _Traffic:
 
     def _boundary(self, unit: int) -> int:
         """Activations that enter a unit."""
-        vision, text = self.config.model.vision, self.config.model.text
+        vision = self.config.model.vision
         if unit <= vision.layers + 1:
             return self.image_tokens
         image_features = self._bytes(1, self.config.model.embed_dim)
