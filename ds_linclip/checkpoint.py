@@ -1,7 +1,7 @@
 """Checkpoints that are either whole or not there.
 
-DeepSpeed writes its shards into ``step-N.tmp``, and the model as evaluation sees it goes beside them
-in open_clip's form. Every file is then synced and hashed, the list of hashes becomes
+DeepSpeed writes its shards into ``step-N.tmp``, and the model as evaluation sees it goes beside
+them in open_clip's form. Every file is then synced and hashed, the list of hashes becomes
 ``manifest.json``, and only a rename makes the folder a checkpoint. ``latest`` is replaced last. On
 resume the manifest is verified before anything is loaded.
 """

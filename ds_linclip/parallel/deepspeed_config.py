@@ -25,8 +25,9 @@ _FILE_MAY_SET = {
 #: What the file may set of the monitors, which are ours: the engine would write curves of its own.
 _MONITORS = {"wandb", "comet", "csv_monitor"}
 
-#: DeepSpeed's own keeps what is needed again within a billion parameters: all of a CLIP model.
-_ZERO_DEFAULTS = {"stage3_max_reuse_distance": 0}
+#: ZeRO-3, unless the file says otherwise. DeepSpeed's own default keeps on every rank what is needed
+#: again within a billion parameters: all of a CLIP model.
+_STAGE_3 = {"stage3_max_reuse_distance": 0}
 
 
 def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -59,7 +60,8 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     content = _read(config)
     zero = content.get("zero_optimization", {})
     merged = {k: v for k, v in content.items() if k not in _MONITORS} | generated
-    merged["zero_optimization"] = {**_ZERO_DEFAULTS, **zero, **generated["zero_optimization"]}
+    defaults = _STAGE_3 if config.zero.stage == 3 else {}
+    merged["zero_optimization"] = {**defaults, **zero, **generated["zero_optimization"]}
     try:
         DeepSpeedZeroConfig(**merged["zero_optimization"])
     except ValidationError as error:
