@@ -47,7 +47,7 @@ MIB = 2**20
 NOTES = """\
 - Every measurement is one forward and backward in a process of its own, after one of 64 pairs. Peak
   memory is what comes on top of the inputs, gradients included: on a CPU growth of the peak
-  resident set (ru_maxrss, reset after the inputs were made), on a GPU of
+  resident set (VmHWM, reset after the inputs were made), on a GPU of
   torch.cuda.max_memory_allocated.
 - The other form is open_clip's ClipLoss or SigLipLoss with autograd, in one process, as published.
 - Features are float32 and normalised; those of a pair have a cosine of about 0.15, others of 0.
@@ -55,8 +55,8 @@ NOTES = """\
 - Out of memory: the process needed more than the machine had available when it began.
 - Differences are between the two forms: of the value, relative, and of the gradients of both
   features, relative RMS.
-- Each time is one call, and other work may have run on the machine (see the load): compare
-  memory."""
+- Times are of one call and noisy: on a CPU other work ran on the cores (the load average before
+  is in loss.csv). CPU time is of all threads of the process, GPU work not included."""
 _INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 
 
@@ -79,6 +79,7 @@ class Row:
     case: Case
     peak_mib: float | None
     seconds: float | None
+    cpu_seconds: float | None
     load: float
     value: float | None
     value_difference: float | None = None
@@ -189,9 +190,9 @@ def measure(case: Case, file: Path) -> None:
         _stay_within_memory()
     inputs = make_inputs(case, case.num_pairs)
     run(case, make_inputs(case, 64))  # libraries, threads
-    found: dict[str, Any] = {"peak_mib": None, "seconds": None}
+    found: dict[str, Any] = {"peak_mib": None, "seconds": None, "cpu_seconds": None}
     before = _reset_peak(case.device)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     try:
         value = run(case, inputs)
     except RuntimeError as error:
@@ -200,8 +201,12 @@ def measure(case: Case, file: Path) -> None:
             raise
     else:
         found["seconds"] = time.perf_counter() - start
-        found["peak_mib"] = max(_peak(case.device) - before, resource.getpagesize()) / MIB
+        found["cpu_seconds"] = time.process_time() - cpu_start
+        peak = _peak(case.device) - before
         results = [value.detach(), *(x.grad for x in inputs if x.grad is not None)]
+        if peak < sum(x.nbytes for x in results):
+            raise RuntimeError(f"sizes ({case.num_pairs}) must be larger for memory to show")
+        found["peak_mib"] = peak / MIB
         found["results"] = [x.cpu() for x in results]
     torch.save(found, file)
 
@@ -313,6 +318,7 @@ def summary(facts: dict[str, str], rows: Sequence[Row], requirements: Sequence[R
                 str(ours.case.num_pairs),
                 *(_cell(row.peak_mib, ".0f") for row in (ours, theirs)),
                 ratio,
+                *(_cell(row.cpu_seconds, ".1f") for row in (ours, theirs)),
                 *(_cell(row.seconds, ".1f") for row in (ours, theirs)),
                 _cell(ours.value_difference, ".1e", "-"),
                 _cell(ours.gradient_difference, ".1e", "-"),
@@ -320,7 +326,8 @@ def summary(facts: dict[str, str], rows: Sequence[Row], requirements: Sequence[R
         )
     names = [name for name, _ in FORMS.values()]
     header = ["loss", "B", *(f"{name}, MiB" for name in names), "ratio"]
-    header += [*(f"{name}, s" for name in names), "value differs", "gradients differ"]
+    header += [f"{name}, {what}" for what in ("CPU s", "s") for name in names]
+    header += ["value differs", "gradients differ"]
     sections = [
         f"# Contrastive losses on {facts['device']}",
         _table(["", ""], [[*fact] for fact in facts.items()], left=2),
@@ -418,7 +425,8 @@ def _peak(device: str) -> int:
     """Bytes, since the last reset."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # ru_maxrss would be that of the process that started this one, where that is larger.
+    return _kib("/proc/self/status", "VmHWM") * 1024
 
 
 def _kib(file: str, name: str) -> int:
