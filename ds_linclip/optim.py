@@ -38,8 +38,7 @@ def build_optimizer(
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: matrices are decayed; vectors are not.
 
-    The vectors are norms, biases, the class embedding and the logit scale: open_clip's rule. Locked
-    parameters are in neither, and a group of none is left out.
+    The vectors are norms, biases, the class embedding and the logit scale: open_clip's rule.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -47,11 +46,10 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         if not parameter.requires_grad:
             continue
         (kept if parameter.ndim < 2 else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
+    return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

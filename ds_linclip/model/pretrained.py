@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_linclip.config import Attention, InitConfig, ModelConfig, TextTower, VisionTower
 from ds_linclip.model.clip import CLIP
@@ -64,11 +65,20 @@ def lock_towers(model: CLIP, config: InitConfig) -> None:
         model.visual.lock(config.lock_image_unlocked_groups)
     if config.lock_text and model.text is not None:
         model.text.lock(config.lock_text_unlocked_layers)
-    parameters = list(model.parameters())
-    if not any(parameter.requires_grad for parameter in parameters):
-        # A pipeline stage, and DeepSpeed's optimizer wants something on each: a vector that never
-        # gets a gradient, since the tower makes no graph, and is not decayed, since it is a vector.
-        next(p for p in parameters if p.ndim < 2).requires_grad_()
+    _complete_groups(model)
+
+
+def _complete_groups(model: CLIP) -> None:
+    """Give a pipeline stage that has no matrix, or no vector, to train one of zeros.
+
+    DeepSpeed adds up gradient norms over the stages group by group of the optimizer's parameters:
+    every stage must have both groups, and something in them. Zeros without a gradient stay zeros.
+    """
+    is_vector = {p.ndim < 2 for p in model.parameters() if p.requires_grad}
+    if True not in is_vector:
+        model.nothing_in_a_vector = nn.Parameter(torch.zeros(1, device=model.mesh.device))
+    if False not in is_vector:
+        model.nothing_in_a_matrix = nn.Parameter(torch.zeros(1, 1, device=model.mesh.device))
 
 
 def _check_tower(tower: str, theirs: ModelConfig, ours: ModelConfig) -> None:

@@ -32,15 +32,15 @@ class _Tower(nn.Module):
         seed: Of unit 0; the others count on from it.
 
     Attributes:
-        is_locked: Nothing held here is trained, and no graph is made.
-        starts_locked: What the first unit held here takes in needs no gradient.
+        starts_locked: What the first unit held here takes in needs no gradient: units are locked
+            from the first of the tower on, and make no graph.
     """
 
     def __init__(self, layers: int, units: range, seed: int) -> None:
         super().__init__()
         self.has_embedding = 0 in units
         self.has_head = layers + 1 in units
-        self.is_locked = self.starts_locked = False
+        self.starts_locked = False
         self._layers = layers
         self._seed = seed
         self._held = [unit - 1 for unit in units if 1 <= unit <= layers]
@@ -57,7 +57,6 @@ class _Tower(nn.Module):
         for name, parameter in self.named_parameters():
             groups.append(self._group(name))
             parameter.requires_grad_(groups[-1] >= num_locked)
-        self.is_locked = max(groups) < num_locked
         self.starts_locked = min(groups) < num_locked
 
     def _group(self, name: str) -> int:
@@ -75,9 +74,6 @@ class _Tower(nn.Module):
             with self._seeded(1 + index):
                 blocks[str(index)] = make()
         return blocks
-
-    def _graph(self) -> torch.set_grad_enabled:
-        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_locked)
 
     @contextmanager
     def _seeded(self, unit: int) -> Iterator[None]:
@@ -142,13 +138,12 @@ class VisionTransformer(_Tower):
         Raises:
             ValueError: for images of another shape.
         """
-        with self._graph():
-            x = x.detach() if self.starts_locked else x
-            if self.has_embedding:
-                x = self._embed(x, kept_patches)
-            for block in self.blocks.values():
-                x = block(x)
-            return self._read(x) if self.has_head else x
+        x = x.detach() if self.starts_locked else x
+        if self.has_embedding:
+            x = self._embed(x, kept_patches)
+        for block in self.blocks.values():
+            x = block(x)
+        return self._read(x) if self.has_head else x
 
     def _embed(self, images: Tensor, kept_patches: Tensor | None) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or not _divides(self.patch_size, images):
@@ -228,14 +223,13 @@ class TextTransformer(_Tower):
         Raises:
             ValueError: for texts of another shape.
         """
-        with self._graph():
-            if self.has_embedding:
-                x = self._embed(texts)
-            assert x is not None
-            x = x.detach() if self.starts_locked else x
-            for block in self.blocks.values():
-                x = block(x)
-            return self._read(x, texts) if self.has_head else x
+        if self.has_embedding:
+            x = self._embed(texts)
+        assert x is not None
+        x = x.detach() if self.starts_locked and not self.has_embedding else x
+        for block in self.blocks.values():
+            x = block(x)
+        return self._read(x, texts) if self.has_head else x
 
     def _embed(self, texts: Tensor) -> Tensor:
         if texts.ndim != 2 or texts.shape[1] > self.context_length:

@@ -226,8 +226,8 @@ class PipelineEngine(Engine):
     def _whole_model(self) -> CLIP:
         model = self._empty_model()
         pp = self._mesh.pp
-        mine = dict(self._model.named_parameters())
         whole = dict(model.named_parameters())
+        mine = {name: p for name, p in self._model.named_parameters() if name in whole}
         names: list[list[str]] = [[]] * pp.size
         dist.all_gather_object(names, list(mine), group=pp.group)
         for stage, held in enumerate(names):

@@ -282,15 +282,21 @@ def test_the_locked_blocks_below_trained_ones_make_no_graph(mesh):
     assert all((p.grad is not None) == p.requires_grad for p in model.visual.parameters())
 
 
-def test_a_part_of_one_locked_tower_leaves_the_optimizer_a_vector_without_gradient(mesh):
-    """DeepSpeed's optimizer cannot be empty."""
-    part = CLIP(small_config(), mesh, units=range(3))
-    lock_towers(part, InitConfig(lock_image=True))
-    (group,) = weight_decay_groups(part, 0.1)
-    (vector,) = group["params"]
-    assert (vector.ndim, group["weight_decay"]) == (1, 0.0)
-    image, _ = part(torch.randn(2, 3, 32, 32), torch.randint(0, 60, (2, 12)))
-    assert image.grad_fn is None
+@pytest.mark.parametrize(
+    ("units", "unlocked", "added"),
+    [
+        (range(3), 0, {"nothing_in_a_vector", "nothing_in_a_matrix"}),
+        (range(3, 5), 1, {"nothing_in_a_vector"}),  # the projection is trained
+        (range(3, 5), 2, set()),
+        (range(9), 0, set()),
+    ],
+)
+def test_every_pipeline_stage_has_something_in_both_groups(mesh, units, unlocked, added):
+    part = CLIP(small_config(), mesh, units=units)
+    names = {name for name, _ in part.named_parameters()}
+    lock_towers(part, InitConfig(lock_image=True, lock_image_unlocked_groups=unlocked))
+    assert {name for name, _ in part.named_parameters()} - names == added
+    assert all(group["params"] for group in weight_decay_groups(part, 0.1))
 
 
 @pytest.mark.parametrize(
