@@ -130,7 +130,7 @@ def main() -> int:
 
 def run(layout: Layout, attention: str, steps: int, overrides: list[str]) -> Result:
     """Train in processes of their own; losses by step and the final weights."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as folder:
         config = load_config(
             EMBEDDED,
             [
@@ -142,24 +142,33 @@ def run(layout: Layout, attention: str, steps: int, overrides: list[str]) -> Res
                 *layout.overrides(32),
             ],
         )
+        return run_ranks(config, layout.ranks)
+
+
+def run_ranks(config: Config, world_size: int) -> Result:
+    """Train as ``config`` says in ranks that are forked from this process.
+
+    Raises:
+        RuntimeError: when one fails.
+    """
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-        probe.close()
-        context = multiprocessing.get_context("fork")
-        ranks = [
-            context.Process(target=train_rank, args=(rank, layout.ranks, port, config))
-            for rank in range(layout.ranks)
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
-            raise RuntimeError(f"layout {layout.name} failed")
-        lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        losses = {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
-        return Result(losses, torch.load(config.run_dir / "weights.pt"))
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=train_rank, args=(rank, world_size, port, config))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        raise RuntimeError(f"{config.name}: a rank failed")
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    losses = {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+    return Result(losses, torch.load(config.run_dir / "weights.pt"))
 
 
 def train_rank(rank: int, world_size: int, port: int, config: Config) -> None:
