@@ -1,4 +1,3 @@
-
 import pytest
 import torch
 from open_clip.model import resize_pos_embed
