@@ -63,6 +63,7 @@ class CheckpointStore:
             **_flatten(asdict(config.train), "train"),
             **_flatten(asdict(config.optim), "optim"),
             **_flatten(asdict(config.model), "model"),
+            **{f"init.{k}": v for k, v in asdict(config.init).items() if k.startswith("lock_")},
         }
         self._identity = json.loads(json.dumps(identity))  # as it will be read back
 

@@ -22,6 +22,7 @@ from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.model.patch_dropout import kept_patches
+from ds_linclip.model.pretrained import load_pretrained, lock_towers
 from ds_linclip.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.parallel.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.engine import Engine, initialize_engine
@@ -67,6 +68,9 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
 
     torch.manual_seed(config.train.seed)
     model = CLIP(config.model, mesh, loss=config.loss.kind, units=stage_units(config, mesh.pp))
+    if resume_from is None:
+        mesh.agree(lambda: load_pretrained(model, config.init))
+    lock_towers(model, config.init)
     model.recompute_activations(config.train.activation_checkpointing)
     if config.train.compile:
         model.compile_blocks()

@@ -168,35 +168,45 @@ def run(layout: Layout, attention: str, steps: int, overrides: Sequence[str]) ->
                 *overrides,
                 *(f"output_dir={folder}", "name=run", f"train.steps={steps}", "eval.data=null"),
                 *(f"train.global_batch_size={BATCH}", "data.num_workers=0", "log.every_steps=1"),
-                *("log.tensorboard=false", "optim.warmup_steps=2", "checkpoint.every_steps=1000"),
+                *("log.tensorboard=false", "optim.warmup_steps=10", "checkpoint.every_steps=1000"),
+                "optim.lr=3e-4",
                 *(f"model.{t}.attention.kind={attention}" for t in ("vision", "text")),
                 *layout.overrides(),
             ],
         )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        # Forks of this process: it has imported everything, and started no threads.
-        context = multiprocessing.get_context("fork")
-        ranks = [
-            context.Process(target=train_rank, args=(rank, layout.ranks, port, config))
-            for rank in range(layout.ranks)
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
-            raise RuntimeError(f"layout {layout.name} failed")
-        records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
-        files = [config.run_dir / f"traffic-{rank}.json" for rank in range(layout.ranks)]
-        measured, planned = zip(*(json.loads(file.read_text()) for file in files), strict=True)
-        return Result(
-            losses={r["step"]: r["train/loss"] for r in records if "train/loss" in r},
-            weights=torch.load(config.run_dir / "weights.pt"),
-            traffic=list(measured),
-            planned=list(planned),
-        )
+        return run_ranks(config, layout.ranks)
+
+
+def run_ranks(config: Config, world_size: int) -> Result:
+    """Train as ``config`` says in ranks that are forked from this process.
+
+    Raises:
+        RuntimeError: when one fails.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Forks of this process: it has imported everything, and started no threads.
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=train_rank, args=(rank, world_size, port, config))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        raise RuntimeError(f"{config.name}: a rank failed")
+    records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    files = [config.run_dir / f"traffic-{rank}.json" for rank in range(world_size)]
+    measured, planned = zip(*(json.loads(file.read_text()) for file in files), strict=True)
+    return Result(
+        losses={r["step"]: r["train/loss"] for r in records if "train/loss" in r},
+        weights=torch.load(config.run_dir / "weights.pt"),
+        traffic=list(measured),
+        planned=list(planned),
+    )
 
 
 def train_rank(rank: int, world_size: int, port: int, config: Config) -> None:
@@ -234,9 +244,12 @@ def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[
         model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
         plan = plan_rank(config, mesh, model)
         engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
-    local, length = BATCH // mesh.dp.size, config.model.text.context_length
-    images = torch.randn(local, 3, *config.model.vision.image_size)
-    batch = images, torch.randint(0, config.model.text.vocab_size, (local, length))
+    vision, text = config.model.vision, config.model.text
+    local = config.train.global_batch_size // mesh.dp.size
+    images = torch.randn(local, 3, *vision.image_size)
+    texts = torch.randint(0, text.vocab_size, (local, text.context_length))
+    kept = torch.arange(vision.num_kept_patches_at(vision.image_size)).expand(local, -1)
+    batch = (images, texts, kept) if vision.patch_dropout else (images, texts)
     for _ in range(2):  # the first steps also tell shapes, and learn the order of parameters
         engine.step(batch, lr=1e-3)
     with TrafficMeter(mesh) as meter:

@@ -54,6 +54,7 @@ def validate(config: Config) -> None:
             f"model.vision.patch_dropout ({vision.patch_dropout}) must be in [0, 1): the share of "
             "patches left out"
         )
+    _validate_init(config)
     _validate_layout(config)
     _validate_zero(config)
     if config.parallel.dp is not None:
@@ -109,6 +110,39 @@ def check_batch(config: Config, dp_size: int) -> None:
         raise ValueError(
             f"train.micro_batch_size ({micro_batch}) must divide a rank's part of the batch "
             f"({batch} / {dp_size} = {local}): {max(below, default=1)} would do"
+        )
+
+
+def _validate_init(config: Config) -> None:
+    init = config.init
+    for name in ("pretrained_image", "pretrained_text"):
+        if init.pretrained is not None and getattr(init, name) is not None:
+            raise ValueError(
+                f"init.{name} ({getattr(init, name)}) must not be set with init.pretrained "
+                f"({init.pretrained}), which is the whole model"
+            )
+    towers = (
+        ("image", init.lock_image, "groups", init.lock_image_unlocked_groups, config.model.vision),
+        ("text", init.lock_text, "layers", init.lock_text_unlocked_layers, config.model.text),
+    )
+    for side, is_locked, noun, unlocked, tower in towers:
+        name = f"init.lock_{side}_unlocked_{noun}"
+        if not 0 <= unlocked <= tower.layers + 2:
+            raise ValueError(
+                f"{name} ({unlocked}) must be in 0..{tower.layers + 2}: the blocks, the embedding "
+                "and the projection"
+            )
+        if unlocked and not is_locked:
+            raise ValueError(f"{name} ({unlocked}) needs init.lock_{side}=true")
+        if is_locked and init.pretrained is None and getattr(init, f"pretrained_{side}") is None:
+            raise ValueError(
+                f"init.lock_{side} (true) needs weights that are worth keeping: set "
+                f"init.pretrained or init.pretrained_{side}"
+            )
+    if all(is_locked and unlocked == 0 for _, is_locked, _, unlocked, _ in towers):
+        raise ValueError(
+            "init.lock_image (true) and init.lock_text (true) must leave something to train: "
+            "unlock one, or set init.lock_image_unlocked_groups or init.lock_text_unlocked_layers"
         )
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "InitConfig",
     "LogConfig",
     "LossConfig",
     "ModelConfig",
@@ -216,6 +217,36 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class InitConfig:
+    """What a run starts from, and what of it stays as it is (LiT, arXiv 2111.07991).
+
+    Folders hold ``open_clip_config.json`` and ``open_clip_model.safetensors``, from open_clip or
+    from here, of the same architecture; positions are interpolated where the image size differs. A
+    run that goes on from a checkpoint does not read them.
+    """
+
+    #: Folder for the whole model: both towers, the logit scale and the sigmoid loss's bias.
+    pretrained: str | None = None
+    #: Folder for the image tower alone, with its projection.
+    pretrained_image: str | None = None
+    #: Folder for the text tower alone, with its projection.
+    pretrained_text: str | None = None
+    #: Take the weights also where they were trained with another attention than the model's; gains
+    #: of head norms that the folder lacks start at one.
+    change_attention: bool = False
+    #: Keep the image tower as it was loaded: no gradients, no optimizer state.
+    lock_image: bool = False
+    #: Groups at the end of a locked image tower that are trained all the same, counted as in
+    #: open_clip: 1, the projection; 2, also the last block and the norm after it; then block by
+    #: block; all ``layers`` + 2 with the embedding.
+    lock_image_unlocked_groups: int = 0
+    #: Keep the text tower as it was loaded.
+    lock_text: bool = False
+    #: As ``lock_image_unlocked_groups``.
+    lock_text_unlocked_layers: int = 0
+
+
+@dataclass(kw_only=True)
 class LossConfig:
     """Contrastive loss over the whole global batch."""
 
@@ -322,6 +353,7 @@ class Config:
     name: str = "linclip"
     output_dir: str = "runs"
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -6,7 +6,7 @@ that stock open_clip refuses, so that such weights are never run as softmax by m
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,7 +23,16 @@ from ds_linclip.config import ModelConfig, TextTower, VisionTower, as_image_size
 from ds_linclip.model.clip import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["export_folder", "from_open_clip", "load_folder", "open_clip_config", "to_open_clip"]
+__all__ = [
+    "WEIGHTS_FILE",
+    "export_folder",
+    "from_open_clip",
+    "load_folder",
+    "named_keys",
+    "open_clip_config",
+    "read_config",
+    "to_open_clip",
+]
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -39,7 +48,7 @@ def to_open_clip(model: CLIP) -> dict[str, Tensor]:
     With tensor parallelism every rank must call this; each receives the whole.
     """
     weights = {}
-    for name, key, parameter in _named_keys(model):
+    for name, key, parameter in named_keys(model):
         full = _gather(parameter, model.mesh)
         if ".attn.qkv." in name:
             full = full.unflatten(0, (_heads(model, name), 3, -1)).transpose(0, 1).flatten(0, 2)
@@ -49,21 +58,27 @@ def to_open_clip(model: CLIP) -> dict[str, Tensor]:
     return weights
 
 
-def from_open_clip(model: CLIP, state_dict: Mapping[str, Tensor]) -> None:
+def from_open_clip(
+    model: CLIP, state_dict: Mapping[str, Tensor], *, only: Container[str] | None = None
+) -> None:
     """Copy the state dict of an open_clip ``CLIP`` into ``model``, in place.
 
     Args:
         model: same architecture; attention may differ, except that head norms have gains of their
             own, which the state dict must hold.
-        state_dict: with the keys of open_clip's ``CLIP`` (image tower under ``visual.``).
+        state_dict: with the keys of open_clip's ``CLIP`` (image tower under ``visual.``). No more
+            than one of its values is held at a time.
+        only: keys of the state dict to copy, whatever others it has; None: all, and the model has
+            all of them.
 
     Raises:
         ValueError: naming the missing, unexpected and mis-shaped keys; nothing is copied then.
     """
-    named = list(_named_keys(model))
+    named = [entry for entry in named_keys(model) if only is None or entry[1] in only]
     expected = {key: _full_shape(key, parameter, model.mesh) for _, key, parameter in named}
     problems = [f"misses {key}" for key in expected if key not in state_dict]
-    problems += [f"has unexpected {key}" for key in state_dict if key not in expected]
+    if only is None:
+        problems += [f"has unexpected {key}" for key in state_dict if key not in expected]
     problems += [
         f"has {key} of shape {tuple(state_dict[key].shape)}, not {shape}"
         for key, shape in expected.items()
@@ -114,20 +129,47 @@ def load_folder(path: str | Path, mesh: Mesh) -> CLIP:
     """
     folder = Path(path)
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text())
         weights = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"open_clip folder ({folder}) cannot be read: {error}") from error
-    try:
         loss: Literal["softmax", "sigmoid"] = "sigmoid" if "logit_bias" in weights else "softmax"
-        model = CLIP(_parse_config(content), mesh, loss=loss)
+        model = CLIP(read_config(folder), mesh, loss=loss)
         from_open_clip(model, weights)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"open_clip folder ({folder}) cannot be read: {error}") from error
     except ValueError as error:
         raise ValueError(f"open_clip folder ({folder}): {error}") from error
     return model
 
 
-def _named_keys(model: CLIP) -> Iterator[tuple[str, str, nn.Parameter]]:
+def read_config(folder: Path, towers: Container[str] = ("vision", "text")) -> ModelConfig:
+    """The architecture that a hub folder describes; a tower that is not asked for is a default one.
+
+    Raises:
+        OSError: when there is no such file.
+        ValueError: when it describes another kind of model.
+    """
+    text = (folder / CONFIG_FILE).read_text()
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{CONFIG_FILE} cannot be read: {error}") from error
+    try:
+        cfg = dict(content["model_cfg"])
+        embed_dim, vision, text = (cfg.pop(key) for key in ("embed_dim", "vision_cfg", "text_cfg"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{CONFIG_FILE} must hold model_cfg with embed_dim, vision_cfg and text_cfg"
+        ) from error
+    if cfg:
+        raise ValueError(f"model_cfg ({', '.join(sorted(cfg))}) must hold no such keys")
+    config = ModelConfig(embed_dim=embed_dim)
+    if "vision" in towers:
+        config.vision = _parse_tower(VisionTower, "vision_cfg", vision)
+    if "text" in towers:
+        config.text = _parse_tower(TextTower, "text_cfg", text)
+    return config
+
+
+def named_keys(model: CLIP) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Our name, open_clip's key and the parameter, for every parameter."""
     for name, parameter in model.named_parameters():
         key = name.removeprefix("text.").replace("blocks.", "transformer.resblocks.")
@@ -176,23 +218,6 @@ def _tower_to_dict(tower: VisionTower | TextTower) -> dict[str, Any]:
     if tower.attention.kind == "softmax":
         del content["attention"]
     return content
-
-
-def _parse_config(content: Any) -> ModelConfig:
-    try:
-        cfg = dict(content["model_cfg"])
-        embed_dim, vision, text = (cfg.pop(key) for key in ("embed_dim", "vision_cfg", "text_cfg"))
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{CONFIG_FILE} must hold model_cfg with embed_dim, vision_cfg and text_cfg"
-        ) from error
-    if cfg:
-        raise ValueError(f"model_cfg ({', '.join(sorted(cfg))}) must hold no such keys")
-    return ModelConfig(
-        embed_dim=embed_dim,
-        vision=_parse_tower(VisionTower, "vision_cfg", vision),
-        text=_parse_tower(TextTower, "text_cfg", text),
-    )
 
 
 def _parse_tower(tower: type[Tower], name: str, content: Any) -> Tower:

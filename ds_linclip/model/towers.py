@@ -19,7 +19,7 @@ from ds_linclip.parallel.context import first_token, token_slice
 from ds_linclip.parallel.layers import vocab_parallel_embedding
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["TextTransformer", "VisionTransformer"]
+__all__ = ["TextTransformer", "VisionTransformer", "resample_positions"]
 
 
 class _Tower(nn.Module):
@@ -30,14 +30,42 @@ class _Tower(nn.Module):
         units: Those held here: 0 is the embedding, 1 to ``layers`` are the blocks, ``layers`` + 1
             is the head.
         seed: Of unit 0; the others count on from it.
+
+    Attributes:
+        starts_locked: What the first unit held here takes in needs no gradient: units are locked
+            from the first of the tower on, and make no graph.
     """
 
     def __init__(self, layers: int, units: range, seed: int) -> None:
         super().__init__()
         self.has_embedding = 0 in units
         self.has_head = layers + 1 in units
+        self.starts_locked = False
+        self._layers = layers
         self._seed = seed
         self._held = [unit - 1 for unit in units if 1 <= unit <= layers]
+
+    def lock(self, unlocked_groups: int) -> None:
+        """Keep all weights but those of the last groups as they are (LiT, arXiv 2111.07991).
+
+        Args:
+            unlocked_groups: How many of open_clip's groups are trained: of the embedding, every
+                block but the last, the last with the norm after it, the projection.
+        """
+        num_locked = self._layers + 2 - unlocked_groups
+        groups = []
+        for name, parameter in self.named_parameters():
+            groups.append(self._group(name))
+            parameter.requires_grad_(groups[-1] >= num_locked)
+        self.starts_locked = min(groups) < num_locked
+
+    def _group(self, name: str) -> int:
+        first, *rest = name.split(".")
+        if first == "blocks":
+            return 1 + int(rest[0])
+        return {"ln_post": self._layers, "ln_final": self._layers, "proj": self._layers + 1}.get(
+            first, 0
+        )
 
     def _make_blocks(self, make: Callable[[], Block]) -> nn.ModuleDict:
         """The blocks held here, under the names that a list of all would give them."""
@@ -110,6 +138,7 @@ class VisionTransformer(_Tower):
         Raises:
             ValueError: for images of another shape.
         """
+        x = x.detach() if self.starts_locked else x
         if self.has_embedding:
             x = self._embed(x, kept_patches)
         for block in self.blocks.values():
@@ -141,15 +170,7 @@ class VisionTransformer(_Tower):
         return self.ln_post(first_token(x, self.cp.group)) @ self.proj
 
     def _positions(self, height: int, width: int) -> Tensor:
-        """Positions [1 + height * width, dim]: as learned, or bicubic on the patch grid."""
-        if (height, width) == self.grid_size:
-            return self.positional_embedding
-        class_position, patches = self.positional_embedding.tensor_split([1])
-        grid = patches.float().T.unflatten(1, self.grid_size)  # [dim, rows, columns]
-        grid = F.interpolate(
-            grid[None], (height, width), mode="bicubic", antialias=True, align_corners=False
-        )[0]
-        return torch.cat([class_position, grid.flatten(1).T.to(class_position.dtype)])
+        return resample_positions(self.positional_embedding, self.grid_size, (height, width))
 
 
 class TextTransformer(_Tower):
@@ -205,6 +226,7 @@ class TextTransformer(_Tower):
         if self.has_embedding:
             x = self._embed(texts)
         assert x is not None
+        x = x.detach() if self.starts_locked and not self.has_embedding else x
         for block in self.blocks.values():
             x = block(x)
         return self._read(x, texts) if self.has_head else x
@@ -220,6 +242,24 @@ class TextTransformer(_Tower):
     def _read(self, x: Tensor, texts: Tensor) -> Tensor:
         rows = torch.arange(x.shape[0], device=x.device)
         return self.ln_final(x[rows, texts.argmax(dim=-1)]) @ self.proj
+
+
+def resample_positions(
+    positions: Tensor, grid_size: tuple[int, int], wanted: tuple[int, int]
+) -> Tensor:
+    """Positions of the class token and a grid of patches, bicubic on another grid, as in open_clip.
+
+    Args:
+        positions: [1 + rows * columns, dim], row-major.
+        grid_size: Its (rows, columns).
+        wanted: (rows, columns) of the result; where they are the same, it is ``positions`` itself.
+    """
+    if wanted == grid_size:
+        return positions
+    class_position, patches = positions.tensor_split([1])
+    grid = patches.float().T.unflatten(1, grid_size)  # [dim, rows, columns]
+    grid = F.interpolate(grid[None], wanted, mode="bicubic", antialias=True, align_corners=False)[0]
+    return torch.cat([class_position, grid.flatten(1).T.to(class_position.dtype)])
 
 
 class _PatchEmbedding(nn.Module):

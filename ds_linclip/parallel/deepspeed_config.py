@@ -25,8 +25,8 @@ _FILE_MAY_SET = {
 #: What the file may set of the monitors, which are ours: the engine would write curves of its own.
 _MONITORS = {"wandb", "comet", "csv_monitor"}
 
-#: ZeRO-3, unless the file says otherwise. DeepSpeed's own default keeps on every rank what is needed
-#: again within a billion parameters: all of a CLIP model.
+#: ZeRO-3, unless the file says otherwise. DeepSpeed's own default keeps on every rank what is
+#: needed again within a billion parameters: all of a CLIP model.
 _STAGE_3 = {"stage3_max_reuse_distance": 0}
 
 

@@ -240,8 +240,8 @@ class PipelineEngine(Engine):
     def _whole_model(self) -> CLIP:
         model = self._empty_model()
         pp = self._mesh.pp
-        mine = dict(self._model.named_parameters())
         whole = dict(model.named_parameters())
+        mine = {name: p for name, p in self._model.named_parameters() if name in whole}
         names: list[list[str]] = [[]] * pp.size
         dist.all_gather_object(names, list(mine), group=pp.group)
         for stage, held in enumerate(names):
@@ -253,11 +253,44 @@ class PipelineEngine(Engine):
 
 
 class _Stage(nn.Module):
-    """A part of the model as a layer of DeepSpeed's pipeline: tuple in, tuple out."""
+    """A part of the model as a layer of DeepSpeed's pipeline: tuple in, tuple out.
+
+    DeepSpeed takes every real tensor between stages to have a gradient, and every stage's input to
+    need one, pixels included. Locked towers have neither.
+    """
 
     def __init__(self, model: CLIP) -> None:
         super().__init__()
         self.clip = model
 
     def forward(self, inputs: Inputs) -> Inputs:
-        return self.clip(*inputs)
+        visual, text = self.clip.visual, self.clip.text
+        if visual is not None and visual.has_embedding:
+            inputs = tuple(tensor.detach() for tensor in inputs)
+        image, *outputs = self.clip(*inputs)
+        without: list[Tensor] = []
+        if visual is not None and visual.starts_locked:
+            without += inputs[:1]
+        if text is not None and text.starts_locked and not text.has_embedding:
+            without += inputs[2:]
+        without = [tensor for tensor in without if tensor.requires_grad]
+        if without:
+            image = _ZeroGradients.apply(image, *without)
+        if torch.is_grad_enabled():
+            for tensor in (image, *outputs):
+                if tensor.is_floating_point() and not tensor.requires_grad:
+                    tensor.requires_grad_()
+        return image, *outputs
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Hands ``x`` on, and gives zeros to tensors that nothing depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(other) for other in ctx.saved_tensors)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ds_linclip.config import Config
 from ds_linclip.data import LabelledData
-from linclip_eval.figures import draw_predictions
 from linclip_eval.zero_shot import ZeroShotResult, build_classifier, parse_template, zero_shot
 
 __all__ = ["HeldOutEvaluator"]
@@ -122,5 +121,8 @@ class HeldOutEvaluator:
         """Score during training: draws the first predictions, returns scalars by their tags."""
         result = self.score(model)
         if result.predictions:
+            # Imported by the one rank that draws: matplotlib takes each half a second.
+            from linclip_eval.figures import draw_predictions
+
             writer.figure(step, "eval/predictions", draw_predictions(result.predictions))
         return {"eval/zeroshot_top1": result.top1, "eval/zeroshot_top5": result.top5}

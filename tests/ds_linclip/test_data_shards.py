@@ -1,33 +1,17 @@
 """Sources: which shards they name, how many samples each holds, and in which shares they come."""
 
-import io
 import json
-import tarfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from misbehaving_server import MisbehavingServer, status, whole
+from tar_files import members_of, write_tar
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data import Storage, find_shards
 from ds_linclip.data.shards import ShardGroup
-
-SAMPLE = [("jpg", b"image"), ("json", b"{}"), ("txt", b"caption")]
-
-
-def write_tar(path: Path, members: Sequence[tuple[str, bytes]], **arguments: int) -> None:
-    with tarfile.open(path, "w", **arguments) as tar:  # type: ignore[call-overload]
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def members_of(*keys: str) -> list[tuple[str, bytes]]:
-    return [(f"{key}.{extension}", content) for key in keys for extension, content in SAMPLE]
 
 
 def find(*sources: Source | str) -> list[ShardGroup]:
@@ -167,14 +151,6 @@ def test_unreadable_statistics_are_named(tmp_path: Path) -> None:
     (tmp_path / "00000_stats.json").write_text("{")
     with pytest.raises(ValueError, match=r"data\.train .* must be readable JSON"):
         find(f"{tmp_path}/00000.tar")
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MisbehavingServer]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with MisbehavingServer() as running:
-        yield running
-        running.shutdown()
 
 
 def test_query_of_a_url_stays_behind_the_names_of_side_files(server: MisbehavingServer) -> None:

@@ -5,27 +5,14 @@ import multiprocessing
 import random
 import subprocess
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import webdataset
+from tar_files import members_of, write_tar
 
 from ds_linclip.data.tar_index import BadSample, OpenShard
-
-SAMPLE = [("jpg", b"image"), ("json", b"{}"), ("txt", b"caption")]
-
-
-def write_tar(path: Path, members: Sequence[tuple[str, bytes]], **arguments: int) -> None:
-    with tarfile.open(path, "w", **arguments) as tar:  # type: ignore[call-overload]
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def members_of(*keys: str) -> list[tuple[str, bytes]]:
-    return [(f"{key}.{extension}", content) for key in keys for extension, content in SAMPLE]
 
 
 def open_shard(path: Path) -> OpenShard:

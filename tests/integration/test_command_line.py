@@ -1,5 +1,6 @@
 """The commands a user types, run for real: train, evaluate, resume, and what mistakes get."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -18,11 +19,15 @@ EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 SHORT = ["train.steps=12", "optim.warmup_steps=2", "checkpoint.every_steps=6", "eval.every_steps=6"]
 
 
-def python(script, *arguments):
-    command = [sys.executable, REPOSITORY / "launch" / script, *arguments]
-    return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=120, cwd=REPOSITORY
-    )
+@pytest.fixture
+def in_this_process(monkeypatch, capsys):
+    """Run ``python launch/SCRIPT.py ARGS`` without a start of Python: exit code and messages."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
+        return importlib.import_module(script).main(), capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +77,8 @@ def test_data_report_counts_what_was_read(finished):
 
 def test_eval_script_repeats_the_score_of_training(finished):
     run, _ = finished
-    done = python("eval.py", run)
+    command = [sys.executable, REPOSITORY / "launch" / "eval.py", run]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     trained = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -115,93 +121,107 @@ def test_damaged_checkpoint_is_refused_by_all_ranks(finished, deepspeed_cpu, emb
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("data.train=['{folder}/no-{00..03}.tar']", r"data\.train \({folder}/no-.* no file"),
-        pytest.param(
-            "parallel.device=cuda",
-            r"parallel\.device \(cuda\) .* each of the 2 ranks .* found 0",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
-        ),
-    ],
-)
-def test_mistake_found_by_ranks_stops_all_with_one_message(
-    deepspeed_cpu, embedded_overrides, tmp_path, override, message
-):
-    override, message = (text.replace("{folder}", str(tmp_path)) for text in (override, message))
-    overrides = [*embedded_overrides, f"output_dir={tmp_path}", override]
-    done = deepspeed_cpu(TRAIN, EMBEDDED, *overrides, timeout=90)
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert re.search(message, errors[0])
-    assert "Traceback" not in done.stderr + done.stdout
-    assert not list(tmp_path.iterdir())
-
-
-def test_shards_without_a_usable_sample_end_the_run(deepspeed_cpu, embedded_overrides, tmp_path):
-    with webdataset.TarWriter(str(tmp_path / "00000.tar")) as tar:
+def write_unusable_shard(folder):
+    with webdataset.TarWriter(str(folder / "00000.tar")) as tar:
         for index in range(64):
             tar.write({"__key__": f"{index:09d}", "jpg": b"no picture", "txt": b"a caption"})
-    overrides = [*embedded_overrides, f"output_dir={tmp_path}", "eval.data=null"]
-    done = deepspeed_cpu(TRAIN, EMBEDDED, *overrides, f"data.train=[{tmp_path}/00000.tar]")
-    assert done.returncode == 2
-    assert re.search(
-        r"^error: rank \d: data\.train .*00000\.tar\) must hold usable", done.stderr, re.M
-    )
-    assert "image_undecodable" in done.stderr
 
 
-def test_too_many_bad_samples_end_the_run(deepspeed_cpu, digits, embedded_overrides, tmp_path):
+def write_dirty_shards(digits, folder):
     """A quarter of the captions is empty; a lost shard is among the rest."""
     for shard in sorted((digits / "train").glob("*.tar")):
         samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
-        with webdataset.TarWriter(str(tmp_path / shard.name)) as tar:
+        with webdataset.TarWriter(str(folder / shard.name)) as tar:
             for index, sample in enumerate(samples):
                 caption = b"" if index % 4 == 0 else sample["txt"]
                 tar.write({"__key__": sample["__key__"], "jpg": sample["jpg"], "txt": caption})
-    (tmp_path / "sizes.json").write_text(json.dumps({f"{n:05d}.tar": 179 for n in range(8)}))
-    (tmp_path / "00003.tar").write_bytes(b"garbage")
-    overrides = [*embedded_overrides, f"output_dir={tmp_path}", "name=dirty", "eval.data=null"]
-    pattern = f"data.train=['{tmp_path}/{{00000..00007}}.tar']"
-    done = deepspeed_cpu(TRAIN, EMBEDDED, *overrides, pattern)
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    (folder / "sizes.json").write_text(json.dumps({f"{n:05d}.tar": 179 for n in range(8)}))
+    (folder / "00003.tar").write_bytes(b"garbage")
+
+
+@pytest.fixture(scope="module")
+def failed(start_deepspeed_cpu, digits, embedded_overrides, tmp_path_factory):
+    """Runs that must fail, started together: what each printed, and its folder."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("unusable", "dirty", "no_gpu")}
+    write_unusable_shard(folders["unusable"])
+    write_dirty_shards(digits, folders["dirty"])
+    overrides = {
+        "unusable": [f"data.train=[{folders['unusable']}/00000.tar]", "eval.data=null"],
+        "dirty": [f"data.train=['{folders['dirty']}/{{00000..00007}}.tar']", "eval.data=null"],
+        "no_gpu": ["parallel.device=cuda"],
+    }
+    running = {}
+    for name, folder in folders.items():
+        where = [f"output_dir={folder}", f"name={name}"]
+        running[name] = start_deepspeed_cpu(
+            TRAIN, EMBEDDED, *embedded_overrides, *where, *overrides[name]
+        )
+    printed = {name: process.communicate(timeout=240) for name, process in running.items()}
+    return {name: (running[name].returncode, *printed[name], folders[name]) for name in running}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_mistake_found_by_ranks_stops_all_with_one_message(failed):
+    code, out, err, folder = failed["no_gpu"]
+    assert code == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(r"parallel\.device \(cuda\) .* each of the 2 ranks .* found 0", errors[0])
+    assert "Traceback" not in err + out
+    assert not list(folder.iterdir())
+
+
+def test_shards_without_a_usable_sample_end_the_run(failed):
+    code, _, err, _ = failed["unusable"]
+    assert code == 2
+    assert re.search(r"^error: rank \d: data\.train .*00000\.tar\) must hold usable", err, re.M)
+    assert "image_undecodable" in err
+
+
+def test_too_many_bad_samples_end_the_run(failed):
+    code, _, err, folder = failed["dirty"]
+    assert code == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert re.search(
         r"data\.max_bad_samples \(0\.1\) is exceeded: (\d+) of 1280 samples are bad "
         r"\(text_empty \d+, shard_unreadable \d+\)",
         errors[0],
     )
-    assert "Traceback" not in done.stderr
-    report = json.loads((tmp_path / "dirty" / "data_report.json").read_text())
+    assert "Traceback" not in err
+    report = json.loads((folder / "dirty" / "data_report.json").read_text())
     assert report["samples"] == 1280
     assert report["skipped_samples"] == sum(report["skipped"].values()) > 128
     lost = [shard for shard in report["shards"] if shard["cause"] == "shard_unreadable"]
-    assert [shard["url"] for shard in lost] == [f"{tmp_path}/00003.tar"]
+    assert [shard["url"] for shard in lost] == [f"{folder}/00003.tar"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("override", "message"),
     [
-        (["optim.lrr=1"], r"error: .*unknown key \(optim\.lrr\); did you mean optim\.lr"),
-        (["parallel.dp=4"], r"error: parallel\.dp \(4\) must"),
+        ("optim.lrr=1", r"error: .*unknown key \(optim\.lrr\); did you mean optim\.lr"),
+        ("parallel.dp=4", r"error: parallel\.dp \(4\) .*must equal the number of ranks \(1\)"),
+        ("data.train=['{folder}/no-{00..03}.tar']", r"error: data\.train \(/.*/no-.* no file"),
     ],
 )
-def test_mistake_in_the_config_exits_with_two_and_one_line(arguments, message, tmp_path):
-    done = python("train.py", EMBEDDED, f"output_dir={tmp_path}", *arguments)
-    assert done.returncode == 2
-    assert re.search(message, done.stderr)
-    assert "Traceback" not in done.stderr
+def test_mistake_in_the_config_exits_with_two_and_one_line(
+    in_this_process, embedded_overrides, override, message, tmp_path
+):
+    override = override.replace("{folder}", str(tmp_path))
+    code, err = in_this_process(
+        "train", EMBEDDED, *embedded_overrides, f"output_dir={tmp_path}", override
+    )
+    assert code == 2
+    assert re.search(message, err)
+    assert len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "checkpoints"])
-def test_eval_of_an_incomplete_run_folder_names_what_is_missing(tmp_path, missing):
+def test_eval_of_an_incomplete_run_folder_names_what_is_missing(in_this_process, tmp_path, missing):
     if missing == "checkpoints":
         (tmp_path / "config.yaml").write_text((EMBEDDED).read_text())
-    done = python("eval.py", tmp_path)
-    assert done.returncode == 2
-    assert re.search(rf"^error: .*{tmp_path}", done.stderr, re.MULTILINE)
-    assert "Traceback" not in done.stderr
+    code, err = in_this_process("eval", tmp_path)
+    assert code == 2
+    assert re.search(rf"^error: .*{tmp_path}", err, re.MULTILINE)
+    assert "Traceback" not in err

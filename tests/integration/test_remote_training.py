@@ -2,8 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +19,8 @@ pytestmark = pytest.mark.distributed
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = REPOSITORY / "launch" / "train.py"
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
+REMOTE_JOB = Path(__file__).with_name("remote_job.py")
+SHARDS = "{00000..00007}.tar"
 #: Two image sizes besides the model's own, one of them not square.
 RUN = [
     *("train.steps=12", "optim.warmup_steps=2", "checkpoint.every_steps=12", "log.every_steps=1"),
@@ -29,15 +34,6 @@ EXACT = ["train/loss", "train/grad_norm", "train/logit_scale"]
 
 def records(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def local_run(deepspeed_cpu, embedded_overrides, tmp_path_factory) -> list[dict[str, float]]:
-    folder = tmp_path_factory.mktemp("local")
-    overrides = [*embedded_overrides, *RUN, f"output_dir={folder}", "name=run"]
-    done = deepspeed_cpu(TRAIN, EMBEDDED, *overrides)
-    assert done.returncode == 0, done.stderr
-    return records(folder / "run")
 
 
 class FlakyFiles(SimpleHTTPRequestHandler):
@@ -69,76 +65,85 @@ class FlakyFiles(SimpleHTTPRequestHandler):
         pass
 
 
-def test_http_run_equals_the_local_one(
-    local_run, deepspeed_cpu, digits, embedded_overrides, tmp_path
-):
+@pytest.fixture(scope="module")
+def http_server(digits) -> Iterator[tuple[str, Counter[str]]]:
+    """URL of the shards, and how often each was asked for."""
     asked: Counter[str] = Counter()
     handler = type("Handler", (FlakyFiles,), {"asked": asked})
     server = ThreadingHTTPServer(
         ("127.0.0.1", 0), partial(handler, directory=str(digits / "train"))
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    cache = tmp_path / "cache"
-    url = f"http://127.0.0.1:{server.server_port}/{{00000..00007}}.tar"
-    where = [f"data.train=['{url}']", f"data.cache.dir={cache}"]
-    try:
-        overrides = [*embedded_overrides, *RUN, f"output_dir={tmp_path}", "name=run", *where]
-        done = deepspeed_cpu(TRAIN, EMBEDDED, *overrides)
-    finally:
-        server.shutdown()
-    assert done.returncode == 0, done.stderr
-    ours = records(tmp_path / "run")
-    assert [[r[tag] for tag in EXACT] for r in ours] == [
-        [r[tag] for tag in EXACT] for r in local_run
-    ]
-    assert ours[-1]["data/skipped_samples"] == 0
-    assert re.search(r"HTTP status 503|announced|ClientPayloadError", done.stderr)
-    assert not list(cache.glob("*.partial"))
-    # The ranks share the copies: 8 are fetched, each rank looks once, and a third of all fails.
-    assert asked.total() <= 18
+    yield f"http://127.0.0.1:{server.server_port}/{SHARDS}", asked
+    server.shutdown()
 
 
-def test_s3_run_equals_the_local_one(
-    local_run, deepspeed_cpu, digits, embedded_overrides, tmp_path, monkeypatch
-):
+@pytest.fixture(scope="module")
+def s3_url(digits) -> Iterator[str]:
+    """URL of the shards in a bucket; where it is and who may read it is in the environment."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3 = boto3.client("s3")
-    s3.create_bucket(Bucket="digits")
-    for shard in sorted((digits / "train").glob("*.tar")):
-        s3.upload_file(str(shard), "digits", f"train/{shard.name}")
-    sizes = {
-        path.name.replace("_stats.json", ".tar"): json.loads(path.read_text())["successes"]
-        for path in (digits / "train").glob("*_stats.json")
-    }
-    s3.put_object(Bucket="digits", Key="train/sizes.json", Body=json.dumps(sizes).encode())
-    overrides = [*embedded_overrides, *RUN, f"output_dir={tmp_path}", "name=run"]
-    pattern = "data.train=['s3://digits/train/{00000..00007}.tar']"
-    cache = f"data.cache.dir={tmp_path / 'cache'}"
-    try:
-        done = deepspeed_cpu(TRAIN, EMBEDDED, *overrides, pattern, cache)
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.delenv(name)
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        refused = deepspeed_cpu(TRAIN, EMBEDDED, *overrides, pattern, cache, "name=refused")
-    finally:
-        server.stop()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            environment.setenv(name, value)
+        s3 = boto3.client("s3")
+        s3.create_bucket(Bucket="digits")
+        for shard in sorted((digits / "train").glob("*.tar")):
+            s3.upload_file(str(shard), "digits", f"train/{shard.name}")
+        sizes = {
+            path.name.replace("_stats.json", ".tar"): json.loads(path.read_text())["successes"]
+            for path in (digits / "train").glob("*_stats.json")
+        }
+        s3.put_object(Bucket="digits", Key="train/sizes.json", Body=json.dumps(sizes).encode())
+        yield f"s3://digits/train/{SHARDS}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def job(deepspeed_cpu, embedded_overrides, http_server, s3_url, tmp_path_factory):
+    """Folder of three runs of two ranks, and what they printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [["name=local"]]
+    for name, url in (("http", http_server[0]), ("s3", s3_url)):
+        runs.append([f"name={name}", f"data.train=['{url}']", f"data.cache.dir={folder}/{name}.d"])
+    overrides = [*embedded_overrides, *RUN, f"output_dir={folder}"]
+    done = deepspeed_cpu(REMOTE_JOB, EMBEDDED, json.dumps(runs), *overrides)
     assert done.returncode == 0, done.stderr
-    ours = records(tmp_path / "run")
-    assert [[r[tag] for tag in EXACT] for r in ours] == [
-        [r[tag] for tag in EXACT] for r in local_run
-    ]
-    assert refused.returncode == 2
-    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    return folder, done
+
+
+@pytest.mark.parametrize("store", ["http", "s3"])
+def test_remote_run_equals_the_local_one(job, store):
+    ours, local = records(job[0] / store), records(job[0] / "local")
+    assert [[r[tag] for tag in EXACT] for r in ours] == [[r[tag] for tag in EXACT] for r in local]
+    assert ours[-1]["data/skipped_samples"] == 0
+
+
+def test_ranks_share_what_a_failing_server_gave(job, http_server):
+    folder, done = job
+    assert re.search(r"HTTP status 503|announced|ClientPayloadError", done.stderr)
+    assert not list((folder / "http.d").glob("*.partial"))
+    # The ranks share the copies: 8 are fetched, each rank looks once, and a third of all fails.
+    assert http_server[1].total() <= 18
+
+
+def test_absent_credentials_end_the_run(s3_url, embedded_overrides, tmp_path, monkeypatch):
+    """In a process of its own, which has no client of the store yet."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    overrides = [*embedded_overrides, *RUN, f"output_dir={tmp_path}", f"data.train=['{s3_url}']"]
+    command = [sys.executable, TRAIN, EMBEDDED, *overrides, f"data.cache.dir={tmp_path / 'cache'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert re.search(r"data\.train \(s3://digits.*\) cannot be reached: .*credentials", errors[0])
-    assert "Traceback" not in refused.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "run"]
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}

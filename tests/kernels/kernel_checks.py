@@ -250,13 +250,14 @@ def check_states_carry_on(
     cut: int,
     num_tokens: int,
     dims: tuple[int, int] = (16, 24),
+    heads: int = 2,
 ) -> None:
     """A sequence in two pieces that hand over states is the sequence in one piece.
 
     Causal: the second piece continues the first. Bidirectional: each piece gets the other's state,
     as ranks do that hold parts of one sequence.
     """
-    inputs, grad = make_inputs((2, num_tokens, 2, *dims), torch.float32, device=device)
+    inputs, grad = make_inputs((2, num_tokens, heads, *dims), torch.float32, device=device)
 
     def in_two_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pieces = [[x[:, :cut] for x in (q, k, v)], [x[:, cut:] for x in (q, k, v)]]

@@ -1,0 +1,25 @@
+"""A server that misbehaves, and a storage that asks it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from misbehaving_server import MisbehavingServer
+from stored_content import make_storage
+
+from ds_linclip.data.storage import Storage
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[MisbehavingServer]:
+    """It answers as each test scripts it."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with MisbehavingServer() as running:
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """With an empty cache of its own."""
+    return make_storage(tmp_path)

@@ -1,0 +1,104 @@
+"""Remote shards fetched ahead, by several processes, and in little memory."""
+
+import logging
+import multiprocessing
+import queue
+import time
+from pathlib import Path
+
+import pytest
+from misbehaving_server import MisbehavingServer, endless_zeros, status, whole
+from stored_content import CONTENT, content_of, copies, make_storage, wait_for
+
+from ds_linclip.data.storage import Storage
+
+
+def test_prefetched_files_are_there_before_they_are_asked_for(
+    server: MisbehavingServer, storage: Storage, tmp_path: Path
+) -> None:
+    urls = [server.url(f"/{i}.tar", whole(CONTENT, seconds=0.2)) for i in range(6)]
+    storage.check(urls)  # makes the folder
+    storage.prefetch([*urls, *urls, server.url("/none.tar", status(404))])
+    wait_for(lambda: len(copies(tmp_path)) == 6 and "partial" not in "".join(copies(tmp_path)))
+    wait_for(lambda: len(server.requests["/none.tar"]) == 1)
+    assert [content_of(storage, url) for url in urls] == [CONTENT] * 6
+    assert [len(server.requests[f"/{i}.tar"]) for i in range(6)] == [1] * 6
+    with pytest.raises(FileNotFoundError):
+        storage.open(server.url("/none.tar", status(404)))
+
+
+def test_prefetching_outlives_what_it_did_not_expect(
+    server: MisbehavingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = make_storage(tmp_path, downloads=1)
+    url = server.url("/0.tar", whole(CONTENT))
+    with caplog.at_level(logging.WARNING):
+        # What no name can be made of: a half of a pair that no encoding knows.
+        storage.prefetch([*(f"http://u:secret@host/{i}\udc80.tar" for i in range(3)), url])
+        wait_for(lambda: len(copies(tmp_path)) == 1 if (tmp_path / "cache").exists() else False)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "is not fetched ahead: UnicodeEncodeError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_prefetching_tries_once(server: MisbehavingServer, tmp_path: Path) -> None:
+    storage = make_storage(tmp_path)
+    urls = [server.url("/0.tar", status(503)), server.url("/1.tar", whole(CONTENT))]
+    storage.check(urls)
+    storage.prefetch(urls)
+    wait_for(lambda: len(copies(tmp_path)) == 1)
+    wait_for(lambda: len(server.requests["/0.tar"]) == 1)
+    time.sleep(0.3)  # longer than all pauses
+    assert len(server.requests["/0.tar"]) == 1
+    assert content_of(storage, server.url("/0.tar", status(503), whole(CONTENT))) == CONTENT
+
+
+def prefetch_and_open(storage: Storage, urls: list[str], results: "queue.Queue[bytes]") -> None:
+    storage.prefetch(urls)
+    for url in urls:
+        results.put(content_of(storage, url))
+
+
+def test_used_before_and_after_a_fork(server: MisbehavingServer, storage: Storage) -> None:
+    urls = [server.url(f"/{i}.tar", whole(CONTENT)) for i in range(4)]
+    # An idle connection and an open copy are in the parent when it forks.
+    side = server.url("/sizes.json", whole(b"{}"))
+    assert storage.read(side) == b"{}"
+    held = storage.open(urls[0])
+    storage.prefetch(urls[:1])
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=prefetch_and_open, args=(storage, urls, results))
+    child.start()
+    assert [results.get(timeout=30) for _ in urls] == [CONTENT] * 4
+    child.join(timeout=30)
+    assert child.exitcode == 0
+    began = time.monotonic()
+    assert storage.read(side) == b"{}"
+    assert time.monotonic() - began < 0.9  # the connection was not lost to the child
+    held.close()
+    assert [len(server.requests[f"/{i}.tar"]) for i in range(4)] == [1] * 4
+
+
+def measure_fetch(storage: Storage, small: str, large: str, results: "queue.Queue[int]") -> None:
+    storage.open(small).close()  # libraries are loaded, buffers are there
+    before = resident_peak()
+    storage.open(large).close()
+    results.put(resident_peak() - before)
+
+
+def resident_peak() -> int:
+    """Bytes; the kernel's high-water mark of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def test_memory_does_not_grow_with_the_file(server: MisbehavingServer, storage: Storage) -> None:
+    small = server.url("/small.tar", whole(CONTENT))
+    large = server.url("/large.tar", endless_zeros(200 * 2**20))
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=measure_fetch, args=(storage, small, large, results))
+    child.start()
+    assert results.get(timeout=60) < 64e6
+    child.join(timeout=30)
