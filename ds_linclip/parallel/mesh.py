@@ -75,6 +75,10 @@ class Mesh:
         else:
             world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
         _check_sizes(config, world_size)
+        if config.tp > 1:
+            # megatron overlaps the sum of an input's gradient with that of the weight, which needs
+            # kernels to start in the order of their launches.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = _select_device(config, launched)
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"

@@ -24,13 +24,18 @@ FORMS = [
 def job(deepspeed_cpu, embedded_overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     config = HERE.parents[1] / "ds_configs" / "train" / "embedded.yaml"
-    done = deepspeed_cpu(HERE / "training_job.py", folder, config, *embedded_overrides)
+    command = (HERE / "training_job.py", folder, config, *embedded_overrides)
+    done = deepspeed_cpu(*command, timeout=480)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
 def results(job, part):
     return [json.loads((job / f"rank{rank}.json").read_text())[part] for rank in (0, 1)]
+
+
+def steps_of(form):
+    return 30 if form == "fp32_zero1" else 8
 
 
 def values(job, run, tag="train/loss"):
@@ -42,8 +47,9 @@ def values(job, run, tag="train/loss"):
 @pytest.mark.parametrize("tag", ["train/loss", "train/grad_norm", "train/logit_scale"])
 def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(job, form, tag):
     whole, again = values(job, f"{form}_whole", tag), values(job, f"{form}_again", tag)
-    assert sorted(whole) == list(range(1, 31))
-    assert sorted(again) == list(range(16, 31))
+    steps = steps_of(form)
+    assert sorted(whole) == list(range(1, steps + 1))
+    assert sorted(again) == list(range(steps // 2 + 1, steps + 1))
     assert {step: whole[step] for step in again} == again
     assert len(set(whole.values())) > 1 or tag == "train/logit_scale"  # coarse in bf16
 
@@ -51,7 +57,7 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(job, form, tag):
 @pytest.mark.parametrize("form", FORMS)
 def test_resumed_weights_are_equal_bit_for_bit(job, form):
     whole, again = (
-        load_file(job / f"{form}_{run}" / "checkpoints" / "step-00000030" / WEIGHTS)
+        load_file(job / f"{form}_{run}" / "checkpoints" / f"step-{steps_of(form):08d}" / WEIGHTS)
         for run in ("whole", "again")
     )
     assert whole.keys() == again.keys()
@@ -61,13 +67,6 @@ def test_resumed_weights_are_equal_bit_for_bit(job, form):
 def test_loss_falls(job):
     losses = values(job, "fp32_zero1_whole")
     assert sum(losses[s] for s in range(26, 31)) < sum(losses[s] for s in range(1, 6)) - 0.25
-
-
-def test_zero_stages_agree(job):
-    reference, other = values(job, "fp32_zero1_whole"), values(job, "fp32_zero2")
-    for step, loss in reference.items():
-        assert other[step] == pytest.approx(loss, rel=1e-4)
-    assert other[1] == reference[1]
 
 
 def test_loss_of_two_ranks_is_that_of_the_whole_batch(job):
@@ -89,13 +88,13 @@ def test_logit_scale_stays_in_its_bounds_and_comes_back(job):
 
 
 def test_run_folder_says_what_the_run_was(job):
-    run = job / "bf16_zero1_whole"
+    run = job / "bf16_zero2_whole"
     assert load_config(run / "config.yaml").train.precision == "bf16"
     assert json.loads((run / "deepspeed.json").read_text())["bf16"] == {"enabled": True}
     versions = json.loads((run / "versions.json").read_text())
     assert versions["world_size"] == 2
     assert versions["deepspeed"]
-    assert (run / "checkpoints" / "latest").read_text() == "step-00000030"
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000008"
 
 
 @pytest.mark.parametrize(
