@@ -4,7 +4,8 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-gpu lint study bench-kernels bench-data bench-gpu
+.PHONY: install train test test-slow test-gpu lint study bench-kernels bench-data bench-gpu \
+    bench-context bench-loss check-layouts
 
 install: $(STAMP)
 
@@ -44,6 +45,19 @@ bench-kernels: $(STAMP)
 # Training data against open_clip_train's loader, 1 worker (10 minutes): docs/results/data/<device>.
 bench-data: $(STAMP) | data/embedded
 	$(BIN)/python launch/bench_data.py
+
+# One tiny model in every parallel layout against the single process, and traffic against the plan
+# (10 minutes).
+check-layouts: $(STAMP) | data/embedded
+	$(BIN)/python launch/check_layouts.py --out docs/results/layouts
+
+# The tokens of an image over 1, 2, 4 ranks: time, memory and bytes (5 minutes).
+bench-context: $(STAMP)
+	$(BIN)/python kernels/benchmarks/bench_context.py
+
+# Peak memory of the loss in tiles and in one piece, up to 32k pairs (15 minutes, 20 GiB).
+bench-loss: $(STAMP)
+	$(BIN)/python launch/bench_loss.py
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)
