@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, save_config
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
+from ds_linclip.feed import feed
 from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.model.patch_dropout import kept_patches
@@ -90,7 +91,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     meter = StepMeter(mesh)
     result = TrainResult(steps=config.train.steps)
     steps = config.train.steps
-    batches = data.batches(start, mesh.device)
+    batches = feed(data, config, mesh, start)
     progress = _progress_bar(config, mesh, start)
     model.train()
     for step in range(start + 1, steps + 1):
@@ -103,7 +104,8 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         decay = ema_decay(step - 1, config.optim.ema_decay)
         loss = engine.step(_inputs(batch, config, mesh, step), lr=rate, ema_decay=decay)
         sample_log.write(step, batch.keys)
-        meter.step_done(samples=len(batch.keys), tokens=model.num_tokens(batch.images, batch.texts))
+        num_tokens = model.num_tokens(batch.images, batch.texts)
+        meter.step_done(samples=len(batch.texts), tokens=num_tokens)
         progress.update()
 
         is_logged = _is_due(step, config.log.every_steps, steps)

@@ -45,6 +45,7 @@ class Mesh:
         dp, tp, pp, cp: The axes.
         replicas: Ranks that hold the same weights and get different gradients, data x context:
             gradients are averaged over them, and ZeRO splits its state over them.
+        peers: Ranks of one pipeline stage that see the same samples, tensor x context.
     """
 
     device: torch.device
@@ -55,6 +56,7 @@ class Mesh:
     pp: Axis
     cp: Axis
     replicas: Axis
+    peers: Axis
 
     @classmethod
     def create(cls, config: ParallelConfig | None = None) -> "Mesh":
@@ -97,6 +99,7 @@ class Mesh:
             pp=_axis(state.get_pipeline_model_parallel_group()),
             cp=_axis(state.get_context_parallel_group()),
             replicas=_axis(state.get_data_parallel_group(with_context_parallel=True)),
+            peers=_axis(state.get_tensor_and_context_parallel_group()),
         )
 
     @property
