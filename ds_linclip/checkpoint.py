@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or not there.
 
-DeepSpeed writes its shards into ``step-N.tmp``; every file is then synced and hashed, the list of
-hashes becomes ``manifest.json``, and only a rename makes the folder a checkpoint. ``latest`` is
-replaced last. On resume the manifest is verified before anything is loaded.
+DeepSpeed writes its shards into ``step-N.tmp``, and the model as evaluation sees it goes beside
+them in open_clip's form. Every file is then synced and hashed, the list of hashes becomes
+``manifest.json``, and only a rename makes the folder a checkpoint. ``latest`` is replaced last. On
+resume the manifest is verified before anything is loaded.
 """
 
 import hashlib
@@ -10,7 +11,6 @@ import itertools
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,21 +19,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ds_linclip.config import Config
+from ds_linclip.model import CLIP
+from ds_linclip.model.open_clip_exchange import export_folder, load_folder
+from ds_linclip.parallel.ema import add_ema_to_universal
 from ds_linclip.parallel.engine import Engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.parallel.universal import write_universal
 
-__all__ = ["CheckpointStore", "latest_checkpoint", "read_model_state"]
+__all__ = ["CheckpointStore", "latest_checkpoint", "load_weights", "weights_folder"]
 
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
-_MODEL_FILE = "mp_rank_00_model_states.pt"
+#: Folder within a checkpoint: the model in open_clip's form.
+_WEIGHTS = "open_clip"
 
 
 class CheckpointStore:
@@ -82,7 +84,9 @@ class CheckpointStore:
             shutil.rmtree(staging, ignore_errors=True)
         self._mesh.barrier()
         engine.save(self.directory, staging.name)
-        names = self._mesh.from_rank_zero(lambda: sorted(path.name for path in staging.iterdir()))
+        with engine.evaluation_model() as model:
+            export_folder(model, staging / _WEIGHTS)
+        names = self._mesh.from_rank_zero(lambda: _files_in(staging))
         hashes = self._hash_together(staging, names)
         unreadable = [name for name, digest in hashes.items() if digest is None]
         if unreadable:
@@ -96,7 +100,8 @@ class CheckpointStore:
                 "files": hashes,
             }
             _write_synced(staging / _MANIFEST, json.dumps(facts, indent=1))
-            _sync_directory(staging)
+            for folder in (staging / _WEIGHTS, staging):
+                _sync_directory(folder)
             staging.rename(final)
             _write_synced(self.directory / "latest.tmp", final.name)
             os.replace(self.directory / "latest.tmp", self.directory / "latest")
@@ -166,6 +171,7 @@ class CheckpointStore:
             logger.info("%s: from %d ranks to %d", path.name, theirs, self._mesh.replicas.size)
             shutil.rmtree(folder, ignore_errors=True)
             write_universal(path, folder)
+            add_ema_to_universal(path, folder / path.name)
 
     def _problem_of(self, path: Path) -> str | None:
         """What makes the checkpoint unusable, in words; the same answer on all ranks."""
@@ -210,20 +216,28 @@ def latest_checkpoint(run_dir: Path) -> Path:
     return committed[-1]
 
 
-def read_model_state(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's weights from a checkpoint of one tensor-parallel rank, without an engine.
+def weights_folder(checkpoint: Path) -> Path:
+    """The hub folder with the weights as evaluation saw them."""
+    return checkpoint / _WEIGHTS
+
+
+def load_weights(checkpoint: Path, mesh: Mesh) -> CLIP:
+    """The model of a checkpoint as evaluation saw it, whatever the layout of the ranks that saved.
 
     Raises:
-        ValueError: when the file is missing, not what its manifest says, or holds more than plain
-            data.
+        ValueError: when a file is missing or not what the manifest says.
     """
-    path = checkpoint / _MODEL_FILE
-    if _synced_sha256(path) != _read_manifest(checkpoint)["files"].get(_MODEL_FILE):
-        raise ValueError(f"checkpoint ({path}) does not match its checksum")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)["module"]
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint ({path}) cannot be read: {error}") from error
+    folder = weights_folder(checkpoint)
+    files = _read_manifest(checkpoint)["files"]
+    for path in (checkpoint / name for name in files if Path(name).parent == Path(_WEIGHTS)):
+        if _synced_sha256(path) != files[str(path.relative_to(checkpoint))]:
+            raise ValueError(f"checkpoint ({path}) does not match its checksum")
+    return load_folder(folder, mesh)
+
+
+def _files_in(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def _committed(directory: Path) -> list[Path]:

@@ -39,12 +39,22 @@ class MetricWriter:
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
 
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Show Markdown in TensorBoard."""
+        if (board := self._board()) is not None:
+            board.add_text(tag, text, step)
+            board.flush()
+
     def figure(self, step: int, tag: str, figure: Any) -> None:
         """Draw a matplotlib figure into TensorBoard."""
-        board = getattr(self._monitor, "tb_monitor", None) if self._is_writer else None
-        if board is not None and board.summary_writer is not None:
-            board.summary_writer.add_figure(tag, figure, step)
-            board.summary_writer.flush()
+        if (board := self._board()) is not None:
+            board.add_figure(tag, figure, step)
+            board.flush()
+
+    def _board(self) -> Any:
+        """TensorBoard's writer, on rank 0 if there is one."""
+        monitor = getattr(self._monitor, "tb_monitor", None) if self._is_writer else None
+        return None if monitor is None else monitor.summary_writer
 
 
 class SampleLog:

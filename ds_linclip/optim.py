@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,21 +16,19 @@ from ds_linclip.parallel.mesh import Mesh
 __all__ = ["Lamb", "build_optimizer", "ema_decay", "learning_rate", "weight_decay_groups"]
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimConfig, kind: Literal["adamw", "lion", "lamb"] = "adamw"
-) -> optim.Optimizer:
-    """An optimizer over the trainable parameters of ``model``, in :func:`weight_decay_groups`.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
+    """The optimizer of ``config`` over the trainable parameters, in :func:`weight_decay_groups`.
 
     AdamW is torch's (fused), Lion is timm's (arXiv 2302.06675; it has no eps), LAMB is
     :class:`Lamb`, which must be told of DeepSpeed's partitions before its first step.
     """
     groups = weight_decay_groups(model, config.weight_decay)
     betas = (config.beta1, config.beta2)
-    if kind == "lion":
+    if config.kind == "lion":
         from timm.optim import Lion  # importing timm takes seconds
 
         return Lion(groups, lr=config.lr, betas=betas)
-    if kind == "lamb":
+    if config.kind == "lamb":
         return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps)
     return optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
@@ -116,14 +114,7 @@ class Lamb(optim.Optimizer):
         Args:
             engine: DeepSpeed's, at any ZeRO stage.
             mesh: the ranks that share the parameters.
-
-        Raises:
-            ValueError: when ``round_robin_gradients`` is on: DeepSpeed then loses track itself.
         """
-        if getattr(engine.optimizer, "round_robin_gradients", False):
-            raise ValueError(
-                "zero_optimization.round_robin_gradients (true) must be false with LAMB"
-            )
         self._layouts = dict(_layouts(engine.optimizer, mesh.replicas.rank))
         self._mesh = mesh
 

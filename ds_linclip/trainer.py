@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ds_linclip.checkpoint import CheckpointStore
-from ds_linclip.config import Config, save_config
+from ds_linclip.checkpoint import CheckpointStore, weights_folder
+from ds_linclip.config import Config, InitConfig, save_config
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.model.pretrained import load_pretrained, lock_towers
-from ds_linclip.optim import build_optimizer, learning_rate
+from ds_linclip.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.parallel.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.engine import Engine, initialize_engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
-from ds_linclip.parallel.plan import stage_units
+from ds_linclip.parallel.plan import describe, plan_rank
+from ds_linclip.parallel.stages import stage_units
 
 __all__ = ["Evaluator", "TrainResult", "train"]
 
@@ -67,24 +68,27 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
 
     torch.manual_seed(config.train.seed)
     model = CLIP(config.model, mesh, loss=config.loss.kind, units=stage_units(config, mesh.pp))
+    changed = resume_from is not None and checkpoints.is_from_other_ranks(resume_from)
     if resume_from is None:
         mesh.agree(lambda: load_pretrained(model, config.init))
+    elif changed:  # what DeepSpeed converts for other ranks lacks all that is locked
+        saved = InitConfig(pretrained=str(weights_folder(resume_from)))
+        mesh.agree(lambda: load_pretrained(model, saved))
     lock_towers(model, config.init)
     model.recompute_activations(config.train.activation_checkpointing)
     if config.train.compile:
         model.compile_blocks()
+    plan = describe(config, mesh, plan_rank(config, mesh, model))
     optimizer = build_optimizer(model, config.optim)
-    changed = resume_from is not None and checkpoints.is_from_other_ranks(resume_from)
     engine = initialize_engine(model, optimizer, config, mesh, load_universal=changed)
     start = 0
     if resume_from:
         start, state = checkpoints.load(engine, resume_from)
         report.load_state(state)
-    if mesh.rank == 0:
-        where = f"{mesh.world_size} ranks on {mesh.device.type}"
-        logger.info("%s, %s", where, f"resumed from {resume_from}" if start else "from step 0")
-
     writer = MetricWriter(config, mesh, engine.monitor)
+    if mesh.rank == 0:
+        logger.info("%s\n%s", f"resumed from {resume_from}" if start else "from step 0", plan)
+    writer.text(start, "parallel_plan", plan)
     sample_log = SampleLog(config, mesh, start)
     meter = StepMeter(mesh)
     result = TrainResult(steps=config.train.steps)
@@ -99,7 +103,8 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         report.add(batch)
 
         rate = learning_rate(step - 1, steps, config.optim)
-        loss = engine.step(_inputs(batch, config, mesh, step), rate)
+        decay = ema_decay(step - 1, config.optim.ema_decay)
+        loss = engine.step(_inputs(batch, config, mesh, step), lr=rate, ema_decay=decay)
         sample_log.write(step, batch.keys)
         meter.step_done(samples=len(batch.keys), tokens=model.num_tokens(batch.images, batch.texts))
         progress.update()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -86,7 +86,7 @@ class Row:
 
     def record(self) -> dict[str, object]:
         values = asdict(self)
-        values = values.pop("case") | values
+        values = {**values.pop("case"), **values}
         return {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()}
 
 
@@ -117,50 +117,29 @@ def main() -> int:
             parser.error(f"{name} ({value}) must be positive")
     if arguments.chunk_size < 1:
         parser.error(f"chunk-size ({arguments.chunk_size}) must be positive")
-    device = _device_name(arguments.device)
-    output = arguments.output or ROOT / "docs" / "results" / "loss" / _slug(device)
+    results = ROOT / "docs" / "results" / "loss"
+    output = arguments.output or results / _slug(_device_name(arguments.device))
+    rows: list[Row] = []
     try:
         output.mkdir(parents=True, exist_ok=True)
-        rows = measure_all(arguments)
+        # What needs most comes first, and what was found is kept if the run is ended early.
+        for found in measure_all(arguments):
+            rows = sorted([*rows, *found], key=lambda row: (row.case.loss, row.case.num_pairs))
+            facts = _facts(arguments, rows) | {"duration": f"{time.monotonic() - start:.0f} s"}
+            requirements = [one for loss in arguments.losses for one in judge(rows, loss)]
+            write(output, facts, rows, requirements)
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    facts = {
-        "device": device,
-        "memory": f"{_memory(arguments.device) / 2**30:.1f} GiB",
-        "threads": str(torch.get_num_threads()),
-        "torch": version("torch"),
-        "open_clip_torch": version("open_clip_torch"),
-        "features": f"float32, E = {arguments.dim}",
-        "chunk_size": str(arguments.chunk_size),
-        "date_utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": _commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "duration": f"{time.monotonic() - start:.0f} s",
-        "load": f"{max(row.load for row in rows):.1f} at most, on {_num_cores()} cores",
-    }
-    requirements = [one for loss in arguments.losses for one in judge(rows, loss)]
-    report = summary(facts, rows, requirements)
-    with (output / "loss.csv").open("w", newline="") as file:
-        common = {name: facts[name] for name in ("threads", "torch", "date_utc", "commit")}
-        records = [row.record() | common for row in rows]
-        writer = csv.DictWriter(file, list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    (output / "summary.md").write_text(report)
-    draw(facts, rows).savefig(output / "loss.png", dpi=150)
-    print(report)
+    print(summary(facts, rows, requirements))
     return 0 if all(requirement.passed for requirement in requirements) else 1
 
 
-def measure_all(arguments: argparse.Namespace) -> list[Row]:
-    """One row per loss, size and form, the forms of one size after each other."""
-    rows = []
-    sizes = sorted(set(arguments.sizes))
-    plan = list(product(arguments.losses, sizes))
+def measure_all(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of one loss and size, one per form, the largest sizes first."""
+    plan = list(product(sorted(set(arguments.sizes), reverse=True), arguments.losses))
     with tempfile.TemporaryDirectory() as folder, tqdm(total=2 * len(plan), unit="run") as bar:
-        for loss, num_pairs in plan:
-            found: dict[str, dict[str, Any]] = {}
+        for num_pairs, loss in plan:
             cases = {
                 form: Case(
                     loss=loss,
@@ -172,33 +151,34 @@ def measure_all(arguments: argparse.Namespace) -> list[Row]:
                 )
                 for form in FORMS
             }
+            found: dict[str, dict[str, Any]] = {}
             for form, case in cases.items():
                 bar.set_description(f"{loss} {num_pairs} {form}")
                 found[form] = measure_apart(case, Path(folder) / "found.pt")
                 bar.update()
             differences = compare(found["tiles"], found["plain"])
+            rows = []
             for form, case in cases.items():
                 results = found[form].pop("results", None)
                 value = results[0].item() if results else None
                 rows.append(Row(case=case, value=value, **found[form], **differences))
-    return rows
+            yield rows
 
 
 def measure_apart(case: Case, file: Path) -> dict[str, Any]:
     """Measure in a new process; "results" are value and gradients.
 
     Raises:
-        CalledProcessError: when it ends for another reason than a lack of memory.
+        CalledProcessError: when it ends early.
     """
     load = os.getloadavg()[0]
     file.unlink(missing_ok=True)
-    process = get_context("spawn").Process(target=measure, args=(case, file))
+    process = get_context("spawn").Process(target=measure, args=(case, file), daemon=True)
     process.start()
     process.join()
     if process.exitcode == 0 and file.exists():
         return torch.load(file) | {"load": load}
-    if process.exitcode == -9:  # what the kernel does where memory ends
-        return {"peak_mib": None, "seconds": None, "load": load}
+    # Killed for others' want of memory is no finding: its own shows as a failed allocation.
     raise subprocess.CalledProcessError(process.exitcode or 1, f"measurement of {case}")
 
 
@@ -272,6 +252,8 @@ def judge(rows: Sequence[Row], loss: str) -> list[Requirement]:
         for form in FORMS
     )
     sizes = [size for size, row in ours.items() if row.peak_mib and theirs[size].peak_mib]
+    if not ours:
+        return []
     if not sizes:
         return [Requirement(f"{loss}: peak memory", f"<= {MAX_SHARE:g}x", "out of memory", False)]
     size = max(sizes)
@@ -299,6 +281,20 @@ def judge(rows: Sequence[Row], loss: str) -> list[Requirement]:
             gradient <= MAX_GRADIENT_ERROR,
         ),
     ]
+
+
+def write(
+    folder: Path, facts: dict[str, str], rows: Sequence[Row], requirements: Sequence[Requirement]
+) -> None:
+    """Write loss.csv, summary.md and loss.png."""
+    common = {name: facts[name] for name in ("threads", "torch", "date_utc", "commit")}
+    records = [row.record() | common for row in rows]
+    with (folder / "loss.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    (folder / "summary.md").write_text(summary(facts, rows, requirements))
+    draw(facts, rows).savefig(folder / "loss.png", dpi=150)
 
 
 def summary(facts: dict[str, str], rows: Sequence[Row], requirements: Sequence[Requirement]) -> str:
@@ -438,6 +434,22 @@ def _memory(device: str) -> int:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def _facts(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, str]:
+    return {
+        "device": _device_name(arguments.device),
+        "memory": f"{_memory(arguments.device) / 2**30:.1f} GiB",
+        "threads": str(torch.get_num_threads()),
+        "torch": version("torch"),
+        "open_clip_torch": version("open_clip_torch"),
+        "features": f"float32, E = {arguments.dim}",
+        "chunk_size": str(arguments.chunk_size),
+        "date_utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": _commit(),
+        "command": shlex.join(["python", *sys.argv]),
+        "load": f"{max(row.load for row in rows):.1f} at most, on {_num_cores()} cores",
+    }
 
 
 def _device_name(device: str) -> str:

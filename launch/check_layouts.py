@@ -1,8 +1,9 @@
 """Train one tiny model in every parallel layout and compare: ``python launch/check_layouts.py``.
 
-Same seed, same global batches, fp32. For each layout: the largest relative difference of a loss and
-of a weight tensor from the single process. Writes ``layouts.csv`` and ``summary.md``; exit code 1
-when a difference is greater than 1e-5.
+Same seed, same global batches, fp32. Shown for each layout: the largest relative difference of a
+loss, and of a weight tensor (RMS), from the single process; the bytes that ranks exchange in a
+step, by axis, and how far they are from the plan. Exit code 1 when a difference is greater than
+1e-5, or traffic differs by more than control messages.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import json
 import logging
 import multiprocessing
 import os
+import platform
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,19 +29,17 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.metrics import MetricWriter
 from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import to_open_clip
+from ds_linclip.optim import build_optimizer
+from ds_linclip.parallel.engine import initialize_engine
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.plan import plan_rank
+from ds_linclip.parallel.stages import stage_units
+from ds_linclip.parallel.traffic import CONTROL_BYTES, TrafficMeter
 from ds_linclip.trainer import train
 
 TOLERANCE = 1e-5
-EMBEDDED = Path(__file__).parents[1] / "ds_configs" / "train" / "embedded.yaml"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave: losses by step, and the final weights under open_clip's names."""
-
-    losses: dict[int, float]
-    weights: dict[str, Tensor]
+BATCH = 32
+REPOSITORY = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
-    dp: int = 1
     cp: int = 1
+    dp: int = 1
     zero: int = 1
     micro_batches: int = 1
 
@@ -58,15 +59,15 @@ class Layout:
 
     @property
     def name(self) -> str:
-        axes = [f"{axis}{getattr(self, axis)}" for axis in ("tp", "pp", "cp", "dp")]
-        shown = [axis for axis in axes if not axis.endswith("1")] or ["1"]
-        shown += [f"zero{self.zero}"] if self.dp > 1 or self.zero > 1 else []
-        shown += [f"micro{self.micro_batches}"] if self.micro_batches > 1 else []
-        return " ".join(shown)
+        sizes = {axis: getattr(self, axis) for axis in ("tp", "pp", "cp", "dp")}
+        words = [f"{axis}{size}" for axis, size in sizes.items() if size > 1] or ["single"]
+        words += [f"zero{self.zero}"] if self.dp > 1 else []
+        words += [f"micro{self.micro_batches}"] if self.micro_batches > 1 else []
+        return "-".join(words)
 
-    def overrides(self, batch: int) -> list[str]:
+    def overrides(self) -> list[str]:
         sizes = [f"parallel.{axis}={getattr(self, axis)}" for axis in ("tp", "pp", "dp", "cp")]
-        micro_batch = batch // self.dp // self.micro_batches
+        micro_batch = BATCH // self.dp // self.micro_batches
         return [*sizes, f"zero.stage={self.zero}", f"train.micro_batch_size={micro_batch}"]
 
 
@@ -93,82 +94,110 @@ LAYOUTS = [
 ]
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Attributes:
+        losses: By step.
+        weights: The final ones, under open_clip's names.
+        traffic: Bytes of a step by axis, measured, of every rank.
+        planned: The same as planned.
+    """
+
+    losses: dict[int, float]
+    weights: dict[str, Tensor]
+    traffic: list[dict[str, int]]
+    planned: list[dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; bytes are those of the rank that has most of them."""
+
+    attention: str
+    layout: str
+    ranks: int
+    loss_difference: float
+    weight_difference: float
+    tp_bytes: int
+    cp_bytes: int
+    pp_bytes: int
+    dp_bytes: int
+    zero_bytes: int
+    bytes_off_plan: int
+
+    @property
+    def is_good(self) -> bool:
+        exact = max(self.loss_difference, self.weight_difference) <= TOLERANCE
+        return exact and self.bytes_off_plan < CONTROL_BYTES
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="for the embedded config, such as data.train")
-    parser.add_argument(
-        "--out", type=Path, help="folder for the results; default: none are written"
-    )
-    parser.add_argument("--layouts", nargs="+", help="names of layouts, as in the table")
+    parser.add_argument("--out", type=Path, help="folder for layouts.csv and summary.md")
+    parser.add_argument("--layouts", nargs="+", help=", ".join(each.name for each in LAYOUTS))
     parser.add_argument("--attention", nargs="+", default=["linear", "softmax"])
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_intermixed_args()
-    worst = 0.0
     rows = []
     for attention in arguments.attention:
         reference: Result | None = None
         for layout in LAYOUTS:
-            if arguments.layouts and layout.name not in ["1", *arguments.layouts]:
+            if reference and arguments.layouts and layout.name not in arguments.layouts:
                 continue
             if attention == "softmax" and layout.cp > 1:
                 continue
             begun = time.perf_counter()
             result = run(layout, attention, arguments.steps, arguments.overrides)
             reference = reference or result
-            loss, weights, name = differences(result, reference)
-            worst = max(worst, loss, weights)
-            rows.append((attention, layout.name, layout.ranks, loss, weights))
-            print(
-                f"{attention:8} {layout.name:24} loss {loss:.1e} weights {weights:.1e} "
-                f"({name}) {time.perf_counter() - begun:.1f} s",
-                flush=True,
-            )
+            rows.append(compare(result, reference, attention, layout))
+            print(f"{_line(rows[-1])} {time.perf_counter() - begun:5.1f} s", flush=True)
     if arguments.out:
-        write(arguments.out, rows)
-    return 0 if worst <= TOLERANCE else 1
+        write(arguments.out, rows, arguments.steps)
+    return 0 if all(row.is_good for row in rows) else 1
 
 
-def run(layout: Layout, attention: str, steps: int, overrides: list[str]) -> Result:
-    """Train in processes of their own; losses by step and the final weights."""
+def run(layout: Layout, attention: str, steps: int, overrides: Sequence[str]) -> Result:
+    """Train in processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
-            EMBEDDED,
+            REPOSITORY / "ds_configs" / "train" / "embedded.yaml",
             [
                 *overrides,
                 *(f"output_dir={folder}", "name=run", f"train.steps={steps}", "eval.data=null"),
-                *("train.global_batch_size=32", "data.num_workers=0", "log.every_steps=1"),
-                *("log.tensorboard=false", "optim.warmup_steps=2", "checkpoint.every_steps=1000"),
+                *(f"train.global_batch_size={BATCH}", "data.num_workers=0", "log.every_steps=1"),
+                *("log.tensorboard=false", "optim.warmup_steps=10", "checkpoint.every_steps=1000"),
+                "optim.lr=3e-4",
                 *(f"model.{t}.attention.kind={attention}" for t in ("vision", "text")),
-                *layout.overrides(32),
+                *layout.overrides(),
             ],
         )
-        return run_ranks(config, layout.ranks)
-
-
-def run_ranks(config: Config, world_size: int) -> Result:
-    """Train as ``config`` says in ranks that are forked from this process.
-
-    Raises:
-        RuntimeError: when one fails.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=train_rank, args=(rank, world_size, port, config))
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    if any(process.exitcode for process in ranks):
-        raise RuntimeError(f"{config.name}: a rank failed")
-    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    losses = {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
-    return Result(losses, torch.load(config.run_dir / "weights.pt"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        # Forks of this process: it has imported everything, and started no threads.
+        context = multiprocessing.get_context("fork")
+        ranks = [
+            context.Process(target=train_rank, args=(rank, layout.ranks, port, config))
+            for rank in range(layout.ranks)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            raise RuntimeError(f"layout {layout.name} failed")
+        records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
+        files = [config.run_dir / f"traffic-{rank}.json" for rank in range(layout.ranks)]
+        measured, planned = zip(*(json.loads(file.read_text()) for file in files), strict=True)
+        return Result(
+            losses={r["step"]: r["train/loss"] for r in records if "train/loss" in r},
+            weights=torch.load(config.run_dir / "weights.pt"),
+            traffic=list(measured),
+            planned=list(planned),
+        )
 
 
 def train_rank(rank: int, world_size: int, port: int, config: Config) -> None:
@@ -191,30 +220,104 @@ def train_rank(rank: int, world_size: int, port: int, config: Config) -> None:
 
     mesh = Mesh.create(config.parallel)
     train(config, mesh, keep_weights)
+    traffic = traffic_of_a_step(config, mesh)
+    (config.run_dir / f"traffic-{rank}.json").write_text(json.dumps(traffic))
     mesh.close()
 
 
-def differences(result: Result, reference: Result) -> tuple[float, float, str]:
-    """Largest relative difference of a loss, and of a weight tensor (RMS) with its name."""
+def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by axis that this rank exchanges in a step: measured, and planned."""
+    # Nothing is fetched ahead: ZeRO-3 keeps what it has fetched for two uses, and gathers it once.
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": 0}}))
+        file.flush()
+        config = replace(config, zero=replace(config.zero, deepspeed_config=file.name))
+        model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
+        plan = plan_rank(config, mesh, model)
+        engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
+    local, length = BATCH // mesh.dp.size, config.model.text.context_length
+    images = torch.randn(local, 3, *config.model.vision.image_size)
+    batch = images, torch.randint(0, config.model.text.vocab_size, (local, length))
+    for _ in range(2):  # the first steps also tell shapes, and learn the order of parameters
+        engine.step(batch, lr=1e-3)
+    with TrafficMeter(mesh) as meter:
+        engine.step(batch, lr=1e-3)
+    return dict(meter.bytes), plan.traffic
+
+
+def compare(result: Result, reference: Result, attention: str, layout: Layout) -> Row:
+    """How far a run is from the reference, and its traffic from the plan."""
     assert result.losses.keys() == reference.losses.keys()
     assert result.weights.keys() == reference.weights.keys()
-    loss = max(abs(result.losses[step] / it - 1) for step, it in reference.losses.items())
-    found = {name: relative_rms(result.weights[name], it) for name, it in reference.weights.items()}
-    name = max(found, key=lambda name: found[name])
-    return loss, found[name], name
+    off_plan = 0
+    for measured, planned in zip(result.traffic, result.planned, strict=True):
+        axes = measured.keys() | planned.keys()
+        off = (abs(measured.get(axis, 0) - planned.get(axis, 0)) for axis in axes)
+        off_plan = max(off_plan, *off, 0)
+    most = {
+        f"{axis}_bytes": max(rank.get(axis, 0) for rank in result.traffic)
+        for axis in ("tp", "cp", "pp", "dp", "zero")
+    }
+    return Row(
+        attention=attention,
+        layout=layout.name,
+        ranks=layout.ranks,
+        loss_difference=max(
+            abs(result.losses[step] / loss - 1) for step, loss in reference.losses.items()
+        ),
+        weight_difference=max(
+            relative_rms(result.weights[name], weight) for name, weight in reference.weights.items()
+        ),
+        bytes_off_plan=off_plan,
+        **most,
+    )
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
-def write(folder: Path, rows: list[tuple[str, str, int, float, float]]) -> None:
+def write(folder: Path, rows: Sequence[Row], steps: int) -> None:
+    """``layouts.csv`` and ``summary.md``."""
     folder.mkdir(parents=True, exist_ok=True)
-    header = ("attention", "layout", "ranks", "loss", "weights")
     with (folder / "layouts.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows(asdict(row).values() for row in rows)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
+    lines = [
+        "# The same training in every layout",
+        "",
+        f"`python launch/check_layouts.py --out {folder}`: {steps} steps of {BATCH} pairs of the",
+        f"embedded model in fp32, {platform.processor() or platform.machine()}, {packages}.",
+        "Differences are relative, from the single process: the largest of a loss, and of a final",
+        "weight tensor (RMS). Bytes: of a step, on the rank that has most of them; the last column",
+        "is how far any rank is from the plan (control messages of less than "
+        f"{CONTROL_BYTES} bytes are not counted).",
+        "",
+        "| attention | layout | ranks | loss | weights | tp | cp | pp | loss gather | ZeRO | off |",
+        "|:---|:---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *(f"| {' | '.join(_cells(row))} |" for row in rows),
+    ]
+    (folder / "summary.md").write_text("\n".join(lines) + "\n")
+
+
+def _cells(row: Row) -> list[str]:
+    sizes = (row.tp_bytes, row.cp_bytes, row.pp_bytes, row.dp_bytes, row.zero_bytes)
+    return [
+        *(row.attention, row.layout, str(row.ranks)),
+        *(f"{value:.1e}" for value in (row.loss_difference, row.weight_difference)),
+        *(f"{size:,}" for size in sizes),
+        str(row.bytes_off_plan),
+    ]
+
+
+def _line(row: Row) -> str:
+    verdict = "good" if row.is_good else "NOT GOOD"
+    return (
+        f"{row.attention:8} {row.layout:24} loss {row.loss_difference:.1e} "
+        f"weights {row.weight_difference:.1e} bytes off plan {row.bytes_off_plan:4} {verdict:8}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ds_linclip.checkpoint import latest_checkpoint, read_model_state
+from ds_linclip.checkpoint import latest_checkpoint, load_weights
 from ds_linclip.config import load_config, validate
-from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.held_out import HeldOutEvaluator
 from linclip_eval.zero_shot import write_per_class_csv
@@ -51,12 +50,10 @@ def score(run_folder: Path, data: str | None, batch_size: int | None) -> dict[st
     if batch_size is not None:
         config.eval.batch_size = batch_size
     validate(config)
-    mesh = Mesh.create()
+    mesh, precision = Mesh.create(), config.train.precision
     evaluator = HeldOutEvaluator.from_config(config, device=mesh.device)
-    model = CLIP(config.model, mesh)
-    model.load_state_dict(read_model_state(checkpoint))
-    if config.train.precision == "bf16":
-        model.bfloat16()
+    model = load_weights(checkpoint, mesh)
+    model.to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision])
     result = evaluator.score(model.eval())
     report: dict[str, float | str] = {
         "checkpoint": checkpoint.name,

@@ -70,7 +70,7 @@ def validate(config: Config) -> None:
     for name in ("weight_decay", "warmup_steps", "clip_grad_norm"):
         if not 0 <= getattr(optim, name) < math.inf:
             raise ValueError(f"optim.{name} ({getattr(optim, name)}) must not be negative")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "ema_decay"):
         if not 0 <= getattr(optim, name) < 1:
             raise ValueError(f"optim.{name} ({getattr(optim, name)}) must be in [0, 1)")
     if optim.warmup_steps >= config.train.steps:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -129,8 +129,11 @@ def load_folder(path: str | Path, mesh: Mesh) -> CLIP:
     """
     folder = Path(path)
     try:
-        model = CLIP(read_config(folder), mesh)
-        from_open_clip(model, load_file(folder / WEIGHTS_FILE))
+        config = read_config(folder)
+        weights = load_file(folder / WEIGHTS_FILE)
+        loss: Literal["softmax", "sigmoid"] = "sigmoid" if "logit_bias" in weights else "softmax"
+        model = CLIP(config, mesh, loss=loss)
+        from_open_clip(model, weights)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"open_clip folder ({folder}) cannot be read: {error}") from error
     except ValueError as error:

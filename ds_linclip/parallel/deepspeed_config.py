@@ -25,6 +25,10 @@ _FILE_MAY_SET = {
 #: What the file may set of the monitors, which are ours: the engine would write curves of its own.
 _MONITORS = {"wandb", "comet", "csv_monitor"}
 
+#: ZeRO-3, unless the file says otherwise. DeepSpeed's own default keeps on every rank what is
+#: needed again within a billion parameters: all of a CLIP model.
+_STAGE_3 = {"stage3_max_reuse_distance": 0}
+
 
 def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     """What ``deepspeed.initialize`` is given.
@@ -48,13 +52,16 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "zero_optimization": _zero(config),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # Several micro-batches are added up in fp32.
+        "data_types": {"grad_accum_dtype": "fp32" if local > micro_batch else None},
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
         "steps_per_print": 2**31,
     }
     content = _read(config)
     zero = content.get("zero_optimization", {})
     merged = {k: v for k, v in content.items() if k not in _MONITORS} | generated
-    merged["zero_optimization"] = {**zero, **generated["zero_optimization"]}
+    defaults = _STAGE_3 if config.zero.stage == 3 else {}
+    merged["zero_optimization"] = {**defaults, **zero, **generated["zero_optimization"]}
     try:
         DeepSpeedZeroConfig(**merged["zero_optimization"])
     except ValidationError as error:
@@ -109,6 +116,11 @@ def _read(config: Config) -> dict[str, Any]:
     owned = {"stage", "offload_optimizer", "offload_param"} & content.get(
         "zero_optimization", {}
     ).keys()
+    if content.get("zero_optimization", {}).get("round_robin_gradients"):
+        raise ValueError(
+            f"{where}: zero_optimization.round_robin_gradients (true) must be false: DeepSpeed "
+            "then loses track of which optimizer state belongs to which parameter"
+        )
     for key in owned:
         raise ValueError(
             f"{where} must not set zero_optimization.{key}: the training config owns zero.{key}"

@@ -1,10 +1,10 @@
 """The engines: one optimizer step of the contrastive objective under DeepSpeed, with or without a
 pipeline, behind one interface."""
 
-import contextlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch import Tensor, nn, optim
 from ds_linclip.config import Config
 from ds_linclip.model import CLIP
 from ds_linclip.objective import Objective, surrogate
+from ds_linclip.optim import Lamb
 from ds_linclip.parallel.deepspeed_config import deepspeed_config, monitor_config
+from ds_linclip.parallel.ema import ema_weights, load_universal, track_ema
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["Engine", "initialize_engine"]
@@ -73,6 +75,8 @@ class Engine(ABC):
         self._config = config
         self.objective = Objective(config.loss, mesh)
         generated = deepspeed_config(config, mesh)
+        if config.optim.ema_decay:
+            track_ema(optimizer)
         self._engine, _, _, _ = deepspeed.initialize(
             model=self._module(model),
             optimizer=optimizer,
@@ -80,21 +84,26 @@ class Engine(ABC):
             mpu=mesh.mpu() if mesh.pp.size == 1 else None,
             dist_init_required=False,
         )
+        if isinstance(optimizer, Lamb):
+            optimizer.attach(self._engine, mesh)
+        self._is_universal = load_universal
         self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])
 
-    def step(self, batch: Inputs, learning_rate: float) -> Tensor:
+    def step(self, batch: Inputs, *, lr: float, ema_decay: float = 0.0) -> Tensor:
         """One optimizer step on this rank's part of the global batch.
 
         Args:
             batch: Images [B, 3, H, W], texts [B, L] and perhaps patches [B, K].
-            learning_rate: Of this step.
+            lr: Learning rate of this step.
+            ema_decay: Share of the old running average of the weights that is kept, if there is
+                one.
 
         Returns:
             The loss [] of this rank's rows.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group |= {"lr": lr, "ema_decay": ema_decay}
         parts = zip(*(tensor.chunk(self._num_micro_batches) for tensor in batch), strict=True)
         return self._step(list(parts))
 
@@ -114,17 +123,22 @@ class Engine(ABC):
 
     def load(self, folder: Path, tag: str) -> int:
         """Read what :meth:`save` wrote; returns the optimizer steps done."""
-        self._engine.load_checkpoint(str(folder), tag=tag)
+        if self._is_universal:
+            load_universal(self._engine, folder, tag)
+        else:
+            self._engine.load_checkpoint(str(folder), tag=tag)
         return int(self._engine.global_steps)
 
-    @contextlib.contextmanager
+    @contextmanager
     def evaluation_model(self) -> Iterator[CLIP]:
         """The whole model (this rank's heads of it), in eval mode, without gradients.
 
-        Where this rank trains a part of the layers, or ZeRO-3 a part of each weight, it is a copy
-        that lives as long as the context.
+        It has the running average of the weights, where there is one. Where this rank trains a part
+        of the layers, or ZeRO-3 a part of each weight, it is a copy that lives as long as the
+        context.
         """
-        with torch.no_grad():
+        averages = ema_weights(self._engine) if self._config.optim.ema_decay else nullcontext()
+        with torch.no_grad(), averages:
             model = self._whole_model()
             model.eval()
             yield model
@@ -194,7 +208,7 @@ class PipelineEngine(Engine):
         layers: list[Any] = [LayerSpec(nn.Identity)] * mesh.pp.size  # others' are never built
         layers[mesh.pp.rank] = _Stage(model)
         mesh.prepare_for_deepspeed()
-        with contextlib.redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()):
             return PipelineModule(
                 layers, topology=topology, loss_fn=surrogate, partition_method="uniform"
             )

@@ -1,54 +1,266 @@
-"""The parallel plan: which units of the model a pipeline stage holds."""
+"""The parallel plan: what lies where, how many bytes it takes, and what a step communicates."""
 
-from ds_linclip.config import Config
-from ds_linclip.parallel.mesh import Axis
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-__all__ = ["stage_units"]
+import torch.distributed as dist
+
+from ds_linclip.config import Config, VisionTower
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.context import token_slice
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.stages import stage_units
+
+__all__ = ["RankPlan", "describe", "plan_rank"]
+
+_FP32 = 4
+#: Moments that the optimizers keep per parameter.
+_MOMENTS = {"adamw": 2, "lamb": 2, "lion": 1}
+#: ZeRO-3 keeps smaller parameters whole on every rank (DeepSpeed's default).
+_PERSISTENT_BELOW = 100_000
 
 
-def stage_units(config: Config, pp: Axis) -> range:
-    """The units of :class:`~ds_linclip.model.CLIP` that this rank's pipeline stage holds.
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank holds and communicates.
 
-    Stages are consecutive blocks, balanced by their estimated floating-point operations per pair;
-    the embedding and the head of a tower go with its first and its last block.
+    Attributes:
+        units: Names of the layers held, first and last.
+        num_parameters: Of these layers, on this tensor-parallel rank.
+        memory: Bytes of "weights", "gradients" and "optimizer" (master weights, moments, average).
+        traffic: Bytes of a step by axis, as :class:`~ds_linclip.parallel.traffic.TrafficMeter`
+            counts them: "tp", "cp", "pp", "dp" (features for the loss) and "zero".
     """
-    bounds = _balanced(_block_costs(config), pp.size)
-    units_of_block: list[range] = []
-    first = 0
-    for layers in (config.model.vision.layers, config.model.text.layers):
-        for block in range(layers):
-            start, stop = first + 1 + block, first + 2 + block
-            units_of_block.append(range(start - (block == 0), stop + (block == layers - 1)))
-        first += layers + 2
-    blocks = units_of_block[bounds[pp.rank] : bounds[pp.rank + 1]]
-    return range(blocks[0].start, blocks[-1].stop)
+
+    units: str
+    num_parameters: int
+    memory: dict[str, int]
+    traffic: dict[str, int]
 
 
-def _block_costs(config: Config) -> list[float]:
-    vision, text = config.model.vision, config.model.text
-    num_image = 1 + vision.num_kept_patches_at(vision.image_size)
-    costs = []
-    for tower, num_tokens in ((vision, num_image), (text, text.context_length)):
-        head_dim = tower.width // tower.heads
-        keys = num_tokens if tower.attention.kind == "softmax" else head_dim
-        per_token = 2 * tower.width * (tower.width * (4 + 2 * tower.mlp_ratio) + 2 * keys)
-        costs += [num_tokens * per_token] * tower.layers
-    return costs
+def plan_rank(config: Config, mesh: Mesh, model: CLIP) -> RankPlan:
+    """The plan of this rank, at the image size of the first step.
+
+    Args:
+        config, mesh: Of the run.
+        model: This rank's part of it, before the engine takes its weights apart.
+    """
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    units = stage_units(config, mesh.pp)
+    traffic = _Traffic(config, mesh, units)
+    found = {
+        "tp": traffic.tensor() if mesh.tp.size > 1 else 0,
+        "cp": traffic.context() if mesh.cp.size > 1 else 0,
+        "pp": traffic.pipeline(),
+        "dp": traffic.loss() if mesh.dp.size > 1 and model.is_last else 0,
+        "zero": traffic.zero(model) if mesh.replicas.size > 1 else 0,
+    }
+    return RankPlan(
+        units=_unit_names(config, units),
+        num_parameters=sum(sizes),
+        memory=_memory(config, mesh, model),
+        traffic={axis: size for axis, size in found.items() if size},
+    )
 
 
-def _balanced(costs: list[float], num_parts: int) -> list[int]:
-    """Bounds of consecutive, non-empty parts whose dearest is as cheap as can be."""
-    num = len(costs)
-    # best[n]: cheapest dearest part of the first n costs in the parts so far, and its bounds.
-    best: list[tuple[float, list[int]]] = [(sum(costs[:n]), [0, n]) for n in range(num + 1)]
-    for parts in range(2, num_parts + 1):
-        best = [
-            min(
-                (max(best[cut][0], sum(costs[cut:n])), [*best[cut][1], n])
-                for cut in range(parts - 1, n)
-            )
-            if n >= parts
-            else (float("inf"), [])
-            for n in range(num + 1)
-        ]
-    return best[num][1]
+def describe(config: Config, mesh: Mesh, plan: RankPlan) -> str:
+    """The plan of all ranks as a Markdown table, one row per distinct one. All ranks call this."""
+    plans: list[RankPlan] = [plan] * mesh.world_size
+    if mesh.world_size > 1:
+        dist.all_gather_object(plans, plan)
+    ranks_of: dict[str, list[int]] = {}
+    for rank, each in enumerate(plans):
+        memory = (_gib(each.memory[kind]) for kind in ("weights", "gradients", "optimizer"))
+        traffic = (_mib(each.traffic.get(axis, 0)) for axis in ("tp", "cp", "pp", "dp", "zero"))
+        row = (each.units, f"{each.num_parameters / 1e6:.1f}", *memory, *traffic)
+        ranks_of.setdefault(" | ".join(row), []).append(rank)
+    sizes = " x ".join(
+        f"{name} {axis.size}"
+        for name, axis in (("tp", mesh.tp), ("cp", mesh.cp), ("dp", mesh.dp), ("pp", mesh.pp))
+    )
+    header = [
+        *("ranks", "layers", "parameters, M"),
+        *("weights, GiB", "gradients, GiB", "optimizer, GiB"),
+        *("tp, MiB/step", "cp, MiB/step", "pp, MiB/step", "loss, MiB/step", "ZeRO, MiB/step"),
+    ]
+    lines = [
+        f"{mesh.world_size} ranks on {mesh.device.type}: {sizes}, ZeRO-{config.zero.stage}, "
+        f"{_num_micro_batches(config, mesh)} micro-batches, {config.train.precision}",
+        "",
+        " | ".join(header),
+        " | ".join("---" for _ in header),
+        *(f"{_shown(ranks)} | {row}" for row, ranks in ranks_of.items()),
+    ]
+    return "\n".join(lines)
+
+
+class _Traffic:
+    """Bytes of one step of one rank, axis by axis."""
+
+    def __init__(self, config: Config, mesh: Mesh, units: range) -> None:
+        self.config, self.mesh, self.units = config, mesh, units
+        self.num_micro_batches = _num_micro_batches(config, mesh)
+        self.local_batch = config.train.global_batch_size // mesh.dp.size
+        #: Forward passes over every pair; several micro-batches or stages need two.
+        self.forwards = 1 if self.num_micro_batches == mesh.pp.size == 1 else 2
+        self.value_bytes = _value_bytes(config)
+        vision, text = config.model.vision, config.model.text
+        num_tokens = 1 + vision.num_kept_patches_at(config.image_size_at(0))
+        held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
+        #: Bytes of the tokens of the local batch between two blocks.
+        self.image_tokens = self._bytes(held.stop - held.start, vision.width)
+        self.text_tokens = self._bytes(text.context_length, text.width)
+
+    def tensor(self) -> int:
+        """Sums behind row-parallel layers, and of gradients behind column-parallel ones."""
+        image, text = self._num_blocks()
+        recomputed = self.config.train.activation_checkpointing == "full"
+        sums = 2 * self.forwards + 2 + recomputed
+        has_embedding = self.config.model.vision.layers + 2 in self.units
+        embedding = self.forwards * self.text_tokens * has_embedding
+        return sums * (image * self.image_tokens + text * self.text_tokens) + embedding
+
+    def context(self) -> int:
+        """States of the image tower's attention, and the class token, forward and backward."""
+        vision = self.config.model.vision
+        image, _ = self._num_blocks()
+        recomputed = self.config.train.activation_checkpointing == "full"
+        heads = vision.heads // self.mesh.tp.size
+        state = heads * (_num_features(vision) + 1) * (vision.head_width + 1) * _FP32
+        states = self.local_batch * image * state * (self.forwards + 1 + recomputed)
+        has_head = vision.layers + 1 in self.units
+        return states + has_head * self._bytes(1, vision.width) * (self.forwards + 1)
+
+    def pipeline(self) -> int:
+        """Activations to the next stage, gradients to the one before."""
+        if self.mesh.pp.size == 1:
+            return 0
+        text_ids = self.local_batch * self.config.model.text.context_length * 8
+        total = 0
+        if self.units.stop < CLIP.num_units(self.config.model):
+            total += self.forwards * (self._boundary(self.units.stop) + text_ids)
+        if self.units.start > 0:
+            total += self._boundary(self.units.start)
+        return total
+
+    def loss(self) -> int:
+        """Features of the whole data axis, and for softmax two numbers per pair."""
+        per_pair = 2 * self.config.model.embed_dim + 2 * (self.config.loss.kind == "softmax")
+        return self.mesh.dp.size * self.local_batch * per_pair * _FP32
+
+    def zero(self, model: CLIP) -> int:
+        """Gradients that are averaged, and weights that are gathered, over data x context."""
+        stage, replicas = self.config.zero.stage, self.mesh.replicas.size
+        trained = [p for p in model.parameters() if p.requires_grad]
+        reduced = _gradient_bytes(self.config, self.num_micro_batches) * sum(
+            p.numel() for p in trained
+        )
+        if stage == 1:
+            return reduced + self._gathered(trained, 2 * replicas)
+        reduced *= self.num_micro_batches
+        if stage == 2:
+            return reduced + self._gathered(trained, 2 * replicas)
+        everything = list(model.parameters())
+        large = sum(p.numel() for p in everything if p.numel() > _PERSISTENT_BELOW)
+        small = sum(
+            -(-p.numel() // replicas) * replicas
+            for p in everything
+            if p.numel() <= _PERSISTENT_BELOW
+        )
+        passes = self.num_micro_batches * (self.forwards + 1)
+        return reduced + self.value_bytes * (passes * large + small)
+
+    def _gathered(self, trained: Iterable, multiple: int) -> int:
+        """Weights after a step: two groups, each filled up to a multiple."""
+        decayed, kept = 0, 0
+        for parameter in trained:
+            if parameter.ndim < 2:
+                kept += parameter.numel()
+            else:
+                decayed += parameter.numel()
+        return self.value_bytes * sum(-(-size // multiple) * multiple for size in (decayed, kept))
+
+    def _bytes(self, num_tokens: int, width: int) -> int:
+        return self.local_batch * num_tokens * width * self.value_bytes
+
+    def _boundary(self, unit: int) -> int:
+        """Activations that enter a unit."""
+        vision = self.config.model.vision
+        if unit <= vision.layers + 1:
+            return self.image_tokens
+        image_features = self._bytes(1, self.config.model.embed_dim)
+        return image_features + (self.text_tokens if unit > vision.layers + 2 else 0)
+
+    def _num_blocks(self) -> tuple[int, int]:
+        layers = self.config.model.vision.layers
+        image = sum(1 <= unit <= layers for unit in self.units)
+        text = sum(
+            layers + 3 <= unit <= layers + 2 + self.config.model.text.layers for unit in self.units
+        )
+        return image, text
+
+
+def _memory(config: Config, mesh: Mesh, model: CLIP) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state that ZeRO leaves on a rank."""
+    replicas, stage = mesh.replicas.size, config.zero.stage
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_micro_batches = _num_micro_batches(config, mesh)
+    moments = _MOMENTS[config.optim.kind] + (config.optim.ema_decay > 0)
+    return {
+        "weights": everything * _value_bytes(config) // (replicas if stage == 3 else 1),
+        "gradients": trained
+        * _gradient_bytes(config, num_micro_batches)
+        // (replicas if stage > 1 else 1),
+        "optimizer": trained * _FP32 * (1 + moments) // replicas,
+    }
+
+
+def _num_micro_batches(config: Config, mesh: Mesh) -> int:
+    local = config.train.global_batch_size // mesh.dp.size
+    return local // (config.train.micro_batch_size or local)
+
+
+def _value_bytes(config: Config) -> int:
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def _gradient_bytes(config: Config, num_micro_batches: int) -> int:
+    return 4 if num_micro_batches > 1 else _value_bytes(config)
+
+
+def _num_features(vision: VisionTower) -> int:
+    size = vision.head_width
+    return size + size * (size // 2 + 1) if vision.attention.feature_map == "quadratic" else size
+
+
+def _unit_names(config: Config, units: range) -> str:
+    first, last = (_unit_name(config, unit) for unit in (units[0], units[-1]))
+    return f"{first} to {last}"
+
+
+def _unit_name(config: Config, unit: int) -> str:
+    name, layers = "image", config.model.vision.layers
+    if unit > layers + 1:
+        name, unit, layers = "text", unit - layers - 2, config.model.text.layers
+    parts = {0: "embedding", layers + 1: "head"}
+    return f"{name} {parts.get(unit, f'block {unit - 1}')}"
+
+
+def _shown(ranks: list[int]) -> str:
+    """Ranks, runs of them shortened: 0-3, 8."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.3g}"

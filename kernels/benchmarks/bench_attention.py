@@ -9,10 +9,7 @@ Exit codes: 0 measured, 1 the operator is wrong or has failed, 2 bad arguments.
 
 import argparse
 import importlib
-import platform
-import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from bench_facts import commit_of, device_name, folder_name
 from bench_report import WORKS, Check, Report, Row
 from bench_timing import FAILED, HEAD_DIM, TIMING, Bench, Implementation, batch_and_heads
 from torch import Tensor
@@ -155,9 +153,8 @@ def main() -> int:
         parser.error(f"budget-seconds ({arguments.budget_seconds}) must be positive")
     if arguments.threads < 1:
         parser.error(f"threads ({arguments.threads}) must be at least 1")
-    name = _device_name(device)
-    slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    output = arguments.output or Path("docs/results/kernels", slug)
+    name = device_name(device)
+    output = arguments.output or Path("docs/results/kernels", folder_name(name))
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
@@ -182,7 +179,7 @@ def main() -> int:
         "triton": _version("triton"),
         "flash-linear-attention": _version("fla"),
         "date_utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": arguments.commit or _commit(),
+        "commit": arguments.commit or commit_of(["kernels"]),
         "command": shlex.join(["python", *sys.argv]),
         "copy bandwidth": f"{1e-9 * bench.copy_bandwidth:.4g} GB/s, read and written",
         "timing": TIMING[device].format(threads=arguments.threads),
@@ -209,35 +206,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU {models[0] if models else platform.machine()}"
-
-
 def _version(module: str) -> str:
     try:
         return importlib.import_module(module).__version__
     except ImportError:
         return NOT_INSTALLED
-
-
-def _commit() -> str:
-    """The commit of the checkout, marked where the kernels differ from it."""
-    kernels = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(kernels), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short", "HEAD")
-        return f"{commit}-dirty" if git("status", "--porcelain", "--", str(kernels)) else commit
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

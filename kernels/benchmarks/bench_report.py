@@ -15,15 +15,27 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-__all__ = ["WORKS", "Check", "Report", "Row", "crossover", "slope"]
+__all__ = [
+    "LABEL",
+    "MUTED",
+    "TITLE",
+    "WORKS",
+    "Check",
+    "Report",
+    "Row",
+    "crossover",
+    "dress",
+    "slope",
+    "table",
+]
 
 WORKS = ("forward", "forward+backward")
 #: Slopes are fitted from here on.
 LONG = 1025
 
-_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
-_TITLE: dict[str, Any] = {"fontsize": 11, "color": _INK, "weight": "bold"}
-_LABEL: dict[str, Any] = {"fontsize": 9, "color": _MUTED}
+INK, MUTED, GRID = "#1f2937", "#6b7280", "#e5e7eb"
+TITLE: dict[str, Any] = {"fontsize": 11, "color": INK, "weight": "bold"}
+LABEL: dict[str, Any] = {"fontsize": 9, "color": MUTED}
 #: Part of an implementation's name -> colour and marker; the first that fits.
 _STYLES = {
     "quadratic": ("#7c5cc4", "P"),
@@ -134,11 +146,11 @@ class Report:
         by_length = self._by_length
         peaks = []
         if any(row.peak_mib is not None for row in self.rows):
-            table = by_length("peak_mib", lambda mib: f"{mib:.0f}")
-            peaks = ["## Peak memory beyond the inputs, MiB", table]
+            by_form = by_length("peak_mib", lambda mib: f"{mib:.0f}")
+            peaks = ["## Peak memory beyond the inputs, MiB", by_form]
         sections = [
             f"# Linear attention and SDPA on {self.facts['device']}",
-            _table(["", ""], [[*fact] for fact in self.facts.items()], left=2),
+            table(["", ""], [[*fact] for fact in self.facts.items()], left=2),
             "## Correctness",
             "Relative RMS against the float64 definition: the worst of all lengths, of output and "
             "gradients.",
@@ -168,16 +180,16 @@ class Report:
             kind = "causal" if causal else "bidirectional"
             for axes, work in zip(panels, WORKS, strict=False):
                 self._draw_times(axes, causal, work)
-                axes.set_title(f"{kind}, {work}", loc="left", **_TITLE)
-                axes.set_ylabel("time per head, µs", **_LABEL)
+                axes.set_title(f"{kind}, {work}", loc="left", **TITLE)
+                axes.set_ylabel("time per head, µs", **LABEL)
             self._draw_shares(panels[2], causal)
-            panels[2].set_title(f"{kind}, share of copy bandwidth", loc="left", **_TITLE)
-            panels[2].set_ylabel("minimum traffic / time / copy bandwidth", **_LABEL)
+            panels[2].set_title(f"{kind}, share of copy bandwidth", loc="left", **TITLE)
+            panels[2].set_ylabel("minimum traffic / time / copy bandwidth", **LABEL)
             for axes in panels:
-                _dress(axes)
+                dress(axes)
                 axes.set_xlim(0.7 * self.tokens[0], 1.4 * self.tokens[-1])
         for axes in panels:
-            axes.set_xlabel("tokens N", **_LABEL)
+            axes.set_xlabel("tokens N", **LABEL)
         facts = self.facts
         figure.suptitle(
             f"Linear attention and SDPA: {facts['device']}, {facts['dtype']}, torch "
@@ -185,7 +197,7 @@ class Report:
             x=0.01,
             ha="left",
             fontsize=11,
-            color=_MUTED,
+            color=MUTED,
         )
         return figure
 
@@ -208,7 +220,7 @@ class Report:
             lengths, heights = _line(ours)
             height = math.exp(np.interp(math.log(place), np.log(lengths), np.log(heights)))
             axes.scatter(
-                place, height, s=110, facecolor="none", edgecolor=_INK, linewidth=1.1, zorder=3
+                place, height, s=110, facecolor="none", edgecolor=INK, linewidth=1.1, zorder=3
             )
             axes.text(
                 0.98,
@@ -217,10 +229,10 @@ class Report:
                 transform=axes.transAxes,
                 ha="right",
                 fontsize=8.5,
-                color=_INK,
+                color=INK,
             )
         if axes.lines:
-            axes.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor=_INK)
+            axes.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor=INK)
 
     def _draw_shares(self, axes: Axes, causal: bool) -> None:
         handles = []
@@ -233,11 +245,11 @@ class Report:
                 axes.plot(*_line(shares), **style | {"linestyle": dashes})
             handles.append(Line2D([], [], label=_label(name), **style))
         for work, dashes in zip(WORKS, ("-", "--"), strict=True):
-            handles.append(Line2D([], [], linestyle=dashes, color=_MUTED, label=work))
+            handles.append(Line2D([], [], linestyle=dashes, color=MUTED, label=work))
         axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.legend(
-            handles=handles, loc="upper left", frameon=False, fontsize=8.5, labelcolor=_INK, ncols=2
+            handles=handles, loc="upper left", frameon=False, fontsize=8.5, labelcolor=INK, ncols=2
         )
 
     def _values(self, name: str, work: str, field: str) -> dict[int, float]:
@@ -274,7 +286,7 @@ class Report:
             verdict = "pass" if all(check.passed for check in checks) else "FAIL"
             error, allowed = f"{worst.error:.1e}", f"{worst.allowed:.1e}"
             lines.append([form, lengths, error, allowed, place, verdict])
-        return _table(["form", "N", "error", "allowed", "where", ""], lines, left=6)
+        return table(["form", "N", "error", "allowed", "where", ""], lines, left=6)
 
     def _speed_ups(self) -> str:
         lines = []
@@ -288,7 +300,7 @@ class Report:
                         f"{theirs[n] / ours[n]:.3g}x" if n in both else "-" for n in self.tokens
                     ]
                     lines.append([f"{name}, {work}", *cells])
-        return _table(["N", *map(str, self.tokens)], lines)
+        return table(["N", *map(str, self.tokens)], lines)
 
     def _growth(self) -> str:
         lines = []
@@ -301,7 +313,7 @@ class Report:
                 cells.append(self._crossover(name, work))
             lines.append(cells)
         header = ["", *(f"exponent, {work}" for work in WORKS), *(f"N, {work}" for work in WORKS)]
-        return _table(header, lines)
+        return table(header, lines)
 
     def _crossover(self, name: str, work: str) -> str:
         if name not in self._names(family="linclip"):
@@ -323,7 +335,7 @@ class Report:
                 values = self._values(name, work, field)
                 cells = (form(values[n]) if n in values else "-" for n in self.tokens)
                 lines.append([f"{name}, {work}", *cells])
-        return _table(["N", *map(str, self.tokens)], lines)
+        return table(["N", *map(str, self.tokens)], lines)
 
     def _skipped(self) -> str:
         lines = [
@@ -331,10 +343,10 @@ class Report:
             for row in self.rows
             if row.skipped
         ]
-        return _table(["", "", "N", "why"], lines, left=4) if lines else "Nothing was left out."
+        return table(["", "", "N", "why"], lines, left=4) if lines else "Nothing was left out."
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """A Markdown table; this many columns are aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -362,11 +374,12 @@ def _style(name: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.6}
 
 
-def _dress(axes: Axes) -> None:
+def dress(axes: Axes) -> None:
+    """The look of all panels; tokens on the horizontal axis."""
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.tick_params(axis="both", which="both", length=0, labelsize=8.5, labelcolor=_MUTED)
-    axes.grid(color=_GRID, linewidth=0.8)
+    axes.tick_params(axis="both", which="both", length=0, labelsize=8.5, labelcolor=MUTED)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -16,6 +16,7 @@ import deepspeed
 import timm.optim
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from ds_linclip.config import OptimConfig
@@ -98,9 +99,13 @@ def whole_run(
     engine = make_engine(mesh, kind, form)
     train(engine, mesh, range(STEPS))
     weights = module_weights(engine)
-    with ema_weights(engine):
+    inputs, _ = batch(0)
+    expected_outputs = functional_call(Toy(), averages, inputs)
+    with ema_weights(engine), torch.no_grad():
         found_averages = module_weights(engine)
+        outputs = engine(inputs)
     return {
+        "outputs": (outputs - expected_outputs).abs().max().item(),
         "skipped": engine.skipped_steps,
         "weights": largest_difference(weights, expected),
         "averages": largest_difference(found_averages, averages),
@@ -112,7 +117,7 @@ def whole_run(
 def make_engine(mesh: Mesh, kind: str, form: str) -> Any:
     torch.manual_seed(0)
     model = Toy()
-    optimizer = build_optimizer(model, CONFIG, kind)
+    optimizer = build_optimizer(model, dataclasses.replace(CONFIG, kind=kind))
     track_ema(optimizer)
     common = {
         "train_batch_size": 8,
@@ -169,7 +174,7 @@ def train_in_one_process(kind: str, steps: int) -> tuple[dict[str, Tensor], dict
             max_grad_norm=None,
         )
     else:
-        optimizer = build_optimizer(model, CONFIG, kind)
+        optimizer = build_optimizer(model, dataclasses.replace(CONFIG, kind=kind))
     averages: dict[str, Tensor] = {}
     for step in range(steps):
         set_schedule(optimizer.param_groups, step)
@@ -248,8 +253,9 @@ def resume(mesh: Mesh, form: str, folder: Path) -> dict[str, float]:
     again = make_engine(mesh, "adamw", form)
     again.load_checkpoint(str(folder), tag="middle")
     loaded = module_weights(again)
-    with ema_weights(again):
+    with ema_weights(again), torch.no_grad():
         loaded_averages = module_weights(again)
+        again(batch(0)[0].to(again.get_data_types()[0]))  # as an evaluation within training does
     train(again, mesh, [3])
     weights, expected = module_weights(again), module_weights(whole)
     with ema_weights(whole), ema_weights(again):

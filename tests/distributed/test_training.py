@@ -4,15 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from ds_linclip.checkpoint import CheckpointStore, read_model_state
+from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
-FORMS = ["fp32_zero1", "bf16_zero1", "bf16_zero2"]
+WEIGHTS = "open_clip/open_clip_model.safetensors"
+FORMS = [
+    *("fp32_zero1", "bf16_zero1", "bf16_zero2", "bf16_zero3_ema", "fp32_tp2"),
+    *("bf16_pp2_accumulated", "fp32_cp2_sigmoid"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +45,13 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(job, form, tag):
     assert sorted(whole) == list(range(1, 31))
     assert sorted(again) == list(range(16, 31))
     assert {step: whole[step] for step in again} == again
-    assert len(set(whole.values())) > 1
+    assert len(set(whole.values())) > 1 or tag == "train/logit_scale"  # coarse in bf16
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_resumed_weights_are_equal_bit_for_bit(job, form):
     whole, again = (
-        read_model_state(job / f"{form}_{run}" / "checkpoints" / "step-00000030")
+        load_file(job / f"{form}_{run}" / "checkpoints" / "step-00000030" / WEIGHTS)
         for run in ("whole", "again")
     )
     assert whole.keys() == again.keys()

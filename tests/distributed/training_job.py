@@ -24,6 +24,22 @@ from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.trainer import train
 
 STEPS, MIDDLE = 30, 15
+#: What is interrupted and resumed, on two ranks.
+FORMS = {
+    "fp32_zero1": ["train.precision=fp32"],
+    "bf16_zero1": ["train.precision=bf16"],
+    "bf16_zero2": ["train.precision=bf16", "zero.stage=2"],
+    "bf16_zero3_ema": ["train.precision=bf16", "zero.stage=3", "optim.ema_decay=0.9"],
+    "fp32_tp2": ["train.precision=fp32", "parallel.tp=2"],
+    "bf16_pp2_accumulated": [
+        *("train.precision=bf16", "parallel.pp=2", "train.micro_batch_size=32"),
+        "optim.ema_decay=0.9",
+    ],
+    "fp32_cp2_sigmoid": [
+        *("train.precision=fp32", "parallel.cp=2", "loss.kind=sigmoid", "optim.kind=lamb"),
+        "model.vision.patch_dropout=0.5",
+    ],
+}
 
 
 def main(folder: Path, config_file: str, overrides: list[str]) -> None:
@@ -39,16 +55,17 @@ def main(folder: Path, config_file: str, overrides: list[str]) -> None:
         "agree": agree(mesh),
         "loss": loss_against_one_process(mesh),
     }
-    for precision, stage in (("fp32", 1), ("bf16", 1), ("bf16", 2)):
-        form = [f"train.precision={precision}", f"zero.stage={stage}"]
-        whole = config(f"{precision}_zero{stage}_whole", *form)
-        train(whole, mesh)
-        again = config(f"{precision}_zero{stage}_again", *form, "data.num_workers=0")
+    for name, form in FORMS.items():
+        whole = config(f"{name}_whole", *form)
+        of_form = Mesh.create(whole.parallel)
+        train(whole, of_form)
+        again = config(f"{name}_again", *form, "data.num_workers=0")
         if mesh.rank == 0:
             shutil.copytree(whole.run_dir / "checkpoints", again.run_dir / "checkpoints")
             shutil.rmtree(again.run_dir / "checkpoints" / f"step-{STEPS:08d}")
         mesh.barrier()
-        train(again, mesh)
+        train(again, of_form)
+    mesh = Mesh.create()
     train(config("fp32_zero2", "zero.stage=2", "train.precision=fp32"), mesh)
     results["scale"] = logit_scale_under_pressure(
         mesh, config("scale", "train.precision=bf16", "train.global_batch_size=8")
@@ -122,7 +139,7 @@ def logit_scale_under_pressure(mesh: Mesh, config: Config) -> dict[str, list[flo
     for direction, sign in (("up", -1.0), ("down", 1.0)):
         for _ in range(25):
             objective.weight = sign * part
-            engine.step(batch, 0.2)
+            engine.step(batch, lr=0.2)
             seen[direction].append(objective.logit_scale.item())
     return seen
 

@@ -7,11 +7,12 @@ import logging
 import pytest
 import torch
 
-from ds_linclip.checkpoint import CheckpointStore, latest_checkpoint, read_model_state
+from ds_linclip.checkpoint import CheckpointStore, latest_checkpoint, load_weights
 from ds_linclip.config import Config, load_config
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.trainer import train
 
+WEIGHTS = "open_clip/open_clip_model.safetensors"
 SMALL = [
     "model.vision.layers=1",
     "model.text.layers=1",
@@ -77,18 +78,18 @@ def test_folder_without_a_valid_checkpoint_is_refused(run):
 
 
 def test_weights_that_cannot_be_read_are_named(run):
-    checkpoint = latest_checkpoint(run.run_dir)
-    path, manifest = checkpoint / "mp_rank_00_model_states.pt", checkpoint / "manifest.json"
+    checkpoint, mesh = latest_checkpoint(run.run_dir), Mesh.create()
+    path, manifest = checkpoint / WEIGHTS, checkpoint / "manifest.json"
     good = path.read_bytes()
-    assert read_model_state(checkpoint)["logit_scale"].shape == (1,)
+    assert load_weights(checkpoint, mesh).logit_scale.shape == (1,)
     flip_a_bit(path)
-    with pytest.raises(ValueError, match=r"checkpoint \(.*model_states\.pt\) does not match"):
-        read_model_state(checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint \(.*safetensors\) does not match"):
+        load_weights(checkpoint, mesh)
     path.unlink()
-    with pytest.raises(ValueError, match=r"checkpoint \(.*model_states\.pt\) does not match"):
-        read_model_state(checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint \(.*safetensors\) does not match"):
+        load_weights(checkpoint, mesh)
     torch.save({"module": run}, path)  # an object of ours: nothing may run code to read it
     old, new = (hashlib.sha256(content).hexdigest() for content in (good, path.read_bytes()))
     manifest.write_text(manifest.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=r"checkpoint \(.*model_states\.pt\) cannot be read"):
-        read_model_state(checkpoint)
+    with pytest.raises(ValueError, match=r"open_clip folder \(.*\) cannot be read"):
+        load_weights(checkpoint, mesh)

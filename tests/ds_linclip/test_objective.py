@@ -148,7 +148,7 @@ def test_logit_scale_stays_in_range_and_comes_back_under_zero(stage: int, precis
     scales, largest_parameter = [], -math.inf
     for direction in [-1] * 8 + [1] * 12:  # first ask for more and more, then for less
         objective.direction = direction
-        engine.step((torch.randn(2, 3, 8, 8), torch.randint(0, 10, (2, 4))), 0.5)
+        engine.step((torch.randn(2, 3, 8, 8), torch.randint(0, 10, (2, 4))), lr=0.5)
         scales.append(objective.logit_scale.item())
         largest_parameter = max(largest_parameter, model.logit_scale.item())
 

@@ -77,8 +77,8 @@ def step_on(model, optimizer, seed):
     ("kind", "form"), [("adamw", torch.optim.AdamW), ("lion", timm.optim.Lion), ("lamb", Lamb)]
 )
 def test_optimizer_is_built_as_configured(kind, form):
-    config = OptimConfig(lr=0.02, beta1=0.8, beta2=0.95, eps=1e-7, weight_decay=0.3)
-    optimizer = build_optimizer(small_model(), config, kind)
+    config = OptimConfig(kind=kind, lr=0.02, beta1=0.8, beta2=0.95, eps=1e-7, weight_decay=0.3)
+    optimizer = build_optimizer(small_model(), config)
     assert type(optimizer) is form
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     for group in optimizer.param_groups:
@@ -87,12 +87,12 @@ def test_optimizer_is_built_as_configured(kind, form):
 
 
 def test_lamb_is_that_of_timm():
-    config = OptimConfig(lr=0.02, weight_decay=0.3)
+    config = OptimConfig(kind="lamb", lr=0.02, weight_decay=0.3)
     model, other = small_model(), small_model()
     with torch.no_grad():  # no trust ratio without weights
         model[0].weight.zero_()
         other[0].weight.zero_()
-    optimizer = build_optimizer(model, config, "lamb")
+    optimizer = build_optimizer(model, config)
     reference = timm.optim.Lamb(
         weight_decay_groups(other, 0.3), lr=0.02, betas=(0.9, 0.98), eps=1e-6, max_grad_norm=None
     )
@@ -108,7 +108,7 @@ def test_lamb_is_that_of_timm():
 
 def test_lamb_refuses_tensors_whose_parameters_it_does_not_know():
     model = small_model()
-    optimizer = build_optimizer(model, OptimConfig(), "lamb")
+    optimizer = build_optimizer(model, OptimConfig(kind="lamb"))
     flat = torch.zeros(4, requires_grad=True)
     flat.grad = torch.ones(4)
     optimizer.param_groups[0]["params"] = [flat]  # as ZeRO does
@@ -117,7 +117,7 @@ def test_lamb_refuses_tensors_whose_parameters_it_does_not_know():
 
 
 def test_lamb_refuses_partitions_that_deepspeed_mixes_up():
-    optimizer = build_optimizer(small_model(), OptimConfig(), "lamb")
+    optimizer = build_optimizer(small_model(), OptimConfig(kind="lamb"))
     engine = SimpleNamespace(optimizer=SimpleNamespace(round_robin_gradients=True))
     with pytest.raises(ValueError, match=r"round_robin_gradients \(true\) must be false"):
         optimizer.attach(engine, None)

@@ -116,7 +116,8 @@ def inner_products(function: Any, group: dist.ProcessGroup) -> tuple[float, floa
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("four_ranks")
-    mp.spawn(four_ranks, args=(folder,), nprocs=WORLD_SIZE)
+    mp.set_forkserver_preload([token_slice.__module__, linear_attention.__module__])
+    mp.start_processes(four_ranks, args=(folder,), nprocs=WORLD_SIZE, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 
 

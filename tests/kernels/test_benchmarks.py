@@ -1,6 +1,7 @@
 """The kernel benchmark: its arithmetic by hand, and the command itself on short inputs."""
 
 import csv
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import bench_attention
 import bench_timing
 import pytest
 import torch
+from bench_context_report import STATE_BYTES, ContextReport, ContextRow, SplitCheck
 from bench_report import WORKS, Check, Report, Row, crossover, slope
 
 FACTS = {name: name for name in ("device", "torch", "triton", "date_utc", "commit", "dtype")}
@@ -194,3 +196,57 @@ def test_bad_arguments_give_one_line(
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_context_report_takes_the_slowest_rank_and_the_median():
+    rows = [
+        context_row(num_ranks, rank, repetition, seconds)
+        for num_ranks, rank, times in ((1, 0, (8, 9, 7)), (2, 0, (3, 5, 4)), (2, 1, (4, 2, 9)))
+        for repetition, seconds in enumerate(times)
+    ]
+    checks = [SplitCheck(2, name, 1e-7, 1e-6) for name in ("o", "dq", "dk", "dv")]
+    facts = FACTS | {"cores": "2", "backend": "gloo"}
+    report = ContextReport(facts, checks, rows)
+    assert report.values("cpu_seconds", 1) == [8]
+    assert report.values("cpu_seconds", 2) == [5]
+    assert report.passed
+    assert f"| {STATE_BYTES} |" in report.summary()
+    assert not ContextReport(facts, [SplitCheck(2, "o", math.nan, 1e-6)], rows).passed
+    more = context_row(2, 0, 0, 1, num_tokens=32, forward_bytes=STATE_BYTES + 4)
+    assert not ContextReport(facts, checks, [*rows, more]).passed
+
+
+def context_row(
+    num_ranks: int,
+    rank: int,
+    repetition: int,
+    seconds: float,
+    *,
+    num_tokens: int = 16,
+    forward_bytes: int = STATE_BYTES,
+) -> ContextRow:
+    return ContextRow(
+        num_tokens=num_tokens,
+        num_ranks=num_ranks,
+        rank=rank,
+        repetition=repetition,
+        cpu_seconds=seconds,
+        wall_seconds=seconds,
+        forward_bytes=forward_bytes if num_ranks > 1 else 0,
+        backward_bytes=STATE_BYTES if num_ranks > 1 else 0,
+        peak_mib=1.0,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_context_command_checks_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    arguments = ["bench_context.py", str(tmp_path), "--quick", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert importlib.import_module("bench_context").main() == 0
+    with (tmp_path / "context.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (1 + 2 + 4)  # lengths, ranks
+    exchanged = {row["forward_bytes"] for row in rows if row["num_ranks"] != "1"}
+    assert exchanged == {str(4 * 65 * 65 * 4)}
+    assert (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The public operator: arguments are checked here, and computed by a registered custom operator.
+"""The public operator: checked arguments, and registered custom operators that compute.
 
 torch.compile, autograd, activation checkpointing and autocast see two opaque operators,
 ``linclip::linear_attention`` and ``linclip::linear_attention_backward``.

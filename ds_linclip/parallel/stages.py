@@ -1,0 +1,57 @@
+"""Pipeline stages: which units of the model each one holds."""
+
+from ds_linclip.config import Config, TextTower, VisionTower
+from ds_linclip.parallel.mesh import Axis
+
+__all__ = ["stage_units"]
+
+
+def stage_units(config: Config, pp: Axis) -> range:
+    """The units of :class:`~ds_linclip.model.CLIP` that this rank's pipeline stage holds.
+
+    Stages are consecutive blocks, balanced by their estimated floating-point operations per pair;
+    the embedding and the head of a tower go with its first and its last block.
+    """
+    bounds = _balanced(_block_costs(config), pp.size)
+    units_of_block: list[range] = []
+    first = 0
+    for layers in (config.model.vision.layers, config.model.text.layers):
+        for block in range(layers):
+            start, stop = first + 1 + block, first + 2 + block
+            units_of_block.append(range(start - (block == 0), stop + (block == layers - 1)))
+        first += layers + 2
+    blocks = units_of_block[bounds[pp.rank] : bounds[pp.rank + 1]]
+    return range(blocks[0].start, blocks[-1].stop)
+
+
+def _block_costs(config: Config) -> list[float]:
+    """Floating-point operations of every block per pair, image tower first."""
+    vision, text = config.model.vision, config.model.text
+    num_image = 1 + vision.num_kept_patches_at(config.image_size_at(0))
+    return [_cost(vision, num_image)] * vision.layers + [
+        _cost(text, text.context_length)
+    ] * text.layers
+
+
+def _cost(tower: VisionTower | TextTower, num_tokens: int) -> float:
+    keys = num_tokens if tower.attention.kind == "softmax" else tower.width // tower.heads
+    per_token = 2 * tower.width * (tower.width * (4 + 2 * tower.mlp_ratio) + 2 * keys)
+    return num_tokens * per_token
+
+
+def _balanced(costs: list[float], num_parts: int) -> list[int]:
+    """Bounds of consecutive, non-empty parts whose dearest is as cheap as can be."""
+    num = len(costs)
+    # best[n]: the cost of the dearest part, and the bounds, of the first n in the parts so far.
+    best: list[tuple[float, list[int]]] = [(sum(costs[:n]), [0, n]) for n in range(num + 1)]
+    for parts in range(2, num_parts + 1):
+        best = [
+            min(
+                (max(best[cut][0], sum(costs[cut:n])), [*best[cut][1], n])
+                for cut in range(parts - 1, n)
+            )
+            if n >= parts
+            else (float("inf"), [])
+            for n in range(num + 1)
+        ]
+    return best[num][1]

@@ -1,0 +1,53 @@
+"""The table of launch/check_layouts.py, held: every layout trains as the single process does."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+#: With each of the axes, and their products; the rest of the table is slow.
+LINEAR = [
+    *("single", "tp2", "pp2-micro2", "dp2-zero1", "dp2-zero2-micro2", "dp2-zero3-micro2", "cp2"),
+    *("tp2-pp2-micro2", "tp2-dp2-zero3", "pp2-dp2-zero1-micro2", "cp2-dp2-zero3"),
+    "tp2-pp2-dp2-zero1-micro2",
+]
+SOFTMAX = ["single", "tp2-pp2-dp2-zero1-micro2"]
+
+
+def table(folder: Path, embedded_overrides: list[str], *options: str) -> list[dict[str, str]]:
+    script = REPOSITORY / "launch" / "check_layouts.py"
+    command = [sys.executable, script, *embedded_overrides, "--out", folder, *options]
+    done = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    with (folder / "layouts.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("attention", "layouts"), [("linear", LINEAR), ("softmax", SOFTMAX)])
+def test_every_layout_trains_as_one_process(tmp_path, embedded_overrides, attention, layouts):
+    rows = table(tmp_path, embedded_overrides, "--attention", attention, "--layouts", *layouts)
+    assert [row["layout"] for row in rows] == layouts
+    for row in rows:
+        assert float(row["loss_difference"]) <= 1e-5, row
+        assert float(row["weight_difference"]) <= 1e-5, row
+        assert int(row["bytes_off_plan"]) < 64, row
+        split = {axis for axis in ("tp", "cp", "pp") if f"{axis}2" in row["layout"]}
+        assert {axis for axis in ("tp", "cp", "pp") if int(row[f"{axis}_bytes"])} == split
+    assert f"| {attention} | single | 1 |" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_whole_table(tmp_path, embedded_overrides):
+    assert len(table(tmp_path, embedded_overrides)) > 30
