@@ -29,7 +29,7 @@ from ds_linclip.parallel.engine import Engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.parallel.universal import write_universal
 
-__all__ = ["CheckpointStore", "latest_checkpoint", "load_weights"]
+__all__ = ["CheckpointStore", "latest_checkpoint", "load_weights", "weights_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -216,13 +216,18 @@ def latest_checkpoint(run_dir: Path) -> Path:
     return committed[-1]
 
 
+def weights_folder(checkpoint: Path) -> Path:
+    """The hub folder with the weights as evaluation saw them."""
+    return checkpoint / _WEIGHTS
+
+
 def load_weights(checkpoint: Path, mesh: Mesh) -> CLIP:
     """The model of a checkpoint as evaluation saw it, whatever the layout of the ranks that saved.
 
     Raises:
         ValueError: when a file is missing or not what the manifest says.
     """
-    folder = checkpoint / _WEIGHTS
+    folder = weights_folder(checkpoint)
     files = _read_manifest(checkpoint)["files"]
     for path in (checkpoint / name for name in files if Path(name).parent == Path(_WEIGHTS)):
         if _synced_sha256(path) != files[str(path.relative_to(checkpoint))]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ds_linclip.checkpoint import CheckpointStore
-from ds_linclip.config import Config, save_config
+from ds_linclip.checkpoint import CheckpointStore, weights_folder
+from ds_linclip.config import Config, InitConfig, save_config
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.feed import feed
 from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
@@ -69,15 +69,18 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
 
     torch.manual_seed(config.train.seed)
     model = CLIP(config.model, mesh, loss=config.loss.kind, units=stage_units(config, mesh.pp))
+    changed = resume_from is not None and checkpoints.is_from_other_ranks(resume_from)
     if resume_from is None:
         mesh.agree(lambda: load_pretrained(model, config.init))
+    elif changed:  # what DeepSpeed converts for other ranks lacks all that is locked
+        saved = InitConfig(pretrained=str(weights_folder(resume_from)))
+        mesh.agree(lambda: load_pretrained(model, saved))
     lock_towers(model, config.init)
     model.recompute_activations(config.train.activation_checkpointing)
     if config.train.compile:
         model.compile_blocks()
     plan = describe(config, mesh, plan_rank(config, mesh, model))
     optimizer = build_optimizer(model, config.optim)
-    changed = resume_from is not None and checkpoints.is_from_other_ranks(resume_from)
     engine = initialize_engine(model, optimizer, config, mesh, load_universal=changed)
     start = 0
     if resume_from:

@@ -129,9 +129,10 @@ def load_folder(path: str | Path, mesh: Mesh) -> CLIP:
     """
     folder = Path(path)
     try:
+        config = read_config(folder)
         weights = load_file(folder / WEIGHTS_FILE)
         loss: Literal["softmax", "sigmoid"] = "sigmoid" if "logit_bias" in weights else "softmax"
-        model = CLIP(read_config(folder), mesh, loss=loss)
+        model = CLIP(config, mesh, loss=loss)
         from_open_clip(model, weights)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"open_clip folder ({folder}) cannot be read: {error}") from error

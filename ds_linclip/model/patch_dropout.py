@@ -26,7 +26,8 @@ def kept_patches(samples: Tensor, *, num_patches: int, num_kept: int, seed: int)
         Ascending indices [B, num_kept] int64, on the device of ``samples``.
     """
     patches = torch.arange(num_patches, device=samples.device)
-    noise = _mix(_mix(samples + seed * _GOLDEN)[:, None] + patches)  # [B, num_patches]
+    offset = (seed * _GOLDEN + 2**63) % 2**64 - 2**63  # wrapped around as int64 does
+    noise = _mix(_mix(samples + offset)[:, None] + patches)  # [B, num_patches]
     return noise.argsort(dim=1)[:, :num_kept].sort(dim=1).values
 
 
