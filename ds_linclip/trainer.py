@@ -25,7 +25,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.model.pretrained import load_pretrained, lock_towers
 from ds_linclip.optim import build_optimizer, ema_decay, learning_rate
-from ds_linclip.parallel.deepspeed_config import deepspeed_config
+from ds_linclip.parallel.deepspeed_config import check_machine, deepspeed_config
 from ds_linclip.parallel.engine import Engine, initialize_engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.parallel.plan import describe, plan_rank
@@ -62,6 +62,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     """
     data = _open_data(config, mesh)
     report = DataReport(config.data.max_bad_samples)
+    mesh.agree(lambda: check_machine(config))
     mesh.agree(lambda: deepspeed_config(config, mesh))
     checkpoints = CheckpointStore(config, mesh, data.identity)
     resume_from = checkpoints.newest()

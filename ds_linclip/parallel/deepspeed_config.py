@@ -5,13 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from ds_linclip.config import Config, check_batch
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["deepspeed_config", "monitor_config"]
+__all__ = ["check_machine", "deepspeed_config", "monitor_config"]
 
 #: What the file may set and DeepSpeed's engine sees.
 _FILE_MAY_SET = {
@@ -25,9 +27,49 @@ _FILE_MAY_SET = {
 #: What the file may set of the monitors, which are ours: the engine would write curves of its own.
 _MONITORS = {"wandb", "comet", "csv_monitor"}
 
-#: ZeRO-3, unless the file says otherwise. DeepSpeed's own default keeps on every rank what is
-#: needed again within a billion parameters: all of a CLIP model.
-_STAGE_3 = {"stage3_max_reuse_distance": 0}
+#: Elements of a bucket, unless the file says otherwise; DeepSpeed's own 5e8 is more than a whole
+#: CLIP model, and allocated whether filled or not. The largest parameter, the token embedding, fits in.
+_BUCKETS = {"reduce_bucket_size": 30_000_000, "allgather_bucket_size": 30_000_000}
+
+#: ZeRO-3, unless the file says otherwise. DeepSpeed's own defaults keep on every rank what is needed
+#: again within a billion parameters, all of a CLIP model, and fetch a third of one ahead.
+_STAGE_3 = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10_000_000}
+
+#: fp16: doubled after a thousand good steps; the second step in them that overflows halves it.
+_LOSS_SCALE = {
+    "loss_scale": 0,  # dynamic
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+
+
+def check_machine(config: Config) -> None:
+    """Check that this machine can do what the config asks of it.
+
+    Raises:
+        ValueError: when DeepSpeed does not support the precision on this device, or cannot read and
+            write files asynchronously for "nvme".
+    """
+    precision, accelerator = config.train.precision, get_accelerator()
+    supported = {
+        "fp16": accelerator.is_fp16_supported,
+        "bf16": accelerator.is_bf16_supported,
+        "fp32": lambda: True,
+    }
+    if not supported[precision]():
+        instead = "bf16" if precision == "fp16" and accelerator.is_bf16_supported() else "fp32"
+        raise ValueError(
+            f"train.precision ({precision}) is not supported by DeepSpeed on this device "
+            f"({accelerator.device_name()}): take train.precision={instead}"
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        if getattr(config.zero, name) == "nvme" and not AsyncIOBuilder().is_compatible():
+            raise ValueError(
+                f"zero.{name} (nvme) needs DeepSpeed's async_io, which cannot be built here: "
+                f"install libaio with its headers (libaio-dev), or take zero.{name}=cpu"
+            )
 
 
 def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -47,9 +89,10 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": local // micro_batch,
         "gradient_clipping": config.optim.clip_grad_norm,
-        "bf16": {"enabled": config.train.precision == "bf16"},
-        "fp16": {"enabled": config.train.precision == "fp16"},
-        "zero_optimization": _zero(config),
+        # A gradient in bf16 goes as soon as it is added to the one in fp32.
+        "bf16": {"enabled": config.train.precision == "bf16", "immediate_grad_update": True},
+        "fp16": {"enabled": config.train.precision == "fp16", **_LOSS_SCALE},
+        "zero_optimization": _zero(config, mesh),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         # Several micro-batches are added up in fp32.
@@ -60,7 +103,7 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     content = _read(config)
     zero = content.get("zero_optimization", {})
     merged = {k: v for k, v in content.items() if k not in _MONITORS} | generated
-    defaults = _STAGE_3 if config.zero.stage == 3 else {}
+    defaults = _BUCKETS | (_STAGE_3 if config.zero.stage == 3 else {})
     merged["zero_optimization"] = {**defaults, **zero, **generated["zero_optimization"]}
     try:
         DeepSpeedZeroConfig(**merged["zero_optimization"])
@@ -86,14 +129,14 @@ def monitor_config(config: Config) -> dict[str, Any]:
     return {k: v for k, v in _read(config).items() if k in _MONITORS} | {"tensorboard": board}
 
 
-def _zero(config: Config) -> dict[str, Any]:
+def _zero(config: Config, mesh: Mesh) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.zero.stage}
     for name, target in (
         ("offload_optimizer", config.zero.offload_optimizer),
         ("offload_param", config.zero.offload_param),
     ):
         if target != "none":
-            zero[name] = {"device": target}
+            zero[name] = {"device": target, "pin_memory": mesh.device.type == "cuda"}
             if target == "nvme":
                 zero[name]["nvme_path"] = config.zero.nvme_path
     return zero

@@ -108,6 +108,11 @@ class Engine(ABC):
         return self._step(list(parts))
 
     @property
+    def deepspeed_engine(self) -> Any:
+        """What ``deepspeed.initialize`` has made, for this package to look into."""
+        return self._engine
+
+    @property
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""
         return float(self._engine.get_global_grad_norm())

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from ds_linclip.config import Config, VisionTower
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.context import token_slice
+from ds_linclip.parallel.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.stages import stage_units
 
@@ -27,7 +28,9 @@ class RankPlan:
     Attributes:
         units: Names of the layers held, first and last.
         num_parameters: Of these layers, on this tensor-parallel rank.
-        memory: Bytes of "weights", "gradients" and "optimizer" (master weights, moments, average).
+        memory: Bytes of "weights", "gradients", "optimizer" (master weights, moments, average) and
+            "buckets" (DeepSpeed's for communication) at the fullest moment of a step.
+        kept: Bytes of all of them that stay between steps.
         traffic: Bytes of a step by axis, as :class:`~ds_linclip.parallel.traffic.TrafficMeter`
             counts them: "tp", "cp", "pp", "dp" (features for the loss) and "zero".
     """
@@ -35,6 +38,7 @@ class RankPlan:
     units: str
     num_parameters: int
     memory: dict[str, int]
+    kept: int
     traffic: dict[str, int]
 
 
@@ -55,10 +59,12 @@ def plan_rank(config: Config, mesh: Mesh, model: CLIP) -> RankPlan:
         "dp": traffic.loss() if mesh.dp.size > 1 and model.is_last else 0,
         "zero": traffic.zero(model) if mesh.replicas.size > 1 else 0,
     }
+    memory, kept = _memory(config, mesh, model)
     return RankPlan(
         units=_unit_names(config, units),
         num_parameters=sum(sizes),
-        memory=_memory(config, mesh, model),
+        memory=memory,
+        kept=kept,
         traffic={axis: size for axis, size in found.items() if size},
     )
 
@@ -70,7 +76,8 @@ def describe(config: Config, mesh: Mesh, plan: RankPlan) -> str:
         dist.all_gather_object(plans, plan)
     ranks_of: dict[str, list[int]] = {}
     for rank, each in enumerate(plans):
-        memory = (_gib(each.memory[kind]) for kind in ("weights", "gradients", "optimizer"))
+        kinds = ("weights", "gradients", "optimizer", "buckets")
+        memory = (*(_gib(each.memory[kind]) for kind in kinds), _gib(each.kept))
         traffic = (_mib(each.traffic.get(axis, 0)) for axis in ("tp", "cp", "pp", "dp", "zero"))
         row = (each.units, f"{each.num_parameters / 1e6:.1f}", *memory, *traffic)
         ranks_of.setdefault(" | ".join(row), []).append(rank)
@@ -80,7 +87,8 @@ def describe(config: Config, mesh: Mesh, plan: RankPlan) -> str:
     )
     header = [
         *("ranks", "layers", "parameters, M"),
-        *("weights, GiB", "gradients, GiB", "optimizer, GiB"),
+        *("weights, GiB", "gradients, GiB", "optimizer, GiB", "buckets, GiB"),
+        "between steps, GiB",
         *("tp, MiB/step", "cp, MiB/step", "pp, MiB/step", "loss, MiB/step", "ZeRO, MiB/step"),
     ]
     lines = [
@@ -200,20 +208,53 @@ class _Traffic:
         return image, text
 
 
-def _memory(config: Config, mesh: Mesh, model: CLIP) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state that ZeRO leaves on a rank."""
+def _memory(config: Config, mesh: Mesh, model: CLIP) -> tuple[dict[str, int], int]:
+    """Bytes by kind at the fullest moment of a step, and of all of them between steps.
+
+    As DeepSpeed 0.19.8 allocates. Not counted: activations, what one layer or one bucket needs for
+    a moment, and the padding of partitions.
+    """
     replicas, stage = mesh.replicas.size, config.zero.stage
-    everything = sum(p.numel() for p in model.parameters())
+    zero = deepspeed_config(config, mesh)["zero_optimization"]
+    sizes = [p.numel() for p in model.parameters()]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    num_micro_batches = _num_micro_batches(config, mesh)
+    part = -(-trained // replicas)
+    is_accumulated = _num_micro_batches(config, mesh) > 1
+    value, gradient = (
+        _value_bytes(config),
+        _gradient_bytes(config, _num_micro_batches(config, mesh)),
+    )
+    bucket = zero["reduce_bucket_size"] * value
     moments = _MOMENTS[config.optim.kind] + (config.optim.ema_decay > 0)
-    return {
-        "weights": everything * _value_bytes(config) // (replicas if stage == 3 else 1),
-        "gradients": trained
-        * _gradient_bytes(config, num_micro_batches)
-        // (replicas if stage > 1 else 1),
-        "optimizer": trained * _FP32 * (1 + moments) // replicas,
+    weights, optimizer = value * sum(sizes), _FP32 * (1 + moments) * part
+    kept = 0  # of gradients and buckets
+    if stage == 3:
+        # Gradients of the partition stay allocated, as the bucket does, and are copied to fp32.
+        limit = zero.get("stage3_param_persistence_threshold", _PERSISTENT_BELOW)
+        persistent = sum(size for size in sizes if size <= limit)
+        weights = value * (sum(-(-size // replicas) for size in sizes) + persistent)
+        kept = gradient * part + bucket
+        gradients = (gradient + _FP32) * part
+        bucket += value * min(zero["stage3_prefetch_bucket_size"], sum(sizes))
+    elif stage == 1 and config.train.precision == "bf16" and is_accumulated:
+        # DeepSpeed's BF16_Optimizer: all gradients in fp32, which stay; and a copy to sum up.
+        gradients = kept = _FP32 * trained
+        bucket = _FP32 * trained * (replicas > 1)
+    else:
+        # Averaged gradients of the partition, and a copy in fp32 of them.
+        compact = stage == 2 and is_accumulated and value < _FP32
+        gradients = (gradient * (not compact) + _FP32) * part
+        if stage == 1:  # all gradients are there when the first of them are averaged
+            gradients = max(gradients, gradient * (trained + part))
+            bucket = zero["reduce_bucket_size"] * gradient
+        bucket *= 2 if zero.get("overlap_comm") else 1
+    memory = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "buckets": bucket,
     }
+    return memory, weights + optimizer + kept
 
 
 def _num_micro_batches(config: Config, mesh: Mesh) -> int:
