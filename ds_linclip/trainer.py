@@ -68,18 +68,11 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     resume_from = checkpoints.newest()
     mesh.agree(lambda: _prepare_run_folder(config, mesh))
 
-    torch.manual_seed(config.train.seed)
-    model = CLIP(config.model, mesh, loss=config.loss.kind, units=stage_units(config, mesh.pp))
     changed = resume_from is not None and checkpoints.is_from_other_ranks(resume_from)
-    if resume_from is None:
-        mesh.agree(lambda: load_pretrained(model, config.init))
-    elif changed:  # what DeepSpeed converts for other ranks lacks all that is locked
-        saved = InitConfig(pretrained=str(weights_folder(resume_from)))
-        mesh.agree(lambda: load_pretrained(model, saved))
-    lock_towers(model, config.init)
-    model.recompute_activations(config.train.activation_checkpointing)
-    if config.train.compile:
-        model.compile_blocks()
+    weights = config.init if resume_from is None else InitConfig()
+    if resume_from and changed:  # what DeepSpeed converts for other ranks lacks all that is locked
+        weights = InitConfig(pretrained=str(weights_folder(resume_from)))
+    model = _build_model(config, mesh, weights)
     plan = describe(config, mesh, plan_rank(config, mesh, model))
     optimizer = build_optimizer(model, config.optim)
     engine = initialize_engine(model, optimizer, config, mesh, load_universal=changed)
@@ -133,6 +126,18 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     if evaluate and start == steps:  # a finished run is scored again
         result.evaluation = _evaluate(evaluate, engine, writer, steps)
     return result
+
+
+def _build_model(config: Config, mesh: Mesh, weights: InitConfig) -> CLIP:
+    """This rank's part of the model, from the seed or from trained weights."""
+    torch.manual_seed(config.train.seed)
+    model = CLIP(config.model, mesh, loss=config.loss.kind, units=stage_units(config, mesh.pp))
+    mesh.agree(lambda: load_pretrained(model, weights))
+    lock_towers(model, config.init)
+    model.recompute_activations(config.train.activation_checkpointing)
+    if config.train.compile:
+        model.compile_blocks()
+    return model
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
