@@ -30,6 +30,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn import functional as F
@@ -354,7 +355,7 @@ def draw(facts: dict[str, str], rows: Sequence[Row]) -> Figure:
     panels[0].set_ylabel("peak memory of loss and gradient, MiB", fontsize=9, color=_MUTED)
     panels[0].legend(frameon=False, fontsize=9, labelcolor=_INK)
     figure.suptitle(
-        f"Contrastive losses, {facts['features']}: {facts['device']}, torch {facts['torch']}, "
+        f"Contrastive losses, {facts['features']}\n{facts['device']}, torch {facts['torch']}, "
         f"{facts['date_utc']} UTC, {facts['commit']}",
         x=0.01,
         ha="left",
@@ -394,6 +395,8 @@ def _draw_loss(axes: Axes, rows: Sequence[Row]) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlim(sizes[0] / 1.4, sizes[-1] * 1.4)
     axes.margins(y=0.12)
