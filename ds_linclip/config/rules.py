@@ -54,6 +54,11 @@ def validate(config: Config) -> None:
             f"model.vision.patch_dropout ({vision.patch_dropout}) must be in [0, 1): the share of "
             "patches left out"
         )
+    if config.train.compile and config.train.activation_checkpointing == "selective":
+        raise ValueError(
+            "train.compile (true) needs train.activation_checkpointing none or full, not "
+            "(selective): the operators to keep are not seen inside compiled blocks"
+        )
     _validate_init(config)
     _validate_layout(config)
     _validate_zero(config)

@@ -100,17 +100,23 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = _MLP(width, int(width * mlp_ratio), mesh, init)
         self.recompute: Recompute = "none"
+        self._run: Callable[[Tensor], Tensor] = self._forward
+
+    def compile_layers(self) -> None:
+        """torch.compile what :attr:`recompute` runs again; compiled around it, it would run eagerly
+        without a word: dynamo leaves a checkpoint whose inside breaks the graph alone."""
+        self._run = torch.compile(self._forward)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._forward(x)
+            return self._run(x)
         kept = partial(
             create_selective_checkpoint_contexts,
             _KEPT_OPERATORS if self.recompute == "selective" else [],
             allow_cache_entry_mutation=True,
         )
         return checkpoint(
-            self._forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=kept
+            self._run, x, use_reentrant=False, preserve_rng_state=False, context_fn=kept
         )
 
     def _forward(self, x: Tensor) -> Tensor:

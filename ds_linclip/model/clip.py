@@ -124,7 +124,7 @@ class CLIP(nn.Module):
     def compile_blocks(self) -> None:
         """torch.compile every block, in place."""
         for block in self._blocks():
-            block.compile()
+            block.compile_layers()
 
     def _blocks(self) -> list[Block]:
         return [module for module in self.modules() if isinstance(module, Block)]

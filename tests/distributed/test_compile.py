@@ -9,7 +9,15 @@ from ds_linclip.config import load_config
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-@pytest.mark.parametrize(("ranks", "axes"), [(1, []), (2, ["parallel.tp=2"])])
+@pytest.mark.parametrize(
+    ("ranks", "axes"),
+    [
+        (1, []),
+        (2, ["parallel.tp=2"]),
+        (2, ["zero.stage=3"]),
+        (1, ["train.activation_checkpointing=full"]),
+    ],
+)
 def test_losses_are_those_of_eager_blocks(embedded_overrides, tmp_path, ranks, axes):
     def train(name: str, *more: str) -> dict[int, float]:
         run = [f"output_dir={tmp_path}", f"name={name}", "train.steps=2", "eval.data=null"]

@@ -283,6 +283,10 @@ def _as_yaml(override):
             ["parallel.dp=2", "train.micro_batch_size=48"],
             r"train\.micro_batch_size \(48\) must divide .* \(128 / 2 = 64\): 32 would do",
         ),
+        (
+            ["train.compile=true", "train.activation_checkpointing=selective"],
+            r"train\.compile \(true\) needs .*activation_checkpointing none or full, not \(sel",
+        ),
         ("loss.chunk_size=0", r"loss\.chunk_size \(0\) must be greater than 0"),
         ("model.vision.patch_dropout=1", r"patch_dropout \(1\.0\) must be in \[0, 1\)"),
         ("model.text.vocab_size=1000", r"vocab_size \(1000\) must be at least 49408"),

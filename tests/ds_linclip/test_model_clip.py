@@ -272,3 +272,25 @@ def test_text_of_a_wrong_shape_is_named(mesh: Mesh, shape: tuple[int, ...]) -> N
     model = build(mesh, Attention())
     with pytest.raises(ValueError, match=r"texts \(.*\) must have shape .* context_length \(12\)"):
         model.encode_text(torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_blocks_are_compiled_also_under_activation_checkpointing(
+    mesh: Mesh, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the compiler: what it gives is what runs, forward and again in backward."""
+    calls: list[torch.Size] = []
+
+    def compiled(fn):
+        def run(x: torch.Tensor) -> torch.Tensor:
+            calls.append(x.shape)
+            return fn(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = build(mesh, Attention())
+    model.recompute_activations(recompute)
+    model.compile_blocks()
+    model.encode_image(inputs()[0]).sum().backward()
+    assert len(calls) == 2 * (2 if recompute == "full" else 1)
