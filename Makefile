@@ -4,7 +4,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-gpu lint study bench-kernels bench-data bench-gpu
+.PHONY: install train test test-slow test-gpu lint study bench-kernels bench-data bench-memory bench-gpu
 
 install: $(STAMP)
 
@@ -44,6 +44,11 @@ bench-kernels: $(STAMP)
 # Training data against open_clip_train's loader, 1 worker (10 minutes): docs/results/data/<device>.
 bench-data: $(STAMP) | data/embedded
 	$(BIN)/python launch/bench_data.py
+
+# Memory of a rank against the plan, ViT-B/16 on 1 and 4 CPU ranks (15 minutes, 9 GiB):
+# docs/results/memory/<device>.
+bench-memory: $(STAMP)
+	$(BIN)/python launch/bench_memory.py
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)

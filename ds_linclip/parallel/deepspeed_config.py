@@ -27,13 +27,18 @@ _FILE_MAY_SET = {
 #: What the file may set of the monitors, which are ours: the engine would write curves of its own.
 _MONITORS = {"wandb", "comet", "csv_monitor"}
 
-#: Elements of a bucket, unless the file says otherwise; DeepSpeed's own 5e8 is more than a whole CLIP
-#: model, and allocated whether filled or not. The largest parameter, the token embedding, fits in.
+#: Elements of a bucket, unless the file says otherwise; DeepSpeed's own 5e8 is more than a whole
+#: CLIP model, and allocated whether filled or not. The token embedding fits in.
 _BUCKETS = {"reduce_bucket_size": 30_000_000, "allgather_bucket_size": 30_000_000}
 
-#: ZeRO-3, unless the file says otherwise. DeepSpeed's own defaults keep on every rank what is needed
-#: again within a billion parameters, all of a CLIP model, and fetch a third of one ahead.
-_STAGE_3 = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10_000_000}
+#: ZeRO-3, unless the file says otherwise. By DeepSpeed's own defaults every layer fetches a third
+#: of a CLIP model ahead, until a billion parameters are there, and keeps what is needed again: the
+#: whole model is on every rank.
+_STAGE_3 = {
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 10_000_000,
+    "stage3_max_live_parameters": 30_000_000,
+}
 
 #: fp16: doubled after a thousand good steps; the second step in them that overflows halves it.
 _LOSS_SCALE = {

@@ -36,9 +36,7 @@ def table(folder: Path, embedded_overrides: list[str], *options: str) -> list[di
 @pytest.mark.distributed
 @pytest.mark.parametrize(("attention", "layouts"), [("linear", LINEAR), ("softmax", SOFTMAX)])
 def test_every_layout_trains_as_one_process(tmp_path, embedded_overrides, attention, layouts):
-    rows = table(
-        tmp_path, embedded_overrides, "--attention", attention, "--layouts", *layouts
-    )
+    rows = table(tmp_path, embedded_overrides, "--attention", attention, "--layouts", *layouts)
     assert [row["layout"] for row in rows] == layouts
     for row in rows:
         assert float(row["loss_difference"]) <= 1e-5, row
