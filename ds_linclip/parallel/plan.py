@@ -244,7 +244,7 @@ def _memory(config: Config, mesh: Mesh, model: CLIP) -> tuple[dict[str, int], in
         weights += value * min(zero["stage3_max_live_parameters"], sum(sizes) - small)
         backward = gradient * part, value * (bucket + in_bucket)
         step = gradient * part + in_fp32, value * bucket
-    elif stage == 1 and config.train.precision == "bf16" and is_accumulated:
+    elif stage == 1 and config.train.precision == "bf16" and is_accumulated and optimizer:
         # DeepSpeed's BF16_Optimizer: all gradients in fp32 stay; a copy is sent, as bf16.
         kept += _FP32 * trained
         backward = _FP32 * trained, (_FP32 + value) * trained * (replicas > 1)

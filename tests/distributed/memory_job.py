@@ -5,14 +5,13 @@ One start, many checks: see test_memory.py, which reads the file.
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from bench_memory import QUICK, QUICK_ZERO, Layout, fork_ranks, run
 from bench_memory_report import MemoryReport
 
-from ds_linclip.config import Config, load_config
+from ds_linclip.config import load_config
 from ds_linclip.model import CLIP
 from ds_linclip.optim import build_optimizer
 from ds_linclip.parallel.engine import initialize_engine
@@ -21,76 +20,51 @@ from ds_linclip.parallel.stages import stage_units
 
 VIT_B16 = Path(__file__).parents[2] / "ds_configs" / "train" / "vit_b16.yaml"
 LAYOUTS = [
-    Layout(ranks=2, precision=precision, stage=stage, micro_batches=micro_batches)
-    for precision, micro_batches in (("fp32", 1), ("bf16", 2))
-    for stage in (1, 2, 3)
+    *(Layout(ranks=2, precision="fp32", stage=stage) for stage in (1, 2, 3)),
+    Layout(ranks=2, precision="bf16", stage=1, micro_batches=2),
 ]
-#: What is offloaded -> the overrides; every one trains at every stage that has it.
+#: Name -> overrides without offloading, and those of every way to offload.
+OPTIMIZER, PARAM = "zero.offload_optimizer=cpu", "zero.offload_param=cpu"
 OFFLOADS = {
-    "optimizer": ["zero.offload_optimizer=cpu"],
-    "optimizer_and_param": ["zero.offload_optimizer=cpu", "zero.offload_param=cpu"],
-    "param": ["zero.offload_param=cpu"],
+    "zero1": (["zero.stage=1"], [[OPTIMIZER]]),
+    "zero2": (["zero.stage=2", "train.micro_batch_size=2"], [[OPTIMIZER]]),
+    "zero3": (["zero.stage=3"], [[OPTIMIZER], [OPTIMIZER, PARAM], [PARAM]]),
+    "pipeline": (["parallel.pp=2", "train.micro_batch_size=4"], [[OPTIMIZER]]),
 }
 STEPS = 4
 
 
 def main(folder: Path) -> None:
     rows = {layout.name: run(layout, QUICK, QUICK_ZERO) for layout in LAYOUTS}
-    plans = {
-        name: [
-            {
-                "kept": r.kept,
-                "kept_planned": r.kept_planned,
-                "step": r.step,
-                "step_planned": r.step_planned,
-            }
-            for r in same
-        ]
-        for name, same in rows.items()
-    }
     facts = {"device": "a CPU", "deepspeed": "", "date_utc": "", "commit": ""}
     MemoryReport(facts, [row for same in rows.values() for row in same]).write(folder)
-    differences = {
-        f"zero{stage}_{micro_batches}": offload_differences(stage, micro_batches)
-        for stage in (1, 2, 3)
-        for micro_batches in (1, 2)
+    fork_ranks(2, compare_offloading, folder)
+    memory = {
+        name: [[row.kept, row.kept_planned, row.step, row.step_planned] for row in same]
+        for name, same in rows.items()
     }
-    pipeline = offload_differences(1, 2, "parallel.pp=2")
-    results = {"memory": plans, "offload": differences, "pipeline": pipeline}
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "memory.json").write_text(json.dumps(memory))
 
 
-def offload_differences(stage: int, micro_batches: int, *overrides: str) -> dict[str, list[float]]:
-    """Per way of offloading: largest relative difference of a loss, and of a weight."""
-    common = [
-        *(f"zero.stage={stage}", f"train.micro_batch_size={4 // micro_batches}"),
-        *overrides,
-    ]
-    losses, weights = train(common)
-    found = {}
-    for name, offload in OFFLOADS.items():
-        if "param" in name and stage < 3:
-            continue
-        other_losses, other_weights = train([*common, *offload])
-        apart = (other_weights - weights).norm() / weights.norm()
-        found[name] = [(other_losses / losses - 1).abs().max().item(), apart.item()]
-    return found
+def compare_offloading(rank: int, folder: Path) -> None:
+    """Per run and way of offloading: largest relative difference of a loss, and of the weights."""
+    found: dict[str, list[float]] = {}
+    for name, (common, ways) in OFFLOADS.items():
+        losses, weights = train(common)
+        for way in ways:
+            other_losses, other_weights = train([*common, *way])
+            apart = (other_weights - weights).norm() / weights.norm()
+            key = " ".join([name, *way])
+            found[key] = [(other_losses / losses - 1).abs().max().item(), apart.item()]
+    (folder / f"offload{rank}.json").write_text(json.dumps(found))
+    Mesh.create().close()
 
 
 def train(overrides: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    with tempfile.TemporaryDirectory() as folder:
-        is_pipeline = "parallel.pp=2" in overrides
-        fixed = [
-            *(f"output_dir={folder}", "parallel.device=cpu", "zero.deepspeed_config=null"),
-            *("eval.data=null", "train.precision=fp32"),
-            f"train.global_batch_size={4 if is_pipeline else 8}",
-        ]
-        config = load_config(VIT_B16, [*fixed, *QUICK, *overrides])
-        fork_ranks(2, train_rank, config)
-        return torch.load(Path(folder, "trained.pt"))
-
-
-def train_rank(rank: int, config: Config) -> None:
+    """Losses [STEPS] and the final weights, all in one."""
+    fixed = ["zero.deepspeed_config=null", "parallel.device=cpu", "eval.data=null"]
+    fixed += ["train.precision=fp32", "train.global_batch_size=8"]
+    config = load_config(VIT_B16, [*fixed, *QUICK, *overrides])
     mesh = Mesh.create(config.parallel)
     torch.manual_seed(0)
     model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
@@ -104,10 +78,7 @@ def train_rank(rank: int, config: Config) -> None:
         losses.append(engine.step((images, texts), lr=1e-3))
     with engine.evaluation_model() as whole:
         weights = torch.cat([p.flatten() for p in whole.parameters()])
-        if rank == 0:
-            torch.save((torch.stack(losses), weights), Path(config.output_dir, "trained.pt"))
-    mesh.barrier()
-    mesh.close()
+    return torch.stack(losses), weights
 
 
 if __name__ == "__main__":
