@@ -336,7 +336,8 @@ def test_deepspeed_dictionary_is_generated_from_the_config(tmp_path):
     assert generated["gradient_accumulation_steps"] == 4
     assert generated["bf16"]["enabled"] is True
     assert generated["gradient_clipping"] == 0.5
-    assert generated["zero_optimization"] == {"overlap_comm": True, "stage": 1}
+    zero = generated["zero_optimization"]
+    assert (zero["overlap_comm"], zero["stage"]) == (True, 1)
 
 
 @pytest.mark.parametrize(
