@@ -94,8 +94,7 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": local // micro_batch,
         "gradient_clipping": config.optim.clip_grad_norm,
-        # A gradient in bf16 goes as soon as it is added to the one in fp32.
-        "bf16": {"enabled": config.train.precision == "bf16", "immediate_grad_update": True},
+        "bf16": {"enabled": config.train.precision == "bf16"},
         "fp16": {"enabled": config.train.precision == "fp16", **_LOSS_SCALE},
         "zero_optimization": _zero(config, mesh),
         "zero_allow_untested_optimizer": True,

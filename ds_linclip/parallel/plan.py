@@ -245,10 +245,12 @@ def _memory(config: Config, mesh: Mesh, model: CLIP) -> tuple[dict[str, int], in
         backward = gradient * part, value * (bucket + in_bucket)
         step = gradient * part + in_fp32, value * bucket
     elif stage == 1 and config.train.precision == "bf16" and is_accumulated and optimizer:
-        # DeepSpeed's BF16_Optimizer: all gradients in fp32 stay; a copy is sent, as bf16.
+        # DeepSpeed's BF16_Optimizer: all gradients in fp32 stay, those in bf16 do until the end of
+        # the step; a copy is sent, as bf16.
         kept += _FP32 * trained
-        backward = _FP32 * trained, (_FP32 + value) * trained * (replicas > 1)
-        step = _FP32 * trained, 0
+        both = (_FP32 + value) * trained
+        backward = both, both * (replicas > 1)
+        step = both, 0
     else:
         # Averaged gradients of the partition, from the second bucket on.
         compact = stage == 2 and is_accumulated and value < _FP32
