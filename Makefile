@@ -4,8 +4,8 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-gpu lint study bench-kernels bench-data bench-gpu \
-    bench-context bench-loss check-layouts
+.PHONY: install train test test-slow test-gpu lint study bench-kernels bench-data bench-memory \
+    bench-gpu bench-context bench-loss check-layouts
 
 install: $(STAMP)
 
@@ -58,6 +58,11 @@ bench-context: $(STAMP)
 # Peak memory of the loss in tiles and in one piece, up to 32k pairs (15 minutes, 20 GiB).
 bench-loss: $(STAMP)
 	$(BIN)/python launch/bench_loss.py
+
+# Memory of a rank against the plan, ViT-B/16 on 1 and 4 CPU ranks (15 minutes, 9 GiB):
+# docs/results/memory/<device>.
+bench-memory: $(STAMP)
+	$(BIN)/python launch/bench_memory.py
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)

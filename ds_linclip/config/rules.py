@@ -217,6 +217,14 @@ def _validate_zero(config: Config) -> None:
             )
         if target == "nvme" and zero.nvme_path is None:
             raise ValueError(f"zero.{name} (nvme) needs a folder in zero.nvme_path")
+    if zero.offload_optimizer == "nvme":
+        optim = config.optim
+        if optim.kind == "lamb" or optim.ema_decay > 0:
+            field = "kind (lamb)" if optim.kind == "lamb" else f"ema_decay ({optim.ema_decay})"
+            raise ValueError(
+                f"optim.{field} does not go with zero.offload_optimizer (nvme): it needs all of "
+                "the optimizer's state at once; take zero.offload_optimizer=cpu"
+            )
 
 
 def _validate_data(data: DataConfig) -> None:

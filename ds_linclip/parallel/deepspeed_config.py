@@ -28,12 +28,17 @@ _FILE_MAY_SET = {
 _MONITORS = {"wandb", "comet", "csv_monitor"}
 
 #: Elements of a bucket, unless the file says otherwise; DeepSpeed's own 5e8 is more than a whole
-#: CLIP model, and allocated whether filled or not.
+#: CLIP model, and allocated whether filled or not. The token embedding fits in.
 _BUCKETS = {"reduce_bucket_size": 30_000_000, "allgather_bucket_size": 30_000_000}
 
-#: ZeRO-3, unless the file says otherwise. DeepSpeed's own defaults keep on every rank what is
-#: needed again within a billion parameters, all of a CLIP model, and fetch a third of one ahead.
-_STAGE_3 = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10_000_000}
+#: ZeRO-3, unless the file says otherwise. By DeepSpeed's own defaults every layer fetches a third
+#: of a CLIP model ahead, until a billion parameters are there, and keeps what is needed again: the
+#: whole model is on every rank.
+_STAGE_3 = {
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 10_000_000,
+    "stage3_max_live_parameters": 30_000_000,
+}
 
 #: fp16: doubled after a thousand good steps; the second step in them that overflows halves it.
 _LOSS_SCALE = {
@@ -89,8 +94,7 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": local // micro_batch,
         "gradient_clipping": config.optim.clip_grad_norm,
-        # A gradient in bf16 goes as soon as it is added to the one in fp32.
-        "bf16": {"enabled": config.train.precision == "bf16", "immediate_grad_update": True},
+        "bf16": {"enabled": config.train.precision == "bf16"},
         "fp16": {"enabled": config.train.precision == "fp16", **_LOSS_SCALE},
         "zero_optimization": _zero(config, mesh),
         "zero_allow_untested_optimizer": True,

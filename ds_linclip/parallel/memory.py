@@ -71,6 +71,9 @@ class MemoryMeter(TorchDispatchMode):
         state = zero.optimizer.state.values()
         kinds = {
             "weights": _storages(_of(parameters, "data", "ds_tensor")),
+            "buckets": _storages(
+                tree_leaves([each.buffer for each in getattr(zero, "ipg_buckets", {}).values()])
+            ),
             "gradients": _storages(
                 [
                     *_of(parameters, "grad", "grad_accum"),
@@ -84,16 +87,11 @@ class MemoryMeter(TorchDispatchMode):
             "optimizer": _storages(
                 [*master, *tree_leaves([list(each.values()) for each in state])]
             ),
-            "buckets": _storages(
-                tree_leaves([each.buffer for each in getattr(zero, "ipg_buckets", {}).values()])
-            ),
         }
-        for kind, storages in further.items():
-            kinds[kind] = {**storages, **kinds.get(kind, {})}
         counted: set[int] = set()
-        found = {}
-        for kind, storages in kinds.items():
-            found[kind] = sum(size for place, size in storages.items() if place not in counted)
+        found = dict.fromkeys([*KINDS, *further], 0)
+        for kind, storages in [*kinds.items(), *further.items()]:
+            found[kind] += sum(size for place, size in storages.items() if place not in counted)
             counted |= storages.keys()
         return found
 

@@ -211,8 +211,8 @@ class _Traffic:
 def _memory(config: Config, mesh: Mesh, model: CLIP) -> tuple[dict[str, int], int]:
     """Bytes by kind at the fullest moment of a step, and of all of them between steps.
 
-    As DeepSpeed 0.19.8 allocates. Not counted: activations, what one layer or one bucket needs for
-    a moment, and the padding of partitions.
+    As DeepSpeed 0.19.8 allocates. Not counted: activations, what one layer needs for a moment, the
+    padding of partitions, and what is offloaded.
     """
     replicas, stage = mesh.replicas.size, config.zero.stage
     zero = deepspeed_config(config, mesh)["zero_optimization"]
@@ -224,37 +224,53 @@ def _memory(config: Config, mesh: Mesh, model: CLIP) -> tuple[dict[str, int], in
         _value_bytes(config),
         _gradient_bytes(config, _num_micro_batches(config, mesh)),
     )
-    bucket = zero["reduce_bucket_size"] * value
+    bucket = zero["reduce_bucket_size"]
+    in_bucket = min(bucket, trained)  # flattened once more to be sent
     moments = _MOMENTS[config.optim.kind] + (config.optim.ema_decay > 0)
     weights, optimizer = value * sum(sizes), _FP32 * (1 + moments) * part
-    kept = 0  # of gradients and buckets
+    in_fp32 = _FP32 * part  # what the optimizer is given
+    if config.zero.offload_optimizer != "none":
+        optimizer = in_fp32 = 0
+    kept = weights + optimizer
+    # Gradients and buckets in the backward, and in the optimizer's step.
     if stage == 3:
-        # Gradients of the partition stay allocated, as the bucket does, and are copied to fp32.
+        # Gradients of the partition stay, as the bucket does. Small weights are whole but in the
+        # step; the limit of live ones is that of the others.
         limit = zero.get("stage3_param_persistence_threshold", _PERSISTENT_BELOW)
-        persistent = sum(size for size in sizes if size <= limit)
-        weights = value * (sum(-(-size // replicas) for size in sizes) + persistent)
-        kept = gradient * part + bucket
-        gradients = (gradient + _FP32) * part
-        bucket += value * min(zero["stage3_prefetch_bucket_size"], sum(sizes))
-    elif stage == 1 and config.train.precision == "bf16" and is_accumulated:
-        # DeepSpeed's BF16_Optimizer: all gradients in fp32, which stay; and a copy to sum up.
-        gradients = kept = _FP32 * trained
-        bucket = _FP32 * trained * (replicas > 1)
+        small = sum(size for size in sizes if size <= limit)
+        parts = sum(-(-size // replicas) for size in sizes)
+        weights = value * (parts * (config.zero.offload_param == "none") + small)
+        kept = weights + optimizer + gradient * part + value * bucket
+        weights += value * min(zero["stage3_max_live_parameters"], sum(sizes) - small)
+        backward = gradient * part, value * (bucket + in_bucket)
+        step = gradient * part + in_fp32, value * bucket
+    elif stage == 1 and config.train.precision == "bf16" and is_accumulated and optimizer:
+        # DeepSpeed's BF16_Optimizer: all gradients in fp32 stay, those in bf16 do until the end of
+        # the step; a copy is sent, as bf16.
+        kept += _FP32 * trained
+        both = (_FP32 + value) * trained
+        backward = both, both * (replicas > 1)
+        step = both, 0
     else:
-        # Averaged gradients of the partition, and a copy in fp32 of them.
+        # Averaged gradients of the partition, from the second bucket on.
         compact = stage == 2 and is_accumulated and value < _FP32
-        gradients = (gradient * (not compact) + _FP32) * part
-        if stage == 1:  # all gradients are there when the first of them are averaged
-            gradients = max(gradients, gradient * (trained + part))
-            bucket = zero["reduce_bucket_size"] * gradient
-        bucket *= 2 if zero.get("overlap_comm") else 1
+        averaged = _FP32 * part if compact else gradient * part
+        double = bool(zero.get("overlap_comm"))
+        held = averaged * (1 + (stage == 2 and is_accumulated and not compact))
+        held *= bucket < trained or is_accumulated
+        sent = gradient if stage == 1 else value
+        if stage == 1 and not double:  # averaged when all are there; full buckets take their place
+            held += gradient * max(0, trained - 2 * bucket)
+        backward = held, sent * (bucket * (1 + double) + in_bucket)
+        step = averaged * (not compact) + in_fp32, 0
+    gradients, buckets = max(backward, step, key=sum)
     memory = {
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
-        "buckets": bucket,
+        "buckets": buckets,
     }
-    return memory, weights + optimizer + kept
+    return memory, kept
 
 
 def _num_micro_batches(config: Config, mesh: Mesh) -> int:

@@ -1,0 +1,258 @@
+"""Memory of a rank against the plan: ``python launch/bench_memory.py [OUTPUT_FOLDER]``.
+
+Trains ViT-B/16 (ds_configs/train/vit_b16.yaml) with one pair per rank at ZeRO-1, 2 and 3, forking
+the gloo ranks of each layout from this process, and counts what lives between steps and at the
+fullest moment of one: the storages of tensors by kind, and the memory of the process. Prints
+summary.md and writes it, memory.csv (one row per rank) and memory.png into OUTPUT_FOLDER. Exit
+codes: 0 measured, 1 tensors between steps are not what is planned, 2 bad arguments.
+"""
+
+import argparse
+import ctypes
+import json
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_memory_report import MemoryReport, MemoryRow
+
+from ds_linclip.config import Config, load_config
+from ds_linclip.model import CLIP
+from ds_linclip.optim import build_optimizer
+from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.parallel.memory import KINDS, MemoryMeter
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.plan import plan_rank
+from ds_linclip.parallel.stages import stage_units
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.append(str(REPOSITORY / "kernels" / "benchmarks"))
+
+from bench_facts import commit_of, device_name, folder_name  # noqa: E402
+
+MEASURED = ("ds_linclip/parallel", "ds_linclip/optim.py", "launch/bench_memory.py")
+#: The first steps make the optimizer's state, and let ZeRO-3 learn the order of parameters.
+WARMUP = 2
+#: Below it malloc recycles memory without giving it back, and resident memory says little.
+MMAP_THRESHOLD = 1 << 20
+#: A model of the embedded data's size without its large embedding.
+QUICK = [
+    *("model.vision.image_size=32", "model.vision.patch_size=16", "model.vision.layers=6"),
+    *("model.vision.width=256", "model.text.layers=6", "model.text.width=64"),
+    *("model.text.heads=2", "model.embed_dim=64", "model.text.context_length=16"),
+]
+QUICK_ZERO = {
+    "reduce_bucket_size": 1_000_000,
+    "allgather_bucket_size": 1_000_000,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_live_parameters": 1_000_000,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One run: data-parallel ranks, precision, ZeRO stage, micro-batches of a pair."""
+
+    ranks: int
+    precision: str
+    stage: int
+    micro_batches: int = 1
+
+    @property
+    def name(self) -> str:
+        words = [f"zero{self.stage}", self.precision, f"ranks{self.ranks}"]
+        words += [f"micro{self.micro_batches}"] if self.micro_batches > 1 else []
+        return "-".join(words)
+
+    def overrides(self) -> list[str]:
+        return [
+            f"train.global_batch_size={self.ranks * self.micro_batches}",
+            "train.micro_batch_size=1",
+            f"train.precision={self.precision}",
+            f"zero.stage={self.stage}",
+            f"parallel.dp={self.ranks}",
+        ]
+
+
+def main() -> int:
+    begun = time.monotonic()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, nargs="?", help="docs/results/memory/<device>")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--layers", type=int, help="of both towers, for less memory")
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--quick", action="store_true", help="a tiny model on two ranks")
+    arguments = parser.parse_args()
+    overrides = QUICK if arguments.quick else []
+    if arguments.layers:
+        overrides += [f"model.{tower}.layers={arguments.layers}" for tower in ("vision", "text")]
+    layouts = [
+        Layout(ranks=ranks, precision=precision, stage=stage, micro_batches=micro_batches)
+        for precision in arguments.precisions
+        for micro_batches in arguments.micro_batches
+        for ranks in ([2] if arguments.quick else arguments.ranks)
+        for stage in arguments.stages
+    ]
+    rows: list[MemoryRow] = []
+    for layout in layouts:
+        rows += run(layout, overrides, QUICK_ZERO if arguments.quick else None)
+        print(f"{layout.name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    name = device_name("cpu")
+    facts = {
+        "device": name,
+        "torch": version("torch"),
+        "deepspeed": version("deepspeed"),
+        "date_utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": commit_of(MEASURED),
+        "overrides": " ".join(overrides) or "none",
+        "duration": f"{time.monotonic() - begun:.0f} s",
+    }
+    output = arguments.output or Path("docs/results/memory", folder_name(name))
+    output.mkdir(parents=True, exist_ok=True)
+    report = MemoryReport(facts, rows)
+    report.write(output)
+    print(report.summary())
+    return 0 if report.passed else 1
+
+
+def run(
+    layout: Layout, overrides: Sequence[str], zero: dict[str, int] | None = None
+) -> list[MemoryRow]:
+    """Train a few steps in processes of their own, with DeepSpeed's own settings ``zero``; a row
+    per rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        buckets = Path(folder, "deepspeed.json")
+        buckets.write_text(json.dumps({"zero_optimization": zero or {}}))
+        config = load_config(
+            REPOSITORY / "ds_configs" / "train" / "vit_b16.yaml",
+            [
+                *(f"output_dir={folder}", "parallel.device=cpu", "eval.data=null"),
+                *(f"zero.deepspeed_config={buckets}", *overrides, *layout.overrides()),
+            ],
+        )
+        fork_ranks(layout.ranks, train_rank, layout, config)
+        files = [Path(folder, f"{rank}.json") for rank in range(layout.ranks)]
+        return [MemoryRow(**json.loads(file.read_text())) for file in files]
+
+
+def fork_ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> None:
+    """Run ``target(rank, *arguments)`` in processes that find each other.
+
+    They are forks of this process: it has imported everything, and started no threads.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run_rank(rank: int) -> None:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        logging.disable(logging.WARNING)
+        torch.set_num_threads(1)
+        target(rank, *arguments)
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run_rank, args=(rank,)) for rank in range(world_size)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+    if any(each.exitcode for each in ranks):
+        raise RuntimeError(f"{target.__name__}{arguments[:1]} failed")
+
+
+def train_rank(rank: int, layout: Layout, config: Config) -> None:
+    ctypes.CDLL(None).mallopt(-3, MMAP_THRESHOLD)  # M_MMAP_THRESHOLD
+    mesh = Mesh.create(config.parallel)
+    process = _Process()
+    model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
+    plan = plan_rank(config, mesh, model)
+    engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
+    meter = MemoryMeter(engine)
+    local, length = config.train.global_batch_size // mesh.dp.size, config.model.text.context_length
+    generator = torch.Generator().manual_seed(rank)
+    images = torch.randn(local, 3, *config.model.vision.image_size, generator=generator)
+    texts = torch.randint(config.model.text.vocab_size, (local, length), generator=generator)
+    for _ in range(WARMUP):
+        engine.step((images, texts), lr=1e-3)
+    process.begin_step()
+    engine.step((images, texts), lr=1e-3)
+    peak = process.peak()
+    with meter:
+        engine.step((images, texts), lr=1e-3)
+    live = meter.live()
+    row = MemoryRow(
+        ranks=layout.ranks,
+        precision=layout.precision,
+        stage=layout.stage,
+        micro_batches=layout.micro_batches,
+        rank=rank,
+        num_parameters=plan.num_parameters,
+        kept_planned=plan.kept,
+        kept_process=process.own,
+        step_process=peak,
+        **{f"kept_{kind}": live[kind] for kind in (*KINDS, "other")},
+        **{f"step_{kind}_planned": plan.memory[kind] for kind in KINDS},
+        **{f"step_{kind}": meter.most[kind] for kind in KINDS},
+    )
+    Path(config.output_dir, f"{rank}.json").write_text(json.dumps(asdict(row)))
+    mesh.barrier()
+    mesh.close()
+
+
+class _Process:
+    """Memory of this process beyond what it had at the start. Pages that it only reads from its
+    parent, which it was forked from, are not its own."""
+
+    def __init__(self) -> None:
+        self.private_before, self.resident_before = _private_bytes(), _resident_bytes("VmRSS")
+
+    def private(self) -> int:
+        """Bytes, now."""
+        ctypes.CDLL(None).malloc_trim(0)
+        return _private_bytes() - self.private_before
+
+    def begin_step(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        self.own = self.private()
+        self.resident = _resident_bytes("VmRSS")
+
+    def peak(self) -> int:
+        """Most bytes since :meth:`begin_step`."""
+        return self.own + _resident_bytes("VmHWM") - self.resident
+
+
+def _private_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def _resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Runs on two ranks that it forks; what it finds goes to ``<folder>/results.json``.
+
+One start, many checks: see test_memory.py, which reads the file.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from bench_memory import QUICK, QUICK_ZERO, Layout, fork_ranks, run
+from bench_memory_report import MemoryReport
+
+from ds_linclip.config import load_config
+from ds_linclip.model import CLIP
+from ds_linclip.optim import build_optimizer
+from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.stages import stage_units
+
+VIT_B16 = Path(__file__).parents[2] / "ds_configs" / "train" / "vit_b16.yaml"
+LAYOUTS = [
+    *(Layout(ranks=2, precision="fp32", stage=stage) for stage in (1, 2, 3)),
+    Layout(ranks=2, precision="bf16", stage=1, micro_batches=2),
+]
+#: Name -> overrides without offloading, and those of every way to offload.
+OPTIMIZER, PARAM = "zero.offload_optimizer=cpu", "zero.offload_param=cpu"
+OFFLOADS = {
+    "zero1": (["zero.stage=1"], [[OPTIMIZER]]),
+    "zero2": (["zero.stage=2", "train.micro_batch_size=2"], [[OPTIMIZER]]),
+    "zero3": (["zero.stage=3"], [[OPTIMIZER], [OPTIMIZER, PARAM], [PARAM]]),
+    "pipeline": (["parallel.pp=2", "train.micro_batch_size=4"], [[OPTIMIZER]]),
+}
+STEPS = 4
+
+
+def main(folder: Path) -> None:
+    rows = {layout.name: run(layout, QUICK, QUICK_ZERO) for layout in LAYOUTS}
+    facts = {"device": "a CPU", "deepspeed": "", "date_utc": "", "commit": ""}
+    MemoryReport(facts, [row for same in rows.values() for row in same]).write(folder)
+    fork_ranks(2, compare_offloading, folder)
+    memory = {
+        name: [[row.kept, row.kept_planned, row.step, row.step_planned] for row in same]
+        for name, same in rows.items()
+    }
+    (folder / "memory.json").write_text(json.dumps(memory))
+
+
+def compare_offloading(rank: int, folder: Path) -> None:
+    """Per run and way of offloading: largest relative difference of a loss, and of the weights."""
+    found: dict[str, list[float]] = {}
+    for name, (common, ways) in OFFLOADS.items():
+        losses, weights = train(common)
+        for way in ways:
+            other_losses, other_weights = train([*common, *way])
+            apart = (other_weights - weights).norm() / weights.norm()
+            key = " ".join([name, *way])
+            found[key] = [(other_losses / losses - 1).abs().max().item(), apart.item()]
+    (folder / f"offload{rank}.json").write_text(json.dumps(found))
+    Mesh.create().close()
+
+
+def train(overrides: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [STEPS] and the final weights, all in one."""
+    fixed = ["zero.deepspeed_config=null", "parallel.device=cpu", "eval.data=null"]
+    fixed += ["train.precision=fp32", "train.global_batch_size=8"]
+    config = load_config(VIT_B16, [*fixed, *QUICK, *overrides])
+    mesh = Mesh.create(config.parallel)
+    torch.manual_seed(0)
+    model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
+    engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
+    local, length = config.train.global_batch_size // mesh.dp.size, config.model.text.context_length
+    losses = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(1 + step * mesh.dp.size + mesh.dp.rank)
+        images = torch.randn(local, 3, *config.model.vision.image_size, generator=generator)
+        texts = torch.randint(config.model.text.vocab_size, (local, length), generator=generator)
+        losses.append(engine.step((images, texts), lr=1e-3))
+    with engine.evaluation_model() as whole:
+        weights = torch.cat([p.flatten() for p in whole.parameters()])
+    return torch.stack(losses), weights
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

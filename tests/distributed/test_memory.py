@@ -1,0 +1,61 @@
+"""Two ranks: memory against the plan, and training with what is offloaded; see memory_job.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+JOB = Path(__file__).with_name("memory_job.py")
+REPOSITORY = JOB.parents[2]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    paths = [REPOSITORY / "launch", os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(JOB), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return folder
+
+
+def memory(job):
+    return json.loads((job / "memory.json").read_text())
+
+
+def test_what_lives_between_steps_is_what_is_planned(job):
+    for name, ranks in memory(job).items():
+        for kept, planned, _, _ in ranks:
+            assert kept == pytest.approx(planned, rel=0.01), name
+
+
+def test_the_fullest_moment_of_a_step_falls_with_the_stage_as_planned(job):
+    found = memory(job)
+    (first, second, third) = (found[f"zero{stage}-fp32-ranks2"][0] for stage in (1, 2, 3))
+    assert first[2] > second[2] >= third[2]
+    for _, _, step, planned in (first, second, third):
+        assert step == pytest.approx(planned, rel=0.1)
+
+
+def test_report_is_written(job):
+    assert (job / "memory.png").stat().st_size > 10_000
+    assert len((job / "memory.csv").read_text().splitlines()) == 1 + 2 * 4
+    assert "| fp32, 2 ranks, ZeRO-3 |" in (job / "summary.md").read_text()
+
+
+def test_offloading_trains_the_same(job):
+    for rank in (0, 1):
+        differences = json.loads((job / f"offload{rank}.json").read_text())
+        assert len(differences) == 6
+        for name, (loss, weights) in differences.items():
+            assert loss <= 1e-6, name
+            assert weights <= 1e-6, name
