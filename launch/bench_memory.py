@@ -86,7 +86,7 @@ class Layout:
 
 
 def main() -> int:
-    begun = time.monotonic()
+    begun, commit = time.monotonic(), commit_of(MEASURED)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -118,7 +118,7 @@ def main() -> int:
         "torch": version("torch"),
         "deepspeed": version("deepspeed"),
         "date_utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": commit_of(MEASURED),
+        "commit": commit,
         "overrides": " ".join(overrides) or "none",
         "duration": f"{time.monotonic() - begun:.0f} s",
     }
