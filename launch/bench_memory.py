@@ -10,19 +10,14 @@ codes: 0 measured, 1 tensors between steps are not what is planned, 2 bad argume
 import argparse
 import ctypes
 import json
-import logging
-import multiprocessing
-import os
-import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from bench_memory_report import MemoryReport, MemoryRow
@@ -31,6 +26,7 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.model import CLIP
 from ds_linclip.optim import build_optimizer
 from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.memory import KINDS, MemoryMeter
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.plan import plan_rank
@@ -145,46 +141,15 @@ def run(
                 *(f"zero.deepspeed_config={buckets}", *overrides, *layout.overrides()),
             ],
         )
-        fork_ranks(layout.ranks, train_rank, layout, config)
+        run_ranks(layout.ranks, train_rank, layout, config)
         files = [Path(folder, f"{rank}.json") for rank in range(layout.ranks)]
         return [MemoryRow(**json.loads(file.read_text())) for file in files]
 
 
-def fork_ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> None:
-    """Run ``target(rank, *arguments)`` in processes that find each other.
-
-    They are forks of this process: it has imported everything, and started no threads.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def run_rank(rank: int) -> None:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        logging.disable(logging.WARNING)
-        torch.set_num_threads(1)
-        target(rank, *arguments)
-
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=run_rank, args=(rank,)) for rank in range(world_size)]
-    for each in ranks:
-        each.start()
-    for each in ranks:
-        each.join()
-    if any(each.exitcode for each in ranks):
-        raise RuntimeError(f"{target.__name__}{arguments[:1]} failed")
-
-
-def train_rank(rank: int, layout: Layout, config: Config) -> None:
+def train_rank(layout: Layout, config: Config) -> None:
     ctypes.CDLL(None).mallopt(-3, MMAP_THRESHOLD)  # M_MMAP_THRESHOLD
     mesh = Mesh.create(config.parallel)
+    rank = mesh.rank
     process = _Process()
     model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
     plan = plan_rank(config, mesh, model)

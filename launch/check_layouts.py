@@ -9,11 +9,7 @@ step, by axis, and how far they are from the plan. Exit code 1 when a difference
 import argparse
 import csv
 import json
-import logging
-import multiprocessing
-import os
 import platform
-import socket
 import sys
 import tempfile
 import time
@@ -31,6 +27,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import to_open_clip
 from ds_linclip.optim import build_optimizer
 from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.plan import plan_rank
 from ds_linclip.parallel.stages import stage_units
@@ -176,63 +173,30 @@ def run(layout: Layout, attention: str, steps: int, overrides: Sequence[str]) ->
                 *layout.overrides(),
             ],
         )
-        return run_ranks(config, layout.ranks)
+        run_ranks(layout.ranks, train_rank, config)
+        records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
+        files = [config.run_dir / f"traffic-{rank}.json" for rank in range(layout.ranks)]
+        measured, planned = zip(*(json.loads(file.read_text()) for file in files), strict=True)
+        return Result(
+            losses={r["step"]: r["train/loss"] for r in records if "train/loss" in r},
+            weights=torch.load(config.run_dir / "weights.pt"),
+            traffic=list(measured),
+            planned=list(planned),
+        )
 
 
-def run_ranks(config: Config, world_size: int) -> Result:
-    """Train as ``config`` says in ranks that are forked from this process.
-
-    Raises:
-        RuntimeError: when one fails.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Forks of this process: it has imported everything, and started no threads.
-    context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=train_rank, args=(rank, world_size, port, config))
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    if any(process.exitcode for process in ranks):
-        raise RuntimeError(f"{config.name}: a rank failed")
-    records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
-    files = [config.run_dir / f"traffic-{rank}.json" for rank in range(world_size)]
-    measured, planned = zip(*(json.loads(file.read_text()) for file in files), strict=True)
-    return Result(
-        losses={r["step"]: r["train/loss"] for r in records if "train/loss" in r},
-        weights=torch.load(config.run_dir / "weights.pt"),
-        traffic=list(measured),
-        planned=list(planned),
-    )
-
-
-def train_rank(rank: int, world_size: int, port: int, config: Config) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+def train_rank(config: Config) -> None:
+    mesh = Mesh.create(config.parallel)
 
     def keep_weights(model: CLIP, writer: MetricWriter, step: int) -> Mapping[str, float]:
         weights = to_open_clip(model)
-        if rank == 0:
+        if mesh.rank == 0:
             torch.save(weights, config.run_dir / "weights.pt")
         return {}
 
-    mesh = Mesh.create(config.parallel)
     train(config, mesh, keep_weights)
     traffic = traffic_of_a_step(config, mesh)
-    (config.run_dir / f"traffic-{rank}.json").write_text(json.dumps(traffic))
+    (config.run_dir / f"traffic-{mesh.rank}.json").write_text(json.dumps(traffic))
     mesh.close()
 
 

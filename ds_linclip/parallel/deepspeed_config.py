@@ -18,7 +18,6 @@ __all__ = ["check_machine", "deepspeed_config", "monitor_config"]
 #: What the file may set and DeepSpeed's engine sees.
 _FILE_MAY_SET = {
     "zero_optimization",
-    "communication_data_type",
     "prescale_gradients",
     "comms_logger",
     "flops_profiler",
@@ -88,6 +87,7 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     check_batch(config, mesh.dp.size)
     local = config.train.global_batch_size // mesh.dp.size
     micro_batch = config.train.micro_batch_size or local
+    is_accumulated = local > micro_batch
     generated: dict[str, Any] = {
         # Context-parallel ranks count as data-parallel ones: they share batches, not gradients.
         "train_batch_size": local * mesh.replicas.size,
@@ -99,8 +99,9 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "zero_optimization": _zero(config, mesh),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # Several micro-batches are added up in fp32.
-        "data_types": {"grad_accum_dtype": "fp32" if local > micro_batch else None},
+        # Several micro-batches are added up in fp32, and so over ranks.
+        "data_types": {"grad_accum_dtype": "fp32" if is_accumulated else None},
+        "communication_data_type": "fp32" if is_accumulated else None,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
         "steps_per_print": 2**31,
     }

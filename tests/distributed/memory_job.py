@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_memory import QUICK, QUICK_ZERO, Layout, fork_ranks, run
+from bench_memory import QUICK, QUICK_ZERO, Layout, run
 from bench_memory_report import MemoryReport
 
 from ds_linclip.config import load_config
 from ds_linclip.model import CLIP
 from ds_linclip.optim import build_optimizer
 from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.stages import stage_units
 
@@ -38,7 +39,7 @@ def main(folder: Path) -> None:
     rows = {layout.name: run(layout, QUICK, QUICK_ZERO) for layout in LAYOUTS}
     facts = {"device": "a CPU", "deepspeed": "", "date_utc": "", "commit": ""}
     MemoryReport(facts, [row for same in rows.values() for row in same]).write(folder)
-    fork_ranks(2, compare_offloading, folder)
+    run_ranks(2, compare_offloading, folder)
     memory = {
         name: [[row.kept, row.kept_planned, row.step, row.step_planned] for row in same]
         for name, same in rows.items()
@@ -46,7 +47,7 @@ def main(folder: Path) -> None:
     (folder / "memory.json").write_text(json.dumps(memory))
 
 
-def compare_offloading(rank: int, folder: Path) -> None:
+def compare_offloading(folder: Path) -> None:
     """Per run and way of offloading: largest relative difference of a loss, and of the weights."""
     found: dict[str, list[float]] = {}
     for name, (common, ways) in OFFLOADS.items():
@@ -56,8 +57,9 @@ def compare_offloading(rank: int, folder: Path) -> None:
             apart = (other_weights - weights).norm() / weights.norm()
             key = " ".join([name, *way])
             found[key] = [(other_losses / losses - 1).abs().max().item(), apart.item()]
-    (folder / f"offload{rank}.json").write_text(json.dumps(found))
-    Mesh.create().close()
+    mesh = Mesh.create()
+    (folder / f"offload{mesh.rank}.json").write_text(json.dumps(found))
+    mesh.close()
 
 
 def train(overrides: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

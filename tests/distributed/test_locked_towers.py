@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EMBEDDED
-from forked_ranks import run_ranks, train_in_ranks
+from forked_ranks import train_in_ranks
 from torch import Tensor
 
 from ds_linclip.config import ParallelConfig, load_config
 from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import export_folder, to_open_clip
+from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 
 pytestmark = pytest.mark.distributed

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import run_ranks
 from recompute_job import all_measures
 
 from ds_linclip.config import ParallelConfig
+from ds_linclip.parallel.local_ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 AXES = {"single": {}, "tp2": {"tp": 2}, "cp2": {"cp": 2}}

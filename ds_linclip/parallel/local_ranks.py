@@ -1,0 +1,58 @@
+"""Ranks on this machine without a launcher, for checks and measurements: a second per start."""
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["run_ranks"]
+
+
+def run_ranks(world_size: int, fn: Callable[..., object], *arguments: Any) -> None:
+    """Run ``fn(*arguments)``, which can be pickled, in processes that find each other.
+
+    They are forks of a server that has imported everything; each uses one thread.
+
+    Raises:
+        RuntimeError: when a rank fails; the others are ended.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["ds_linclip.trainer"])
+    ranks = [
+        server.Process(target=_rank, args=(rank, world_size, port, fn, *arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for each in ranks:
+        each.start()
+    waiting = list(ranks)
+    while waiting:
+        multiprocessing.connection.wait([each.sentinel for each in waiting])
+        waiting = [each for each in waiting if each.is_alive()]
+        if any(each.exitcode for each in ranks):
+            for each in ranks:
+                each.kill()
+            raise RuntimeError(f"{fn.__name__}: a rank of {world_size} failed")
+
+
+def _rank(
+    rank: int, world_size: int, port: int, fn: Callable[..., object], *arguments: Any
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    fn(*arguments)
