@@ -59,6 +59,7 @@ class CheckpointStore:
             "parallel.tp": mesh.tp.size,
             "parallel.pp": mesh.pp.size,
             "zero.stage": config.zero.stage,
+            "loss.kind": config.loss.kind,
             **data_identity,
             **_flatten(asdict(config.train), "train"),
             **_flatten(asdict(config.optim), "optim"),
@@ -186,7 +187,8 @@ class CheckpointStore:
         return None
 
     def _check_same_run(self, path: Path) -> None:
-        theirs = _read_manifest(path)["run"]
+        manifest = _read_manifest(path)
+        theirs, ranks = manifest["run"], manifest["dp_size"]
         differences = [
             f"{name} ({value}) must equal {theirs.get(name)}"
             for name, value in self._identity.items()
@@ -194,6 +196,12 @@ class CheckpointStore:
         ]
         if differences:
             raise ValueError(f"to resume from {path}, {', '.join(differences)}")
+        tp, replicas = self._mesh.tp.size, self._mesh.replicas.size
+        if ranks != replicas and tp > 1 and self._config.zero.stage == 3:
+            raise ValueError(
+                f"to resume from {path}, data x context ranks ({replicas}) must equal {ranks}: "
+                f"DeepSpeed cannot convert zero.stage (3) with parallel.tp ({tp})"
+            )
 
     def _hash_together(self, folder: Path, names: list[str]) -> dict[str, str | None]:
         """SHA-256 by file name, the files shared out over the ranks."""

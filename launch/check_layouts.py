@@ -207,7 +207,8 @@ def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[
         file.write(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": 0}}))
         file.flush()
         config = replace(config, zero=replace(config.zero, deepspeed_config=file.name))
-        model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
+        units = stage_units(config, mesh.pp)
+        model = CLIP(config.model, mesh, loss=config.loss.kind, units=units)
         plan = plan_rank(config, mesh, model)
         engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
     vision, text = config.model.vision, config.model.text

@@ -46,14 +46,16 @@ def add_ema_to_universal(checkpoint: Path, universal: Path) -> None:
     """Add the averages to a checkpoint that DeepSpeed has converted; it leaves them out.
 
     Args:
-        checkpoint: folder with what the engine saved, of one tensor-parallel rank.
+        checkpoint: folder with what the engine saved. What tensor-parallel ranks hold of a weight
+            is put together by its first dimension, as the conversion does.
         universal: folder with the result of the conversion.
     """
     pieces: dict[str, list[Tensor]] = defaultdict(list)
-    files = {_dp_rank(path): path for path in checkpoint.glob("*zero_pp_rank_*_optim_states.pt")}
-    for rank in sorted(files):
-        saved = torch.load(files[rank], map_location="cpu", weights_only=False)
-        for name, piece in _pieces(saved["optimizer_state_dict"], checkpoint, rank, len(files)):
+    files = {_places(path): path for path in checkpoint.glob("*zero_pp_rank_*_optim_states.pt")}
+    ranks = 1 + max(rank for _, rank in files)
+    for place in sorted(files):  # a stage has names of its own; tensor-parallel ranks share them
+        saved = torch.load(files[place], map_location="cpu", weights_only=False)
+        for name, piece in _pieces(saved["optimizer_state_dict"], checkpoint, place[1], ranks):
             pieces[name].append(piece)
     for name, parts in pieces.items():
         folder, average = universal / "zero" / name, torch.cat(parts)
@@ -90,10 +92,11 @@ def load_universal(engine: Any, folder: Path, tag: str) -> None:
             state[_KEY] = torch.cat(parts).to(flat)
 
 
-def _dp_rank(path: Path) -> int:
-    found = re.search(r"zero_pp_rank_(\d+)_", path.name)
+def _places(path: Path) -> tuple[int, int]:
+    """Model-parallel rank (pipeline and tensor) and data-parallel rank that saved a file."""
+    found = re.search(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_", path.name)
     assert found
-    return int(found[1])
+    return int(found[2]), int(found[1])
 
 
 def _pieces(
