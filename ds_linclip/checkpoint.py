@@ -197,10 +197,15 @@ class CheckpointStore:
         if differences:
             raise ValueError(f"to resume from {path}, {', '.join(differences)}")
         tp, replicas = self._mesh.tp.size, self._mesh.replicas.size
-        if ranks != replicas and tp > 1 and self._config.zero.stage == 3:
+        fixed = []
+        if tp > 1 and self._config.zero.stage == 3:
+            fixed.append(f"zero.stage (3) with parallel.tp ({tp})")
+        if self._config.optim.kind == "lion":
+            fixed.append("the state of optim.kind (lion)")
+        if ranks != replicas and fixed:
             raise ValueError(
                 f"to resume from {path}, data x context ranks ({replicas}) must equal {ranks}: "
-                f"DeepSpeed cannot convert zero.stage (3) with parallel.tp ({tp})"
+                f"DeepSpeed cannot convert {' and '.join(fixed)}"
             )
 
     def _hash_together(self, folder: Path, names: list[str]) -> dict[str, str | None]:

@@ -148,7 +148,7 @@ def _is_due(step: int, every: int, steps: int) -> bool:
 def _inputs(batch: Batch, config: Config, mesh: Mesh, step: int) -> tuple[Tensor, ...]:
     """Arguments of the model: images, texts and, with patch dropout, the patches to look at."""
     vision = config.model.vision
-    if vision.patch_dropout == 0:
+    if vision.patch_dropout == 0 or mesh.pp.rank > 0:
         return batch.images, batch.texts
     height, width = batch.images.shape[2:]
     first = (step - 1) * config.train.global_batch_size + mesh.dp.rank * len(batch.images)

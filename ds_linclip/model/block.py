@@ -8,7 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from ds_linclip.config import Attention
 from ds_linclip.model.attention import SelfAttention
@@ -36,6 +40,10 @@ _KEPT_OPERATORS = [
     torch.ops.aten.clone.default,
     torch.ops.c10d.allreduce_.default,
 ]
+
+_KEEP_SOME = partial(
+    create_selective_checkpoint_contexts, _KEPT_OPERATORS, allow_cache_entry_mutation=True
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +118,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._run(x)
-        kept = partial(
-            create_selective_checkpoint_contexts,
-            _KEPT_OPERATORS if self.recompute == "selective" else [],
-            allow_cache_entry_mutation=True,
-        )
         return checkpoint(
-            self._run, x, use_reentrant=False, preserve_rng_state=False, context_fn=kept
+            self._run,
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=_KEEP_SOME if self.recompute == "selective" else noop_context_fn,
         )
 
     def _forward(self, x: Tensor) -> Tensor:

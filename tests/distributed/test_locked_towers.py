@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED
 from forked_ranks import train_in_ranks
 from torch import Tensor
 
@@ -14,6 +13,8 @@ from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import export_folder, to_open_clip
 from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
+
+EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 
 pytestmark = pytest.mark.distributed
 #: Ranks and overrides.

@@ -1,10 +1,13 @@
 """Training with patch dropout: every layout looks at the same patches."""
 
+from pathlib import Path
+
 import pytest
-from conftest import EMBEDDED
 from forked_ranks import train_in_ranks
 
 from ds_linclip.config import load_config
+
+EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = {

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED
 from forked_ranks import train_in_ranks
 
 from ds_linclip.config import Config, load_config
+
+EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 
 pytestmark = pytest.mark.distributed
 
