@@ -62,6 +62,7 @@ def test_tensorboard_holds_scalars_and_pictures(finished):
         *("eval/zeroshot_top1", "eval/zeroshot_top5"),
     }
     assert expected <= set(tags["scalars"])
+    assert "parallel_plan/text_summary" in tags["tensors"]
     assert [event.step for event in board.Scalars("eval/zeroshot_top1")] == [6, 12]
     picture = board.Images("eval/predictions")[-1]
     assert picture.width > 300
