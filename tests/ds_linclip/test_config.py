@@ -357,6 +357,10 @@ def test_deepspeed_dictionary_is_generated_from_the_config(tmp_path):
             "must not set zero_optimisation: only .*zero_optimization are",
         ),
         ('{"zero_optimization": {"overlap_com": true}}', "overlap_com: Extra inputs"),
+        (
+            '{"zero_optimization": {"round_robin_gradients": true}}',
+            r".*round_robin_gradients \(true\)",
+        ),
         ("{", "cannot be read"),
         ("[]", "must hold keys and values"),
     ],

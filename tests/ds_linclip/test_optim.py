@@ -116,13 +116,6 @@ def test_lamb_refuses_tensors_whose_parameters_it_does_not_know():
         optimizer.step()
 
 
-def test_lamb_refuses_partitions_that_deepspeed_mixes_up():
-    optimizer = build_optimizer(small_model(), OptimConfig(kind="lamb"))
-    engine = SimpleNamespace(optimizer=SimpleNamespace(round_robin_gradients=True))
-    with pytest.raises(ValueError, match=r"round_robin_gradients \(true\) must be false"):
-        optimizer.attach(engine, None)
-
-
 def test_ema_decay_warms_up():
     assert ema_decay(0, 0.99) == 0.1
     assert ema_decay(10, 0.99) == 0.55

@@ -122,7 +122,8 @@ def test_without_dropout_the_model_gets_no_choice():
     from ds_linclip.trainer import _inputs
 
     batch = SimpleNamespace(images=torch.zeros(4, 3, 32, 32), texts=torch.zeros(4, 8))
-    place = SimpleNamespace(device=torch.device("cpu"), dp=SimpleNamespace(rank=1, size=2))
+    dp, pp = SimpleNamespace(rank=1, size=2), SimpleNamespace(rank=0, size=1)
+    place = SimpleNamespace(device=torch.device("cpu"), dp=dp, pp=pp)
     plain = load_config("ds_configs/train/embedded.yaml", ["train.global_batch_size=8"])
     assert len(_inputs(batch, plain, place, 1)) == 2
     dropped = load_config(
