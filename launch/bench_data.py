@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import random
-import re
 import shlex
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 
 from bench_data_loaders import Settings, Throughput
 from bench_data_report import FIGURES, LOADERS, Report, Requirement, Row
+from bench_place import commit_of, device_name, folder_name
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
@@ -35,6 +35,7 @@ from tqdm import tqdm
 from ds_linclip.data.shard_writer import EncodedSample, RawSample, write_train_shard
 
 ROOT = Path(__file__).parents[1]
+MEASURED = ("ds_linclip/data", *(str(p) for p in Path(__file__).parent.glob("bench_data*.py")))
 #: What open_clip_torch 3.3.0 asks for training, as far as its data module imports it. With the
 #: webdataset of this project its loader ends in KeyError: 'fname': it does not know the mark that
 #: newer versions put at the end of every shard.
@@ -108,7 +109,9 @@ def main() -> int:
     for name in ("workers", "repetitions", "batch_size", "batches_per_shard"):
         if getattr(arguments, name) < 1:
             parser.error(f"{name.replace('_', '-')} ({getattr(arguments, name)}) must be positive")
-    output = arguments.output or ROOT / "docs" / "results" / "data" / _slug(_device_name())
+    output = arguments.output or ROOT / "docs" / "results" / "data" / folder_name(
+        device_name("cpu")
+    )
     with tempfile.TemporaryDirectory() as folder:
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -358,7 +361,7 @@ def _facts(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, str]
     }
     packages = ("torch", "open_clip_torch", "webdataset", "simplejpeg", "pillow")
     return {
-        "device": _device_name(),
+        "device": device_name("cpu"),
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
@@ -368,34 +371,9 @@ def _facts(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, str]
         "batch size": str(arguments.batch_size),
         "repetitions": str(arguments.repetitions),
         "date_utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": _commit(),
+        "commit": commit_of(MEASURED),
         "command": shlex.join(["python", *sys.argv]),
     }
-
-
-def _device_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU {models[0] if models else platform.machine()}"
-
-
-def _slug(name: str) -> str:
-    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _commit() -> str:
-    """The commit of the checkout, marked where the data package or this benchmark differs."""
-    measured = ["ds_linclip/data", *(str(p) for p in Path(__file__).parent.glob("bench_data*.py"))]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short", "HEAD")
-        return f"{commit}-dirty" if git("status", "--porcelain", "--", *measured) else commit
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

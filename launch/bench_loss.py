@@ -24,6 +24,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from bench_place import device_name, folder_name
 from open_clip.loss import ClipLoss
 from torch.nn import functional as F
 
@@ -57,7 +58,8 @@ def main() -> int:
     for pairs in sorted(arguments.sizes):
         rows.append(measure_both(pairs, arguments.device))
         print(rows[-1], flush=True)
-    write(arguments.out or RESULTS / arguments.device, rows, arguments.device)
+    folder = arguments.out or RESULTS / folder_name(device_name(arguments.device))
+    write(folder, rows, arguments.device)
     missed = [row for row in rows if row.pairs >= 32768 and row.ratio < 8]
     return 1 if missed else 0
 
@@ -144,7 +146,7 @@ def write(folder: Path, rows: Sequence[Row], device: str) -> None:
         writer = csv.writer(file)
         writer.writerow(field.name for field in fields(Row))
         writer.writerows(asdict(row).values() for row in rows)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    name = device_name(device)
     date = time.strftime("%Y-%m-%d", time.gmtime())
     lines = [
         "# Memory of the contrastive loss",

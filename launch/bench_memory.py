@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from bench_memory_report import MemoryReport, MemoryRow
+from bench_place import commit_of, device_name, folder_name
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.model import CLIP
@@ -33,10 +34,6 @@ from ds_linclip.parallel.plan import plan_rank
 from ds_linclip.parallel.stages import stage_units
 
 REPOSITORY = Path(__file__).parents[1]
-sys.path.append(str(REPOSITORY / "kernels" / "benchmarks"))
-
-from bench_facts import commit_of, device_name, folder_name  # noqa: E402
-
 MEASURED = ("ds_linclip/parallel", "ds_linclip/optim.py", "launch/bench_memory.py")
 #: The first steps make the optimizer's state, and let ZeRO-3 learn the order of parameters.
 WARMUP = 2

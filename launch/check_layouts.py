@@ -151,8 +151,8 @@ def main() -> int:
             reference = reference or result
             rows.append(compare(result, reference, attention, layout))
             print(f"{_line(rows[-1])} {time.perf_counter() - begun:5.1f} s", flush=True)
-    if arguments.out:
-        write(arguments.out, rows, arguments.steps)
+            if arguments.out:
+                write(arguments.out, rows, arguments.steps)
     return 0 if all(row.is_good for row in rows) else 1
 
 

@@ -225,14 +225,15 @@ class PipelineEngine(Engine):
             engine.reset_activation_shape()
         self._shapes = shapes
 
-        engine.total_loss = None
         nothing: list[tuple[Tensor, ...]] = [()] * len(micro_batches)
-        outputs = engine.eval_batch(
-            iter(zip(micro_batches, nothing, strict=True)), compute_loss=False, reduce_output=None
-        )
+        # As eval_batch does, which waits besides for all ranks at a barrier.
+        engine.set_dataiterator(iter(zip(micro_batches, nothing, strict=True)))
+        engine.total_loss, engine._compute_loss = None, False
+        with torch.no_grad():
+            engine._exec_schedule(engine._inference_schedule(len(micro_batches)))
         loss, gradients = torch.zeros((), device=self._mesh.device), nothing
         if engine.is_last_stage():
-            loss, found = self.objective([tuple(output) for output in outputs])
+            loss, found = self.objective([tuple(output) for output in engine.fwd_outputs])
             # DeepSpeed takes the mean over micro-batches; the gradients are those of a sum.
             gradients = [tuple(len(found) * part for part in parts) for parts in found]
         engine.train_batch(iter(zip(micro_batches, gradients, strict=True)))

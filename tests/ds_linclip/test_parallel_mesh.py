@@ -1,16 +1,14 @@
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from ds_linclip.config import Attention, ModelConfig, ParallelConfig, TextTower, VisionTower
 from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import from_open_clip, to_open_clip
 from ds_linclip.parallel.layers import column_parallel, row_parallel, vocab_parallel_embedding
+from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 
 #: Both ranks and the parent build this from the same seed; the towers differ in attention.
@@ -144,17 +142,8 @@ def run_model(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def two_ranks(rank: int, port: int, folder: Path) -> None:
+def two_ranks(folder: Path) -> None:
     """One of two launched processes: errors that travel, then tensor parallelism."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
     mesh = Mesh.create(ParallelConfig(device="cpu", dp=2))
     layout: list[Any] = [(mesh.rank, mesh.dp.rank, mesh.dp.size, mesh.tp.size)]
 
@@ -172,17 +161,14 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
 
     mesh = Mesh.create(ParallelConfig(device="cpu", tp=2))
     layout.append((mesh.rank, mesh.dp.size, mesh.tp.rank, mesh.tp.size))
-    torch.save(run_model(mesh) | {"layout": layout, "answers": answers}, folder / f"{rank}.pt")
+    torch.save(run_model(mesh) | {"layout": layout, "answers": answers}, folder / f"{mesh.rank}.pt")
     mesh.close()
 
 
 @pytest.fixture(scope="module")
 def both_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(two_ranks, args=(port, folder), nprocs=2)
+    run_ranks(2, two_ranks, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
