@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn, optim
 
 from ds_linclip.config import OptimConfig
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.shards import flat_tensors
 
 __all__ = ["Lamb", "build_optimizer", "ema_decay", "learning_rate", "weight_decay_groups"]
 
@@ -83,8 +84,6 @@ class _Layout:
     pieces: Sequence[tuple[int, slice]]
     #: For every parameter, whether tensor parallelism splits it.
     is_split: Sequence[bool]
-    #: Whether the other data-parallel ranks hold the rest of the pieces.
-    is_partitioned: bool = False
 
 
 class Lamb(optim.Optimizer):
@@ -115,7 +114,13 @@ class Lamb(optim.Optimizer):
             engine: DeepSpeed's, at any ZeRO stage.
             mesh: the ranks that share the parameters.
         """
-        self._layouts = dict(_layouts(engine.optimizer, mesh.replicas.rank))
+        self._layouts = {
+            flat.tensor: _Layout(
+                pieces=[(fragment.index, fragment.slice) for fragment in flat.fragments],
+                is_split=_is_split(flat.parameters),
+            )
+            for flat in flat_tensors(engine.optimizer, mesh.replicas.rank)
+        }
         self._mesh = mesh
 
     @torch.no_grad()
@@ -162,8 +167,7 @@ class Lamb(optim.Optimizer):
 
 def _sum_over_ranks(squares: Tensor, layout: _Layout, mesh: Mesh) -> Tensor:
     on_device = squares.to(mesh.device)  # with offload they are not, and nccl wants them there
-    if layout.is_partitioned:
-        dist.all_reduce(on_device, group=mesh.replicas.group)
+    dist.all_reduce(on_device, group=mesh.replicas.group)
     if mesh.tp.size > 1:
         total = on_device.clone()
         dist.all_reduce(total, group=mesh.tp.group)
@@ -178,29 +182,3 @@ def _whole(p: Tensor) -> _Layout:
 
 def _is_split(params: Sequence[Tensor]) -> list[bool]:
     return [getattr(p, "tensor_model_parallel", False) for p in params]
-
-
-def _layouts(zero: Any, dp_rank: int) -> Iterator[tuple[Tensor, _Layout]]:
-    """The tensors that DeepSpeed's optimizer ``zero`` gives to the one it wraps, each as it is."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3: every rank has a part of each
-        for flat, params in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
-            pieces, start = [], 0
-            for index, p in enumerate(params):
-                part = p.partition_numel()
-                used = min(part, max(0, p.ds_numel - part * dp_rank))  # the rest is padding
-                pieces.append((index, slice(start, start + used)))
-                start += part
-            yield flat, _Layout(pieces, _is_split(params), is_partitioned=True)
-    elif hasattr(zero, "bit16_groups") or hasattr(zero, "bf16_groups"):  # stages 1 and 2
-        groups = zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
-        for params, group in zip(groups, zero.param_groups, strict=True):
-            (flat,) = group["params"]
-            pieces = []
-            for index, p in enumerate(params):
-                if p._hp_mapping is not None:
-                    address = p._hp_mapping.get_hp_fragment_address()
-                    pieces.append((index, slice(address.start, address.start + address.numel)))
-            yield flat, _Layout(pieces, _is_split(params), is_partitioned=True)
-    else:  # stage 0
-        for group in zero.param_groups:
-            yield from ((p, _whole(p)) for p in group["params"])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ds_linclip.checkpoint import CheckpointStore, weights_folder
+from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, InitConfig, save_config
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.feed import feed
@@ -68,14 +68,10 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     resume_from = checkpoints.newest()
     mesh.agree(lambda: _prepare_run_folder(config, mesh))
 
-    changed = resume_from is not None and checkpoints.is_from_other_ranks(resume_from)
-    weights = config.init if resume_from is None else InitConfig()
-    if resume_from and changed:  # what DeepSpeed converts for other ranks lacks all that is locked
-        weights = InitConfig(pretrained=str(weights_folder(resume_from)))
-    model = _build_model(config, mesh, weights)
+    model = _build_model(config, mesh, config.init if resume_from is None else InitConfig())
     plan = describe(config, mesh, plan_rank(config, mesh, model))
     optimizer = build_optimizer(model, config.optim)
-    engine = initialize_engine(model, optimizer, config, mesh, load_universal=changed)
+    engine = initialize_engine(model, optimizer, config, mesh)
     start = 0
     if resume_from:
         start, state = checkpoints.load(engine, resume_from)
@@ -123,6 +119,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
             result.evaluation = _evaluate(evaluate, engine, writer, step)
             meter.restart()
     progress.close()
+    checkpoints.wait()
     if evaluate and start == steps:  # a finished run is scored again
         result.evaluation = _evaluate(evaluate, engine, writer, steps)
     return result

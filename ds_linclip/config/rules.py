@@ -83,11 +83,13 @@ def validate(config: Config) -> None:
             f"optim.warmup_steps ({optim.warmup_steps}) must be less than train.steps "
             f"({config.train.steps})"
         )
-    _require_positive("checkpoint.every_steps", config.checkpoint.every_steps)
     _require_positive("checkpoint.keep_last", config.checkpoint.keep_last)
     _require_positive("log.every_steps", config.log.every_steps)
     _require_positive("eval.batch_size", config.eval.batch_size)
     for name, value in (
+        ("checkpoint.every_steps", config.checkpoint.every_steps),
+        ("checkpoint.every_minutes", config.checkpoint.every_minutes),
+        ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps),
         ("eval.every_steps", config.eval.every_steps),
         ("log.num_images", config.log.num_images),
     ):

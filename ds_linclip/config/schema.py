@@ -312,10 +312,17 @@ class ZeroConfig:
 class CheckpointConfig:
     """What is saved into ``<run folder>/checkpoints``, and when."""
 
-    #: Steps between saves; the last step is always saved.
+    #: Steps between saves; 0: none by steps. The last step is always saved.
     every_steps: int = 1000
+    #: Minutes between saves, whatever made the last one; 0: none by the clock.
+    every_minutes: float = 0.0
     #: Newest checkpoints kept.
     keep_last: int = 3
+    #: Checkpoints at multiples of so many steps are never removed; 0: none.
+    keep_every_steps: int = 0
+    #: Training waits for the copy to the host only; writing goes on beside it. Costs host memory
+    #: for weights and optimizer state, shared by the ranks as these are.
+    asynchronous: bool = True
     #: ``latest`` goes on from the newest checkpoint of the run folder, if it has one; ``never``
     #: refuses a run folder that holds checkpoints.
     resume: Literal["latest", "never"] = "latest"

@@ -76,9 +76,16 @@ def _complete_groups(model: CLIP) -> None:
     """
     is_vector = {p.ndim < 2 for p in model.parameters() if p.requires_grad}
     if True not in is_vector:
-        model.nothing_in_a_vector = nn.Parameter(torch.zeros(1, device=model.mesh.device))
+        model.nothing_in_a_vector = _placeholder(1, device=model.mesh.device)
     if False not in is_vector:
-        model.nothing_in_a_matrix = nn.Parameter(torch.zeros(1, 1, device=model.mesh.device))
+        model.nothing_in_a_matrix = _placeholder(1, 1, device=model.mesh.device)
+
+
+def _placeholder(*shape: int, device: torch.device) -> nn.Parameter:
+    parameter = nn.Parameter(torch.zeros(shape, device=device))
+    # Not part of the model: neither saved nor loaded.
+    setattr(parameter, "is_placeholder", True)  # noqa: B010 - Parameter does not know it
+    return parameter
 
 
 def _check_tower(tower: str, theirs: ModelConfig, ours: ModelConfig) -> None:

@@ -3,9 +3,9 @@ pipeline, behind one interface."""
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -22,8 +22,9 @@ from ds_linclip.model import CLIP
 from ds_linclip.objective import Objective, surrogate
 from ds_linclip.optim import Lamb
 from ds_linclip.parallel.deepspeed_config import deepspeed_config, monitor_config
-from ds_linclip.parallel.ema import ema_weights, load_universal, track_ema
+from ds_linclip.parallel.ema import ema_weights, track_ema
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.shards import Piece, StateShards, fill_module
 
 __all__ = ["Engine", "initialize_engine"]
 
@@ -32,44 +33,31 @@ Inputs = tuple[Tensor, ...]
 
 
 def initialize_engine(
-    model: CLIP,
-    optimizer: optim.Optimizer,
-    config: Config,
-    mesh: Mesh,
-    *,
-    load_universal: bool = False,
+    model: CLIP, optimizer: optim.Optimizer, config: Config, mesh: Mesh
 ) -> "Engine":
     """Hand model and optimizer to ``deepspeed.initialize``.
 
     Args:
         model: The whole model, or with pipeline parallelism this rank's stage of it.
         optimizer, config, mesh: Of the run.
-        load_universal: The engine will load a checkpoint in DeepSpeed's universal form.
 
     Raises:
         ValueError: as :func:`deepspeed_config`.
     """
     kind = PipelineEngine if mesh.pp.size > 1 else PlainEngine
-    return kind(model, optimizer, config, mesh, load_universal=load_universal)
+    return kind(model, optimizer, config, mesh)
 
 
 class Engine(ABC):
-    """Takes optimizer steps, saves and loads its state. All ranks call every method together.
+    """Takes optimizer steps, shows and loads its state. All ranks call every method together.
 
     Attributes:
         monitor: Where scalars and figures go: DeepSpeed's TensorBoard and others.
         objective: The loss, with its latest logit scale.
+        shards: What this rank holds of the state, to be saved.
     """
 
-    def __init__(
-        self,
-        model: CLIP,
-        optimizer: optim.Optimizer,
-        config: Config,
-        mesh: Mesh,
-        *,
-        load_universal: bool,
-    ) -> None:
+    def __init__(self, model: CLIP, optimizer: optim.Optimizer, config: Config, mesh: Mesh) -> None:
         self._model = model
         self._mesh = mesh
         self._config = config
@@ -80,13 +68,13 @@ class Engine(ABC):
         self._engine, _, _, _ = deepspeed.initialize(
             model=self._module(model),
             optimizer=optimizer,
-            config=generated | {"checkpoint": {"load_universal": load_universal}},
+            config=generated,
             mpu=mesh.mpu() if mesh.pp.size == 1 else None,
             dist_init_required=False,
         )
         if isinstance(optimizer, Lamb):
             optimizer.attach(self._engine, mesh)
-        self._is_universal = load_universal
+        self.shards = StateShards(self._engine, model, mesh)
         self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])
 
@@ -122,17 +110,20 @@ class Engine(ABC):
         """Steps not taken since the start because a gradient was not finite."""
         return int(self._engine.skipped_steps)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's part of model and optimizer into ``folder / tag``."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def load(
+        self,
+        read: Callable[[Piece, str], Tensor],
+        kinds: Sequence[str],
+        scalars: Mapping[str, Any],
+    ) -> None:
+        """Put saved state in the place of the present one, as :meth:`StateShards.restore`.
 
-    def load(self, folder: Path, tag: str) -> int:
-        """Read what :meth:`save` wrote; returns the optimizer steps done."""
-        if self._is_universal:
-            load_universal(self._engine, folder, tag)
-        else:
-            self._engine.load_checkpoint(str(folder), tag=tag)
-        return int(self._engine.global_steps)
+        Raises:
+            AgreedError: when a rank cannot read what it needs.
+        """
+        restore = partial(self.shards.restore, read, kinds, scalars)
+        self._mesh.agree(restore, errors=(ValueError, OSError))
+        fill_module(self._engine.optimizer)
 
     @contextmanager
     def evaluation_model(self) -> Iterator[CLIP]:

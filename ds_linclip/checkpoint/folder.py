@@ -1,0 +1,62 @@
+"""The folder of checkpoints: which are there, which stay, which go."""
+
+import itertools
+import logging
+import re
+import shutil
+from pathlib import Path
+
+__all__ = ["checkpoint_path", "committed", "prune", "remove_leftovers", "set_aside"]
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Folder of the checkpoint after ``step`` optimizer steps."""
+    return directory / f"step-{step:08d}"
+
+
+def committed(directory: Path) -> list[Path]:
+    """Checkpoints that were committed, oldest first.
+
+    Raises:
+        ValueError: when the folder cannot be read.
+    """
+    try:
+        found = [p for p in directory.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ValueError(f"checkpoints ({directory}) cannot be read: {error}") from error
+    return sorted(found, key=_step)
+
+
+def prune(directory: Path, *, keep_last: int, keep_every_steps: int) -> None:
+    """Remove all but the newest ``keep_last`` and those at multiples of ``keep_every_steps`` (0:
+    none). What cannot be removed is reported and stays."""
+    for path in committed(directory)[:-keep_last]:
+        if keep_every_steps and _step(path) % keep_every_steps == 0:
+            continue
+        try:  # first from the list, then from the disk
+            shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+        except OSError as error:
+            logger.warning("old checkpoint not removed: %s", error)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what saves and removals that were cut off have left."""
+    for path in directory.glob("step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(directory: Path, newer_than: Path) -> None:
+    """Rename checkpoints that a resumed run will write again to ``step-N.rejected``."""
+    for path in committed(directory):
+        if _step(path) > _step(newer_than):
+            rejected = path.with_suffix(".rejected")
+            names = (rejected.with_name(f"{rejected.name}-{n}") for n in itertools.count(2))
+            path.rename(next(p for p in itertools.chain([rejected], names) if not p.exists()))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

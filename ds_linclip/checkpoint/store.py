@@ -1,0 +1,219 @@
+"""The checkpoints of one run: which to go on from, when one is refused, loading and saving."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_linclip.checkpoint.folder import (
+    checkpoint_path,
+    committed,
+    remove_leftovers,
+    set_aside,
+)
+from ds_linclip.checkpoint.shard_files import ShardFiles, read_manifest, sha256_of
+from ds_linclip.checkpoint.writer import CheckpointWriter, shard_name
+from ds_linclip.config import Config
+from ds_linclip.parallel.engine import Engine
+from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.parallel.shards import Piece
+
+__all__ = ["CheckpointStore"]
+
+logger = logging.getLogger(__name__)
+
+#: Settings of ``train`` that change how a step is computed, not what it computes.
+_FREE = ("micro_batch_size", "activation_checkpointing", "compile")
+_VERSIONS = ("torch", "triton", "deepspeed", "megatron-core")
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder; every method is called by all ranks together.
+
+    Args:
+        config: the run's.
+        mesh: the ranks that save and load.
+        data_identity: what fixes the data, by name in messages.
+
+    A checkpoint belongs to its run: what fixes the weights after a step (model, optimizer,
+    schedule, batch, order of the data) must be what it was, or it is refused. The layout (ranks on
+    every axis, ZeRO stage) may change: every rank reads what it needs from whoever saved it.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, data_identity: Mapping[str, Any]) -> None:
+        self.directory = config.run_dir / "checkpoints"
+        self._config = config
+        self._mesh = mesh
+        train = {k: v for k, v in asdict(config.train).items() if k not in _FREE}
+        identity = {
+            "loss.kind": config.loss.kind,
+            **data_identity,
+            **_flatten(train, "train"),
+            **_flatten(asdict(config.optim), "optim"),
+            **_flatten(asdict(config.model), "model"),
+            **{f"init.{k}": v for k, v in asdict(config.init).items() if k.startswith("lock_")},
+        }
+        self._identity = json.loads(json.dumps(identity))  # as it will be read back
+        self._layout = {axis: getattr(mesh, axis).size for axis in ("dp", "tp", "pp", "cp")}
+        self._layout["zero"] = config.zero.stage
+        self._writer = CheckpointWriter(self.directory, config, mesh)
+        self._last_step = -1
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save is known, on this rank, to have failed; :meth:`wait` then raises."""
+        return self._writer.has_failed
+
+    def save(self, engine: Engine, step: int, data_state: Mapping[str, Any]) -> None:
+        """Save the run as ``step-N``; with ``checkpoint.asynchronous``, only begin to.
+
+        Args:
+            engine: The run's.
+            step: optimizer steps done.
+            data_state: what :meth:`load` gives back; small, plain data, the same on all ranks.
+
+        Raises:
+            AgreedError: when this save, or the one before, failed; older checkpoints stay.
+        """
+        if step == self._last_step:
+            return
+        self.wait()
+        facts = {
+            "step": step,
+            "layout": self._layout,
+            "run": self._identity,
+            "data": data_state,
+            "state": engine.shards.scalars(),
+            "versions": {name: version(name) for name in _VERSIONS},
+        }
+        self._writer.start(engine.shards, step, facts)
+        self._last_step = step
+        if not self._config.checkpoint.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what was saved last is committed.
+
+        Raises:
+            AgreedError: when it failed; older checkpoints stay.
+        """
+        problem = self._writer.wait()
+        if problem is not None:
+            raise AgreedError(
+                f"checkpoint {checkpoint_path(self.directory, self._last_step)} was not saved: "
+                f"{problem}; older ones are untouched: mend this and start again"
+            )
+
+    def newest(self) -> Path | None:
+        """The newest valid checkpoint of the run folder; None when it holds none.
+
+        Raises:
+            AgreedError: when checkpoints are there but none is valid, when the newest was made by
+                another model or data, or when ``checkpoint.resume`` is ``never``.
+        """
+        self.wait()
+        candidates = self._mesh.from_rank_zero(lambda: committed(self.directory))
+        if not candidates:
+            return None
+        if self._config.checkpoint.resume == "never":
+            raise AgreedError(
+                f"checkpoint.resume (never) refuses {self.directory}, which holds "
+                f"{candidates[-1].name}: choose another name or output_dir"
+            )
+        problems = []
+        for path in reversed(candidates):
+            problem = self._problem_of(path)
+            if problem is None:
+                self._mesh.agree(partial(self._check_same_run, path))
+                return path
+            problems.append(problem)
+            if self._mesh.rank == 0:
+                logger.warning("checkpoint rejected: %s", problem)
+        raise AgreedError(
+            f"{self.directory} holds no valid checkpoint ({'; '.join(problems)}): restore one, or "
+            "choose another name to start from scratch"
+        )
+
+    def load(self, engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
+        """Load a checkpoint that :meth:`newest` chose; returns its step and data state.
+
+        Newer folders, all rejected by :meth:`newest`, are set aside as ``step-N.rejected``.
+        """
+        manifest = self._mesh.from_rank_zero(lambda: read_manifest(path))
+        files, tp = ShardFiles(path, manifest), self._mesh.tp
+        if self._mesh.rank == 0 and manifest["layout"] != self._layout:
+            logger.info("%s: from %s to %s", path.name, manifest["layout"], self._layout)
+
+        def read(piece: Piece, kind: str) -> Tensor:
+            place = {"tp_rank": tp.rank, "tp_size": tp.size}
+            return files.read(piece.name, kind, start=piece.start, numel=piece.numel, **place)
+
+        kinds = {kind for name in files.names for kind in files.kinds(name)} - {"weight"}
+        engine.load(read, sorted(kinds), manifest["state"])
+        if manifest["layout"] == self._layout:
+            self._load_rng(files)
+        if self._mesh.rank == 0:
+            set_aside(self.directory, newer_than=path)
+        self._mesh.barrier()
+        return manifest["step"], manifest["data"]
+
+    def remove_leftovers(self) -> None:
+        """Remove what an interrupted save has left; before the first save of a run."""
+        if self._mesh.rank == 0:
+            remove_leftovers(self.directory)
+        self._mesh.barrier()
+
+    def _load_rng(self, files: ShardFiles) -> None:
+        """Nothing in a step draws random numbers today; what will, goes on where it was."""
+        name = shard_name(self._mesh.rank)
+        if (state := files.tensor(name, "rng/cpu")) is not None:
+            torch.set_rng_state(state)
+        state = files.tensor(name, "rng/cuda")
+        if state is not None and self._mesh.device.type == "cuda":
+            torch.cuda.set_rng_state(state)
+
+    def _problem_of(self, path: Path) -> str | None:
+        """What makes the checkpoint unusable, in words; the same answer on all ranks."""
+        try:
+            expected = self._mesh.from_rank_zero(lambda: read_manifest(path)["files"])
+        except ValueError as error:
+            return str(error)
+        share = sorted(expected)[self._mesh.rank :: self._mesh.world_size]
+        mine = {name: sha256_of(path / name) for name in share}
+        everyone = [mine] * self._mesh.world_size
+        if self._mesh.world_size > 1:
+            dist.all_gather_object(everyone, mine)
+        found = {name: digest for share in everyone for name, digest in share.items()}
+        for name, facts in expected.items():
+            if found[name] is None:
+                return f"{path / name} cannot be read"
+            if found[name] != facts["sha256"]:
+                digest = facts["sha256"][:12]
+                return f"{path / name} does not match its checksum (sha256 {digest}...)"
+        return None
+
+    def _check_same_run(self, path: Path) -> None:
+        theirs = read_manifest(path)["run"]
+        differences = [
+            f"{name} ({value}) must equal {theirs.get(name)}"
+            for name, value in self._identity.items()
+            if theirs.get(name) != value
+        ]
+        if differences:
+            raise ValueError(f"to resume from {path}, {', '.join(differences)}")
+
+
+def _flatten(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}.{key}"
+        flat.update(_flatten(value, name) if isinstance(value, dict) else {name: value})
+    return flat

@@ -1,0 +1,62 @@
+"""The model of a checkpoint, for those who do not train."""
+
+from pathlib import Path
+
+import torch
+
+from ds_linclip.checkpoint.folder import committed
+from ds_linclip.checkpoint.shard_files import ShardFiles, sha256_of
+from ds_linclip.config import load_config
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["check_files", "latest_checkpoint", "load_weights", "weight_kind"]
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """The newest checkpoint of a run folder.
+
+    Raises:
+        ValueError: when the folder holds none.
+    """
+    found = committed(run_dir / "checkpoints")
+    if not found:
+        raise ValueError(f"run folder ({run_dir}) holds no checkpoint")
+    return found[-1]
+
+
+def load_weights(checkpoint: Path, mesh: Mesh) -> CLIP:
+    """The model of a checkpoint as evaluation sees it, in fp32, whatever the layout that saved it.
+
+    Raises:
+        ValueError: when a file is missing or not what the manifest says.
+    """
+    files = ShardFiles(checkpoint)
+    check_files(files)
+    config = load_config(checkpoint / "config.yaml")
+    model = CLIP(config.model, mesh, loss=config.loss.kind)
+    tp = mesh.tp
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            place = {"tp_rank": tp.rank, "tp_size": tp.size, "start": 0, "numel": p.numel()}
+            p.copy_(files.read(name, weight_kind(files, name), **place).view_as(p))
+    return model
+
+
+def weight_kind(files: ShardFiles, name: str) -> str:
+    """What of a parameter evaluation sees: its running average, where there is one."""
+    return "ema" if "ema" in files.kinds(name) else "weight"
+
+
+def check_files(files: ShardFiles) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        ValueError: naming the first one that differs.
+    """
+    for name, facts in files.manifest["files"].items():
+        if sha256_of(files.path / name) != facts["sha256"]:
+            raise ValueError(
+                f"checkpoint ({files.path / name}) does not match its checksum (sha256 "
+                f"{facts['sha256'][:12]}...): take an older checkpoint, or restore the file"
+            )
