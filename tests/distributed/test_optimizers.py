@@ -6,9 +6,8 @@ from pathlib import Path
 import optimizer_job as toy
 import pytest
 
-from ds_linclip.parallel.ema import add_ema_to_universal, ema_weights, load_universal
+from ds_linclip.parallel.ema import ema_weights
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.universal import write_universal
 
 pytestmark = pytest.mark.distributed
 FP32 = [name for name in toy.FORMS if name.startswith("fp32")]
@@ -51,19 +50,16 @@ def test_averages_are_saved_and_go_on_bit_for_bit(job, form):
         assert seen["not_by_hand"] < 0.02 < 0.5 < seen["apart"]
 
 
-@pytest.mark.parametrize("form", ["fp32_zero1", "fp32_zero3"])
-def test_averages_come_with_a_checkpoint_of_other_ranks(job, tmp_path, form, monkeypatch):
-    write_universal(job / form / "middle", tmp_path)
-    add_ema_to_universal(job / form / "middle", tmp_path / "middle")
-    universal = toy.FORMS[form] | {"checkpoint": {"load_universal": True}}
-    monkeypatch.setitem(toy.FORMS, form, universal)
-    engine = toy.make_engine(Mesh.create(), "adamw", form)
-    load_universal(engine, tmp_path, "middle")
+@pytest.mark.parametrize("loaded", ["fp32_zero1", "fp32_zero3"])
+@pytest.mark.parametrize("saved", ["fp32_zero1", "fp32_zero3", "fp32_zero2_offload"])
+def test_state_goes_on_with_another_stage_on_other_ranks(job, saved, loaded):
+    engine, mesh = toy.make_engine(Mesh.create(), "adamw", loaded), Mesh.create()
+    toy.load(engine, mesh, job / saved)
     expected, averages = toy.train_in_one_process("adamw", 3)
     assert toy.largest_difference(toy.module_weights(engine), expected) < 1e-6
     with ema_weights(engine):
         assert toy.largest_difference(toy.module_weights(engine), averages) < 1e-6
-    toy.train(engine, Mesh.create(), [3, 4])
+    toy.train(engine, mesh, [3, 4])
     expected, averages = toy.train_in_one_process("adamw", 5)
     assert toy.largest_difference(toy.module_weights(engine), expected) < 1e-6
     with ema_weights(engine):

@@ -1,18 +1,16 @@
 """Checkpoints on one rank: what is kept, what is refused, what is taken instead."""
 
-import hashlib
 import json
 import logging
 
 import pytest
-import torch
 
 from ds_linclip.checkpoint import CheckpointStore, latest_checkpoint, load_weights
 from ds_linclip.config import Config, load_config
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.trainer import train
 
-WEIGHTS = "open_clip/open_clip_model.safetensors"
+SHARD = "rank-00000.safetensors"
 SMALL = [
     "model.vision.layers=1",
     "model.text.layers=1",
@@ -53,7 +51,7 @@ def test_damaged_checkpoint_is_set_aside_for_the_one_before(run, caplog):
     assert sorted(p.name for p in folder.glob("step-*")) == ["step-00000004", "step-00000006"]
     assert (folder / "latest").read_text() == "step-00000006"
     first = losses(run)
-    (damaged,) = (folder / "step-00000006").glob("*optim_states.pt")
+    damaged = folder / "step-00000006" / SHARD
     flip_a_bit(damaged)
     (folder / "step-00000008.tmp").mkdir()  # left by a kill in the middle of a save
 
@@ -70,26 +68,22 @@ def test_damaged_checkpoint_is_set_aside_for_the_one_before(run, caplog):
 def test_folder_without_a_valid_checkpoint_is_refused(run):
     folder = run.run_dir / "checkpoints"
     (folder / "step-00000006" / "manifest.json").unlink()
-    (folder / "step-00000004" / "mp_rank_00_model_states.pt").write_bytes(b"")
+    (folder / "step-00000004" / SHARD).write_bytes(b"")
     before = sorted(run.run_dir.rglob("*"))
-    with pytest.raises(AgreedError, match=r"no valid .*manifest\.json.*model_states\.pt does not"):
+    with pytest.raises(
+        AgreedError, match=r"no valid .*manifest\.json.*00000\.safetensors does not"
+    ):
         train(run, Mesh.create())
     assert sorted(run.run_dir.rglob("*")) == before
 
 
 def test_weights_that_cannot_be_read_are_named(run):
     checkpoint, mesh = latest_checkpoint(run.run_dir), Mesh.create()
-    path, manifest = checkpoint / WEIGHTS, checkpoint / "manifest.json"
-    good = path.read_bytes()
+    path = checkpoint / SHARD
     assert load_weights(checkpoint, mesh).logit_scale.shape == (1,)
     flip_a_bit(path)
     with pytest.raises(ValueError, match=r"checkpoint \(.*safetensors\) does not match"):
         load_weights(checkpoint, mesh)
     path.unlink()
     with pytest.raises(ValueError, match=r"checkpoint \(.*safetensors\) does not match"):
-        load_weights(checkpoint, mesh)
-    torch.save({"module": run}, path)  # an object of ours: nothing may run code to read it
-    old, new = (hashlib.sha256(content).hexdigest() for content in (good, path.read_bytes()))
-    manifest.write_text(manifest.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=r"open_clip folder \(.*\) cannot be read"):
         load_weights(checkpoint, mesh)

@@ -106,7 +106,7 @@ def test_finished_run_is_scored_again_and_not_trained(finished, deepspeed_cpu, e
 
 def test_damaged_checkpoint_is_refused_by_all_ranks(finished, deepspeed_cpu, embedded_overrides):
     run, _ = finished
-    for shard in (run / "checkpoints").glob("step-*/*optim_states.pt"):
+    for shard in (run / "checkpoints").glob("step-*/rank-00001.safetensors"):
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
@@ -117,7 +117,9 @@ def test_damaged_checkpoint_is_refused_by_all_ranks(finished, deepspeed_cpu, emb
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert re.search(r"no valid checkpoint .*optim_states\.pt does not match its check", errors[0])
+    assert re.search(
+        r"no valid checkpoint .*rank-00001\.safetensors does not match its check", errors[0]
+    )
     assert "Traceback" not in done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
