@@ -17,16 +17,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "command",
-        choices=("make-shards", "inspect-shards"),
-        help="make-shards: write a data set as shards; inspect-shards: report what shards hold",
+        choices=("make-shards", "inspect-shards", "export", "import"),
+        help="make-shards: write a data set as shards; inspect-shards: report what shards hold; "
+        "export: write a checkpoint for open_clip; import: open_clip's weights for init.pretrained",
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the subcommand")
     options = parser.parse_args(arguments)
     # Imported where it is needed: torch takes seconds.
     if options.command == "make-shards":
         from ds_linclip.data.make_shards import main as run
-    else:
+    elif options.command == "inspect-shards":
         from ds_linclip.data.inspect_shards import main as run
+    elif options.command == "export":
+        from ds_linclip.exchange.export import main as run
+    else:
+        from ds_linclip.exchange.import_weights import main as run
     return run(options.arguments)
 
 

@@ -8,16 +8,25 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ["FileFacts", "PieceFacts", "ShardFiles", "sha256_of", "sync_directory", "write_shard"]
+__all__ = [
+    "FileFacts",
+    "PieceFacts",
+    "ShardFiles",
+    "TensorFacts",
+    "sha256_of",
+    "sync_directory",
+    "write_shard",
+    "write_tensors",
+]
 
 MANIFEST = "manifest.json"
 #: Names of the safetensors format.
@@ -42,6 +51,18 @@ class FileFacts:
 
 
 @dataclass(frozen=True)
+class TensorFacts:
+    """What a tensor in a file is, before it is there."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class PieceFacts:
     """Where a piece belongs that a rank has saved."""
 
@@ -58,34 +79,50 @@ class PieceFacts:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileFacts:
-    """Write CPU tensors as a safetensors file, hash it on the way, and wait for the disk.
+    """Write CPU tensors as a safetensors file; see :func:`write_tensors`."""
+    layout = {name: TensorFacts(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    return write_tensors(path, layout, tensors.values())
 
-    ``safetensors.torch.save_file`` would hold every byte twice.
+
+def write_tensors(
+    path: Path, layout: Mapping[str, TensorFacts], tensors: Iterable[Tensor]
+) -> FileFacts:
+    """Write a safetensors file tensor by tensor, hash it on the way, and wait for the disk.
+
+    ``safetensors.torch.save_file`` would hold every byte of all of them, twice.
+
+    Args:
+        path: The file.
+        layout: What every tensor will be, in the order of the file.
+        tensors: On the CPU, in that order; each is let go before the next one is asked for.
 
     Raises:
         OSError: when the file cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
+    for name, facts in layout.items():
+        start, end = end, end + facts.num_bytes
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _DTYPES[facts.dtype],
+            "shape": list(facts.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for part in [len(text).to_bytes(8, "little") + text, *map(_bytes, tensors.values())]:
-            for begin in range(0, len(part), _CHUNK):
-                chunk = part[begin : begin + _CHUNK]
-                digest.update(chunk)
-                file.write(chunk)
-                size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    digest, coming = hashlib.sha256(), iter(tensors)
+    try:
+        with path.open("wb") as file:
+            _append(file, digest, len(text).to_bytes(8, "little") + text)
+            for facts in layout.values():
+                _append(file, digest, _bytes(next(coming), facts))
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk has no name
     return FileFacts(size, digest.hexdigest())
 
 
@@ -105,11 +142,14 @@ class ShardFiles:
     def __init__(self, path: Path, manifest: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.manifest = read_manifest(path) if manifest is None else manifest
-        self.tp_size: int = self.manifest["layout"]["tp"]
         self._pieces: dict[str, list[PieceFacts]] = {}
-        for entry in self.manifest["pieces"]:
-            piece = PieceFacts(**entry)
-            self._pieces.setdefault(piece.name, []).append(piece)
+        try:
+            self.tp_size: int = self.manifest["layout"]["tp"]
+            for entry in self.manifest["pieces"]:
+                piece = PieceFacts(**entry)
+                self._pieces.setdefault(piece.name, []).append(piece)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path / MANIFEST} is damaged: {error!r}") from error
         self._open: dict[str, Any] = {}
 
     @property
@@ -120,6 +160,19 @@ class ShardFiles:
     def kinds(self, name: str) -> Sequence[str]:
         """What was saved of a parameter: "weight" and, where it is trained, optimizer state."""
         return self._pieces[name][0].kinds
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        first = self._pieces[name][0]
+        shape = list(first.shape)
+        if first.split_dim is not None:
+            shape[first.split_dim] *= self.tp_size
+        return tuple(shape)
+
+    @property
+    def file_names(self) -> list[str]:
+        """Files that hold the parameters."""
+        return sorted({piece.file for pieces in self._pieces.values() for piece in pieces})
 
     def read(
         self, name: str, kind: str, *, tp_rank: int, tp_size: int, start: int, numel: int
@@ -185,11 +238,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = path / MANIFEST
     try:
         content = json.loads(manifest.read_text())
-        found = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{manifest} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{manifest} cannot be read: it holds no JSON object")
+    found = content.get("format", "none")
     if found != ShardFiles.FORMAT:
-        raise ValueError(f"{manifest}: format ({found}) must be {ShardFiles.FORMAT}")
+        raise ValueError(
+            f"{manifest}: format ({found}) must be {ShardFiles.FORMAT}: another version of "
+            "ds_linclip has written it, and that version reads it"
+        )
     return content
 
 
@@ -219,16 +277,34 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str | None:
-    """Hash of a file; None when it cannot be read."""
+def sha256_of(path: Path, on_read: Callable[[int], object] | None = None) -> str | None:
+    """Hash of a file; None when it cannot be read.
+
+    Args:
+        path: The file.
+        on_read: Told the number of bytes after every part that was read.
+    """
+    digest, part = hashlib.sha256(), bytearray(2**20)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb", buffering=0) as file:
+            while size := file.readinto(part):
+                digest.update(memoryview(part)[:size])
+                if on_read is not None:
+                    on_read(size)
     except OSError:
         return None
+    return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes | memoryview:
+def _append(file: BinaryIO, digest: Any, content: bytes | memoryview) -> None:
+    for begin in range(0, len(content), _CHUNK):
+        chunk = content[begin : begin + _CHUNK]
+        digest.update(chunk)
+        file.write(chunk)
+
+
+def _bytes(tensor: Tensor, facts: TensorFacts) -> bytes | memoryview:
+    assert (tensor.dtype, tuple(tensor.shape)) == (facts.dtype, facts.shape)
     if not tensor.numel():
         return b""
     content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()

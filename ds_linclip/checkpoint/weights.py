@@ -1,8 +1,10 @@
 """The model of a checkpoint, for those who do not train."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ds_linclip.checkpoint.folder import committed
 from ds_linclip.checkpoint.shard_files import ShardFiles, sha256_of
@@ -48,15 +50,42 @@ def weight_kind(files: ShardFiles, name: str) -> str:
     return "ema" if "ema" in files.kinds(name) else "weight"
 
 
-def check_files(files: ShardFiles) -> None:
-    """Check every file of a checkpoint against its manifest.
+def check_files(files: ShardFiles, names: Collection[str] | None = None) -> None:
+    """Check files of a checkpoint against its manifest; what takes seconds shows its progress.
+
+    Args:
+        files: The checkpoint.
+        names: Those to check; None: all.
 
     Raises:
-        ValueError: naming the first one that differs.
+        ValueError: naming the first one that differs, and what to do.
     """
-    for name, facts in files.manifest["files"].items():
-        if sha256_of(files.path / name) != facts["sha256"]:
-            raise ValueError(
-                f"checkpoint ({files.path / name}) does not match its checksum (sha256 "
-                f"{facts['sha256'][:12]}...): take an older checkpoint, or restore the file"
-            )
+    listed = files.manifest["files"]
+    names = listed if names is None else names
+    if unknown := sorted(set(names) - set(listed)):
+        raise ValueError(f"checkpoint ({files.path}): {unknown[0]} is not in its list of files")
+    for name in names:
+        if problem := _size_problem(files.path / name, listed[name]["size"]):
+            raise _mismatch(files.path / name, listed[name]["sha256"], problem)
+    size = sum(listed[name]["size"] for name in names)
+    with tqdm(
+        desc="checksums", total=size, unit="B", unit_scale=True, delay=2, leave=False
+    ) as progress:
+        for name in names:
+            if sha256_of(files.path / name, progress.update) != listed[name]["sha256"]:
+                raise _mismatch(files.path / name, listed[name]["sha256"], "its content differs")
+
+
+def _size_problem(path: Path, expected: int) -> str | None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"it cannot be read, {error.strerror}"
+    return None if size == expected else f"it has {size} bytes instead of {expected}"
+
+
+def _mismatch(path: Path, sha256: str, problem: str) -> ValueError:
+    return ValueError(
+        f"checkpoint ({path}) does not match its checksum (sha256 {sha256[:12]}...): {problem}; "
+        "take an older checkpoint, or restore the file"
+    )

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ds_linclip.config.schema import Config, DataConfig, Source
+from ds_linclip.config.schema import Config, DataConfig, ModelConfig, Source
 
-__all__ = ["check_batch", "validate"]
+__all__ = ["check_batch", "check_model", "validate"]
 
 _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
 
@@ -18,32 +18,8 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: naming the field, its value and the rule.
     """
-    vision, text = config.model.vision, config.model.text
-    for prefix, tower in (("model.vision", vision), ("model.text", text)):
-        _require_positive(f"{prefix}.width", tower.width)
-        _require_positive(f"{prefix}.layers", tower.layers)
-        _require_positive(f"{prefix}.mlp_ratio", tower.mlp_ratio)
-    _require_positive("model.embed_dim", config.model.embed_dim)
-    _require_patches("model.vision.image_size", vision.image_size, vision.patch_size)
-    _require_divisible("model.vision.width", vision.width, "head_width", vision.head_width)
-    _require_divisible("model.text.width", text.width, "heads", text.heads)
-    if text.vocab_size < _TOKENIZER_VOCABULARY:
-        raise ValueError(
-            f"model.text.vocab_size ({text.vocab_size}) must be at least {_TOKENIZER_VOCABULARY}, "
-            "the size of the tokenizer's vocabulary"
-        )
-    if text.context_length < 3:
-        raise ValueError(
-            f"model.text.context_length ({text.context_length}) must be at least 3: start, one "
-            "token, end"
-        )
-    for prefix, tower in (("model.vision", vision), ("model.text", text)):
-        head_dim = tower.width // tower.heads
-        if tower.attention.kind == "linear" and not 16 <= head_dim <= 256:
-            raise ValueError(
-                f"{prefix}: head dimension ({head_dim}) must be in 16..256 for linear attention"
-            )
-
+    check_model(config.model)
+    vision = config.model.vision
     _require_positive("train.steps", config.train.steps)
     _require_positive("train.global_batch_size", config.train.global_batch_size)
     if config.train.seed < 0:
@@ -97,6 +73,39 @@ def validate(config: Config) -> None:
             raise ValueError(f"{name} ({value}) must not be negative")
     if not config.name or Path(config.name).name != config.name:
         raise ValueError(f"name ({config.name!r}) must be a plain folder name")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Check the rules of an architecture.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+    vision, text = model.vision, model.text
+    for prefix, tower in (("model.vision", vision), ("model.text", text)):
+        _require_positive(f"{prefix}.width", tower.width)
+        _require_positive(f"{prefix}.layers", tower.layers)
+        _require_positive(f"{prefix}.mlp_ratio", tower.mlp_ratio)
+    _require_positive("model.embed_dim", model.embed_dim)
+    _require_patches("model.vision.image_size", vision.image_size, vision.patch_size)
+    _require_divisible("model.vision.width", vision.width, "head_width", vision.head_width)
+    _require_divisible("model.text.width", text.width, "heads", text.heads)
+    if text.vocab_size < _TOKENIZER_VOCABULARY:
+        raise ValueError(
+            f"model.text.vocab_size ({text.vocab_size}) must be at least {_TOKENIZER_VOCABULARY}, "
+            "the size of the tokenizer's vocabulary"
+        )
+    if text.context_length < 3:
+        raise ValueError(
+            f"model.text.context_length ({text.context_length}) must be at least 3: start, one "
+            "token, end"
+        )
+    for prefix, tower in (("model.vision", vision), ("model.text", text)):
+        head_dim = tower.width // tower.heads
+        if tower.attention.kind == "linear" and not 16 <= head_dim <= 256:
+            raise ValueError(
+                f"{prefix}: head dimension ({head_dim}) must be in 16..256 for linear attention"
+            )
 
 
 def check_batch(config: Config, dp_size: int) -> None:

@@ -21,23 +21,35 @@ from torch import Tensor, nn
 
 from ds_linclip.config import ModelConfig, TextTower, VisionTower, as_image_size
 from ds_linclip.model.clip import CLIP
+from ds_linclip.model.open_clip_names import (
+    check_shapes,
+    from_open_clip_layout,
+    open_clip_key,
+    open_clip_shapes,
+    to_open_clip_layout,
+)
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = [
+    "CONFIG_FILE",
     "WEIGHTS_FILE",
     "export_folder",
     "from_open_clip",
     "load_folder",
     "named_keys",
     "open_clip_config",
+    "parse_config",
     "read_config",
+    "read_content",
     "to_open_clip",
 ]
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
-#: Scalars in open_clip, of shape [1] here.
-_SCALARS = ("logit_scale", "logit_bias")
+#: Of a model_cfg: values of scalars before training, of no account where there are weights.
+_INITIAL_VALUES = ("init_logit_scale", "init_logit_bias")
+#: What open_clip's sigmoid models start from; with it, its models have a ``logit_bias`` at all.
+_INITIAL_BIAS = -10.0
 
 Tower = TypeVar("Tower", VisionTower, TextTower)
 
@@ -49,11 +61,7 @@ def to_open_clip(model: CLIP) -> dict[str, Tensor]:
     """
     weights = {}
     for name, key, parameter in named_keys(model):
-        full = _gather(parameter, model.mesh)
-        if ".attn.qkv." in name:
-            full = full.unflatten(0, (_heads(model, name), 3, -1)).transpose(0, 1).flatten(0, 2)
-        if key in _SCALARS:
-            full = full.reshape(())
+        full = to_open_clip_layout(name, _gather(parameter, model.mesh), model.config)
         weights[key] = full.clone(memory_format=torch.contiguous_format)
     return weights
 
@@ -75,38 +83,31 @@ def from_open_clip(
         ValueError: naming the missing, unexpected and mis-shaped keys; nothing is copied then.
     """
     named = [entry for entry in named_keys(model) if only is None or entry[1] in only]
-    expected = {key: _full_shape(key, parameter, model.mesh) for _, key, parameter in named}
-    problems = [f"misses {key}" for key in expected if key not in state_dict]
-    if only is None:
-        problems += [f"has unexpected {key}" for key in state_dict if key not in expected]
-    problems += [
-        f"has {key} of shape {tuple(state_dict[key].shape)}, not {shape}"
-        for key, shape in expected.items()
-        if key in state_dict and tuple(state_dict[key].shape) != shape
-    ]
-    if problems:
-        rest = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(
-            f"open_clip state dict ({len(state_dict)} tensors) must fit the model: it "
-            f"{', '.join(problems[:6])}{rest}"
-        )
+    shapes = open_clip_shapes(model.config, with_bias=True)
+    expected = {key: shapes[key] for _, key, _ in named}
+    given = (key for key in state_dict if only is None or key in expected)
+    check_shapes({key: tuple(state_dict[key].shape) for key in given}, expected)
     with torch.no_grad():
         for name, key, parameter in named:
-            full = state_dict[key]
-            if ".attn.qkv." in name:
-                full = full.unflatten(0, (3, _heads(model, name), -1)).transpose(0, 1).flatten(0, 2)
-            parameter.copy_(_split(full, parameter, model.mesh).reshape(parameter.shape))
+            full = from_open_clip_layout(name, state_dict[key], model.config)
+            parameter.copy_(_split(full, parameter, model.mesh))
 
 
-def open_clip_config(config: ModelConfig) -> dict[str, Any]:
-    """What ``open_clip_config.json`` holds for ``config``."""
-    return {
-        "model_cfg": {
-            "embed_dim": config.embed_dim,
-            "vision_cfg": _tower_to_dict(config.vision),
-            "text_cfg": _tower_to_dict(config.text),
-        }
+def open_clip_config(config: ModelConfig, *, with_bias: bool = False) -> dict[str, Any]:
+    """What ``open_clip_config.json`` holds for ``config``.
+
+    Args:
+        config: The architecture.
+        with_bias: Whether the weights have a ``logit_bias``, as with the sigmoid loss.
+    """
+    model_cfg: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": _tower_to_dict(config.vision),
+        "text_cfg": _tower_to_dict(config.text),
     }
+    if with_bias:
+        model_cfg["init_logit_bias"] = _INITIAL_BIAS
+    return {"model_cfg": model_cfg}
 
 
 def export_folder(model: CLIP, path: str | Path) -> None:
@@ -115,7 +116,8 @@ def export_folder(model: CLIP, path: str | Path) -> None:
     if model.mesh.rank == 0:
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(open_clip_config(model.config), indent=2)
+        content = open_clip_config(model.config, with_bias="logit_bias" in weights)
+        config = json.dumps(content, indent=2)
         (folder / CONFIG_FILE).write_text(config + "\n")
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     model.mesh.barrier()
@@ -148,20 +150,43 @@ def read_config(folder: Path, towers: Container[str] = ("vision", "text")) -> Mo
         OSError: when there is no such file.
         ValueError: when it describes another kind of model.
     """
-    text = (folder / CONFIG_FILE).read_text()
+    return parse_config(read_content(folder / CONFIG_FILE), towers)
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """``model_cfg`` of an ``open_clip_config.json``, or of one of open_clip's ``model_configs``.
+
+    Raises:
+        OSError: when there is no such file.
+        ValueError: when it is no JSON object.
+    """
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{CONFIG_FILE} cannot be read: {error}") from error
+        content = json.loads(path.read_text())
+    except ValueError as error:  # neither JSON nor text
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
+    found = content.get("model_cfg", content) if isinstance(content, dict) else None
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def parse_config(
+    model_cfg: Mapping[str, Any], towers: Container[str] = ("vision", "text")
+) -> ModelConfig:
+    """The architecture that a ``model_cfg`` describes; a tower not asked for is a default one.
+
+    Raises:
+        ValueError: when it describes another kind of model.
+    """
+    cfg = {key: value for key, value in model_cfg.items() if key not in _INITIAL_VALUES}
     try:
-        cfg = dict(content["model_cfg"])
         embed_dim, vision, text = (cfg.pop(key) for key in ("embed_dim", "vision_cfg", "text_cfg"))
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(
             f"{CONFIG_FILE} must hold model_cfg with embed_dim, vision_cfg and text_cfg"
         ) from error
     if cfg:
         raise ValueError(f"model_cfg ({', '.join(sorted(cfg))}) must hold no such keys")
+    if type(embed_dim) is not int or embed_dim < 1:
+        raise ValueError(f"embed_dim ({embed_dim}) must be a positive integer")
     config = ModelConfig(embed_dim=embed_dim)
     if "vision" in towers:
         config.vision = _parse_tower(VisionTower, "vision_cfg", vision)
@@ -173,13 +198,7 @@ def read_config(folder: Path, towers: Container[str] = ("vision", "text")) -> Mo
 def named_keys(model: CLIP) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Our name, open_clip's key and the parameter, for every parameter."""
     for name, parameter in model.named_parameters():
-        key = name.removeprefix("text.").replace("blocks.", "transformer.resblocks.")
-        key = key.replace(".attn.qkv.", ".attn.in_proj_")
-        yield name, "text_projection" if name == "text.proj" else key, parameter
-
-
-def _heads(model: CLIP, name: str) -> int:
-    return model.config.vision.heads if name.startswith("visual.") else model.config.text.heads
+        yield name, open_clip_key(name), parameter
 
 
 def _split_dim(parameter: nn.Parameter) -> int | None:
@@ -201,15 +220,6 @@ def _gather(parameter: nn.Parameter, mesh: Mesh) -> Tensor:
 def _split(full: Tensor, parameter: nn.Parameter, mesh: Mesh) -> Tensor:
     dim = _split_dim(parameter)
     return full if dim is None else full.chunk(mesh.tp.size, dim)[mesh.tp.rank]
-
-
-def _full_shape(key: str, parameter: nn.Parameter, mesh: Mesh) -> tuple[int, ...]:
-    if key in _SCALARS:
-        return ()
-    shape, dim = list(parameter.shape), _split_dim(parameter)
-    if dim is not None:
-        shape[dim] *= mesh.tp.size
-    return tuple(shape)
 
 
 def _tower_to_dict(tower: VisionTower | TextTower) -> dict[str, Any]:

@@ -1,0 +1,176 @@
+"""``ds-linclip export``: a checkpoint as the folder that open_clip opens.
+
+Whatever layout has saved the checkpoint, parameters are put together one at a time: neither a
+model, nor a second rank, nor memory for the whole of it is needed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ds_linclip.checkpoint.folder import checkpoint_path, committed
+from ds_linclip.checkpoint.shard_files import ShardFiles, write_synced
+from ds_linclip.checkpoint.weights import check_files, latest_checkpoint, weight_kind
+from ds_linclip.config import load_config
+from ds_linclip.exchange.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
+from ds_linclip.exchange.model_card import model_card
+from ds_linclip.exit_codes import ExitCode
+from ds_linclip.model.open_clip_names import (
+    SCALARS,
+    check_shapes,
+    open_clip_key,
+    open_clip_shapes,
+    to_open_clip_layout,
+)
+
+__all__ = ["Exported", "export_checkpoint", "main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was exported."""
+
+    checkpoint: Path
+    step: int
+    #: "ema", the running average of the weights, or "raw".
+    weights: str
+    num_parameters: int
+
+
+def export_checkpoint(
+    source: Path,
+    output: Path,
+    *,
+    step: int | None = None,
+    weights: Literal["ema", "raw"] | None = None,
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+) -> Exported:
+    """Write a checkpoint's model as config, weights and model card, after checking its files.
+
+    Args:
+        source: A run folder or a checkpoint in it.
+        output: The folder to be; if it exists, it is empty.
+        step: Of a run folder: the checkpoint of that step instead of the newest.
+        weights: The running average of the weights or the weights themselves; None: what
+            evaluation sees, the average where there is one.
+        dtype: Of the weights; scalars are fp32 in any case.
+
+    Raises:
+        ValueError: when there is no such checkpoint, or it is damaged or of another format; when
+            ``output`` is not free.
+        OSError: when ``output`` cannot be written.
+    """
+    checkpoint = _find(source, step)
+    with new_folder(output) as folder:
+        files = ShardFiles(checkpoint)
+        check_files(files, [*files.file_names, "config.yaml"])
+        config = load_config(checkpoint / "config.yaml")
+        has_average = any("ema" in files.kinds(name) for name in files.names)
+        if weights == "ema" and not has_average:
+            raise ValueError(
+                f"checkpoint ({checkpoint}) holds no running average (optim.ema_decay "
+                f"{config.optim.ema_decay}): --weights raw"
+            )
+        chosen = weights or ("ema" if has_average else "raw")
+        names = {open_clip_key(name): name for name in files.names}
+        shapes = open_clip_shapes(config.model, with_bias=config.loss.kind == "sigmoid")
+        found = {key: () if key in SCALARS else files.shape(names[key]) for key in names}
+        try:
+            check_shapes(found, shapes)
+        except ValueError as error:
+            raise ValueError(f"checkpoint ({checkpoint}): {error}") from error
+
+        def read(key: str) -> Tensor:
+            kind = weight_kind(files, names[key]) if chosen == "ema" else "weight"
+            return to_open_clip_layout(names[key], files.full(names[key], kind), config.model)
+
+        layout = layout_of(shapes, lambda _: DTYPES[dtype])
+        try:
+            write_hub_folder(folder, config.model, layout, read)
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint ({checkpoint}) cannot be read: {error}") from error
+        sizes = (facts.num_bytes // facts.dtype.itemsize for facts in layout.values())
+        exported = Exported(
+            checkpoint=checkpoint,
+            step=files.manifest["step"],
+            weights=chosen,
+            num_parameters=sum(sizes),
+        )
+        card = model_card(
+            output.name,
+            config,
+            files.manifest,
+            run_dir=checkpoint.resolve().parent.parent,
+            num_parameters=exported.num_parameters,
+            weights=chosen,
+            dtype=dtype,
+        )
+        write_synced(folder / "README.md", card)
+    return exported
+
+
+def _find(source: Path, step: int | None) -> Path:
+    if (source / "manifest.json").is_file() or source.name.startswith("step-"):
+        if step is not None:
+            raise ValueError(f"--step ({step}) needs a run folder, not a checkpoint ({source})")
+        return source
+    if not source.is_dir():
+        raise ValueError(f"run folder ({source}) does not exist")
+    if step is None:
+        return latest_checkpoint(source)
+    path = checkpoint_path(source / "checkpoints", step)
+    if not path.is_dir():
+        there = [p.name.removeprefix("step-").lstrip("0") for p in committed(path.parent)]
+        raise ValueError(
+            f"run folder ({source}) holds no checkpoint of step {step}, only of "
+            f"{', '.join(there) or 'none'}"
+        )
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        exported = export_checkpoint(
+            options.source,
+            options.output,
+            step=options.step,
+            weights=options.weights,
+            dtype=options.dtype,
+        )
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return ExitCode.USER_ERROR
+    sys.stdout.write(
+        f"{options.output}: step {exported.step} of {exported.checkpoint.parent.parent}, "
+        f"{exported.weights} weights in {options.dtype}, {exported.num_parameters:,} parameters\n"
+    )
+    return ExitCode.FINISHED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ds-linclip export",
+        description="Write a checkpoint as the folder that open_clip opens as local-dir:FOLDER.",
+        epilog="Exit codes: 0, written; 2, something that you can mend, told in one line.",
+    )
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("output", type=Path, metavar="OUTPUT_FOLDER", help="new, or empty")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="the checkpoint of that step; default: the newest"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        help="ema: the running average of the weights; raw: the weights; default: the average "
+        "where there is one",
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: fp32")
+    return parser

@@ -1,0 +1,118 @@
+"""What open_clip calls our parameters, and the shape and layout it keeps them in.
+
+The one mapping for live models, for parameters stored in checkpoints, and for folders that come
+from elsewhere.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from ds_linclip.config import ModelConfig, TextTower, VisionTower
+
+__all__ = [
+    "SCALARS",
+    "check_shapes",
+    "from_open_clip_layout",
+    "open_clip_key",
+    "open_clip_shapes",
+    "to_open_clip_layout",
+]
+
+#: Scalars in open_clip, of shape [1] here; the same names.
+SCALARS = ("logit_scale", "logit_bias")
+
+
+def open_clip_key(name: str) -> str:
+    """open_clip's name of the parameter that a whole :class:`CLIP` calls ``name``."""
+    key = name.removeprefix("text.").replace("blocks.", "transformer.resblocks.")
+    key = key.replace(".attn.qkv.", ".attn.in_proj_")
+    return "text_projection" if name == "text.proj" else key
+
+
+def to_open_clip_layout(name: str, full: Tensor, config: ModelConfig) -> Tensor:
+    """The whole parameter ``name`` as open_clip keeps it: q, k, v stacked; no shape of scalars."""
+    if ".attn.qkv." in name:
+        return full.unflatten(0, (_heads(name, config), 3, -1)).transpose(0, 1).flatten(0, 2)
+    return full.reshape(()) if name in SCALARS else full
+
+
+def from_open_clip_layout(name: str, full: Tensor, config: ModelConfig) -> Tensor:
+    """Undoes :func:`to_open_clip_layout`: q, k, v of each head together; scalars of shape [1]."""
+    if ".attn.qkv." in name:
+        return full.unflatten(0, (3, _heads(name, config), -1)).transpose(0, 1).flatten(0, 2)
+    return full.reshape(1) if name in SCALARS else full
+
+
+def open_clip_shapes(config: ModelConfig, *, with_bias: bool) -> dict[str, tuple[int, ...]]:
+    """Every key of the state dict, and its shape.
+
+    Args:
+        config: The architecture.
+        with_bias: Whether there is a ``logit_bias``, as with the sigmoid loss.
+    """
+    vision, text = config.vision, config.text
+    return {
+        "visual.class_embedding": (vision.width,),
+        "visual.positional_embedding": (vision.num_tokens, vision.width),
+        "visual.conv1.weight": (vision.width, 3, vision.patch_size, vision.patch_size),
+        "visual.proj": (vision.width, config.embed_dim),
+        **_norm("visual.ln_pre", vision.width),
+        **_blocks("visual.transformer.resblocks", vision),
+        **_norm("visual.ln_post", vision.width),
+        "token_embedding.weight": (text.vocab_size, text.width),
+        "positional_embedding": (text.context_length, text.width),
+        "text_projection": (text.width, config.embed_dim),
+        **_blocks("transformer.resblocks", text),
+        **_norm("ln_final", text.width),
+        **dict.fromkeys(SCALARS if with_bias else SCALARS[:1], ()),
+    }
+
+
+def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
+    """Compare a state dict with what :func:`open_clip_shapes` expects of it.
+
+    Raises:
+        ValueError: naming the missing, unexpected and mis-shaped keys.
+    """
+    problems = [f"misses {key}" for key in expected if key not in found]
+    problems += [f"has unexpected {key}" for key in found if key not in expected]
+    problems += [
+        f"has {key} of shape {tuple(found[key])}, not {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in found and tuple(found[key]) != tuple(shape)
+    ]
+    if problems:
+        rest = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(
+            f"open_clip state dict ({len(found)} tensors) must fit the model: it "
+            f"{', '.join(problems[:6])}{rest}"
+        )
+
+
+def _heads(name: str, config: ModelConfig) -> int:
+    return config.vision.heads if name.startswith("visual.") else config.text.heads
+
+
+def _blocks(prefix: str, tower: VisionTower | TextTower) -> Mapping[str, tuple[int, ...]]:
+    width, hidden = tower.width, int(tower.width * tower.mlp_ratio)
+    block: dict[str, tuple[int, ...]] = {
+        **_norm("ln_1", width),
+        "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,),
+        **_linear("attn.out_proj", width, width),
+        **_norm("ln_2", width),
+        **_linear("mlp.c_fc", width, hidden),
+        **_linear("mlp.c_proj", hidden, width),
+    }
+    if tower.attention.kind == "linear" and tower.attention.head_norm:
+        block["attn.head_norm.weight"] = (width,)
+    return {f"{prefix}.{i}.{k}": shape for i in range(tower.layers) for k, shape in block.items()}
+
+
+def _norm(name: str, width: int) -> Mapping[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Mapping[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}

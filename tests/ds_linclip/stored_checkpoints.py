@@ -1,0 +1,92 @@
+"""Checkpoints written without training, in layouts that only many ranks would have."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_linclip.checkpoint.folder import checkpoint_path
+from ds_linclip.checkpoint.shard_files import (
+    FileFacts,
+    PieceFacts,
+    sha256_of,
+    write_manifest,
+    write_shard,
+)
+from ds_linclip.config import Config, save_config
+from ds_linclip.model import CLIP
+
+VERSIONS = {"torch": "2.11.0", "deepspeed": "0.19.8"}
+
+
+def random_weights(model: CLIP) -> dict[str, Tensor]:
+    """By our names, away from initial values."""
+    return {name: 0.05 * torch.randn(p.shape) for name, p in model.named_parameters()}
+
+
+def split_dims(model: CLIP) -> dict[str, int | None]:
+    """What tensor parallelism splits of each parameter."""
+    return {
+        name: p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
+        for name, p in model.named_parameters()
+    }
+
+
+def write_checkpoint(
+    config: Config,
+    kinds: Mapping[str, Mapping[str, Tensor]],
+    split: Mapping[str, int | None],
+    *,
+    step: int = 6,
+    tp: int = 1,
+    shards: int = 1,
+) -> Path:
+    """A checkpoint of ``tp x shards`` ranks that share every parameter evenly, as ZeRO does.
+
+    Args:
+        config: The run's.
+        kinds: "weight", "ema", ..., and under each the whole parameters by our names; what lacks
+            another kind is locked.
+        split: From :func:`split_dims`.
+        step: The checkpoint's.
+        tp: Tensor-parallel ranks.
+        shards: Parts that each of these makes of what it holds.
+    """
+    path = checkpoint_path(config.run_dir / "checkpoints", step)
+    path.mkdir(parents=True)
+    ranks = [dict[str, Tensor]() for _ in range(tp * shards)]
+    pieces = []
+    for name, weight in kinds["weight"].items():
+        there = [kind for kind in kinds if name in kinds[kind]]
+        dim = split[name]
+        for tp_rank in range(tp if dim is not None else 1):
+            shape = weight.shape if dim is None else weight.chunk(tp, dim)[tp_rank].shape
+            cuts = [shape.numel() * i // shards for i in range(shards + 1)]
+            for shard in range(shards):
+                start, end = cuts[shard], cuts[shard + 1]
+                if start == end:
+                    continue
+                rank = shard * tp + tp_rank
+                for kind in there:
+                    whole = kinds[kind][name]
+                    mine = whole if dim is None else whole.chunk(tp, dim)[tp_rank]
+                    ranks[rank][f"{kind}/{name}"] = mine.reshape(-1)[start:end]
+                facts = {"split_dim": dim, "tp_rank": tp_rank, "start": start}
+                file = f"rank-{rank:05d}.safetensors"
+                shared = {"shape": list(shape), "kinds": there, "file": file}
+                pieces.append(PieceFacts(name=name, numel=end - start, **facts, **shared))
+    files = {f"rank-{r:05d}.safetensors": tensors for r, tensors in enumerate(ranks)}
+    written = {name: asdict(write_shard(path / name, files[name])) for name in files}
+    save_config(config, path / "config.yaml")
+    size = (path / "config.yaml").stat().st_size
+    written["config.yaml"] = asdict(FileFacts(size, str(sha256_of(path / "config.yaml"))))
+    content = {
+        "step": step,
+        "layout": {"dp": shards, "tp": tp, "pp": 1, "cp": 1, "zero": 1},
+        "files": written,
+        "versions": VERSIONS,
+    }
+    write_manifest(path, content, pieces)
+    return path
