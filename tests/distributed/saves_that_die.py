@@ -44,7 +44,7 @@ def _train(config: Config, doomed: int | None, moment: int) -> None:
         ident = threading.get_ident()
         if threading.current_thread().name != "checkpoint":
             return
-        if not saves or saves[-1] != ident or event == "call" and frame.f_code.co_name == "_run":
+        if not saves or saves[-1] != ident or (event == "call" and frame.f_code.co_name == "_run"):
             saves.append(ident)
         if len(saves) != 2 or event != "c_call" or function.__name__ not in _NAMES:
             return
