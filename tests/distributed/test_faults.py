@@ -6,16 +6,20 @@ faults of whole jobs.
 
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from saves_that_die import calls_of_second_save, die_in_second_save
 
-from ds_linclip.config import Config, load_config
+from ds_linclip.config import Config, load_config, save_config
+from ds_linclip.exit_codes import ExitCode
 from ds_linclip.metrics import MetricWriter
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.local_ranks import run_ranks
@@ -24,7 +28,8 @@ from ds_linclip.requests import Preempted
 from ds_linclip.trainer import train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
-EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
+REPOSITORY = Path(__file__).parents[2]
+EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 STEPS = 7
 
 
@@ -201,6 +206,31 @@ def test_sigterm_to_one_rank_saves_the_same_step_on_all(whole, config):
     assert losses(config) == {step: expected[step] for step in range(1, last + 1)}
     in_ranks(config)
     assert losses(config) == expected
+
+
+def test_sigterm_to_every_process_of_a_job(embedded_overrides, start_deepspeed_cpu, tmp_path):
+    """As a scheduler sends it: ranks and their data workers, under the launcher."""
+    slow = [*embedded_overrides, "data.num_workers=2", "train.steps=400", "model.vision.layers=4"]
+    config = config_of(tmp_path / "run", [*slow, "checkpoint.every_steps=0"])
+    save_config(config, tmp_path / "config.yaml")
+    launcher = start_deepspeed_cpu(REPOSITORY / "launch" / "train.py", tmp_path / "config.yaml")
+    metrics = config.run_dir / "metrics.jsonl"
+    while not metrics.exists() or '"step": 3,' not in metrics.read_text():
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.05)
+    processes = psutil.Process(launcher.pid).children(recursive=True)
+    ranks = [p for p in processes if "deepspeed.launcher.launch" not in p.cmdline()]
+    assert len(ranks) >= 6, "two ranks with two workers each"
+    for process in ranks:
+        process.terminate()
+    out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == ExitCode.PREEMPTED, out + err
+    (last,) = steps_of(config)
+    assert re.search(
+        rf"^asked to leave: .*step-{last:08d} is saved; start again to go on$", err, re.M
+    )
+    assert max(losses(config)) == last < 400
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
 
 
 def ask_for_a_save(config: Config, mesh: Mesh, step: int) -> None:
