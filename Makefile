@@ -4,7 +4,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-gpu lint study bench-kernels bench-data bench-memory \
+.PHONY: install train test test-slow test-faults test-gpu lint study bench-kernels bench-data bench-memory \
     bench-gpu bench-context bench-loss check-layouts
 
 install: $(STAMP)
@@ -33,6 +33,10 @@ test: $(STAMP)
 # in docs/results/convergence are shown and not repeated.
 study: $(STAMP) | data/embedded
 	$(BIN)/python launch/study.py docs/results/convergence train.global_batch_size=64 train.steps=400
+
+# Kills, signals, full disks, hangs: all of them; make test has a part (15 minutes).
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults
 
 # The Triton kernels on a real GPU.
 test-gpu: $(STAMP)

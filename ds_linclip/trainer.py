@@ -30,6 +30,7 @@ from ds_linclip.parallel.engine import Engine, initialize_engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.parallel.plan import describe, plan_rank
 from ds_linclip.parallel.stages import stage_units
+from ds_linclip.requests import Exchange, Preempted, Requests, Signals
 
 __all__ = ["Evaluator", "TrainResult", "train"]
 
@@ -58,8 +59,14 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         AgreedError: on all ranks together, before the first step, for whatever in the config does
             not fit the data, the ranks or the run folder; later, for held-out data that cannot be
             scored.
+        Preempted: on all ranks together, when one got SIGTERM and the step is saved.
         DataError: on the rank that finds no usable training sample.
     """
+    with Signals().caught() as signals:
+        return _train(config, mesh, evaluate, signals)
+
+
+def _train(config: Config, mesh: Mesh, evaluate: Evaluator | None, signals: Signals) -> TrainResult:
     data = _open_data(config, mesh)
     report = DataReport(config.data.max_bad_samples)
     mesh.agree(lambda: check_machine(config))
@@ -67,6 +74,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     checkpoints = CheckpointStore(config, mesh, data.identity)
     resume_from = checkpoints.newest()
     mesh.agree(lambda: _prepare_run_folder(config, mesh))
+    checkpoints.remove_leftovers()
 
     model = _build_model(config, mesh, config.init if resume_from is None else InitConfig())
     plan = describe(config, mesh, plan_rank(config, mesh, model))
@@ -82,15 +90,16 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     writer.text(start, "parallel_plan", plan)
     sample_log = SampleLog(config, mesh, start)
     meter = StepMeter(mesh)
+    exchange = Exchange(mesh)
     result = TrainResult(steps=config.train.steps)
     steps = config.train.steps
     batches = feed(data, config, mesh, start)
     progress = _progress_bar(config, mesh, start)
     model.train()
     for step in range(start + 1, steps + 1):
-        asked = time.perf_counter()
+        begun = time.perf_counter()
         batch = next(batches)
-        meter.waited(time.perf_counter() - asked)
+        meter.waited(time.perf_counter() - begun)
         report.add(batch)
 
         rate = learning_rate(step - 1, steps, config.optim)
@@ -101,8 +110,13 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         meter.step_done(samples=len(batch.texts), tokens=num_tokens)
         progress.update()
 
+        save, leave = signals.take()
+        save |= checkpoints.is_due_by_clock()
+        asked = exchange(Requests(save=save, leave=leave, has_failed=checkpoints.has_failed))
+        if asked.has_failed:
+            checkpoints.wait()  # raises
         is_logged = _is_due(step, config.log.every_steps, steps)
-        is_saved = _is_due(step, config.checkpoint.every_steps, steps)
+        is_saved = _is_due(step, config.checkpoint.every_steps, steps) or asked.save or asked.leave
         if is_logged or is_saved:
             data_counts = _share_report(report, config, mesh, step)
         if is_logged:
@@ -115,10 +129,14 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         if is_saved:
             checkpoints.save(engine, step, report.state())
             meter.restart()
+        if asked.leave and step < steps:
+            checkpoints.wait()
+            raise Preempted(f"asked to leave: {checkpoints.last} is saved")
         if evaluate and _is_due(step, config.eval.every_steps, steps):
             result.evaluation = _evaluate(evaluate, engine, writer, step)
             meter.restart()
     progress.close()
+    exchange.close()
     checkpoints.wait()
     if evaluate and start == steps:  # a finished run is scored again
         result.evaluation = _evaluate(evaluate, engine, writer, steps)

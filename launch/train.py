@@ -1,7 +1,7 @@
 """Train CLIP: ``deepspeed launch/train.py CONFIG.yaml key=value ...``.
 
-Exit codes: 0 finished; 2 something in the config, the data or the run folder that the user can
-mend, told in one line; 1 any other failure.
+SIGTERM to any rank: all save the step that they stand at and leave. SIGUSR1: save and go on. Exit
+codes: see :class:`ds_linclip.exit_codes.ExitCode`.
 """
 
 import argparse
@@ -14,7 +14,9 @@ from pathlib import Path
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import DataError
+from ds_linclip.exit_codes import ExitCode
 from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.requests import Preempted
 from ds_linclip.trainer import TrainResult, train
 from linclip_eval.held_out import HeldOutEvaluator
 
@@ -39,20 +41,27 @@ def main() -> int:
         evaluator = mesh.agree(partial(_open_evaluator, config, mesh))
         result = train(config, mesh, evaluator)
     except AgreedError as error:
-        if mesh.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        mesh.barrier()
-        return 2
+        return _end_together(mesh, f"error: {error}", ExitCode.USER_ERROR)
+    except Preempted as reason:
+        return _end_together(mesh, f"{reason}; start again to go on", ExitCode.PREEMPTED)
     except DataError as error:
         # The other ranks wait for this one: leave at once, and the launcher ends them. The line is
         # one write, or those of several ranks mix.
         sys.stderr.write(f"error: rank {mesh.rank}: {error}\n")
         sys.stderr.flush()
-        os._exit(2)
+        os._exit(ExitCode.USER_ERROR)
     if mesh.rank == 0:
         print(_summary(config, result), flush=True)
     mesh.close()
-    return 0
+    return ExitCode.FINISHED
+
+
+def _end_together(mesh: Mesh, message: str, code: ExitCode) -> int:
+    """Rank 0 speaks for all; none leaves before it has, since the launcher then ends the rest."""
+    if mesh.rank == 0:
+        print(message, file=sys.stderr, flush=True)
+    mesh.barrier()
+    return code
 
 
 def _fail_before_start(error: ValueError) -> int:
@@ -62,7 +71,7 @@ def _fail_before_start(error: ValueError) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(60)
-    return 2
+    return ExitCode.USER_ERROR
 
 
 def _open_evaluator(config: Config, mesh: Mesh) -> HeldOutEvaluator | None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -66,11 +67,27 @@ class CheckpointStore:
         self._layout["zero"] = config.zero.stage
         self._writer = CheckpointWriter(self.directory, config, mesh)
         self._last_step = -1
+        self._saved_at = time.monotonic()
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that was saved last."""
+        return checkpoint_path(self.directory, self._last_step)
 
     @property
     def has_failed(self) -> bool:
         """Whether a save is known, on this rank, to have failed; :meth:`wait` then raises."""
         return self._writer.has_failed
+
+    def is_due_by_clock(self) -> bool:
+        """Whether rank 0 finds that ``checkpoint.every_minutes`` have passed since the last save,
+        or since it found so last: it asks once."""
+        minutes = self._config.checkpoint.every_minutes
+        now = time.monotonic()
+        if self._mesh.rank != 0 or minutes == 0 or now - self._saved_at < 60 * minutes:
+            return False
+        self._saved_at = now
+        return True
 
     def save(self, engine: Engine, step: int, data_state: Mapping[str, Any]) -> None:
         """Save the run as ``step-N``; with ``checkpoint.asynchronous``, only begin to.
@@ -95,7 +112,7 @@ class CheckpointStore:
             "versions": {name: version(name) for name in _VERSIONS},
         }
         self._writer.start(engine.shards, step, facts)
-        self._last_step = step
+        self._last_step, self._saved_at = step, time.monotonic()
         if not self._config.checkpoint.asynchronous:
             self.wait()
 
@@ -108,8 +125,8 @@ class CheckpointStore:
         problem = self._writer.wait()
         if problem is not None:
             raise AgreedError(
-                f"checkpoint {checkpoint_path(self.directory, self._last_step)} was not saved: "
-                f"{problem}; older ones are untouched: mend this and start again"
+                f"checkpoint {self.last} was not saved: {problem}; older ones are untouched: mend "
+                "this and start again"
             )
 
     def newest(self) -> Path | None:

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -356,5 +357,16 @@ def _check_shared_memory(config: Config, local_size: int) -> None:
 
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C is the training process's to handle; it ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals are the training process's to handle: after SIGTERM it has a step to finish and save,
+    # for which it needs its workers. It ends them itself.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_asked_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_asked_by(process: int) -> None:
+    """Obey SIGTERM of that process alone."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)
