@@ -1,6 +1,7 @@
 """Command line ``ds-linclip``: every tool is a subcommand."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -23,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the subcommand")
     options = parser.parse_args(arguments)
-    # Imported where it is needed: torch takes seconds.
+    # Imported where it is needed: torch takes seconds. On a machine without a GPU it may warn that
+    # it finds none; nothing here looks for one.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if options.command == "make-shards":
         from ds_linclip.data.make_shards import main as run
     elif options.command == "inspect-shards":

@@ -5,6 +5,8 @@ model, nor a second rank, nor memory for the whole of it is needed.
 """
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ds_linclip.checkpoint.folder import checkpoint_path, committed
-from ds_linclip.checkpoint.shard_files import ShardFiles, write_synced
+from ds_linclip.checkpoint.shard_files import MANIFEST, ShardFiles, write_synced
 from ds_linclip.checkpoint.weights import check_files, latest_checkpoint, weight_kind
 from ds_linclip.config import load_config
 from ds_linclip.exchange.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
@@ -103,7 +105,7 @@ def export_checkpoint(
             num_parameters=sum(sizes),
         )
         card = model_card(
-            output.name,
+            os.path.basename(os.path.abspath(output)),
             config,
             files.manifest,
             run_dir=checkpoint.resolve().parent.parent,
@@ -116,7 +118,8 @@ def export_checkpoint(
 
 
 def _find(source: Path, step: int | None) -> Path:
-    if (source / "manifest.json").is_file() or source.name.startswith("step-"):
+    is_run = (source / "checkpoints").is_dir()
+    if not is_run and ((source / MANIFEST).exists() or re.match(r"step-\d{8}", source.name)):
         if step is not None:
             raise ValueError(f"--step ({step}) needs a run folder, not a checkpoint ({source})")
         return source

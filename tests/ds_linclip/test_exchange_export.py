@@ -224,6 +224,14 @@ def test_bad_places_are_named(checkpoint, tmp_path, capsys):
     assert main([str(run), str(tmp_path / "empty"), "--step=6"]) == 0
 
 
+def test_the_command_says_one_line(tmp_path):
+    command = [sys.executable, "-m", "ds_linclip", "export", tmp_path / "nowhere", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == f"error: run folder ({tmp_path}/nowhere) does not exist\n"
+    assert done.stdout == ""
+
+
 def test_a_disk_that_is_full_is_named_and_leaves_nothing(checkpoint, tmp_path, capsys):
     there = sorted(tmp_path.iterdir())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -11,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ds_linclip.config import Attention, Config, InitConfig, ParallelConfig, load_config
+from ds_linclip.config import (
+    Attention,
+    Config,
+    InitConfig,
+    ParallelConfig,
+    check_model,
+    load_config,
+)
 from ds_linclip.exchange import export_checkpoint, import_weights
 from ds_linclip.exchange.import_weights import main
 from ds_linclip.model import CLIP
@@ -20,9 +27,11 @@ from ds_linclip.model.open_clip_exchange import (
     WEIGHTS_FILE,
     export_folder,
     load_folder,
+    parse_config,
     read_config,
     to_open_clip,
 )
+from ds_linclip.model.open_clip_names import open_clip_shapes
 from ds_linclip.model.pretrained import load_pretrained
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
@@ -134,6 +143,24 @@ def test_a_models_name_is_enough(mesh, tmp_path):
     for key, value in loaded(tmp_path / "out", mesh).items():
         narrow = value if key == "logit_scale" else weights[key].bfloat16().float()
         assert value.equal(narrow), key
+
+
+def test_every_architecture_that_is_accepted_has_the_expected_state_dict():
+    accepted = []
+    for name in open_clip.list_models():
+        content = open_clip.get_model_config(name)
+        try:
+            check_model(config := parse_config(content))
+        except ValueError:
+            continue
+        with torch.device("meta"):
+            theirs = open_clip.CLIP(**content).state_dict()
+        found = {key: tuple(value.shape) for key, value in theirs.items()}
+        assert found == open_clip_shapes(config, with_bias=False), name
+        accepted.append(name)
+    assert len(accepted) > 20
+    assert {name.split("-")[1] for name in accepted} == set("SMBLHge") | {"bigG"}
+    assert {name.split("-")[0] for name in accepted} == {"ViT"}
 
 
 class Malicious:
