@@ -125,14 +125,14 @@ def _find(source: Path, step: int | None) -> Path:
         return source
     if not source.is_dir():
         raise ValueError(f"run folder ({source}) does not exist")
+    newest = latest_checkpoint(source)
     if step is None:
-        return latest_checkpoint(source)
+        return newest
     path = checkpoint_path(source / "checkpoints", step)
     if not path.is_dir():
         there = [p.name.removeprefix("step-").lstrip("0") for p in committed(path.parent)]
         raise ValueError(
-            f"run folder ({source}) holds no checkpoint of step {step}, only of "
-            f"{', '.join(there) or 'none'}"
+            f"run folder ({source}) holds no checkpoint of step {step}, only of {', '.join(there)}"
         )
     return path
 
