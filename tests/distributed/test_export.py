@@ -42,7 +42,12 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
         pytest.param(PIPELINE, [], id="tp2-pp2"),
         pytest.param(PIPELINE, ["optim.ema_decay=0.5"], id="tp2-pp2-ema"),
         pytest.param(ZERO_3, LOCKED, id="zero3-locked"),
-        pytest.param([2, "zero.stage=2"], ["optim.ema_decay=0.5", *LOCKED], id="zero2-ema-locked"),
+        pytest.param(
+            [2, "zero.stage=2"],
+            ["optim.ema_decay=0.5", *LOCKED],
+            id="zero2-ema-locked",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 @torch.no_grad()
