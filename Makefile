@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: install train test test-slow test-faults test-gpu lint study bench-kernels bench-data bench-memory \
-    bench-gpu bench-context bench-loss check-layouts
+    bench-checkpoint bench-gpu bench-context bench-loss check-layouts
 
 install: $(STAMP)
 
@@ -67,6 +67,11 @@ bench-loss: $(STAMP)
 # docs/results/memory/<device>.
 bench-memory: $(STAMP)
 	$(BIN)/python launch/bench_memory.py
+
+# Saving and loading against DeepSpeed's own checkpoints, ViT-B/16 on two CPU ranks (5 minutes, 14
+# GiB): docs/results/checkpoint/<device>.
+bench-checkpoint: $(STAMP)
+	$(BIN)/python launch/bench_checkpoint.py
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)
