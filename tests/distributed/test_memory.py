@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 JOB = Path(__file__).with_name("memory_job.py")
 REPOSITORY = JOB.parents[2]
 

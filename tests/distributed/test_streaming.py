@@ -17,7 +17,7 @@ from ds_linclip.data.shard_writer import RawSample, write_train_shard
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow]
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = REPOSITORY / "launch" / "train.py"
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
@@ -103,8 +103,8 @@ def batches(run: Path) -> tuple[dict[int, list[str]], set[tuple[int, int]]]:
     ("precision", "stage", "tolerance", "ranks"),
     [
         ("fp32", 1, 1e-5, (2, 3, 2)),
-        pytest.param("fp32", 1, 1e-5, (4, 2, 3, 4), marks=pytest.mark.slow),
-        pytest.param("bf16", 2, 1e-2, (4, 2, 3, 4), marks=pytest.mark.slow),
+        ("fp32", 1, 1e-5, (4, 2, 3, 4)),
+        ("bf16", 2, 1e-2, (4, 2, 3, 4)),
     ],
 )
 def test_epoch_audit(
