@@ -248,6 +248,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{manifest}: format ({found}) must be {ShardFiles.FORMAT}: another version of "
             "ds_linclip has written it, and that version reads it"
         )
+    if content.pop("sha256", None) != _digest_of(content):
+        raise ValueError(f"{manifest} does not match its checksum")
     return content
 
 
@@ -258,7 +260,11 @@ def write_manifest(path: Path, content: Mapping[str, Any], pieces: Sequence[Piec
         OSError: when it cannot be written.
     """
     whole = {"format": ShardFiles.FORMAT, **content, "pieces": [asdict(p) for p in pieces]}
-    write_synced(path / MANIFEST, json.dumps(whole))
+    write_synced(path / MANIFEST, json.dumps({**whole, "sha256": _digest_of(whole)}))
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -164,7 +164,9 @@ def test_what_fp16_cannot_hold_is_named(config_of, mesh, tmp_path, capsys):
     assert main([str(config.run_dir), str(tmp_path / "out"), "--dtype=bf16"]) == 0
 
 
-@pytest.mark.parametrize("damage", ["bit", "short", "gone", "config", "manifest", "format", "old"])
+@pytest.mark.parametrize(
+    "damage", ["bit", "short", "gone", "config", "manifest", "place", "format", "old"]
+)
 def test_damage_is_named_and_nothing_is_written(checkpoint, tmp_path, capsys, damage):
     good = tmp_path / "good"
     export_checkpoint(checkpoint, good)
@@ -176,6 +178,7 @@ def test_damage_is_named_and_nothing_is_written(checkpoint, tmp_path, capsys, da
         "gone": rf"{shard}\) does not match .*cannot be read, No such file or directory; take",
         "config": rf"{checkpoint}/config\.yaml\) does not match",
         "manifest": rf"{manifest} cannot be read",
+        "place": rf"{manifest} does not match its checksum",
         "format": rf"{manifest}: format \(1\) must be 2: another version",
         "old": rf"{manifest}: format \(none\) must be 2: another version",
     }[damage]
@@ -189,6 +192,8 @@ def test_damage_is_named_and_nothing_is_written(checkpoint, tmp_path, capsys, da
         flip_a_bit(checkpoint / "config.yaml")
     elif damage == "manifest":
         manifest.write_text("{")
+    elif damage == "place":
+        manifest.write_text(manifest.read_text().replace('"start": 0', '"start": 1', 1))
     else:
         content = json.loads(manifest.read_text())
         manifest.write_text(json.dumps(content | {"format": 1} if damage == "format" else {}))
