@@ -33,7 +33,6 @@ FORMS = {
     "bf16_zero1_lion": ["train.precision=bf16", "optim.kind=lion"],
     "bf16_zero1_no_clipping": ["train.precision=bf16", "optim.clip_grad_norm=0"],
     "bf16_zero1_accumulated": ["train.precision=bf16", "train.micro_batch_size=2"],
-    "fp16_zero1": ["train.precision=fp16"],
     "bf16_zero2": ["train.precision=bf16", "zero.stage=2"],
     "bf16_zero2_offload": [
         *("train.precision=bf16", "zero.stage=2", "zero.offload_optimizer=cpu"),

@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 WEIGHTS = "open_clip/open_clip_model.safetensors"
 SMALL = [
-    *("model.vision.layers=1", "model.text.layers=1", "eval.data=null", "log.tensorboard=false"),
+    *("model.vision.layers=1", "model.text.layers=1", "model.embed_dim=32"),
+    *("model.vision.width=32", "model.vision.head_width=16", "model.text.width=32"),
+    *("eval.data=null", "log.tensorboard=false"),
     *("optim.warmup_steps=1", "data.num_workers=0", "log.every_steps=1"),
     *("checkpoint.every_steps=2", "checkpoint.keep_last=9"),
 ]
