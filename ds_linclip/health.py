@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_linclip.checkpoint import latest_checkpoint
+from ds_linclip.checkpoint import CheckpointStore, latest_checkpoint
 from ds_linclip.config import Config
-from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.mesh import AgreedError, Mesh
 
 __all__ = ["Diverged", "Health"]
 
@@ -29,6 +29,7 @@ class Health:
 
     Args:
         config, mesh: of the run.
+        checkpoints: those of the run; the end waits for what is still being saved, and names it.
 
     Attributes:
         skipped_batches: global batches of the data order that the run has left out: the batch of
@@ -36,10 +37,11 @@ class Health:
         is_skipping: whether the last step was skipped; the weights are those of an earlier one.
     """
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: Config, mesh: Mesh, checkpoints: CheckpointStore) -> None:
         self.skipped_batches = 0
         self._config = config
         self._mesh = mesh
+        self._checkpoints = checkpoints
         self._rewinds = 0
         self._losses: deque[float] = deque(maxlen=config.health.spike_window)
         self._begin()
@@ -184,11 +186,16 @@ class Health:
         )
 
     def _saved(self) -> str:
+        failed = ""
+        try:
+            self._checkpoints.wait()
+        except AgreedError as error:
+            failed = f" ({error})"
         try:
             newest = f"the newest checkpoint is {latest_checkpoint(self._config.run_dir)}"
         except ValueError:
             newest = "there is no checkpoint"
-        return f"Nothing more is saved; {newest}{self._where_samples_are()}"
+        return f"Nothing more is saved; {newest}{failed}{self._where_samples_are()}"
 
     def _where_samples_are(self) -> str:
         if not self._config.log.sample_keys:

@@ -77,8 +77,8 @@ def _train(
     evaluate: Evaluator | None,
 ) -> TrainResult:
     report = DataReport(config.data.max_bad_samples)
-    health = Health(config, mesh)
     checkpoints = CheckpointStore(config, mesh, data.identity)
+    health = Health(config, mesh, checkpoints)
     resume_from = checkpoints.newest()
     folder.record_start(resume_from)
     checkpoints.remove_leftovers()

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import load_config
 from ds_linclip.health import Diverged, Health
 from ds_linclip.parallel.mesh import Mesh
@@ -19,7 +20,8 @@ NAN = torch.tensor(math.nan)
 def health_of(tmp_path):
     def make(*overrides: str) -> Health:
         run = [f"output_dir={tmp_path}", "name=run"]
-        return Health(load_config(EMBEDDED, [*run, *overrides]), Mesh.create())
+        config, mesh = load_config(EMBEDDED, [*run, *overrides]), Mesh.create()
+        return Health(config, mesh, CheckpointStore(config, mesh, {}))
 
     return make
 
