@@ -4,6 +4,7 @@ See test_not_finite.py, which reads what is written here.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,25 +166,33 @@ def end_for_skipped_steps(config: Config) -> None:
     mesh.close()
 
 
-def go_back_for_a_spike(config: Config, bad: list[int]) -> None:
-    """The loss of steps on certain batches is said to be ten times what it is."""
-    mesh = Mesh.create(config.parallel)
+def go_back_for_a_spike(whole: Config, again: Config, bad: int) -> None:
+    """The loss of a step on one batch is said to be ten times what it is; then the run is
+    interrupted between its last two checkpoints."""
+    mesh = Mesh.create(whole.parallel)
     current = [0]
 
     def watched(*arguments: Any) -> Iterator[Batch]:
         start, skipped = arguments[3:]
-        for number, batch in enumerate(feed(*arguments), start=start + skipped):
-            current[0] = number
+        for step, batch in enumerate(feed(*arguments), start=start):
+            assert batch.images.shape[2:] == whole.image_size_at(step)
+            current[0] = step + skipped
             yield batch
 
     class Jumping(StepMeter):
         def read(self, loss: Tensor) -> dict[str, float]:
             values = super().read(loss)
-            return values | {"train/loss": values["train/loss"] * (10 if current[0] in bad else 1)}
+            return values | {"train/loss": values["train/loss"] * (10 if current[0] == bad else 1)}
 
     with (
         patch("ds_linclip.trainer.feed", watched),
         patch("ds_linclip.trainer.StepMeter", Jumping),
     ):
-        train(config, mesh)
+        train(whole, mesh)
+        if mesh.rank == 0:
+            checkpoints = again.run_dir / "checkpoints"
+            shutil.copytree(whole.run_dir / "checkpoints", checkpoints)
+            shutil.rmtree(checkpoints / f"step-{whole.train.steps:08d}")
+        mesh.barrier()
+        train(again, mesh)
     mesh.close()
