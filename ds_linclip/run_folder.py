@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 _LOCK, _CONFIG = "lock", "config.yaml"
 #: One of these, and the folder is a run's.
 _OF_A_RUN = (_CONFIG, "checkpoints")
-#: What launchers write before the run starts.
+#: What there may be before: of a start that was cut off, of the watchdog and of the supervisor.
+_BEFORE_A_RUN = (_LOCK, f"{_CONFIG}.tmp", "watchdog", "hang", "restarts.jsonl", "hostfile")
+#: Where launchers write what a run says.
 _LOGS = {".log", ".out", ".err"}
 #: Answers of file systems that keep no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -143,8 +145,9 @@ class RunFolder:
         names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         if any(name in _OF_A_RUN for name in names):
             return None
-        ours = (_LOCK, f"{_CONFIG}.tmp")
-        others = [name for name in names if name not in ours and Path(name).suffix not in _LOGS]
+        others = [
+            name for name in names if name not in _BEFORE_A_RUN and Path(name).suffix not in _LOGS
+        ]
         if not others:
             return None
         return (

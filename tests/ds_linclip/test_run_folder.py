@@ -113,7 +113,9 @@ def test_folder_of_something_else_is_refused(config):
     assert content(config.run_dir) == before
 
 
-@pytest.mark.parametrize("name", ["slurm-17.out", "lock", "config.yaml", "checkpoints/latest"])
+@pytest.mark.parametrize(
+    "name", ["slurm-17.out", "lock", "hostfile", "config.yaml", "checkpoints/latest"]
+)
 def test_folder_of_a_run_or_with_its_logs_is_taken(config, name):
     path = config.run_dir / name
     path.parent.mkdir(parents=True)
