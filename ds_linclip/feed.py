@@ -12,8 +12,15 @@ from ds_linclip.parallel.mesh import Mesh
 __all__ = ["feed"]
 
 
-def feed(data: TrainData, config: Config, mesh: Mesh, start_step: int) -> Iterator[Batch]:
+def feed(
+    data: TrainData, config: Config, mesh: Mesh, start_step: int, skipped_batches: int = 0
+) -> Iterator[Batch]:
     """This rank's batches from ``start_step`` on, without end.
+
+    Args:
+        data, config, mesh: of the run.
+        start_step: optimizer steps done.
+        skipped_batches: batches of the data order that the run has left out.
 
     The first rank of a data-parallel place reads them, and hands images and texts to its tensor-
     and context-parallel peers. Later pipeline stages get shapes alone: what they work on comes from
@@ -23,7 +30,7 @@ def feed(data: TrainData, config: Config, mesh: Mesh, start_step: int) -> Iterat
         DataError: on the reader, as :meth:`~ds_linclip.data.TrainData.batches`.
     """
     if mesh.is_first_of_its_data:
-        for batch in data.batches(start_step, mesh.device):
+        for batch in data.batches(start_step, mesh.device, skipped_batches):
             if mesh.peers.size > 1:
                 for tensor in (batch.images, batch.texts):
                     dist.broadcast(tensor, group=mesh.peers.group, group_src=0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import statistics
 import time
@@ -22,7 +23,9 @@ class MetricWriter:
     """Writes on rank 0; the other ranks call it for nothing.
 
     Scalars go through ``engine.monitor`` (TensorBoard and whatever else DeepSpeed is told to feed)
-    and, one JSON object per call, into ``<run folder>/metrics.jsonl`` (null: not finite).
+    and, one JSON object per call, into ``<run folder>/metrics.jsonl`` (null: not finite). Both tell
+    of every step once: what came after the step that training goes on from is taken out
+    (:meth:`cut_back`).
     """
 
     def __init__(self, config: Config, mesh: Mesh, monitor: Any) -> None:
@@ -38,6 +41,37 @@ class MetricWriter:
         record = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
+
+    def cut_back(self, step: int) -> None:
+        """Take out what was recorded after ``step``, from which training goes on.
+
+        The lines go into ``metrics_undone.jsonl``; TensorBoard hides its points. A line that a kill
+        tore is dropped: whatever comes next starts on a line of its own.
+        """
+        if not self._is_writer:
+            return
+        board = self._board()
+        if board is not None and board.file_writer is not None:
+            from tensorboard.compat.proto import event_pb2  # where there is a board, there is this
+
+            purge = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            board.file_writer.add_event(event_pb2.Event(step=step + 1, session_log=purge))
+        if not self._path.exists():
+            return
+        kept = self._path.with_suffix(".tmp")
+        undone = self._path.with_name("metrics_undone.jsonl")
+        with (
+            self._path.open(errors="replace") as lines,
+            kept.open("w") as before,
+            undone.open("a") as after,
+        ):
+            for line in lines:
+                recorded = _step_of(line)
+                if recorded is not None:
+                    (before if recorded <= step else after).write(line)
+        os.replace(kept, self._path)
+        if undone.stat().st_size == 0:
+            undone.unlink()
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Show Markdown in TensorBoard."""
@@ -60,13 +94,18 @@ class MetricWriter:
 class SampleLog:
     """Which samples every step saw: one JSON object per step and data-parallel rank.
 
-    Does nothing unless ``log.sample_keys`` is set. Steps that are done again after a resume stand
-    twice; ``start``, the step the process began at, tells them apart.
+    Does nothing unless ``log.sample_keys`` is set. Steps that are done again after a resume or a
+    rewind stand twice; ``start``, the step that training went on from, and ``skipped_batches``,
+    what it had left out by then, tell them apart.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, start: int) -> None:
+    def __init__(self, config: Config, mesh: Mesh, start: int, skipped_batches: int = 0) -> None:
         self._path: Path | None = None
-        self._facts = {"start": start, "ranks": mesh.dp.size}
+        self._facts = {
+            "start": start,
+            "skipped_batches": skipped_batches,
+            "ranks": mesh.dp.size,
+        }
         if config.log.sample_keys and mesh.is_first_of_its_data:
             folder = config.run_dir / "samples"
             folder.mkdir(exist_ok=True)
@@ -120,6 +159,16 @@ class StepMeter:
             "perf/seconds_per_step": seconds / steps,
             "perf/peak_memory_gib": peak_memory_gib(loss.device),
         }
+
+
+def _step_of(line: str) -> int | None:
+    """Of a whole record; None for a line that was torn."""
+    try:
+        record = json.loads(line) if line.endswith("\n") else {}
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,25 +1,21 @@
 """The one training loop."""
 
-import json
 import logging
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ds_linclip.checkpoint import CheckpointStore
-from ds_linclip.config import Config, InitConfig, save_config
+from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.feed import feed
+from ds_linclip.health import Diverged, Health
 from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.model.patch_dropout import kept_patches
@@ -31,6 +27,7 @@ from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.parallel.plan import describe, plan_rank
 from ds_linclip.parallel.stages import stage_units
 from ds_linclip.requests import Exchange, Preempted, Requests, Signals
+from ds_linclip.run_folder import RunFolder
 
 __all__ = ["Evaluator", "TrainResult", "train"]
 
@@ -61,19 +58,29 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
             scored.
         Preempted: on all ranks together, when one got SIGTERM and the step is saved.
         DataError: on the rank that finds no usable training sample.
+        Diverged: on all ranks together, when training cannot go on as it is.
     """
     with Signals().caught() as signals:
-        return _train(config, mesh, evaluate, signals)
+        data = _open_data(config, mesh)
+        mesh.agree(lambda: check_machine(config))
+        mesh.agree(lambda: deepspeed_config(config, mesh))
+        with RunFolder.hold(config, mesh) as folder:
+            return _train(config, mesh, data, folder, signals, evaluate)
 
 
-def _train(config: Config, mesh: Mesh, evaluate: Evaluator | None, signals: Signals) -> TrainResult:
-    data = _open_data(config, mesh)
+def _train(
+    config: Config,
+    mesh: Mesh,
+    data: TrainData,
+    folder: RunFolder,
+    signals: Signals,
+    evaluate: Evaluator | None,
+) -> TrainResult:
     report = DataReport(config.data.max_bad_samples)
-    mesh.agree(lambda: check_machine(config))
-    mesh.agree(lambda: deepspeed_config(config, mesh))
     checkpoints = CheckpointStore(config, mesh, data.identity)
+    health = Health(config, mesh, checkpoints)
     resume_from = checkpoints.newest()
-    mesh.agree(lambda: _prepare_run_folder(config, mesh))
+    folder.record_start(resume_from)
     checkpoints.remove_leftovers()
 
     model = _build_model(config, mesh, config.init if resume_from is None else InitConfig())
@@ -84,19 +91,23 @@ def _train(config: Config, mesh: Mesh, evaluate: Evaluator | None, signals: Sign
     if resume_from:
         start, state = checkpoints.load(engine, resume_from)
         report.load_state(state)
+        health.load_state(state["health"])
     writer = MetricWriter(config, mesh, engine.monitor)
+    writer.cut_back(start)
     if mesh.rank == 0:
         logger.info("%s\n%s", f"resumed from {resume_from}" if start else "from step 0", plan)
     writer.text(start, "parallel_plan", plan)
-    sample_log = SampleLog(config, mesh, start)
+    sample_log = SampleLog(config, mesh, start, health.skipped_batches)
     meter = StepMeter(mesh)
     exchange = Exchange(mesh)
     result = TrainResult(steps=config.train.steps)
     steps = config.train.steps
-    batches = feed(data, config, mesh, start)
+    batches = feed(data, config, mesh, start, health.skipped_batches)
     progress = _progress_bar(config, mesh, start)
     model.train()
-    for step in range(start + 1, steps + 1):
+    step = start
+    while step < steps:
+        step += 1
         begun = time.perf_counter()
         batch = next(batches)
         meter.waited(time.perf_counter() - begun)
@@ -104,11 +115,15 @@ def _train(config: Config, mesh: Mesh, evaluate: Evaluator | None, signals: Sign
 
         rate = learning_rate(step - 1, steps, config.optim)
         decay = ema_decay(step - 1, config.optim.ema_decay)
-        loss = engine.step(_inputs(batch, config, mesh, step), lr=rate, ema_decay=decay)
+        inputs = _inputs(batch, config, mesh, step - 1 + health.skipped_batches)
+        loss = engine.step(inputs, lr=rate, ema_decay=decay)
         sample_log.write(step, batch.keys)
         num_tokens = model.num_tokens(batch.images, batch.texts)
         meter.step_done(samples=len(batch.texts), tokens=num_tokens)
         progress.update()
+        health.step_done(
+            step, loss, was_skipped=engine.was_skipped, is_excused=engine.can_lower_loss_scale
+        )
 
         save, leave = signals.take()
         save |= checkpoints.is_due_by_clock()
@@ -116,18 +131,29 @@ def _train(config: Config, mesh: Mesh, evaluate: Evaluator | None, signals: Sign
         if asked.has_failed:
             checkpoints.wait()  # raises
         is_logged = _is_due(step, config.log.every_steps, steps)
-        is_saved = _is_due(step, config.checkpoint.every_steps, steps) or asked.save or asked.leave
+        # Weights that stay as they are need no further checkpoint, which would push out others.
+        is_saved = _is_due(step, 0 if health.is_skipping else config.checkpoint.every_steps, steps)
+        is_saved |= asked.save or asked.leave
         if is_logged or is_saved:
             data_counts = _share_report(report, config, mesh, step)
         if is_logged:
             values = meter.read(loss) | data_counts
-            values |= _optimizer_values(engine, rate)
+            values |= _optimizer_values(engine, rate) | health.scalars()
             writer.scalars(step, values)
             _show(progress, values)
             result.last = values
             meter.restart()
+            health.check_loss(step, values["train/loss"])
+            if health.is_spike(step, values["train/loss"]):
+                step = _rewind(checkpoints, engine, health, step)
+                batches = feed(data, config, mesh, step, health.skipped_batches)
+                sample_log = SampleLog(config, mesh, step, health.skipped_batches)
+                writer.cut_back(step)
+                progress.update(step - progress.n)
+                meter.restart()
+                continue
         if is_saved:
-            checkpoints.save(engine, step, report.state())
+            checkpoints.save(engine, step, report.state() | {"health": health.state()})
             meter.restart()
         if asked.leave and step < steps:
             checkpoints.wait()
@@ -160,13 +186,28 @@ def _is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def _inputs(batch: Batch, config: Config, mesh: Mesh, step: int) -> tuple[Tensor, ...]:
-    """Arguments of the model: images, texts and, with patch dropout, the patches to look at."""
+def _rewind(checkpoints: CheckpointStore, engine: Engine, health: Health, step: int) -> int:
+    """Load the newest checkpoint, to go on from it without the batches since; returns its step."""
+    path = checkpoints.newest()
+    if path is None:
+        raise Diverged(
+            f"the loss jumped at step {step}, before there is a checkpoint to go back to"
+        )
+    to_step, _ = checkpoints.load(engine, path)
+    health.rewound(step, to_step)
+    return to_step
+
+
+def _inputs(batch: Batch, config: Config, mesh: Mesh, number: int) -> tuple[Tensor, ...]:
+    """Arguments of the model: images, texts and, with patch dropout, the patches to look at.
+
+    ``number`` is that of the global batch in the order of the data.
+    """
     vision = config.model.vision
     if vision.patch_dropout == 0 or mesh.pp.rank > 0:
         return batch.images, batch.texts
     height, width = batch.images.shape[2:]
-    first = (step - 1) * config.train.global_batch_size + mesh.dp.rank * len(batch.images)
+    first = number * config.train.global_batch_size + mesh.dp.rank * len(batch.images)
     kept = kept_patches(
         torch.arange(first, first + len(batch.images), device=mesh.device),
         num_patches=vision.num_tokens_at((height, width)) - 1,
@@ -234,39 +275,3 @@ def _share_report(report: DataReport, config: Config, mesh: Mesh, step: int) -> 
         report.write(config.run_dir / "data_report.json", step=step)
     mesh.agree(report.check)
     return report.scalars()
-
-
-def _prepare_run_folder(config: Config, mesh: Mesh) -> None:
-    """Make the folder and write down what this run is: config, DeepSpeed's dictionary, versions."""
-    if mesh.rank != 0:
-        return
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.run_dir / "config.yaml")
-        provenance = {
-            "git_commit": _git_commit(),
-            "python": platform.python_version(),
-            "device": str(mesh.device),
-            "world_size": mesh.world_size,
-            **{name: version(name) for name in ("torch", "triton", "deepspeed", "megatron-core")},
-        }
-        (config.run_dir / "versions.json").write_text(json.dumps(provenance, indent=1))
-        generated = deepspeed_config(config, mesh)
-        (config.run_dir / "deepspeed.json").write_text(json.dumps(generated, indent=1))
-    except OSError as error:
-        raise ValueError(f"output_dir ({config.output_dir}) cannot be written: {error}") from error
-
-
-def _git_commit() -> str | None:
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.stdout.strip()

@@ -15,6 +15,7 @@ from pathlib import Path
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import DataError
 from ds_linclip.exit_codes import ExitCode
+from ds_linclip.health import Diverged
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.requests import Preempted
 from ds_linclip.trainer import TrainResult, train
@@ -42,6 +43,8 @@ def main() -> int:
         result = train(config, mesh, evaluator)
     except AgreedError as error:
         return _end_together(mesh, f"error: {error}", ExitCode.USER_ERROR)
+    except Diverged as error:
+        return _end_together(mesh, f"error: {error}", ExitCode.DIVERGED)
     except Preempted as reason:
         return _end_together(mesh, f"{reason}; start again to go on", ExitCode.PREEMPTED)
     except DataError as error:

@@ -180,6 +180,7 @@ class CheckpointStore:
         if self._mesh.rank == 0:
             set_aside(self.directory, newer_than=path)
         self._mesh.barrier()
+        self._last_step = manifest["step"]
         return manifest["step"], manifest["data"]
 
     def remove_leftovers(self) -> None:

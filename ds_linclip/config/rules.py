@@ -59,6 +59,7 @@ def validate(config: Config) -> None:
             f"optim.warmup_steps ({optim.warmup_steps}) must be less than train.steps "
             f"({config.train.steps})"
         )
+    _validate_health(config)
     _require_positive("checkpoint.keep_last", config.checkpoint.keep_last)
     _require_positive("log.every_steps", config.log.every_steps)
     _require_positive("eval.batch_size", config.eval.batch_size)
@@ -297,6 +298,24 @@ def _validate_resolutions(config: Config) -> None:
             )
         _require_patches(f"{name}.image_size", stage.image_size, config.model.vision.patch_size)
         before = step
+
+
+def _validate_health(config: Config) -> None:
+    health = config.health
+    _require_positive("health.max_skipped_steps", health.max_skipped_steps)
+    _require_positive("health.spike_window", health.spike_window)
+    if health.max_rewinds < 0:
+        raise ValueError(f"health.max_rewinds ({health.max_rewinds}) must not be negative")
+    if health.spike_factor != 0 and not 1 < health.spike_factor < math.inf:
+        raise ValueError(
+            f"health.spike_factor ({health.spike_factor}) must be greater than 1 and finite, or 0: "
+            "no rewinds"
+        )
+    if health.spike_factor and config.checkpoint.resume == "never":
+        raise ValueError(
+            f"health.spike_factor ({health.spike_factor}) needs checkpoint.resume latest, not "
+            "(never): a rewind goes on from a checkpoint of this run"
+        )
 
 
 def _multiples_near(value: int, of: int) -> str:

@@ -11,6 +11,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "HealthConfig",
     "InitConfig",
     "LogConfig",
     "LossConfig",
@@ -341,6 +342,23 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True)
+class HealthConfig:
+    """When training that goes wrong ends, or goes back."""
+
+    #: Steps in a row whose gradient is not finite, each of which leaves the weights as they were,
+    #: after which the run ends. Those for which fp16 lowers its loss scale are not counted.
+    max_skipped_steps: int = 20
+    #: A logged loss of more than this factor times the median of those before it takes training
+    #: back to the newest checkpoint, and the batches since are left out (PaLM, arXiv 2204.02311,
+    #: 5.1); 0: never.
+    spike_factor: float = 0.0
+    #: Logged losses in that median; with fewer there are no spikes yet.
+    spike_window: int = 20
+    #: Rewinds in a run; the next spike ends it.
+    max_rewinds: int = 3
+
+
+@dataclass(kw_only=True)
 class LogConfig:
     """Progress, TensorBoard."""
 
@@ -369,6 +387,7 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     @property

@@ -168,8 +168,16 @@ class TrainData:
             config, self.order, reader, (dp_rank, dp_size), self._num_parts, prefetch
         )
 
-    def batches(self, start_step: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+    def batches(
+        self,
+        start_step: int,
+        device: torch.device | str = "cpu",
+        skipped_batches: int = 0,
+    ) -> Iterator[Batch]:
         """Batches of steps ``start_step``, ``start_step + 1``, ... without end, on ``device``.
+
+        With ``skipped_batches`` a step gets the samples that come so many global batches later in
+        the order; the size of its images is still that of the step.
 
         The sequence is bit-identical for every number of workers, and for every ``start_step`` it
         goes on exactly where a run from step 0 would be. Workers end when the iterator is closed or
@@ -181,7 +189,7 @@ class TrainData:
         """
         loader = ordered_loader(
             self._dataset,
-            _Parts(start_step, self._num_parts),
+            _Parts(start_step, skipped_batches, self._num_parts),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_batches,
         )
@@ -200,7 +208,8 @@ class TrainData:
 
 
 class _PartDataset(Dataset[_Part | DataError]):
-    """Maps (step, number of the part) to a part of this rank's share of a global batch."""
+    """Maps (step, number of the batch, number of the part) to a part of this rank's share of a
+    global batch."""
 
     def __init__(
         self,
@@ -219,10 +228,10 @@ class _PartDataset(Dataset[_Part | DataError]):
         self._prefetch = prefetch
         self._ring: deque[Tensor] = deque()
 
-    def __getitem__(self, place: tuple[int, int]) -> _Part | DataError:
-        step, part = place
+    def __getitem__(self, place: tuple[int, int, int]) -> _Part | DataError:
+        step, batch, part = place
         positions = self._order.step_positions(
-            step,
+            batch,
             global_batch_size=self._config.train.global_batch_size,
             dp_rank=self._dp_rank,
             dp_size=self._dp_size,
@@ -281,15 +290,16 @@ class _PartDataset(Dataset[_Part | DataError]):
         return memory
 
 
-class _Parts(Sampler[tuple[int, int]]):
+class _Parts(Sampler[tuple[int, int, int]]):
     """All parts of step start, of step start + 1, ... without end."""
 
-    def __init__(self, start: int, num_parts: int) -> None:
-        self._start, self._num_parts = start, num_parts
+    def __init__(self, start: int, skipped_batches: int, num_parts: int) -> None:
+        self._start, self._skipped_batches, self._num_parts = start, skipped_batches, num_parts
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
         for step in itertools.count(self._start):
-            yield from ((step, part) for part in range(self._num_parts))
+            batch = step + self._skipped_batches
+            yield from ((step, batch, part) for part in range(self._num_parts))
 
 
 def ordered_loader(

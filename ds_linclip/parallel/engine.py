@@ -74,6 +74,8 @@ class Engine(ABC):
         )
         if isinstance(optimizer, Lamb):
             optimizer.attach(self._engine, mesh)
+        if config.train.precision == "fp16":  # when to give up is for the training loop to say
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self.shards = StateShards(self._engine, model, mesh)
         self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])
@@ -107,8 +109,22 @@ class Engine(ABC):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps not taken since the start because a gradient was not finite."""
+        """Steps of the run, as far as its checkpoints go back, that were not taken because a
+        gradient was not finite."""
         return int(self._engine.skipped_steps)
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the last step was not taken because its gradient was not finite."""
+        return not self._engine.was_step_applied()
+
+    @property
+    def can_lower_loss_scale(self) -> bool:
+        """Whether a gradient that is not finite may be so for fp16's loss scale alone."""
+        if self._config.train.precision != "fp16":
+            return False
+        scaler = self._engine.optimizer.loss_scaler
+        return bool(scaler.cur_scale > scaler.min_scale)
 
     def load(
         self,

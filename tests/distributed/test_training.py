@@ -92,9 +92,11 @@ def test_run_folder_says_what_the_run_was(job):
     run = job / "bf16_zero2_whole"
     assert load_config(run / "config.yaml").train.precision == "bf16"
     assert json.loads((run / "deepspeed.json").read_text())["bf16"] == {"enabled": True}
-    versions = json.loads((run / "versions.json").read_text())
-    assert versions["world_size"] == 2
-    assert versions["deepspeed"]
+    (start,) = map(json.loads, (run / "starts.jsonl").read_text().splitlines())
+    assert start["world_size"] == 2
+    assert start["layout"]["dp"] == 2
+    assert sum(start["hosts"].values()) == 2
+    assert start["deepspeed"]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000008"
 
 

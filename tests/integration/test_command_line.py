@@ -113,7 +113,7 @@ def test_damaged_checkpoints_are_refused(finished, in_this_process, embedded_ove
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    before = times_of_files(run)
     code, _, err = in_this_process(
         "train", EMBEDDED, *embedded_overrides, f"output_dir={run.parent}", "name=short", *SHORT
     )
@@ -122,7 +122,13 @@ def test_damaged_checkpoints_are_refused(finished, in_this_process, embedded_ove
     assert len(errors) == 1
     assert re.search(r"no valid checkpoint .*rank-00001\.safetensors does not match", errors[0])
     assert "Traceback" not in err
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert times_of_files(run) == before
+
+
+def times_of_files(run):
+    """All but the lock's, which names the last process that held the folder."""
+    files = (path for path in run.rglob("*") if path.is_file() and path.name != "lock")
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def write_unusable_shard(folder):
@@ -146,13 +152,19 @@ def write_dirty_shards(digits, folder):
 @pytest.fixture(scope="module")
 def failed(start_deepspeed_cpu, digits, embedded_overrides, tmp_path_factory):
     """Runs that must fail, started together: what each printed, and its folder."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("unusable", "dirty", "no_gpu")}
+    folders = {
+        name: tmp_path_factory.mktemp(name) for name in ("unusable", "dirty", "no_gpu", "wild")
+    }
     write_unusable_shard(folders["unusable"])
     write_dirty_shards(digits, folders["dirty"])
     overrides = {
         "unusable": [f"data.train=[{folders['unusable']}/00000.tar]", "eval.data=null"],
         "dirty": [f"data.train=['{folders['dirty']}/{{00000..00007}}.tar']", "eval.data=null"],
         "no_gpu": ["parallel.device=cuda"],
+        "wild": [
+            *("optim.lr=1e38", "optim.warmup_steps=1", "health.max_skipped_steps=3"),
+            *("checkpoint.every_steps=1", "log.every_steps=1", "eval.data=null"),
+        ],
     }
     running = {}
     for name, folder in folders.items():
@@ -229,3 +241,14 @@ def test_eval_of_an_incomplete_run_folder_names_what_is_missing(in_this_process,
     assert code == 2
     assert re.search(rf"^error: .*{tmp_path}", err, re.MULTILINE)
     assert "Traceback" not in err
+
+
+def test_training_that_diverges_ends_with_a_code_of_its_own(failed):
+    code, _, err, folder = failed["wild"]
+    assert code == 3
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(r"steps 2 to 4 were all skipped.*last loss before was \d", errors[0])
+    assert errors[0].endswith("wild/checkpoints/step-00000001")
+    assert "Traceback" not in err
+    assert (folder / "wild" / "checkpoints" / "latest").read_text() == "step-00000001"
