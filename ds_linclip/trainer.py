@@ -30,6 +30,7 @@ from ds_linclip.parallel.engine import Engine, initialize_engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.parallel.plan import describe, plan_rank
 from ds_linclip.parallel.stages import stage_units
+from ds_linclip.progress import Progress
 
 __all__ = ["Evaluator", "TrainResult", "train"]
 
@@ -51,8 +52,18 @@ class TrainResult:
     evaluation: Mapping[str, float] = field(default_factory=dict)
 
 
-def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> TrainResult:
+def train(
+    config: Config,
+    mesh: Mesh,
+    evaluate: Evaluator | None = None,
+    phases: Progress | None = None,
+) -> TrainResult:
     """Train as ``config`` says, going on from the run folder's newest checkpoint if there is one.
+
+    Args:
+        config, mesh: Of the run.
+        evaluate: Scores the model every ``eval.every_steps`` and after the last step.
+        phases: Told of every phase, for a watchdog to look at.
 
     Raises:
         AgreedError: on all ranks together, before the first step, for whatever in the config does
@@ -67,6 +78,8 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     checkpoints = CheckpointStore(config, mesh, data.identity)
     resume_from = checkpoints.newest()
     mesh.agree(lambda: _prepare_run_folder(config, mesh))
+    phases = phases or Progress()
+    phases.enter("building the model")
 
     changed = resume_from is not None and checkpoints.is_from_other_ranks(resume_from)
     weights = config.init if resume_from is None else InitConfig()
@@ -78,6 +91,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
     engine = initialize_engine(model, optimizer, config, mesh, load_universal=changed)
     start = 0
     if resume_from:
+        phases.enter("loading a checkpoint")
         start, state = checkpoints.load(engine, resume_from)
         report.load_state(state)
     writer = MetricWriter(config, mesh, engine.monitor)
@@ -85,17 +99,23 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         logger.info("%s\n%s", f"resumed from {resume_from}" if start else "from step 0", plan)
     writer.text(start, "parallel_plan", plan)
     sample_log = SampleLog(config, mesh, start)
-    meter = StepMeter(mesh)
+    meter = StepMeter(mesh, config.watchdog.slow_rank_ratio)
+    engine.on_features += [
+        meter.features_ready,
+        partial(phases.enter, "computing loss and gradients"),
+    ]
     result = TrainResult(steps=config.train.steps)
     steps = config.train.steps
     batches = feed(data, config, mesh, start)
     progress = _progress_bar(config, mesh, start)
     model.train()
     for step in range(start + 1, steps + 1):
+        phases.enter("waiting for data", step)
         asked = time.perf_counter()
         batch = next(batches)
         meter.waited(time.perf_counter() - asked)
         report.add(batch)
+        phases.enter("computing features")
 
         rate = learning_rate(step - 1, steps, config.optim)
         decay = ema_decay(step - 1, config.optim.ema_decay)
@@ -108,6 +128,7 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
         is_logged = _is_due(step, config.log.every_steps, steps)
         is_saved = _is_due(step, config.checkpoint.every_steps, steps)
         if is_logged or is_saved:
+            phases.enter("logging")
             data_counts = _share_report(report, config, mesh, step)
         if is_logged:
             values = meter.read(loss) | data_counts
@@ -117,13 +138,16 @@ def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> Trai
             result.last = values
             meter.restart()
         if is_saved:
+            phases.enter("saving")
             checkpoints.save(engine, step, report.state())
             meter.restart()
         if evaluate and _is_due(step, config.eval.every_steps, steps):
+            phases.enter("evaluating")
             result.evaluation = _evaluate(evaluate, engine, writer, step)
             meter.restart()
     progress.close()
     if evaluate and start == steps:  # a finished run is scored again
+        phases.enter("evaluating")
         result.evaluation = _evaluate(evaluate, engine, writer, steps)
     return result
 

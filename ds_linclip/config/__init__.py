@@ -25,6 +25,7 @@ from ds_linclip.config.schema import (
     TextTower,
     TrainConfig,
     VisionTower,
+    WatchdogConfig,
     ZeroConfig,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "TextTower",
     "TrainConfig",
     "VisionTower",
+    "WatchdogConfig",
     "ZeroConfig",
     "as_image_size",
     "check_batch",

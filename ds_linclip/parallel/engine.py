@@ -3,7 +3,7 @@ pipeline, behind one interface."""
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class Engine(ABC):
     Attributes:
         monitor: Where scalars and figures go: DeepSpeed's TensorBoard and others.
         objective: The loss, with its latest logit scale.
+        on_features: Called in turn in every step when this rank's own forward is done, before it
+            needs other ranks' features.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Engine(ABC):
         self._is_universal = load_universal
         self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])
+        self.on_features: list[Callable[[], None]] = []
 
     def step(self, batch: Inputs, *, lr: float, ema_decay: float = 0.0) -> Tensor:
         """One optimizer step on this rank's part of the global batch.
@@ -106,6 +109,10 @@ class Engine(ABC):
             group |= {"lr": lr, "ema_decay": ema_decay}
         parts = zip(*(tensor.chunk(self._num_micro_batches) for tensor in batch), strict=True)
         return self._step(list(parts))
+
+    def _features_ready(self) -> None:
+        for listener in self.on_features:
+            listener()
 
     @property
     def deepspeed_engine(self) -> Any:
@@ -177,6 +184,7 @@ class PlainEngine(Engine):
         is_single = len(micro_batches) == 1
         with torch.set_grad_enabled(is_single):
             outputs = [self._engine(*inputs) for inputs in micro_batches]
+        self._features_ready()
         loss, gradients = self.objective(outputs)
         for number, inputs in enumerate(micro_batches):
             output = outputs[0] if is_single else self._engine(*inputs)
@@ -231,6 +239,7 @@ class PipelineEngine(Engine):
         engine.total_loss, engine._compute_loss = None, False
         with torch.no_grad():
             engine._exec_schedule(engine._inference_schedule(len(micro_batches)))
+        self._features_ready()
         loss, gradients = torch.zeros((), device=self._mesh.device), nothing
         if engine.is_last_stage():
             loss, found = self.objective([tuple(output) for output in engine.fwd_outputs])
