@@ -173,7 +173,7 @@ class _Watchdog(threading.Thread):
             summary = summarize([self._found(rank) for rank in range(self._world_size)])
             line = f"{summary}; stacks: {self._reports}\n"
             # One write, or those of several ranks mix. The run's logger may wait for a lock.
-            sys.stderr.write(f"error: {line}")
+            sys.stderr.write(f"\nerror: {line}")  # not behind a progress bar
             sys.stderr.flush()
             _replace(self._reports / "summary.txt", line)
             time.sleep(2 * self._poll)  # for those that were woken to write their stacks

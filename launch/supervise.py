@@ -8,6 +8,7 @@ Every restart is a line of ``restarts.jsonl`` in the run folder.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -188,7 +189,8 @@ def _children(process: int) -> list[int]:
 def _end_group(leader: int) -> None:
     """End what the launcher has left behind: a second start would meet it in the run folder."""
     while _runs_in_group(leader):
-        os.killpg(leader, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
         time.sleep(0.1)
 
 
