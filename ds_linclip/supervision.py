@@ -134,7 +134,7 @@ def hosts_that_answer(hosts: Mapping[str, int], command: str, timeout: float) ->
     def answers(host: str) -> bool:
         try:
             done = subprocess.run(
-                shlex.split(command.format(host=host)),
+                shlex.split(command.replace("{host}", host)),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -29,7 +29,7 @@ __all__ = ["summarize", "watched"]
 
 logger = logging.getLogger(__name__)
 
-#: Facts about a rank: rank, host, pid, entered, step, phase, since, state, ...
+#: Facts about a rank: run, rank, host, pid, those of its Place, seconds in that, state.
 _Facts = dict[str, Any]
 
 
@@ -156,7 +156,7 @@ class _Watchdog(threading.Thread):
     def _facts(self) -> _Facts:
         place = self._progress.place._asdict()
         me = {"run": self._run, "rank": self._rank, "host": self._host, "pid": os.getpid()}
-        return {**me, **place, "time": time.time(), "state": "running"}
+        return {**me, **place, "seconds": time.time() - place["since"], "state": "running"}
 
     def _declare(self) -> None:
         """Be the first to say that the run hangs, collect all reports, name the culprit."""
@@ -219,7 +219,10 @@ class _Watchdog(threading.Thread):
             path = self._report_of(rank)
             if path.exists() or facts.get("host") != self._host:
                 continue
-            facts["state"] = _process_state(facts["pid"])
+            facts |= {
+                "state": _process_state(facts["pid"]),
+                "seconds": time.time() - facts["since"],
+            }
             stacks = self._stacks_of(rank)
             written = stacks.read_text() if stacks.exists() else ""
             _replace(path, json.dumps(facts) + "\n" + written)
@@ -231,7 +234,9 @@ class _Watchdog(threading.Thread):
         path = self._report_of(rank)
         if path.exists():
             return json.loads(path.read_text().splitlines()[0])
-        return {"rank": rank, **self._read(self._sign_of(rank)), "state": "silent"}
+        facts = self._read(self._sign_of(rank))
+        seconds = time.time() - facts.get("since", time.time())
+        return {"rank": rank, **facts, "seconds": seconds, "state": "silent"}
 
     def _read(self, sign: Path) -> _Facts:
         """A rank's last sign of life in this start of the run; empty without one."""
@@ -270,8 +275,7 @@ def summarize(found: Sequence[_Facts]) -> str:
 def _where(facts: Mapping[str, Any]) -> str:
     if "phase" not in facts:
         return "no sign of life since the start"
-    seconds = time.time() - facts["since"]
-    return f"step {facts['step']}, {facts['phase']} for {seconds:.0f} s"
+    return f"step {facts['step']}, {facts['phase']} for {facts['seconds']:.0f} s"
 
 
 def _process_state(pid: int) -> str:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from process_tree import group_is_running, launcher_and_ranks
+
 from ds_linclip.config import Config, load_config
 from ds_linclip.exit_codes import ExitCode
 from ds_linclip.supervision import (
@@ -169,40 +171,22 @@ class Supervisor:
         """
         if self._launcher is None or self._launcher.poll() is not None:
             return
-        starters = _children(self._launcher.pid)
-        ranks = [rank for starter in starters for rank in _children(starter)]
+        _, ranks = launcher_and_ranks(self._launcher.pid)
         targets = ranks if ranks and not self.arguments.hostfile else [self._launcher.pid]
         for process in targets:
-            os.kill(process, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
 
     def _say(self, text: str) -> None:
         print(f"supervisor: {text}", file=sys.stderr, flush=True)
 
 
-def _children(process: int) -> list[int]:
-    found = []
-    for tasks in Path(f"/proc/{process}/task").glob("*/children"):
-        found += [int(child) for child in tasks.read_text().split()]
-    return found
-
-
 def _end_group(leader: int) -> None:
     """End what the launcher has left behind: a second start would meet it in the run folder."""
-    while _runs_in_group(leader):
+    while group_is_running(leader):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(leader, signal.SIGKILL)
         time.sleep(0.1)
-
-
-def _runs_in_group(leader: int) -> bool:
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(group) == leader and state != "Z":  # whoever has adopted a zombie may never reap it
-            return True
-    return False
 
 
 def _free_port() -> int:

@@ -56,7 +56,6 @@ def ordered_map(
 
 
 def _start_worker() -> None:
-    # The server that forks workers ends with the process that uses the pool.
     end_with_parent()
     # Ctrl-C reaches every process of the terminal; the parent alone ends the work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -38,30 +38,3 @@ def batches(run: Path) -> tuple[dict[int, list[str]], set[tuple[int, int]]]:
     for start in sorted(attempts):
         merged.update(attempts[start])
     return merged, starts
-
-
-def children() -> dict[int, list[int]]:
-    """Running processes by the process that started them."""
-    found: dict[int, list[int]] = defaultdict(list)
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if state != "Z":
-            found[int(parent)].append(int(folder.name))
-    return found
-
-
-def tree_below(process: int) -> list[int]:
-    """All that a process has started, and what that has started, and so on."""
-    tree = children()
-    below = list(tree[process])
-    for each in below:
-        below += tree[each]
-    return below
-
-
-def are_running(processes: list[int]) -> bool:
-    """Whether any of them still runs."""
-    return bool(set(processes) & {each for group in children().values() for each in group})

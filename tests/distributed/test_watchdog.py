@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_runs import are_running
+from process_tree import is_running
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.model import CLIP
@@ -118,7 +118,7 @@ def test_stopped_rank_is_found_and_named(overrides, tmp_path, capfd):
     # It was woken to write its stacks, those of the main thread in the loop among them.
     for text in stacks:
         assert re.search(r'File "\S+/ds_linclip/trainer.py", line \d+ in train\n', text)
-    wait_for(lambda: not are_running([each["pid"] for each in facts]), 5)
+    wait_for(lambda: not any(is_running(each["pid"]) for each in facts), 5)
 
 
 def test_rank_that_sticks_is_named_by_its_phase(overrides, tmp_path):
