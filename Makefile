@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: install train test test-slow test-gpu lint study bench-kernels bench-data bench-memory \
-    bench-gpu bench-context bench-loss check-layouts
+    bench-gpu bench-context bench-loss check-layouts goodput
 
 install: $(STAMP)
 
@@ -63,6 +63,10 @@ bench-loss: $(STAMP)
 # docs/results/memory/<device>.
 bench-memory: $(STAMP)
 	$(BIN)/python launch/bench_memory.py
+
+# Training under random kills, two CPU ranks (40 minutes): docs/results/goodput/<device>.
+goodput: $(STAMP) | data/embedded
+	$(BIN)/python launch/goodput.py
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)

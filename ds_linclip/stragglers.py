@@ -106,6 +106,7 @@ def slowest(times: Sequence[float]) -> tuple[int, float]:
 
 def _seconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
     if isinstance(begin, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
         return begin.elapsed_time(end) / 1e3
     assert not isinstance(end, torch.cuda.Event)
     return end - begin
