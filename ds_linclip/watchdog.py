@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -133,6 +133,8 @@ class _Watchdog(threading.Thread):
             self._stacks.close()
             for path in (self._sign_of(self._rank), self._stacks_of(self._rank)):
                 path.unlink(missing_ok=True)
+            with suppress(OSError):  # other ranks are still in it
+                self._signs.rmdir()
 
     def _sign_of(self, rank: int) -> Path:
         return self._signs / f"rank-{rank:05d}.json"
@@ -165,6 +167,8 @@ class _Watchdog(threading.Thread):
             self._reports.mkdir()
         except FileExistsError:
             self._follow()
+        except OSError:
+            pass  # told below, when the report cannot be written either
         with self._leaving():
             self._report_own()
             self._wait(self._all_reported, self._grace)
@@ -195,6 +199,7 @@ class _Watchdog(threading.Thread):
             sys.stderr.write(f"error: rank {self._rank} hangs and cannot report it: {error}\n")
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         finally:
+            sys.stderr.flush()
             os._exit(ExitCode.HUNG)
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
@@ -203,12 +208,11 @@ class _Watchdog(threading.Thread):
             time.sleep(self._poll / 4)
 
     def _all_reported(self) -> bool:
-        return all(self._report_of(rank).exists() for rank in range(self._world_size))
+        return all(_is_written(self._report_of(rank)) for rank in range(self._world_size))
 
     def _report_own(self) -> None:
         path = self._report_of(self._rank)
-        if not path.exists():
-            _replace(path, json.dumps(self._facts()) + "\n")
+        _write_first(path, json.dumps(self._facts()) + "\n")
         with path.open("a") as file:
             faulthandler.dump_traceback(file, all_threads=True)
 
@@ -225,14 +229,14 @@ class _Watchdog(threading.Thread):
             }
             stacks = self._stacks_of(rank)
             written = stacks.read_text() if stacks.exists() else ""
-            _replace(path, json.dumps(facts) + "\n" + written)
-            if facts["state"] == "stopped":
+            is_first = _write_first(path, json.dumps(facts) + "\n" + written)
+            if is_first and facts["state"] == "stopped":
                 os.kill(facts["pid"], signal.SIGCONT)
 
     def _found(self, rank: int) -> _Facts:
         """What is known of a rank: from its report, else from its last sign of life."""
         path = self._report_of(rank)
-        if path.exists():
+        if _is_written(path):
             return json.loads(path.read_text().splitlines()[0])
         facts = self._read(self._sign_of(rank))
         seconds = time.time() - facts.get("since", time.time())
@@ -286,6 +290,20 @@ def _process_state(pid: int) -> str:
         return "gone"
     names = {"T": "stopped", "t": "stopped by a debugger", "Z": "dead", "D": "waiting for a device"}
     return names.get(letter, "running without its watchdog")
+
+
+def _is_written(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def _write_first(path: Path, text: str) -> bool:
+    """Write a file unless another rank has begun to; whether it was this one."""
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _replace(path: Path, text: str) -> None:

@@ -121,6 +121,7 @@ def test_stopped_rank_is_found_and_named(overrides, tmp_path, capfd):
     wait_for(lambda: not any(is_running(each["pid"]) for each in facts), 5)
 
 
+@pytest.mark.slow
 def test_rank_that_sticks_is_named_by_its_phase(overrides, tmp_path):
     config = load_config(EMBEDDED, [*overrides, f"output_dir={tmp_path}"])
     with pytest.raises(RuntimeError, match="a rank of 2 failed"):
@@ -149,4 +150,4 @@ def test_slow_rank_is_named_and_does_not_hang(overrides, tmp_path):
     assert len(re.findall(r"rank 1 \(host \S+\) is slow: 0\.\d+ s of its own per", warnings)) == 2
     assert "slow" not in (tmp_path / "rank-1.log").read_text()
     assert not (config.run_dir / "hang").exists()
-    assert not list((config.run_dir / "watchdog").iterdir())
+    assert not (config.run_dir / "watchdog").exists()
