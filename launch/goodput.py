@@ -190,8 +190,7 @@ def _killed_run(
         raise RuntimeError(f"the run has ended with exit code {supervisor.returncode}")
     wall = time.time() - start
     steps += [Step(wall, each["step"], each["train/loss"]) for each in log.read()]
-    lines = (config.run_dir / "restarts.jsonl").read_text().splitlines() if kills else []
-    restarts = [json.loads(line) for line in lines]
+    restarts = _Log(config.run_dir / "restarts.jsonl").read()
     for kill in kills:
         again = next((r for r in restarts if r["time"] - start > kill.at), None)
         if again is None:  # just as the run ended
