@@ -19,7 +19,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
-from ds_linclip.watchdog import watched
+from ds_linclip.watchdog import summarize, watched
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 REPOSITORY = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def stick_in_step_4(mesh: Mesh) -> None:
 
 def be_slow(mesh: Mesh) -> None:
     """Rank 1 takes four times as long for its features."""
-    delay = 0.2 if mesh.rank == 1 else 0.05
+    delay = 0.6 if mesh.rank == 1 else 0.15
 
     def hook(module: torch.nn.Module, inputs: object) -> None:
         time.sleep(delay * isinstance(module, CLIP))
@@ -145,9 +145,42 @@ def test_slow_rank_is_named_and_does_not_hang(overrides, tmp_path):
     records = [json.loads(x) for x in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [record["perf/slowest_rank"] for record in records] == [1, 1]
     for record in records:
-        assert 2.5 < record["perf/slowest_rank_ratio"] < 4.5
+        assert 2 < record["perf/slowest_rank_ratio"] < 4.5
     warnings = (tmp_path / "rank-0.log").read_text()
     assert len(re.findall(r"rank 1 \(host \S+\) is slow: 0\.\d+ s of its own per", warnings)) == 2
     assert "slow" not in (tmp_path / "rank-1.log").read_text()
     assert not (config.run_dir / "hang").exists()
     assert not (config.run_dir / "watchdog").exists()
+
+
+def facts(rank: int, entered: int, state: str = "running", **more: object) -> dict:
+    place = {"entered": entered, "step": 7, "phase": f"phase {entered}", "seconds": 9.2}
+    return {"rank": rank, "host": "n1", "pid": 100 + rank, "state": state, **place, **more}
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (
+            [facts(0, 5), facts(1, 4), facts(2, 5)],
+            "hang: rank 1 (host n1, pid 101) is behind: running, step 7, phase 4 for 9 s; "
+            "2 of 3 ranks wait at step 7, phase 5 for 9 s",
+        ),
+        (  # a stopped rank is behind even where it has entered as many phases
+            [facts(0, 5), facts(1, 5, "stopped")],
+            "hang: rank 1 (host n1, pid 101) is behind: stopped, step 7, phase 5 for 9 s; "
+            "1 of 2 ranks wait at step 7, phase 5 for 9 s",
+        ),
+        (
+            [facts(0, 5), {"rank": 1, "state": "silent"}],
+            "hang: rank 1 (host unknown, pid unknown) is behind: silent, no sign of life since the "
+            "start; 1 of 2 ranks wait at step 7, phase 5 for 9 s",
+        ),
+        (
+            [facts(0, 5), facts(1, 5)],
+            "hang: no rank is behind, all 2 are at step 7, phase 5 for 9 s",
+        ),
+    ],
+)
+def test_rank_that_is_behind_is_named(found, line):
+    assert summarize(found) == line

@@ -9,6 +9,7 @@ from process_tree import below, is_running
 
 pytestmark = [
     pytest.mark.faults,
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's"),
 ]
 
