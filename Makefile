@@ -4,8 +4,8 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-faults test-gpu lint study bench-kernels bench-data bench-memory \
-    bench-checkpoint bench-gpu bench-context bench-loss check-layouts
+.PHONY: install train test test-slow test-faults test-gpu lint study bench-kernels \
+    bench-data bench-memory bench-checkpoint bench-context bench-loss bench-gpu check-layouts goodput
 
 install: $(STAMP)
 
@@ -72,6 +72,10 @@ bench-memory: $(STAMP)
 # GiB): docs/results/checkpoint/<device>.
 bench-checkpoint: $(STAMP)
 	$(BIN)/python launch/bench_checkpoint.py
+
+# Training under random kills, two CPU ranks (40 minutes): docs/results/goodput/<device>.
+goodput: $(STAMP) | data/embedded
+	$(BIN)/python launch/goodput.py
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)

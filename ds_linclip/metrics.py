@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_linclip.config import Config
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.stragglers import OwnTimes
 
 __all__ = ["MetricWriter", "SampleLog", "StepMeter", "peak_memory_gib"]
 
@@ -119,10 +120,16 @@ class SampleLog:
 
 
 class StepMeter:
-    """Sums over the steps between two logging steps; reads the device only when asked."""
+    """Sums over the steps between two logging steps; reads the device only when asked.
 
-    def __init__(self, mesh: Mesh) -> None:
+    Args:
+        mesh: The ranks.
+        slow_rank_ratio: When to name a slow rank, see :class:`~ds_linclip.stragglers.OwnTimes`.
+    """
+
+    def __init__(self, mesh: Mesh, slow_rank_ratio: float = 0.0) -> None:
         self._mesh = mesh
+        self._own_times = OwnTimes(mesh, slow_rank_ratio)
         self.restart()
 
     def restart(self) -> None:
@@ -130,10 +137,16 @@ class StepMeter:
         self._started = time.perf_counter()
         self._waited = 0.0
         self._steps = self._samples = self._tokens = 0
+        self._own_times.restart()
 
     def waited(self, seconds: float) -> None:
         """Add time spent waiting for data."""
         self._waited += seconds
+        self._own_times.data_ready(seconds)
+
+    def features_ready(self) -> None:
+        """This rank's own part of a step is done: from here on it waits for others."""
+        self._own_times.features_ready()
 
     def step_done(self, *, samples: int, tokens: int) -> None:
         """Count one step of this rank."""
@@ -158,6 +171,7 @@ class StepMeter:
             "perf/data_seconds_per_step": max(waits) / steps,
             "perf/seconds_per_step": seconds / steps,
             "perf/peak_memory_gib": peak_memory_gib(loss.device),
+            **self._own_times.read(seconds / steps),
         }
 
 

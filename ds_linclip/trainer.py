@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,10 +23,11 @@ from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.model.pretrained import load_pretrained, lock_towers
 from ds_linclip.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.parallel.deepspeed_config import check_machine, deepspeed_config
-from ds_linclip.parallel.engine import Engine, initialize_engine
+from ds_linclip.parallel.engine import initialize_engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.parallel.plan import describe, plan_rank
 from ds_linclip.parallel.stages import stage_units
+from ds_linclip.progress import Progress
 from ds_linclip.requests import Exchange, Preempted, Requests, Signals
 from ds_linclip.run_folder import RunFolder
 
@@ -49,124 +51,234 @@ class TrainResult:
     evaluation: Mapping[str, float] = field(default_factory=dict)
 
 
-def train(config: Config, mesh: Mesh, evaluate: Evaluator | None = None) -> TrainResult:
+def train(
+    config: Config,
+    mesh: Mesh,
+    evaluate: Evaluator | None = None,
+    phases: Progress | None = None,
+) -> TrainResult:
     """Train as ``config`` says, going on from the run folder's newest checkpoint if there is one.
+
+    Args:
+        config, mesh: Of the run.
+        evaluate: Scores the model every ``eval.every_steps`` and after the last step.
+        phases: Told of every phase, for a watchdog to look at.
 
     Raises:
         AgreedError: on all ranks together, before the first step, for whatever in the config does
             not fit the data, the ranks or the run folder; later, for held-out data that cannot be
-            scored.
+            scored and checkpoints that cannot be saved.
         Preempted: on all ranks together, when one got SIGTERM and the step is saved.
         DataError: on the rank that finds no usable training sample.
         Diverged: on all ranks together, when training cannot go on as it is.
     """
-    with Signals().caught() as signals:
-        data = _open_data(config, mesh)
+    with ExitStack() as leaving:
+        run = _Run(config, mesh, phases or Progress(), leaving)
+        was_finished = run.step == config.train.steps
+        while run.step < config.train.steps:
+            batch = run.next_batch()
+            loss = run.take_step(batch)
+            asked = run.hear_requests()
+            is_logged = run.is_due(config.log.every_steps)
+            is_saved = run.is_due(run.steps_between_saves) or asked.save or asked.leave
+            if is_logged or is_saved:
+                run.count_samples()
+            if is_logged and run.log(loss):
+                run.rewind()
+                continue
+            if is_saved:
+                run.save()
+            if asked.leave and run.step < config.train.steps:
+                run.leave()
+            if evaluate and run.is_due(config.eval.every_steps):
+                run.evaluate(evaluate)
+        run.finish()
+        if evaluate and was_finished:  # scored again
+            run.evaluate(evaluate)
+        return run.result
+
+
+class _Run:
+    """What the loop works with, and what it does with it; every method is for all ranks together.
+
+    Args:
+        config, mesh, phases: as in :func:`train`.
+        leaving: Undoes what outlives the run otherwise.
+
+    Attributes:
+        step: Optimizer steps done.
+        result: Figures so far.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, phases: Progress, leaving: ExitStack) -> None:
+        self._config, self._mesh, self._phases = config, mesh, phases
+        self._signals = leaving.enter_context(Signals().caught())
+        self._data = _open_data(config, mesh)
         mesh.agree(lambda: check_machine(config))
         mesh.agree(lambda: deepspeed_config(config, mesh))
-        with RunFolder.hold(config, mesh) as folder:
-            return _train(config, mesh, data, folder, signals, evaluate)
+        folder = leaving.enter_context(RunFolder.hold(config, mesh))
+        phases.enter("building the model")
+        self._checkpoints = CheckpointStore(config, mesh, self._data.identity)
+        leaving.callback(self._checkpoints.close)
+        resume_from = self._checkpoints.newest()
+        folder.record_start(resume_from)
+        self._checkpoints.remove_leftovers()
 
+        self._model = _build_model(config, mesh, InitConfig() if resume_from else config.init)
+        plan = describe(config, mesh, plan_rank(config, mesh, self._model))
+        optimizer = build_optimizer(self._model, config.optim)
+        self._engine = initialize_engine(self._model, optimizer, config, mesh)
+        self._report = DataReport(config.data.max_bad_samples)
+        self._health = Health(config, mesh, self._checkpoints)
+        self.step = 0
+        if resume_from:
+            phases.enter("loading a checkpoint")
+            self.step, state = self._checkpoints.load(self._engine, resume_from)
+            self._report.load_state(state)
+            self._health.load_state(state["health"])
+        self._writer = MetricWriter(config, mesh, self._engine.monitor)
+        if mesh.rank == 0:
+            logger.info(
+                "%s\n%s", f"resumed from {resume_from}" if self.step else "from step 0", plan
+            )
+        self._writer.text(self.step, "parallel_plan", plan)
+        self._exchange = Exchange(mesh)
+        self._meter = StepMeter(mesh, config.watchdog.slow_rank_ratio)
+        self._engine.on_features += [
+            self._meter.features_ready,
+            partial(phases.enter, "computing loss and gradients"),
+        ]
+        self._bar = leaving.enter_context(_progress_bar(config, mesh, self.step))
+        self.result = TrainResult(steps=config.train.steps)
+        self._start_from_here()
+        self._model.train()
 
-def _train(
-    config: Config,
-    mesh: Mesh,
-    data: TrainData,
-    folder: RunFolder,
-    signals: Signals,
-    evaluate: Evaluator | None,
-) -> TrainResult:
-    report = DataReport(config.data.max_bad_samples)
-    checkpoints = CheckpointStore(config, mesh, data.identity)
-    health = Health(config, mesh, checkpoints)
-    resume_from = checkpoints.newest()
-    folder.record_start(resume_from)
-    checkpoints.remove_leftovers()
+    def _start_from_here(self) -> None:
+        """Forget what came after ``step``; open the data there."""
+        skipped = self._health.skipped_batches
+        self._batches = feed(self._data, self._config, self._mesh, self.step, skipped)
+        self._sample_log = SampleLog(self._config, self._mesh, self.step, skipped)
+        self._writer.cut_back(self.step)
+        self._bar.update(self.step - self._bar.n)
+        self._meter.restart()
 
-    model = _build_model(config, mesh, config.init if resume_from is None else InitConfig())
-    plan = describe(config, mesh, plan_rank(config, mesh, model))
-    optimizer = build_optimizer(model, config.optim)
-    engine = initialize_engine(model, optimizer, config, mesh)
-    start = 0
-    if resume_from:
-        start, state = checkpoints.load(engine, resume_from)
-        report.load_state(state)
-        health.load_state(state["health"])
-    writer = MetricWriter(config, mesh, engine.monitor)
-    writer.cut_back(start)
-    if mesh.rank == 0:
-        logger.info("%s\n%s", f"resumed from {resume_from}" if start else "from step 0", plan)
-    writer.text(start, "parallel_plan", plan)
-    sample_log = SampleLog(config, mesh, start, health.skipped_batches)
-    meter = StepMeter(mesh)
-    exchange = Exchange(mesh)
-    result = TrainResult(steps=config.train.steps)
-    steps = config.train.steps
-    batches = feed(data, config, mesh, start, health.skipped_batches)
-    progress = _progress_bar(config, mesh, start)
-    model.train()
-    step = start
-    while step < steps:
-        step += 1
+    def is_due(self, every: int) -> bool:
+        """Whether to do what is done every so many steps (0: never) and after the last one."""
+        return self.step == self._config.train.steps or (every > 0 and self.step % every == 0)
+
+    @property
+    def steps_between_saves(self) -> int:
+        """None while weights stay as they are: copies of them would push out older ones."""
+        return 0 if self._health.is_skipping else self._config.checkpoint.every_steps
+
+    def next_batch(self) -> Batch:
+        """Begin a step: this rank's part of its global batch."""
+        self.step += 1
+        self._phases.enter("waiting for data", self.step)
         begun = time.perf_counter()
-        batch = next(batches)
-        meter.waited(time.perf_counter() - begun)
-        report.add(batch)
+        batch = next(self._batches)
+        self._meter.waited(time.perf_counter() - begun)
+        self._report.add(batch)
+        return batch
 
-        rate = learning_rate(step - 1, steps, config.optim)
-        decay = ema_decay(step - 1, config.optim.ema_decay)
-        inputs = _inputs(batch, config, mesh, step - 1 + health.skipped_batches)
-        loss = engine.step(inputs, lr=rate, ema_decay=decay)
-        sample_log.write(step, batch.keys)
-        num_tokens = model.num_tokens(batch.images, batch.texts)
-        meter.step_done(samples=len(batch.texts), tokens=num_tokens)
-        progress.update()
-        health.step_done(
-            step, loss, was_skipped=engine.was_skipped, is_excused=engine.can_lower_loss_scale
+    def take_step(self, batch: Batch) -> Tensor:
+        """Forward, backward, optimizer: the loss [] of this rank's rows."""
+        self._phases.enter("computing features")
+        config, before = self._config, self.step - 1
+        rate = learning_rate(before, config.train.steps, config.optim)
+        decay = ema_decay(before, config.optim.ema_decay)
+        inputs = _inputs(batch, config, self._mesh, before + self._health.skipped_batches)
+        loss = self._engine.step(inputs, lr=rate, ema_decay=decay)
+        self._sample_log.write(self.step, batch.keys)
+        num_tokens = self._model.num_tokens(batch.images, batch.texts)
+        self._meter.step_done(samples=len(batch.texts), tokens=num_tokens)
+        self._bar.update()
+        self._health.step_done(
+            self.step,
+            loss,
+            was_skipped=self._engine.was_skipped,
+            is_excused=self._engine.can_lower_loss_scale,
         )
+        return loss
 
-        save, leave = signals.take()
-        save |= checkpoints.is_due_by_clock()
-        asked = exchange(Requests(save=save, leave=leave, has_failed=checkpoints.has_failed))
+    def hear_requests(self) -> Requests:
+        """What any rank was asked to do; a save that failed ends the run here."""
+        save, leave = self._signals.take()
+        save |= self._checkpoints.is_due_by_clock()
+        failed = self._checkpoints.has_failed
+        asked = self._exchange(Requests(save=save, leave=leave, has_failed=failed))
         if asked.has_failed:
-            checkpoints.wait()  # raises
-        is_logged = _is_due(step, config.log.every_steps, steps)
-        # Weights that stay as they are need no further checkpoint, which would push out others.
-        is_saved = _is_due(step, 0 if health.is_skipping else config.checkpoint.every_steps, steps)
-        is_saved |= asked.save or asked.leave
-        if is_logged or is_saved:
-            data_counts = _share_report(report, config, mesh, step)
-        if is_logged:
-            values = meter.read(loss) | data_counts
-            values |= _optimizer_values(engine, rate) | health.scalars()
-            writer.scalars(step, values)
-            _show(progress, values)
-            result.last = values
-            meter.restart()
-            health.check_loss(step, values["train/loss"])
-            if health.is_spike(step, values["train/loss"]):
-                step = _rewind(checkpoints, engine, health, step)
-                batches = feed(data, config, mesh, step, health.skipped_batches)
-                sample_log = SampleLog(config, mesh, step, health.skipped_batches)
-                writer.cut_back(step)
-                progress.update(step - progress.n)
-                meter.restart()
-                continue
-        if is_saved:
-            checkpoints.save(engine, step, report.state() | {"health": health.state()})
-            meter.restart()
-        if asked.leave and step < steps:
-            checkpoints.wait()
-            raise Preempted(f"asked to leave: {checkpoints.last} is saved")
-        if evaluate and _is_due(step, config.eval.every_steps, steps):
-            result.evaluation = _evaluate(evaluate, engine, writer, step)
-            meter.restart()
-    progress.close()
-    exchange.close()
-    checkpoints.wait()
-    if evaluate and start == steps:  # a finished run is scored again
-        result.evaluation = _evaluate(evaluate, engine, writer, steps)
-    return result
+            self._checkpoints.wait()
+        return asked
+
+    def count_samples(self) -> None:
+        """Add up what the ranks have met in their data, write it down, judge it."""
+        self._phases.enter("logging")
+        report = self._report
+        report.merge(self._mesh.gather(report.take()))
+        if self._mesh.rank == 0:
+            report.write(self._config.run_dir / "data_report.json", step=self.step)
+        self._mesh.agree(report.check)
+
+    def log(self, loss: Tensor) -> bool:
+        """Write the scalars of the step; whether its loss has jumped."""
+        engine = self._engine
+        rate = learning_rate(self.step - 1, self._config.train.steps, self._config.optim)
+        values = self._meter.read(loss) | self._report.scalars() | self._health.scalars()
+        values |= {
+            "train/lr": rate,
+            "train/logit_scale": engine.objective.logit_scale.item(),
+            "train/grad_norm": engine.grad_norm,
+            "train/skipped_steps": engine.skipped_steps,
+        }
+        self._writer.scalars(self.step, values)
+        _show(self._bar, values)
+        self.result.last = values
+        self._meter.restart()
+        self._health.check_loss(self.step, values["train/loss"])
+        return self._health.is_spike(self.step, values["train/loss"])
+
+    def rewind(self) -> None:
+        """Go back to the newest checkpoint, and on from it without the batches since."""
+        self._phases.enter("loading a checkpoint")
+        path = self._checkpoints.newest()
+        if path is None:
+            raise Diverged(
+                f"the loss jumped at step {self.step}, before there is a checkpoint to go back to"
+            )
+        to_step, _ = self._checkpoints.load(self._engine, path)
+        self._health.rewound(self.step, to_step)
+        self.step = to_step
+        self._start_from_here()
+
+    def save(self) -> None:
+        """Begin to save what the run needs to go on from here."""
+        self._phases.enter("saving")
+        state = self._report.state() | {"health": self._health.state()}
+        self._checkpoints.save(self._engine, self.step, state)
+        self._meter.restart()
+
+    def leave(self) -> None:
+        """End before the last step, as asked."""
+        self._checkpoints.wait()
+        raise Preempted(f"asked to leave: {self._checkpoints.last} is saved")
+
+    def evaluate(self, evaluate: Evaluator) -> None:
+        """Score the model as it is."""
+        self._phases.enter("evaluating")
+        try:
+            with self._engine.evaluation_model() as model:
+                self.result.evaluation = evaluate(model, self._writer, self.step)
+        except ValueError as error:
+            raise AgreedError(str(error)) from error
+        self._writer.scalars(self.step, self.result.evaluation)
+        self._meter.restart()
+
+    def finish(self) -> None:
+        """Nothing is under way any more."""
+        self._phases.enter("saving")
+        self._exchange.close()
+        self._checkpoints.wait()
 
 
 def _build_model(config: Config, mesh: Mesh, weights: InitConfig) -> CLIP:
@@ -179,23 +291,6 @@ def _build_model(config: Config, mesh: Mesh, weights: InitConfig) -> CLIP:
     if config.train.compile:
         model.compile_blocks()
     return model
-
-
-def _is_due(step: int, every: int, steps: int) -> bool:
-    """Whether to do what is done every so many steps (0: never) and after the last one."""
-    return step == steps or (every > 0 and step % every == 0)
-
-
-def _rewind(checkpoints: CheckpointStore, engine: Engine, health: Health, step: int) -> int:
-    """Load the newest checkpoint, to go on from it without the batches since; returns its step."""
-    path = checkpoints.newest()
-    if path is None:
-        raise Diverged(
-            f"the loss jumped at step {step}, before there is a checkpoint to go back to"
-        )
-    to_step, _ = checkpoints.load(engine, path)
-    health.rewound(step, to_step)
-    return to_step
 
 
 def _inputs(batch: Batch, config: Config, mesh: Mesh, number: int) -> tuple[Tensor, ...]:
@@ -215,27 +310,6 @@ def _inputs(batch: Batch, config: Config, mesh: Mesh, number: int) -> tuple[Tens
         seed=config.train.seed,
     )
     return batch.images, batch.texts, kept
-
-
-def _evaluate(
-    evaluate: Evaluator, engine: Engine, writer: MetricWriter, step: int
-) -> Mapping[str, float]:
-    try:
-        with engine.evaluation_model() as model:
-            values = evaluate(model, writer, step)
-    except ValueError as error:
-        raise AgreedError(str(error)) from error
-    writer.scalars(step, values)
-    return values
-
-
-def _optimizer_values(engine: Engine, rate: float) -> dict[str, float]:
-    return {
-        "train/lr": rate,
-        "train/logit_scale": engine.objective.logit_scale.item(),
-        "train/grad_norm": engine.grad_norm,
-        "train/skipped_steps": engine.skipped_steps,
-    }
 
 
 def _progress_bar(config: Config, mesh: Mesh, start: int) -> tqdm:
@@ -266,12 +340,3 @@ def _open_data(config: Config, mesh: Mesh) -> TrainData:
         lambda: find_shards(config.data.train, Storage(config.data.cache, config.data.network))
     )
     return mesh.agree(lambda: TrainData(config, groups, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size))
-
-
-def _share_report(report: DataReport, config: Config, mesh: Mesh, step: int) -> dict[str, float]:
-    """Add up what the ranks have met in their data, write it down, judge it."""
-    report.merge(mesh.gather(report.take()))
-    if mesh.rank == 0:
-        report.write(config.run_dir / "data_report.json", step=step)
-    mesh.agree(report.check)
-    return report.scalars()

@@ -16,9 +16,11 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.data import DataError
 from ds_linclip.exit_codes import ExitCode
 from ds_linclip.health import Diverged
+from ds_linclip.orphans import end_with_parent
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.requests import Preempted
 from ds_linclip.trainer import TrainResult, train
+from ds_linclip.watchdog import watched
 from linclip_eval.held_out import HeldOutEvaluator
 
 
@@ -33,6 +35,8 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
     )
+    if "RANK" in os.environ:  # started by a launcher, which is to end its ranks and may be killed
+        end_with_parent()
     try:
         config = load_config(arguments.config, arguments.overrides)
         mesh = Mesh.create(config.parallel)
@@ -40,7 +44,8 @@ def main() -> int:
         return _fail_before_start(error)
     try:
         evaluator = mesh.agree(partial(_open_evaluator, config, mesh))
-        result = train(config, mesh, evaluator)
+        with watched(config, mesh) as progress:
+            result = train(config, mesh, evaluator, progress)
     except AgreedError as error:
         return _end_together(mesh, f"error: {error}", ExitCode.USER_ERROR)
     except Diverged as error:

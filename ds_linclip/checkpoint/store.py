@@ -129,6 +129,10 @@ class CheckpointStore:
                 "this and start again"
             )
 
+    def close(self) -> None:
+        """Let what is being saved come to its end, be it good or bad."""
+        self._writer.wait()
+
     def newest(self) -> Path | None:
         """The newest valid checkpoint of the run folder; None when it holds none.
 

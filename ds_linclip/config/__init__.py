@@ -26,6 +26,7 @@ from ds_linclip.config.schema import (
     TextTower,
     TrainConfig,
     VisionTower,
+    WatchdogConfig,
     ZeroConfig,
 )
 
@@ -49,6 +50,7 @@ __all__ = [
     "TextTower",
     "TrainConfig",
     "VisionTower",
+    "WatchdogConfig",
     "ZeroConfig",
     "as_image_size",
     "check_batch",

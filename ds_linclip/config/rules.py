@@ -69,9 +69,15 @@ def validate(config: Config) -> None:
         ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps),
         ("eval.every_steps", config.eval.every_steps),
         ("log.num_images", config.log.num_images),
+        ("watchdog.timeout_seconds", config.watchdog.timeout_seconds),
     ):
         if value < 0:
             raise ValueError(f"{name} ({value}) must not be negative")
+    ratio = config.watchdog.slow_rank_ratio
+    if ratio != 0 and not ratio > 1:
+        raise ValueError(
+            f"watchdog.slow_rank_ratio ({ratio}) must be greater than 1, or 0 for no warnings"
+        )
     if not config.name or Path(config.name).name != config.name:
         raise ValueError(f"name ({config.name!r}) must be a plain folder name")
 

@@ -371,6 +371,18 @@ class LogConfig:
 
 
 @dataclass(kw_only=True)
+class WatchdogConfig:
+    """Ranks that hang, ranks that are slow."""
+
+    #: Seconds in one phase (a step, a save, an evaluation, ...) after which a rank counts as hung:
+    #: stacks of all ranks are written and the run ends with exit code 76. Must exceed the longest
+    #: phase of a healthy run; process groups give up after 1800. 0: no watch.
+    timeout_seconds: float = 1200.0
+    #: Name a rank whose own part of a step takes so many times that of the median rank; 0: never.
+    slow_rank_ratio: float = 2.0
+
+
+@dataclass(kw_only=True)
 class Config:
     """One whole experiment."""
 
@@ -389,6 +401,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def run_dir(self) -> Path:

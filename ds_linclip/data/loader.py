@@ -26,6 +26,7 @@ from ds_linclip.data.order import GroupSizes, SampleOrder
 from ds_linclip.data.samples import DataError, SampleReader, ShardProblem
 from ds_linclip.data.shards import ShardGroup, raise_file_limit
 from ds_linclip.data.storage import Storage, is_remote, shown
+from ds_linclip.orphans import end_with_parent
 
 __all__ = ["Batch", "TrainData", "ordered_loader"]
 
@@ -366,6 +367,7 @@ def _check_shared_memory(config: Config, local_size: int) -> None:
 
 
 def _start_worker(_worker: int) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     # Signals are the training process's to handle: after SIGTERM it has a step to finish and save,
     # for which it needs its workers. It ends them itself.

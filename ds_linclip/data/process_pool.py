@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
+from ds_linclip.orphans import end_with_parent
+
 __all__ = ["num_usable_cores", "ordered_map"]
 
 Item = TypeVar("Item")
@@ -40,7 +42,7 @@ def ordered_map(
     # Forks of a process that runs threads can hang, and spawned ones would import torch each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ds_linclip.data"])
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -53,6 +55,7 @@ def ordered_map(
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of the terminal; the parent alone ends the work."""
+def _start_worker() -> None:
+    end_with_parent()
+    # Ctrl-C reaches every process of the terminal; the parent alone ends the work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

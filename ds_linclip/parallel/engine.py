@@ -55,6 +55,8 @@ class Engine(ABC):
         monitor: Where scalars and figures go: DeepSpeed's TensorBoard and others.
         objective: The loss, with its latest logit scale.
         shards: What this rank holds of the state, to be saved.
+        on_features: Called in turn in every step when this rank's own forward is done, before it
+            needs other ranks' features.
     """
 
     def __init__(self, model: CLIP, optimizer: optim.Optimizer, config: Config, mesh: Mesh) -> None:
@@ -79,6 +81,7 @@ class Engine(ABC):
         self.shards = StateShards(self._engine, model, mesh)
         self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])
+        self.on_features: list[Callable[[], None]] = []
 
     def step(self, batch: Inputs, *, lr: float, ema_decay: float = 0.0) -> Tensor:
         """One optimizer step on this rank's part of the global batch.
@@ -96,6 +99,10 @@ class Engine(ABC):
             group |= {"lr": lr, "ema_decay": ema_decay}
         parts = zip(*(tensor.chunk(self._num_micro_batches) for tensor in batch), strict=True)
         return self._step(list(parts))
+
+    def _features_ready(self) -> None:
+        for listener in self.on_features:
+            listener()
 
     @property
     def deepspeed_engine(self) -> Any:
@@ -184,6 +191,7 @@ class PlainEngine(Engine):
         is_single = len(micro_batches) == 1
         with torch.set_grad_enabled(is_single):
             outputs = [self._engine(*inputs) for inputs in micro_batches]
+        self._features_ready()
         loss, gradients = self.objective(outputs)
         for number, inputs in enumerate(micro_batches):
             output = outputs[0] if is_single else self._engine(*inputs)
@@ -238,6 +246,7 @@ class PipelineEngine(Engine):
         engine.total_loss, engine._compute_loss = None, False
         with torch.no_grad():
             engine._exec_schedule(engine._inference_schedule(len(micro_batches)))
+        self._features_ready()
         loss, gradients = torch.zeros((), device=self._mesh.device), nothing
         if engine.is_last_stage():
             loss, found = self.objective([tuple(output) for output in engine.fwd_outputs])

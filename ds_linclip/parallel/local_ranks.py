@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ds_linclip.orphans import end_with_parent
+
 __all__ = ["run_ranks"]
 
 
@@ -45,6 +47,7 @@ def run_ranks(world_size: int, fn: Callable[..., object], *arguments: Any) -> No
 def _rank(
     rank: int, world_size: int, port: int, fn: Callable[..., object], *arguments: Any
 ) -> None:
+    end_with_parent()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

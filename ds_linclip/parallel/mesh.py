@@ -148,6 +148,13 @@ class Mesh:
             dist.all_gather_object(values, value, group=self.dp.group)
         return values
 
+    def gather_all(self, value: T) -> list[T]:
+        """What every rank of the mesh gives, which can be pickled, in rank order, to all."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def from_rank_zero(self, fn: Callable[[], T]) -> T:
         """Run ``fn`` on rank 0 and give its result, which can be pickled, to every rank.
 

@@ -1,0 +1,197 @@
+"""Runs under ``launch/supervise.py`` that are killed, and end as if nothing had happened."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from forked_ranks import train_in_ranks
+from killed_runs import batches
+from process_tree import below, is_running, launcher_and_ranks
+
+from ds_linclip.config import load_config
+
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
+REPOSITORY = Path(__file__).parents[2]
+SUPERVISE = REPOSITORY / "launch" / "supervise.py"
+EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def overrides(embedded_overrides: list[str]) -> list[str]:
+    return [
+        *(*embedded_overrides, "eval.data=null", f"train.steps={STEPS}", "optim.warmup_steps=4"),
+        *("model.vision.image_size=16", "model.vision.layers=1", "model.text.layers=1"),
+        *("data.num_workers=1", "train.global_batch_size=16", "checkpoint.every_steps=5"),
+        *("log.every_steps=1", "log.sample_keys=true", "log.tensorboard=false"),
+    ]
+
+
+@pytest.fixture
+def supervise() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the supervisor; what it has started ends with the test."""
+    started = []
+
+    def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+        running = subprocess.Popen(
+            [sys.executable, *map(str, (SUPERVISE, *arguments))],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(running)
+        return running
+
+    yield start
+    for running in started:
+        for process in [*below(running.pid), running.pid] if running.poll() is None else []:
+            os.kill(process, signal.SIGKILL)
+        running.communicate()
+
+
+def steps_logged(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def wait_until(condition: Callable[[], bool], running: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 200
+    while not condition():
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "victims",
+    [
+        ("rank", "launcher"),
+        pytest.param(("stopped rank", "launcher", "rank"), marks=pytest.mark.slow),
+    ],
+)
+def test_run_ends_as_if_nobody_had_disturbed_it(victims, supervise, overrides, tmp_path):
+    """kill -9 of a rank, SIGSTOP of a rank, kill -9 of the launcher, each mid-run; then the end."""
+    config = load_config(
+        EMBEDDED, [*overrides, f"output_dir={tmp_path}", "name=whole", "data.num_workers=0"]
+    )
+    whole, _ = train_in_ranks(config, 2)
+    run = tmp_path / "killed"
+    # Not much longer than a healthy start takes, where a hang is to be waited for.
+    timeout = ["watchdog.timeout_seconds=12"] if "stopped rank" in victims else []
+    options = ("--ranks", 2, "--backoff-seconds", 0.1, "--max-restarts", 1)
+    running = supervise(
+        *options, EMBEDDED, *overrides, f"output_dir={tmp_path}", "name=killed", *timeout
+    )
+
+    seen = 5
+    for victim in victims:
+        # Newer steps than before, and beyond a checkpoint.
+        wait_until(
+            lambda seen=seen: any(s > seen and s % 5 == 2 for s in steps_logged(run)), running
+        )
+        seen = max(steps_logged(run)) + 5
+        launcher, ranks = launcher_and_ranks(running.pid)
+        everything = [launcher, *below(launcher)]
+        assert len(ranks) == 2
+        assert len(everything) >= 5  # two data workers
+        number = signal.SIGSTOP if victim == "stopped rank" else signal.SIGKILL
+        os.kill(launcher if victim == "launcher" else ranks[1], number)
+        at = time.monotonic()
+        wait_until(lambda left=everything: not any(map(is_running, left)), running)
+        seconds = time.monotonic() - at
+        assert seconds < {"rank": 35, "stopped rank": 45, "launcher": 10}[victim]
+    out, err = running.communicate(timeout=200)
+    assert running.returncode == 0, out + err
+
+    restarts = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
+    expected = {
+        "rank": (247, "a rank was ended by signal 9", 2),
+        "stopped rank": (76, "hung", 2),
+        "launcher": (0, "the launcher was killed", 2),
+    }
+    found = [(each["exit_code"], each["reason"], each["ranks"]) for each in restarts]
+    assert found == [expected[victim] for victim in victims]
+    steps = [each["step"] for each in restarts]
+    assert all(step % 5 == 0 for step in steps)
+    assert steps == sorted(set(steps))
+    assert all(0.1 <= each["seconds_down"] < 60 for each in restarts)
+
+    # Steps done twice are the same twice, and all are those of a run that nobody disturbed.
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {(r["step"], r["train/loss"]) for r in records} == set(whole.items())
+    assert len(records) > STEPS
+    keys, starts = batches(run)
+    assert keys == batches(tmp_path / "whole")[0]
+    assert [start for start, _ in sorted(starts)] == [0, *steps]
+
+
+@pytest.mark.slow
+def test_users_error_is_not_tried_again(supervise, overrides, tmp_path):
+    running = supervise(
+        *(
+            "--ranks",
+            2,
+            EMBEDDED,
+            *overrides,
+            f"output_dir={tmp_path}",
+            "data.train=['no/{0..1}.tar']",
+        )
+    )
+    _, err = running.communicate(timeout=200)
+    assert running.returncode == 2, err
+    assert err.count("error: ") == 1 + err.count("[ERROR]")
+    assert not list(tmp_path.rglob("restarts.jsonl"))
+
+
+@pytest.mark.slow
+def test_asked_to_leave_it_does_not_start_again(supervise, overrides, tmp_path):
+    running = supervise("--ranks", 2, EMBEDDED, *overrides, f"output_dir={tmp_path}")
+    wait_until(lambda: len(steps_logged(tmp_path / "embedded")) > 2, running)
+    everything = below(running.pid)
+    running.terminate()
+    out, err = running.communicate(timeout=60)
+    assert running.returncode not in (0, 1), out + err
+    assert not any(map(is_running, everything))
+    assert not list(tmp_path.rglob("restarts.jsonl"))
+
+
+@pytest.mark.slow
+def test_host_that_does_not_answer_is_left_out(supervise, overrides, tmp_path):
+    """ssh and pdsh are scripts here: one host is this machine, the other is down."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "ssh").write_text(
+        "#!/bin/bash\n"
+        "while [[ $1 == -* ]]; do shift 2; done\n"
+        '[ "$1" = localhost ] || exit 255\nshift\nexec "$@"\n'
+    )
+    (tools / "pdsh").write_text("#!/bin/bash\nexit 255\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("localhost slots=3\nnode-7 slots=3\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = supervise(
+        *("--hostfile", hostfile, "--backoff-seconds", 0, "--deepspeed", f"--master_port {port}"),
+        *(EMBEDDED, *overrides, f"output_dir={tmp_path}", "name=left", "train.steps=5"),
+        PATH=f"{tools}:{os.environ['PATH']}",
+    )
+    out, err = running.communicate(timeout=200)
+    assert running.returncode == 0, out + err
+    assert "host node-7 does not answer and is left out" in err
+    (restart,) = map(json.loads, (tmp_path / "left" / "restarts.jsonl").read_text().splitlines())
+    # Of three slots two ranks: three do not divide the batch of 16.
+    assert (restart["ranks"], restart["hosts"], restart["exit_code"]) == (2, ["localhost"], 255)
+    assert (tmp_path / "left" / "hostfile").read_text() == "localhost slots=2\n"
