@@ -40,6 +40,7 @@ class OwnTimes:
         self._mesh = mesh
         self._bound = bound
         self._on_gpu = mesh.device.type == "cuda"
+        self._suspect: int | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -64,8 +65,9 @@ class OwnTimes:
 
         A rank's time is the median of its steps, so that a compilation or a single late batch does
         not count. With an even number of ranks the median rank is the lower of the middle two. Rank
-        0 warns when the bound is exceeded and the lag is a notable part of a step. Called by all
-        ranks together, after the device has done the last step.
+        0 warns when the same rank exceeds the bound for the second time running, and its lag is a
+        notable part of a step. Called by all ranks together, after the device has done the last
+        step.
 
         Args:
             seconds_per_step: Wall time.
@@ -74,8 +76,9 @@ class OwnTimes:
         times, hosts = zip(*self._mesh.gather_all(mine), strict=True)
         rank, ratio = slowest(times)
         lag = times[rank] - times[rank] / ratio
-        is_notable = lag > _NOTABLE_SHARE * seconds_per_step
-        if self._mesh.rank == 0 and 0 < self._bound < ratio and is_notable:
+        is_slow = 0 < self._bound < ratio and lag > _NOTABLE_SHARE * seconds_per_step
+        was_slow, self._suspect = self._suspect == rank, rank if is_slow else None
+        if self._mesh.rank == 0 and is_slow and was_slow:
             logger.warning(
                 "rank %d (host %s) is slow: %.3f s of its own per step, %.1f times the median "
                 "rank's; all ranks wait for it",

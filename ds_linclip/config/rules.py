@@ -71,7 +71,7 @@ def validate(config: Config) -> None:
         ("log.num_images", config.log.num_images),
         ("watchdog.timeout_seconds", config.watchdog.timeout_seconds),
     ):
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name} ({value}) must not be negative")
     ratio = config.watchdog.slow_rank_ratio
     if ratio != 0 and not ratio > 1:

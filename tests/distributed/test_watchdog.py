@@ -147,7 +147,7 @@ def test_slow_rank_is_named_and_does_not_hang(overrides, tmp_path):
     for record in records:
         assert 2 < record["perf/slowest_rank_ratio"] < 4.5
     warnings = (tmp_path / "rank-0.log").read_text()
-    assert len(re.findall(r"rank 1 \(host \S+\) is slow: 0\.\d+ s of its own per", warnings)) == 2
+    assert len(re.findall(r"rank 1 \(host \S+\) is slow: 0\.\d+ s of its own per", warnings)) == 1
     assert "slow" not in (tmp_path / "rank-1.log").read_text()
     assert not (config.run_dir / "hang").exists()
     assert not (config.run_dir / "watchdog").exists()
