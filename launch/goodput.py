@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib.pyplot as plt
 from bench_place import commit_of, device_name, folder_name
@@ -143,20 +144,37 @@ def _reference(common: Sequence[str]) -> float:
 
 
 class _Log:
-    """Reads a growing file of JSON lines."""
+    """Reads a growing file of JSON lines, which a start of the run may cut back first."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._kept: list[bytes] = []
 
     def read(self) -> list[dict]:
         """The lines that have come since the last call."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines()]
+        seen = self._whole_lines()
+        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
+            self._file.close()  # cut back: another file is in its place
+            self._file = None
+        if self._file is None and self._path.exists():
+            self._file = self._path.open("rb")
+            before, self._kept = self._kept, []
+            now = self._whole_lines()
+            pairs = zip(before, now, strict=False)
+            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            seen += now[shared:]
+        return [json.loads(line) for line in seen]
+
+    def _whole_lines(self) -> list[bytes]:
+        """What follows in the open file, up to the last end of a line."""
+        lines: list[bytes] = []
+        while self._file is not None and (line := self._file.readline()).endswith(b"\n"):
+            lines.append(line)
+        if self._file is not None and line:
+            self._file.seek(-len(line), os.SEEK_CUR)
+        self._kept += lines
+        return lines
 
 
 def _killed_run(

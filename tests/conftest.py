@@ -1,6 +1,7 @@
 """Shared by all tests: the embedded dataset, written once, and a way to start ranks for real."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def start_deepspeed_cpu() -> Callable[..., subprocess.Popen[str]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     return start
@@ -66,7 +68,7 @@ def deepspeed_cpu(
             try:
                 out, err = running.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
-                running.terminate()  # it ends its ranks
+                os.killpg(running.pid, signal.SIGKILL)  # the launcher would leave its ranks
                 raise
             return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
