@@ -79,7 +79,8 @@ goodput: $(STAMP) | data/embedded
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)
-	$(BIN)/python kernels/benchmarks/bench_attention.py --device cuda --budget-seconds 400
+	$(BIN)/python kernels/benchmarks/bench_attention.py --device cuda --budget-seconds 360
+	$(BIN)/python launch/bench_loss.py --device cuda
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -167,6 +167,8 @@ class StateShards:
         for number, flat in enumerate(flat_tensors(zero, rank)):
             with _in_memory(zero, number):
                 state = _states(zero)[flat.tensor]
+                for stale in state.keys() - set(kinds) - set(scalars["optimizer"]):
+                    del state[stale]  # nothing was trained yet when this was saved
                 for kind in kinds:
                     if kind not in state:
                         state[kind] = torch.zeros_like(flat.tensor, requires_grad=False)

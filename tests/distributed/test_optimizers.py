@@ -64,3 +64,16 @@ def test_state_goes_on_with_another_stage_on_other_ranks(job, saved, loaded):
     assert toy.largest_difference(toy.module_weights(engine), expected) < 1e-6
     with ema_weights(engine):
         assert toy.largest_difference(toy.module_weights(engine), averages) < 1e-6
+
+
+@pytest.mark.parametrize("form", ["fp32_zero1", "fp32_zero3"])
+def test_state_of_before_the_first_step_takes_back_what_came_since(tmp_path, form):
+    engine, mesh = toy.make_engine(Mesh.create(), "adamw", form), Mesh.create()
+    toy.save(engine, mesh, tmp_path)
+    toy.train(engine, mesh, [0, 1])
+    toy.load(engine, mesh, tmp_path)
+    toy.train(engine, mesh, range(3))
+    expected, averages = toy.train_in_one_process("adamw", 3)
+    assert toy.largest_difference(toy.module_weights(engine), expected) < 1e-6
+    with ema_weights(engine):
+        assert toy.largest_difference(toy.module_weights(engine), averages) < 1e-6
