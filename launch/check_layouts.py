@@ -165,7 +165,8 @@ def run(layout: Layout, attention: str, steps: int, overrides: Sequence[str]) ->
                 *overrides,
                 *(f"output_dir={folder}", "name=run", f"train.steps={steps}", "eval.data=null"),
                 *(f"train.global_batch_size={BATCH}", "data.num_workers=0", "log.every_steps=1"),
-                *("log.tensorboard=false", "optim.warmup_steps=10", "checkpoint.every_steps=1000"),
+                *("log.tensorboard=false", f"optim.warmup_steps={min(10, steps // 2)}"),
+                "checkpoint.every_steps=1000",
                 # The bias of softmax's keys has no gradient but rounding: with a small eps Adam
                 # would take it for one.
                 *("optim.lr=3e-4", "optim.eps=1e-4"),

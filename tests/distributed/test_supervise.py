@@ -118,6 +118,7 @@ def test_run_ends_as_if_nobody_had_disturbed_it(victims, supervise, overrides, t
         assert seconds < {"rank": 35, "stopped rank": 45, "launcher": 10}[victim]
     out, err = running.communicate(timeout=200)
     assert running.returncode == 0, out + err
+    assert ("error: hang: rank 1 " in err) == ("stopped rank" in victims)
 
     restarts = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
     expected = {

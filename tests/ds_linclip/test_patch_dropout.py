@@ -125,14 +125,14 @@ def test_without_dropout_the_model_gets_no_choice():
     dp, pp = SimpleNamespace(rank=1, size=2), SimpleNamespace(rank=0, size=1)
     place = SimpleNamespace(device=torch.device("cpu"), dp=dp, pp=pp)
     plain = load_config("ds_configs/train/embedded.yaml", ["train.global_batch_size=8"])
-    assert len(_inputs(batch, plain, place, 1)) == 2
+    assert len(_inputs(batch, plain, place, 0)) == 2
     dropped = load_config(
         "ds_configs/train/embedded.yaml",
         ["train.global_batch_size=8", "model.vision.patch_dropout=0.5"],
     )
-    first, second = (_inputs(batch, dropped, place, step)[2] for step in (1, 2))
+    first, second = (_inputs(batch, dropped, place, number)[2] for number in (0, 1))
     assert first.shape == (4, 32)
-    assert not torch.equal(first, second)  # another choice at every step
+    assert not torch.equal(first, second)  # another choice for every batch
     # Samples are counted over the whole run: those of rank 1 of the first batch are 4 to 7.
     expected = kept_patches(torch.arange(4, 8), num_patches=64, num_kept=32, seed=0)
     assert torch.equal(first, expected)
