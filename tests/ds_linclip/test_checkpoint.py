@@ -92,6 +92,17 @@ def test_weights_that_cannot_be_read_are_named(run):
         load_weights(checkpoint, mesh)
 
 
+def test_whatever_ends_a_save_is_not_taken_for_success(run, monkeypatch):
+    shutil.rmtree(run.run_dir / "checkpoints" / "step-00000006")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("checkpoints cannot be read: Input/output error")
+
+    monkeypatch.setattr("ds_linclip.checkpoint.writer.prune", refuse)
+    with pytest.raises(AgreedError, match=r"step-00000006 was not saved: .* Input/output error"):
+        train(run, Mesh.create())
+
+
 @pytest.mark.parametrize(("before", "after"), [(None, 4), (4, None)])
 def test_bf16_goes_on_with_other_micro_batches(embedded_overrides, tmp_path, before, after):
     """With accumulation DeepSpeed has another optimizer for bf16, without a loss scale."""
