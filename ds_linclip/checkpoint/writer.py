@@ -154,8 +154,8 @@ class CheckpointWriter:
                 everything = [piece for _, _, of_rank in ranks for piece in of_rank]
                 try:
                     self._commit(staging, final, facts, everything)
-                except (OSError, ValueError, AssertionError) as error:  # the other ranks wait for an answer
-                    problem = str(error)
+                except (OSError, ValueError, AssertionError) as error:
+                    problem = str(error)  # the other ranks wait for an answer
             if problem is not None:
                 shutil.rmtree(staging, ignore_errors=True)
         (problem, *_) = self._gather(problem)
