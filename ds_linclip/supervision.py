@@ -68,7 +68,7 @@ def newest_step(run_dir: Path) -> int:
     """Step of the newest committed checkpoint, valid or not; 0 without one."""
     folder = run_dir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    found = (re.fullmatch(r"step-(\d{8})", name) for name in names)
+    found = (re.fullmatch(r"step-(\d{8,})", name) for name in names)
     return max((int(match[1]) for match in found if match), default=0)
 
 

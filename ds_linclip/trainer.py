@@ -204,11 +204,12 @@ class _Run:
     def hear_requests(self) -> Requests:
         """What any rank was asked to do; a save that failed ends the run here."""
         save, leave = self._signals.take()
-        save |= self._checkpoints.is_due_by_clock()
+        save |= not self._health.is_skipping and self._checkpoints.is_due_by_clock()
         failed = self._checkpoints.has_failed
         asked = self._exchange(Requests(save=save, leave=leave, has_failed=failed))
         if asked.has_failed:
             self._checkpoints.wait()
+            raise AgreedError(f"another rank takes {self._checkpoints.last} for not saved")
         return asked
 
     def count_samples(self) -> None:

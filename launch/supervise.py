@@ -137,6 +137,8 @@ class Supervisor:
             hostfile.parent.mkdir(parents=True, exist_ok=True)
             hostfile.write_text(format_hostfile(hosts))
             command += ["--hostfile", str(hostfile)]
+            if len(hosts) == 1 and not _is_here(next(iter(hosts))):
+                command.append("--force_multi")  # DeepSpeed takes a single host for this machine
         else:
             # The port of a killed run may not be free yet.
             command += ["--master_port", str(_free_port())]
@@ -166,14 +168,14 @@ class Supervisor:
     def _forward(self) -> None:
         """Ask the ranks to leave.
 
-        On one machine they are asked themselves: the launcher would end them after 30 seconds,
-        whatever they are doing, and hide their exit code. On several, its own way has to do.
+        Those on this machine are asked themselves, and tell the others: the launcher would end them
+        after 30 seconds, whatever they are doing, and hide their exit code. Where all are
+        elsewhere, its own way has to do.
         """
         if self._launcher is None or self._launcher.poll() is not None:
             return
         _, ranks = launcher_and_ranks(self._launcher.pid)
-        targets = ranks if ranks and not self.arguments.hostfile else [self._launcher.pid]
-        for process in targets:
+        for process in ranks or [self._launcher.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGTERM)
 
@@ -187,6 +189,15 @@ def _end_group(leader: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(leader, signal.SIGKILL)
         time.sleep(0.1)
+
+
+def _is_here(host: str) -> bool:
+    """Whether it is this machine: nobody can listen at another one's address."""
+    try:
+        with socket.create_server((host, 0)):
+            return True
+    except OSError:
+        return False
 
 
 def _free_port() -> int:

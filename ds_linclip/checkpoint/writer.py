@@ -121,10 +121,13 @@ class CheckpointWriter:
         buffer.copy_(tensor, non_blocking=True)
 
     def _run(self, step: int, facts: dict[str, Any], pieces: list[PieceFacts]) -> None:
+        problem: str | None = "the thread that saves has failed"  # unless it says otherwise
         try:
-            self._failure = self._write(step, facts, pieces)
+            problem = self._write(step, facts, pieces)
         except RuntimeError as error:  # the connections: another rank has gone
-            self._failure = f"the ranks lost each other: {error}"
+            problem = f"the ranks lost each other: {error}"
+        finally:
+            self._failure = problem
 
     def _write(self, step: int, facts: dict[str, Any], pieces: list[PieceFacts]) -> str | None:
         begun = time.perf_counter()
@@ -151,8 +154,8 @@ class CheckpointWriter:
                 everything = [piece for _, _, of_rank in ranks for piece in of_rank]
                 try:
                     self._commit(staging, final, facts, everything)
-                except (OSError, AssertionError) as error:  # the other ranks wait for an answer
-                    problem = str(error)
+                except (OSError, ValueError, AssertionError) as error:
+                    problem = str(error)  # the other ranks wait for an answer
             if problem is not None:
                 shutil.rmtree(staging, ignore_errors=True)
         (problem, *_) = self._gather(problem)

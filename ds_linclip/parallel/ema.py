@@ -31,13 +31,12 @@ def ema_weights(engine: Any) -> Iterator[None]:
 
     Before the first step there is no average and the weights stay. Needs no extra memory: weights
     and averages change places in the optimizer, and DeepSpeed fills the module from there, as it
-    does after a step; bit for bit the same again afterwards. No training step within.
+    does after a step; bit for bit the same again afterwards. No training step within. An exception
+    leaves the averages there: it may be one rank's alone, and changing back takes all of them.
     """
     _exchange(engine.optimizer)
-    try:
-        yield
-    finally:
-        _exchange(engine.optimizer)
+    yield
+    _exchange(engine.optimizer)
 
 
 @torch.no_grad()

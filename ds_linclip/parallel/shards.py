@@ -17,7 +17,8 @@ from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["FlatTensor", "Piece", "StateShards", "fill_module", "flat_tensors"]
 
-#: State of fp16's dynamic loss scale.
+#: State of fp16's dynamic loss scale. In bf16 and fp32 some of DeepSpeed's optimizers have a scale
+#: of 1, others none.
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -177,8 +178,9 @@ class StateShards:
         for piece in self.held():
             for kind, tensor in piece.tensors.items():
                 tensor.copy_(read(piece, kind))
-        for name, value in scalars["loss_scaler"].items():
-            setattr(zero.loss_scaler, name, value)
+        if (scaler := getattr(zero, "loss_scaler", None)) is not None:
+            for name, value in scalars["loss_scaler"].items():
+                setattr(scaler, name, value)
         self._engine.skipped_steps = scalars["skipped_steps"]
 
     def _locked_piece(self, name: str, p: Any) -> Piece:

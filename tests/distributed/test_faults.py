@@ -170,6 +170,20 @@ def test_no_space_for_one_rank_commits_on_none(whole, config, is_asynchronous):
     assert_goes_on(config, whole)
 
 
+def fail_alone(config: Config, mesh: Mesh, step: int) -> None:
+    if mesh.rank == 1:
+        raise OSError("only rank 1 cannot read this")
+    mesh.barrier()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_evaluation_that_fails_on_one_rank_ends_that_rank(config, stage):
+    """With averages in place of the weights, which all ranks together would change back."""
+    config.optim.ema_decay, config.zero.stage = 0.5, stage
+    with pytest.raises(RuntimeError, match="a rank of 2 failed"):
+        in_ranks(config, fail_alone)
+
+
 def refuse_removal(config: Config, mesh: Mesh, step: int) -> None:
     """The name that the oldest checkpoint gets before it is removed is taken."""
     if step == 3 and mesh.rank == 0:

@@ -203,3 +203,23 @@ def test_host_that_does_not_answer_is_left_out(supervise, overrides, tmp_path):
     # Of three slots two ranks: three do not divide the batch of 16.
     assert (restart["ranks"], restart["hosts"], restart["exit_code"]) == (2, ["localhost"], 255)
     assert (tmp_path / "left" / "hostfile").read_text() == "localhost slots=2\n"
+
+
+@pytest.mark.slow
+def test_single_host_elsewhere_is_not_taken_for_this_machine(supervise, overrides, tmp_path):
+    """ssh and pdsh are scripts here."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "ssh").write_text("#!/bin/bash\necho 10.0.0.7\n")
+    (tools / "pdsh").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/asked\nexit 2\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-7.invalid slots=2\n")
+    running = supervise(
+        *("--hostfile", hostfile, EMBEDDED, *overrides, f"output_dir={tmp_path}"),
+        PATH=f"{tools}:{os.environ['PATH']}",
+    )
+    out, err = running.communicate(timeout=200)
+    assert running.returncode == 2, out + err
+    assert "-w node-7.invalid" in (tmp_path / "asked").read_text()

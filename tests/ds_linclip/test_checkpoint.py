@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
@@ -89,3 +90,29 @@ def test_weights_that_cannot_be_read_are_named(run):
     path.unlink()
     with pytest.raises(ValueError, match=r"checkpoint \(.*safetensors\) does not match"):
         load_weights(checkpoint, mesh)
+
+
+def test_whatever_ends_a_save_is_not_taken_for_success(run, monkeypatch):
+    shutil.rmtree(run.run_dir / "checkpoints" / "step-00000006")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("checkpoints cannot be read: Input/output error")
+
+    monkeypatch.setattr("ds_linclip.checkpoint.writer.prune", refuse)
+    with pytest.raises(AgreedError, match=r"step-00000006 was not saved: .* Input/output error"):
+        train(run, Mesh.create())
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 4), (4, None)])
+def test_bf16_goes_on_with_other_micro_batches(embedded_overrides, tmp_path, before, after):
+    """With accumulation DeepSpeed has another optimizer for bf16, without a loss scale."""
+    overrides = [*embedded_overrides, *SMALL, f"output_dir={tmp_path}", "train.precision=bf16"]
+    config = load_config("ds_configs/train/embedded.yaml", [*overrides, "name=run"])
+    config.train.micro_batch_size = before
+    train(config, Mesh.create())
+    whole = losses(config)
+    shutil.rmtree(config.run_dir / "checkpoints" / "step-00000006")
+    config.train.micro_batch_size = after
+    train(config, Mesh.create())
+    assert [step for step, _ in losses(config)] == [1, 2, 3, 4, 5, 6]
+    assert dict(losses(config)) == pytest.approx(dict(whole), rel=1e-2)
