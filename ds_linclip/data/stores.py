@@ -82,7 +82,9 @@ class Version:
 
 
 def shown(url: str) -> str:
-    """The URL without what may be secret: user and password, query, fragment; paths as they are."""
+    """The URL without what may be secret: user and password, query, fragment; paths as they are,
+    but for bytes that no encoding knows."""
+    url = url.encode(errors="backslashreplace").decode()
     if "://" not in url:
         return url
     return re.sub(r"(?<=://)[^/?#]*@", "", url).partition("?")[0].partition("#")[0]
