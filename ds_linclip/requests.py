@@ -84,6 +84,8 @@ class Signals:
         finally:
             for number, action in before.items():
                 signal.signal(number, action)
+            if self._leave:  # under way: once more must not cut it short
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def take(self) -> tuple[bool, bool]:
         """Whether to save, and whether to leave, has been asked since this was last called."""

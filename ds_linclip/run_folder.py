@@ -10,6 +10,7 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ _OF_A_RUN = (_CONFIG, "checkpoints")
 _BEFORE_A_RUN = (_LOCK, f"{_CONFIG}.tmp", "watchdog", "hang", "restarts.jsonl", "hostfile")
 #: Where launchers write what a run says.
 _LOGS = {".log", ".out", ".err"}
+#: Seconds in which a file server learns that the node of a lock is dead.
+_LEASE = 180.0
 #: Answers of file systems that keep no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _VERSIONS = (
@@ -112,15 +115,14 @@ class RunFolder:
         except OSError as error:
             return None, self._unwritable(error)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = file.read().strip() or "another process"
+            holder = _lock(file, path)
+            if holder is not None:
                 file.close()
                 return None, (
                     f"run folder ({self.path}) is in use by {holder}: stop that run, or choose "
                     "another name or output_dir"
                 )
+        except OSError as error:
             if error.errno not in _NO_LOCKS:
                 file.close()
                 return None, self._unwritable(error)
@@ -130,7 +132,8 @@ class RunFolder:
                 error.strerror,
             )
         try:
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             file.write(_holder() + "\n")
             file.flush()
         except OSError as error:
@@ -172,6 +175,33 @@ class RunFolder:
 
     def _unwritable(self, error: OSError) -> str:
         return f"output_dir ({self._config.output_dir}) cannot be written: {error}"
+
+
+def _lock(file: IO[str], path: Path) -> str | None:
+    """Lock a file; who holds it if that cannot be done.
+
+    A holder on another host may be dead without the file server's knowledge, until its lease ends:
+    a run that is started again after the loss of a node waits for that.
+    """
+    until = time.monotonic() + _LEASE
+    is_told = False
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        else:
+            return None
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        is_here = holder.startswith(f"host {socket.gethostname()},")
+        if is_here or time.monotonic() >= until:
+            return holder
+        if not is_told:
+            logger.warning("waiting %.0f s for %s to let go of %s", _LEASE, holder, path)
+            is_told = True
+        time.sleep(1)
 
 
 def _holder() -> str:

@@ -6,6 +6,7 @@ file is there and every parameter complete, writes the manifest, renames the fol
 ``latest``. Whatever is interrupted in between is not a checkpoint.
 """
 
+import logging
 import math
 import os
 import shutil
@@ -31,11 +32,13 @@ from ds_linclip.checkpoint.shard_files import (
     write_shard,
     write_synced,
 )
-from ds_linclip.config import CheckpointConfig, Config, save_config
+from ds_linclip.config import Config, save_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.shards import StateShards
 
 __all__ = ["CheckpointWriter", "shard_name"]
+
+logger = logging.getLogger(__name__)
 
 
 def shard_name(rank: int) -> str:
@@ -165,7 +168,7 @@ class CheckpointWriter:
         self, staging: Path, final: Path, facts: dict[str, Any], pieces: Sequence[PieceFacts]
     ) -> None:
         """Rank 0, when every rank has written: make a checkpoint of the folder."""
-        _check_complete(pieces)
+        _check_complete(pieces, self._mesh.tp.size)
         for name, found in facts["files"].items():
             if not (staging / name).is_file() or (staging / name).stat().st_size != found["size"]:
                 raise OSError(
@@ -178,12 +181,16 @@ class CheckpointWriter:
         write_manifest(staging, facts, pieces)
         sync_directory(staging)
         staging.rename(final)
-        newest = self._directory / "latest.tmp"
-        write_synced(newest, final.name)
-        os.replace(newest, self._directory / "latest")
         sync_directory(self._directory)
-        kept: CheckpointConfig = self._config.checkpoint
-        prune(self._directory, keep_last=kept.keep_last, keep_every_steps=kept.keep_every_steps)
+        kept = self._config.checkpoint
+        newest = self._directory / "latest.tmp"
+        try:
+            write_synced(newest, final.name)
+            os.replace(newest, self._directory / "latest")
+            sync_directory(self._directory)
+            prune(self._directory, keep_last=kept.keep_last, keep_every_steps=kept.keep_every_steps)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is saved, but what follows a save failed: %s", final, error)
 
     def _gather(self, value: Any) -> list[Any]:
         values = [value] * self._mesh.world_size
@@ -201,14 +208,19 @@ def _first_problem(problems: Sequence[str | None]) -> str | None:
     return f"{text} (rank {rank}{others} of {len(problems)})"
 
 
-def _check_complete(pieces: Sequence[PieceFacts]) -> None:
-    """An invariant of the layout: nothing of the model is left out or saved twice."""
-    sizes: dict[tuple[str, int], int] = defaultdict(int)
+def _check_complete(pieces: Sequence[PieceFacts], tp_size: int) -> None:
+    """An invariant of the layout: nothing of a parameter is left out or saved twice."""
+    saved: dict[str, list[PieceFacts]] = defaultdict(list)
     for piece in pieces:
-        sizes[piece.name, piece.tp_rank] += piece.numel
-    shapes = {piece.name: piece.shape for piece in pieces}
-    for (name, tp_rank), size in sizes.items():
-        assert size == math.prod(shapes[name]), f"{name} on tensor-parallel rank {tp_rank}: {size}"
+        saved[piece.name].append(piece)
+    for name, parts in saved.items():
+        ranks = range(1 if parts[0].split_dim is None else tp_size)
+        for tp_rank in ranks:
+            end = 0
+            for part in sorted((p for p in parts if p.tp_rank == tp_rank), key=lambda p: p.start):
+                assert part.start == end, f"{name}: elements {end} to {part.start} on {tp_rank}"
+                end += part.numel
+            assert end == math.prod(parts[0].shape), f"{name}: {end} elements on {tp_rank}"
 
 
 def _facts_of(path: Path) -> FileFacts:

@@ -92,15 +92,25 @@ def test_weights_that_cannot_be_read_are_named(run):
         load_weights(checkpoint, mesh)
 
 
-def test_whatever_ends_a_save_is_not_taken_for_success(run, monkeypatch):
-    shutil.rmtree(run.run_dir / "checkpoints" / "step-00000006")
+@pytest.mark.parametrize("step", ["write_manifest", "prune"])
+def test_failure_before_the_commit_ends_the_run_and_after_it_is_told(
+    run, monkeypatch, caplog, step
+):
+    newest = run.run_dir / "checkpoints" / "step-00000006"
+    shutil.rmtree(newest)
 
     def refuse(*_: object, **__: object) -> None:
-        raise ValueError("checkpoints cannot be read: Input/output error")
+        raise ValueError("Input/output error")
 
-    monkeypatch.setattr("ds_linclip.checkpoint.writer.prune", refuse)
-    with pytest.raises(AgreedError, match=r"step-00000006 was not saved: .* Input/output error"):
+    monkeypatch.setattr(f"ds_linclip.checkpoint.writer.{step}", refuse)
+    if step == "write_manifest":
+        with pytest.raises(AgreedError, match=r"step-00000006 was not saved: Input/output error"):
+            train(run, Mesh.create())
+        assert not newest.exists()
+    else:
         train(run, Mesh.create())
+        assert f"{newest} is saved, but what follows a save failed" in caplog.text
+        assert latest_checkpoint(run.run_dir) == newest
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, 4), (4, None)])

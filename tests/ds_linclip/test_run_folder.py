@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,7 +47,7 @@ def hold_until_killed(config: Config, ready: Connection) -> None:
 
 
 @pytest.mark.faults
-def test_second_run_is_refused_until_the_first_is_killed(config):
+def test_second_run_is_refused_until_the_first_is_killed(config, monkeypatch, caplog):
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["ds_linclip.trainer"])
     ready, theirs = server.Pipe()
@@ -67,10 +68,17 @@ def test_second_run_is_refused_until_the_first_is_killed(config):
         assert f"pid {first.pid}, user " in message
         assert message.endswith("stop that run, or choose another name or output_dir")
         assert "\n" not in message
-        os.kill(first.pid, signal.SIGKILL)
-        first.join()
-        os.kill(worker, 0)  # its worker is still there
+        # Of another host, it may be dead: its lock is waited for.
+        (config.run_dir / "lock").write_text("host elsewhere, pid 1, user ada, since yesterday")
+        monkeypatch.setattr(run_folder, "_LEASE", 1.5)
+        with pytest.raises(AgreedError, match="in use by host elsewhere, pid 1"):
+            RunFolder.hold(config, Mesh.create()).__enter__()
+        assert "waiting 2 s for host elsewhere, pid 1" in caplog.text
+        monkeypatch.setattr(run_folder, "_LEASE", 60.0)
+        threading.Timer(1.5, os.kill, [first.pid, signal.SIGKILL]).start()
         with RunFolder.hold(config, Mesh.create()):
+            first.join()
+            os.kill(worker, 0)  # its worker is still there
             assert f"pid {os.getpid()}," in (config.run_dir / "lock").read_text()
     finally:
         os.kill(worker, signal.SIGKILL)
