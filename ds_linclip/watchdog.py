@@ -45,9 +45,9 @@ def watched(config: Config, mesh: Mesh) -> Iterator[Progress]:
     looked up in ``/proc`` by another one of its host, and woken if it was stopped. One rank says
     on stderr, and in ``summary.txt``, which rank is behind. Then all leave with ``ExitCode.HUNG``.
 
-    The time must exceed the longest phase of a healthy run: building the model and loading a
-    checkpoint, converting it included; the first step with its compilation; a save; an evaluation;
-    a wait for data with all its retries. It should be below the 30 minutes after which process
+    The time must exceed the longest phase of a healthy run: building the model, loading a
+    checkpoint, the first step with its compilation, a save, an evaluation, a wait for data with all
+    its retries. It should be below the 30 minutes after which process
     groups give up on a collective with less to say. Time in which the whole process was stopped
     (Slurm suspends jobs so) does not count. A run folder that does not answer hangs the watchdog
     too.

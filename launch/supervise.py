@@ -155,11 +155,21 @@ class Supervisor:
         return exit_code
 
     def _hosts_left(self) -> dict[str, int]:
+        """Hosts that answer, asked again when too few do: the network may be away for a moment."""
         named = read_hostfile(self.arguments.hostfile)
-        left = hosts_that_answer(named, self.arguments.check_command, self.arguments.check_seconds)
-        for host in named.keys() - left.keys():
-            self._say(f"host {host} does not answer and is left out")
-        return choose_hosts(self.config, left, self.arguments.min_nodes)
+        seconds = self.arguments.check_seconds
+        for tries_left in reversed(range(max(1, self.arguments.max_restarts))):
+            left = hosts_that_answer(named, self.arguments.check_command, seconds)
+            for host in named.keys() - left.keys():
+                self._say(f"host {host} does not answer and is left out")
+            try:
+                return choose_hosts(self.config, left, self.arguments.min_nodes)
+            except ValueError as error:
+                if tries_left == 0 or self._asked_to_leave:
+                    raise
+                self._say(f"{error}; asking again in {seconds:.0f} s")
+                time.sleep(seconds)
+        raise AssertionError("unreachable")
 
     def _leave(self, number: int, _frame: FrameType | None) -> None:
         self._asked_to_leave = True
