@@ -119,7 +119,7 @@ def assert_goes_on(config: Config, whole: Config) -> None:
     assert not list(folder_of(config).glob("*.tmp"))
 
 
-@pytest.mark.parametrize("share", [6, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [4, pytest.param(None, marks=pytest.mark.slow)])
 def test_kill_at_any_moment_of_a_save(whole, embedded_overrides, tmp_path, share):
     """Every kind of call that a save makes is a moment to die at, before it is made."""
     overrides = [*embedded_overrides, "checkpoint.keep_last=1"]
