@@ -25,9 +25,11 @@ data/embedded: | $(STAMP)
 train: $(STAMP) | data/embedded
 	launch/local.sh ds_configs/train/embedded.yaml
 
-# Everything that needs no GPU and is not marked slow, two files at a time.
+# Everything that needs no GPU and is not marked slow: what starts several processes one by one, the
+# rest two at a time.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and distributed"
+	$(BIN)/python -m pytest -m "not slow and not distributed" -n 2
 
 # The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores. Runs recorded
 # in docs/results/convergence are shown and not repeated.
