@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ds_linclip.checkpoint_folder import committed, step_of
 from ds_linclip.config import Config, check_batch
 from ds_linclip.exit_codes import ExitCode
 
@@ -66,10 +67,8 @@ def record(run_dir: Path, restart: Restart) -> None:
 
 def newest_step(run_dir: Path) -> int:
     """Step of the newest committed checkpoint, valid or not; 0 without one."""
-    folder = run_dir / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    found = (re.fullmatch(r"step-(\d{8,})", name) for name in names)
-    return max((int(match[1]) for match in found if match), default=0)
+    found = committed(run_dir / "checkpoints")
+    return step_of(found[-1]) if found else 0
 
 
 def verdict(exit_code: int, *, is_complete: bool) -> tuple[bool, str]:

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_linclip.checkpoint.folder import (
+from ds_linclip.checkpoint.shard_files import ShardFiles, read_manifest, sha256_of
+from ds_linclip.checkpoint.writer import CheckpointWriter, shard_name
+from ds_linclip.checkpoint_folder import (
     checkpoint_path,
     committed,
     remove_leftovers,
     set_aside,
 )
-from ds_linclip.checkpoint.shard_files import ShardFiles, read_manifest, sha256_of
-from ds_linclip.checkpoint.writer import CheckpointWriter, shard_name
 from ds_linclip.config import Config
 from ds_linclip.parallel.engine import Engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ds_linclip.checkpoint.folder import checkpoint_path
 from ds_linclip.checkpoint.shard_files import (
     FileFacts,
     PieceFacts,
@@ -15,6 +14,7 @@ from ds_linclip.checkpoint.shard_files import (
     write_manifest,
     write_shard,
 )
+from ds_linclip.checkpoint_folder import checkpoint_path
 from ds_linclip.config import Config, save_config
 from ds_linclip.model import CLIP
 

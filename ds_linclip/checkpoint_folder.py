@@ -1,4 +1,7 @@
-"""The folder of checkpoints: which are there, which stay, which go."""
+"""The folder of checkpoints: which are there, which stay, which go.
+
+Outside the package that reads and writes them: the supervisor needs this, and no torch.
+"""
 
 import itertools
 import logging
@@ -6,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-__all__ = ["checkpoint_path", "committed", "prune", "remove_leftovers", "set_aside"]
+__all__ = ["checkpoint_path", "committed", "prune", "remove_leftovers", "set_aside", "step_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +31,14 @@ def committed(directory: Path) -> list[Path]:
         return []
     except OSError as error:
         raise ValueError(f"checkpoints ({directory}) cannot be read: {error}") from error
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
 def prune(directory: Path, *, keep_last: int, keep_every_steps: int) -> None:
     """Remove all but the newest ``keep_last`` and those at multiples of ``keep_every_steps`` (0:
     none). What cannot be removed is reported and stays."""
     for path in committed(directory)[:-keep_last]:
-        if keep_every_steps and _step(path) % keep_every_steps == 0:
+        if keep_every_steps and step_of(path) % keep_every_steps == 0:
             continue
         try:  # first from the list, then from the disk
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))
@@ -52,11 +55,12 @@ def remove_leftovers(directory: Path) -> None:
 def set_aside(directory: Path, newer_than: Path) -> None:
     """Rename checkpoints that a resumed run will write again to ``step-N.rejected``."""
     for path in committed(directory):
-        if _step(path) > _step(newer_than):
+        if step_of(path) > step_of(newer_than):
             rejected = path.with_suffix(".rejected")
             names = (rejected.with_name(f"{rejected.name}-{n}") for n in itertools.count(2))
             path.rename(next(p for p in itertools.chain([rejected], names) if not p.exists()))
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Optimizer steps done when a committed checkpoint was saved."""
     return int(path.name.removeprefix("step-"))
