@@ -1,5 +1,6 @@
 """Shards -> samples -> batches: order and state, decoding, embedded and synthetic sets."""
 
+from ds_linclip.data.decode import EvalTransform
 from ds_linclip.data.eval_data import LabelledBatch, LabelledData
 from ds_linclip.data.loader import Batch, TrainData
 from ds_linclip.data.report import DataReport
@@ -11,6 +12,7 @@ __all__ = [
     "Batch",
     "DataError",
     "DataReport",
+    "EvalTransform",
     "LabelledBatch",
     "LabelledData",
     "Storage",

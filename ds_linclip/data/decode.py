@@ -19,7 +19,7 @@ import numpy as np
 import simplejpeg
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
-from open_clip.transform import image_transform
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
@@ -76,11 +76,12 @@ class EvalTransform:
     """Image file -> model input, with open_clip's evaluation transform.
 
     Args:
-        image_size: Height and width in pixels.
+        preprocess: Size in pixels, statistics and way of resizing; open_clip's defaults are those
+            that this project trains with.
     """
 
-    def __init__(self, image_size: tuple[int, int]) -> None:
-        self._transform = image_transform(image_size, is_train=False)
+    def __init__(self, preprocess: PreprocessCfg) -> None:
+        self._transform = image_transform_v2(preprocess, is_train=False)
 
     def __call__(self, content: bytes) -> Tensor:
         """Decode, resize, crop the centre and normalise.

@@ -53,12 +53,11 @@ class LabelledData:
     """One rank's share of a held-out folder, opened once; every iteration reads it in full.
 
     Rank r takes samples r, r + world_size, ... in a fixed order; nothing is padded or repeated, so
-    ranks may get one sample, and one batch, more or fewer than others. Transformed as open_clip
-    does for evaluation. The tars stay open, so what is read is what was checked.
+    ranks may get one sample, and one batch, more or fewer than others. The tars stay open, so what is read is what was checked.
 
     Args:
         folder: See the module.
-        image_size: (height, width) in pixels.
+        transform: Image file to model input.
         batch_size: Samples per batch; the last may be smaller.
         rank, world_size: This rank and how many there are.
         num_workers: Decoding processes.
@@ -77,7 +76,7 @@ class LabelledData:
         self,
         folder: str | Path,
         *,
-        image_size: tuple[int, int],
+        transform: EvalTransform,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -93,7 +92,7 @@ class LabelledData:
             raise ValueError(f"eval.data ({folder}) must hold at least one sample")
         places = places[rank::world_size]
         labels = [_read_label(folder, place, len(self.classnames)) for place in places]
-        self._dataset = _LabelledDataset(folder, image_size, batch_size, places, labels)
+        self._dataset = _LabelledDataset(folder, transform, batch_size, places, labels)
         self._num_workers = num_workers
 
     def __iter__(self) -> Iterator[LabelledBatch]:
@@ -110,7 +109,7 @@ class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
     def __init__(
         self,
         folder: Path,
-        image_size: tuple[int, int],
+        transform: EvalTransform,
         batch_size: int,
         places: list[_Place],
         labels: list[int],
@@ -119,7 +118,7 @@ class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
         self._batch_size = batch_size
         self._places = places
         self._labels = labels
-        self._transform = EvalTransform(image_size)
+        self._transform = transform
 
     def __len__(self) -> int:
         return -(-len(self._places) // self._batch_size)

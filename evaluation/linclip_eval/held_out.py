@@ -7,10 +7,11 @@ from typing import Any, Protocol, Self
 import open_clip
 import torch
 import torch.distributed as dist
+from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from ds_linclip.config import Config
-from ds_linclip.data import LabelledData
+from ds_linclip.data import EvalTransform, LabelledData
 from linclip_eval.zero_shot import ZeroShotResult, build_classifier, parse_template, zero_shot
 
 __all__ = ["HeldOutEvaluator"]
@@ -61,7 +62,7 @@ class HeldOutEvaluator:
             rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         self._data = LabelledData(
             folder,
-            image_size=image_size,
+            transform=EvalTransform(PreprocessCfg(size=image_size)),
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,

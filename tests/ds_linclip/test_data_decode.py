@@ -16,7 +16,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip.transform import image_transform
+from open_clip.transform import PreprocessCfg, image_transform
 from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
@@ -401,7 +401,9 @@ def test_normalized_batch_is_open_clips() -> None:
 @pytest.mark.parametrize("image_size", [(32, 32), (32, 48)])
 def test_evaluation_transform_is_open_clips(image_size: tuple[int, int]) -> None:
     expected = image_transform(image_size, is_train=False)(gradient())
-    assert torch.equal(EvalTransform(image_size)(encode(gradient(), "PNG")), expected)
+    assert torch.equal(
+        EvalTransform(PreprocessCfg(size=image_size))(encode(gradient(), "PNG")), expected
+    )
 
 
 @pytest.mark.parametrize("context_length", [8, 77])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from open_clip.transform import image_transform
+from open_clip.transform import PreprocessCfg, image_transform
 from PIL import Image
 
-from ds_linclip.data import LabelledBatch, LabelledData
+from ds_linclip.data import EvalTransform, LabelledBatch, LabelledData
 from ds_linclip.data.make_shards import make_scenes
 
 NUM_SAMPLES = 13
@@ -24,7 +24,9 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_data(folder: Path, image_size: tuple[int, int] = (16, 16), **options: int) -> LabelledData:
-    return LabelledData(folder, image_size=image_size, batch_size=4, **options)
+    return LabelledData(
+        folder, transform=EvalTransform(PreprocessCfg(size=image_size)), batch_size=4, **options
+    )
 
 
 def take(folder: Path, rank: int = 0, world_size: int = 1) -> list[LabelledBatch]:

@@ -1,0 +1,213 @@
+"""The model that is evaluated: this project's or open_clip's, behind one pair of encoders."""
+
+import argparse
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg
+from torch import Tensor, nn
+
+from ds_linclip.checkpoint import latest_checkpoint, load_weights
+from ds_linclip.checkpoint.shard_files import MANIFEST
+from ds_linclip.data import EvalTransform
+from ds_linclip.model import CLIP
+from ds_linclip.model.open_clip_exchange import CONFIG_FILE, load_folder, read_config
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["EvalModel", "add_model_arguments", "load_model", "model_from_arguments"]
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalModel:
+    """A model in eval mode, without gradients, and how its inputs are made.
+
+    Attributes:
+        name: What the user called it; of a run folder, with its checkpoint.
+        module: ds_linclip's CLIP, or a model of open_clip.
+        image_size: (height, width) in pixels that ``transform`` gives.
+        context_length: Token ids of a text.
+        tokenizer: Texts to token ids [B, context_length] int64.
+        transform: Image file to [3, height, width].
+        dtype: Of the weights.
+        device: Where they are.
+        fingerprint: SHA-256 of weights and dtype, by which results are kept apart.
+    """
+
+    name: str
+    module: nn.Module
+    image_size: tuple[int, int]
+    context_length: int
+    tokenizer: Callable[[list[str]], Tensor]
+    transform: EvalTransform
+    dtype: torch.dtype
+    device: torch.device
+    fingerprint: str
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Features [B, E] of images [B, 3, H, W] from any device; not normalised."""
+        images = images.to(self.device, self.dtype, non_blocking=True)
+        features: Tensor = self._encoder("encode_image")(images)
+        return features
+
+    @torch.no_grad()
+    def encode_text(self, texts: Tensor) -> Tensor:
+        """Features [B, E] of token ids [B, L] from any device; not normalised."""
+        features: Tensor = self._encoder("encode_text")(texts.to(self.device, non_blocking=True))
+        return features
+
+    def _encoder(self, name: str) -> Callable[[Tensor], Tensor]:
+        encoder: Callable[[Tensor], Tensor] = getattr(self.module, name)
+        return encoder
+
+
+def load_model(
+    source: str | Path,
+    mesh: Mesh,
+    *,
+    precision: Precision = "fp32",
+    image_size: int | None = None,
+) -> EvalModel:
+    """Open a model for evaluation, whole on every rank.
+
+    Args:
+        source: A run folder (its newest checkpoint), one of its checkpoints, a hub folder of this
+            project or of open_clip, or open_clip's ``NAME:TAG``. ``NAME`` alone has random weights,
+            the same ones every time.
+        mesh: Where to put it; no tensor or pipeline parallelism.
+        precision: Dtype of weights and images.
+        image_size: Side in pixels to run at, with the positions resampled; None: the model's own.
+
+    Raises:
+        ValueError: when there is no such model, it cannot be read, or the image size does not fit.
+    """
+    if mesh.tp.size * mesh.pp.size * mesh.cp.size > 1:
+        raise ValueError("parallel (tp, pp, cp) must be 1: evaluation takes whole models")
+    dtype = _DTYPES[precision]
+    folder = Path(source)
+    if not folder.is_dir():
+        return _from_open_clip(str(source), mesh, dtype, image_size)
+    if (folder / CONFIG_FILE).exists():
+        if not _is_plain(folder):
+            return _from_open_clip(f"local-dir:{folder}", mesh, dtype, image_size)
+        module, name = load_folder(folder, mesh), str(source)
+    else:
+        checkpoint = folder if (folder / MANIFEST).exists() else latest_checkpoint(folder)
+        module, name = load_weights(checkpoint, mesh), str(checkpoint)
+    return _from_ours(module, name, dtype, image_size)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, --precision and --image-size to a command line."""
+    parser.add_argument(
+        "model",
+        help="run folder, checkpoint, open_clip hub folder, or NAME[:TAG] of open_clip; a NAME "
+        "alone has random weights",
+    )
+    parser.add_argument("--precision", choices=tuple(_DTYPES), default="fp32")
+    parser.add_argument(
+        "--image-size", type=int, help="side in pixels; default: what the model was trained with"
+    )
+
+
+def model_from_arguments(arguments: argparse.Namespace, mesh: Mesh) -> EvalModel:
+    """The model that :func:`add_model_arguments` asked for.
+
+    Raises:
+        ValueError: as :func:`load_model`.
+    """
+    return load_model(
+        arguments.model, mesh, precision=arguments.precision, image_size=arguments.image_size
+    )
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a hub folder holds a transformer that ds_linclip's CLIP can be."""
+    try:
+        read_config(folder)
+    except ValueError as error:
+        logger.info("%s: left to open_clip: %s", folder, error)
+        return False
+    return True
+
+
+def _from_ours(module: CLIP, name: str, dtype: torch.dtype, side: int | None) -> EvalModel:
+    vision, text = module.config.vision, module.config.text
+    image_size = vision.image_size if side is None else (side, side)
+    if any(length % vision.patch_size or length < 1 for length in image_size):
+        raise ValueError(
+            f"image_size ({side}) must be a positive multiple of patch_size ({vision.patch_size})"
+        )
+    module = module.to(dtype).eval().requires_grad_(False)
+    return EvalModel(
+        name=name,
+        module=module,
+        image_size=image_size,
+        context_length=text.context_length,
+        tokenizer=open_clip.SimpleTokenizer(context_length=text.context_length),
+        transform=EvalTransform(PreprocessCfg(size=image_size)),
+        dtype=dtype,
+        device=module.mesh.device,
+        fingerprint=_fingerprint(module),
+    )
+
+
+def _from_open_clip(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None) -> EvalModel:
+    architecture, _, tag = name.partition(":")
+    is_folder = architecture == "local-dir"
+    if not is_folder and architecture not in open_clip.list_models():
+        raise ValueError(
+            f"model ({name}) must be a run folder, a hub folder, or NAME[:TAG] of open_clip"
+        )
+    try:
+        # Random weights where there is no tag; those of the caller stay as they are.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = open_clip.create_model(
+                name if is_folder else architecture,
+                pretrained=None if is_folder else tag or None,
+                force_image_size=side,
+                device="cpu",
+            )
+        tokenizer = open_clip.get_tokenizer(name if is_folder else architecture)
+    except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"model ({name}): open_clip cannot open it: {error}") from error
+    module = module.to(mesh.device, dtype).eval().requires_grad_(False)
+    preprocess = PreprocessCfg(**module.visual.preprocess_cfg)
+    _, height, width = preprocess.input_size
+    return EvalModel(
+        name=name,
+        module=module,
+        image_size=(height, width),
+        context_length=_context_length(module),
+        tokenizer=tokenizer,
+        transform=EvalTransform(preprocess),
+        dtype=dtype,
+        device=mesh.device,
+        fingerprint=_fingerprint(module),
+    )
+
+
+def _context_length(module: Any) -> int:
+    return int(getattr(module, "context_length", None) or module.text.context_length)
+
+
+def _fingerprint(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if not isinstance(value, Tensor):  # Megatron's layers carry an extra state of their own
+            continue
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
