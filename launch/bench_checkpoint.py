@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_place import commit_of, device_name, folder_name
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -34,6 +33,7 @@ from ds_linclip.optim import build_optimizer
 from ds_linclip.parallel.engine import Engine, initialize_engine
 from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
+from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 
 REPOSITORY = Path(__file__).parents[1]
 MEASURED = ("ds_linclip/checkpoint", "ds_linclip/parallel", "launch/bench_checkpoint.py")

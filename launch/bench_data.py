@@ -27,12 +27,12 @@ from pathlib import Path
 
 from bench_data_loaders import Settings, Throughput
 from bench_data_report import FIGURES, LOADERS, Report, Requirement, Row
-from bench_place import commit_of, device_name, folder_name
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
 from ds_linclip.data.shard_writer import EncodedSample, RawSample, write_train_shard
+from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ("ds_linclip/data", *(str(p) for p in Path(__file__).parent.glob("bench_data*.py")))

@@ -24,11 +24,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from bench_place import device_name, folder_name
 from open_clip.loss import ClipLoss
 from torch.nn import functional as F
 
 from ds_linclip.loss import clip_loss
+from linclip_kernels.benchmark_facts import device_name, folder_name
 
 DIM = 768
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "loss"

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from bench_memory_report import MemoryReport, MemoryRow
-from bench_place import commit_of, device_name, folder_name
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.model import CLIP
@@ -32,6 +31,7 @@ from ds_linclip.parallel.memory import KINDS, MemoryMeter
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.plan import plan_rank
 from ds_linclip.parallel.stages import stage_units
+from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 
 REPOSITORY = Path(__file__).parents[1]
 MEASURED = ("ds_linclip/parallel", "ds_linclip/optim.py", "launch/bench_memory.py")

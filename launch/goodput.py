@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import matplotlib.pyplot as plt
-from bench_place import commit_of, device_name, folder_name
 from process_tree import is_running, launcher_and_ranks
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.data.tar_index import OpenShard
+from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 
 REPOSITORY = Path(__file__).parents[1]
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ds_linclip.config import Config
 from ds_linclip.data import EvalTransform, LabelledData
-from linclip_eval.zero_shot import ZeroShotResult, build_classifier, parse_template, zero_shot
+from linclip_eval.class_lists import ClassList
+from linclip_eval.classifier import build_classifier, parse_template
+from linclip_eval.zero_shot import ZeroShotResult, zero_shot
 
 __all__ = ["HeldOutEvaluator"]
 
@@ -57,24 +59,20 @@ class HeldOutEvaluator:
         group: dist.ProcessGroup | None = None,
         num_images: int = 0,
     ) -> None:
-        rank, world_size = 0, 1
-        if group is not None:
-            rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         self._data = LabelledData(
             folder,
             transform=EvalTransform(PreprocessCfg(size=image_size)),
             batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
             num_workers=num_workers,
         )
         try:
             self._prompts = [parse_template(template) for template in self._data.templates]
         except ValueError as error:
             raise ValueError(f"eval.data ({folder}): {error}") from error
+        self._classes = ClassList.of_names(str(folder), self._data.classnames)
         self._device = device
         self._group = group
-        self._num_images = num_images if rank == 0 else 0
+        self._num_images = num_images if group is None or dist.get_rank(group) == 0 else 0
         self._tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
 
     @classmethod
@@ -103,7 +101,7 @@ class HeldOutEvaluator:
         """Classify every held-out image; ``model`` is in eval mode, gradients are off."""
         classifier = build_classifier(
             model.encode_text,
-            self._data.classnames,
+            self._classes.texts,
             self._prompts,
             tokenizer=self._tokenizer,
             device=self._device,
@@ -113,7 +111,7 @@ class HeldOutEvaluator:
             model.encode_image,
             classifier,
             self._data,
-            classnames=self._data.classnames,
+            self._classes,
             group=self._group,
             num_predictions=self._num_images,
         )
@@ -126,4 +124,4 @@ class HeldOutEvaluator:
             from linclip_eval.figures import draw_predictions
 
             writer.figure(step, "eval/predictions", draw_predictions(result.predictions))
-        return {"eval/zeroshot_top1": result.top1, "eval/zeroshot_top5": result.top5}
+        return {"eval/zeroshot_top1": result.topk(1), "eval/zeroshot_top5": result.topk(5)}

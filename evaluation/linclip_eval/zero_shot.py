@@ -1,55 +1,60 @@
-"""Zero-shot classification, counted exactly and over any number of data-parallel ranks.
+"""Zero-shot classification, counted exactly over any number of ranks, and resumable.
 
-Prompts and classifier come from open_clip (its templates mechanism and its
-``build_zero_shot_classifier``), logits are ``100 * image_features @ classifier`` as in
-``open_clip_train.zero_shot``. Ranks may hold different numbers of samples, also none: they meet
-only once the last of them has read its share.
+Logits are ``100 * image_features @ classifier`` as in ``open_clip_train.zero_shot``. Of every image
+its likeliest classes are kept and nothing else, so that memory does not grow with images x classes;
+every score is a quotient of counts over what was kept.
 """
 
 import csv
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Protocol
+from uuid import uuid4
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip import build_zero_shot_classifier
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from tqdm import tqdm
 
-__all__ = [
-    "Prediction",
-    "ZeroShotResult",
-    "build_classifier",
-    "parse_template",
-    "write_per_class_csv",
-    "zero_shot",
-]
+from linclip_eval.class_lists import ClassList, is_ancestor
+from linclip_eval.together import on_all_ranks
+
+__all__ = ["Prediction", "ZeroShotResult", "likeliest", "write_per_class_csv", "zero_shot"]
 
 logger = logging.getLogger(__name__)
 
-Encoder = Callable[[Tensor], Tensor]
-Template = str | Callable[[str], str]
+_NUM_KEPT = 10
+_BATCHES_PER_PART = 16
+#: Instead of a class, for images that count as wrong.
+_UNREADABLE, _NONFINITE = -1, -2
 
 
-class LabelledBatch(Protocol):
-    """What an evaluator reads of a batch."""
-
+class _Batch(Protocol):
     @property
     def images(self) -> Tensor: ...  # [B, 3, H, W], normalised
-
     @property
     def labels(self) -> Tensor: ...  # [B], int64
-
     @property
     def keys(self) -> Sequence[str]: ...
-
     @property
     def captions(self) -> Sequence[str]: ...
+    @property
+    def unreadable_labels(self) -> Tensor: ...  # [U], int64, of images that are not in ``images``
+
+
+class _Images(Protocol):
+    @property
+    def num_batches(self) -> int: ...
+    def batches(self, numbers: Sequence[int]) -> Iterable[_Batch]: ...
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -68,279 +73,326 @@ class Prediction:
 
 @dataclass(kw_only=True, frozen=True)
 class ZeroShotResult:
-    """Counts over the samples of all ranks; every score is a quotient of them.
+    """What every image was taken for, over all ranks.
 
-    The counts are int64 tensors [C] on the CPU, in the order of ``classnames``.
+    Attributes:
+        classes: Of the labels.
+        labels: [N] true classes, in the order of the data.
+        top: [N, K] the likeliest classes, likeliest first; negative for an image that could not be
+            read or has a logit that is NaN or infinite: it counts as wrong.
+        predictions: The first images of this rank.
     """
 
-    classnames: tuple[str, ...]
-    class_samples: Tensor
-    #: Samples whose true class is the likeliest.
-    class_top1: Tensor
-    #: Samples whose true class is among the five likeliest.
-    class_top5: Tensor
-    #: Samples with a NaN or infinite logit; they count as wrong.
-    num_nonfinite: int
-    #: The first samples of this rank.
-    predictions: tuple[Prediction, ...]
+    classes: ClassList
+    labels: NDArray[np.int32]
+    top: NDArray[np.int32]
+    predictions: tuple[Prediction, ...] = ()
 
     @property
     def num_samples(self) -> int:
-        return int(self.class_samples.sum())
+        return len(self.labels)
 
     @property
-    def top1(self) -> float:
-        return int(self.class_top1.sum()) / self.num_samples
+    def num_unreadable(self) -> int:
+        return int((self.top[:, 0] == _UNREADABLE).sum())
 
     @property
-    def top5(self) -> float:
-        """With five classes or fewer every finite sample counts: 1.0 says nothing then."""
-        return int(self.class_top5.sum()) / self.num_samples
+    def num_nonfinite(self) -> int:
+        return int((self.top[:, 0] == _NONFINITE).sum())
+
+    @property
+    def class_samples(self) -> NDArray[np.int64]:
+        """[C] images of every class."""
+        return np.bincount(self.labels, minlength=len(self.classes))
+
+    def class_hits(self, k: int) -> NDArray[np.int64]:
+        """[C] images of every class whose class is among the k likeliest."""
+        return np.bincount(self.labels[self._hits(k)], minlength=len(self.classes))
+
+    def topk(self, k: int) -> float:
+        """Share of the images whose class is among the k likeliest, k up to 10.
+
+        With k classes or fewer every finite sample counts: 1.0 says nothing then.
+        """
+        return float(self._hits(k).mean())
+
+    def merged_topk(self, k: int) -> float:
+        """The same, where any class of the same texts as the true one counts as right."""
+        first: dict[tuple[str, ...], int] = {}
+        groups = np.array(
+            [first.setdefault(texts, i) for i, texts in enumerate(self.classes.texts)]
+        )
+        top = self.top[:, :k]
+        return float(((groups[top] == groups[self.labels, None]) & (top >= 0)).any(axis=1).mean())
 
     @property
     def mean_per_class_recall(self) -> float:
         """Mean top-1 accuracy of the classes that have samples, each with the same weight."""
-        seen = self.class_samples > 0
-        return (self.class_top1[seen] / self.class_samples[seen].double()).mean().item()
+        samples = self.class_samples
+        seen = samples > 0
+        return float((self.class_hits(1)[seen] / samples[seen]).mean())
 
+    @property
+    def hierarchical_top1(self) -> float | None:
+        """Share of the images taken for their class or something above it in WordNet ("dog" for a
+        beagle); None for classes that are no synsets."""
+        if not self.classes.is_wordnet:
+            return None
+        ids, pairs = self.classes.ids, self._pairs()
+        right = sum(n for (true, taken), n in pairs.items() if is_ancestor(ids[taken], ids[true]))
+        return right / self.num_samples
 
-def parse_template(template: Template) -> Callable[[str], str]:
-    """A prompt template as a function of the class name.
+    def confusions(self) -> list[tuple[int, int, int]]:
+        """(true class, class it was taken for, number of images), most frequent first."""
+        wrong = [(true, taken, n) for (true, taken), n in self._pairs().items() if true != taken]
+        return sorted(wrong, key=lambda entry: (-entry[2], entry[0], entry[1]))
 
-    Args:
-        template: format string with ``{}`` (open_clip) or ``{c}`` (clip_benchmark) for the name;
-            callables are returned as they are.
+    def _hits(self, k: int) -> NDArray[np.bool_]:
+        hits: NDArray[np.bool_] = (self.top[:, :k] == self.labels[:, None]).any(axis=1)
+        return hits
 
-    Raises:
-        ValueError: for a string that is no format string, or has no place for the name.
-    """
-    if callable(template):
-        return template
-    text = template
-    probe = "name"
-    try:
-        has_place = text.format(probe, c=probe) != text.format("", c="")
-    except (LookupError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"template ({text!r}) must be a format string: {error}") from error
-    if not has_place:
-        raise ValueError(f"template ({text!r}) must hold {{}} or {{c}} for the class name")
-    return lambda name: text.format(name, c=name)
-
-
-def build_classifier(
-    encode_text: Encoder,
-    classnames: Sequence[str],
-    templates: Sequence[Template],
-    *,
-    tokenizer: Callable[[list[str]], Tensor],
-    device: torch.device | str,
-    group: ProcessGroup | None = None,
-    classes_per_batch: int = 10,
-) -> Tensor:
-    """Embed every class as the mean of its prompts.
-
-    Args:
-        encode_text: token ids [B, L] to text features [B, E], normalised or not. With ``group`` it
-            must not itself communicate over that group.
-        classnames: C names; the index of a name is its label.
-        templates: see :func:`parse_template`.
-        tokenizer: prompts to token ids [B, L].
-        device: where token ids go and the result lies.
-        group: ranks among which the classes are split; each of them gets the whole result.
-        classes_per_batch: classes embedded in one forward, times ``len(templates)`` prompts.
-
-    Returns:
-        Classifier [E, C], float32, columns of length 1.
-
-    Raises:
-        ValueError: for no class, no template, or a template without a place for the name.
-    """
-    if not classnames:
-        raise ValueError("classnames ([]) must hold at least one class")
-    if not templates:
-        raise ValueError("templates ([]) must hold at least one template")
-    if classes_per_batch < 1:
-        raise ValueError(f"classes_per_batch ({classes_per_batch}) must be at least 1")
-
-    def encode(texts: Tensor, normalize: bool) -> Tensor:
-        features = encode_text(texts).float()
-        return F.normalize(features, dim=-1) if normalize else features
-
-    def embed(names: Sequence[str]) -> Tensor:
-        return build_zero_shot_classifier(
-            SimpleNamespace(encode_text=encode),
-            tokenizer=tokenizer,
-            classnames=names,
-            templates=[parse_template(template) for template in templates],
-            num_classes_per_batch=classes_per_batch,
-            device=device,
-        )
-
-    if group is None:
-        return embed(classnames)
-    # Every rank embeds the same number of whole batches, so that no rank is without a shape to
-    # gather; the names wrap around to fill the last ones, and the surplus is cut off.
-    world_size, rank = dist.get_world_size(group), dist.get_rank(group)
-    num_batches = -(-len(classnames) // (classes_per_batch * world_size))
-    share = num_batches * classes_per_batch
-    names = [classnames[i % len(classnames)] for i in range(rank * share, (rank + 1) * share)]
-    part = embed(names).T.contiguous()  # [share, E]
-    parts = [torch.empty_like(part) for _ in range(world_size)]
-    dist.all_gather(parts, part, group=group)
-    return torch.cat(parts)[: len(classnames)].T.contiguous()  # [E, C]
+    def _pairs(self) -> Counter[tuple[int, int]]:
+        usable = self.top[:, 0] >= 0
+        return Counter(zip(self.labels[usable].tolist(), self.top[usable, 0].tolist(), strict=True))
 
 
 def zero_shot(
-    encode_image: Encoder,
+    encode_image: Callable[[Tensor], Tensor],
     classifier: Tensor,
-    batches: Iterable[LabelledBatch],
+    data: _Images,
+    classes: ClassList,
     *,
-    classnames: Sequence[str],
     group: ProcessGroup | None = None,
+    parts: Path | None = None,
     num_predictions: int = 0,
 ) -> ZeroShotResult:
-    """Score images against a zero-shot classifier.
+    """Classify every image.
 
-    A sample is right at k if fewer than k classes score higher than its own; of equal scores the
-    lower label goes first, so that the count depends on no device's sorting. Training or evaluation
-    mode and autocast are the business of whoever passes ``encode_image``.
+    Of equal scores the lower label goes first, so that a result depends on no device's sorting; a
+    batch holds the same images however many ranks there are. Training or evaluation mode and
+    autocast are the business of whoever passes ``encode_image``.
 
     Args:
         encode_image: images [B, 3, H, W] to image features [B, E], normalised or not. With
             ``group`` it must not itself communicate over that group.
         classifier: [E, C] from :func:`build_classifier`.
-        batches: this rank's share of the samples; a ValueError raised while iterating over them
-            ends the call on all ranks of ``group``.
-        classnames: the C names behind the columns of ``classifier``.
-        group: the data-parallel ranks over which samples are counted, each sample on one of them.
+        data: the same on every rank.
+        classes: the C classes behind the columns of ``classifier``.
+        group: the ranks that share out the batches, each batch to one of them.
+        parts: folder of this very evaluation (model, classifier, data and batch size), where what
+            is done is kept: a call that was cut off goes on where it was. None: nothing is kept.
         num_predictions: how many of this rank's first samples to keep for display.
 
     Returns:
-        Counts and scores over all ranks, the same on each but for ``predictions``.
+        The same on all ranks but for ``predictions``.
 
     Raises:
-        ValueError: for a label without a class, no samples at all, or a classifier of the wrong
-            shape; with ``group``, on all of its ranks if on one.
+        ValueError: for a classifier of the wrong shape, no samples at all, or one that the data
+            refuse; with ``group``, on all of its ranks if on one.
+        OSError: when ``parts`` cannot be written; likewise.
     """
-    num_classes = len(classnames)
-    if not classnames:
-        raise ValueError("classnames ([]) must hold at least one class")
-    if classifier.ndim != 2 or classifier.shape[1] != num_classes:
+    if classifier.ndim != 2 or classifier.shape[1] != len(classes):
         raise ValueError(
             f"classifier ({list(classifier.shape)}) must have one column for each of the "
-            f"{num_classes} classnames"
+            f"{len(classes)} classes"
         )
-    if num_classes <= 5:
-        logger.info("top-5 over %d classes counts every sample as right", num_classes)
-
-    counts = torch.zeros(4, num_classes, dtype=torch.int64, device=classifier.device)
+    rank, world_size = (
+        (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    )
     predictions: list[Prediction] = []
-    problem = None
-    try:
-        for batch in batches:
-            if len(batch.labels) == 0:
-                continue
-            _check_labels(batch.labels, num_classes)
-            logits = _logits(encode_image, classifier, batch.images)
-            labels = batch.labels.to(classifier.device)
-            counts.index_add_(1, labels, _outcomes(logits, labels))
-            if len(predictions) < num_predictions:
-                missing = num_predictions - len(predictions)
-                predictions += _predictions(batch, logits[:missing], classnames)
-    except ValueError as error:
-        if group is None:
-            raise
-        problem = error
-    if group is not None:
-        _raise_together(problem, group)
-        dist.all_reduce(counts, group=group)
 
-    samples, top1, top5, nonfinite = counts.cpu()
-    if samples.sum() == 0:
-        raise ValueError("batches (0 samples) must hold at least one sample")
-    if nonfinite.any():
-        logger.warning(
-            "%d of %d samples have non-finite logits and count as wrong",
-            nonfinite.sum(),
-            samples.sum(),
-        )
-    return ZeroShotResult(
-        classnames=tuple(classnames),
-        class_samples=samples,
-        class_top1=top1,
-        class_top5=top5,
-        num_nonfinite=int(nonfinite.sum()),
+    def classify(batch: _Batch) -> _Ranked:
+        _check_labels(batch, len(classes))
+        logits = _logits(encode_image, classifier, batch.images)
+        if missing := num_predictions - len(predictions):
+            predictions.extend(_predictions(batch, logits[:missing], classes))
+        return _Ranked.of(batch, logits)
+
+    def rank_share() -> list[tuple[int, "_Ranked"]]:
+        size = _BATCHES_PER_PART if parts else 1
+        share = range(0, data.num_batches, size)[rank::world_size]
+        spans = [range(start, min(start + size, data.num_batches)) for start in share]
+        return list(_rank_parts(data, spans, classify, parts, quiet=rank > 0))
+
+    share = on_all_ranks(rank_share, group)
+    shares = [share]
+    if group is not None:
+        shares *= world_size
+        dist.all_gather_object(shares, share, group=group)
+    parts_of_all = sorted(chain.from_iterable(shares), key=itemgetter(0))
+    ranked = _Ranked.joined([part for _, part in parts_of_all])
+    if len(ranked.labels) == 0:
+        raise ValueError("data (0 samples) must hold at least one sample")
+    result = ZeroShotResult(
+        classes=classes,
+        labels=ranked.labels,
+        top=ranked.top,
         predictions=tuple(predictions),
     )
+    if rank == 0:
+        _warn(result)
+    return result
+
+
+def likeliest(logits: Tensor, k: int) -> Tensor:
+    """Labels [B, k] of the highest ``logits`` [B, C], highest first, of equals the lower label."""
+    scores, labels = logits.topk(k, dim=1)
+    labels, order = labels.sort(dim=1)
+    order = scores.gather(1, order).sort(dim=1, descending=True, stable=True).indices
+    labels = labels.gather(1, order)
+    # Where the k-th score comes more often, topk may have taken any of them.
+    tied = (logits >= scores[:, -1:]).sum(dim=1) > k
+    if tied.any():
+        labels[tied] = logits[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return labels
 
 
 def write_per_class_csv(result: ZeroShotResult, path: str | Path) -> None:
-    """Write one line per class: label, name, number of samples, top-1 and top-5 accuracy.
+    """Write one line per class: label, id, name, samples, top-1/5/10 accuracy, and the other class
+    that its images are most often taken for, with how many.
 
     The accuracies of a class without samples are left empty.
     """
-    counts = zip(
-        result.classnames,
-        result.class_samples.tolist(),
-        result.class_top1.tolist(),
-        result.class_top5.tolist(),
-        strict=True,
-    )
+    classes = result.classes
+    most_confused: dict[int, tuple[int, int]] = {}
+    for true, taken, count in result.confusions():
+        most_confused.setdefault(true, (taken, count))
+    hits = [result.class_hits(k).tolist() for k in (1, 5, 10)]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["label", "class", "num_samples", "top1", "top5"])
-        for label, (name, samples, top1, top5) in enumerate(counts):
-            scores = [top1 / samples, top5 / samples] if samples else ["", ""]
-            writer.writerow([label, name, samples, *scores])
+        writer.writerow(
+            [
+                *("label", "class", "name", "num_samples", "top1", "top5", "top10"),
+                *("most_confused_with", "num_confused"),
+            ]
+        )
+        for label, samples in enumerate(result.class_samples.tolist()):
+            scores = [of_k[label] / samples if samples else "" for of_k in hits]
+            taken, count = most_confused.get(label, (None, 0))
+            other = "" if taken is None else classes.ids[taken]
+            row = [label, classes.ids[label], classes.title(label), samples, *scores, other, count]
+            writer.writerow(row)
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        wrong = low if low < 0 else high
-        raise ValueError(f"label ({wrong}) must be in [0, {num_classes}), the number of classnames")
+@dataclass(kw_only=True, frozen=True)
+class _Ranked:
+    """Labels [n] of some images and the classes [n, K] they were taken for."""
+
+    labels: NDArray[np.int32]
+    top: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, batch: _Batch, logits: Tensor) -> "_Ranked":
+        k = min(_NUM_KEPT, logits.shape[1])
+        top = likeliest(logits, k)
+        top[~logits.isfinite().all(dim=1)] = _NONFINITE
+        unreadable = torch.full((len(batch.unreadable_labels), k), _UNREADABLE)
+        return cls(
+            labels=torch.cat([batch.labels, batch.unreadable_labels]).numpy().astype(np.int32),
+            top=torch.cat([top.cpu(), unreadable]).numpy().astype(np.int32),
+        )
+
+    @classmethod
+    def joined(cls, ranked: Sequence["_Ranked"]) -> "_Ranked":
+        if not ranked:
+            return cls(labels=np.empty(0, np.int32), top=np.empty((0, 1), np.int32))
+        return cls(
+            labels=np.concatenate([part.labels for part in ranked]),
+            top=np.concatenate([part.top for part in ranked]),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "_Ranked | None":
+        """What :meth:`save` wrote; None where it did not, or was cut off."""
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                return cls(labels=content["labels"], top=content["top"])
+        except (OSError, ValueError, KeyError, EOFError):
+            return None
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.stem}.{uuid4().hex}")
+        with partial.open("wb") as file:
+            np.savez(file, labels=self.labels, top=self.top)
+        partial.replace(path)
+
+
+def _rank_parts(
+    data: _Images,
+    spans: Sequence[range],
+    classify: Callable[[_Batch], _Ranked],
+    folder: Path | None,
+    *,
+    quiet: bool,
+) -> Iterator[tuple[int, _Ranked]]:
+    """First batch and content of every part, a span of batches; what is on disk is taken."""
+    todo = []
+    for span in spans:
+        known = _Ranked.load(_part_file(folder, span)) if folder else None
+        if known is None:
+            todo.append(span)
+        else:
+            yield span.start, known
+    numbers = list(chain.from_iterable(todo))
+    batches = iter(
+        tqdm(
+            data.batches(numbers),
+            desc="images",
+            total=len(numbers),
+            unit="batch",
+            delay=5,
+            leave=False,
+            disable=quiet,
+        )
+    )
+    for span in todo:
+        part = _Ranked.joined([classify(batch) for batch in islice(batches, len(span))])
+        if folder:
+            part.save(_part_file(folder, span))
+        yield span.start, part
+
+
+def _part_file(folder: Path, span: range) -> Path:
+    return folder / f"batches-{span.start:07d}-{span.stop:07d}.npz"
+
+
+def _check_labels(batch: _Batch, num_classes: int) -> None:
+    for label in chain(batch.labels.tolist(), batch.unreadable_labels.tolist()):
+        if not 0 <= label < num_classes:
+            raise ValueError(f"label ({label}) must be in [0, {num_classes}), the classes")
 
 
 @torch.no_grad()
-def _logits(encode_image: Encoder, classifier: Tensor, images: Tensor) -> Tensor:
+def _logits(encode_image: Callable[[Tensor], Tensor], classifier: Tensor, images: Tensor) -> Tensor:
+    if len(images) == 0:
+        return classifier.new_empty(0, classifier.shape[1])
     features = encode_image(images.to(classifier.device, non_blocking=True))
     return 100.0 * F.normalize(features.float(), dim=-1) @ classifier  # [B, C]
 
 
-def _outcomes(logits: Tensor, labels: Tensor) -> Tensor:
-    """Rows of ones and zeros [4, B]: a sample, right at 1, right at 5, not finite."""
-    own_label = labels[:, None]
-    own_score = logits.gather(1, own_label)  # [B, 1]
-    label = torch.arange(logits.shape[1], device=logits.device)
-    ahead = (logits > own_score) | ((logits == own_score) & (label < own_label))
-    place = ahead.sum(dim=1)  # [B]
-    finite = logits.isfinite().all(dim=1)
-    return torch.stack(
-        [torch.ones_like(finite), finite & (place < 1), finite & (place < 5), ~finite]
-    ).long()
-
-
-def _predictions(
-    batch: LabelledBatch, logits: Tensor, classnames: Sequence[str]
-) -> list[Prediction]:
-    ranked = logits.softmax(dim=1).cpu().sort(dim=1, descending=True, stable=True)
+def _predictions(batch: _Batch, logits: Tensor, classes: ClassList) -> list[Prediction]:
+    probabilities = logits.softmax(dim=1)
+    top = likeliest(probabilities, min(5, len(classes)))
     return [
         Prediction(
             key=batch.keys[i],
             caption=batch.captions[i],
             image=batch.images[i].cpu().clone(),
-            true_class=classnames[int(batch.labels[i])],
-            top_classes=tuple(classnames[label] for label in ranked.indices[i, :5].tolist()),
-            top_probabilities=tuple(ranked.values[i, :5].tolist()),
+            true_class=classes.title(int(batch.labels[i])),
+            top_classes=tuple(classes.title(label) for label in top[i].tolist()),
+            top_probabilities=tuple(probabilities[i, top[i]].tolist()),
         )
         for i in range(len(logits))
     ]
 
 
-def _raise_together(problem: ValueError | None, group: ProcessGroup) -> None:
-    """Raise on every rank of ``group`` if one has a problem, naming that rank."""
-    messages: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(messages, str(problem) if problem else None, group=group)
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise ValueError(f"data-parallel rank {rank}: {message}") from problem
+def _warn(result: ZeroShotResult) -> None:
+    if len(result.classes) <= 5:
+        logger.info("top-5 over %d classes counts every sample as right", len(result.classes))
+    for count, what in (
+        (result.num_nonfinite, "have non-finite logits"),
+        (result.num_unreadable, "cannot be read"),
+    ):
+        if count:
+            logger.warning("%d of %d images %s and count as wrong", count, result.num_samples, what)

@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from bench_facts import commit_of, device_name, folder_name
 from bench_report import WORKS, Check, Report, Row
 from bench_timing import FAILED, HEAD_DIM, TIMING, Bench, Implementation, batch_and_heads
 from torch import Tensor
@@ -30,6 +29,7 @@ from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
 from linclip_kernels import linear_attention, linear_attention_reference
+from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 from linclip_kernels.linear_attention.form import Form
 from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
 

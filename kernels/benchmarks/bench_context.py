@@ -34,13 +34,13 @@ from bench_context_report import (
     ContextRow,
     SplitCheck,
 )
-from bench_facts import commit_of, device_name, folder_name
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_linclip.parallel.context import sum_over_ranks, token_slice
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
+from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 from linclip_kernels.linear_attention.reference import ATOL, relative_rms
 
 MEASURED = ("kernels/linclip_kernels", "kernels/benchmarks", "ds_linclip/parallel/context.py")

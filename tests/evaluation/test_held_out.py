@@ -11,12 +11,12 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from ds_linclip.config import Config
+from ds_linclip.parallel.local_ranks import run_ranks
 from linclip_eval.held_out import HeldOutEvaluator
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -76,10 +76,10 @@ def evaluator(folder: Path, **options) -> HeldOutEvaluator:
 
 def test_folder_is_scored_exactly(folder):
     result = evaluator(folder, num_images=7).score(ColourModel())
-    assert result.classnames == tuple(COLOURS)
+    assert result.classes.ids == tuple(COLOURS)
     assert result.class_samples.tolist() == [2, 3, 2]
-    assert result.class_top1.tolist() == [1, 3, 2]
-    assert result.top1 == 6 / 7
+    assert result.class_hits(1).tolist() == [1, 3, 2]
+    assert result.topk(1) == 6 / 7
     assert result.mean_per_class_recall == pytest.approx((1 / 2 + 1 + 1) / 3)
     assert [p.key for p in result.predictions] == [f"{place:09d}" for place in range(7)]
     wrong = result.predictions[-1]
@@ -117,7 +117,7 @@ def test_broken_folder_is_refused_before_the_first_evaluation(folder):
 def test_both_kinds_of_template_are_read(folder):
     templates = folder / "zeroshot_classification_templates.txt"
     templates.write_text("a {} image\nall {c}\n")
-    assert evaluator(folder).score(ColourModel()).top1 == 6 / 7
+    assert evaluator(folder).score(ColourModel()).topk(1) == 6 / 7
     templates.write_text("a {c} image\nan image\n")
     with pytest.raises(ValueError, match=r"eval\.data \(.*\): template \('an image'\) must hold"):
         evaluator(folder)
@@ -134,7 +134,7 @@ def test_config_says_all(folder):
     config.eval.data = str(folder)
     model = WatchedModel()
     result = HeldOutEvaluator.from_config(config, device=device).score(model)
-    assert result.top1 == 6 / 7
+    assert result.topk(1) == 6 / 7
     assert len(result.predictions) == 3
     assert model.image_shapes == [(2, 3, 16, 24)] * 3 + [(1, 3, 16, 24)]
     assert model.most_workers == 2
@@ -154,19 +154,21 @@ class WatchedModel(ColourModel):
         return super().encode_image(images)
 
 
-def _rank_main(rank: int, store: str, sound: str, broken: str) -> None:
+def _answer(store: Path, sound: Path, broken: Path) -> None:
     """Two ranks score a sound folder, and one whose second rank finds an undecodable image."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     group = dist.group.WORLD
-    result = evaluator(Path(sound), group=group, num_images=2).score(ColourModel())
-    opened = evaluator(Path(broken), group=group)
+    result = evaluator(sound, group=group, num_images=2).score(ColourModel())
+    opened = evaluator(broken, group=group)
     try:
         opened.score(ColourModel())
         message = None
     except ValueError as error:
         message = str(error)
-    torch.save((result.top1, [p.key for p in result.predictions], message), f"{store}/{rank}.pt")
+    torch.save(
+        (result.topk(1), [p.key for p in result.predictions], message),
+        store / f"{dist.get_rank()}.pt",
+    )
     dist.destroy_process_group()
 
 
@@ -178,10 +180,10 @@ def test_two_ranks_score_and_fail_together(folder, tmp_path_factory):
         _add(tar, "undecodable.jpg", b"<html>")  # the eighth sample: the second rank's
         _add(tar, "undecodable.cls", b"0")
     store = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank_main, args=(str(store), str(folder), str(broken)), nprocs=2)
+    run_ranks(2, _answer, store, folder, broken)
     answers = [torch.load(store / f"{rank}.pt") for rank in range(2)]
     assert [top1 for top1, _, _ in answers] == [6 / 7, 6 / 7]
-    assert [keys for _, keys, _ in answers] == [["000000000", "000000002"], []]
+    assert [keys for _, keys, _ in answers] == [["000000000", "000000001"], []]
     assert answers[0][2] == answers[1][2]
     assert re.match(
         r"data-parallel rank 1: .* undecodable of .* readable: image_undecodable", answers[0][2]

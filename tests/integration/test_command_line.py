@@ -78,17 +78,18 @@ def test_data_report_counts_what_was_read(finished):
 
 def test_eval_script_repeats_the_score_of_training(finished):
     run, _ = finished
-    command = [sys.executable, REPOSITORY / "launch" / "eval.py", run]
+    command = [sys.executable, REPOSITORY / "launch" / "eval.py", "zero-shot", run]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    folder = run / "eval" / "step-00000012"
+    assert done.stdout.strip() == (folder / "summary.md").read_text().strip()
+    report = json.loads((folder / "results.json").read_text())
     trained = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in trained if "eval/zeroshot_top1" in record][-1]
     assert report["num_samples"] >= 350
-    assert report["zeroshot_top1"] == last["eval/zeroshot_top1"]
-    assert report["zeroshot_top5"] == last["eval/zeroshot_top5"]
-    assert json.loads((run / "eval" / "step-00000012.json").read_text()) == report
-    assert len((run / "eval" / "step-00000012_per_class.csv").read_text().splitlines()) == 11
+    assert report["top1"] == last["eval/zeroshot_top1"]
+    assert report["top5"] == last["eval/zeroshot_top5"]
+    assert len((folder / "per_class.csv").read_text().splitlines()) == 11
 
 
 def test_finished_run_is_scored_again_and_not_trained(

@@ -1,0 +1,146 @@
+"""ImageNet's class lists, what prompts call their classes, and what is an ancestor of what.
+
+Classes are WordNet 3.0 synsets ("n02084071"); lists, lemmas and definitions are those that timm
+ships. ``wordnet_hypernyms.txt`` beside this file holds, for every synset of the lists and all that
+are above it, the synsets right above ("is a"), from WordNet's own data.noun.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+import open_clip
+
+__all__ = ["IMAGENET_LISTS", "ClassList", "NamePolicy", "imagenet_classes", "is_ancestor"]
+
+#: Name of a list and the file of timm that holds its synsets, in the order of the labels.
+IMAGENET_LISTS = {
+    "imagenet-22k": "imagenet22k_synsets.txt",  # 21,841: fall11
+    "imagenet-21k-goog": "imagenet21k_goog_synsets.txt",  # 21,843
+    "imagenet-21k-miil": "imagenet21k_miil_synsets.txt",  # 11,221: ImageNet-21K-P of fall11
+    "imagenet-21k-miil-w21": "imagenet21k_miil_w21_synsets.txt",  # 10,450: ImageNet-21K-P, winter21
+    "imagenet-12k": "imagenet12k_synsets.txt",  # 11,821
+    "imagenet-1k": "imagenet_synsets.txt",
+}
+NamePolicy = Literal["lemma", "aliases", "definition", "open_clip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassList:
+    """Classes in the order of their labels.
+
+    Attributes:
+        name: Of the list.
+        ids: One for each class, all different: synsets, or the names themselves.
+        texts: For each class what stands for it in prompts; of several, the features are averaged.
+        is_wordnet: The ids are synsets.
+    """
+
+    name: str
+    ids: tuple[str, ...]
+    texts: tuple[tuple[str, ...], ...]
+    is_wordnet: bool = False
+
+    @classmethod
+    def of_names(cls, name: str, names: Sequence[str]) -> Self:
+        """Classes that are known by one name each; a name that comes twice gets a number."""
+        seen: dict[str, int] = {}
+        ids = []
+        for text in names:
+            seen[text] = seen.get(text, 0) + 1
+            ids.append(text if seen[text] == 1 else f"{text} ({seen[text]})")
+        return cls(name=name, ids=tuple(ids), texts=tuple((text,) for text in names))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def title(self, label: int) -> str:
+        """What people call a class."""
+        return self.texts[label][0]
+
+
+def imagenet_classes(name: str, policy: NamePolicy) -> ClassList:
+    """A class list of ImageNet with the texts of its classes.
+
+    Args:
+        name: One of ``IMAGENET_LISTS``, or a file with one synset a line.
+        policy: "lemma": the first lemma; "aliases": all lemmas; "definition": "lemma, definition";
+            "open_clip": the curated names of open_clip, for imagenet-1k alone.
+
+    Raises:
+        ValueError: for an unknown list or policy, a synset that timm's lists do not know or that
+            comes twice, or curated names for another list.
+    """
+    if policy not in get_args(NamePolicy):
+        raise ValueError(f"names ({policy}) must be one of {', '.join(get_args(NamePolicy))}")
+    ids = _read_list(name)
+    if policy == "open_clip":
+        if name != "imagenet-1k":
+            raise ValueError(f"names (open_clip) exist for imagenet-1k, not for classes ({name})")
+        texts = [(text,) for text in open_clip.IMAGENET_CLASSNAMES]
+    else:
+        lemmas = _table("imagenet_synset_to_lemma.txt")
+        definitions = _table("imagenet_synset_to_definition.txt")
+        if unknown := [synset for synset in ids if synset not in lemmas]:
+            raise ValueError(
+                f"classes ({name}): {len(unknown)} of {len(ids)} synsets must be those of "
+                f"ImageNet, first {unknown[0]}"
+            )
+        texts = [_texts(lemmas[synset], definitions[synset], policy) for synset in ids]
+    return ClassList(name=name, ids=tuple(ids), texts=tuple(texts), is_wordnet=True)
+
+
+def is_ancestor(synset: str, of: str) -> bool:
+    """Whether every ``of`` is a ``synset``, as WordNet 3.0 has it: equal, or above it."""
+    return synset in _ancestors(of)
+
+
+def _texts(lemmas: str, definition: str, policy: NamePolicy) -> tuple[str, ...]:
+    names = tuple(lemmas.split(", "))
+    if policy == "aliases":
+        return names
+    return names[:1] if policy == "lemma" else (f"{names[0]}, {definition}",)
+
+
+def _read_list(name: str) -> list[str]:
+    if name in IMAGENET_LISTS:
+        return _timm_file(IMAGENET_LISTS[name]).split()
+    try:
+        ids = Path(name).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(IMAGENET_LISTS)
+        raise ValueError(
+            f"classes ({name}) must be one of {known}, or a readable file with a synset a line"
+        ) from error
+    if not ids:
+        raise ValueError(f"classes ({name}) must hold at least one synset")
+    if repeated := [synset for synset, count in Counter(ids).items() if count > 1]:
+        raise ValueError(f"classes ({name}): {repeated[0]} must be there once")
+    return ids
+
+
+def _timm_file(name: str) -> str:
+    return (resources.files("timm.data") / "_info" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _table(name: str) -> Mapping[str, str]:
+    lines = (line.split("\t") for line in _timm_file(name).splitlines())
+    return dict(lines)
+
+
+@cache
+def _hypernyms() -> Mapping[str, tuple[str, ...]]:
+    content = (resources.files("linclip_eval") / "wordnet_hypernyms.txt").read_text("utf-8")
+    lines = (line.split() for line in content.splitlines() if not line.startswith("#"))
+    return {synset: tuple(above) for synset, *above in lines}
+
+
+@cache
+def _ancestors(synset: str) -> frozenset[str]:
+    above = _hypernyms().get(synset, ())
+    return frozenset({synset}).union(*(_ancestors(parent) for parent in above))
