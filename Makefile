@@ -25,11 +25,10 @@ data/embedded: | $(STAMP)
 train: $(STAMP) | data/embedded
 	launch/local.sh ds_configs/train/embedded.yaml
 
-# Everything that needs no GPU and is not marked slow: what starts several processes one by one, the
-# rest two at a time.
+# Everything that needs no GPU and is not marked slow: what starts several processes one by one,
+# beside it all that does not.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and distributed"
-	$(BIN)/python -m pytest -m "not slow and not distributed" -n 2
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 # The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores. Runs recorded
 # in docs/results/convergence are shown and not repeated.

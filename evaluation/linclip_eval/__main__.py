@@ -11,11 +11,21 @@ __all__ = ["main"]
 #: Command -> module of this package with its ``main``, and what it does.
 _COMMANDS = {
     "zero-shot": ("zero_shot_command", "classify images by the names of their classes"),
+    "retrieval": ("retrieval_command", "find texts of images and images of texts"),
+    "probe": ("probe_command", "linear probe and nearest neighbours on frozen features"),
+    "resolution": (
+        "resolution_command",
+        "zero-shot accuracy and cost over image sizes and domains",
+    ),
+    "runtime": ("runtime_command", "time and memory over the number of tokens"),
+    "scaling-laws": ("scaling_laws_command", "loss and error over compute, from run folders"),
+    "diagnostics": ("diagnostics_command", "what attention does, layer by layer"),
+    "report": ("report_command", "one page of the results of the others"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Hand over to a subcommand; returns the exit code."""
+    """Run a subcommand; returns the exit code: 0, or 2 for bad input."""
     what = "\n".join(f"  {name:<14} {text}" for name, (_, text) in _COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="linclip-eval",
@@ -33,7 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # it finds none; nothing here looks for one.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     module, _ = _COMMANDS[options.command]
-    return int(importlib.import_module(f"linclip_eval.{module}").main(options.arguments))
+    try:
+        importlib.import_module(f"linclip_eval.{module}").main(options.arguments)
+    except (ValueError, OSError) as error:
+        _say_once(f"error: {error}")
+        return 2
+    return 0
+
+
+def _say_once(message: str) -> None:
+    """Rank 0 speaks for all; none leaves before it has, since the launcher then ends the rest."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 if __name__ == "__main__":

@@ -6,49 +6,32 @@ where it was when it is started again with the same arguments.
 
 import argparse
 import csv
-import hashlib
 import resource
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-import open_clip
-from torch import Tensor
+from typing import Any
 
 from ds_linclip.checkpoint import latest_checkpoint
 from ds_linclip.config import load_config
-from ds_linclip.data import LabelledData
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.class_lists import IMAGENET_LISTS, ClassList, NamePolicy, imagenet_classes
-from linclip_eval.classifier import ClassifierCache, Template, build_classifier
 from linclip_eval.models import EvalModel, add_model_arguments, model_from_arguments
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
-from linclip_eval.zero_shot import ZeroShotResult, write_per_class_csv, zero_shot
+from linclip_eval.zero_shot import ZeroShotResult, write_per_class_csv
+from linclip_eval.zero_shot_task import ZeroShotTask, add_task_arguments
 
 __all__ = ["main"]
 
-_TEMPLATES: dict[str, Sequence[Template]] = {
-    "one": ("a photo of a {}.",),
-    "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
-    "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-}
 _NUM_CONFUSIONS_SHOWN = 20
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        _run(options, arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
 
-
-def _parser() -> argparse.ArgumentParser:
+    Raises:
+        ValueError: for bad input, on all ranks.
+        OSError: for a file that cannot be read or written.
+    """
     parser = argparse.ArgumentParser(prog="linclip-eval zero-shot", description=__doc__)
     add_model_arguments(parser)
     parser.add_argument(
@@ -56,54 +39,17 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of images: tars named by synsets, folders named by synsets, or webdataset "
         "shards; default: eval.data of the run",
     )
-    parser.add_argument(
-        "--classes",
-        help=f"{', '.join(IMAGENET_LISTS)}, or a file with a synset a line; without it the data "
-        "must be in clip_benchmark's layout and name their classes and templates",
-    )
-    parser.add_argument("--names", choices=get_args(NamePolicy), default="lemma")
-    parser.add_argument(
-        "--templates",
-        default="one",
-        help="one (a photo of a {}.), simple (open_clip's 7), openai (its 80), or a file with a "
-        "template a line",
-    )
-    parser.add_argument("--batch-size", type=int, default=256, help="images, per process")
-    parser.add_argument("--num-workers", type=int, default=2, help="decoding, per process")
-    parser.add_argument(
-        "--lenient",
-        action="store_true",
-        help="go on in spite of unknown or empty classes and images that cannot be read; they are "
-        "counted, and such images count as wrong",
-    )
+    add_task_arguments(parser)
     parser.add_argument("--out", type=Path, help="default: in the run folder")
-    parser.add_argument("--cache", type=Path, help="features of classes; default: in --out")
-    return parser
-
-
-def _run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    options = parser.parse_args(arguments)
     mesh = Mesh.create()
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size ({options.batch_size}) must be at least 1")
     group = mesh.dp.group if mesh.dp.size > 1 else None
-    out, held_out = _defaults(options)
+    out, folder = _defaults(options)
     model = mesh.agree(lambda: model_from_arguments(options, mesh))
-    data, classes, templates = mesh.agree(lambda: _open(options, held_out, model))
-    classifier = build_classifier(
-        model.encode_text,
-        classes.texts,
-        templates,
-        tokenizer=model.tokenizer,
-        device=mesh.device,
-        group=group,
-        cache=ClassifierCache(options.cache or out / "classifier", model.fingerprint),
-    )
-    name = _evaluation_name(model, classifier, data)
-    result = zero_shot(
-        model.encode_image, classifier, data, classes, group=group, parts=out / "parts" / name
-    )
+    task = mesh.agree(lambda: ZeroShotTask.open(options, folder, model))
+    result = task.score(model, out, group=group)
     if mesh.rank == 0:
-        _write(out, result, data, model, len(templates), arguments)
+        _write(out, result, task, model, arguments)
     mesh.barrier()
     mesh.close()
 
@@ -123,48 +69,11 @@ def _defaults(options: argparse.Namespace) -> tuple[Path, str]:
     return run / "eval" / latest_checkpoint(run).name, held_out
 
 
-def _open(
-    options: argparse.Namespace, folder: str, model: EvalModel
-) -> tuple[LabelledData, ClassList, Sequence[Template]]:
-    classes = options.classes and imagenet_classes(options.classes, options.names)
-    data = LabelledData(
-        folder,
-        transform=model.transform,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        classes=classes.ids if classes else None,
-        strict=not options.lenient,
-    )
-    if classes is None:
-        return data, ClassList.of_names(folder, data.classnames), data.templates
-    return data, classes, _read_templates(options.templates)
-
-
-def _read_templates(name: str) -> Sequence[Template]:
-    if name in _TEMPLATES:
-        return _TEMPLATES[name]
-    try:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--templates ({name}) must be {', '.join(_TEMPLATES)}, or a readable file"
-        ) from error
-    return [line for line in lines if line.strip()]
-
-
-def _evaluation_name(model: EvalModel, classifier: Tensor, data: LabelledData) -> str:
-    """Equal only where every image would be given the same classes."""
-    digest = hashlib.sha256(classifier.cpu().numpy().tobytes())
-    digest.update(f"{model.fingerprint} {model.image_size} {data.fingerprint}".encode())
-    return digest.hexdigest()[:16]
-
-
 def _write(
     out: Path,
     result: ZeroShotResult,
-    data: LabelledData,
+    task: ZeroShotTask,
     model: EvalModel,
-    num_templates: int,
     arguments: Sequence[str],
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
@@ -185,7 +94,7 @@ def _write(
         "num_classes": len(classes),
         "num_classes_without_images": num_empty,
         "num_classes_of_equal_texts": collided,
-        "num_templates": num_templates,
+        "num_templates": len(task.templates),
         "num_samples": count,
         "num_unreadable": result.num_unreadable,
         "num_nonfinite": result.num_nonfinite,
@@ -196,7 +105,7 @@ def _write(
             if share is not None
         },
         "mean_per_class_recall": result.mean_per_class_recall,
-        "findings": data.findings.describe(),
+        "findings": task.data.findings.describe(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     title = f"Zero-shot classification of {classes.name}"

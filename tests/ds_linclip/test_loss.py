@@ -1,7 +1,6 @@
 """The losses against their definitions, open_clip's, and the whole batch in one process."""
 
 import math
-import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_linclip.loss import clip_loss, siglip_loss
+from ds_linclip.parallel.local_ranks import run_ranks
 
 Loss = Callable[..., Tensor]
 NAMES = ("clip", "siglip")
@@ -345,11 +344,10 @@ def part_of_batch(name: str, num_ranks: int, position: int) -> list[Tensor]:
     return [x.detach().requires_grad_() for x in (images[mine], texts[mine], *scalars)]
 
 
-def four_ranks(rank: int, port: int, folder: Path) -> None:
+def four_ranks(folder: Path) -> None:
     """One of four processes: the losses in groups of one, two and four."""
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=4)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     found: dict[str, Any] = {}
     for size in (1, 2, 4):
         group, _ = dist.new_subgroups(size)
@@ -368,10 +366,7 @@ def four_ranks(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def all_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("four_ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(four_ranks, args=(port, folder), nprocs=4)
+    run_ranks(4, four_ranks, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 

@@ -1,0 +1,212 @@
+"""``linclip-eval resolution``: the same weights at several image sizes, on several sets of images.
+
+Learned positions are resampled to the grid of each size, bicubic, as open_clip does it.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.models import EvalModel, load_model
+from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
+from linclip_eval.zero_shot_task import ZeroShotTask, add_task_arguments
+
+__all__ = ["main"]
+
+_SIZES = (112, 160, 224, 336, 448, 672, 1024)
+_TIMED_SECONDS = 2.0
+_MAX_TIMED = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Score:
+    """What one model scored at one size on one set."""
+
+    model: str
+    size: int
+    domain: str
+    num_samples: int
+    top1: float
+    top5: float
+    #: Median time of the image tower for an image, without reading it.
+    seconds_per_image: float
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: for bad input, on all ranks.
+        OSError: for a file that cannot be read or written.
+    """
+    parser = argparse.ArgumentParser(prog="linclip-eval resolution", description=__doc__)
+    parser.add_argument("models", nargs="+", help="as for zero-shot; label them as LABEL=MODEL")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        help="folders as for zero-shot, one for each domain; label them as LABEL=FOLDER",
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=list(_SIZES), help="sides in pixels"
+    )
+    add_task_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    mesh = Mesh.create()
+    group = mesh.dp.group if mesh.dp.size > 1 else None
+    scores = []
+    for label, source in map(_labelled, options.models):
+        for size in sorted(set(options.sizes)):
+            model = mesh.agree(
+                lambda source=source, size=size: load_model(
+                    source, mesh, precision=options.precision, image_size=size
+                )
+            )
+            seconds = _seconds_per_image(model, options.batch_size)
+            for domain, folder in map(_labelled, options.data):
+                task = mesh.agree(
+                    lambda folder=folder, model=model: ZeroShotTask.open(options, folder, model)
+                )
+                result = task.score(model, options.out, group=group)
+                scores.append(
+                    _Score(
+                        model=label,
+                        size=size,
+                        domain=domain,
+                        num_samples=result.num_samples,
+                        top1=result.topk(1),
+                        top5=result.topk(5),
+                        seconds_per_image=seconds,
+                    )
+                )
+    if mesh.rank == 0:
+        _write(options.out, scores, arguments, mesh.device)
+    mesh.barrier()
+    mesh.close()
+
+
+def _labelled(argument: str) -> tuple[str, str]:
+    label, equals, rest = argument.partition("=")
+    return (label, rest) if equals else (Path(argument).name, argument)
+
+
+def _seconds_per_image(model: EvalModel, batch_size: int) -> float:
+    """Of the image tower, on images of noise: the median over batches."""
+    images = torch.randn(min(batch_size, 8), 3, *model.image_size)
+    seconds: list[float] = []
+    started = time.monotonic()
+    while len(seconds) < 3 or (
+        len(seconds) < _MAX_TIMED and time.monotonic() - started < _TIMED_SECONDS
+    ):
+        before = time.perf_counter()
+        model.encode_image(images).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - before)
+    return statistics.median(seconds[1:]) / len(images)
+
+
+def _write(
+    out: Path, scores: Sequence[_Score], arguments: Sequence[str], device: torch.device
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "resolution.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(_Score)])
+        writer.writeheader()
+        writer.writerows(asdict(score) for score in scores)
+    _draw(scores).savefig(out / "figure.png")
+    write_results(
+        out,
+        command=("resolution", *arguments),
+        title="Zero-shot accuracy and cost over image sizes",
+        body=_summary(scores),
+        numbers={"scores": [asdict(score) for score in scores]},
+        device=device,
+    )
+    print((out / "summary.md").read_text(encoding="utf-8"))
+
+
+def _summary(scores: Sequence[_Score]) -> str:
+    domains = list(dict.fromkeys(score.domain for score in scores))
+    found = {(score.model, score.size, score.domain): score for score in scores}
+    rows = []
+    for model, size in dict.fromkeys((score.model, score.size) for score in scores):
+        of_size = [found[model, size, domain] for domain in domains]
+        cost = f"{1000 * of_size[0].seconds_per_image:.2f}"
+        rows.append((model, size, cost, *(percent(s.top1, s.num_samples) for s in of_size)))
+    counts = ", ".join(
+        f"{next(s.num_samples for s in scores if s.domain == domain)} of {domain}"
+        for domain in domains
+    )
+    header = ("model", "px", "ms per image", *(f"{domain}: top-1, %" for domain in domains))
+    return "\n\n".join(
+        [
+            "The same weights, with learned positions resampled to each size. Accuracies with 95 % "
+            f"intervals (Wilson) over the images: {counts}. The time is that of the image tower "
+            "alone, the median over batches of up to 8 images.",
+            markdown_table(header, rows),
+            "![Accuracy and cost over image sizes](figure.png)",
+        ]
+    )
+
+
+def _draw(scores: Sequence[_Score]) -> Figure:
+    domains = list(dict.fromkeys(score.domain for score in scores))
+    figure = Figure(
+        figsize=(4.2 * (len(domains) + 1), 3.6), dpi=120, layout=ConstrainedLayoutEngine()
+    )
+    FigureCanvasAgg(figure)
+    *panels, cost = figure.subplots(1, len(domains) + 1, squeeze=False)[0]
+    for model in dict.fromkeys(score.model for score in scores):
+        for axes, domain in zip(panels, domains, strict=True):
+            line = [s for s in scores if (s.model, s.domain) == (model, domain)]
+            low, high = zip(*(_reach(score) for score in line), strict=True)
+            axes.errorbar(
+                [score.size for score in line],
+                [100 * score.top1 for score in line],
+                yerr=(low, high),
+                marker="o",
+                markersize=4,
+                capsize=2,
+                label=model,
+            )
+        line = [s for s in scores if (s.model, s.domain) == (model, domains[0])]
+        cost.plot(
+            [score.size for score in line],
+            [1000 * score.seconds_per_image for score in line],
+            marker="o",
+            markersize=4,
+            label=model,
+        )
+    for axes, domain in zip(panels, domains, strict=True):
+        axes.set_title(domain, loc="left", weight="bold", fontsize=10)
+        axes.set_ylabel("zero-shot top-1, %")
+    cost.set_title("cost", loc="left", weight="bold", fontsize=10)
+    cost.set_ylabel("ms per image")
+    cost.set_yscale("log")
+    for axes in (*panels, cost):
+        axes.set_xscale("log", base=2)
+        sizes = sorted({score.size for score in scores})
+        axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+        axes.minorticks_off()
+        axes.set_xlabel("image side, px")
+        axes.grid(color="#e5e7eb")
+        axes.spines[["top", "right"]].set_visible(False)
+    cost.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _reach(score: _Score) -> tuple[float, float]:
+    """Of the interval below and above the accuracy, in per cent."""
+    low, high = wilson_interval(round(score.top1 * score.num_samples), score.num_samples)
+    return 100 * max(score.top1 - low, 0), 100 * max(high - score.top1, 0)
