@@ -1,0 +1,121 @@
+"""Models of every origin give their own features, and are refused in one line when they cannot."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
+from ds_linclip.model import CLIP
+from ds_linclip.model.open_clip_exchange import export_folder
+from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.models import load_model
+
+VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return Mesh.create()
+
+
+@pytest.fixture
+def ours(mesh: Mesh, tmp_path: Path) -> tuple[CLIP, Path]:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        embed_dim=16,
+        vision=VisionTower(image_size=(32, 32), patch_size=8, width=32, layers=1, head_width=16),
+        text=TextTower(context_length=16, width=32, heads=2, layers=1),
+    )
+    config.vision.attention = config.text.attention = Attention(kind="linear")
+    model = CLIP(config, mesh).eval()
+    export_folder(model, tmp_path / "ours")
+    return model, tmp_path / "ours"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_own_hub_folder(ours, mesh, precision):
+    model, folder = ours
+    images = torch.randn(2, 3, 32, 32)
+    loaded = load_model(folder, mesh, precision=precision)
+    assert (loaded.image_size, loaded.context_length) == ((32, 32), 16)
+    texts = loaded.tokenizer(["a tench", "a hen"])
+    assert texts.shape == (2, 16)
+    tolerance = 1e-6 if precision == "fp32" else 0.05
+    for found, expected in (
+        (loaded.encode_image(images), model.encode_image(images)),
+        (loaded.encode_text(texts), model.encode_text(texts)),
+    ):
+        assert found.dtype == loaded.dtype
+        torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_other_image_sizes(ours, mesh):
+    model, folder = ours
+    loaded = load_model(folder, mesh, image_size=64)
+    assert loaded.image_size == (64, 64)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+    with pytest.raises(ValueError, match=r"image_size \(60\) must be a .* multiple .*\(8\)"):
+        load_model(folder, mesh, image_size=60)
+
+
+def test_fingerprint_is_that_of_the_weights(ours, mesh, tmp_path):
+    model, folder = ours
+    first = load_model(folder, mesh).fingerprint
+    assert load_model(folder, mesh, image_size=64).fingerprint == first
+    assert load_model(folder, mesh, precision="bf16").fingerprint != first
+    with torch.no_grad():
+        model.logit_scale.add_(1e-3)
+    export_folder(model, tmp_path / "other")
+    assert load_model(tmp_path / "other", mesh).fingerprint != first
+
+
+def test_folder_that_only_open_clip_can_run(mesh, tmp_path):
+    """Average-pooled, with statistics of its own."""
+    vision = {**VISION, "pool_type": "avg"}
+    torch.manual_seed(0)
+    theirs = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT).eval()
+    model_cfg = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": TEXT}
+    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize_mode": "squash"}
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess})
+    )
+    save_file(theirs.state_dict(), tmp_path / "open_clip_model.safetensors")
+    loaded = load_model(tmp_path, mesh)
+    images, texts = torch.randn(2, 3, 32, 32), loaded.tokenizer(["a tench", "a hen"])
+    torch.testing.assert_close(loaded.encode_image(images), theirs.encode_image(images))
+    torch.testing.assert_close(loaded.encode_text(texts), theirs.encode_text(texts))
+    assert loaded.context_length == 16
+    white = (
+        Path(__file__).parents[2] / "docs" / "results" / "data" / "inspection.png"
+    ).read_bytes()
+    assert loaded.transform(white).abs().max() <= 1.0  # (x - 0.5) / 0.5
+
+
+def test_name_of_open_clip_has_the_same_random_weights_every_time(mesh):
+    state = torch.get_rng_state()
+    first = load_model("ViT-S-32-alt", mesh, image_size=64)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert load_model("ViT-S-32-alt", mesh, image_size=64).fingerprint == first.fingerprint
+    assert first.encode_image(torch.randn(1, 3, 64, 64)).shape == (1, 256)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("ViT-S-17", r"model \(ViT-S-17\) must be a run folder, a hub folder, or NAME"),
+        ("ViT-S-32-alt:laion9b", r"model \(ViT-S-32-alt:laion9b\): open_clip cannot open it"),
+        ("empty", r"run folder \(.*empty\) holds no checkpoint"),
+    ],
+)
+def test_what_is_no_model_is_named(mesh, tmp_path, source, message):
+    (tmp_path / "empty").mkdir()
+    source = str(tmp_path / source) if source == "empty" else source
+    with pytest.raises(ValueError, match=message):
+        load_model(source, mesh)
