@@ -1,0 +1,86 @@
+"""All 21,841 classes with 80 templates: bounded memory, resumable, and the same on three ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
+from ds_linclip.model import CLIP
+from ds_linclip.model.open_clip_exchange import export_folder
+from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.class_lists import imagenet_classes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+REPOSITORY = Path(__file__).parents[2]
+NUM_CLASSES = 21_841
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        embed_dim=32,
+        vision=VisionTower(image_size=(16, 16), patch_size=8, width=32, layers=1, head_width=16),
+        text=TextTower(context_length=24, width=32, heads=2, layers=1),
+    )
+    config.vision.attention = config.text.attention = Attention(kind="linear")
+    folder = tmp_path_factory.mktemp("model") / "hub"
+    export_folder(CLIP(config, Mesh.create()), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of noise for every class, in a folder for each."""
+    folder = tmp_path_factory.mktemp("imagenet-22k")
+    generator = np.random.default_rng(0)
+    for synset in imagenet_classes("imagenet-22k", "lemma").ids:
+        (folder / synset).mkdir()
+        pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / synset / f"{synset}_1.JPEG")
+    return folder
+
+
+def start(model: Path, images: Path, out: Path, ranks: int) -> subprocess.Popen[bytes]:
+    launch = [Path(sys.executable).parent / "torchrun", f"--nproc-per-node={ranks}", "--standalone"]
+    arguments = ["zero-shot", model, "--data", images, "--classes", "imagenet-22k"]
+    more = ["--templates", "openai", "--out", out, "--num-workers", "0"]
+    command = [*launch, REPOSITORY / "launch" / "eval.py", *arguments, *more]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def test_three_ranks_that_were_killed_score_as_one(model, images, tmp_path):
+    killed = start(model, images, tmp_path / "three", ranks=3)
+    classes = tmp_path / "three" / "classifier"
+    while len(list(classes.glob("*.safetensors"))) < 100:
+        assert killed.poll() is None
+        time.sleep(0.5)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    kept = {path: path.stat().st_mtime_ns for path in classes.glob("*.safetensors")}
+    assert start(model, images, tmp_path / "three", ranks=3).wait() == 0
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert start(model, images, tmp_path / "one", ranks=1).wait() == 0
+    for name in ("per_class.csv", "confusions.csv"):
+        files = [(tmp_path / ranks / name).read_bytes() for ranks in ("one", "three")]
+        assert files[0] == files[1]
+    report = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert report["num_samples"] == report["num_classes"] == NUM_CLASSES
+    assert report["num_templates"] == 80
+    print(f"peak memory of a rank: {report['peak_memory_bytes'] / 2**20:.0f} MiB")
+    # A matrix of all logits would be 1.9 GB, one of all prompts' features 0.2 GB.
+    assert report["peak_memory_bytes"] < 1.5 * 2**30
