@@ -334,8 +334,19 @@ class EvalConfig:
     """Zero-shot classification on a held-out folder, during and after training."""
 
     #: Folder in clip_benchmark's webdataset layout (``test/*.tar``, ``classnames.txt``,
-    #: ``zeroshot_classification_templates.txt``); None: no evaluation.
+    #: ``zeroshot_classification_templates.txt``), or one whose classes ``classes`` lists; None: no
+    #: evaluation.
     data: str | None = None
+    #: ImageNet's list of the folder's classes (``imagenet-22k``, ``imagenet-21k-goog``,
+    #: ``imagenet-21k-miil``, ``imagenet-21k-miil-w21``, ``imagenet-12k``, ``imagenet-1k``), or a
+    #: file with a synset a line; None: the folder names them itself.
+    classes: str | None = None
+    #: What prompts call the classes of such a list: ``lemma``, ``aliases``, ``definition``, or
+    #: ``open_clip`` (imagenet-1k).
+    names: Literal["lemma", "aliases", "definition", "open_clip"] = "lemma"
+    #: Prompts for such a list: ``one``, ``simple`` (open_clip's 7), ``openai`` (its 80), or a file
+    #: with a template a line.
+    templates: str = "one"
     #: Steps between evaluations; 0: only at the end.
     every_steps: int = 0
     batch_size: int = 256

@@ -77,9 +77,18 @@ def main(arguments: Sequence[str]) -> None:
             seconds = _seconds_per_image(model, options.batch_size)
             for domain, folder in map(_labelled, options.data):
                 task = mesh.agree(
-                    lambda folder=folder, model=model: ZeroShotTask.open(options, folder, model)
+                    lambda folder=folder, model=model: ZeroShotTask.from_arguments(
+                        options, folder, model
+                    )
                 )
-                result = task.score(model, options.out, group=group)
+                result = task.score(
+                    model,
+                    tokenizer=model.tokenizer,
+                    device=model.device,
+                    group=group,
+                    keep_in=options.out,
+                    fingerprint=model.fingerprint,
+                )
                 scores.append(
                     _Score(
                         model=label,

@@ -46,8 +46,15 @@ def main(arguments: Sequence[str]) -> None:
     group = mesh.dp.group if mesh.dp.size > 1 else None
     out, folder = _defaults(options)
     model = mesh.agree(lambda: model_from_arguments(options, mesh))
-    task = mesh.agree(lambda: ZeroShotTask.open(options, folder, model))
-    result = task.score(model, out, group=group)
+    task = mesh.agree(lambda: ZeroShotTask.from_arguments(options, folder, model))
+    result = task.score(
+        model,
+        tokenizer=model.tokenizer,
+        device=model.device,
+        group=group,
+        keep_in=out,
+        fingerprint=model.fingerprint,
+    )
     if mesh.rank == 0:
         _write(out, result, task, model, arguments)
     mesh.barrier()

@@ -2,27 +2,41 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Protocol, get_args
 
 import open_clip
+import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ds_linclip.data import LabelledData
+from ds_linclip.data import EvalTransform, LabelledData
 from linclip_eval.class_lists import IMAGENET_LISTS, ClassList, NamePolicy, imagenet_classes
-from linclip_eval.classifier import ClassifierCache, Template, build_classifier
+from linclip_eval.classifier import (
+    ClassifierCache,
+    Template,
+    build_classifier,
+    parse_template,
+)
 from linclip_eval.models import EvalModel
 from linclip_eval.zero_shot import ZeroShotResult, zero_shot
 
-__all__ = ["ZeroShotTask", "add_task_arguments"]
+__all__ = ["Encoders", "ZeroShotTask", "add_task_arguments"]
 
 _TEMPLATES: dict[str, Sequence[Template]] = {
     "one": ("a photo of a {}.",),
     "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
     "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
 }
+
+
+class Encoders(Protocol):
+    """What a task asks of a model."""
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
+    def encode_text(self, texts: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,59 +55,123 @@ class ZeroShotTask:
 
     @classmethod
     def open(
-        cls, options: argparse.Namespace, folder: str | Path, model: EvalModel
+        cls,
+        folder: str | Path,
+        *,
+        transform: EvalTransform,
+        batch_size: int,
+        num_workers: int = 0,
+        classes: str | None = None,
+        names: NamePolicy = "lemma",
+        templates: str = "one",
+        strict: bool = True,
     ) -> "ZeroShotTask":
-        """The task of a folder and of what :func:`add_task_arguments` added.
+        """The task that a folder of images is.
+
+        Args:
+            folder: See :class:`LabelledData`; in clip_benchmark's layout it names its classes and
+                templates.
+            transform: Image file to model input.
+            batch_size: Images per forward, per rank.
+            num_workers: Decoding processes, per rank.
+            classes: Class list of :func:`imagenet_classes`, for a folder that names none.
+            names: What prompts call these classes.
+            templates: "one", "simple" (open_clip's 7), "openai" (its 80), or a file with a template
+                a line.
+            strict: Whether an unknown or empty class or an unreadable image is an error.
 
         Raises:
             ValueError: when folder, class list or templates cannot be read or do not fit.
         """
-        if options.batch_size < 1:
-            raise ValueError(f"--batch-size ({options.batch_size}) must be at least 1")
-        classes = options.classes and imagenet_classes(options.classes, options.names)
+        if batch_size < 1:
+            raise ValueError(f"batch_size ({batch_size}) must be at least 1")
+        given = imagenet_classes(classes, names) if classes else None
         data = LabelledData(
+            folder,
+            transform=transform,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            classes=given.ids if given else None,
+            strict=strict,
+        )
+        if given is None:
+            given = ClassList.of_names(str(folder), data.classnames)
+            prompts: Sequence[Template] = data.templates
+        else:
+            prompts = _read_templates(templates)
+        try:
+            parsed = [parse_template(template) for template in prompts]
+        except ValueError as error:
+            raise ValueError(f"eval.data ({folder}): {error}") from error
+        return cls(data=data, classes=given, templates=parsed)
+
+    @classmethod
+    def from_arguments(
+        cls, options: argparse.Namespace, folder: str | Path, model: EvalModel
+    ) -> "ZeroShotTask":
+        """The task of a folder as :func:`add_task_arguments` asks for it.
+
+        Raises:
+            ValueError: as :meth:`open`.
+        """
+        return cls.open(
             folder,
             transform=model.transform,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
-            classes=classes.ids if classes else None,
+            classes=options.classes,
+            names=options.names,
+            templates=options.templates,
             strict=not options.lenient,
         )
-        if classes is None:
-            own = ClassList.of_names(str(folder), data.classnames)
-            return cls(data=data, classes=own, templates=data.templates)
-        return cls(data=data, classes=classes, templates=_read_templates(options.templates))
 
     def score(
-        self, model: EvalModel, folder: Path, *, group: ProcessGroup | None = None
+        self,
+        model: Encoders,
+        *,
+        tokenizer: Callable[[list[str]], Tensor],
+        device: torch.device,
+        group: ProcessGroup | None = None,
+        num_predictions: int = 0,
+        keep_in: Path | None = None,
+        fingerprint: str = "",
     ) -> ZeroShotResult:
         """Ask ``model``; every rank of ``group`` calls it together.
 
         Args:
-            model: The one that the data were prepared for.
-            folder: Where features of classes and finished parts are kept, so that what was cut off
-                goes on where it was.
+            model: In eval mode; gradients are off.
+            tokenizer: Prompts to token ids [B, L].
+            device: Where the model is.
             group: Ranks that share the work.
+            num_predictions: How many of this rank's first images to keep for display.
+            keep_in: Folder for what is done, features of classes and finished batches, so that what
+                was cut off goes on where it was; None: nothing is kept.
+            fingerprint: Tells models apart there.
 
         Raises:
             ValueError: for an image that a strict task cannot read.
-            OSError: when ``folder`` cannot be written.
+            OSError: when ``keep_in`` cannot be written.
         """
         classifier = build_classifier(
             model.encode_text,
             self.classes.texts,
             self.templates,
-            tokenizer=model.tokenizer,
-            device=model.device,
+            tokenizer=tokenizer,
+            device=device,
             group=group,
-            cache=ClassifierCache(folder / "classifier", model.fingerprint),
+            cache=keep_in and ClassifierCache(keep_in / "classifier", fingerprint),
         )
-        # Equal only where every image would be given the same classes.
+        # The same name only where every image would be given the same classes.
         digest = hashlib.sha256(classifier.cpu().numpy().tobytes())
-        digest.update(f"{model.fingerprint} {model.image_size} {self.data.fingerprint}".encode())
-        parts = folder / "parts" / digest.hexdigest()[:16]
+        digest.update(f"{fingerprint} {self.data.fingerprint}".encode())
         return zero_shot(
-            model.encode_image, classifier, self.data, self.classes, group=group, parts=parts
+            model.encode_image,
+            classifier,
+            self.data,
+            self.classes,
+            group=group,
+            parts=keep_in and keep_in / "parts" / digest.hexdigest()[:16],
+            num_predictions=num_predictions,
         )
 
 

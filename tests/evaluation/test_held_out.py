@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch import Tensor
 
 from ds_linclip.config import Config
+from ds_linclip.data import EvalTransform
 from ds_linclip.parallel.local_ranks import run_ranks
 from linclip_eval.held_out import HeldOutEvaluator
+from linclip_eval.zero_shot_task import ZeroShotTask
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -64,14 +67,10 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def evaluator(folder: Path, **options) -> HeldOutEvaluator:
-    return HeldOutEvaluator(
-        folder,
-        image_size=(16, 16),
-        context_length=8,
-        batch_size=2,
-        device=torch.device("cpu"),
-        **options,
+    task = ZeroShotTask.open(
+        folder, transform=EvalTransform(PreprocessCfg(size=(16, 16))), batch_size=2
     )
+    return HeldOutEvaluator(task, context_length=8, device=torch.device("cpu"), **options)
 
 
 def test_folder_is_scored_exactly(folder):
