@@ -5,7 +5,8 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: install train test test-slow test-faults test-gpu lint study bench-kernels \
-    bench-data bench-memory bench-checkpoint bench-context bench-loss bench-gpu check-layouts goodput
+    bench-data bench-memory bench-checkpoint bench-context bench-loss bench-gpu check-layouts goodput \
+    report
 
 install: $(STAMP)
 
@@ -29,6 +30,11 @@ train: $(STAMP) | data/embedded
 # beside it all that does not.
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+
+# Every evaluation on the embedded data, in small, as one page: runs/report/report.html (15 minutes
+# on two idle cores).
+report: $(STAMP) | data/embedded
+	$(BIN)/python launch/report.py
 
 # The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores. Runs recorded
 # in docs/results/convergence are shown and not repeated.
