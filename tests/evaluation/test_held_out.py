@@ -1,6 +1,7 @@
 """A held-out folder on disk, scored by a model whose right answers are known."""
 
 import io
+import json
 import multiprocessing
 import re
 import shutil
@@ -16,12 +17,15 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch import Tensor
 
-from ds_linclip.config import Config
+from ds_linclip.config import Config, load_config
 from ds_linclip.data import EvalTransform
 from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.trainer import train
 from linclip_eval.held_out import HeldOutEvaluator
 from linclip_eval.zero_shot_task import ZeroShotTask
 
+EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
@@ -187,3 +191,34 @@ def test_two_ranks_score_and_fail_together(folder, tmp_path_factory):
     assert re.match(
         r"data-parallel rank 1: .* undecodable of .* readable: image_undecodable", answers[0][2]
     )
+
+
+def _train(config: Config) -> None:
+    mesh = Mesh.create(config.parallel)
+    evaluator = HeldOutEvaluator.from_config(config, device=mesh.device, group=mesh.dp.group)
+    train(config, mesh, evaluator)
+    mesh.close()
+
+
+@pytest.mark.distributed
+def test_training_goes_on_as_without_it(embedded_overrides, tmp_path):
+    losses, scores = [], []
+    for every_steps in (2, 100):
+        config = load_config(
+            EMBEDDED,
+            [
+                *(*embedded_overrides, "train.steps=6", "train.global_batch_size=16"),
+                *("model.vision.layers=1", "model.text.layers=1", "log.every_steps=1"),
+                *("data.num_workers=0", "model.vision.patch_dropout=0.5"),
+                *(f"eval.every_steps={every_steps}", f"output_dir={tmp_path}"),
+                *(f"name=every{every_steps}", "checkpoint.every_steps=100"),
+            ],
+        )
+        run_ranks(2, _train, config)
+        lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        losses.append([record["train/loss"] for record in records if "train/loss" in record])
+        scores.append([r["step"] for r in records if "eval/zeroshot_top1" in r])
+    assert scores == [[2, 4, 6], [6]]
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
