@@ -1,31 +1,23 @@
-"""Held-out classification data in clip_benchmark's webdataset layout.
+"""Held-out images with their classes, in batches that do not depend on who reads them."""
 
-``FOLDER/classnames.txt``, ``FOLDER/zeroshot_classification_templates.txt`` (``{c}``, or open_clip's
-``{}``, stands for the class) and tars in ``FOLDER/test`` or in ``FOLDER`` itself, with an image,
-``cls`` (the class number) and optionally ``txt`` per sample.
-"""
-
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset, SequentialSampler, Subset
 
-from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, EvalTransform
+from ds_linclip.data.decode import EvalTransform
+from ds_linclip.data.labelled_images import Findings, LabelledImages
 from ds_linclip.data.loader import ordered_loader
-from ds_linclip.data.shards import raise_file_limit
-from ds_linclip.data.tar_index import BadSample, OpenShard
+from ds_linclip.data.tar_index import BadSample
 
 __all__ = ["LabelledBatch", "LabelledData"]
-
-_CLASSNAMES = "classnames.txt"
-_TEMPLATES = "zeroshot_classification_templates.txt"
-_MAX_CLASS_BYTES = 32
-
-_Place = tuple[OpenShard, int]
 
 
 @dataclass(frozen=True)
@@ -33,16 +25,22 @@ class LabelledBatch:
     """Held-out images with their classes.
 
     Attributes:
-        images: [B, 3, H, W] float32, normalised.
+        number: Of the batch.
+        images: [B, 3, H, W] float32, normalised; [0, 3, 0, 0] where not one can be read.
         labels: [B] int64 class numbers.
-        keys: Key of each sample within its shard.
+        keys: Key of each sample within its tar, or path within the folder.
         captions: Text of each sample; empty where it has none.
+        unreadable_labels: [U] int64, the classes of the images that cannot be read.
+        unreadable: Their keys, and why they cannot be read.
     """
 
+    number: int
     images: Tensor
     labels: Tensor
     keys: list[str]
     captions: list[str]
+    unreadable_labels: Tensor
+    unreadable: list[tuple[str, str]]
 
     def pin_memory(self) -> Self:
         """Called by torch's DataLoader."""
@@ -50,26 +48,31 @@ class LabelledBatch:
 
 
 class LabelledData:
-    """One rank's share of a held-out folder, opened once; every iteration reads it in full.
+    """A held-out folder, opened and checked once, then read as often as wanted.
 
-    Rank r takes samples r, r + world_size, ... in a fixed order; nothing is padded or repeated, so
-    ranks may get one sample, and one batch, more or fewer than others. The tars stay open, so what is read is what was checked.
+    Batch b holds samples b * batch_size, ... of one fixed order. Whoever evaluates shares out the
+    numbers of the batches, so a batch is the same on any number of ranks; nothing is padded,
+    repeated or dropped.
 
     Args:
-        folder: See the module.
+        folder: Of a form that :mod:`~ds_linclip.data.labelled_images` knows.
         transform: Image file to model input.
         batch_size: Samples per batch; the last may be smaller.
-        rank, world_size: This rank and how many there are.
         num_workers: Decoding processes.
+        classes: Ids in the order of their labels; None: the folder is in clip_benchmark's layout.
+        strict: What is wrong with the folder is an error, for a score over fewer samples would not
+            be the score. Otherwise it is counted: in ``findings``, and in the batches.
 
     Attributes:
-        classnames: The names; the index of a name is its class number.
-        templates: Prompts with a place for the name.
+        classnames: The names, or the ids; the index of one is its label.
+        templates: Prompts with a place for the name; empty with ``classes``.
+        num_samples: Images of all batches, the unreadable ones too.
+        num_batches: How many batches there are.
+        findings: What is wrong with the folder, as far as it shows without decoding.
 
     Raises:
-        ValueError: naming ``eval.data``; at construction for a missing or empty file, and for a
-            sample of this rank without an image or without a class in the list; while iterating for
-            one that cannot be decoded (a score over fewer samples would not be the score).
+        ValueError: naming the field; at construction as :class:`LabelledImages`; while iterating
+            for an image out of reach, or, with ``strict``, one that cannot be decoded.
     """
 
     def __init__(
@@ -78,117 +81,95 @@ class LabelledData:
         *,
         transform: EvalTransform,
         batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
         num_workers: int = 0,
+        classes: Sequence[str] | None = None,
+        strict: bool = True,
     ) -> None:
-        folder = Path(folder)
-        self.classnames = _read_lines(folder / _CLASSNAMES)
-        self.templates = _read_lines(folder / _TEMPLATES)
-        raise_file_limit()
-        shards = [_open(folder, path) for path in _find_tars(folder)]
-        places = [(shard, index) for shard in shards for index in range(len(shard))]
-        if not places:
-            raise ValueError(f"eval.data ({folder}) must hold at least one sample")
-        places = places[rank::world_size]
-        labels = [_read_label(folder, place, len(self.classnames)) for place in places]
-        self._dataset = _LabelledDataset(folder, transform, batch_size, places, labels)
+        if batch_size < 1:
+            raise ValueError(f"batch_size ({batch_size}) must be at least 1")
+        self._images = LabelledImages(Path(folder), classes, strict=strict)
+        self._dataset = _BatchDataset(Path(folder), self._images, transform, batch_size, strict)
+        self._batch_size = batch_size
         self._num_workers = num_workers
+        self.classnames: list[str] = self._images.classnames
+        self.templates: list[str] = self._images.templates
+        self.findings: Findings = self._images.findings
+        self.num_samples = len(self._images)
+        self.num_batches = -(-self.num_samples // batch_size)
 
-    def __iter__(self) -> Iterator[LabelledBatch]:
-        sampler = SequentialSampler(self._dataset)
-        for item in ordered_loader(self._dataset, sampler, num_workers=self._num_workers):
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of keys and labels in order, and of ``batch_size``."""
+        content = f"{self._images.fingerprint()} {self._batch_size}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[LabelledBatch]:
+        """Batches by their numbers, in the order asked for; workers end with the iterator.
+
+        Raises:
+            ValueError: for a number that no batch has, or as the class.
+        """
+        for number in numbers:
+            if not 0 <= number < self.num_batches:
+                raise ValueError(f"numbers ({number}) must be in [0, {self.num_batches})")
+        share = Subset(self._dataset, numbers)
+        sampler = SequentialSampler(share)
+        for item in ordered_loader(share, sampler, num_workers=self._num_workers):
             if isinstance(item, ValueError):
                 raise item
             yield item
 
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        return self.batches(range(self.num_batches))
 
-class _LabelledDataset(Dataset[LabelledBatch | ValueError]):
-    """Maps a batch number to one rank's labelled batch."""
+
+class _BatchDataset(Dataset[LabelledBatch | ValueError]):
+    """Maps a batch number to its batch."""
 
     def __init__(
         self,
         folder: Path,
+        images: LabelledImages,
         transform: EvalTransform,
         batch_size: int,
-        places: list[_Place],
-        labels: list[int],
+        strict: bool,
     ) -> None:
         self._folder = folder
-        self._batch_size = batch_size
-        self._places = places
-        self._labels = labels
+        self._images = images
         self._transform = transform
-
-    def __len__(self) -> int:
-        return -(-len(self._places) // self._batch_size)
+        self._batch_size = batch_size
+        self._strict = strict
 
     def __getitem__(self, number: int) -> LabelledBatch | ValueError:
-        share = slice(number * self._batch_size, (number + 1) * self._batch_size)
-        images, keys, captions = [], [], []
-        for shard, index in self._places[share]:
+        start = number * self._batch_size
+        samples = range(start, min(start + self._batch_size, len(self._images)))
+        pixels, captions, readable = [], [], []
+        reasons: dict[int, str] = {}
+        for sample in samples:
             try:
-                content = shard.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
-                images.append(self._transform(content))
-                captions.append(_caption(shard, index))
+                content, caption = self._images.read(sample)
+                pixels.append(self._transform(content))
             except (BadSample, OSError, ValueError) as error:
-                # As a value: raised in a worker, it would arrive as a traceback.
-                return _sample_error(self._folder, (shard, index), f"be readable: {error}")
-            keys.append(shard.keys[index])
-        labels = torch.tensor(self._labels[share])
-        return LabelledBatch(torch.stack(images), labels, keys, captions)
+                # That the file system is not answering says nothing about the image.
+                if self._strict or isinstance(error, OSError):
+                    # As a value: raised in a worker, it would arrive as a traceback.
+                    where = self._images.where(sample)
+                    return ValueError(
+                        f"eval.data ({self._folder}): {where} must be readable: {error}"
+                    )
+                reasons[sample] = str(error)
+                continue
+            captions.append(caption)
+            readable.append(sample)
+        return LabelledBatch(
+            number=number,
+            images=torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0),
+            labels=self._labels(readable),
+            keys=[self._images.key(sample) for sample in readable],
+            captions=captions,
+            unreadable_labels=self._labels(list(reasons)),
+            unreadable=[(self._images.key(sample), reason) for sample, reason in reasons.items()],
+        )
 
-
-def _open(folder: Path, path: Path) -> OpenShard:
-    try:
-        return OpenShard(path.open("rb"), str(path))
-    except (BadSample, OSError) as error:
-        raise ValueError(f"eval.data ({folder}): {path} must be a readable tar: {error}") from error
-
-
-def _read_label(folder: Path, place: _Place, num_classes: int) -> int:
-    """Class number of a sample, having checked that it is one and that there is an image."""
-    shard, index = place
-    try:
-        shard.find(index, "image", max_bytes=MAX_IMAGE_BYTES)
-        label = int(shard.read(index, "class", max_bytes=_MAX_CLASS_BYTES))
-    except (BadSample, OSError, ValueError) as error:
-        raise _sample_error(folder, place, f"be readable: {error}") from error
-    if not 0 <= label < num_classes:
-        rule = f"have a class in [0, {num_classes}), the lines of {_CLASSNAMES}; it has {label}"
-        raise _sample_error(folder, place, rule)
-    return label
-
-
-def _sample_error(folder: Path, place: _Place, rule: str) -> ValueError:
-    shard, index = place
-    sample = f"sample {shard.keys[index]} of {shard.url}"
-    return ValueError(f"eval.data ({folder}): {sample} must {rule}")
-
-
-def _caption(shard: OpenShard, index: int) -> str:
-    try:
-        return shard.read(index, "text", max_bytes=MAX_TEXT_BYTES).decode("utf-8").strip()
-    except BadSample as error:
-        if error.cause == "text_missing":
-            return ""
-        raise
-
-
-def _find_tars(folder: Path) -> list[Path]:
-    for place in (folder, folder / "test"):
-        tars = sorted(place.glob("*.tar"), key=lambda path: (len(path.stem), path.stem))
-        if tars:
-            return tars
-    raise ValueError(f"eval.data ({folder}) must be a folder with tars in it or in its test folder")
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"eval.data ({path.parent}) must hold a readable {path.name}") from error
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ValueError(f"eval.data ({path.parent}) must hold a {path.name} that is not empty")
-    return lines
+    def _labels(self, samples: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self._images.labels[samples].astype(np.int64))

@@ -1,0 +1,252 @@
+"""The parts of a labelled set: a tar, or the folder of a class. Opening one decodes no image."""
+
+import os
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from ds_linclip.data.tar_index import BadSample, OpenShard, Role
+
+__all__ = ["ClassFolder", "ClassList", "LabelledPart", "LabelledTar"]
+
+_IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")  # as in tars
+_MAX_CLASS_BYTES = 32
+_NOWHERE = (-1, 0)  # offset and size
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """The classes of a set.
+
+    Attributes:
+        ids: Label of each id; empty where the classes have numbers only.
+        num_classes: How many there are.
+    """
+
+    ids: Mapping[str, int]
+    num_classes: int
+
+    def label(self, name: str) -> int | None:
+        """Label of an id or class number; None: it is not in the list."""
+        if name in self.ids:
+            return self.ids[name]
+        try:
+            number = int(name)
+        except ValueError:
+            return None
+        return number if 0 <= number < self.num_classes else None
+
+
+class LabelledPart(ABC):
+    """Images and their labels, in a fixed order.
+
+    Attributes:
+        path: Of the tar or folder.
+        names: Keys or file names. As bytes in one buffer: as strings of Python, those of millions
+            of images would take several times the memory.
+        labels: [n] int32.
+        unknown_classes: Images left out, by the class they name that is not in the list.
+        first_unknown: One of them.
+        problems: By cause, what is left out, and what will be unreadable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unknown_classes: Counter[str] = Counter()
+        self.first_unknown = ""
+        self.problems: dict[str, list[str]] = defaultdict(list)
+        self._file: BinaryIO | None = None
+        self._fill([], [])
+
+    def key(self, row: int) -> str:
+        """Name of one image."""
+        return os.fsdecode(self.names[row].as_py())
+
+    def where(self, row: int) -> str:
+        """What messages call the image."""
+        return self._where(self.key(row))
+
+    @abstractmethod
+    def read(self, row: int) -> tuple[bytes, str]:
+        """Image file and caption; the caption is empty where there is none.
+
+        Raises:
+            BadSample: the cause lies with the data.
+            OSError: it cannot be reached, or is no longer what was opened.
+        """
+
+    def close(self) -> None:
+        """Close what reading has opened."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @abstractmethod
+    def _where(self, key: str) -> str: ...
+
+    def _fill(self, keys: Iterable[str], labels: Iterable[int]) -> None:
+        self.names = pa.array([os.fsencode(key) for key in keys], pa.binary())
+        self.labels = np.array(labels, np.int32)
+
+    def _leave_out(self, class_name: str, keys: list[str]) -> None:
+        if keys:
+            self.unknown_classes[class_name] += len(keys)
+            self.first_unknown = self.first_unknown or self._where(keys[0])
+
+
+class LabelledTar(LabelledPart):
+    """A tar of images with their classes.
+
+    It is open while it is read only: a set may have more tars than a process may open files.
+
+    Args:
+        path: Of the tar.
+        classes: The list.
+        is_class: The tar is named by the id of all its images, unless they have a ``cls``.
+
+    Raises:
+        OSError: the file system is not answering.
+    """
+
+    def __init__(self, path: Path, classes: ClassList, *, is_class: bool) -> None:
+        super().__init__(path)
+        self._identity = _identity(os.stat(path))
+        self._images = np.empty((0, 2), np.int64)  # offset and size
+        self._texts: dict[int, tuple[int, int]] = {}
+        self._unreadable: dict[int, str] = {}
+        try:
+            shard = OpenShard(path.open("rb"), str(path))
+        except BadSample as error:
+            self.problems[error.cause].append(str(path))
+            return
+        with closing(shard):
+            if shard.cut:
+                self.problems["shard_cut"].append(str(path))
+            if not is_class or _has_class(shard):
+                self._index(shard, self._read_labels(shard, classes))
+            elif path.stem in classes.ids:
+                self._index(shard, dict.fromkeys(range(len(shard)), classes.ids[path.stem]))
+            else:
+                self._leave_out(path.stem, shard.keys)
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        if row in self._unreadable:
+            raise BadSample(self._unreadable[row])
+        content = self._pread(*self._images[row].tolist(), "image")
+        if row not in self._texts:
+            return content, ""
+        try:
+            return content, self._pread(*self._texts[row], "text").decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise BadSample("text_not_utf8") from error
+
+    def _where(self, key: str) -> str:
+        return f"sample {key} of {self.path}"
+
+    def _read_labels(self, shard: OpenShard, classes: ClassList) -> dict[int, int]:
+        """Label by index in the tar, of the samples that have one."""
+        labels = {}
+        for index, key in enumerate(shard.keys):
+            try:
+                content = shard.read(index, "class", max_bytes=_MAX_CLASS_BYTES)
+            except BadSample as error:
+                self.problems[error.cause].append(self._where(key))
+                continue
+            name = content.decode("utf-8", "replace").strip()
+            label = classes.label(name)
+            if label is None:
+                self._leave_out(name, [key])
+            else:
+                labels[index] = label
+        return labels
+
+    def _index(self, shard: OpenShard, labels: Mapping[int, int]) -> None:
+        """Take over what the tar says of the samples with a label."""
+        self._fill((shard.keys[index] for index in labels), list(labels.values()))
+        images = []
+        for row, index in enumerate(labels):
+            image = _NOWHERE
+            try:
+                image = shard.find(index, "image", max_bytes=MAX_IMAGE_BYTES)
+                self._texts[row] = shard.find(index, "text", max_bytes=MAX_TEXT_BYTES)
+            except BadSample as error:
+                if error.cause != "text_missing":
+                    self._unreadable[row] = error.cause
+                    self.problems[error.cause].append(self.where(row))
+            images.append(image)
+        self._images = np.array(images, np.int64).reshape(-1, 2)
+
+    def _pread(self, offset: int, size: int, role: Role) -> bytes:
+        if self._file is None:
+            self._file = self.path.open("rb")
+            if _identity(os.fstat(self._file.fileno())) != self._identity:
+                self.close()
+                raise OSError(f"{self.path} has changed since it was opened")
+        content = os.pread(self._file.fileno(), size, offset)
+        if len(content) < size:
+            raise BadSample(f"{role}_cut")
+        return content
+
+
+class ClassFolder(LabelledPart):
+    """A folder of images, named by the id of their class; hidden files are not looked at.
+
+    Args:
+        path: Of the folder.
+        classes: The list.
+
+    Raises:
+        OSError: the file system is not answering.
+    """
+
+    def __init__(self, path: Path, classes: ClassList) -> None:
+        super().__init__(path)
+        images, others = [], []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.lower().endswith(_IMAGE_EXTENSIONS):
+                    images.append(entry.name)
+                elif not entry.is_dir():
+                    others.append(entry.name)
+        keys = [f"{path.name}/{name}" for name in _visible(images)]
+        if path.name not in classes.ids:
+            self._leave_out(path.name, keys)
+            return
+        self._fill(keys, [classes.ids[path.name]] * len(keys))
+        for name in _visible(others):
+            self.problems["image_extension"].append(self._where(f"{path.name}/{name}"))
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        with open(self.path.parent / self.key(row), "rb") as file:
+            content = file.read(MAX_IMAGE_BYTES + 1)
+        if len(content) > MAX_IMAGE_BYTES:
+            raise BadSample("image_too_many_bytes")
+        return content, ""
+
+    def _where(self, key: str) -> str:
+        return f"image {self.path.parent / key}"
+
+
+def _has_class(shard: OpenShard) -> bool:
+    try:
+        shard.find(0, "class", max_bytes=_MAX_CLASS_BYTES)
+    except BadSample as error:
+        return error.cause == "class_too_many_bytes"
+    return True
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _visible(names: Iterable[str]) -> list[str]:
+    """In order, without what a Mac leaves beside every file it copies."""
+    return sorted(name for name in names if not name.startswith("."))
