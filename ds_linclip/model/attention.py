@@ -60,17 +60,34 @@ class SelfAttention(nn.Module):
         self.out_proj = row_parallel(mesh, width, width, init=init_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (self.local_heads, 3, self.head_dim))  # [B, N, H, 3, D]
-        q, k, v = qkv.unbind(3)  # [B, N, H, D] each, strided
-        if self.attention.kind == "softmax":
-            o = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=self.causal
-            ).transpose(1, 2)  # [B, N, H, D]
-        else:
-            o = self._linear_attention(q, k, v)
+        o = self.attend(*self.project(x))
         if self.head_norm is not None:
             o = self.head_norm(o)
         return self.out_proj(o.flatten(2))  # [B, N, H * D] -> [B, N, width]
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of this rank's heads, [B, N, H, D] each, strided."""
+        qkv = self.qkv(x).unflatten(-1, (self.local_heads, 3, self.head_dim))  # [B, N, H, 3, D]
+        q, k, v = qkv.unbind(3)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What every query reads from the values: weighted sums, before the norm of the heads.
+
+        It is linear in the values: of the rows of the identity it makes the weights themselves.
+
+        Args:
+            q, k: [B, N, H, D], of any heads.
+            v: [B, N, H, Dv].
+
+        Returns:
+            [B, N, H, Dv].
+        """
+        if self.attention.kind == "linear":
+            return self._linear_attention(q, k, v)
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=self.causal
+        ).transpose(1, 2)
 
     def _linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         form = self.attention

@@ -1,0 +1,237 @@
+"""``linclip-eval diagnostics``: how selective attention is in every layer, models side by side.
+
+Writes layers.csv, figure.png, results.json and summary.md.
+"""
+
+import argparse
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from statistics import fmean
+
+from torch import Tensor
+
+from ds_linclip.config import Attention
+from ds_linclip.data import LabelledData
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.classifier import parse_template
+from linclip_eval.diagnostics import LayerStatistic, diagnose
+from linclip_eval.diagnostics_figure import draw_diagnostics
+from linclip_eval.models import EvalModel, load_model
+from linclip_eval.results import markdown_table, write_results
+
+__all__ = ["main"]
+
+#: Statistic -> name, decimals.
+_ROWS = {
+    "entropy": ("entropy", 3),
+    "contrast": ("contrast", 2),
+    "contrast_bound": ("bound of contrast", 2),
+    "variation": ("variation", 2),
+    "effective_rank": ("effective rank", 3),
+    "uniform_rank": ("effective rank if uniform", 3),
+    "gain": ("gain", 2),
+    "gain_variation": ("variation of the gain", 2),
+    "token_similarity": ("token cosine", 2),
+}
+_NOTES = """\
+In the tables: means over layers, in brackets the lowest and the highest layer. A layer is a mean
+over heads and samples; the bands of the figure are their 5 and 95 % quantiles. A row is what one
+token attends to, relative to its sum; rows of the text tower see the tokens up to their own, and
+end with the end of text.
+
+- Entropy of a row over the logarithm of the number of keys it sees: 1 is uniform, 0 a single key.
+- Contrast: largest over mean weight of a row; 1 is uniform. A score 1 + cos is at most 2, so that
+  the contrast of affine linear attention is at most 2 / (1 + mean cosine of a query and its keys).
+- Variation: standard deviation over mean of the weights of a row; 0 is uniform.
+- Effective rank: exp of the entropy of the singular values, over the number of tokens N. Uniform
+  attention has 1 / N, and more when causal. Affine scores of heads of width D give bidirectional
+  matrices of rank D + 1 at most.
+- Gain: sum of a row before it is divided out, 1 but in Eq. 7; its variation is that over rows.
+- Token cosine: mean over all pairs of different tokens behind a block; layer 0 is the input.
+
+There is one set of weights per model: differences say nothing about other seeds."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: for bad input.
+        OSError: for a file that cannot be read or written.
+    """
+    parser = argparse.ArgumentParser(prog="linclip-eval diagnostics", description=__doc__)
+    parser.add_argument(
+        "models",
+        nargs="+",
+        help="run folders, checkpoints or hub folders of plain ViTs; label them as LABEL=MODEL",
+    )
+    parser.add_argument("--data", required=True, help="folder in clip_benchmark's layout")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--num-images", type=int, default=64, help="evenly spaced, with their captions; default: 64"
+    )
+    parser.add_argument(
+        "--image-size", type=int, help="side in pixels; default: what the model was trained with"
+    )
+    parser.add_argument("--max-tokens", type=int, default=4096, help="of a sequence; default: 4096")
+    options = parser.parse_args(arguments)
+    for name, value in (("num-images", options.num_images), ("max-tokens", options.max_tokens)):
+        if value < 1:
+            raise ValueError(f"--{name} ({value}) must be at least 1")
+    sources = dict(_labelled(argument) for argument in options.models)
+    if len(sources) < len(options.models):
+        raise ValueError(f"models ({' '.join(options.models)}) must have different labels")
+    mesh = Mesh.create()
+    if mesh.world_size > 1:
+        raise ValueError(f"diagnostics ({mesh.world_size} processes) must run in one process")
+    about: list[Sequence[object]] = []
+    found: dict[str, list[LayerStatistic]] = {}
+    for name, source in sources.items():
+        model = load_model(source, mesh, image_size=options.image_size)
+        if not isinstance(model.module, CLIP):
+            raise ValueError(
+                f"model ({source}) must be ds_linclip's, or a hub folder of a plain ViT: open_clip "
+                "does not show what its attention does"
+            )
+        images, texts = _samples(options.data, model, options.num_images)
+        try:
+            found[name] = diagnose(model.module, images, texts, max_tokens=options.max_tokens)
+        except ValueError as error:
+            raise ValueError(f"model ({source}): {error}") from error
+        about.append((name, *_describe(model)))
+    options.out.mkdir(parents=True, exist_ok=True)
+    _write_csv(found, options.out / "layers.csv")
+    draw_diagnostics(found).savefig(options.out / "figure.png")
+    header = ("model", "weights", "image tokens", "head widths", "vision", "text")
+    parts = [
+        f"{len(images)} images of `{options.data}` and {len(texts)} texts.",
+        markdown_table(header, about, align="llrrll"),
+        *_findings(found),
+        "![Statistics of every layer](figure.png)",
+        _NOTES,
+    ]
+    write_results(
+        options.out,
+        command=("diagnostics", *arguments),
+        title="Attention, layer by layer",
+        body="\n\n".join(parts),
+        numbers={"models": {name: [asdict(row) for row in rows] for name, rows in found.items()}},
+        device=mesh.device,
+    )
+    print((options.out / "summary.md").read_text(encoding="utf-8"))
+    mesh.close()
+
+
+def _labelled(argument: str) -> tuple[str, str]:
+    label, equals, rest = argument.partition("=")
+    return (label, rest) if equals else (Path(argument).name, argument)
+
+
+def _samples(folder: str, model: EvalModel, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches of one: evenly spaced images; their captions or, without any, prompts of classes."""
+    data = LabelledData(folder, transform=model.transform, batch_size=1)
+    batches = list(data.batches(_spread(data.num_batches, count)))
+    texts = [caption for batch in batches for caption in batch.captions if caption]
+    if not texts:
+        prompt = parse_template(data.templates[0])
+        chosen = _spread(len(data.classnames), count)
+        texts = [prompt(data.classnames[number]) for number in chosen]
+    return [batch.images for batch in batches], list(model.tokenizer(texts).split(1))
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """At most ``count`` of the first ``length`` numbers, evenly spaced."""
+    count = min(length, count)
+    return [i * length // count for i in range(count)]
+
+
+def _describe(model: EvalModel) -> Sequence[object]:
+    """Weights, image tokens, head widths and attention of both towers."""
+    assert isinstance(model.module, CLIP)
+    vision, text = model.module.config.vision, model.module.config.text
+    return (
+        f"`{model.name}`",
+        vision.num_tokens_at(model.image_size),
+        f"{vision.head_width}, {text.width // text.heads}",
+        _form(vision.attention),
+        _form(text.attention),
+    )
+
+
+def _form(attention: Attention) -> str:
+    if attention.kind == "softmax":
+        return "softmax"
+    words = ["Eq. 4" if attention.normalized else f"Eq. 7, scale {attention.score_scale:g}"]
+    if attention.length_exponent and not attention.normalized:
+        words.append(f"n^-{attention.length_exponent:g}")
+    if attention.feature_map != "affine":
+        words.append(attention.feature_map)
+    if attention.head_norm:
+        words.append("norm of heads")
+    return ", ".join(words)
+
+
+def _write_csv(found: Mapping[str, Sequence[LayerStatistic]], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", *(field.name for field in fields(LayerStatistic))])
+        for name, rows in found.items():
+            writer.writerows([name, *asdict(row).values()] for row in rows)
+
+
+def _findings(found: Mapping[str, Sequence[LayerStatistic]]) -> list[str]:
+    """A table per tower, and what it says, in words."""
+    parts = []
+    for tower in ("vision", "text"):
+        models = {name: _means(rows, tower) for name, rows in found.items()}
+        rows = [
+            (heading, *(_cell(means.get(statistic), digits) for means in models.values()))
+            for statistic, (heading, digits) in _ROWS.items()
+        ]
+        table = markdown_table(("mean over layers", *models), rows)
+        parts += [f"## {tower.capitalize()} tower", table, _sentences(models)]
+    return parts
+
+
+def _means(rows: Sequence[LayerStatistic], tower: str) -> dict[str, dict[int, float]]:
+    """Statistic -> layer -> mean, of one tower."""
+    means: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row.tower == tower:
+            means.setdefault(row.statistic, {})[row.layer] = row.mean
+    return means
+
+
+def _cell(means: Mapping[int, float] | None, digits: int) -> str:
+    if means is None:
+        return ""
+    blocks = [mean for layer, mean in means.items() if layer > 0]
+    values = (fmean(blocks), min(blocks), max(blocks))
+    mean, low, high = (f"{value:.{digits}f}" for value in values)
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _sentences(models: Mapping[str, Mapping[str, Mapping[int, float]]]) -> str:
+    entropies = {name: fmean(means["entropy"].values()) for name, means in models.items()}
+    selective = sorted(entropies, key=lambda name: entropies[name])
+    lines = [
+        "- Entropy, from the most to the least selective: "
+        + ", ".join(f"{name} {entropies[name]:.3f}" for name in selective)
+    ]
+    for name, means in models.items():
+        if "contrast_bound" in means:
+            contrast, bound = means["contrast"], means["contrast_bound"]
+            layer = max(contrast, key=lambda layer: contrast[layer])
+            lines.append(
+                f"- {name}: contrast is highest in layer {layer}, {contrast[layer]:.2f} where 1 + "
+                f"cos allows {bound[layer]:.2f}"
+            )
+    similarities = {name: means["token_similarity"] for name, means in models.items()}
+    lines.append(
+        "- Token cosine, from the input to the last block: "
+        + ", ".join(f"{name} {s[0]:.2f} to {s[max(s)]:.2f}" for name, s in similarities.items())
+    )
+    return "\n".join(f"{line}." for line in lines)
