@@ -21,13 +21,20 @@ FORBIDDEN = {
     "ds_linclip.config": list(PACKAGES),
     "ds_linclip.model": ["ds_linclip.data", "ds_linclip.trainer"],
     "ds_linclip.loss": ["ds_linclip.data", "ds_linclip.trainer"],
-    "linclip_eval": ["ds_linclip.trainer", "ds_linclip.parallel", "ds_linclip.model", "launch"],
+    "linclip_eval": ["ds_linclip.trainer", "launch"],
+    **{
+        f"linclip_eval.{evaluator}": ["ds_linclip.parallel", "ds_linclip.model"]
+        for evaluator in ("classifier", "features", "probe", "retrieval", "zero_shot")
+    },
 }
 #: What only these modules, and everything below them, may import.
 RESERVED = {
     "deepspeed": ["ds_linclip.parallel"],
     "megatron": ["ds_linclip.parallel"],
-    "linclip_kernels": ["linclip_kernels", "ds_linclip.model.attention"],
+    "linclip_kernels": [
+        *("linclip_kernels", "ds_linclip.model.attention", "launch"),
+        *("linclip_eval.results", "linclip_eval.runtime_subjects"),
+    ],
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "linclip_kernels", *sys.stdlib_module_names}
 

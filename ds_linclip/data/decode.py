@@ -81,6 +81,7 @@ class EvalTransform:
     """
 
     def __init__(self, preprocess: PreprocessCfg) -> None:
+        self.preprocess = preprocess
         self._transform = image_transform_v2(preprocess, is_train=False)
 
     def __call__(self, content: bytes) -> Tensor:

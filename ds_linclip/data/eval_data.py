@@ -89,6 +89,7 @@ class LabelledData:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1")
         self._images = LabelledImages(Path(folder), classes, strict=strict)
         self._dataset = _BatchDataset(Path(folder), self._images, transform, batch_size, strict)
+        self._transform = transform
         self._batch_size = batch_size
         self._num_workers = num_workers
         self.classnames: list[str] = self._images.classnames
@@ -99,8 +100,8 @@ class LabelledData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of keys and labels in order, and of ``batch_size``."""
-        content = f"{self._images.fingerprint()} {self._batch_size}"
+        """SHA-256 of keys and labels in order, of ``transform`` and of ``batch_size``."""
+        content = f"{self._images.fingerprint()} {self._transform.preprocess} {self._batch_size}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def batches(self, numbers: Sequence[int]) -> Iterator[LabelledBatch]:

@@ -19,7 +19,7 @@ from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.classifier import parse_template
 from linclip_eval.diagnostics import LayerStatistic, diagnose
 from linclip_eval.diagnostics_figure import draw_diagnostics
-from linclip_eval.models import EvalModel, load_model
+from linclip_eval.models import EvalModel, labelled, load_model
 from linclip_eval.results import markdown_table, write_results
 
 __all__ = ["main"]
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, value in (("num-images", options.num_images), ("max-tokens", options.max_tokens)):
         if value < 1:
             raise ValueError(f"--{name} ({value}) must be at least 1")
-    sources = dict(_labelled(argument) for argument in options.models)
+    sources = dict(labelled(argument) for argument in options.models)
     if len(sources) < len(options.models):
         raise ValueError(f"models ({' '.join(options.models)}) must have different labels")
     mesh = Mesh.create()
@@ -123,11 +123,6 @@ def main(arguments: Sequence[str]) -> None:
     )
     print((options.out / "summary.md").read_text(encoding="utf-8"))
     mesh.close()
-
-
-def _labelled(argument: str) -> tuple[str, str]:
-    label, equals, rest = argument.partition("=")
-    return (label, rest) if equals else (Path(argument).name, argument)
 
 
 def _samples(folder: str, model: EvalModel, count: int) -> tuple[list[Tensor], list[Tensor]]:

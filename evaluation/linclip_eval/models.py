@@ -20,7 +20,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import CONFIG_FILE, load_folder, read_config
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["EvalModel", "add_model_arguments", "load_model", "model_from_arguments"]
+__all__ = ["EvalModel", "add_model_arguments", "labelled", "load_model", "model_from_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=int, help="side in pixels; default: what the model was trained with"
     )
+
+
+def labelled(argument: str) -> tuple[str, str]:
+    """Label and source of ``LABEL=SOURCE``; a source alone is labelled with its last part."""
+    label, equals, source = argument.partition("=")
+    return (label, source) if equals else (Path(argument).name, argument)
 
 
 def model_from_arguments(arguments: argparse.Namespace, mesh: Mesh) -> EvalModel:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.models import EvalModel, load_model
+from linclip_eval.models import EvalModel, labelled, load_model
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 from linclip_eval.zero_shot_task import ZeroShotTask, add_task_arguments
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     mesh = Mesh.create()
     group = mesh.dp.group if mesh.dp.size > 1 else None
     scores = []
-    for label, source in map(_labelled, options.models):
+    for label, source in map(labelled, options.models):
         for size in sorted(set(options.sizes)):
             model = mesh.agree(
                 lambda source=source, size=size: load_model(
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
                 )
             )
             seconds = _seconds_per_image(model, options.batch_size)
-            for domain, folder in map(_labelled, options.data):
+            for domain, folder in map(labelled, options.data):
                 task = mesh.agree(
                     lambda folder=folder, model=model: ZeroShotTask.from_arguments(
                         options, folder, model
@@ -104,11 +104,6 @@ def main(arguments: Sequence[str]) -> None:
         _write(options.out, scores, arguments, mesh.device)
     mesh.barrier()
     mesh.close()
-
-
-def _labelled(argument: str) -> tuple[str, str]:
-    label, equals, rest = argument.partition("=")
-    return (label, rest) if equals else (Path(argument).name, argument)
 
 
 def _seconds_per_image(model: EvalModel, batch_size: int) -> float:

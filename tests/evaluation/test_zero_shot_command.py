@@ -1,0 +1,136 @@
+"""``linclip-eval zero-shot`` on folders of synsets: what it writes, refuses, and does once."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
+from ds_linclip.model import CLIP
+from ds_linclip.model.open_clip_exchange import export_folder
+from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.__main__ import main
+
+DOG, BEAGLE, TENCH, HEN = "n02084071", "n02088364", "n01440764", "n01514859"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        embed_dim=16,
+        vision=VisionTower(image_size=(16, 16), patch_size=8, width=32, layers=1, head_width=16),
+        text=TextTower(context_length=16, width=32, heads=2, layers=1),
+    )
+    config.vision.attention = config.text.attention = Attention(kind="linear")
+    folder = tmp_path_factory.mktemp("model") / "hub"
+    export_folder(CLIP(config, Mesh.create()), folder)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Three images of noise of each of four synsets, and their list."""
+    folder = tmp_path / "images"
+    generator = np.random.default_rng(0)
+    for synset in (DOG, BEAGLE, TENCH, HEN):
+        (folder / synset).mkdir(parents=True)
+        for number in range(3):
+            pixels = generator.integers(0, 256, (20, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / synset / f"{synset}_{number}.JPEG")
+    (tmp_path / "list.txt").write_text("\n".join([DOG, BEAGLE, TENCH, HEN]))
+    return folder
+
+
+def run(model: Path, images: Path, out: Path, *more: str) -> int:
+    classes = images.parent / "list.txt"
+    arguments = ["zero-shot", model, "--data", images, "--classes", classes, "--out", out]
+    return main([*map(str, arguments), "--batch-size", "2", "--num-workers", "0", *more])
+
+
+def test_results_are_written_and_done_once(model, images, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(model, images, out, "--templates", "simple") == 0
+    report = json.loads((out / "results.json").read_text())
+    assert (report["num_samples"], report["num_classes"], report["num_templates"]) == (12, 4, 7)
+    assert 0 <= report["top1"] <= report["hierarchical_top1"] <= report["top5"] == 1.0
+    low, high = report["top1_interval"]
+    assert low < report["top1"] < high or report["top1"] == 0 == low
+    assert report["findings"] == []
+    assert report["command"].startswith("linclip-eval zero-shot ")
+    summary = (out / "summary.md").read_text()
+    assert capsys.readouterr().out.strip() == summary.strip()
+    assert "on 12 images of 4 of 4 classes, 7 templates" in summary
+    with (out / "per_class.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["class"], row["name"]) for row in rows][:2] == [(DOG, "dog"), (BEAGLE, "beagle")]
+    with (out / "confusions.csv").open(newline="") as file:
+        wrong = sum(int(row["num_images"]) for row in csv.DictReader(file))
+    assert wrong == 12 - round(12 * report["top1"])
+
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
+    kept |= {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert len(kept) == 2
+    assert run(model, images, out, "--templates", "simple") == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert run(model, images, out, "--templates", "simple", "--image-size", "24") == 0
+    assert len(list(out.rglob("*.npz"))) == 2  # not taken for the result at another size
+    assert run(model, images, out, "--names", "definition") == 0
+    assert len(list(out.rglob("*.npz"))) == 3
+
+
+def test_what_is_wrong_is_named_or_counted(model, images, tmp_path, capsys):
+    (images / HEN / f"{HEN}_1.JPEG").write_bytes(b"no image")
+    assert run(model, images, tmp_path / "strict") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"error: .*{HEN}_1.* must be readable: image_undecodable", line)
+
+    (images / "n00007846").mkdir()
+    Image.new("RGB", (16, 16)).save(images / "n00007846" / "a.png")
+    for path in (images / DOG).iterdir():
+        path.unlink()
+    assert run(model, images, tmp_path / "strict") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "n00007846" in line
+    assert DOG in line
+    assert not (tmp_path / "strict" / "results.json").exists()
+
+    assert run(model, images, tmp_path / "lenient", "--lenient") == 0
+    report = json.loads((tmp_path / "lenient" / "results.json").read_text())
+    assert (report["num_samples"], report["num_unreadable"]) == (9, 1)
+    assert report["num_classes_without_images"] == 1
+    assert report["top5"] == 8 / 9  # four classes: all but the unreadable one
+    findings = " ".join(report["findings"])
+    assert "n00007846" in findings
+    assert DOG in findings
+    assert all(
+        line in (tmp_path / "lenient" / "summary.md").read_text() for line in report["findings"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--classes", "imagenet-22K"], r"classes \(imagenet-22K\) must be one of imagenet-22k"),
+        (["--templates", "seven"], r"templates \(seven\) must be one, simple, openai"),
+        (["--batch-size", "0"], r"batch_size \(0\) must be at least 1"),
+        (["--image-size", "17"], r"image_size \(17\) must be a positive multiple"),
+        (["--names", "open_clip"], r"names \(open_clip\) exist for imagenet-1k"),
+    ],
+)
+def test_bad_arguments_are_one_line(model, images, tmp_path, capsys, more, message):
+    assert run(model, images, tmp_path / "out", *more) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"^error: .*{message}", line)
+
+
+def test_a_model_that_is_no_run_needs_data_and_a_place(model, images, tmp_path, capsys):
+    assert main(["zero-shot", str(model), "--out", str(tmp_path)]) == 2
+    assert "--data must name a folder of images" in capsys.readouterr().err
+    assert main(["zero-shot", str(model), "--data", str(images)]) == 2
+    assert "--out must name a folder" in capsys.readouterr().err
