@@ -45,7 +45,8 @@ def draw_diagnostics(models: Mapping[str, Sequence[LayerStatistic]]) -> Figure:
         figsize=(11, 12.4), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     )
     FigureCanvasAgg(figure)
-    for part, tower in zip(figure.subfigures(2, 1), ("vision", "text"), strict=True):
+    parts = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    for part, tower in zip(parts, ("vision", "text"), strict=True):
         part.suptitle(
             f"{tower.capitalize()} tower", x=0.01, ha="left", fontsize=13, color=_INK, weight="bold"
         )
