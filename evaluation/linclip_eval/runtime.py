@@ -61,15 +61,20 @@ def _run(options: argparse.Namespace, command: str) -> None:
     if device == "cpu":
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    subjects = options.what or _WHAT[device]
+    subjects = list(dict.fromkeys(options.what or _WHAT[device]))
     tokens = sorted(set(options.tokens or _TOKENS[device]))
-    facts = _facts(mesh.device, command)
+    num_heads = options.heads or _NUM_HEADS[device]
+    facts = _facts(mesh.device, command) | {
+        "heads of `attention`": str(num_heads),
+        "limits": f"{limits.runs} runs after {limits.warmup} to warm up, or "
+        f"{limits.max_seconds_per_point:g} s of runs; {limits.max_seconds_per_call:g} s for a "
+        f"call; {options.budget_seconds:g} s for everything",
+    }
     points: list[Point] = []
     for place, what in enumerate(subjects):
         # An equal share of what is left of the time, so that every subject gets to long sequences.
         left = options.budget_seconds - (time.monotonic() - begin)
         deadline = time.monotonic() + left / (len(subjects) - place)
-        num_heads = options.heads or _NUM_HEADS[device]
         subject = Subject(what, mesh, _DTYPES[device], num_heads=num_heads)
         points += measure(subject, tokens, limits, deadline=deadline)
         duration = f"{time.monotonic() - begin:.0f} s"

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from linclip_eval.runtime_scaling import Scaling, crossover
 
@@ -21,15 +21,15 @@ _STYLES: dict[str, dict[str, Any]] = {
     "Eq. 7": {"color": "#2563a8", "marker": "o"},
     "Eq. 4": {"color": "#58b0e3", "marker": "D", "linestyle": "--"},
 }
-#: Factor between a line and the guide beside it.
-_DISTANCE = 1.8
+#: Exponent of the guide beside a line, and the factor between them.
+_GUIDES = {"softmax": (2, 1.8), "Eq. 7": (1, 1 / 1.8)}
 
 
 def draw_times(scaling: Scaling) -> Figure:
     """Time of a call in log-log: a column per subject, a row per direction.
 
-    Bands are the quartiles. Dotted lines beside the ends of softmax and Eq. 7 grow with N^2 and N;
-    a circle marks from where on Eq. 7 is faster.
+    Bands are the quartiles. Dotted lines, over the range of the fits, grow with N^2 beside softmax
+    and with N beside Eq. 7; a circle marks from where on Eq. 7 is faster.
     """
 
     def draw(axes: Axes, what: str, direction: str) -> None:
@@ -46,8 +46,11 @@ def draw_times(scaling: Scaling) -> Figure:
                 alpha=0.2,
                 linewidth=0,
             )
-        _draw_guide(axes, scaling.seconds(what, direction, "softmax"), 2, _DISTANCE)
-        _draw_guide(axes, scaling.seconds(what, direction, "Eq. 7"), 1, 1 / _DISTANCE)
+            if attention in _GUIDES and scaling.slope(what, direction, attention):
+                fitted = np.array(scaling.fitted(what, direction, attention))
+                exponent, factor = _GUIDES[attention]
+                guide = factor * medians[-1] * (fitted / fitted[-1]) ** exponent
+                axes.plot(fitted, guide, linestyle=":", linewidth=1.2, color=_MUTED)
         _mark_crossover(
             axes,
             scaling.seconds(what, direction, "softmax"),
@@ -123,21 +126,6 @@ def _style(attention: str) -> dict[str, Any]:
     return {"markersize": 4, "linewidth": 1.5, **_STYLES[attention]}
 
 
-def _draw_guide(axes: Axes, seconds: dict[int, float], exponent: int, factor: float) -> None:
-    """A line of that slope beside the last decade of another."""
-    if not seconds:
-        return
-    last = max(seconds)
-    lengths = np.array([max(last / 10, min(seconds)), last])
-    axes.plot(
-        lengths,
-        factor * seconds[last] * (lengths / last) ** exponent,
-        linestyle=":",
-        linewidth=1.2,
-        color=_MUTED,
-    )
-
-
 def _mark_crossover(axes: Axes, softmax: dict[int, float], linear: dict[int, float]) -> None:
     place = crossover(softmax, linear)
     if place is None:
@@ -160,6 +148,9 @@ def _dress(axes: Axes, unit: str) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_formatter(EngFormatter(unit=unit))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = np.log10(axes.get_ylim())
+    axes.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))  # whole decades have labels
     axes.tick_params(axis="both", which="both", length=0, labelsize=8.5, labelcolor=_MUTED)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -1,5 +1,6 @@
 """How runtime is measured: attentions in turn, within limits, and nothing left out silently."""
 
+import gc
 import math
 import os
 import time
@@ -36,7 +37,7 @@ class Limits:
 
     runs: int = 1000
     warmup: int = 100
-    max_seconds_per_point: float = 1.0
+    max_seconds_per_point: float = 0.5
     max_seconds_per_call: float = 20.0
 
     def __post_init__(self) -> None:
@@ -80,8 +81,12 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(profile_memory=True) as profiler:
-        call()
+    gc.disable()  # a collection would free what earlier calls have left
+    try:
+        with profile(profile_memory=True) as profiler:
+            call()
+    finally:
+        gc.enable()
     assert profiler.kineto_results is not None
     events = profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -176,10 +181,11 @@ class _Bench:
         seen = self._seen.get((direction, name), _Cost(num_tokens, seconds=0.0, num_bytes=0))
         cost = seen.at(num_tokens, _GROWTH[name])
         if cost.seconds > limits.max_seconds_per_call:
-            return f"{cost.seconds:.0f} s predicted, over {limits.max_seconds_per_call:g} s"
+            most = f"{limits.max_seconds_per_call:g} s"
+            return f"a call predicted to take {cost.seconds:.1f} s, over {most}"
         if cost.num_bytes > self._memory:
-            predicted, most = cost.num_bytes / 2**30, self._memory / 2**30
-            return f"{predicted:.1f} GiB predicted, over {most:.1f} GiB"
+            most = f"{self._memory / 2**30:.1f} GiB"
+            return f"a call predicted to fill {cost.num_bytes / 2**30:.1f} GiB, over {most}"
         if time.monotonic() + 2 * cost.seconds > self._deadline:  # one to warm up, one that counts
             return "no time left of the budget"
         return None

@@ -68,7 +68,9 @@ def _growth(scaling: Scaling) -> Iterator[dict[str, Any]]:
             place = what, direction, attention
             slope = scaling.slope(*place)
             yield {
-                **dict(zip(("what", "direction", "attention"), place, strict=True)),
+                "what": what,
+                "direction": direction,
+                "attention": attention,
                 "slope": slope and asdict(slope),
                 "fitted_tokens": scaling.fitted(*place),
                 "crossover": (
@@ -86,9 +88,10 @@ def _summary(scaling: Scaling, facts: Mapping[str, str], runs: int) -> str:
         "gradients (inference), a forward and backward (training). Times are medians; a range is "
         "that of the quartiles. The three attentions are called in turn.",
         _table(["", ""], [[*fact] for fact in facts.items()]),
-        f"{runs} runs were asked for and made at {complete} of {len(measured)} points; the fewest "
-        f"are {min((found.runs for found in measured), default=0)} (`runs` in results.csv).",
-        *(f"- **{what}**: {SUBJECTS[what]}" for what in scaling.subjects),
+        f"All {runs} runs were made at {complete} of {len(measured)} points, fewer where they took "
+        f"too long: at least {min((found.runs for found in measured), default=0)}. results.csv has "
+        "their number, the quartiles and the memory of every point.",
+        "\n".join(f"- **{what}**: {SUBJECTS[what]}" for what in scaling.subjects),
         "![Time over the number of tokens](figure.png)",
         "## Growth",
         "Exponent of N in the time with its 95 % interval, by least squares in log-log over the "
@@ -103,8 +106,8 @@ def _summary(scaling: Scaling, facts: Mapping[str, str], runs: int) -> str:
         "The range is from the lower quartile of one to the upper quartile of the other, and back.",
         *_ratio_tables(scaling),
         "## Peak memory of a call, MiB",
-        "What torch has allocated at once, beyond inputs and weights: "
-        f"{' / '.join(scaling.attentions)}.",
+        "The most that torch's allocator has given out at once during one call, beyond inputs and "
+        f"weights: {' / '.join(scaling.attentions)}.",
         "![Peak memory over the number of tokens](memory.png)",
         *_memory_tables(scaling),
         "## Left out",
@@ -147,8 +150,9 @@ def _crossover(softmax: Mapping[int, float], linear: Mapping[int, float]) -> str
     common = sorted(softmax.keys() & linear.keys())
     if not common:
         return "not measured"
-    faster = "linear" if softmax[common[-1]] > linear[common[-1]] else "softmax"
-    return f"none in the measured range: {faster} is faster at {common[0]} to {common[-1]}"
+    is_faster = softmax[common[-1]] > linear[common[-1]]
+    which = "linear is faster throughout" if is_faster else "softmax is faster at the end"
+    return f"none in the measured range, {common[0]} to {common[-1]}: {which}"
 
 
 def _ratio_tables(scaling: Scaling) -> Iterator[str]:
@@ -189,18 +193,18 @@ def _memory_tables(scaling: Scaling) -> Iterator[str]:
 
 def _skipped_table(scaling: Scaling) -> str:
     """A line for all lengths of one kind of point, with the reason of the shortest."""
-    skipped: dict[tuple[str, str, str], list[Point]] = {}
-    for point in scaling.points:
-        if point.skipped:
-            place = point.what, point.direction, point.attention
-            skipped.setdefault(place, []).append(point)
-    if not skipped:
-        return "Nothing."
-    lines = [
-        [*place, ", ".join(str(point.num_tokens) for point in points), points[0].skipped]
-        for place, points in skipped.items()
-    ]
-    return _table(["what", "direction", "attention", "N", "why, at the first"], lines)
+    lines = []
+    for place in product(scaling.subjects, scaling.directions, scaling.attentions):
+        points = [
+            point
+            for point in scaling.points
+            if (point.what, point.direction, point.attention) == place and point.skipped
+        ]
+        if points:
+            lengths = ", ".join(str(point.num_tokens) for point in points)
+            lines.append([*place, lengths, points[0].skipped])
+    header = ["what", "direction", "attention", "N", "why, at the first"]
+    return _table(header, lines) if lines else "Nothing."
 
 
 def _digits(value: float) -> str:
