@@ -1,0 +1,217 @@
+"""The report of a runtime measurement: numbers, tables and pictures in a folder."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from linclip_eval.runtime_figure import draw_memory, draw_times
+from linclip_eval.runtime_scaling import Measured, Point, Scaling, crossover
+from linclip_eval.runtime_subjects import SUBJECTS
+
+__all__ = ["write_report"]
+
+_COLUMNS = (
+    *("what", "attention", "direction", "tokens", "seconds", "low", "high", "runs"),
+    *("peak_bytes", "skipped"),
+)
+_LINEAR = ("Eq. 7", "Eq. 4")
+
+
+def write_report(
+    folder: Path, points: Sequence[Point], facts: Mapping[str, str], runs: int
+) -> None:
+    """Write results.csv, results.json, figure.png, memory.png and summary.md.
+
+    Args:
+        folder: Made where it is missing.
+        points: At least one.
+        facts: Of device, versions and command, by name.
+        runs: How many were asked for at every point.
+
+    Raises:
+        OSError: when the folder cannot be written.
+    """
+    scaling = Scaling(points)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [_row(point) for point in points]
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    results = {"facts": dict(facts), "points": rows, "growth": list(_growth(scaling))}
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    draw_times(scaling).savefig(folder / "figure.png")
+    draw_memory(scaling).savefig(folder / "memory.png")
+    (folder / "summary.md").write_text(_summary(scaling, facts, runs))
+
+
+def _row(point: Point) -> dict[str, Any]:
+    return {
+        "what": point.what,
+        "attention": point.attention,
+        "direction": point.direction,
+        "tokens": point.num_tokens,
+        **(asdict(point.measured) if point.measured else {}),
+        "skipped": point.skipped,
+    }
+
+
+def _growth(scaling: Scaling) -> Iterator[dict[str, Any]]:
+    """Slope and crossover of every line, where it has them."""
+    for what, direction in product(scaling.subjects, scaling.directions):
+        softmax = scaling.seconds(what, direction, "softmax")
+        for attention in scaling.attentions:
+            place = what, direction, attention
+            slope = scaling.slope(*place)
+            yield {
+                "what": what,
+                "direction": direction,
+                "attention": attention,
+                "slope": slope and asdict(slope),
+                "fitted_tokens": scaling.fitted(*place),
+                "crossover": (
+                    crossover(softmax, scaling.seconds(*place)) if attention in _LINEAR else None
+                ),
+            }
+
+
+def _summary(scaling: Scaling, facts: Mapping[str, str], runs: int) -> str:
+    measured = [point.measured for point in scaling.points if point.measured]
+    complete = sum(found.runs == runs for found in measured)
+    sections = [
+        "# Softmax and linear attention over the number of tokens",
+        "Time and peak memory of one call on one sequence of N tokens (batch 1): a forward without "
+        "gradients (inference), a forward and backward (training). Times are medians; a range is "
+        "that of the quartiles. The three attentions are called in turn.",
+        _table(["", ""], [[*fact] for fact in facts.items()]),
+        f"All {runs} runs were made at {complete} of {len(measured)} points, fewer where they took "
+        f"too long: at least {min((found.runs for found in measured), default=0)}. results.csv has "
+        "their number, the quartiles and the memory of every point.",
+        "\n".join(f"- **{what}**: {SUBJECTS[what]}" for what in scaling.subjects),
+        "![Time over the number of tokens](figure.png)",
+        "## Growth",
+        "Exponent of N in the time with its 95 % interval, by least squares in log-log over the "
+        "last decade of each line: from a tenth of its largest N on. Outside `attention` the "
+        "projections and the MLP cost O(N) too, so that softmax only comes near 2 there.",
+        _growth_table(scaling),
+        "## Crossover",
+        "Number of tokens from which on linear attention is faster than softmax, interpolated in "
+        "log-log.",
+        _crossover_table(scaling),
+        "## Time of softmax over that of linear attention",
+        "The range is from the lower quartile of one to the upper quartile of the other, and back.",
+        *_ratio_tables(scaling),
+        "## Peak memory of a call, MiB",
+        "The most that torch's allocator has given out at once during one call, beyond inputs and "
+        f"weights: {' / '.join(scaling.attentions)}.",
+        "![Peak memory over the number of tokens](memory.png)",
+        *_memory_tables(scaling),
+        "## Left out",
+        _skipped_table(scaling),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _growth_table(scaling: Scaling) -> str:
+    lines = []
+    for what, direction in product(scaling.subjects, scaling.directions):
+        line = [f"{what}, {direction}"]
+        for attention in scaling.attentions:
+            slope = scaling.slope(what, direction, attention)
+            if slope is None:
+                line.append("fewer than 3 lengths")
+                continue
+            fitted = scaling.fitted(what, direction, attention)
+            line.append(
+                f"{slope.exponent:.2f} ({slope.low:.2f} to {slope.high:.2f}), N = {fitted[0]} to "
+                f"{fitted[-1]}"
+            )
+        lines.append(line)
+    return _table(["", *scaling.attentions], lines)
+
+
+def _crossover_table(scaling: Scaling) -> str:
+    lines = []
+    for what, direction in product(scaling.subjects, scaling.directions):
+        softmax = scaling.seconds(what, direction, "softmax")
+        cells = (_crossover(softmax, scaling.seconds(what, direction, name)) for name in _LINEAR)
+        lines.append([f"{what}, {direction}", *cells])
+    return _table(["", *_LINEAR], lines)
+
+
+def _crossover(softmax: Mapping[int, float], linear: Mapping[int, float]) -> str:
+    place = crossover(softmax, linear)
+    if place is not None:
+        return f"{place:.0f}"
+    common = sorted(softmax.keys() & linear.keys())
+    if not common:
+        return "not measured"
+    is_faster = softmax[common[-1]] > linear[common[-1]]
+    which = "linear is faster throughout" if is_faster else "softmax is faster at the end"
+    return f"none in the measured range, {common[0]} to {common[-1]}: {which}"
+
+
+def _ratio_tables(scaling: Scaling) -> Iterator[str]:
+    for direction, attention in product(scaling.directions, _LINEAR):
+        lines = []
+        for num_tokens in scaling.tokens:
+            cells = []
+            for what in scaling.subjects:
+                softmax = scaling.line(what, direction, "softmax").get(num_tokens)
+                linear = scaling.line(what, direction, attention).get(num_tokens)
+                cells.append(_ratio(softmax, linear) if softmax and linear else "-")
+            lines.append([str(num_tokens), *cells])
+        yield f"### {direction}, {attention}"
+        yield _table(["N", *scaling.subjects], lines)
+
+
+def _ratio(above: Measured, below: Measured) -> str:
+    low, high = above.low / below.high, above.high / below.low
+    return f"{_digits(above.seconds / below.seconds)} ({_digits(low)} to {_digits(high)})"
+
+
+def _memory_tables(scaling: Scaling) -> Iterator[str]:
+    for direction in scaling.directions:
+        lines = []
+        for num_tokens in scaling.tokens:
+            cells = []
+            for what in scaling.subjects:
+                found = [
+                    scaling.line(what, direction, attention).get(num_tokens)
+                    for attention in scaling.attentions
+                ]
+                peaks = (_digits(one.peak_bytes / 2**20) if one else "-" for one in found)
+                cells.append(" / ".join(peaks))
+            lines.append([str(num_tokens), *cells])
+        yield f"### {direction}"
+        yield _table(["N", *scaling.subjects], lines)
+
+
+def _skipped_table(scaling: Scaling) -> str:
+    """A line for all lengths of one kind of point, with the reason of the shortest."""
+    lines = []
+    for place in product(scaling.subjects, scaling.directions, scaling.attentions):
+        points = [
+            point
+            for point in scaling.points
+            if (point.what, point.direction, point.attention) == place and point.skipped
+        ]
+        if points:
+            lengths = ", ".join(str(point.num_tokens) for point in points)
+            lines.append([*place, lengths, points[0].skipped])
+    header = ["what", "direction", "attention", "N", "why, at the first"]
+    return _table(header, lines) if lines else "Nothing."
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, [":---"] * len(header), *lines]
+    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)

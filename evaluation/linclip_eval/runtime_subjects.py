@@ -1,0 +1,170 @@
+"""What the runtime measurement calls: attention alone, a layer, a block, whole towers."""
+
+from collections.abc import Callable
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ds_linclip.config import Attention, ModelConfig
+from ds_linclip.model.attention import SelfAttention
+from ds_linclip.model.block import Block, BlockInit
+from ds_linclip.model.open_clip_exchange import parse_config
+from ds_linclip.model.towers import TextTransformer, VisionTransformer
+from ds_linclip.parallel.mesh import Mesh
+from linclip_kernels import linear_attention
+
+__all__ = ["ATTENTIONS", "DIRECTIONS", "SUBJECTS", "Inputs", "Subject"]
+
+ATTENTIONS = {
+    "softmax": Attention(kind="softmax"),
+    "Eq. 7": Attention(),
+    "Eq. 4": Attention(normalized=True),
+}
+DIRECTIONS = ("inference", "training")
+#: Name -> what it is.
+SUBJECTS = {
+    "attention": "the bare operator on q, k, v [1, N, H, 64]",
+    "layer": "a self-attention layer of ViT-B/16's image tower, with its projections",
+    "block": "a block of ViT-B/16's image tower, with norms and MLP",
+    "vit-s-16": "all blocks and the head of ViT-S/16's image tower",
+    "vit-b-16": "all blocks and the head of ViT-B/16's image tower",
+    "vit-l-16": "all blocks and the head of ViT-L/16's image tower",
+    "text": "all blocks and the head of ViT-B/16's text tower, which is causal",
+}
+#: Name -> the model of open_clip whose image tower it is.
+_IMAGE_TOWERS = {"vit-s-16": "ViT-S-16", "vit-b-16": "ViT-B-16", "vit-l-16": "ViT-L-16"}
+#: Of ``attention``, as in all of these models.
+_HEAD_DIM = 64
+
+#: What a subject takes, and a gradient of what it gives.
+Inputs = tuple[tuple[Tensor, ...], Tensor]
+
+
+class Subject:
+    """One of :data:`SUBJECTS` with each of :data:`ATTENTIONS`, for one sequence of any length.
+
+    q, k and v of ``attention`` are views of one tensor, as in the model. The embedding of a tower
+    is left out: it costs O(N) with any attention, and has a learned position for every token.
+
+    Args:
+        what: One of :data:`SUBJECTS`.
+        mesh: Of this process alone; holds the device.
+        dtype: Of weights, which are random, and tokens.
+        num_heads: H of ``attention``.
+    """
+
+    def __init__(self, what: str, mesh: Mesh, dtype: torch.dtype, *, num_heads: int) -> None:
+        config = _config(what)
+        self.what = what
+        self.device = mesh.device
+        self._dtype = dtype
+        self._num_heads = num_heads
+        self._width = config.text.width if what == "text" else config.vision.width
+        self._embed_dim = config.embed_dim
+        self._modules = {
+            name: _make_module(what, attention, mesh).to(mesh.device, dtype)
+            for name, attention in ATTENTIONS.items()
+        }
+
+    def inputs(self, num_tokens: int) -> Inputs:
+        """Random inputs of that many tokens, the same for every attention and direction."""
+        if self.what == "attention":
+            heads = 1, num_tokens, self._num_heads
+            inputs = self._random(*heads, 3, _HEAD_DIM).unbind(3)  # [1, N, H, D] each, strided
+            grad = self._random(*heads, _HEAD_DIM)
+        else:
+            inputs = (self._random(1, num_tokens, self._width),)
+            keeps_tokens = self.what in ("layer", "block")
+            shape = (num_tokens, self._width) if keeps_tokens else (self._embed_dim,)
+            grad = self._random(1, *shape)
+        for x in inputs:
+            x.requires_grad_()
+        return inputs, grad
+
+    def call(self, attention: str, direction: str, inputs: Inputs) -> Callable[[], object]:
+        """The call that is measured: a forward, or a forward and the gradients of inputs and
+        weights.
+
+        Args:
+            attention: One of :data:`ATTENTIONS`.
+            direction: One of :data:`DIRECTIONS`.
+            inputs: From :meth:`inputs`.
+        """
+        module, (tensors, grad) = self._modules[attention], inputs
+
+        def infer() -> object:
+            with torch.no_grad():
+                return module(*tensors)
+
+        def train() -> object:
+            return torch.autograd.grad(module(*tensors), [*tensors, *module.parameters()], grad)
+
+        return infer if direction == "inference" else train
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self._dtype)
+
+
+def _config(what: str) -> ModelConfig:
+    return parse_config(open_clip.get_model_config(_IMAGE_TOWERS.get(what, "ViT-B-16")))
+
+
+def _make_module(what: str, attention: Attention, mesh: Mesh) -> nn.Module:
+    config, init = _config(what), BlockInit.vision()
+    vision, text = config.vision, config.text
+    vision.attention = text.attention = attention
+    if what == "attention":
+        return _Operator(attention)
+    if what == "layer":
+        return SelfAttention(
+            vision.width,
+            vision.heads,
+            attention,
+            mesh,
+            causal=False,
+            init_qkv=init.qkv,
+            init_out=init.attn_out,
+        )
+    if what == "block":
+        return Block(
+            vision.width,
+            vision.heads,
+            vision.mlp_ratio,
+            attention,
+            mesh,
+            causal=False,
+            init=init,
+        )
+    if what == "text":
+        units = range(1, text.layers + 2)
+        return _TextBlocks(TextTransformer(text, config.embed_dim, mesh, units=units, seed=0))
+    units = range(1, vision.layers + 2)
+    return VisionTransformer(vision, config.embed_dim, mesh, units=units, seed=0)
+
+
+class _Operator(nn.Module):
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.attention.kind == "linear":
+            return linear_attention(q, k, v, normalized=self.attention.normalized)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class _TextBlocks(nn.Module):
+    """A text tower without its embedding, of texts that end with their last token."""
+
+    def __init__(self, tower: TextTransformer) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, x: Tensor) -> Tensor:
+        texts = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+        texts[:, -1] = 1
+        features: Tensor = self.tower(texts, x)
+        return features
