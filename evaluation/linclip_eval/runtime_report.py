@@ -1,13 +1,15 @@
 """The report of a runtime measurement: numbers, tables and pictures in a folder."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from linclip_eval.results import markdown_table, write_results
 from linclip_eval.runtime_figure import draw_memory, draw_times
 from linclip_eval.runtime_scaling import Measured, Point, Scaling, crossover
 from linclip_eval.runtime_subjects import SUBJECTS
@@ -22,14 +24,22 @@ _LINEAR = ("Eq. 7", "Eq. 4")
 
 
 def write_report(
-    folder: Path, points: Sequence[Point], facts: Mapping[str, str], runs: int
+    folder: Path,
+    points: Sequence[Point],
+    *,
+    command: Sequence[str],
+    device: torch.device,
+    conditions: str,
+    runs: int,
 ) -> None:
     """Write results.csv, results.json, figure.png, memory.png and summary.md.
 
     Args:
         folder: Made where it is missing.
         points: At least one.
-        facts: Of device, versions and command, by name.
+        command: The subcommand of linclip-eval and its arguments.
+        device: On which it was measured.
+        conditions: Limits and the like, as a sentence.
         runs: How many were asked for at every point.
 
     Raises:
@@ -42,11 +52,16 @@ def write_report(
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    results = {"facts": dict(facts), "points": rows, "growth": list(_growth(scaling))}
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
     draw_times(scaling).savefig(folder / "figure.png")
     draw_memory(scaling).savefig(folder / "memory.png")
-    (folder / "summary.md").write_text(_summary(scaling, facts, runs))
+    write_results(
+        folder,
+        command=command,
+        title="Softmax and linear attention over the number of tokens",
+        body=_summary(scaling, conditions, runs),
+        numbers={"conditions": conditions, "points": rows, "growth": list(_growth(scaling))},
+        device=device,
+    )
 
 
 def _row(point: Point) -> dict[str, Any]:
@@ -79,18 +94,17 @@ def _growth(scaling: Scaling) -> Iterator[dict[str, Any]]:
             }
 
 
-def _summary(scaling: Scaling, facts: Mapping[str, str], runs: int) -> str:
+def _summary(scaling: Scaling, conditions: str, runs: int) -> str:
     measured = [point.measured for point in scaling.points if point.measured]
     complete = sum(found.runs == runs for found in measured)
+    least = min((found.runs for found in measured), default=0)
     sections = [
-        "# Softmax and linear attention over the number of tokens",
         "Time and peak memory of one call on one sequence of N tokens (batch 1): a forward without "
         "gradients (inference), a forward and backward (training). Times are medians; a range is "
         "that of the quartiles. The three attentions are called in turn.",
-        _table(["", ""], [[*fact] for fact in facts.items()]),
-        f"All {runs} runs were made at {complete} of {len(measured)} points, fewer where they took "
-        f"too long: at least {min((found.runs for found in measured), default=0)}. results.csv has "
-        "their number, the quartiles and the memory of every point.",
+        f"{conditions} All {runs} runs were made at {complete} of {len(measured)} points, fewer "
+        f"where they took too long: at least {least}. results.csv has their number, "
+        "the quartiles and the memory of every point.",
         "\n".join(f"- **{what}**: {SUBJECTS[what]}" for what in scaling.subjects),
         "![Time over the number of tokens](figure.png)",
         "## Growth",
@@ -113,7 +127,7 @@ def _summary(scaling: Scaling, facts: Mapping[str, str], runs: int) -> str:
         "## Left out",
         _skipped_table(scaling),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(sections)
 
 
 def _growth_table(scaling: Scaling) -> str:
@@ -131,7 +145,7 @@ def _growth_table(scaling: Scaling) -> str:
                 f"{fitted[-1]}"
             )
         lines.append(line)
-    return _table(["", *scaling.attentions], lines)
+    return markdown_table(["", *scaling.attentions], lines)
 
 
 def _crossover_table(scaling: Scaling) -> str:
@@ -140,7 +154,7 @@ def _crossover_table(scaling: Scaling) -> str:
         softmax = scaling.seconds(what, direction, "softmax")
         cells = (_crossover(softmax, scaling.seconds(what, direction, name)) for name in _LINEAR)
         lines.append([f"{what}, {direction}", *cells])
-    return _table(["", *_LINEAR], lines)
+    return markdown_table(["", *_LINEAR], lines)
 
 
 def _crossover(softmax: Mapping[int, float], linear: Mapping[int, float]) -> str:
@@ -166,7 +180,7 @@ def _ratio_tables(scaling: Scaling) -> Iterator[str]:
                 cells.append(_ratio(softmax, linear) if softmax and linear else "-")
             lines.append([str(num_tokens), *cells])
         yield f"### {direction}, {attention}"
-        yield _table(["N", *scaling.subjects], lines)
+        yield markdown_table(["N", *scaling.subjects], lines)
 
 
 def _ratio(above: Measured, below: Measured) -> str:
@@ -188,7 +202,7 @@ def _memory_tables(scaling: Scaling) -> Iterator[str]:
                 cells.append(" / ".join(peaks))
             lines.append([str(num_tokens), *cells])
         yield f"### {direction}"
-        yield _table(["N", *scaling.subjects], lines)
+        yield markdown_table(["N", *scaling.subjects], lines)
 
 
 def _skipped_table(scaling: Scaling) -> str:
@@ -204,14 +218,8 @@ def _skipped_table(scaling: Scaling) -> str:
             lengths = ", ".join(str(point.num_tokens) for point in points)
             lines.append([*place, lengths, points[0].skipped])
     header = ["what", "direction", "attention", "N", "why, at the first"]
-    return _table(header, lines) if lines else "Nothing."
+    return markdown_table(header, lines) if lines else "Nothing."
 
 
 def _digits(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, [":---"] * len(header), *lines]
-    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)

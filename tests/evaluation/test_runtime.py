@@ -10,7 +10,7 @@ import torch
 
 from ds_linclip.config import ParallelConfig
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.runtime import main
+from linclip_eval.__main__ import main
 from linclip_eval.runtime_measurement import Limits, measure, peak_bytes
 from linclip_eval.runtime_scaling import Measured, Point, Scaling, crossover, fit_slope
 from linclip_eval.runtime_subjects import ATTENTIONS, DIRECTIONS, SUBJECTS, Inputs, Subject
@@ -200,7 +200,7 @@ def test_command_writes_everything(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "new"), "--device", "cpu", "--what", "attention", "layer"]
     arguments += ["--tokens", *tokens, "100000000", "--runs", "3", "--warmup", "1"]
     arguments += ["--max-seconds-per-point", "1000"]
-    assert main(arguments) == 0
+    assert main(["runtime", *arguments]) == 0
     folder = tmp_path / "new"
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -214,7 +214,7 @@ def test_command_writes_everything(tmp_path, capsys):
             assert row["runs"] == "3"
             assert int(row["peak_bytes"]) > 0
     results = json.loads((folder / "results.json").read_text())
-    assert results["facts"]["precision"] == "float32"
+    assert "float32" in results["conditions"]
     assert len(results["points"]) == len(rows)
     assert [entry["fitted_tokens"] for entry in results["growth"]] == [[32, 64, 128, 256]] * 12
     summary = (folder / "summary.md").read_text()
@@ -230,7 +230,9 @@ def test_command_writes_everything(tmp_path, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_command_on_a_gpu(tmp_path):
     arguments = ["--out", str(tmp_path), "--device", "cuda", "--tokens", "256", "1024", "4096"]
-    assert main([*arguments, "--runs", "10", "--what", "attention", "block", "text"]) == 0
+    assert (
+        main(["runtime", *arguments, "--runs", "10", "--what", "attention", "block", "text"]) == 0
+    )
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 2 * 3 * 3
@@ -247,11 +249,10 @@ def test_command_on_a_gpu(tmp_path):
         (["--warmup", "-1"], "warmup (-1) must not be negative"),
         (["--max-seconds-per-point", "0"], "max_seconds_per_point (0.0) must be positive"),
         (["--budget-seconds", "nan"], "budget-seconds (nan) must be positive"),
-        (["--what", "nothing"], "argument --what: invalid choice: 'nothing'"),
     ],
 )
 def test_bad_argument_is_told_in_one_line(tmp_path, capsys, arguments, message):
-    assert main(["--out", str(tmp_path), *arguments]) == 2
+    assert main(["runtime", "--out", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
@@ -259,5 +260,5 @@ def test_bad_argument_is_told_in_one_line(tmp_path, capsys, arguments, message):
 
 def test_folder_that_cannot_be_made_is_told_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["--out", str(tmp_path / "file"), "--device", "cpu"]) == 2
+    assert main(["runtime", "--out", str(tmp_path / "file"), "--device", "cpu"]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -1,5 +1,6 @@
 """The torch form and the public function against the definition."""
 
+import gc
 import itertools
 import re
 from collections.abc import Callable
@@ -224,6 +225,24 @@ def test_gradcheck_of_states(form: str) -> None:
         return linear_attention(q, k, v, initial_state=initial, return_state=True, **options)
 
     torch.autograd.gradcheck(attend, [*inputs, state.detach().requires_grad_()])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_waits_for_the_garbage_collector(form: str) -> None:
+    inputs, grad = make_inputs((1, 40, 2, 16, 16), torch.float32)
+
+    def tensors() -> int:
+        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+
+    with_gradients(linear_attention, inputs, grad, **FORMS[form])
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        with_gradients(linear_attention, inputs, grad, **FORMS[form])
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("form", ["eq7", "causal-eq4", "eq4-quadratic"])

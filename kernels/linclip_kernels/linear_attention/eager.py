@@ -169,9 +169,10 @@ class _KeySide:
     """Keys and values of sequences of equal length, piece by piece."""
 
     def __init__(self, k: Tensor, v: Tensor, form: Form) -> None:
-        self.pieces = _pieces(k)
-        # One piece keeps its keys, of several each is made again.
-        self.keys = lru_cache(maxsize=1)(lambda i: _Keys(k, v, self.pieces[i], form))
+        self.pieces = pieces = _pieces(k)
+        # One piece keeps its keys, of several each is made again. A function that held self would
+        # keep them until the garbage collector came.
+        self.keys = lru_cache(maxsize=1)(lambda i: _Keys(k, v, pieces[i], form))
 
     def state(self) -> Tensor:
         """The state of all keys, [B, H, D + 1, Dv + 1]."""

@@ -5,21 +5,14 @@ inference and in training, over many runs after a warm-up; and the bare operator
 """
 
 import argparse
-import platform
-import shlex
-import subprocess
-import sys
+import logging
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from ds_linclip.config import ParallelConfig
-from ds_linclip.exit_codes import ExitCode
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.runtime_measurement import Limits, measure
 from linclip_eval.runtime_report import write_report
@@ -28,6 +21,8 @@ from linclip_eval.runtime_subjects import SUBJECTS, Subject
 
 __all__ = ["main"]
 
+logger = logging.getLogger(__name__)
+
 #: By device: what is measured where the command line does not say.
 _WHAT = {"cpu": ["attention", "layer", "block", "vit-s-16"], "cuda": list(SUBJECTS)}
 _TOKENS = {"cpu": [2**i for i in range(8, 17)], "cuda": [2**i for i in range(8, 23)]}
@@ -35,18 +30,14 @@ _NUM_HEADS = {"cpu": 1, "cuda": 12}
 _DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    command = ["linclip-eval", "runtime", *(sys.argv[1:] if arguments is None else arguments)]
-    try:
-        _run(_parser().parse_args(arguments), shlex.join(command))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return ExitCode.USER_ERROR
-    return ExitCode.FINISHED
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
 
-
-def _run(options: argparse.Namespace, command: str) -> None:
+    Raises:
+        ValueError: for bad input.
+        OSError: for a file that cannot be written.
+    """
+    options = _parser().parse_args(arguments)
     begin = time.monotonic()
     _check(options)
     limits = Limits(
@@ -64,12 +55,14 @@ def _run(options: argparse.Namespace, command: str) -> None:
     subjects = list(dict.fromkeys(options.what or _WHAT[device]))
     tokens = sorted(set(options.tokens or _TOKENS[device]))
     num_heads = options.heads or _NUM_HEADS[device]
-    facts = _facts(mesh.device, command) | {
-        "heads of `attention`": str(num_heads),
-        "limits": f"{limits.runs} runs after {limits.warmup} to warm up, or "
+    threads = f", {options.threads} threads" if device == "cpu" and options.threads > 1 else ""
+    dtype = str(_DTYPES[device]).removeprefix("torch.")
+    conditions = (
+        f"Limits: {limits.runs} runs after {limits.warmup} to warm up, or "
         f"{limits.max_seconds_per_point:g} s of runs; {limits.max_seconds_per_call:g} s for a "
-        f"call; {options.budget_seconds:g} s for everything",
-    }
+        f"call; {options.budget_seconds:g} s for everything. {dtype}{threads}; `attention` has "
+        f"{num_heads} heads."
+    )
     points: list[Point] = []
     for place, what in enumerate(subjects):
         # An equal share of what is left of the time, so that every subject gets to long sequences.
@@ -77,10 +70,17 @@ def _run(options: argparse.Namespace, command: str) -> None:
         deadline = time.monotonic() + left / (len(subjects) - place)
         subject = Subject(what, mesh, _DTYPES[device], num_heads=num_heads)
         points += measure(subject, tokens, limits, deadline=deadline)
-        duration = f"{time.monotonic() - begin:.0f} s"
         # What has been measured stays, whatever comes.
-        write_report(options.out, points, facts | {"duration": duration}, limits.runs)
-        sys.stderr.write(f"{what}: done after {duration}\n")
+        write_report(
+            options.out,
+            points,
+            command=("runtime", *arguments),
+            device=mesh.device,
+            conditions=conditions,
+            runs=limits.runs,
+        )
+        logger.info("%s: done after %.0f s", what, time.monotonic() - begin)
+    print((options.out / "summary.md").read_text(encoding="utf-8"))
     mesh.close()
 
 
@@ -96,53 +96,11 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"budget-seconds ({options.budget_seconds:g}) must be positive")
 
 
-def _facts(device: torch.device, command: str) -> dict[str, str]:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        threads = torch.get_num_threads()
-        name = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-    return {
-        "device": name,
-        "precision": str(_DTYPES[device.type]).removeprefix("torch."),
-        "torch": version("torch"),
-        "triton": version("triton"),
-        "date (UTC)": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": _commit(),
-        "command": f"`{command}`",
-    }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str:
-    """Of the checkout that this file is in."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            describe, cwd=Path(__file__).parent, check=True, capture_output=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)  # told in one line, without the usage
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="linclip-eval runtime",
         description="Measure how time and memory of softmax and linear attention grow with the "
         "number of tokens.",
-        epilog="Exit codes: 0, measured; 2, something that you can mend, told in one line.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
