@@ -1,0 +1,218 @@
+"""``linclip-eval retrieval``: find the captions of images, and the images of captions.
+
+An image may have several captions, one per line of its text. Over several processes:
+``deepspeed launch/eval.py retrieval ...``.
+"""
+
+import argparse
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ds_linclip.data import LabelledData
+from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.features import Features
+from linclip_eval.models import EvalModel, add_model_arguments, model_from_arguments
+from linclip_eval.results import markdown_table, percent, write_results
+from linclip_eval.retrieval import DIRECTIONS, RECALLS, RetrievalResult, retrieval
+
+__all__ = ["main"]
+
+_COLOURS = {"image_to_text": "#2563a8", "text_to_image": "#d97706"}
+_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: for bad input, on all ranks.
+        OSError: for a file that cannot be read or written.
+    """
+    options = _parser().parse_args(arguments)
+    mesh = Mesh.create()
+    model = mesh.agree(lambda: model_from_arguments(options, mesh))
+    data = mesh.agree(
+        lambda: LabelledData(
+            options.data,
+            transform=model.transform,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            strict=not options.lenient,
+        )
+    )
+    result = retrieval(
+        model.encode_image,
+        model.encode_text,
+        data,
+        tokenizer=model.tokenizer,
+        device=model.device,
+        group=mesh.dp.group if mesh.dp.size > 1 else None,
+        strict=not options.lenient,
+    )
+    if mesh.rank == 0:
+        findings = data.findings.describe() if options.lenient else []
+        _write(options.out, result, findings, model, arguments)
+    mesh.barrier()
+    mesh.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="linclip-eval retrieval", description=__doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--data", required=True, help="folder of images with texts")
+    parser.add_argument("--batch-size", type=int, default=256, help="images, per process")
+    parser.add_argument("--num-workers", type=int, default=2, help="decoding, per process")
+    parser.add_argument(
+        "--lenient",
+        action="store_true",
+        help="go on in spite of images that cannot be read or have no caption; they are counted, "
+        "and are never found",
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def _write(
+    out: Path,
+    result: RetrievalResult,
+    findings: Sequence[str],
+    model: EvalModel,
+    arguments: Sequence[str],
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    _write_ranks_csv(result, out / "ranks.csv")
+    _draw(result).savefig(out / "recall.png")
+    features = result.features
+    numbers = {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "image_size": list(model.image_size),
+        "num_images": result.num_images,
+        "num_captions": result.num_captions,
+        "num_repeated_captions": _num_repeated(features),
+        "num_nonfinite": features.num_nonfinite,
+        "unreadable": [{"key": key, "reason": reason} for key, reason in features.unreadable],
+        "uncaptioned": list(features.uncaptioned),
+        "findings": list(findings),
+        **result.metrics(),
+    }
+    write_results(
+        out,
+        command=("retrieval", *arguments),
+        title="Retrieval of images and captions",
+        body=_summary(result, findings, model),
+        numbers=numbers,
+        device=model.device,
+    )
+    print((out / "summary.md").read_text(encoding="utf-8"))
+
+
+def _summary(result: RetrievalResult, findings: Sequence[str], model: EvalModel) -> str:
+    metrics = result.metrics()
+    rows = [
+        [
+            direction.replace("_", " "),
+            # The captions of one image are not independent of each other.
+            *(percent(metrics[f"{direction}_R@{k}"], result.num_images) for k in RECALLS),
+            f"{metrics[f'{direction}_median_rank']:.0f}",
+            f"{metrics[f'{direction}_mean_rank']:.1f}",
+        ]
+        for direction in DIRECTIONS
+    ]
+    header = ["", *(f"R@{k}, %" for k in RECALLS), "median rank", "mean rank"]
+    return "\n\n".join(
+        [
+            f"`{model.name}` at {model.image_size[0]} x {model.image_size[1]} px on "
+            f"{result.num_images} images with {result.num_captions} captions. In brackets, 95 % "
+            "intervals (Wilson) with images as trials.",
+            *(f"- {remark}" for remark in (*findings, *_remarks(result.features))),
+            markdown_table(header, rows),
+            "![Recall at every k](recall.png)",
+        ]
+    )
+
+
+def _remarks(features: Features) -> list[str]:
+    """What does not go without saying about the numbers."""
+    remarks = []
+    if repeated := _num_repeated(features):
+        remarks.append(
+            "captions that occur more than once, though no image but their own counts as right: "
+            f"{repeated} of {len(features.captions)}"
+        )
+    if missing := features.uncaptioned:
+        remarks.append(
+            f"images without a caption, which count as not found: {len(missing)} ({missing[0]}, "
+            "...)"
+        )
+    if features.unreadable:
+        key, reason = features.unreadable[0]
+        remarks.append(
+            "images that cannot be read, which count as not found, and whose captions are not "
+            f"looked for: {len(features.unreadable)} ({key}: {reason}, ...)"
+        )
+    if features.num_nonfinite:
+        remarks.append(
+            "images and captions with features that are not finite, which count as not found: "
+            f"{features.num_nonfinite}"
+        )
+    return remarks
+
+
+def _num_repeated(features: Features) -> int:
+    return sum(count for count in Counter(features.captions).values() if count > 1)
+
+
+def _write_ranks_csv(result: RetrievalResult, path: Path) -> None:
+    """One line per query: direction, key of the image, caption, rank."""
+    features = result.features
+    image_keys = [*features.keys, *(key for key, _ in features.unreadable)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["direction", "key", "caption", "rank"])
+        for key, rank in zip(image_keys, result.image_to_text.tolist(), strict=True):
+            writer.writerow(["image_to_text", key, "", rank])
+        queries = zip(
+            features.captions, features.owners, result.text_to_image.tolist(), strict=True
+        )
+        for caption, owner, rank in queries:
+            writer.writerow(["text_to_image", features.keys[owner], caption, rank])
+
+
+def _draw(result: RetrievalResult) -> Figure:
+    """Recall at every k, both ways, with what chance would find."""
+    figure = Figure(figsize=(6.4, 3.6), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for direction, num_candidates in zip(
+        DIRECTIONS, (result.num_captions, len(result.features.images)), strict=True
+    ):
+        k = np.unique(np.geomspace(1, num_candidates, 200).round())
+        recalls = [100 * result.recall(direction, each) for each in k]
+        axes.plot(k, recalls, color=_COLOURS[direction], label=direction.replace("_", " "))
+    chance = np.geomspace(1, len(result.features.images), 200)
+    axes.plot(
+        chance,
+        100 * chance / chance[-1],
+        color=_MUTED,
+        linestyle=":",
+        label="text to image by chance",
+    )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(0, 101)
+    axes.set_title("Recall at k", loc="left", fontsize=11, color=_INK, weight="bold")
+    axes.set_xlabel("k", fontsize=8.5, color=_MUTED)
+    axes.set_ylabel("found, %", fontsize=8.5, color=_MUTED)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=_MUTED)
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return figure
