@@ -140,7 +140,8 @@ class LabelledTar(LabelledPart):
     def read(self, row: int) -> tuple[bytes, str]:
         if row in self._unreadable:
             raise BadSample(self._unreadable[row])
-        content = self._pread(*self._images[row].tolist(), "image")
+        offset, size = self._images[row].tolist()
+        content = self._pread(offset, size, "image")
         if row not in self._texts:
             return content, ""
         try:

@@ -78,6 +78,7 @@ def imagenet_classes(name: str, policy: NamePolicy) -> ClassList:
     if policy not in get_args(NamePolicy):
         raise ValueError(f"names ({policy}) must be one of {', '.join(get_args(NamePolicy))}")
     ids = _read_list(name)
+    texts: list[tuple[str, ...]]
     if policy == "open_clip":
         if name != "imagenet-1k":
             raise ValueError(f"names (open_clip) exist for imagenet-1k, not for classes ({name})")

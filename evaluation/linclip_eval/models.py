@@ -215,5 +215,6 @@ def _fingerprint(module: nn.Module) -> str:
         if not isinstance(value, Tensor):  # Megatron's layers carry an extra state of their own
             continue
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(content.numpy()))
     return digest.hexdigest()

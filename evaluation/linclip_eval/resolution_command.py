@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,18 +70,13 @@ def main(arguments: Sequence[str]) -> None:
     scores = []
     for label, source in map(labelled, options.models):
         for size in sorted(set(options.sizes)):
-            model = mesh.agree(
-                lambda source=source, size=size: load_model(
-                    source, mesh, precision=options.precision, image_size=size
-                )
+            open_model = partial(
+                load_model, source, mesh, precision=options.precision, image_size=size
             )
+            model = mesh.agree(open_model)
             seconds = _seconds_per_image(model, options.batch_size)
             for domain, folder in map(labelled, options.data):
-                task = mesh.agree(
-                    lambda folder=folder, model=model: ZeroShotTask.from_arguments(
-                        options, folder, model
-                    )
-                )
+                task = mesh.agree(partial(ZeroShotTask.from_arguments, options, folder, model))
                 result = task.score(
                     model,
                     tokenizer=model.tokenizer,

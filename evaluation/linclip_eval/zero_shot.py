@@ -254,9 +254,9 @@ def write_per_class_csv(result: ZeroShotResult, path: str | Path) -> None:
     The accuracies of a class without samples are left empty.
     """
     classes = result.classes
-    most_confused: dict[int, tuple[int, int]] = {}
+    most_confused: dict[int, tuple[str, int]] = {}
     for true, taken, count in result.confusions():
-        most_confused.setdefault(true, (taken, count))
+        most_confused.setdefault(true, (classes.ids[taken], count))
     hits = [result.class_hits(k).tolist() for k in (1, 5, 10)]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -268,8 +268,7 @@ def write_per_class_csv(result: ZeroShotResult, path: str | Path) -> None:
         )
         for label, samples in enumerate(result.class_samples.tolist()):
             scores = [of_k[label] / samples if samples else "" for of_k in hits]
-            taken, count = most_confused.get(label, (None, 0))
-            other = "" if taken is None else classes.ids[taken]
+            other, count = most_confused.get(label, ("", 0))
             row = [label, classes.ids[label], classes.title(label), samples, *scores, other, count]
             writer.writerow(row)
 

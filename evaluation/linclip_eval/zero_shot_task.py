@@ -159,7 +159,7 @@ class ZeroShotTask:
             tokenizer=tokenizer,
             device=device,
             group=group,
-            cache=keep_in and ClassifierCache(keep_in / "classifier", fingerprint),
+            cache=ClassifierCache(keep_in / "classifier", fingerprint) if keep_in else None,
         )
         # The same name only where every image would be given the same classes.
         digest = hashlib.sha256(classifier.cpu().numpy().tobytes())
