@@ -60,6 +60,7 @@ class LabelledData:
         batch_size: Samples per batch; the last may be smaller.
         num_workers: Decoding processes.
         classes: Ids in the order of their labels; None: the folder is in clip_benchmark's layout.
+        needs_classes: Without it, a folder that names no classes is read for its captions.
         strict: What is wrong with the folder is an error, for a score over fewer samples would not
             be the score. Otherwise it is counted: in ``findings``, and in the batches.
 
@@ -83,11 +84,14 @@ class LabelledData:
         batch_size: int,
         num_workers: int = 0,
         classes: Sequence[str] | None = None,
+        needs_classes: bool = True,
         strict: bool = True,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1")
-        self._images = LabelledImages(Path(folder), classes, strict=strict)
+        self._images = LabelledImages(
+            Path(folder), classes, needs_classes=needs_classes, strict=strict
+        )
         self._dataset = _BatchDataset(Path(folder), self._images, transform, batch_size, strict)
         self._transform = transform
         self._batch_size = batch_size

@@ -8,6 +8,9 @@ A folder has one of four forms:
 - such tars alone, given a list of classes; ``cls`` may hold an id of the list instead;
 - a tar of images per class, named by its id (``n02084071.tar``), as ImageNet-21K is distributed;
 - a folder of images per class, named by its id.
+
+A set of captions, such as clip_benchmark's for retrieval, has tars with an image and ``txt`` per
+sample, and no classes.
 """
 
 import hashlib
@@ -32,6 +35,8 @@ __all__ = ["Findings", "LabelledImages"]
 _CLASSNAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _SYNSET = re.compile(r"n\d{8}")  # WordNet's ids
+#: Labels of images that are no classes': they all have one.
+_ONE_FOR_ALL = {"": 0}
 _OPENED_AT_ONCE = 8  # network file systems answer slowly but many at once
 _NUM_EXAMPLES = 3
 
@@ -86,6 +91,8 @@ class LabelledImages:
     Args:
         folder: See the module.
         classes: Ids in the order of their labels; None: as ``classnames.txt`` has them.
+        needs_classes: Without ``classes``, there must be a ``classnames.txt``. Otherwise all images
+            of a folder without one have the label 0: it is read for its captions.
         strict: Findings are errors. (That a class of ``classnames.txt`` has no image is none.)
 
     Attributes:
@@ -101,10 +108,18 @@ class LabelledImages:
     """
 
     def __init__(
-        self, folder: Path, classes: Sequence[str] | None = None, *, strict: bool = True
+        self,
+        folder: Path,
+        classes: Sequence[str] | None = None,
+        *,
+        needs_classes: bool = True,
+        strict: bool = True,
     ) -> None:
         self.templates: list[str] = []
-        if classes is None:
+        if classes is None and not needs_classes and not (folder / _CLASSNAMES).exists():
+            self.classnames = [""]
+            class_list = ClassList(_ONE_FOR_ALL, 1)
+        elif classes is None:
             self.classnames = _read_lines(folder / _CLASSNAMES)
             self.templates = _read_lines(folder / _TEMPLATES)
             class_list = ClassList({}, len(self.classnames))
@@ -169,9 +184,15 @@ class LabelledImages:
 def _open_parts(folder: Path, classes: ClassList) -> Sequence[LabelledPart]:
     open_part: Callable[[Path], LabelledPart]
     paths = _find_tars(folder)
-    if paths:
+    if paths and classes.ids == _ONE_FOR_ALL:
+        open_part = partial(LabelledTar, classes=classes, class_id="")
+    elif paths:
         named = any(path.stem in classes.ids or _SYNSET.fullmatch(path.stem) for path in paths)
-        open_part = partial(LabelledTar, classes=classes, is_class=named and bool(classes.ids))
+        is_class = named and bool(classes.ids)
+
+        def open_part(path: Path) -> LabelledPart:
+            return LabelledTar(path, classes, class_id=path.stem if is_class else None)
+
     elif classes.ids:
         paths = _find_folders(folder)
         open_part = partial(ClassFolder, classes=classes)

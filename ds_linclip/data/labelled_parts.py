@@ -110,13 +110,13 @@ class LabelledTar(LabelledPart):
     Args:
         path: Of the tar.
         classes: The list.
-        is_class: The tar is named by the id of all its images, unless they have a ``cls``.
+        class_id: Of all its images, unless they have a ``cls``; None: they must.
 
     Raises:
         OSError: the file system is not answering.
     """
 
-    def __init__(self, path: Path, classes: ClassList, *, is_class: bool) -> None:
+    def __init__(self, path: Path, classes: ClassList, *, class_id: str | None) -> None:
         super().__init__(path)
         self._identity = _identity(os.stat(path))
         self._images = np.empty((0, 2), np.int64)  # offset and size
@@ -130,12 +130,12 @@ class LabelledTar(LabelledPart):
         with closing(shard):
             if shard.cut:
                 self.problems["shard_cut"].append(str(path))
-            if not is_class or _has_class(shard):
+            if class_id is None or _has_class(shard):
                 self._index(shard, self._read_labels(shard, classes))
-            elif path.stem in classes.ids:
-                self._index(shard, dict.fromkeys(range(len(shard)), classes.ids[path.stem]))
+            elif class_id in classes.ids:
+                self._index(shard, dict.fromkeys(range(len(shard)), classes.ids[class_id]))
             else:
-                self._leave_out(path.stem, shard.keys)
+                self._leave_out(class_id, shard.keys)
 
     def read(self, row: int) -> tuple[bytes, str]:
         if row in self._unreadable:

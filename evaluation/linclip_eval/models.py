@@ -215,6 +215,6 @@ def _fingerprint(module: nn.Module) -> str:
         if not isinstance(value, Tensor):  # Megatron's layers carry an extra state of their own
             continue
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(content.numpy()))
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content.data)
     return digest.hexdigest()

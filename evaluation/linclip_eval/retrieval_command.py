@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> None:
             transform=model.transform,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
+            needs_classes=False,
             strict=not options.lenient,
         )
     )

@@ -490,3 +490,16 @@ def test_change_after_opening_is_an_error_even_if_not_strict(tmp_path: Path, for
     cause = "No such file" if form == "class_folders" else "has changed since it was opened"
     with pytest.raises(ValueError, match=rf"eval\.data \(.*\): .* must be readable: .*{cause}"):
         list(data)
+
+
+def test_captions_need_no_classes(tmp_path):
+    samples = [
+        {"jpg": image(grey), "txt": f"grey {grey}\nlevel {grey}".encode()} for grey in (1, 2)
+    ]
+    write_folder(tmp_path, samples, with_names=False)
+    data = open_data(tmp_path, needs_classes=False)
+    (batch,) = data
+    assert batch.captions == ["grey 1\nlevel 1", "grey 2\nlevel 2"]
+    assert batch.labels.tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"must hold a readable classnames\.txt"):
+        open_data(tmp_path)
