@@ -54,8 +54,15 @@ def main(arguments: Sequence[str]) -> None:
         OSError: for a file that cannot be written.
     """
     parser = argparse.ArgumentParser(prog="linclip-eval scaling-laws", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN_FOLDER",
+        help="a run folder, or a folder of nothing but run folders",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--note", help="a sentence for the summary: what the runs do not show")
     parser.add_argument(
         "--skip-unfinished",
         action="store_true",
@@ -63,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
         "are named and counted",
     )
     options = parser.parse_args(arguments)
-    runs, skipped = _read(options.runs, skip_unfinished=options.skip_unfinished)
+    runs, skipped = _read(_run_folders(options.runs), skip_unfinished=options.skip_unfinished)
     check_comparable(runs)
     laws: Laws = {quantity: fit_laws(runs, quantity) for quantity in QUANTITIES}
     comparisons = {
@@ -78,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         options.out,
         command=("scaling-laws", *arguments),
         title="Scaling laws: softmax and linear attention",
-        body=_summary(runs, skipped, laws, comparisons),
+        body=_summary(runs, skipped, laws, comparisons, options.note),
         numbers={
             "num_runs": len(runs),
             "skipped": skipped,
@@ -96,6 +103,17 @@ def main(arguments: Sequence[str]) -> None:
         device=torch.device("cpu"),
     )
     print((options.out / "summary.md").read_text(encoding="utf-8"))
+
+
+def _run_folders(given: Sequence[Path]) -> list[Path]:
+    """Every folder, or those in it where they are the runs."""
+    folders: list[Path] = []
+    for folder in given:
+        is_run = not folder.is_dir() or (folder / "config.yaml").exists()
+        inside = [] if is_run else sorted(path for path in folder.iterdir() if path.is_dir())
+        holds_runs = any((path / "config.yaml").exists() for path in inside)
+        folders += inside if holds_runs else [folder]
+    return folders
 
 
 def _read(folders: Sequence[Path], *, skip_unfinished: bool) -> tuple[list[FinishedRun], list[str]]:
@@ -152,14 +170,18 @@ def _summary(
     skipped: Sequence[str],
     laws: Laws,
     comparisons: Mapping[Quantity, Comparison],
+    note: str | None,
 ) -> str:
     first = runs[0].config
     settings = {run.setting for run in runs}
-    made = "; ".join(f"{name} {', '.join(each)}" for name, each in _made_with(runs).items())
+    made = "; ".join(
+        f"{name.replace('_', ' ')} {', '.join(each)}" for name, each in _made_with(runs).items()
+    )
     parts = [
         f"{len(runs)} finished runs of {len(settings)} settings on "
         f"{', '.join(f'`{source.shards}`' for source in first.data.train)}, global batch "
         f"{first.train.global_batch_size}, scored on `{first.eval.data}`. Trained with: {made}.",
+        note or "",
         "\n".join(_verdicts(comparisons)),
         "![Loss and zero-shot error over compute](figure.png)",
         _law_table(laws),
@@ -238,7 +260,7 @@ def _setting_table(runs: Sequence[FinishedRun]) -> str:
 def _floor(floor: SaturatingLaw | None) -> str:
     if floor is None:
         return "not identifiable: too few points"
-    value = _with_interval(floor.floor, floor.floor_interval, ".3g")
+    value = _with_interval(floor.floor, floor.floor_interval, ".3f")
     return value if floor.is_identifiable else f"not identifiable: {value}"
 
 

@@ -18,7 +18,7 @@ from linclip_eval.scaling_laws import QUANTITIES, FinishedRun, Kind, Quantity
 __all__ = ["draw"]
 
 _INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
-_COLOURS: dict[Kind, str] = {"softmax": "#2563a8", "linear": "#d97706"}
+_COLOURS: dict[Kind, str] = {"softmax": "#d97706", "linear": "#2563a8"}
 _MARKERS = "os^DvPX*"
 
 
@@ -102,8 +102,8 @@ def _dress(axes: Axes, quantity: Quantity) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("training compute, FLOPs", fontsize=8.5, color=_MUTED)
-    # A study seldom spans a decade of loss: ticks at 1, 2, 3, 5, in plain numbers.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    # A study seldom spans a decade of loss: ticks within one, in plain numbers.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="both", which="both", length=0)

@@ -179,7 +179,7 @@ def test_levels_are_not_compared_where_no_compute_is_shared(tmp_path):
 def test_command_writes_everything(study, runs, tmp_path, capsys):
     out = tmp_path / "out"
     folders = sorted(study.iterdir())
-    assert command(*folders, "--out", out) == 0
+    assert command(study, "--out", out, "--note", "Digits are no photographs.") == 0
     with (out / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["folder"] for row in rows] == [str(folder) for folder in folders]
@@ -198,6 +198,7 @@ def test_command_writes_everything(study, runs, tmp_path, capsys):
     assert "**Loss: no difference seen** between the exponents" in summary
     assert "That is no proof of equality" in summary
     assert "](figure.png)" in summary
+    assert "\n\nDigits are no photographs.\n\n" in summary
     assert summary in capsys.readouterr().out
     assert (out / "figure.png").stat().st_size > 20_000
 
@@ -205,7 +206,7 @@ def test_command_writes_everything(study, runs, tmp_path, capsys):
 def test_one_kind_alone_is_fitted_and_not_compared(tmp_path):
     write_study(tmp_path / "runs", ("linear",))
     out = tmp_path / "out"
-    assert command(*sorted((tmp_path / "runs").iterdir()), "--out", out) == 0
+    assert command(tmp_path / "runs", "--out", out) == 0
     results = json.loads((out / "results.json").read_text())
     assert [law["attention"] for law in results["laws"]] == ["linear", "linear"]
     assert results["comparisons"] == []
@@ -250,6 +251,13 @@ def test_unfinished_runs_are_named_and_skipped_on_request(study, tmp_path, capsy
     assert "Skipped, 3 not finished" in (out / "summary.md").read_text()
     assert command(cut, blind, "--out", out, "--skip-unfinished") == 2
     assert "runs (0 of 2 finished) must hold at least one" in capsys.readouterr().err
+
+
+def test_folder_of_runs_may_hold_nothing_else(run, tmp_path, capsys):
+    stranger = run.parent / "stranger"
+    stranger.mkdir()
+    assert command(run.parent, "--out", tmp_path / "out") == 2
+    assert f"config ({stranger / 'config.yaml'}) cannot be read" in capsys.readouterr().err
 
 
 def without_config(run: Path) -> None:
