@@ -1,0 +1,75 @@
+"""Size and cost of a model, worked out from its config: parameters, floating-point operations.
+
+Operations are those of the matrix products that define the model, two per multiplication and
+addition; norms, activations and sums of values are left out, and so is what an implementation does
+beside the definition: recomputed activations, features that are computed twice for micro-batches,
+the quadratic part of causal linear attention's chunks. Causal softmax counts all pairs of tokens.
+"""
+
+from ds_linclip.config import Config, LossConfig, ModelConfig, TextTower, VisionTower
+
+__all__ = ["block_flops", "forward_flops", "num_parameters", "training_flops"]
+
+
+def block_flops(tower: VisionTower | TextTower, num_tokens: int) -> float:
+    """Operations of the forward of one block over one sequence.
+
+    For N tokens of width w and a hidden layer of r w: ``2 N w (4 w + 2 r w)`` in the projections
+    and the MLP, and ``4 N w K`` in the attention. Softmax multiplies queries with K = N keys and
+    weights as many values; linear attention adds to and reads a state of K features per head: the
+    head's width, or with the quadratic map also its pairs.
+    """
+    width = tower.width
+    keys = num_tokens if tower.attention.kind == "softmax" else _num_features(tower)
+    return 2 * num_tokens * width * (width * (4 + 2 * tower.mlp_ratio) + 2 * keys)
+
+
+def forward_flops(model: ModelConfig, image_size: tuple[int, int]) -> float:
+    """Operations of the forward of both towers over one training pair.
+
+    Args:
+        model: Both towers; patches that its patch dropout leaves out cost nothing.
+        image_size: (height, width) in pixels.
+    """
+    vision, text = model.vision, model.text
+    num_patches = vision.num_kept_patches_at(image_size)
+    patches = 2 * num_patches * 3 * vision.patch_size**2 * vision.width
+    image = vision.layers * block_flops(vision, 1 + num_patches)
+    heads = 2 * (vision.width + text.width) * model.embed_dim
+    return patches + image + text.layers * block_flops(text, text.context_length) + heads
+
+
+def training_flops(config: Config) -> float:
+    """Operations of the whole run: a backward costs two forwards."""
+    steps = config.train.steps
+    starts = sorted({0, *(stage.from_step for stage in config.data.resolutions)})
+    starts = [start for start in starts if start < steps]
+    per_pair = sum(
+        (stop - start) * forward_flops(config.model, config.image_size_at(start))
+        for start, stop in zip(starts, [*starts[1:], steps], strict=True)
+    )
+    return 3 * config.train.global_batch_size * per_pair
+
+
+def num_parameters(model: ModelConfig, loss: LossConfig) -> int:
+    """Trained numbers of a whole model, token embedding and logit scale included."""
+    vision, text = model.vision, model.text
+    patches = vision.width * 3 * vision.patch_size**2
+    # The class token, positions, the norms before and after the blocks, the projection.
+    image = vision.width * (1 + vision.num_tokens + 4 + model.embed_dim)
+    words = text.width * (text.vocab_size + text.context_length + 2 + model.embed_dim)
+    blocks = vision.layers * _block_parameters(vision) + text.layers * _block_parameters(text)
+    return patches + image + words + blocks + (2 if loss.kind == "sigmoid" else 1)
+
+
+def _block_parameters(tower: VisionTower | TextTower) -> int:
+    width, hidden = tower.width, int(tower.width * tower.mlp_ratio)
+    attention = 4 * width * (width + 1)
+    mlp = 2 * width * hidden + hidden + width
+    has_gain = tower.attention.kind == "linear" and tower.attention.head_norm
+    return attention + mlp + (4 + has_gain) * width
+
+
+def _num_features(tower: VisionTower | TextTower) -> int:
+    size = tower.width // tower.heads
+    return size + size * (size // 2 + 1) if tower.attention.feature_map == "quadratic" else size

@@ -1,0 +1,316 @@
+"""Scaling laws from run folders: finished runs as points, a law for each kind of attention.
+
+A run is one point: its compute, the training loss at its end and its zero-shot error after the last
+step. Evaluations in between are no points: under a cosine schedule the weights before the end are
+not what a run of that length would have reached.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ds_linclip.config import Attention, Config, load_config
+from ds_linclip.flops import forward_flops, num_parameters, training_flops
+from linclip_eval.power_law import (
+    Interval,
+    Point,
+    ScalingLaw,
+    fit_scaling_law,
+    percentile_interval,
+)
+
+__all__ = [
+    "QUANTITIES",
+    "Comparison",
+    "FinishedRun",
+    "UnfinishedRun",
+    "check_comparable",
+    "compare",
+    "fit_laws",
+    "read_run",
+]
+
+Kind = Literal["softmax", "linear"]
+Quantity = Literal["loss", "zero-shot error"]
+QUANTITIES: tuple[Quantity, ...] = ("loss", "zero-shot error")
+
+#: What the runs of one study share. Sizes, lengths, seeds and what is tuned to them may differ.
+_PROTOCOL = (
+    *("data.train", "data.sampling", "data.crop_scale", "eval.data"),
+    *("train.global_batch_size", "train.precision", "loss.kind"),
+    *("optim.kind", "optim.weight_decay", "optim.ema_decay"),
+)
+#: Parts of the config that every start of a run must have had alike.
+_FIXED = ("model", "init", "data.train", "train.steps", "train.global_batch_size", "loss", "optim")
+_TOP1 = "eval/zeroshot_top1"
+
+
+class UnfinishedRun(ValueError):
+    """A run without an end that can be a point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """One run, as its folder tells of it.
+
+    Attributes:
+        folder: As it was given.
+        config: Of its latest start.
+        kind: Of the attention of both towers.
+        loss: Training loss, mean over the logged steps of the last tenth.
+        top1: Zero-shot accuracy after the last step, in [0, 1].
+        facts: Of its latest start: commit, versions, devices.
+    """
+
+    folder: Path
+    config: Config
+    kind: Kind
+    loss: float
+    top1: float
+    facts: dict[str, Any]
+
+    @property
+    def compute(self) -> float:
+        """Operations of the whole training."""
+        return training_flops(self.config)
+
+    @property
+    def num_parameters(self) -> int:
+        return num_parameters(self.config.model, self.config.loss)
+
+    @property
+    def samples_seen(self) -> int:
+        return self.config.train.steps * self.config.train.global_batch_size
+
+    @property
+    def setting(self) -> str:
+        """What runs that differ in their seed alone have in common, as text."""
+        config = self.config
+        return repr((config.model, config.train.steps, config.optim, config.data.resolutions))
+
+    def value(self, quantity: Quantity) -> float:
+        return self.loss if quantity == "loss" else 1 - self.top1
+
+    def row(self) -> dict[str, Any]:
+        """The run as a line of a table."""
+        config = self.config
+        vision, text = config.model.vision, config.model.text
+        return {
+            "folder": str(self.folder),
+            "attention": self.kind,
+            "parameters": self.num_parameters,
+            "image_width": vision.width,
+            "image_layers": vision.layers,
+            "text_width": text.width,
+            "text_layers": text.layers,
+            "forward_flops_per_sample": forward_flops(config.model, vision.image_size),
+            "steps": config.train.steps,
+            "global_batch_size": config.train.global_batch_size,
+            "samples_seen": self.samples_seen,
+            "training_flops": self.compute,
+            "lr": config.optim.lr,
+            "seed": config.train.seed,
+            "loss": self.loss,
+            "zero_shot_top1": self.top1,
+            "zero_shot_error": self.value("zero-shot error"),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Linear attention's law against softmax's, over independent resamples of both.
+
+    Attributes:
+        alpha_difference: Exponent of linear minus that of softmax.
+        alpha_interval: Of it.
+        compute: Where levels are compared: the middle, in logarithms, of the range that both
+            frontiers cover; None where they share none.
+        ratio: What linear reaches there over what softmax does.
+        ratio_interval: Of it.
+    """
+
+    alpha_difference: float
+    alpha_interval: Interval
+    compute: float | None
+    ratio: float | None
+    ratio_interval: Interval | None
+
+    @property
+    def verdict(self) -> str:
+        """What the interval of the exponents says, and no more."""
+        low, high = self.alpha_interval
+        return "no difference seen" if low <= 0 <= high else "differs"
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read ``config.yaml``, ``metrics.jsonl`` and ``starts.jsonl`` of a run folder.
+
+    Raises:
+        UnfinishedRun: when there are fewer steps than ``train.steps``, or no evaluation at the end.
+        ValueError: when the folder cannot be read or the run cannot be a point: it went on with
+            other settings, began with trained weights, diverged, or its towers differ in attention.
+    """
+    config = load_config(folder / "config.yaml")
+    starts = _records(folder / "starts.jsonl")
+    if not starts:
+        raise ValueError(f"{folder / 'starts.jsonl'} must hold at least one start")
+    _check_starts(folder, starts)
+    pretrained = (config.init.pretrained, config.init.pretrained_image, config.init.pretrained_text)
+    if any(source is not None for source in pretrained):
+        raise ValueError(
+            f"{folder}: init.pretrained* must be unset: the compute behind trained weights is "
+            "unknown"
+        )
+    metrics = folder / "metrics.jsonl"
+    records = _records(metrics) if metrics.exists() else []
+    losses = {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+    done, steps = max(losses, default=0), config.train.steps
+    if done < steps:
+        raise UnfinishedRun(f"{folder}: steps ({done}) must be all {steps} of train.steps")
+    scores = [r[_TOP1] for r in records if r["step"] == steps and _TOP1 in r]
+    if not scores:
+        raise UnfinishedRun(f"{folder}: {_TOP1} must be there for the last step ({steps})")
+    last = [loss for step, loss in losses.items() if step > 0.9 * steps]
+    if any(value is None or not math.isfinite(value) for value in (*last, scores[-1])):
+        raise ValueError(f"{folder}: loss and {_TOP1} at the end must be finite: it diverged")
+    return FinishedRun(
+        folder=folder,
+        config=config,
+        kind=_attention(folder, config).kind,
+        loss=statistics.fmean(last),
+        top1=scores[-1],
+        facts=starts[-1],
+    )
+
+
+def check_comparable(runs: Sequence[FinishedRun]) -> None:
+    """Check that the runs can be points of one study.
+
+    Raises:
+        ValueError: naming two runs that differ in data, batch or protocol, that have different
+            forms of linear attention, or that are the same run.
+    """
+    seen: dict[tuple[str, int], FinishedRun] = {}
+    forms: dict[Kind, FinishedRun] = {}
+    for run in runs:
+        first = runs[0]
+        for name in _PROTOCOL:
+            mine, others = attrgetter(name)(run.config), attrgetter(name)(first.config)
+            if mine != others:
+                raise ValueError(
+                    f"{name} ({mine}) of {run.folder} must be that of {first.folder} ({others})"
+                )
+        like = forms.setdefault(run.kind, run)
+        if _attention(run.folder, run.config) != _attention(like.folder, like.config):
+            raise ValueError(
+                f"attention of {run.folder} must have the form of that of {like.folder}: "
+                "one law is fitted to linear runs of one form"
+            )
+        key = run.setting, run.config.train.seed
+        if key in seen:
+            raise ValueError(
+                f"{run.folder} must be given once: it is the run of {seen[key].folder}, with "
+                "the same settings and seed"
+            )
+        seen[key] = run
+
+
+def fit_laws(runs: Sequence[FinishedRun], quantity: Quantity) -> dict[Kind, ScalingLaw]:
+    """The law of every kind of attention among the runs, softmax first.
+
+    Raises:
+        ValueError: as :func:`~linclip_eval.power_law.fit_scaling_law`, naming kind and quantity.
+    """
+    laws: dict[Kind, ScalingLaw] = {}
+    kinds: tuple[Kind, ...] = ("softmax", "linear")
+    for index, kind in enumerate(kinds):
+        points = [
+            Point(setting=run.setting, compute=run.compute, value=run.value(quantity))
+            for run in runs
+            if run.kind == kind
+        ]
+        if not points:
+            continue
+        try:
+            # Another seed each: the resamples of both are independent, and are paired in compare.
+            laws[kind] = fit_scaling_law(points, seed=index)
+        except ValueError as error:
+            raise ValueError(f"{quantity} of {kind} runs: {error}") from error
+    return laws
+
+
+def compare(linear: ScalingLaw, softmax: ScalingLaw) -> Comparison:
+    """Set the exponents against each other, and the levels where both laws were seen."""
+    count = min(len(linear.resampled), len(softmax.resampled))
+    difference = linear.resampled[:count] - softmax.resampled[:count]  # [R, (alpha, log_beta)]
+    start = max(float(law.frontier[0, 0]) for law in (linear, softmax))
+    end = min(float(law.frontier[0, -1]) for law in (linear, softmax))
+    compute = ratio = ratio_interval = None
+    if start <= end:
+        compute = math.sqrt(start * end)
+        where = np.array([compute])
+        ratio = float((linear.at(where) / softmax.at(where))[0])
+        ratio_interval = percentile_interval(
+            np.exp(difference[:, 0] * math.log(compute) + difference[:, 1])
+        )
+    return Comparison(
+        alpha_difference=linear.alpha - softmax.alpha,
+        alpha_interval=percentile_interval(difference[:, 0]),
+        compute=compute,
+        ratio=ratio,
+        ratio_interval=ratio_interval,
+    )
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """JSON objects, one a line; a kill may have torn the last one."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: must be JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} ({line.strip()}) must be a JSON object")
+        records.append(record)
+    return records
+
+
+def _check_starts(folder: Path, starts: Sequence[dict[str, Any]]) -> None:
+    """A run that went on with other settings, another length for example, had no one schedule."""
+    for name in _FIXED:
+        values = [_entry(start.get("config"), name) for start in starts]
+        if any(value != values[-1] for value in values):
+            raise ValueError(f"{folder}: {name} must be the same at every start of the run")
+
+
+def _entry(config: Any, name: str) -> Any:
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def _attention(folder: Path, config: Config) -> Attention:
+    """The form of both towers; of softmax, without the fields that have no effect on it."""
+    image, text = config.model.vision.attention, config.model.text.attention
+    if image.kind == text.kind == "softmax":
+        return Attention(kind="softmax")
+    if image != text:
+        raise ValueError(
+            f"{folder}: model.text.attention ({asdict(text)}) must be model.vision.attention "
+            f"({asdict(image)})"
+        )
+    return image

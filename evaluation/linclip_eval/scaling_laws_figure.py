@@ -1,0 +1,114 @@
+"""The picture of a scaling study: loss and zero-shot error over compute, with their laws."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from linclip_eval.power_law import ScalingLaw
+from linclip_eval.scaling_laws import QUANTITIES, FinishedRun, Kind, Quantity
+
+__all__ = ["draw"]
+
+_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
+_COLOURS: dict[Kind, str] = {"softmax": "#d97706", "linear": "#2563a8"}
+_MARKERS = "os^DvPX*"
+
+
+def draw(runs: Sequence[FinishedRun], laws: Mapping[Quantity, Mapping[Kind, ScalingLaw]]) -> Figure:
+    """Draw a panel per quantity, both axes logarithmic.
+
+    A dot is a run, its shape the size of the model; rings mark the frontier, means over seeds; a
+    line is the law with the 95 % band of its resamples.
+
+    Args:
+        runs: All of them.
+        laws: By quantity and kind of attention.
+    """
+    figure = Figure(
+        figsize=(10.4, 5.0), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    )
+    FigureCanvasAgg(figure)
+    sizes = sorted({run.num_parameters for run in runs})
+    markers = {size: _MARKERS[place % len(_MARKERS)] for place, size in enumerate(sizes)}
+    for axes, quantity in zip(figure.subplots(1, len(QUANTITIES)), QUANTITIES, strict=True):
+        for kind, law in laws[quantity].items():
+            _draw_law(axes, law, _COLOURS[kind])
+        for run in runs:
+            axes.scatter(
+                run.compute,
+                run.value(quantity),
+                marker=markers[run.num_parameters],
+                s=30,
+                color=_COLOURS[run.kind],
+                edgecolor="white",
+                linewidth=0.7,
+                zorder=3,
+            )
+        _dress(axes, quantity)
+    kinds = list(laws[QUANTITIES[0]])
+    figure.legend(
+        handles=[
+            *(Line2D([], [], color=_COLOURS[kind], linewidth=2, label=kind) for kind in kinds),
+            Patch(facecolor=_MUTED, alpha=0.25, label="95 % bootstrap band"),
+            Line2D([], [], label="frontier", **_ring(_MUTED)),
+            *(
+                Line2D([], [], marker=marker, linestyle="", color=_MUTED, label=_size(size))
+                for size, marker in markers.items()
+            ),
+        ],
+        loc="outside lower center",
+        ncols=min(3 + len(kinds) + len(sizes), 7),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=_MUTED,
+    )
+    return figure
+
+
+def _draw_law(axes: Axes, law: ScalingLaw, colour: str) -> None:
+    compute, value = law.frontier
+    along = np.geomspace(compute[0], compute[-1], 100)
+    axes.plot(along, law.at(along), color=colour, linewidth=1.8, zorder=2)
+    axes.fill_between(along, *law.band(along), color=colour, alpha=0.15, linewidth=0, zorder=1)
+    axes.plot(compute, value, zorder=4, **_ring(colour))
+
+
+def _ring(colour: str) -> dict[str, Any]:
+    return {
+        "marker": "o",
+        "markersize": 10,
+        "markerfacecolor": "none",
+        "markeredgecolor": colour,
+        "markeredgewidth": 1.2,
+        "linestyle": "",
+    }
+
+
+def _size(num_parameters: int) -> str:
+    return f"{num_parameters / 1e6:.3g} M parameters"
+
+
+def _dress(axes: Axes, quantity: Quantity) -> None:
+    title = {"loss": "Training loss at the end", "zero-shot error": "Zero-shot error (1 - top-1)"}
+    axes.set_title(title[quantity], loc="left", fontsize=11, color=_INK, weight="bold")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("training compute, FLOPs", fontsize=8.5, color=_MUTED)
+    # A study seldom spans a decade of loss: ticks within one, in plain numbers.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="both", which="both", length=0)
+    axes.tick_params(axis="both", labelsize=8.5, labelcolor=_MUTED)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
