@@ -41,7 +41,7 @@ class EvalModel:
         transform: Image file to [3, height, width].
         dtype: Of the weights.
         device: Where they are.
-        fingerprint: SHA-256 of weights and dtype, by which results are kept apart.
+        fingerprint: SHA-256 of architecture, weights and dtype, by which results are kept apart.
     """
 
     name: str
@@ -165,7 +165,7 @@ def _from_ours(module: CLIP, name: str, dtype: torch.dtype, side: int | None) ->
         transform=EvalTransform(PreprocessCfg(size=image_size)),
         dtype=dtype,
         device=module.mesh.device,
-        fingerprint=_fingerprint(module),
+        fingerprint=_fingerprint(module, repr(module.config)),
     )
 
 
@@ -190,6 +190,10 @@ def _from_open_clip(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None)
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"model ({name}): open_clip cannot open it: {error}") from error
     module = module.to(mesh.device, dtype).eval().requires_grad_(False)
+    if is_folder:
+        architecture_config = (Path(tag) / CONFIG_FILE).read_text(encoding="utf-8")
+    else:
+        architecture_config = repr(open_clip.get_model_config(architecture))
     preprocess = PreprocessCfg(**module.visual.preprocess_cfg)
     _, height, width = preprocess.input_size
     return EvalModel(
@@ -201,7 +205,7 @@ def _from_open_clip(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None)
         transform=EvalTransform(preprocess),
         dtype=dtype,
         device=mesh.device,
-        fingerprint=_fingerprint(module),
+        fingerprint=_fingerprint(module, architecture_config),
     )
 
 
@@ -209,8 +213,9 @@ def _context_length(module: Any) -> int:
     return int(getattr(module, "context_length", None) or module.text.context_length)
 
 
-def _fingerprint(module: nn.Module) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(module: nn.Module, architecture: str) -> str:
+    """Weights alone do not tell models apart: attention has none of its own."""
+    digest = hashlib.sha256(architecture.encode())
     for name, value in sorted(module.state_dict().items()):
         if not isinstance(value, Tensor):  # Megatron's layers carry an extra state of their own
             continue

@@ -1,6 +1,7 @@
 """Models of every origin give their own features, and are refused in one line when they cannot."""
 
 import json
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -64,9 +65,15 @@ def test_other_image_sizes(ours, mesh):
         load_model(folder, mesh, image_size=60)
 
 
-def test_fingerprint_is_that_of_the_weights(ours, mesh, tmp_path):
+def test_fingerprint_tells_models_apart(ours, mesh, tmp_path):
     model, folder = ours
     first = load_model(folder, mesh).fingerprint
+    shutil.copytree(folder, tmp_path / "softmax")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    for tower in ("vision_cfg", "text_cfg"):
+        del config["model_cfg"][tower]["attention"]
+    (tmp_path / "softmax" / "open_clip_config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path / "softmax", mesh).fingerprint != first  # of the same weights
     assert load_model(folder, mesh, image_size=64).fingerprint == first
     assert load_model(folder, mesh, precision="bf16").fingerprint != first
     with torch.no_grad():
