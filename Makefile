@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: install train test test-slow test-faults test-gpu lint study bench-kernels \
-    bench-data bench-memory bench-checkpoint bench-context bench-loss bench-gpu check-layouts goodput \
+    bench-data bench-memory bench-checkpoint bench-context bench-loss bench-runtime bench-gpu check-layouts goodput \
     report
 
 install: $(STAMP)
@@ -84,9 +84,15 @@ bench-checkpoint: $(STAMP)
 goodput: $(STAMP) | data/embedded
 	$(BIN)/python launch/goodput.py
 
+# Layers, blocks and whole towers, softmax against linear attention, over the number of tokens (8
+# minutes): docs/results/runtime/<device>.
+bench-runtime: $(STAMP)
+	$(BIN)/linclip-eval runtime
+
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)
-	$(BIN)/python kernels/benchmarks/bench_attention.py --device cuda --budget-seconds 360
+	$(BIN)/python kernels/benchmarks/bench_attention.py --device cuda --budget-seconds 210
+	$(BIN)/linclip-eval runtime --device cuda --budget-seconds 180
 	$(BIN)/python launch/bench_loss.py --device cuda
 
 test-slow: $(STAMP)

@@ -33,7 +33,8 @@ RESERVED = {
     "megatron": ["ds_linclip.parallel"],
     "linclip_kernels": [
         *("linclip_kernels", "ds_linclip.model.attention", "launch"),
-        *("linclip_eval.results", "linclip_eval.runtime_subjects"),
+        *("linclip_eval.results", "linclip_eval.runtime_command"),
+        "linclip_eval.runtime_subjects",
     ],
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "linclip_kernels", *sys.stdlib_module_names}

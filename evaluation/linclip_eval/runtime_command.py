@@ -18,6 +18,7 @@ from linclip_eval.runtime_measurement import Limits, measure
 from linclip_eval.runtime_report import write_report
 from linclip_eval.runtime_scaling import Point
 from linclip_eval.runtime_subjects import SUBJECTS, Subject
+from linclip_kernels.benchmark_facts import device_name, folder_name
 
 __all__ = ["main"]
 
@@ -46,9 +47,10 @@ def main(arguments: Sequence[str]) -> None:
         max_seconds_per_point=options.max_seconds_per_point,
         max_seconds_per_call=options.max_seconds_per_call,
     )
-    options.out.mkdir(parents=True, exist_ok=True)
     mesh = Mesh.create(ParallelConfig(device=options.device))
     device = mesh.device.type
+    out = options.out or Path("docs/results/runtime") / folder_name(device_name(device))
+    out.mkdir(parents=True, exist_ok=True)
     if device == "cpu":
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
         points += measure(subject, tokens, limits, deadline=deadline)
         # What has been measured stays, whatever comes.
         write_report(
-            options.out,
+            out,
             points,
             command=("runtime", *arguments),
             device=mesh.device,
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
             runs=limits.runs,
         )
         logger.info("%s: done after %.0f s", what, time.monotonic() - begin)
-    print((options.out / "summary.md").read_text(encoding="utf-8"))
+    print((out / "summary.md").read_text(encoding="utf-8"))
     mesh.close()
 
 
@@ -102,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure how time and memory of softmax and linear attention grow with the "
         "number of tokens.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: docs/results/runtime/<device>"
+    )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument(
         "--what",
