@@ -4,9 +4,9 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-faults test-gpu lint study bench-kernels \
-    bench-data bench-memory bench-checkpoint bench-context bench-loss bench-runtime bench-gpu check-layouts goodput \
-    report
+.PHONY: install train test test-slow test-faults test-gpu lint report study bench-kernels \
+    bench-data bench-memory bench-checkpoint bench-context bench-loss bench-runtime bench-gpu \
+    check-layouts goodput
 
 install: $(STAMP)
 
