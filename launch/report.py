@@ -52,7 +52,7 @@ def main() -> int:
             for name, run in runs.items()
         },
         "resolution": ("resolution", *models, "--data", *domains, "--sizes", 16, 24, 32, 48, 64),
-        "diagnostics": ("diagnostics", *runs.values(), "--data", test),
+        "diagnostics": ("diagnostics", *_of_every_size(out), "--data", test),
         "scaling-laws": ("scaling-laws", *_names_of_runs(out, options.seeds)),
         "runtime": ("runtime", "--budget-seconds", 90),
     }
@@ -68,6 +68,15 @@ def main() -> int:
     page = write_report([out / name for name in stages], out, title="The embedded runs, evaluated")
     print(page)
     return 0
+
+
+def _of_every_size(out: Path) -> list[str]:
+    """The longest run of every size with each attention, labelled."""
+    return [
+        f"{attention} {width}={out / 'runs' / f'{attention}_width{width}_steps{STEPS[-1]}_seed0'}"
+        for attention in ("softmax", "linear")
+        for width in WIDTHS
+    ]
 
 
 def _names_of_runs(out: Path, seeds: int) -> list[Path]:
