@@ -6,6 +6,7 @@ is not done again.
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from ds_linclip.data.shard_writer import write_labelled_folder
 from linclip_eval.report_command import write_report
 
 REPOSITORY = Path(__file__).parents[1]
-EMBEDDED = REPOSITORY / "data" / "embedded"
+EMBEDDED = Path("data/embedded")
 #: Other pictures of the same digits.
 DOMAINS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "inverted": ImageOps.invert,
@@ -33,10 +34,11 @@ WIDTHS, STEPS = (32, 64, 96), (150, 450)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[2])
-    parser.add_argument("output", type=Path, nargs="?", default=REPOSITORY / "runs" / "report")
+    parser.add_argument("output", type=Path, nargs="?", help="default: runs/report")
     parser.add_argument("--seeds", type=int, default=2, help="of every run")
     options = parser.parse_args()
-    out: Path = options.output
+    out = options.output.resolve() if options.output else Path("runs/report")
+    os.chdir(REPOSITORY)  # so that what is written names no place outside of it
     runs = {
         attention: out / "runs" / f"{attention}_width{WIDTHS[-1]}_steps{STEPS[-1]}_seed0"
         for attention in ("softmax", "linear")
@@ -57,7 +59,7 @@ def main() -> int:
         "runtime": ("runtime", "--budget-seconds", 90),
     }
     try:
-        _run([REPOSITORY / "launch" / "scaling_runs.py", out, "--seeds", options.seeds])
+        _run(["launch/scaling_runs.py", out, "--seeds", options.seeds])
         _write_domains(out / "domains")
         for name, stage in tqdm(stages.items(), "evaluations", unit="evaluation"):
             if not (out / name / "summary.md").exists():
@@ -92,13 +94,11 @@ def _names_of_runs(out: Path, seeds: int) -> list[Path]:
 def _run(arguments: Sequence[object], log: Path | None = None) -> None:
     command = [sys.executable, *map(str, arguments)]
     if log is None:
-        subprocess.run(command, check=True, cwd=REPOSITORY)
+        subprocess.run(command, check=True)
         return
     with log.open("w") as file:
         try:
-            subprocess.run(
-                command, check=True, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT
-            )
+            subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT)
         except subprocess.CalledProcessError:
             print(log.read_text()[-2000:], file=sys.stderr)
             raise

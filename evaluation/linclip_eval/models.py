@@ -54,6 +54,12 @@ class EvalModel:
     device: torch.device
     fingerprint: str
 
+    @property
+    def title(self) -> str:
+        """The name in short: of a run folder, or the last part of a path."""
+        path = Path(self.name)
+        return path.parents[1].name if path.parent.name == "checkpoints" else path.name
+
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Features [B, E] of images [B, 3, H, W] from any device; not normalised."""

@@ -144,7 +144,7 @@ def _write(out: Path, probes: _Probes, model: EvalModel, arguments: Sequence[str
     write_results(
         out,
         command=("probe", *arguments),
-        title="Classifiers on frozen features",
+        title=f"Classifiers on frozen features: {model.title}",
         body=_summary(probes, model),
         numbers=numbers,
         device=model.device,

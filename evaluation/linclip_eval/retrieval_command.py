@@ -106,7 +106,7 @@ def _write(
     write_results(
         out,
         command=("retrieval", *arguments),
-        title="Retrieval of images and captions",
+        title=f"Retrieval of images and captions: {model.title}",
         body=_summary(result, findings, model),
         numbers=numbers,
         device=model.device,

@@ -115,11 +115,10 @@ def _write(
         "findings": task.data.findings.describe(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    title = f"Zero-shot classification of {classes.name}"
     write_results(
         out,
         command=("zero-shot", *arguments),
-        title=title,
+        title=f"Zero-shot classification: {model.title}",
         body=_summary(result, numbers),
         numbers=numbers,
         device=model.device,
@@ -143,7 +142,8 @@ def _summary(result: ZeroShotResult, numbers: dict[str, Any]) -> str:
     parts = [
         f"`{numbers['model']}` at {numbers['image_size'][0]} x {numbers['image_size'][1]} px on "
         f"{count} images of {numbers['num_classes'] - numbers['num_classes_without_images']} of "
-        f"{numbers['num_classes']} classes, {numbers['num_templates']} templates; "
+        f"{numbers['num_classes']} classes of {numbers['classes']}, {numbers['num_templates']} "
+        "templates; "
         f"{numbers['num_classes_of_equal_texts']} classes share their texts with others, "
         f"{numbers['num_unreadable']} images could not be read and {numbers['num_nonfinite']} had "
         "logits that are not finite: both count as wrong.",
