@@ -4,9 +4,9 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-faults test-gpu lint report study bench-kernels \
-    bench-data bench-memory bench-checkpoint bench-context bench-loss bench-runtime bench-gpu \
-    check-layouts goodput
+.PHONY: install train test test-distributed test-single test-slow test-faults test-gpu lint \
+    report study bench-kernels bench-data bench-memory bench-checkpoint bench-context \
+    bench-loss bench-runtime bench-gpu check-layouts goodput
 
 install: $(STAMP)
 
@@ -26,10 +26,16 @@ data/embedded: | $(STAMP)
 train: $(STAMP) | data/embedded
 	launch/local.sh ds_configs/train/embedded.yaml
 
-# Everything that needs no GPU and is not marked slow: what starts several processes one by one,
-# beside it all that does not.
+# Everything that needs no GPU and is not marked slow: what starts several processes one by one, and
+# beside it all that does not. (Two tests of the first kind at once wait for each other's ranks.)
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(MAKE) --jobs=2 --output-sync=line --no-print-directory test-distributed test-single
+
+test-distributed: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and distributed"
+
+test-single: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not distributed"
 
 # Every evaluation on the embedded data, in small, as one page: runs/report/report.html (15 minutes
 # on two idle cores).

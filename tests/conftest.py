@@ -17,14 +17,6 @@ REPOSITORY = Path(__file__).parent.parent
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``-n 2 --dist loadgroup``, tests that start processes run one by one in one worker, and
-    all others in the other: two such tests at once would wait for each other's ranks."""
-    for item in items:
-        if item.get_closest_marker("distributed"):
-            item.add_marker(pytest.mark.xdist_group("processes"))
-
-
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded dataset, written by the command that users run."""
