@@ -6,6 +6,7 @@ is not done again.
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -59,11 +60,16 @@ def main() -> int:
         "runtime": ("runtime", "--budget-seconds", 90),
     }
     try:
-        _run(["launch/scaling_runs.py", out, "--seeds", options.seeds])
+        sizes = ["--widths", *WIDTHS, "--steps", *STEPS, "--seeds", options.seeds]
+        _run(["launch/scaling_runs.py", out, *sizes])
         _write_domains(out / "domains")
         for name, stage in tqdm(stages.items(), "evaluations", unit="evaluation"):
-            if not (out / name / "summary.md").exists():
-                _run(["-m", "linclip_eval", *stage, "--out", out / name], out / f"{name}.log")
+            command = ["-m", "linclip_eval", *map(str, stage), "--out", str(out / name)]
+            # Written when it has ended: what was cut off, or asked otherwise, is done again.
+            done = out / name / "command.json"
+            if not done.exists() or json.loads(done.read_text()) != command:
+                _run(command, out / f"{name}.log")
+                done.write_text(json.dumps(command))
     except subprocess.CalledProcessError as error:
         print(f"error: {shlex.join(error.cmd)} ended with {error.returncode}", file=sys.stderr)
         return 2

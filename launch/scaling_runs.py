@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     parser.add_argument("overrides", nargs="*", help="dotted assignments for every run")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         configs = [
             load_config(

@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[32, 56])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("overrides", nargs="*", help="dotted assignments for every run")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         _keep_settings(arguments.output, load_config(arguments.config, arguments.overrides))
         log = arguments.output / "runs.jsonl"

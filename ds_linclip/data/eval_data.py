@@ -60,6 +60,7 @@ class LabelledData:
         batch_size: Samples per batch; the last may be smaller.
         num_workers: Decoding processes.
         classes: Ids in the order of their labels; None: the folder is in clip_benchmark's layout.
+        split: Where clip_benchmark's tars are in ``folder``.
         needs_classes: Without it, a folder that names no classes is read for its captions.
         strict: What is wrong with the folder is an error, for a score over fewer samples would not
             be the score. Otherwise it is counted: in ``findings``, and in the batches.
@@ -84,17 +85,19 @@ class LabelledData:
         batch_size: int,
         num_workers: int = 0,
         classes: Sequence[str] | None = None,
+        split: str = "test",
         needs_classes: bool = True,
         strict: bool = True,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1")
         self._images = LabelledImages(
-            Path(folder), classes, needs_classes=needs_classes, strict=strict
+            Path(folder), classes, split=split, needs_classes=needs_classes, strict=strict
         )
         self._dataset = _BatchDataset(Path(folder), self._images, transform, batch_size, strict)
         self._transform = transform
         self._batch_size = batch_size
+        self._strict = strict
         self._num_workers = num_workers
         self.classnames: list[str] = self._images.classnames
         self.templates: list[str] = self._images.templates
@@ -104,8 +107,20 @@ class LabelledData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of keys and labels in order, of ``transform`` and of ``batch_size``."""
-        content = f"{self._images.fingerprint()} {self._transform.preprocess} {self._batch_size}"
+        """SHA-256 of keys and labels in order, and of the arguments; the same for every copy."""
+        return self._digest(self._images.fingerprint())
+
+    @cached_property
+    def version(self) -> str:
+        """The same, and of sizes and times of the files: no two sets of images have one.
+
+        Raises:
+            OSError: the file system is not answering.
+        """
+        return self._digest(self._images.version())
+
+    def _digest(self, images: str) -> str:
+        content = f"{images} {self._transform.preprocess} {self._batch_size} {self._strict}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def batches(self, numbers: Sequence[int]) -> Iterator[LabelledBatch]:

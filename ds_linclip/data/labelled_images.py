@@ -3,8 +3,8 @@
 A folder has one of four forms:
 
 - clip_benchmark's webdataset: ``classnames.txt``, ``zeroshot_classification_templates.txt``
-  (``{c}``, or open_clip's ``{}``, stands for the class) and tars in ``test`` or in the folder
-  itself, with an image, ``cls`` (the class number) and optionally ``txt`` per sample;
+  (``{c}``, or open_clip's ``{}``, stands for the class) and tars in ``test`` (or ``train``) or in
+  the folder itself, with an image, ``cls`` (the class number) and optionally ``txt`` per sample;
 - such tars alone, given a list of classes; ``cls`` may hold an id of the list instead;
 - a tar of images per class, named by its id (``n02084071.tar``), as ImageNet-21K is distributed;
 - a folder of images per class, named by its id.
@@ -91,6 +91,7 @@ class LabelledImages:
     Args:
         folder: See the module.
         classes: Ids in the order of their labels; None: as ``classnames.txt`` has them.
+        split: Folder of the tars in ``folder``, where they are not in ``folder`` itself.
         needs_classes: Without ``classes``, there must be a ``classnames.txt``. Otherwise all images
             of a folder without one have the label 0: it is read for its captions.
         strict: Findings are errors. (That a class of ``classnames.txt`` has no image is none.)
@@ -112,6 +113,7 @@ class LabelledImages:
         folder: Path,
         classes: Sequence[str] | None = None,
         *,
+        split: str = "test",
         needs_classes: bool = True,
         strict: bool = True,
     ) -> None:
@@ -127,7 +129,7 @@ class LabelledImages:
             self.classnames = list(classes)
             class_list = ClassList(_labels_by_id(classes), len(classes))
         try:
-            parts = _open_parts(folder, class_list)
+            parts = _open_parts(folder, class_list, split)
         except OSError as error:
             raise ValueError(f"eval.data ({folder}) must be readable: {error}") from error
         self.labels = np.concatenate([part.labels for part in parts])
@@ -165,6 +167,17 @@ class LabelledImages:
             digest.update(b"\0".join(part.names.to_pylist()) + b"\0")
         return digest.hexdigest()
 
+    def version(self) -> str:
+        """As :meth:`fingerprint`, and of the files: another when an image is another.
+
+        Raises:
+            OSError: the file system is not answering.
+        """
+        digest = hashlib.sha256(self.fingerprint().encode())
+        for part in self._parts:
+            digest.update(part.version().encode())
+        return digest.hexdigest()
+
     def _find(self, number: int) -> tuple[LabelledPart, int]:
         place = bisect_right(self._ends, number)
         part = self._parts[place]
@@ -181,9 +194,9 @@ class LabelledImages:
             raise ValueError(f"eval.data ({folder}) must hold whole samples of its classes: {why}")
 
 
-def _open_parts(folder: Path, classes: ClassList) -> Sequence[LabelledPart]:
+def _open_parts(folder: Path, classes: ClassList, split: str) -> Sequence[LabelledPart]:
     open_part: Callable[[Path], LabelledPart]
-    paths = _find_tars(folder)
+    paths = _find_tars(folder, split)
     if paths and classes.ids == _ONE_FOR_ALL:
         open_part = partial(LabelledTar, classes=classes, class_id="")
     elif paths:
@@ -199,7 +212,7 @@ def _open_parts(folder: Path, classes: ClassList) -> Sequence[LabelledPart]:
     if not paths:
         form = ", or one with a folder of images for each class" if classes.ids else ""
         raise ValueError(
-            f"eval.data ({folder}) must be a folder with tars in it or in its test folder{form}"
+            f"eval.data ({folder}) must be a folder with tars in it or in its {split} folder{form}"
         )
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
         parts = pool.map(open_part, paths)
@@ -207,8 +220,8 @@ def _open_parts(folder: Path, classes: ClassList) -> Sequence[LabelledPart]:
         return list(tqdm(parts, what, len(paths), delay=2, leave=False, disable=None))
 
 
-def _find_tars(folder: Path) -> list[Path]:
-    for place in (folder, folder / "test"):
+def _find_tars(folder: Path, split: str) -> list[Path]:
+    for place in (folder, folder / split):
         tars = [path for path in place.glob("*.tar") if not path.name.startswith(".")]
         if tars:
             return sorted(tars, key=lambda path: (len(path.stem), path.stem))

@@ -83,6 +83,14 @@ class LabelledPart(ABC):
             OSError: it cannot be reached, or is no longer what was opened.
         """
 
+    @abstractmethod
+    def version(self) -> str:
+        """Changes when an image does: sizes and times of modification of the files.
+
+        Raises:
+            OSError: the file system is not answering.
+        """
+
     def close(self) -> None:
         """Close what reading has opened."""
         if self._file is not None:
@@ -110,7 +118,8 @@ class LabelledTar(LabelledPart):
     Args:
         path: Of the tar.
         classes: The list.
-        class_id: Of all its images, unless they have a ``cls``; None: they must.
+        class_id: Of all its images, unless they have a ``cls``; None: they must; empty: what they
+            have is not looked at.
 
     Raises:
         OSError: the file system is not answering.
@@ -130,7 +139,7 @@ class LabelledTar(LabelledPart):
         with closing(shard):
             if shard.cut:
                 self.problems["shard_cut"].append(str(path))
-            if class_id is None or _has_class(shard):
+            if class_id is None or (class_id and _has_class(shard)):
                 self._index(shard, self._read_labels(shard, classes))
             elif class_id in classes.ids:
                 self._index(shard, dict.fromkeys(range(len(shard)), classes.ids[class_id]))
@@ -185,6 +194,9 @@ class LabelledTar(LabelledPart):
             images.append(image)
         self._images = np.array(images, np.int64).reshape(-1, 2)
 
+    def version(self) -> str:
+        return f"{self.path.name} {self._identity}"
+
     def _pread(self, offset: int, size: int, role: Role) -> bytes:
         if self._file is None:
             self._file = self.path.open("rb")
@@ -231,6 +243,10 @@ class ClassFolder(LabelledPart):
         if len(content) > MAX_IMAGE_BYTES:
             raise BadSample("image_too_many_bytes")
         return content, ""
+
+    def version(self) -> str:
+        files = (self.path.parent / self.key(row) for row in range(len(self.labels)))
+        return f"{self.path.name} {[_identity(os.stat(file)) for file in files]}"
 
     def _where(self, key: str) -> str:
         return f"image {self.path.parent / key}"

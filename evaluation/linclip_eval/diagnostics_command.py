@@ -81,9 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, value in (("num-images", options.num_images), ("max-tokens", options.max_tokens)):
         if value < 1:
             raise ValueError(f"--{name} ({value}) must be at least 1")
-    sources = dict(labelled(argument) for argument in options.models)
-    if len(sources) < len(options.models):
-        raise ValueError(f"models ({' '.join(options.models)}) must have different labels")
+    sources = labelled(options.models, "models")
     mesh = Mesh.create()
     if mesh.world_size > 1:
         raise ValueError(f"diagnostics ({mesh.world_size} processes) must run in one process")
@@ -148,7 +146,7 @@ def _describe(model: EvalModel) -> Sequence[object]:
     assert isinstance(model.module, CLIP)
     vision, text = model.module.config.vision, model.module.config.text
     return (
-        f"`{model.name}`",
+        model.name,
         vision.num_tokens_at(model.image_size),
         f"{vision.head_width}, {text.width // text.heads}",
         _form(vision.attention),

@@ -2,22 +2,30 @@
 
 import argparse
 import hashlib
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ds_linclip.checkpoint import latest_checkpoint, load_weights
 from ds_linclip.checkpoint.shard_files import MANIFEST
 from ds_linclip.data import EvalTransform
 from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import CONFIG_FILE, load_folder, read_config
+from ds_linclip.model.open_clip_exchange import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_folder,
+    read_config,
+)
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["EvalModel", "add_model_arguments", "labelled", "load_model", "model_from_arguments"]
@@ -36,7 +44,6 @@ class EvalModel:
         name: What the user called it; of a run folder, with its checkpoint.
         module: ds_linclip's CLIP, or a model of open_clip.
         image_size: (height, width) in pixels that ``transform`` gives.
-        context_length: Token ids of a text.
         tokenizer: Texts to token ids [B, context_length] int64.
         transform: Image file to [3, height, width].
         dtype: Of the weights.
@@ -47,7 +54,6 @@ class EvalModel:
     name: str
     module: nn.Module
     image_size: tuple[int, int]
-    context_length: int
     tokenizer: Callable[[list[str]], Tensor]
     transform: EvalTransform
     dtype: torch.dtype
@@ -85,7 +91,7 @@ def load_model(
     precision: Precision = "fp32",
     image_size: int | None = None,
 ) -> EvalModel:
-    """Open a model for evaluation, whole on every rank.
+    """Open a model for evaluation, whole on every rank; all ranks of ``mesh`` call it together.
 
     Args:
         source: A run folder (its newest checkpoint), one of its checkpoints, a hub folder of this
@@ -100,18 +106,10 @@ def load_model(
     """
     if mesh.tp.size * mesh.pp.size * mesh.cp.size > 1:
         raise ValueError("parallel (tp, pp, cp) must be 1: evaluation takes whole models")
-    dtype = _DTYPES[precision]
-    folder = Path(source)
-    if not folder.is_dir():
-        return _from_open_clip(str(source), mesh, dtype, image_size)
-    if (folder / CONFIG_FILE).exists():
-        if not _is_plain(folder):
-            return _from_open_clip(f"local-dir:{folder}", mesh, dtype, image_size)
-        module, name = load_folder(folder, mesh), str(source)
-    else:
-        checkpoint = folder if (folder / MANIFEST).exists() else latest_checkpoint(folder)
-        module, name = load_weights(checkpoint, mesh), str(checkpoint)
-    return _from_ours(module, name, dtype, image_size)
+    # One rank chooses: a run that goes on may have a newer checkpoint a moment later.
+    name = mesh.from_rank_zero(partial(_resolve, str(source)))
+    opened = partial(_open, name, mesh, _DTYPES[precision], image_size)
+    return mesh.agree(opened, errors=(ValueError, OSError))
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,10 +125,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def labelled(argument: str) -> tuple[str, str]:
-    """Label and source of ``LABEL=SOURCE``; a source alone is labelled with its last part."""
-    label, equals, source = argument.partition("=")
-    return (label, source) if equals else (Path(argument).name, argument)
+def labelled(arguments: Sequence[str], what: str) -> dict[str, str]:
+    """Sources by label, of ``LABEL=SOURCE``; a source alone is labelled with its last part.
+
+    Args:
+        arguments: Of the command line.
+        what: They are, for messages.
+
+    Raises:
+        ValueError: when a label comes twice.
+    """
+    found: dict[str, str] = {}
+    for argument in arguments:
+        label, equals, source = argument.partition("=")
+        if not equals or Path(argument).exists():
+            label, source = Path(argument).name, argument
+        if label in found:
+            raise ValueError(f"{what} ({' '.join(arguments)}) must have different labels")
+        found[label] = source
+    return found
 
 
 def model_from_arguments(arguments: argparse.Namespace, mesh: Mesh) -> EvalModel:
@@ -144,17 +157,39 @@ def model_from_arguments(arguments: argparse.Namespace, mesh: Mesh) -> EvalModel
     )
 
 
-def _is_plain(folder: Path) -> bool:
-    """Whether a hub folder holds a transformer that ds_linclip's CLIP can be."""
+def _resolve(source: str) -> str:
+    """Of a run folder its newest checkpoint; anything else is what it is."""
+    folder = Path(source)
+    if not folder.is_dir() or any((folder / name).exists() for name in (CONFIG_FILE, MANIFEST)):
+        return source
+    return str(latest_checkpoint(folder))
+
+
+def _open(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None) -> EvalModel:
+    folder = Path(name)
+    if not folder.is_dir():
+        return _from_open_clip(name, mesh, dtype, side)
+    if (folder / MANIFEST).exists():
+        return _from_ours(load_weights(folder, mesh), name, dtype, side, {})
     try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         read_config(folder)
     except ValueError as error:
         logger.info("%s: left to open_clip: %s", folder, error)
-        return False
-    return True
+        return _from_open_clip(f"local-dir:{folder}", mesh, dtype, side)
+    if not (folder / WEIGHTS_FILE).exists():
+        return _from_open_clip(f"local-dir:{folder}", mesh, dtype, side)
+    preprocess = content.get("preprocess_cfg") or {}
+    return _from_ours(load_folder(folder, mesh), name, dtype, side, preprocess)
 
 
-def _from_ours(module: CLIP, name: str, dtype: torch.dtype, side: int | None) -> EvalModel:
+def _from_ours(
+    module: CLIP,
+    name: str,
+    dtype: torch.dtype,
+    side: int | None,
+    preprocess: Mapping[str, Any],
+) -> EvalModel:
     vision, text = module.config.vision, module.config.text
     image_size = vision.image_size if side is None else (side, side)
     if any(length % vision.patch_size or length < 1 for length in image_size):
@@ -166,9 +201,12 @@ def _from_ours(module: CLIP, name: str, dtype: torch.dtype, side: int | None) ->
         name=name,
         module=module,
         image_size=image_size,
-        context_length=text.context_length,
         tokenizer=open_clip.SimpleTokenizer(context_length=text.context_length),
-        transform=EvalTransform(PreprocessCfg(size=image_size)),
+        transform=EvalTransform(
+            PreprocessCfg(
+                **merge_preprocess_dict(PreprocessCfg(), {**preprocess, "size": image_size})
+            )
+        ),
         dtype=dtype,
         device=module.mesh.device,
         fingerprint=_fingerprint(module, repr(module.config)),
@@ -191,9 +229,10 @@ def _from_open_clip(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None)
                 pretrained=None if is_folder else tag or None,
                 force_image_size=side,
                 device="cpu",
+                require_pretrained=is_folder or bool(tag),
             )
         tokenizer = open_clip.get_tokenizer(name if is_folder else architecture)
-    except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, AssertionError, SafetensorError) as error:
         raise ValueError(f"model ({name}): open_clip cannot open it: {error}") from error
     module = module.to(mesh.device, dtype).eval().requires_grad_(False)
     if is_folder:
@@ -206,17 +245,12 @@ def _from_open_clip(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None)
         name=name,
         module=module,
         image_size=(height, width),
-        context_length=_context_length(module),
         tokenizer=tokenizer,
         transform=EvalTransform(preprocess),
         dtype=dtype,
         device=mesh.device,
         fingerprint=_fingerprint(module, architecture_config),
     )
-
-
-def _context_length(module: Any) -> int:
-    return int(getattr(module, "context_length", None) or module.text.context_length)
 
 
 def _fingerprint(module: nn.Module, architecture: str) -> str:

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ _VALIDATION_SHARE = 0.2
 #: The strengths are 1e-6 to 1e6 in eight steps per decade; the search starts with every sixteenth.
 _STEPS_PER_DECADE, _LAST_STEP, _FIRST_STRIDE = 8, 96, 16
 _IMAGES_AT_ONCE = 4096
+#: Of nearest neighbours, images x classes at a time.
+_MAX_VOTES = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +141,13 @@ def knn(
         # Counted on the CPU, where votes are added in the same order every time.
         votes = (cosines.gather(1, neighbors).cpu() / _TEMPERATURE).exp()
         classes = train_labels[neighbors.cpu()]
-        for k in num_neighbors:
-            scores = votes.new_zeros(len(votes), num_classes)
-            scores.scatter_add_(1, classes[:, :k], votes[:, :k])
+        size = max(1, _MAX_VOTES // num_classes)
+        for start, k in product(range(0, len(votes), size), num_neighbors):
+            part = slice(start, start + size)
+            scores = votes.new_zeros(len(votes[part]), num_classes)
+            scores.scatter_add_(1, classes[part, :k], votes[part, :k])
             scores.masked_fill_(scores == 0, -math.inf)
-            ranks[k][rows] = _ranks_of(scores, test.labels[rows])
+            ranks[k][rows][part] = _ranks_of(scores, test.labels[rows][part])
     return {k: _accuracy(test, found) for k, found in ranks.items()}
 
 

@@ -36,8 +36,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = _parser().parse_args(arguments)
     mesh = Mesh.create()
-    model = mesh.agree(lambda: model_from_arguments(options, mesh))
-    sets = mesh.agree(lambda: _open(options, model))
+    model = model_from_arguments(options, mesh)
+    sets = mesh.agree(lambda: _open(options, model), (ValueError, OSError))
     group = mesh.dp.group if mesh.dp.size > 1 else None
     train, test = (
         extract_features(model.encode_image, data, device=model.device, group=group)
@@ -92,10 +92,17 @@ def _open(options: argparse.Namespace, model: EvalModel) -> tuple[LabelledData, 
             batch_size=options.batch_size,
             num_workers=options.num_workers,
             classes=classes,
+            split=split,
             strict=not options.lenient,
         )
-        for folder in (options.train, options.test)
+        for folder, split in ((options.train, "train"), (options.test, "test"))
     )
+    if train.fingerprint == test.fingerprint:
+        raise ValueError(f"--train and --test ({options.test}) must be different images")
+    if (most := max(options.num_neighbors)) > train.num_samples:
+        raise ValueError(
+            f"--num-neighbors ({most}) must be at most {train.num_samples}, the training images"
+        )
     if train.classnames != test.classnames:
         raise ValueError(f"classes of --test ({options.test}) must be those of --train, in order")
     return train, test

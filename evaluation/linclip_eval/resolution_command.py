@@ -27,6 +27,7 @@ __all__ = ["main"]
 _SIZES = (112, 160, 224, 336, 448, 672, 1024)
 _TIMED_SECONDS = 2.0
 _MAX_TIMED = 50
+_TIMED_BATCH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +66,19 @@ def main(arguments: Sequence[str]) -> None:
     add_task_arguments(parser)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
+    models, domains = labelled(options.models, "models"), labelled(options.data, "--data")
     mesh = Mesh.create()
     group = mesh.dp.group if mesh.dp.size > 1 else None
     scores = []
-    for label, source in map(labelled, options.models):
+    for label, source in models.items():
         for size in sorted(set(options.sizes)):
-            open_model = partial(
-                load_model, source, mesh, precision=options.precision, image_size=size
-            )
-            model = mesh.agree(open_model)
-            seconds = _seconds_per_image(model, options.batch_size)
-            for domain, folder in map(labelled, options.data):
-                task = mesh.agree(partial(ZeroShotTask.from_arguments, options, folder, model))
+            model = load_model(source, mesh, precision=options.precision, image_size=size)
+            seconds = _seconds_per_image(model)
+            for domain, folder in domains.items():
+                task = mesh.agree(
+                    partial(ZeroShotTask.from_arguments, options, folder, model),
+                    (ValueError, OSError),
+                )
                 result = task.score(
                     model,
                     tokenizer=model.tokenizer,
@@ -102,9 +104,10 @@ def main(arguments: Sequence[str]) -> None:
     mesh.close()
 
 
-def _seconds_per_image(model: EvalModel, batch_size: int) -> float:
+def _seconds_per_image(model: EvalModel) -> float:
     """Of the image tower, on images of noise: the median over batches."""
-    images = torch.randn(min(batch_size, 8), 3, *model.image_size)
+    size = (_TIMED_BATCH, 3, *model.image_size)
+    images = torch.randn(size, device=model.device, dtype=model.dtype)
     seconds: list[float] = []
     started = time.monotonic()
     while len(seconds) < 3 or (
@@ -153,7 +156,7 @@ def _summary(scores: Sequence[_Score]) -> str:
         [
             "The same weights, with learned positions resampled to each size. Accuracies with 95 % "
             f"intervals (Wilson) over the images: {counts}. The time is that of the image tower "
-            "alone, the median over batches of up to 8 images.",
+            f"alone, the median over batches of {_TIMED_BATCH} images.",
             markdown_table(header, rows),
             "![Accuracy and cost over image sizes](figure.png)",
         ]

@@ -1,6 +1,7 @@
 """What an evaluation leaves behind: numbers for programs, a summary for people."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +16,8 @@ from linclip_kernels.benchmark_facts import commit_of, device_name
 
 __all__ = ["markdown_table", "percent", "wilson_interval", "write_results"]
 
+#: Characters that Markdown gives a meaning inside a line.
+_MARKUP = re.compile(r"([\\|*_\[\]<])")
 _LIBRARIES = ("torch", "open_clip_torch")
 
 
@@ -86,4 +89,5 @@ def percent(share: float, trials: int | None = None) -> str:
 
 
 def _cell(value: object) -> str:
-    return str(value).replace("|", r"\|").replace("\n", " ")
+    """Names of classes and captions come from anywhere: no mark-up in them."""
+    return _MARKUP.sub(r"\\\1", " ".join(str(value).split()))

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = _parser().parse_args(arguments)
     mesh = Mesh.create()
-    model = mesh.agree(lambda: model_from_arguments(options, mesh))
+    model = model_from_arguments(options, mesh)
     data = mesh.agree(
         lambda: LabelledData(
             options.data,
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> None:
             num_workers=options.num_workers,
             needs_classes=False,
             strict=not options.lenient,
-        )
+        ),
+        (ValueError, OSError),
     )
     result = retrieval(
         model.encode_image,
@@ -116,11 +117,13 @@ def _write(
 
 def _summary(result: RetrievalResult, findings: Sequence[str], model: EvalModel) -> str:
     metrics = result.metrics()
+    # The captions of one image are not independent of each other: images are the trials.
+    captioned = len(np.unique(result.features.owners))
+    trials = {"image_to_text": result.num_images, "text_to_image": captioned}
     rows = [
         [
             direction.replace("_", " "),
-            # The captions of one image are not independent of each other.
-            *(percent(metrics[f"{direction}_R@{k}"], result.num_images) for k in RECALLS),
+            *(percent(metrics[f"{direction}_R@{k}"], trials[direction]) for k in RECALLS),
             f"{metrics[f'{direction}_median_rank']:.0f}",
             f"{metrics[f'{direction}_mean_rank']:.1f}",
         ]

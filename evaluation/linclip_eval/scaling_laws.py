@@ -43,7 +43,8 @@ QUANTITIES: tuple[Quantity, ...] = ("loss", "zero-shot error")
 
 #: What the runs of one study share. Sizes, lengths, seeds and what is tuned to them may differ.
 _PROTOCOL = (
-    *("data.train", "data.sampling", "data.crop_scale", "eval.data"),
+    *("data.train", "data.sampling", "data.crop_scale"),
+    *("eval.data", "eval.classes", "eval.names", "eval.templates"),
     *("train.global_batch_size", "train.precision", "loss.kind"),
     *("optim.kind", "optim.weight_decay", "optim.ema_decay"),
 )

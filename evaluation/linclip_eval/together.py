@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-__all__ = ["on_all_ranks"]
+__all__ = ["check_alike", "from_first_rank", "on_all_ranks"]
 
 T = TypeVar("T")
 
@@ -35,6 +35,28 @@ def on_all_ranks(work: Callable[[], T], group: ProcessGroup | None) -> T:
         if found is not None:
             raise type(found)(f"data-parallel rank {rank}: {found}") from problem
     return result
+
+
+def check_alike(value: str, what: str, group: ProcessGroup | None) -> None:
+    """Check that all ranks of ``group`` have the same.
+
+    Raises:
+        ValueError: on every rank, naming the first that has something else.
+    """
+    values = [value] if group is None else [""] * dist.get_world_size(group)
+    if group is not None:
+        dist.all_gather_object(values, value, group=group)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(f"{what} of data-parallel rank {rank} must be those of rank 0")
+
+
+def from_first_rank(value: T, group: ProcessGroup | None) -> T:
+    """What the first rank of ``group`` has, which can be pickled."""
+    received = [value]
+    if group is not None:
+        dist.broadcast_object_list(received, group_src=0, group=group)
+    return received[0]
 
 
 def _plain(problem: ValueError | OSError) -> ValueError | OSError:

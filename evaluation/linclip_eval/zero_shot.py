@@ -15,6 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -306,7 +307,7 @@ class _Ranked:
         try:
             with np.load(path, allow_pickle=False) as content:
                 return cls(labels=content["labels"], top=content["top"])
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None
 
     def save(self, path: Path) -> None:

@@ -9,10 +9,10 @@ import csv
 import resource
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ds_linclip.checkpoint import latest_checkpoint
 from ds_linclip.config import load_config
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.models import EvalModel, add_model_arguments, model_from_arguments
@@ -37,16 +37,18 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--data",
         help="folder of images: tars named by synsets, folders named by synsets, or webdataset "
-        "shards; default: eval.data of the run",
+        "shards; default: eval.data of the run, with its classes, names and templates",
     )
     add_task_arguments(parser)
     parser.add_argument("--out", type=Path, help="default: in the run folder")
     options = parser.parse_args(arguments)
     mesh = Mesh.create()
     group = mesh.dp.group if mesh.dp.size > 1 else None
-    out, folder = _defaults(options)
-    model = mesh.agree(lambda: model_from_arguments(options, mesh))
-    task = mesh.agree(lambda: ZeroShotTask.from_arguments(options, folder, model))
+    model = model_from_arguments(options, mesh)
+    out = mesh.agree(partial(_fill_in, options, model), (ValueError, OSError))
+    task = mesh.agree(
+        partial(ZeroShotTask.from_arguments, options, options.data, model), (ValueError, OSError)
+    )
     result = task.score(
         model,
         tokenizer=model.tokenizer,
@@ -61,19 +63,23 @@ def main(arguments: Sequence[str]) -> None:
     mesh.close()
 
 
-def _defaults(options: argparse.Namespace) -> tuple[Path, str]:
-    """Where results go, and the data."""
-    run = Path(options.model)
-    is_run = (run / "config.yaml").exists() and (run / "checkpoints").exists()
-    of_run = load_config(run / "config.yaml").eval.data if is_run else None
-    held_out = options.data or of_run
-    if held_out is None:
-        raise ValueError("--data must name a folder of images: the model names none")
+def _fill_in(options: argparse.Namespace, model: EvalModel) -> Path:
+    """Take from the run what the command line leaves open; returns where results go."""
+    checkpoint = Path(model.name)
+    run = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else None
+    if options.data is None:
+        asked = load_config(checkpoint / "config.yaml").eval if run else None
+        if asked is None or asked.data is None:
+            raise ValueError("--data must name a folder of images: the model names none")
+        options.data = asked.data
+        options.classes = options.classes or asked.classes
+        options.names = options.names or asked.names
+        options.templates = options.templates or asked.templates
     if options.out is not None:
-        return options.out, held_out
-    if not is_run:
+        return Path(options.out)
+    if run is None:
         raise ValueError("--out must name a folder: the model is no run folder")
-    return run / "eval" / latest_checkpoint(run).name, held_out
+    return run / "eval" / checkpoint.name
 
 
 def _write(

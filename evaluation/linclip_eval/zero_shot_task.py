@@ -21,6 +21,7 @@ from linclip_eval.classifier import (
     parse_template,
 )
 from linclip_eval.models import EvalModel
+from linclip_eval.together import check_alike, from_first_rank
 from linclip_eval.zero_shot import ZeroShotResult, zero_shot
 
 __all__ = ["Encoders", "ZeroShotTask", "add_task_arguments"]
@@ -120,8 +121,8 @@ class ZeroShotTask:
             batch_size=options.batch_size,
             num_workers=options.num_workers,
             classes=options.classes,
-            names=options.names,
-            templates=options.templates,
+            names=options.names or "lemma",
+            templates=options.templates or "one",
             strict=not options.lenient,
         )
 
@@ -161,16 +162,20 @@ class ZeroShotTask:
             group=group,
             cache=ClassifierCache(keep_in / "classifier", fingerprint) if keep_in else None,
         )
-        # The same name only where every image would be given the same classes.
-        digest = hashlib.sha256(classifier.cpu().numpy().tobytes())
-        digest.update(f"{fingerprint} {self.data.fingerprint}".encode())
+        check_alike(f"{fingerprint} {self.data.fingerprint}", "model and images", group)
+        parts = None
+        if keep_in is not None:
+            # The same name only where every image would be given the same classes.
+            digest = hashlib.sha256(classifier.cpu().numpy().tobytes())
+            digest.update(f"{fingerprint} {self.data.version}".encode())
+            parts = keep_in / "parts" / from_first_rank(digest.hexdigest()[:16], group)
         return zero_shot(
             model.encode_image,
             classifier,
             self.data,
             self.classes,
             group=group,
-            parts=keep_in and keep_in / "parts" / digest.hexdigest()[:16],
+            parts=parts,
             num_predictions=num_predictions,
         )
 
@@ -182,12 +187,11 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(IMAGENET_LISTS)}, or a file with a synset a line; without it the data "
         "must be in clip_benchmark's layout and name their classes and templates",
     )
-    parser.add_argument("--names", choices=get_args(NamePolicy), default="lemma")
+    parser.add_argument("--names", choices=get_args(NamePolicy), help="default: lemma")
     parser.add_argument(
         "--templates",
-        default="one",
         help="one (a photo of a {}.), simple (open_clip's 7), openai (its 80), or a file with a "
-        "template a line",
+        "template a line; default: one",
     )
     parser.add_argument("--batch-size", type=int, default=256, help="images, per process")
     parser.add_argument("--num-workers", type=int, default=2, help="decoding, per process")

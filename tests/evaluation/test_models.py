@@ -13,7 +13,7 @@ from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
 from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import export_folder
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.models import load_model
+from linclip_eval.models import labelled, load_model
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -43,7 +43,7 @@ def test_own_hub_folder(ours, mesh, precision):
     model, folder = ours
     images = torch.randn(2, 3, 32, 32)
     loaded = load_model(folder, mesh, precision=precision)
-    assert (loaded.image_size, loaded.context_length) == ((32, 32), 16)
+    assert loaded.image_size == (32, 32)
     texts = loaded.tokenizer(["a tench", "a hen"])
     assert texts.shape == (2, 16)
     tolerance = 1e-6 if precision == "fp32" else 0.05
@@ -97,11 +97,36 @@ def test_folder_that_only_open_clip_can_run(mesh, tmp_path):
     images, texts = torch.randn(2, 3, 32, 32), loaded.tokenizer(["a tench", "a hen"])
     torch.testing.assert_close(loaded.encode_image(images), theirs.encode_image(images))
     torch.testing.assert_close(loaded.encode_text(texts), theirs.encode_text(texts))
-    assert loaded.context_length == 16
     white = (
         Path(__file__).parents[2] / "docs" / "results" / "data" / "inspection.png"
     ).read_bytes()
     assert loaded.transform(white).abs().max() <= 1.0  # (x - 0.5) / 0.5
+
+
+def test_preprocessing_of_a_plain_folder_is_its_own(ours, mesh, tmp_path):
+    _, folder = ours
+    path = folder / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    content["preprocess_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": 99}
+    path.write_text(json.dumps(content))
+    preprocess = load_model(folder, mesh).transform.preprocess
+    assert (preprocess.mean, preprocess.size) == ([0.5] * 3, (32, 32))
+
+
+def test_folder_of_open_clip_without_weights_is_refused(ours, mesh):
+    _, folder = ours
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model \(local-dir:.*\): open_clip cannot open it"):
+        load_model(folder, mesh)
+
+
+def test_labels_of_sources(tmp_path):
+    run = tmp_path / "lr=0.1"
+    run.mkdir()
+    found = labelled(["a=runs/x", "runs/y", str(run)], "models")
+    assert found == {"a": "runs/x", "y": "runs/y", "lr=0.1": str(run)}
+    with pytest.raises(ValueError, match=r"models \(a/hub b/hub\) must have different labels"):
+        labelled(["a/hub", "b/hub"], "models")
 
 
 def test_name_of_open_clip_has_the_same_random_weights_every_time(mesh):

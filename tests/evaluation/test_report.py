@@ -15,8 +15,10 @@ from selenium.webdriver.chrome.service import Service
 
 from linclip_eval.__main__ import main
 from linclip_eval.report_command import write_report
+from linclip_eval.results import markdown_table
 
-TABLE = "| class | top-1, % |\n|:---|---:|\n| tench | 91.00 |\n| <script>alert(1)</script> | 1 |"
+EVIL = "<script>alert(1)</script> [x](javascript:alert(1)) ![y](z.png)"
+TABLE = markdown_table(("class", "top-1, %"), [("tench", "91.00"), (EVIL, 1)])
 
 
 def write_results(folder: Path, title: str, colour: tuple[int, int, int]) -> Path:
@@ -111,7 +113,7 @@ def test_browser_shows_pictures_and_tables(results, tmp_path, browser):
         "return [...document.querySelectorAll('table')].map("
         "t => [...t.tBodies[0].rows].map(r => [...r.cells].map(c => c.innerText)))"
     )
-    assert tables == [[["tench", "91.00"], ["<script>alert(1)</script>", "1"]]] * 2
+    assert tables == [[["tench", "91.00"], [EVIL, "1"]]] * 2
     links = browser.execute_script("return [...document.links].map(a => a.getAttribute('href'))")
     assert all(browser.find_elements("css selector", link) for link in links)
     assert len(links) == 2

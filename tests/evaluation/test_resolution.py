@@ -1,11 +1,15 @@
 """Accuracy and cost over image sizes and domains, of two models side by side."""
 
 import csv
+import io
 import json
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
 from ds_linclip.data.make_shards import make_scenes
@@ -57,7 +61,7 @@ def test_every_size_and_domain_has_its_score(models, domains, tmp_path, capsys):
     assert all(float(row["seconds_per_image"]) > 0 for row in rows)
     assert {row["num_samples"] for row in rows if row["domain"] == "seen"} == {"13"}
     summary = (out / "summary.md").read_text()
-    assert "| model | px | ms per image | seen: top-1, % | test_unseen: top-1, % |" in summary
+    assert "| model | px | ms per image | seen: top-1, % | test\\_unseen: top-1, % |" in summary
     assert summary.count("\n| softmax |") == 2
     assert (out / "figure.png").stat().st_size > 10_000
     # The score of one size is that of the zero-shot command at that size.
@@ -75,3 +79,25 @@ def test_size_that_does_not_fit_is_one_line(models, domains, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert "image_size (20) must be a positive multiple of patch_size (8)" in line
+
+
+def test_domains_of_equal_keys_are_kept_apart(models, domains, tmp_path):
+    """Kept results are those of these images, not of others that are called the same."""
+    other = tmp_path / "other"
+    shutil.copytree(domains[0], other)
+    (tar,) = (other / "test").glob("*.tar")
+    with tarfile.open(tar) as file:
+        members = [(member, file.extractfile(member).read()) for member in file if member.isfile()]
+    with tarfile.open(tar, "w") as file:
+        for member, content in members:
+            if member.name.endswith(".jpg"):
+                with Image.open(io.BytesIO(content)) as image, io.BytesIO() as buffer:
+                    ImageOps.invert(image.convert("RGB")).save(buffer, "JPEG")
+                    content = buffer.getvalue()
+                    member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    out = tmp_path / "out"
+    sources = [f"plain={domains[0]}", f"inverted={other}"]
+    arguments = ["resolution", str(models["softmax"]), "--data", *sources, "--sizes", "32"]
+    assert main([*arguments, "--out", str(out), "--num-workers", "0"]) == 0
+    assert len(list((out / "parts").iterdir())) == 2
