@@ -60,7 +60,7 @@ class LabelledData:
         batch_size: Samples per batch; the last may be smaller.
         num_workers: Decoding processes.
         classes: Ids in the order of their labels; None: the folder is in clip_benchmark's layout.
-        split: Where clip_benchmark's tars are in ``folder``.
+        split: Of clip_benchmark's folders of tars; one without it has ``test``.
         needs_classes: Without it, a folder that names no classes is read for its captions.
         strict: What is wrong with the folder is an error, for a score over fewer samples would not
             be the score. Otherwise it is counted: in ``findings``, and in the batches.

@@ -91,7 +91,8 @@ class LabelledImages:
     Args:
         folder: See the module.
         classes: Ids in the order of their labels; None: as ``classnames.txt`` has them.
-        split: Folder of the tars in ``folder``, where they are not in ``folder`` itself.
+        split: Folder in ``folder`` whose tars are preferred to those in ``test``; tars in
+            ``folder`` itself come before both.
         needs_classes: Without ``classes``, there must be a ``classnames.txt``. Otherwise all images
             of a folder without one have the label 0: it is read for its captions.
         strict: Findings are errors. (That a class of ``classnames.txt`` has no image is none.)
@@ -212,7 +213,7 @@ def _open_parts(folder: Path, classes: ClassList, split: str) -> Sequence[Labell
     if not paths:
         form = ", or one with a folder of images for each class" if classes.ids else ""
         raise ValueError(
-            f"eval.data ({folder}) must be a folder with tars in it or in its {split} folder{form}"
+            f"eval.data ({folder}) must be a folder with tars in it or in its test folder{form}"
         )
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
         parts = pool.map(open_part, paths)
@@ -221,7 +222,7 @@ def _open_parts(folder: Path, classes: ClassList, split: str) -> Sequence[Labell
 
 
 def _find_tars(folder: Path, split: str) -> list[Path]:
-    for place in (folder, folder / split):
+    for place in (folder, folder / split, folder / "test"):
         tars = [path for path in place.glob("*.tar") if not path.name.startswith(".")]
         if tars:
             return sorted(tars, key=lambda path: (len(path.stem), path.stem))

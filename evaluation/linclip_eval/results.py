@@ -17,7 +17,7 @@ from linclip_kernels.benchmark_facts import commit_of, device_name
 __all__ = ["markdown_table", "percent", "wilson_interval", "write_results"]
 
 #: Characters that Markdown gives a meaning inside a line.
-_MARKUP = re.compile(r"([\\|*_\[\]<])")
+_MARKUP = re.compile(r"([\\|*_\[\]`])")
 _LIBRARIES = ("torch", "open_clip_torch")
 
 

@@ -520,10 +520,11 @@ def test_version_tells_images_of_the_same_names_apart(tmp_path: Path, form: str)
     assert open_data(tmp_path / "dark", classes=CLASSES).version != dark.version
 
 
-def test_split_is_where_tars_are_looked_for(held_out: Path, tmp_path: Path) -> None:
-    shutil.copytree(held_out, tmp_path / "set")
-    shutil.copytree(held_out / "test", tmp_path / "set" / "train")
-    (tmp_path / "set" / "test").rename(tmp_path / "set" / "valid")
-    assert open_data(tmp_path / "set", split="train").num_samples == NUM_SAMPLES
-    with pytest.raises(ValueError, match="tars in it or in its test folder"):
-        open_data(tmp_path / "set")
+def test_split_is_preferred(held_out: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(held_out, folder)
+    assert open_data(folder, split="train").num_samples == NUM_SAMPLES
+    (folder / "train").mkdir()
+    write_tar(folder / "train" / "0.tar", [("a.jpg", image()), ("a.cls", b"1")])
+    assert open_data(folder, split="train").num_samples == 1
+    assert open_data(folder).num_samples == NUM_SAMPLES
