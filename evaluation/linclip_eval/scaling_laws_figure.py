@@ -20,6 +20,7 @@ __all__ = ["draw"]
 _INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 _COLOURS: dict[Kind, str] = {"softmax": "#d97706", "linear": "#2563a8"}
 _MARKERS = "os^DvPX*"
+_WITHIN_A_DECADE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
 
 def draw(runs: Sequence[FinishedRun], laws: Mapping[Quantity, Mapping[Kind, ScalingLaw]]) -> Figure:
@@ -52,7 +53,7 @@ def draw(runs: Sequence[FinishedRun], laws: Mapping[Quantity, Mapping[Kind, Scal
                 linewidth=0.7,
                 zorder=3,
             )
-        _dress(axes, quantity)
+        _dress(axes, quantity, [run.value(quantity) for run in runs])
     kinds = list(laws[QUANTITIES[0]])
     figure.legend(
         handles=[
@@ -96,16 +97,23 @@ def _size(num_parameters: int) -> str:
     return f"{num_parameters / 1e6:.3g} M parameters"
 
 
-def _dress(axes: Axes, quantity: Quantity) -> None:
+def _dress(axes: Axes, quantity: Quantity, values: Sequence[float]) -> None:
     title = {"loss": "Training loss at the end", "zero-shot error": "Zero-shot error (1 - top-1)"}
     axes.set_title(title[quantity], loc="left", fontsize=11, color=_INK, weight="bold")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("training compute, FLOPs", fontsize=8.5, color=_MUTED)
-    # A study seldom spans a decade of loss: ticks within one, in plain numbers.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    # The runs set the range: bands of a few runs leave it, and would press the runs together.
+    low, high = min(values), max(values)
+    room = (high / low) ** 0.25
+    axes.set_ylim(low / room, high * room)
+    decades = np.log10(high / low)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_locator(LogLocator(subs=_WITHIN_A_DECADE if decades < 1 else (1, 3)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0e}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="both", which="both", length=0)
     axes.tick_params(axis="both", labelsize=8.5, labelcolor=_MUTED)
     axes.grid(color=_GRID, linewidth=0.8)
