@@ -27,9 +27,12 @@ train: $(STAMP) | data/embedded
 	launch/local.sh ds_configs/train/embedded.yaml
 
 # Everything that needs no GPU and is not marked slow: what starts several processes one by one, and
-# beside it all that does not. (Two tests of the first kind at once wait for each other's ranks.)
+# beside it all that does not, shown at the end. (Two of the first kind at once would wait for each
+# other's ranks.)
 test: $(STAMP)
-	$(MAKE) --jobs=2 --output-sync=line --no-print-directory test-distributed test-single
+	@$(MAKE) --no-print-directory test-single > $(VENV)/test-single.log 2>&1 & single=$$!; \
+	$(MAKE) --no-print-directory test-distributed; distributed=$$?; \
+	wait $$single; single=$$?; cat $(VENV)/test-single.log; exit $$((distributed || single))
 
 test-distributed: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and distributed"

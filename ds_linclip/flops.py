@@ -8,7 +8,13 @@ the quadratic part of causal linear attention's chunks. Causal softmax counts al
 
 from ds_linclip.config import Config, LossConfig, ModelConfig, TextTower, VisionTower
 
-__all__ = ["block_flops", "forward_flops", "num_parameters", "training_flops"]
+__all__ = [
+    "block_flops",
+    "forward_flops",
+    "num_features",
+    "num_parameters",
+    "training_flops",
+]
 
 
 def block_flops(tower: VisionTower | TextTower, num_tokens: int) -> float:
@@ -20,8 +26,14 @@ def block_flops(tower: VisionTower | TextTower, num_tokens: int) -> float:
     head's width, or with the quadratic map also its pairs.
     """
     width = tower.width
-    keys = num_tokens if tower.attention.kind == "softmax" else _num_features(tower)
+    keys = num_tokens if tower.attention.kind == "softmax" else num_features(tower)
     return 2 * num_tokens * width * (width * (4 + 2 * tower.mlp_ratio) + 2 * keys)
+
+
+def num_features(tower: VisionTower | TextTower) -> int:
+    """Features of a key in linear attention: a head's width, with the quadratic map also pairs."""
+    size = tower.width // tower.heads
+    return size + size * (size // 2 + 1) if tower.attention.feature_map == "quadratic" else size
 
 
 def forward_flops(model: ModelConfig, image_size: tuple[int, int]) -> float:
@@ -68,8 +80,3 @@ def _block_parameters(tower: VisionTower | TextTower) -> int:
     mlp = 2 * width * hidden + hidden + width
     has_gain = tower.attention.kind == "linear" and tower.attention.head_norm
     return attention + mlp + (4 + has_gain) * width
-
-
-def _num_features(tower: VisionTower | TextTower) -> int:
-    size = tower.width // tower.heads
-    return size + size * (size // 2 + 1) if tower.attention.feature_map == "quadratic" else size

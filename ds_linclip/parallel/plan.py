@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from ds_linclip.config import Config, VisionTower
+from ds_linclip.config import Config
+from ds_linclip.flops import num_features
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.context import token_slice
 from ds_linclip.parallel.deepspeed_config import deepspeed_config
@@ -134,7 +135,7 @@ class _Traffic:
         image, _ = self._num_blocks()
         recomputed = self.config.train.activation_checkpointing == "full"
         heads = vision.heads // self.mesh.tp.size
-        state = heads * (_num_features(vision) + 1) * (vision.head_width + 1) * _FP32
+        state = heads * (num_features(vision) + 1) * (vision.head_width + 1) * _FP32
         states = self.local_batch * image * state * (self.forwards + 1 + recomputed)
         has_head = vision.layers + 1 in self.units
         return states + has_head * self._bytes(1, vision.width) * (self.forwards + 1)
@@ -284,11 +285,6 @@ def _value_bytes(config: Config) -> int:
 
 def _gradient_bytes(config: Config, num_micro_batches: int) -> int:
     return 4 if num_micro_batches > 1 else _value_bytes(config)
-
-
-def _num_features(vision: VisionTower) -> int:
-    size = vision.head_width
-    return size + size * (size // 2 + 1) if vision.attention.feature_map == "quadratic" else size
 
 
 def _unit_names(config: Config, units: range) -> str:

@@ -1,6 +1,7 @@
 """Pipeline stages: which units of the model each one holds."""
 
-from ds_linclip.config import Config, TextTower, VisionTower
+from ds_linclip.config import Config
+from ds_linclip.flops import block_flops
 from ds_linclip.parallel.mesh import Axis
 
 __all__ = ["stage_units"]
@@ -28,15 +29,8 @@ def _block_costs(config: Config) -> list[float]:
     """Floating-point operations of every block per pair, image tower first."""
     vision, text = config.model.vision, config.model.text
     num_image = 1 + vision.num_kept_patches_at(config.image_size_at(0))
-    return [_cost(vision, num_image)] * vision.layers + [
-        _cost(text, text.context_length)
-    ] * text.layers
-
-
-def _cost(tower: VisionTower | TextTower, num_tokens: int) -> float:
-    keys = num_tokens if tower.attention.kind == "softmax" else tower.width // tower.heads
-    per_token = 2 * tower.width * (tower.width * (4 + 2 * tower.mlp_ratio) + 2 * keys)
-    return num_tokens * per_token
+    image, words = block_flops(vision, num_image), block_flops(text, text.context_length)
+    return [image] * vision.layers + [words] * text.layers
 
 
 def _balanced(costs: list[float], num_parts: int) -> list[int]:
