@@ -16,10 +16,11 @@ from ds_linclip.config import Attention
 from ds_linclip.data import LabelledData
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.arguments import labelled
 from linclip_eval.classifier import parse_template
 from linclip_eval.diagnostics import LayerStatistic, diagnose
 from linclip_eval.diagnostics_figure import draw_diagnostics
-from linclip_eval.models import EvalModel, labelled, load_model
+from linclip_eval.models import EvalModel, load_model
 from linclip_eval.results import markdown_table, write_results
 
 __all__ = ["main"]

@@ -6,11 +6,10 @@ bit.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from operator import itemgetter
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,40 +20,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
+from linclip_eval.images import ImageBatch, ImageSet
 from linclip_eval.together import on_all_ranks
 
-__all__ = ["Features", "ImageSet", "best_ranks", "extract_features", "similarities"]
+__all__ = ["Features", "best_ranks", "extract_features", "similarities"]
 
 _TEXTS_PER_FORWARD = 512
 #: Features are rounded to multiples of this. A sum of products of two of them, at most 1 in
 #: magnitude, is a multiple of its square and fits into the 53 bits of float64.
 _GRID = 2.0**-24
 _SIMILARITIES_AT_ONCE = 2**24
-
-
-class _Batch(Protocol):
-    @property
-    def number(self) -> int: ...
-    @property
-    def images(self) -> Tensor: ...  # [B, 3, H, W], normalised
-    @property
-    def labels(self) -> Tensor: ...  # [B], int64
-    @property
-    def keys(self) -> Sequence[str]: ...
-    @property
-    def captions(self) -> Sequence[str]: ...  # one per line
-    @property
-    def unreadable_labels(self) -> Tensor: ...  # [U], int64, of images that are not in ``images``
-    @property
-    def unreadable(self) -> Sequence[tuple[str, str]]: ...  # their keys, and why
-
-
-class ImageSet(Protocol):
-    """Images in batches that do not depend on who reads them, as ``ds_linclip.data`` has them."""
-
-    @property
-    def num_batches(self) -> int: ...
-    def batches(self, numbers: Sequence[int]) -> Iterable[_Batch]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +180,7 @@ def best_ranks(scores: Tensor, right: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _embed(
-    batch: _Batch,
+    batch: ImageBatch,
     encode_image: Callable[[Tensor], Tensor],
     embed_texts: Callable[[list[str]], Tensor] | None,
     device: torch.device | str,

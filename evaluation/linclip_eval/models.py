@@ -1,10 +1,9 @@
 """The model that is evaluated: this project's or open_clip's, behind one pair of encoders."""
 
-import argparse
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,12 +27,13 @@ from ds_linclip.model.open_clip_exchange import (
 )
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["EvalModel", "add_model_arguments", "labelled", "load_model", "model_from_arguments"]
+__all__ = ["PRECISIONS", "EvalModel", "load_model"]
 
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Dtypes of weights and images.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,53 +108,8 @@ def load_model(
         raise ValueError("parallel (tp, pp, cp) must be 1: evaluation takes whole models")
     # One rank chooses: a run that goes on may have a newer checkpoint a moment later.
     name = mesh.from_rank_zero(partial(_resolve, str(source)))
-    opened = partial(_open, name, mesh, _DTYPES[precision], image_size)
+    opened = partial(_open, name, mesh, PRECISIONS[precision], image_size)
     return mesh.agree(opened, errors=(ValueError, OSError))
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL, --precision and --image-size to a command line."""
-    parser.add_argument(
-        "model",
-        help="run folder, checkpoint, open_clip hub folder, or NAME[:TAG] of open_clip; a NAME "
-        "alone has random weights",
-    )
-    parser.add_argument("--precision", choices=tuple(_DTYPES), default="fp32")
-    parser.add_argument(
-        "--image-size", type=int, help="side in pixels; default: what the model was trained with"
-    )
-
-
-def labelled(arguments: Sequence[str], what: str) -> dict[str, str]:
-    """Sources by label, of ``LABEL=SOURCE``; a source alone is labelled with its last part.
-
-    Args:
-        arguments: Of the command line.
-        what: They are, for messages.
-
-    Raises:
-        ValueError: when a label comes twice.
-    """
-    found: dict[str, str] = {}
-    for argument in arguments:
-        label, equals, source = argument.partition("=")
-        if not equals or Path(argument).exists():
-            label, source = Path(argument).name, argument
-        if label in found:
-            raise ValueError(f"{what} ({' '.join(arguments)}) must have different labels")
-        found[label] = source
-    return found
-
-
-def model_from_arguments(arguments: argparse.Namespace, mesh: Mesh) -> EvalModel:
-    """The model that :func:`add_model_arguments` asked for.
-
-    Raises:
-        ValueError: as :func:`load_model`.
-    """
-    return load_model(
-        arguments.model, mesh, precision=arguments.precision, image_size=arguments.image_size
-    )
 
 
 def _resolve(source: str) -> str:

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 
 from ds_linclip.data import LabelledData
 from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.arguments import add_model_arguments, add_reading_arguments, model_from_arguments
 from linclip_eval.class_lists import IMAGENET_LISTS, imagenet_classes
 from linclip_eval.features import Features, extract_features
-from linclip_eval.models import EvalModel, add_model_arguments, model_from_arguments
+from linclip_eval.models import EvalModel
 from linclip_eval.probe import Accuracy, LinearProbe, knn, linear_probe
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 
@@ -38,9 +39,8 @@ def main(arguments: Sequence[str]) -> None:
     mesh = Mesh.create()
     model = model_from_arguments(options, mesh)
     sets = mesh.agree(lambda: _open(options, model), (ValueError, OSError))
-    group = mesh.dp.group if mesh.dp.size > 1 else None
     train, test = (
-        extract_features(model.encode_image, data, device=model.device, group=group)
+        extract_features(model.encode_image, data, device=model.device, group=mesh.dp.group)
         for data in sets
     )
     mesh.barrier()
@@ -71,14 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--num-neighbors", type=int, nargs="+", default=[10, 20, 100, 200], metavar="K"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the images held back for a choice")
-    parser.add_argument("--batch-size", type=int, default=256, help="images, per process")
-    parser.add_argument("--num-workers", type=int, default=2, help="decoding, per process")
-    parser.add_argument(
-        "--lenient",
-        action="store_true",
-        help="go on in spite of unknown or empty classes and images that cannot be read; they are "
-        "counted, and such test images count as wrong",
-    )
+    add_reading_arguments(parser)
     parser.add_argument("--out", type=Path, required=True)
     return parser
 

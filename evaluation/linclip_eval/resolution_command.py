@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.models import EvalModel, labelled, load_model
+from linclip_eval.arguments import add_precision_argument, labelled
+from linclip_eval.models import EvalModel, load_model
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 from linclip_eval.zero_shot_task import ZeroShotTask, add_task_arguments
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="linclip-eval resolution", description=__doc__)
     parser.add_argument("models", nargs="+", help="as for zero-shot; label them as LABEL=MODEL")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add_precision_argument(parser)
     parser.add_argument(
         "--data",
         nargs="+",
@@ -68,7 +69,6 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     models, domains = labelled(options.models, "models"), labelled(options.data, "--data")
     mesh = Mesh.create()
-    group = mesh.dp.group if mesh.dp.size > 1 else None
     scores = []
     for label, source in models.items():
         for size in sorted(set(options.sizes)):
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
                     model,
                     tokenizer=model.tokenizer,
                     device=model.device,
-                    group=group,
+                    group=mesh.dp.group,
                     keep_in=options.out,
                     fingerprint=model.fingerprint,
                 )

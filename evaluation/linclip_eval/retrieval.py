@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from linclip_eval.features import Features, ImageSet, best_ranks, extract_features, similarities
+from linclip_eval.features import Features, best_ranks, extract_features, similarities
+from linclip_eval.images import ImageSet
 
 __all__ = ["DIRECTIONS", "RECALLS", "RetrievalResult", "rank_captions", "retrieval"]
 

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from ds_linclip.data import LabelledData
 from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.arguments import add_model_arguments, add_reading_arguments, model_from_arguments
 from linclip_eval.features import Features
-from linclip_eval.models import EvalModel, add_model_arguments, model_from_arguments
+from linclip_eval.models import EvalModel
 from linclip_eval.results import markdown_table, percent, write_results
 from linclip_eval.retrieval import DIRECTIONS, RECALLS, RetrievalResult, retrieval
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
         data,
         tokenizer=model.tokenizer,
         device=model.device,
-        group=mesh.dp.group if mesh.dp.size > 1 else None,
+        group=mesh.dp.group,
         strict=not options.lenient,
     )
     if mesh.rank == 0:
@@ -68,14 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="linclip-eval retrieval", description=__doc__)
     add_model_arguments(parser)
     parser.add_argument("--data", required=True, help="folder of images with texts")
-    parser.add_argument("--batch-size", type=int, default=256, help="images, per process")
-    parser.add_argument("--num-workers", type=int, default=2, help="decoding, per process")
-    parser.add_argument(
-        "--lenient",
-        action="store_true",
-        help="go on in spite of images that cannot be read or have no caption; they are counted, "
-        "and are never found",
-    )
+    add_reading_arguments(parser)
     parser.add_argument("--out", type=Path, required=True)
     return parser
 

@@ -8,12 +8,11 @@ every score is a quotient of counts over what was kept.
 import csv
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Protocol
 from uuid import uuid4
 from zipfile import BadZipFile
 
@@ -27,6 +26,7 @@ from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from linclip_eval.class_lists import ClassList, is_ancestor
+from linclip_eval.images import ImageBatch, ImageSet
 from linclip_eval.together import on_all_ranks
 
 __all__ = ["Prediction", "ZeroShotResult", "likeliest", "write_per_class_csv", "zero_shot"]
@@ -37,25 +37,6 @@ _NUM_KEPT = 10
 _BATCHES_PER_PART = 16
 #: Instead of a class, for images that count as wrong.
 _UNREADABLE, _NONFINITE = -1, -2
-
-
-class _Batch(Protocol):
-    @property
-    def images(self) -> Tensor: ...  # [B, 3, H, W], normalised
-    @property
-    def labels(self) -> Tensor: ...  # [B], int64
-    @property
-    def keys(self) -> Sequence[str]: ...
-    @property
-    def captions(self) -> Sequence[str]: ...
-    @property
-    def unreadable_labels(self) -> Tensor: ...  # [U], int64, of images that are not in ``images``
-
-
-class _Images(Protocol):
-    @property
-    def num_batches(self) -> int: ...
-    def batches(self, numbers: Sequence[int]) -> Iterable[_Batch]: ...
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -160,7 +141,7 @@ class ZeroShotResult:
 def zero_shot(
     encode_image: Callable[[Tensor], Tensor],
     classifier: Tensor,
-    data: _Images,
+    data: ImageSet,
     classes: ClassList,
     *,
     group: ProcessGroup | None = None,
@@ -202,7 +183,7 @@ def zero_shot(
     )
     predictions: list[Prediction] = []
 
-    def classify(batch: _Batch) -> _Ranked:
+    def classify(batch: ImageBatch) -> _Ranked:
         _check_labels(batch, len(classes))
         logits = _logits(encode_image, classifier, batch.images)
         if missing := num_predictions - len(predictions):
@@ -282,7 +263,7 @@ class _Ranked:
     top: NDArray[np.int32]
 
     @classmethod
-    def of(cls, batch: _Batch, logits: Tensor) -> "_Ranked":
+    def of(cls, batch: ImageBatch, logits: Tensor) -> "_Ranked":
         k = min(_NUM_KEPT, logits.shape[1])
         top = likeliest(logits, k)
         top[~logits.isfinite().all(dim=1)] = _NONFINITE
@@ -319,9 +300,9 @@ class _Ranked:
 
 
 def _rank_parts(
-    data: _Images,
+    data: ImageSet,
     spans: Sequence[range],
-    classify: Callable[[_Batch], _Ranked],
+    classify: Callable[[ImageBatch], _Ranked],
     folder: Path | None,
     *,
     quiet: bool,
@@ -357,7 +338,7 @@ def _part_file(folder: Path, span: range) -> Path:
     return folder / f"batches-{span.start:07d}-{span.stop:07d}.npz"
 
 
-def _check_labels(batch: _Batch, num_classes: int) -> None:
+def _check_labels(batch: ImageBatch, num_classes: int) -> None:
     for label in chain(batch.labels.tolist(), batch.unreadable_labels.tolist()):
         if not 0 <= label < num_classes:
             raise ValueError(f"label ({label}) must be in [0, {num_classes}), the classes")
@@ -371,7 +352,7 @@ def _logits(encode_image: Callable[[Tensor], Tensor], classifier: Tensor, images
     return 100.0 * F.normalize(features.float(), dim=-1) @ classifier  # [B, C]
 
 
-def _predictions(batch: _Batch, logits: Tensor, classes: ClassList) -> list[Prediction]:
+def _predictions(batch: ImageBatch, logits: Tensor, classes: ClassList) -> list[Prediction]:
     probabilities = logits.softmax(dim=1)
     top = likeliest(probabilities, min(5, len(classes)))
     return [

@@ -15,7 +15,8 @@ from typing import Any
 
 from ds_linclip.config import load_config
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.models import EvalModel, add_model_arguments, model_from_arguments
+from linclip_eval.arguments import add_model_arguments, model_from_arguments
+from linclip_eval.models import EvalModel
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 from linclip_eval.zero_shot import ZeroShotResult, write_per_class_csv
 from linclip_eval.zero_shot_task import ZeroShotTask, add_task_arguments
@@ -43,7 +44,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help="default: in the run folder")
     options = parser.parse_args(arguments)
     mesh = Mesh.create()
-    group = mesh.dp.group if mesh.dp.size > 1 else None
     model = model_from_arguments(options, mesh)
     out = mesh.agree(partial(_fill_in, options, model), (ValueError, OSError))
     task = mesh.agree(
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         model,
         tokenizer=model.tokenizer,
         device=model.device,
-        group=group,
+        group=mesh.dp.group,
         keep_in=out,
         fingerprint=model.fingerprint,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_linclip.data import EvalTransform, LabelledData
+from linclip_eval.arguments import add_reading_arguments
 from linclip_eval.class_lists import IMAGENET_LISTS, ClassList, NamePolicy, imagenet_classes
 from linclip_eval.classifier import (
     ClassifierCache,
@@ -193,14 +194,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         help="one (a photo of a {}.), simple (open_clip's 7), openai (its 80), or a file with a "
         "template a line; default: one",
     )
-    parser.add_argument("--batch-size", type=int, default=256, help="images, per process")
-    parser.add_argument("--num-workers", type=int, default=2, help="decoding, per process")
-    parser.add_argument(
-        "--lenient",
-        action="store_true",
-        help="go on in spite of unknown or empty classes and images that cannot be read; they are "
-        "counted, and such images count as wrong",
-    )
+    add_reading_arguments(parser)
 
 
 def _read_templates(name: str) -> Sequence[Template]:
