@@ -30,7 +30,7 @@ train: $(STAMP) | data/embedded
 # beside it all that does not, shown at the end. (Two of the first kind at once would wait for each
 # other's ranks.)
 test: $(STAMP)
-	@$(MAKE) --no-print-directory test-single > $(VENV)/test-single.log 2>&1 & single=$$!; \
+	@nice -n 19 $(MAKE) --no-print-directory test-single > $(VENV)/test-single.log 2>&1 & single=$$!; \
 	$(MAKE) --no-print-directory test-distributed; distributed=$$?; \
 	wait $$single; single=$$?; cat $(VENV)/test-single.log; exit $$((distributed || single))
 

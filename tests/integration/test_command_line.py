@@ -238,7 +238,7 @@ def test_mistake_in_the_config_exits_with_two_and_one_line(
 def test_eval_of_an_incomplete_run_folder_names_what_is_missing(in_this_process, tmp_path, missing):
     if missing == "checkpoints":
         (tmp_path / "config.yaml").write_text((EMBEDDED).read_text())
-    code, _, err = in_this_process("eval", tmp_path)
+    code, _, err = in_this_process("eval", "zero-shot", tmp_path)
     assert code == 2
     assert re.search(rf"^error: .*{tmp_path}", err, re.MULTILINE)
     assert "Traceback" not in err
