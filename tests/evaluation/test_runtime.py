@@ -111,7 +111,12 @@ def test_peak_is_the_most_that_lives_at_once():
 
 
 @pytest.mark.parametrize(
-    "what", [name for name in SUBJECTS if name not in ("vit-b-16", "vit-l-16")]
+    "what",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("vit", "text")) else [])
+        for name in SUBJECTS
+        if name != "vit-l-16"
+    ],
 )
 def test_every_subject_runs_in_both_directions(what):
     points = list(measure(subject(what), [24], Limits(runs=2, warmup=0, **LONG)))
