@@ -28,7 +28,6 @@ SHORT = ["train.steps=8", "checkpoint.every_steps=4", "train.global_batch_size=6
 #: What is interrupted and resumed, on two ranks.
 FORMS = {
     "fp32_zero1": ["train.precision=fp32"],
-    "bf16_zero1": ["train.precision=bf16"],
     "bf16_zero2": ["train.precision=bf16", "zero.stage=2"],
     "bf16_zero3_ema": ["train.precision=bf16", "zero.stage=3", "optim.ema_decay=0.9"],
     "fp32_tp2": ["train.precision=fp32", "parallel.tp=2"],
