@@ -20,8 +20,8 @@ def ranks_below(launcher: int) -> list[int]:
     return [process for process, parent in parents.items() if parent in starters]
 
 
-def losses(run: Path) -> dict[int, float]:
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+def losses(run: Path, name: str = "metrics.jsonl") -> dict[int, float]:
+    records = map(json.loads, (run / name).read_text().splitlines())
     return {record["step"]: record["train/loss"] for record in records}
 
 
