@@ -1,24 +1,18 @@
-"""The picture of diagnostics: a panel per tower and statistic, a line per model over the layers.
-
-Drawn on a bare ``matplotlib.figure.Figure``: no window system, no global pyplot state.
-"""
+"""The picture of diagnostics: a panel per tower and statistic, a line per model over the layers."""
 
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from linclip_eval.diagnostics import LayerStatistic
+from linclip_eval.figure_style import COLOURS, INK, MUTED, add_legend, dress, new_figure
 
 __all__ = ["draw_diagnostics"]
 
-_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
-_COLOURS = ("#2563a8", "#d97706", "#2a9d6f", "#b5408f", "#7c5cc4", "#0e8a9b", "#a16207", "#64748b")
 #: Statistic -> title.
 _PANELS = {
     "entropy": "Entropy of a row, over log n",
@@ -41,41 +35,34 @@ def draw_diagnostics(models: Mapping[str, Sequence[LayerStatistic]]) -> Figure:
     Returns:
         A figure with an Agg canvas, ready for ``savefig``.
     """
-    figure = Figure(
-        figsize=(11, 12.4), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 12.4)
     parts = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for part, tower in zip(parts, ("vision", "text"), strict=True):
         part.suptitle(
-            f"{tower.capitalize()} tower", x=0.01, ha="left", fontsize=13, color=_INK, weight="bold"
+            f"{tower.capitalize()} tower", x=0.01, ha="left", fontsize=13, color=INK, weight="bold"
         )
         for axes, statistic in zip(part.subplots(2, 3).flat, _PANELS, strict=True):
             for colour, found in zip(_colours(models), models.values(), strict=True):
                 here = [row for row in found if row.tower == tower]
                 _draw_lines(axes, here, statistic, colour)
-            _dress(axes, statistic)
-    figure.legend(
-        handles=[
+            _finish(axes, statistic)
+    add_legend(
+        figure,
+        [
             *(
                 Line2D([], [], color=colour, marker="o", markersize=4, label=name)
                 for colour, name in zip(_colours(models), models, strict=True)
             ),
-            Patch(color=_MUTED, alpha=0.2, label="5 to 95 % of heads and samples"),
-            Line2D([], [], color=_MUTED, linestyle="--", label="bound of 1 + cos"),
-            Line2D([], [], color=_MUTED, linestyle=":", label="uniform attention"),
+            Patch(color=MUTED, alpha=0.2, label="5 to 95 % of heads and samples"),
+            Line2D([], [], color=MUTED, linestyle="--", label="bound of 1 + cos"),
+            Line2D([], [], color=MUTED, linestyle=":", label="uniform attention"),
         ],
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=9.5,
-        labelcolor=_INK,
     )
     return figure
 
 
 def _colours(models: Mapping[str, object]) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(len(models))]
+    return [COLOURS[i % len(COLOURS)] for i in range(len(models))]
 
 
 def _draw_lines(axes: Axes, found: Sequence[LayerStatistic], statistic: str, colour: str) -> None:
@@ -86,7 +73,7 @@ def _draw_lines(axes: Axes, found: Sequence[LayerStatistic], statistic: str, col
     axes.plot(layers, [row.mean for row in rows], "o-", color=colour, markersize=4, linewidth=1.6)
     references = {
         "contrast": ("contrast_bound", "--", colour),
-        "effective_rank": ("uniform_rank", ":", _MUTED),
+        "effective_rank": ("uniform_rank", ":", MUTED),
     }
     if statistic in references:
         name, style, shade = references[statistic]
@@ -95,9 +82,7 @@ def _draw_lines(axes: Axes, found: Sequence[LayerStatistic], statistic: str, col
         axes.plot([row.layer for row in rows], means, style, color=shade, linewidth=1.2)
 
 
-def _dress(axes: Axes, statistic: str) -> None:
-    axes.set_title(_PANELS[statistic], loc="left", fontsize=10.5, color=_INK, weight="bold")
-    axes.set_xlabel("layer", fontsize=9, color=_MUTED)
+def _finish(axes: Axes, statistic: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     if statistic in ("contrast", "gain"):
         axes.set_yscale("log")
@@ -105,9 +90,5 @@ def _dress(axes: Axes, statistic: str) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     if statistic in _UNIFORM:
-        axes.axhline(_UNIFORM[statistic], color=_MUTED, linestyle=":", linewidth=1.2)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GRID)
-    axes.tick_params(which="both", colors=_MUTED, labelsize=9, length=0)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
+        axes.axhline(_UNIFORM[statistic], color=MUTED, linestyle=":", linewidth=1.2)
+    dress(axes, _PANELS[statistic], xlabel="layer")

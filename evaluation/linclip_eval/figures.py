@@ -1,24 +1,20 @@
-"""Pictures of single predictions, for TensorBoard's ``add_figure``.
-
-Drawn on a bare ``matplotlib.figure.Figure``: no window system, no global pyplot state.
-"""
+"""Pictures of single predictions, for TensorBoard's ``add_figure``."""
 
 import textwrap
 from collections.abc import Sequence
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
+from linclip_eval.figure_style import INK, MUTED, new_figure
 from linclip_eval.zero_shot import Prediction
 
 __all__ = ["draw_predictions"]
 
-_INK, _MUTED, _TRACK = "#1f2937", "#6b7280", "#eef0f3"
+_TRACK = "#eef0f3"
 _RIGHT, _WRONG, _OTHER = "#2a9d6f", "#d1495b", "#b8c0cc"
 _COLUMNS = 2
 
@@ -42,12 +38,7 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
         raise ValueError("predictions ([]) must hold at least one prediction")
     columns = min(_COLUMNS, len(predictions))
     rows = -(-len(predictions) // columns)
-    figure = Figure(
-        figsize=(5.6 * columns, 2.3 * rows),
-        dpi=100,
-        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.6 * columns, 2.3 * rows)
     grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1.0, 1.35] * columns)
     for cell, axes in enumerate(grid.reshape(rows * columns, 2)):
         if cell < len(predictions):
@@ -68,7 +59,7 @@ def _draw_image(axes: Axes, prediction: Prediction) -> None:
     caption = _plain(
         "\n".join(textwrap.wrap(prediction.caption, 32, max_lines=2, placeholder=" …"))
     )
-    axes.set_xlabel(caption, fontsize=8, color=_INK)
+    axes.set_xlabel(caption, fontsize=8, color=INK)
 
 
 def _draw_bars(axes: Axes, prediction: Prediction) -> None:
@@ -81,9 +72,9 @@ def _draw_bars(axes: Axes, prediction: Prediction) -> None:
         axes.barh(place, probability, height=0.3, color=colour)
         label = _plain(textwrap.shorten(name, 34, placeholder=" …"))
         weight = "bold" if is_true else "normal"
-        axes.text(0, place - 0.28, label, fontsize=8, color=_INK, weight=weight, va="bottom")
+        axes.text(0, place - 0.28, label, fontsize=8, color=INK, weight=weight, va="bottom")
         share = f"{100 * probability:.1f} %"
-        axes.text(1, place - 0.28, share, fontsize=8, color=_MUTED, ha="right", va="bottom")
+        axes.text(1, place - 0.28, share, fontsize=8, color=MUTED, ha="right", va="bottom")
     axes.set_xlim(0, 1)
     axes.set_ylim(4.4, -0.9)
     axes.set_xticks([])

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ds_linclip.data import LabelledData
@@ -19,13 +18,12 @@ from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.arguments import add_model_arguments, add_reading_arguments, model_from_arguments
 from linclip_eval.class_lists import IMAGENET_LISTS, imagenet_classes
 from linclip_eval.features import Features, extract_features
+from linclip_eval.figure_style import LINEAR, MUTED, add_legend, dress, new_figure
 from linclip_eval.models import EvalModel
 from linclip_eval.probe import Accuracy, LinearProbe, knn, linear_probe
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 
 __all__ = ["main"]
-
-_INK, _MUTED, _GRID, _COLOUR = "#1f2937", "#6b7280", "#e5e7eb", "#2563a8"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -217,31 +215,24 @@ def _remarks(probes: _Probes) -> list[str]:
 
 def _draw(probe: LinearProbe) -> Figure:
     """Accuracy on images held back by strength; hollow where the fit was cut off."""
-    figure = Figure(figsize=(6.4, 3.2), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 3.2)
     axes = figure.subplots()
     strengths = [fit.strength for fit in probe.search]
     scores = [100 * fit.validation_top1 for fit in probe.search]
-    axes.plot(strengths, scores, color=_COLOUR, linewidth=1.2, alpha=0.5)
-    for converged, label, face in ((True, "converged", _COLOUR), (False, "cut off", "white")):
+    axes.plot(strengths, scores, color=LINEAR, linewidth=1.2, alpha=0.5)
+    for converged, label, face in ((True, "converged", LINEAR), (False, "cut off", "white")):
         shown = [i for i, fit in enumerate(probe.search) if fit.converged is converged]
         axes.scatter(
             [strengths[i] for i in shown],
             [scores[i] for i in shown],
             s=28,
             facecolor=face,
-            edgecolor=_COLOUR,
+            edgecolor=LINEAR,
             zorder=3,
             label=label,
         )
-    axes.axvline(probe.strength, color=_MUTED, linewidth=0.8, linestyle=":")
+    axes.axvline(probe.strength, color=MUTED, linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
-    axes.set_title("Images held back", loc="left", fontsize=11, color=_INK, weight="bold")
-    axes.set_xlabel("L2 strength (dotted: chosen)", fontsize=8.5, color=_MUTED)
-    axes.set_ylabel("top-1, %", fontsize=8.5, color=_MUTED)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=_MUTED)
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    dress(axes, "Images held back", xlabel="L2 strength (dotted: chosen)", ylabel="top-1, %")
+    add_legend(axes)
     return figure

@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.arguments import add_precision_argument, labelled
+from linclip_eval.figure_style import add_legend, dress, new_figure
 from linclip_eval.models import EvalModel, load_model
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 from linclip_eval.zero_shot_task import ZeroShotTask, add_task_arguments
@@ -165,10 +164,7 @@ def _summary(scores: Sequence[_Score]) -> str:
 
 def _draw(scores: Sequence[_Score]) -> Figure:
     domains = list(dict.fromkeys(score.domain for score in scores))
-    figure = Figure(
-        figsize=(4.2 * (len(domains) + 1), 3.6), dpi=120, layout=ConstrainedLayoutEngine()
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.2 * (len(domains) + 1), 3.6)
     *panels, cost = figure.subplots(1, len(domains) + 1, squeeze=False)[0]
     for model in dict.fromkeys(score.model for score in scores):
         for axes, domain in zip(panels, domains, strict=True):
@@ -191,21 +187,16 @@ def _draw(scores: Sequence[_Score]) -> Figure:
             markersize=4,
             label=model,
         )
-    for axes, domain in zip(panels, domains, strict=True):
-        axes.set_title(domain, loc="left", weight="bold", fontsize=10)
-        axes.set_ylabel("zero-shot top-1, %")
-    cost.set_title("cost", loc="left", weight="bold", fontsize=10)
-    cost.set_ylabel("ms per image")
     cost.set_yscale("log")
+    sizes = sorted({score.size for score in scores})
     for axes in (*panels, cost):
         axes.set_xscale("log", base=2)
-        sizes = sorted({score.size for score in scores})
-        axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-        axes.set_xlabel("image side, px")
-        axes.grid(color="#e5e7eb")
-        axes.spines[["top", "right"]].set_visible(False)
-    cost.legend(frameon=False, fontsize=8)
+    for axes, domain in zip(panels, domains, strict=True):
+        dress(axes, domain, xlabel="image side, px", ylabel="zero-shot top-1, %")
+    dress(cost, "Cost", xlabel="image side, px", ylabel="ms per image")
+    add_legend(cost)
     return figure
 
 

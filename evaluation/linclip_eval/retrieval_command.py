@@ -11,21 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ds_linclip.data import LabelledData
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.arguments import add_model_arguments, add_reading_arguments, model_from_arguments
 from linclip_eval.features import Features
+from linclip_eval.figure_style import COLOURS, MUTED, add_legend, dress, new_figure
 from linclip_eval.models import EvalModel
 from linclip_eval.results import markdown_table, percent, write_results
 from linclip_eval.retrieval import DIRECTIONS, RECALLS, RetrievalResult, retrieval
 
 __all__ = ["main"]
 
-_COLOURS = {"image_to_text": "#2563a8", "text_to_image": "#d97706"}
-_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
+_COLOURS = dict(zip(DIRECTIONS, COLOURS, strict=False))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -185,8 +184,7 @@ def _write_ranks_csv(result: RetrievalResult, path: Path) -> None:
 
 def _draw(result: RetrievalResult) -> Figure:
     """Recall at every k, both ways, with what chance would find."""
-    figure = Figure(figsize=(6.4, 3.6), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 3.6)
     axes = figure.subplots()
     for direction, num_candidates in zip(
         DIRECTIONS, (result.num_captions, len(result.features.images)), strict=True
@@ -198,19 +196,13 @@ def _draw(result: RetrievalResult) -> Figure:
     axes.plot(
         chance,
         100 * chance / chance[-1],
-        color=_MUTED,
+        color=MUTED,
         linestyle=":",
         label="text to image by chance",
     )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(0, 101)
-    axes.set_title("Recall at k", loc="left", fontsize=11, color=_INK, weight="bold")
-    axes.set_xlabel("k", fontsize=8.5, color=_MUTED)
-    axes.set_ylabel("found, %", fontsize=8.5, color=_MUTED)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=_MUTED)
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    dress(axes, "Recall at k", xlabel="k", ylabel="found, %")
+    add_legend(axes)
     return figure

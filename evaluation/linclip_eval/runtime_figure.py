@@ -5,20 +5,26 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullFormatter
 
+from linclip_eval.figure_style import (
+    INK,
+    LINEAR,
+    MUTED,
+    SOFTMAX,
+    add_legend,
+    dress,
+    new_figure,
+)
 from linclip_eval.runtime_scaling import Scaling, crossover
 
 __all__ = ["draw_memory", "draw_times"]
 
-_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 _STYLES: dict[str, dict[str, Any]] = {
-    "softmax": {"color": "#d97706", "marker": "^"},
-    "Eq. 7": {"color": "#2563a8", "marker": "o"},
+    "softmax": {"color": SOFTMAX, "marker": "^"},
+    "Eq. 7": {"color": LINEAR, "marker": "o"},
     "Eq. 4": {"color": "#58b0e3", "marker": "D", "linestyle": "--"},
 }
 #: Exponent of the guide beside a line, and the factor between them.
@@ -50,7 +56,7 @@ def draw_times(scaling: Scaling) -> Figure:
                 fitted = np.array(scaling.fitted(what, direction, attention))
                 exponent, factor = _GUIDES[attention]
                 guide = factor * medians[-1] * (fitted / fitted[-1]) ** exponent
-                axes.plot(fitted, guide, linestyle=":", linewidth=1.2, color=_MUTED)
+                axes.plot(fitted, guide, linestyle=":", linewidth=1.2, color=MUTED)
         _mark_crossover(
             axes,
             scaling.seconds(what, direction, "softmax"),
@@ -58,7 +64,7 @@ def draw_times(scaling: Scaling) -> Figure:
         )
 
     handles = [
-        Line2D([], [], linestyle=":", color=_MUTED, label="slopes 1 and 2"),
+        Line2D([], [], linestyle=":", color=MUTED, label="slopes 1 and 2"),
         Line2D(
             [],
             [],
@@ -66,7 +72,7 @@ def draw_times(scaling: Scaling) -> Figure:
             marker="o",
             markersize=9,
             markerfacecolor="none",
-            color=_INK,
+            color=INK,
             label="Eq. 7 is faster from here on",
         ),
     ]
@@ -93,32 +99,20 @@ def _draw_panels(
     unit: str,
 ) -> Figure:
     rows, columns = len(scaling.directions), len(scaling.subjects)
-    figure = Figure(
-        figsize=(1 + 3 * columns, 0.8 + 2.8 * rows),
-        dpi=100,
-        layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08),
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(1 + 3 * columns, 0.8 + 2.8 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for panels, direction in zip(grid, scaling.directions, strict=True):
         for axes, what in zip(panels, scaling.subjects, strict=True):
             draw(axes, what, direction)
-            axes.set_title(
-                f"{what}, {direction}", loc="left", fontsize=10, color=_INK, weight="bold"
+            _set_scales(axes, unit)
+            dress(
+                axes,
+                f"{what}, {direction}",
+                xlabel="tokens N" if direction == scaling.directions[-1] else "",
+                ylabel=label if what == scaling.subjects[0] else "",
             )
-            _dress(axes, unit)
-        panels[0].set_ylabel(label, fontsize=9, color=_MUTED)
-    for axes in grid[-1]:
-        axes.set_xlabel("tokens N", fontsize=9, color=_MUTED)
     lines = [Line2D([], [], label=name, **_style(name)) for name in scaling.attentions]
-    figure.legend(
-        handles=[*lines, *handles],
-        loc="outside lower center",
-        ncols=len(lines) + len(handles),
-        frameon=False,
-        fontsize=9,
-        labelcolor=_INK,
-    )
+    add_legend(figure, [*lines, *handles])
     return figure
 
 
@@ -132,18 +126,18 @@ def _mark_crossover(axes: Axes, softmax: dict[int, float], linear: dict[int, flo
         return
     lengths = sorted(linear)
     height = np.exp(np.interp(np.log(place), np.log(lengths), np.log([linear[n] for n in lengths])))
-    axes.plot(place, height, marker="o", markersize=9, markerfacecolor="none", color=_INK, zorder=3)
+    axes.plot(place, height, marker="o", markersize=9, markerfacecolor="none", color=INK, zorder=3)
     axes.annotate(
         f"N = {place:.0f}",
         (place, height),
         xytext=(7, -9),
         textcoords="offset points",
         fontsize=8,
-        color=_INK,
+        color=INK,
     )
 
 
-def _dress(axes: Axes, unit: str) -> None:
+def _set_scales(axes: Axes, unit: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -151,8 +145,3 @@ def _dress(axes: Axes, unit: str) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     low, high = np.log10(axes.get_ylim())
     axes.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))  # whole decades have labels
-    axes.tick_params(axis="both", which="both", length=0, labelsize=8.5, labelcolor=_MUTED)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)

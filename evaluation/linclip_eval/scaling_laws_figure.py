@@ -5,20 +5,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from linclip_eval.figure_style import LINEAR, MUTED, SOFTMAX, add_legend, dress, new_figure
 from linclip_eval.power_law import ScalingLaw
 from linclip_eval.scaling_laws import QUANTITIES, FinishedRun, Kind, Quantity
 
 __all__ = ["draw"]
 
-_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
-_COLOURS: dict[Kind, str] = {"softmax": "#d97706", "linear": "#2563a8"}
+_COLOURS: dict[Kind, str] = {"softmax": SOFTMAX, "linear": LINEAR}
 _MARKERS = "os^DvPX*"
 _WITHIN_A_DECADE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
@@ -33,10 +31,7 @@ def draw(runs: Sequence[FinishedRun], laws: Mapping[Quantity, Mapping[Kind, Scal
         runs: All of them.
         laws: By quantity and kind of attention.
     """
-    figure = Figure(
-        figsize=(10.4, 5.0), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(10.4, 5.0)
     sizes = sorted({run.num_parameters for run in runs})
     markers = {size: _MARKERS[place % len(_MARKERS)] for place, size in enumerate(sizes)}
     for axes, quantity in zip(figure.subplots(1, len(QUANTITIES)), QUANTITIES, strict=True):
@@ -53,23 +48,19 @@ def draw(runs: Sequence[FinishedRun], laws: Mapping[Quantity, Mapping[Kind, Scal
                 linewidth=0.7,
                 zorder=3,
             )
-        _dress(axes, quantity, [run.value(quantity) for run in runs])
+        _finish(axes, quantity, [run.value(quantity) for run in runs])
     kinds = list(laws[QUANTITIES[0]])
-    figure.legend(
-        handles=[
+    add_legend(
+        figure,
+        [
             *(Line2D([], [], color=_COLOURS[kind], linewidth=2, label=kind) for kind in kinds),
-            Patch(facecolor=_MUTED, alpha=0.25, label="95 % bootstrap band"),
-            Line2D([], [], label="frontier", **_ring(_MUTED)),
+            Patch(facecolor=MUTED, alpha=0.25, label="95 % bootstrap band"),
+            Line2D([], [], label="frontier", **_ring(MUTED)),
             *(
-                Line2D([], [], marker=marker, linestyle="", color=_MUTED, label=_size(size))
+                Line2D([], [], marker=marker, linestyle="", color=MUTED, label=_size(size))
                 for size, marker in markers.items()
             ),
         ],
-        loc="outside lower center",
-        ncols=min(3 + len(kinds) + len(sizes), 7),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=_MUTED,
     )
     return figure
 
@@ -97,12 +88,10 @@ def _size(num_parameters: int) -> str:
     return f"{num_parameters / 1e6:.3g} M parameters"
 
 
-def _dress(axes: Axes, quantity: Quantity, values: Sequence[float]) -> None:
+def _finish(axes: Axes, quantity: Quantity, values: Sequence[float]) -> None:
     title = {"loss": "Training loss at the end", "zero-shot error": "Zero-shot error (1 - top-1)"}
-    axes.set_title(title[quantity], loc="left", fontsize=11, color=_INK, weight="bold")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("training compute, FLOPs", fontsize=8.5, color=_MUTED)
     # The runs set the range: bands of a few runs leave it, and would press the runs together.
     low, high = min(values), max(values)
     room = (high / low) ** 0.25
@@ -114,9 +103,4 @@ def _dress(axes: Axes, quantity: Quantity, values: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0e}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="both", which="both", length=0)
-    axes.tick_params(axis="both", labelsize=8.5, labelcolor=_MUTED)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    dress(axes, title[quantity], xlabel="training compute, FLOPs")

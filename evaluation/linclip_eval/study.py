@@ -12,17 +12,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy.stats import t as student_t
 
+from linclip_eval.figure_style import COLOURS, INK, MUTED, add_legend, dress, new_figure
+
 __all__ = ["Interval", "Run", "Summary", "draw", "read_runs", "summarise", "to_markdown"]
 
-_INK, _MUTED, _GRID, _BAND = "#1f2937", "#6b7280", "#e5e7eb", "#f6f7f9"
-_COLOURS = ("#2563a8", "#d97706", "#2a9d6f", "#b5408f", "#7c5cc4", "#0e8a9b", "#a16207", "#64748b")
+_BAND = "#f6f7f9"
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -143,12 +142,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     summaries = summarise(runs)
     lengths = sorted({run.num_tokens for run in runs})
     variants = list(dict.fromkeys(run.variant for run in runs))
-    figure = Figure(
-        figsize=(2.4 + 3.9 * len(lengths), 1.4 + 0.5 * len(variants)),
-        dpi=160,
-        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.4 + 3.9 * len(lengths), 1.4 + 0.5 * len(variants))
     panels = figure.subplots(1, len(lengths), sharex=True, sharey=True, squeeze=False)[0]
     for axes, num_tokens in zip(panels, lengths, strict=True):
         for row, variant in enumerate(variants):
@@ -161,19 +155,15 @@ def draw(runs: Sequence[Run]) -> Figure:
             ]
             for summary in summaries:
                 if summary.variant == variant and summary.num_tokens == num_tokens:
-                    _draw_row(axes, row, scores, summary.top1, _COLOURS[row % len(_COLOURS)])
+                    _draw_row(axes, row, scores, summary.top1, COLOURS[row % len(COLOURS)])
         _dress_panel(axes, num_tokens, variants)
-    figure.legend(
-        handles=[
-            Line2D([], [], marker="o", linestyle="", markersize=5, color=_MUTED, label="one seed"),
-            Line2D([], [], marker="|", linestyle="", mew=2, color=_MUTED, label="mean"),
-            Patch(facecolor=_MUTED, alpha=0.3, label="95 % t-interval of the mean"),
+    add_legend(
+        figure,
+        [
+            Line2D([], [], marker="o", linestyle="", markersize=5, color=MUTED, label="one seed"),
+            Line2D([], [], marker="|", linestyle="", mew=2, color=MUTED, label="mean"),
+            Patch(facecolor=MUTED, alpha=0.3, label="95 % t-interval of the mean"),
         ],
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=_MUTED,
     )
     return figure
 
@@ -215,21 +205,15 @@ def _draw_row(
         textcoords="offset points",
         ha="center",
         fontsize=8,
-        color=_INK,
+        color=INK,
     )
 
 
 def _dress_panel(axes: Axes, num_tokens: int, variants: Sequence[str]) -> None:
-    axes.set_title(f"{num_tokens} tokens", loc="left", fontsize=11, color=_INK, weight="bold")
-    axes.set_yticks(range(len(variants)), variants, fontsize=9.5, color=_INK)
+    dress(axes, f"{num_tokens} tokens", xlabel="zero-shot top-1, %")
+    axes.grid(visible=False, axis="y")
+    axes.set_yticks(range(len(variants)), variants, fontsize=9.5, color=INK)
     axes.set_ylim(len(variants) - 0.5, -0.5)
-    axes.tick_params(axis="both", length=0)
-    axes.tick_params(axis="x", labelsize=8.5, labelcolor=_MUTED)
-    axes.grid(axis="x", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_xlabel("zero-shot top-1, %", fontsize=8.5, color=_MUTED)
     axes.use_sticky_edges = False
     axes.margins(x=0.06)
     axes.set_xlim(max(0, axes.get_xlim()[0]), min(101, axes.get_xlim()[1]))
-    for spine in axes.spines.values():
-        spine.set_visible(False)
