@@ -27,8 +27,8 @@ __all__ = [
 
 #: An index of rows.
 Rows = tuple[slice | Tensor, ...]
-#: Rows (tokens of all heads) of a piece, and its fewest tokens.
-PIECE_ROWS, MIN_PIECE = 2**15, 2048
+#: Rows (tokens of all heads) of a piece, so that temporaries stay in a core's cache; fewest tokens.
+PIECE_ROWS, MIN_PIECE = 2**12, 512
 #: Up to this many tokens are one masked causal tile; longer sequences are cut into tiles of 64.
 ONE_TILE = 128
 TILE = 64
