@@ -1,0 +1,240 @@
+"""Held-out folders: what is wrong with them is named and counted."""
+
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from labelled_folders import (
+    CAT,
+    CLASSES,
+    DOG,
+    FISH,
+    FORMS,
+    image,
+    labels_of,
+    open_data,
+    some_files,
+    sound_sample,
+    write_folder,
+    write_form,
+)
+from tar_files import write_tar
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"eval\.data \(.*\) must hold a readable classnames\.txt, or come with a list",
+    ):
+        open_data(tmp_path)
+    (tmp_path / "classnames.txt").write_text("cat\n")
+    templates = tmp_path / "zeroshot_classification_templates.txt"
+    templates.write_text("\n")
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\) .*_templates\.txt that is not empty"):
+        open_data(tmp_path)
+    templates.write_text("a {}\n")
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be a folder with tars"):
+        open_data(tmp_path)
+    (tmp_path / "0.tar").write_bytes(b"garbage" * 500)
+    with pytest.raises(ValueError, match=r"at least one sample: .*shard_unreadable: 1 \(.*0\.tar"):
+        open_data(tmp_path)
+    with tarfile.open(tmp_path / "0.tar", "w"):
+        pass
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must hold at least one sample$"):
+        open_data(tmp_path)
+
+
+def test_folder_of_no_known_form_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be readable: .*No such file"):
+        open_data(tmp_path / "nowhere", classes=CLASSES)
+    (tmp_path / "0.jpg").write_bytes(image())
+    with pytest.raises(
+        ValueError, match=r"must be a folder with tars .*, or one with a folder of images for each"
+    ):
+        open_data(tmp_path, classes=CLASSES)
+    (tmp_path / "val").mkdir()
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=r"eval\.data \(.*\) must hold at least one sample$"):
+            open_data(tmp_path, classes=CLASSES, strict=strict)
+    (tmp_path / "0.tar").mkdir()
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be readable: .*Is a directory"):
+        open_data(tmp_path, classes=CLASSES, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"classes": []}, r"classes \(\[\]\) must hold at least one id"),
+        ({"classes": [CAT, DOG, CAT]}, rf"classes \({CAT}\) must be named once each"),
+        ({"classes": CLASSES, "batch_size": 0}, r"batch_size \(0\) must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path: Path, option: dict[str, Any], message: str) -> None:
+    folder = write_form("shards", tmp_path / "set", some_files())
+    with pytest.raises(ValueError, match=message):
+        open_data(folder, **option)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unknown_classes(tmp_path: Path, form: str) -> None:
+    files = [(class_id, f"{class_id}_{number}.jpg", image()) for class_id, number in [
+        (CAT, 0), ("n00000001", 0), ("n00000001", 1), (DOG, 0), ("n00000002", 0)
+    ]]  # fmt: skip
+    folder = write_form(form, tmp_path / form, files)
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must hold whole samples") as caught:
+        open_data(folder, classes=[CAT, DOG])
+    message = str(caught.value)
+    assert "not among the 2 of the list: 3 (n00000001: 2, n00000002: 1), first " in message
+    assert "n00000001_0" in message
+    data = open_data(folder, classes=[CAT, DOG], strict=False)
+    assert data.findings.unknown_classes == {"n00000001": 2, "n00000002": 1}
+    assert len(data.findings.describe()) == 1
+    assert data.num_samples == 2
+    assert sorted(labels_of(data)) == [0, 1]
+
+
+def test_set_of_unknown_classes_alone_is_empty(tmp_path: Path) -> None:
+    folder = write_form("class_tars", tmp_path / "set", some_files())
+    with pytest.raises(ValueError, match=r"must hold at least one sample: .*not among the 1 of"):
+        open_data(folder, classes=["n00000001"], strict=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_classes_without_images(tmp_path: Path, form: str) -> None:
+    folder = write_form(form, tmp_path / form, some_files())
+    missing = [f"n0000000{number}" for number in range(4)]
+    with pytest.raises(
+        ValueError,
+        match=r"classes without an image: 4 of 7 \(n00000000, n00000001, n00000002, \.\.\.\)",
+    ):
+        open_data(folder, classes=[*CLASSES, *missing])
+    data = open_data(folder, classes=[*CLASSES, *missing], strict=False)
+    assert data.findings.empty_classes == tuple(missing)
+    assert data.num_samples == 9
+
+
+def test_classnames_may_be_without_images(tmp_path: Path) -> None:
+    write_folder(tmp_path, [sound_sample(b"1")])
+    assert open_data(tmp_path).findings.empty_classes == ("cat",)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"cls": b"2"}, r"not among the 2 of the list: 1 \(2: 1\), first sample s2 of .*0\.tar"),
+        ({"cls": b"-1"}, r"not among the 2 of the list: 1 \(-1: 1\), first sample s2 of"),
+        ({"cls": b"cow\xff"}, r"not among the 2 of the list: 1 \(cow\ufffd: 1\), first sample s2"),
+        ({"cls": b"1" * 33}, r"class_too_many_bytes: 1 \(sample s2 of .*0\.tar\)"),
+        ({"cls": None}, r"class_missing: 1 \(sample s2 of .*0\.tar\)"),
+        ({"jpg": None}, r"image_missing: 1 \(sample s2 of .*0\.tar\)"),
+        ({"txt": b"a" * 2**17}, r"text_too_many_bytes: 1 \(sample s2 of .*0\.tar\)"),
+    ],
+)
+def test_bad_sample_is_found_on_opening(
+    tmp_path: Path, broken: dict[str, bytes | None], message: str
+) -> None:
+    parts: dict[str, bytes | None] = {**sound_sample(b"1"), **broken}
+    present = {name: content for name, content in parts.items() if content is not None}
+    write_folder(tmp_path, [sound_sample(), sound_sample(b"1"), present])
+    with pytest.raises(ValueError, match=rf"eval\.data \(.*\) must hold whole samples.*{message}"):
+        open_data(tmp_path)
+    data = open_data(tmp_path, strict=False)
+    (batch,) = data
+    assert batch.keys == ["s0", "s1"]
+    (cause,) = data.findings.problems or ["class_unknown"]
+    # A sample that has a class stays in the denominator.
+    counts = not cause.startswith("class")
+    assert batch.unreadable == ([("s2", cause)] if counts else [])
+    assert batch.unreadable_labels.tolist() == ([1] if counts else [])
+    assert data.num_samples == 2 + counts
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_broken_tars(tmp_path: Path, strict: bool) -> None:
+    folder = write_form("class_tars", tmp_path / "set", some_files())
+    (folder / f"{CAT}.tar").write_bytes(b"garbage" * 500)
+    cut = folder / f"{FISH}.tar"
+    with tarfile.open(cut) as tar:
+        inside_second = tar.getmembers()[1].offset_data + 100
+    os.truncate(cut, inside_second)
+    if strict:
+        message = rf"shard_unreadable: 1 \(.*{CAT}\.tar\); shard_cut: 1 \(.*{FISH}\.tar\)"
+        with pytest.raises(ValueError, match=message):
+            open_data(folder, classes=CLASSES)
+        return
+    data = open_data(folder, classes=CLASSES, strict=False)
+    assert data.findings.problems == {
+        "shard_unreadable": [str(folder / f"{CAT}.tar")],
+        "shard_cut": [str(cut)],
+    }
+    assert data.findings.empty_classes == (CAT,)
+    batches = list(data)
+    assert labels_of(batches) == [1, 1, 1, 2]
+    unreadable = [entry for batch in batches for entry in batch.unreadable]
+    assert unreadable == [(f"{FISH}_1", "image_cut")]
+    assert data.num_samples == 5
+
+
+def test_other_files_beside_images_are_counted(tmp_path: Path) -> None:
+    folder = write_form("class_folders", tmp_path / "set", some_files())
+    (folder / CAT / "cat.bmp").write_bytes(image(kind="BMP"))
+    (folder / CAT / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"image_extension: 1 \(image .*cat\.bmp\)"):
+        open_data(folder, classes=CLASSES)
+    data = open_data(folder, classes=CLASSES, strict=False)
+    assert list(data.findings.problems) == ["image_extension"]
+    assert data.num_samples == 9
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("broken", "cause"),
+    [({"jpg": b"<html>"}, "image_undecodable"), ({"txt": b"\xff"}, "text_not_utf8")],
+)
+def test_undecodable_sample_is_an_error_of_the_iteration(
+    tmp_path: Path, num_workers: int, broken: dict[str, bytes], cause: str
+) -> None:
+    write_folder(tmp_path, [sound_sample(), sound_sample() | broken])
+    data = open_data(tmp_path, num_workers=num_workers)
+    with pytest.raises(
+        ValueError, match=rf"sample s1 of .*0\.tar must be readable: {cause}"
+    ) as caught:
+        list(data)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("form", "num_workers"), [*((form, 0) for form in FORMS), (FORMS[0], 2)])
+def test_undecodable_images_stay_in_the_count(tmp_path: Path, form: str, num_workers: int) -> None:
+    files = some_files()
+    broken = [1, 4, 5, 6, 7, 8]
+    for number in broken:
+        files[number] = (*files[number][:2], b"<html>")
+    folder = write_form(form, tmp_path / form, files)
+    data = open_data(folder, classes=CLASSES, num_workers=num_workers, strict=False)
+    batches = list(data)
+    assert [len(batch.labels) for batch in batches] == [3, 0, 0]
+    assert [len(batch.unreadable_labels) for batch in batches] == [1, 4, 1]
+    assert batches[1].images.shape[:2] == (0, 3)
+    assert batches[0].images.shape == (3, 3, 16, 16)
+    labels = [label for batch in batches for label in batch.unreadable_labels.tolist()]
+    assert labels == [CLASSES.index(files[number][0]) for number in broken]
+    assert {cause for batch in batches for _, cause in batch.unreadable} == {"image_undecodable"}
+    names = [Path(key).stem for batch in batches for key, _ in batch.unreadable]
+    assert names == [Path(files[number][1]).stem for number in broken]
+    assert sum(len(batch.labels) + len(batch.unreadable_labels) for batch in batches) == 9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_change_after_opening_is_an_error_even_if_not_strict(tmp_path: Path, form: str) -> None:
+    folder = write_form(form, tmp_path / form, some_files())
+    data = open_data(folder, classes=CLASSES, strict=False)
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if form == "class_folders":
+            path.unlink()
+        else:
+            write_tar(path, [("other.jpg", bytes(100_000))])
+    cause = "No such file" if form == "class_folders" else "has changed since it was opened"
+    with pytest.raises(ValueError, match=rf"eval\.data \(.*\): .* must be readable: .*{cause}"):
+        list(data)
