@@ -8,15 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from synset_folders import write_hub_folder, write_images
 
-from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
-from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import export_folder
-from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.class_lists import imagenet_classes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -26,28 +20,14 @@ NUM_CLASSES = 21_841
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = ModelConfig(
-        embed_dim=32,
-        vision=VisionTower(image_size=(16, 16), patch_size=8, width=32, layers=1, head_width=16),
-        text=TextTower(context_length=24, width=32, heads=2, layers=1),
-    )
-    config.vision.attention = config.text.attention = Attention(kind="linear")
-    folder = tmp_path_factory.mktemp("model") / "hub"
-    export_folder(CLIP(config, Mesh.create()), folder)
-    return folder
+    return write_hub_folder(tmp_path_factory.mktemp("model") / "hub")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image of noise for every class, in a folder for each."""
-    folder = tmp_path_factory.mktemp("imagenet-22k")
-    generator = np.random.default_rng(0)
-    for synset in imagenet_classes("imagenet-22k", "lemma").ids:
-        (folder / synset).mkdir()
-        pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / synset / f"{synset}_1.JPEG")
-    return folder
+    synsets = imagenet_classes("imagenet-22k", "lemma").ids
+    return write_images(tmp_path_factory.mktemp("imagenet-22k"), synsets, per_class=1)
 
 
 def start(model: Path, images: Path, out: Path, ranks: int) -> subprocess.Popen[bytes]:

@@ -5,15 +5,10 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
+from synset_folders import write_hub_folder, write_images
 
-from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
-from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import export_folder
-from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.__main__ import main
 
 DOG, BEAGLE, TENCH, HEN = "n02084071", "n02088364", "n01440764", "n01514859"
@@ -21,30 +16,15 @@ DOG, BEAGLE, TENCH, HEN = "n02084071", "n02088364", "n01440764", "n01514859"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = ModelConfig(
-        embed_dim=16,
-        vision=VisionTower(image_size=(16, 16), patch_size=8, width=32, layers=1, head_width=16),
-        text=TextTower(context_length=16, width=32, heads=2, layers=1),
-    )
-    config.vision.attention = config.text.attention = Attention(kind="linear")
-    folder = tmp_path_factory.mktemp("model") / "hub"
-    export_folder(CLIP(config, Mesh.create()), folder)
-    return folder
+    return write_hub_folder(tmp_path_factory.mktemp("model") / "hub")
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Three images of noise of each of four synsets, and their list."""
-    folder = tmp_path / "images"
-    generator = np.random.default_rng(0)
-    for synset in (DOG, BEAGLE, TENCH, HEN):
-        (folder / synset).mkdir(parents=True)
-        for number in range(3):
-            pixels = generator.integers(0, 256, (20, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / synset / f"{synset}_{number}.JPEG")
-    (tmp_path / "list.txt").write_text("\n".join([DOG, BEAGLE, TENCH, HEN]))
-    return folder
+    synsets = [DOG, BEAGLE, TENCH, HEN]
+    (tmp_path / "list.txt").write_text("\n".join(synsets))
+    return write_images(tmp_path / "images", synsets, per_class=3)
 
 
 def run(model: Path, images: Path, out: Path, *more: str) -> int:
