@@ -36,6 +36,7 @@ class Attention:
     and k are L2-normalised per head, and the feature map gives the score of their product x.
     """
 
+    #: "linear", in O(N), or "softmax", in O(N^2).
     kind: Literal["linear", "softmax"] = "linear"
     #: "affine": 1 + x (arXiv 2604.10064); "quadratic": 1 + x + x^2 / 2, slower; "relu", "softplus":
     #: phi(q).phi(k), entry by entry.
@@ -56,10 +57,15 @@ class VisionTower:
 
     #: (height, width) in pixels; in a file or on the command line one number stands for a square.
     image_size: tuple[int, int] = (224, 224)
+    #: Side of a patch in pixels.
     patch_size: int = 16
+    #: Features of a token.
     width: int = 768
+    #: Blocks.
     layers: int = 12
+    #: Features of a head; must divide ``width``.
     head_width: int = 64
+    #: Hidden features of the MLP over ``width``.
     mlp_ratio: float = 4.0
     #: Share of the patches of every training image that is left out (FLIP, arXiv 2212.00794).
     patch_dropout: float = 0.0
@@ -88,11 +94,17 @@ class VisionTower:
 class TextTower:
     """Causal text tower, named as in open_clip's ``text_cfg``."""
 
+    #: Tokens of a caption, longer ones are cut off.
     context_length: int = 77
+    #: Of open_clip's tokenizer.
     vocab_size: int = 49408
+    #: Features of a token.
     width: int = 512
+    #: Must divide ``width``.
     heads: int = 8
+    #: Blocks.
     layers: int = 12
+    #: Hidden features of the MLP over ``width``.
     mlp_ratio: float = 4.0
     attention: Attention = field(default_factory=Attention)
 
@@ -101,6 +113,7 @@ class TextTower:
 class ModelConfig:
     """Both towers and the width of the space they share."""
 
+    #: Features of an image and of a text, in the space that they share.
     embed_dim: int = 512
     vision: VisionTower = field(default_factory=VisionTower)
     text: TextTower = field(default_factory=TextTower)
@@ -199,6 +212,7 @@ class DataConfig:
 class TrainConfig:
     """How long, how many at once, how precise."""
 
+    #: Optimizer steps of the whole run.
     steps: int = 0
     #: Image-text pairs per optimizer step, over all ranks; each is the others' negative.
     global_batch_size: int = 0
@@ -214,6 +228,7 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     #: torch.compile every block.
     compile: bool = False
+    #: Of the weights, the order of samples, crops and dropped patches.
     seed: int = 0
 
 
@@ -264,11 +279,17 @@ class OptimConfig:
     #: "adamw": torch's. "lion" (arXiv 2302.06675): a tenth of AdamW's lr, ten times its decay; no
     #: eps. "lamb" (arXiv 1904.00962): one trust ratio per matrix, for very large batches.
     kind: Literal["adamw", "lion", "lamb"] = "adamw"
+    #: Largest learning rate, at the end of the warm-up.
     lr: float = 5e-4
+    #: Share of the old first moment that a step keeps.
     beta1: float = 0.9
+    #: Share of the old second moment that a step keeps.
     beta2: float = 0.98
+    #: Added to the root of the second moment.
     eps: float = 1e-6
+    #: Decoupled; of matrices alone, not of gains, biases and the logit scale.
     weight_decay: float = 0.2
+    #: Steps of the linear warm-up.
     warmup_steps: int = 10_000
     #: Largest gradient norm over all parameters; 0 switches clipping off.
     clip_grad_norm: float = 1.0
@@ -281,6 +302,7 @@ class OptimConfig:
 class ParallelConfig:
     """Ranks and devices: world size = tp x cp x dp x pp, tensor innermost."""
 
+    #: Where ranks compute; "auto": on GPUs if there are any.
     device: Literal["auto", "cuda", "cpu"] = "auto"
     #: Data-parallel size; None: what the other axes leave of the ranks that were started.
     dp: int | None = None
@@ -349,6 +371,7 @@ class EvalConfig:
     templates: str = "one"
     #: Steps between evaluations; 0: only at the end.
     every_steps: int = 0
+    #: Images that a rank embeds at once.
     batch_size: int = 256
 
 
@@ -373,7 +396,9 @@ class HealthConfig:
 class LogConfig:
     """Progress, TensorBoard."""
 
+    #: Steps between records of loss and throughput.
     every_steps: int = 10
+    #: Write TensorBoard events into ``<run folder>/tensorboard``.
     tensorboard: bool = True
     #: Held-out images drawn with their captions and top-5 classes at every evaluation.
     num_images: int = 8
@@ -399,6 +424,7 @@ class Config:
 
     #: Name of the run; its folder is ``<output_dir>/<name>``.
     name: str = "linclip"
+    #: Folder of all runs; must be the same for all nodes.
     output_dir: str = "runs"
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
