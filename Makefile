@@ -4,7 +4,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-distributed test-single test-slow test-faults test-gpu lint \
+.PHONY: install docs docs-check train test test-distributed test-single test-slow test-faults test-gpu lint \
     report study bench-kernels bench-data bench-memory bench-checkpoint bench-context \
     bench-loss bench-runtime bench-gpu check-layouts goodput
 
@@ -39,6 +39,14 @@ test-distributed: $(STAMP)
 
 test-single: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not distributed"
+
+# docs/configuration.md, from the config dataclasses.
+docs: $(STAMP)
+	$(BIN)/python -m ds_linclip.config.reference docs/configuration.md
+
+# What the documentation says is so: keys, messages and links, and its commands are run.
+docs-check: $(STAMP)
+	$(BIN)/python -m pytest tests/test_docs.py tests/integration/test_docs_commands.py -m ""
 
 # Every evaluation on the embedded data, in small, as one page: runs/report/report.html (15 minutes
 # on two idle cores).

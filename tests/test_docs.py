@@ -1,0 +1,126 @@
+"""What the documentation says is so: keys, messages, links, commands."""
+
+import ast
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from ds_linclip.config import load_config
+from ds_linclip.config.reference import reference
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
+COMMANDS = ("make ", "ds-linclip ", "linclip-eval ", "deepspeed ", "python launch/", "launch/")
+PROGRAMS = {"ds-linclip": "ds_linclip.__main__", "linclip-eval": "linclip_eval.__main__"}
+
+
+def commands_of(page: Path) -> list[str]:
+    """Commands of this project in blocks and in running text, on a line each."""
+    text = page.read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines = [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines]
+    return [line for line in lines if line.startswith(COMMANDS)]
+
+
+@cache
+def help_of(module: str, *command: str) -> str:
+    """What ``--help`` says, without a start of Python."""
+    out, argv = io.StringIO(), sys.argv
+    sys.argv = [module, *command, "--help"]
+    try:
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+            importlib.import_module(module).main()
+    finally:
+        sys.argv = argv
+    return out.getvalue()
+
+
+def test_the_reference_of_keys_is_that_of_the_code():
+    assert (REPOSITORY / "docs" / "configuration.md").read_text() == reference()
+
+
+def test_messages_are_those_of_the_code():
+    sources = [*(REPOSITORY / "ds_linclip").rglob("*.py"), *(REPOSITORY / "launch").glob("*.py")]
+    said = "\n".join(text for source in sources for text in texts_of(source))
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
+    ours, _, _ = page.partition("## Said by others")
+    messages = re.findall(r"^\| `([^`]+)` \|", ours, re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        pieces = re.split(r"\.\.\.|\bN\b", message)
+        assert re.search(".*".join(map(re.escape, pieces)), said), message
+
+
+def texts_of(source: Path) -> list[str]:
+    """The strings of a module, what is filled in left out."""
+    texts = []
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "" for part in node.values]
+            texts.append("".join(map(str, parts)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return [text.replace("\n", " ") for text in texts]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist_with_their_options(page):
+    targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    for command in commands_of(page):
+        words = shlex.split(command)
+        words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+        if words[0] == "make":
+            named = [word for word in words[1:] if "=" not in word and word != "..."]
+            assert set(named) <= set(targets), command
+            continue
+        scripts = [word for word in words if word.startswith("launch/")]
+        assert all((REPOSITORY / script).exists() for script in scripts), command
+        for config in (word for word in words if word.startswith("ds_configs/train/")):
+            given = words[words.index(config) + 1 :]
+            overrides = [word for word in given if re.match(r"[a-z_.]+=", word)]
+            if "..." not in command and config.endswith(".yaml"):
+                load_config(REPOSITORY / config, overrides)
+        check_options(command, words, scripts)
+
+
+def check_options(command: str, words: list[str], scripts: list[str]) -> None:
+    """Every option of the program itself is in its help."""
+    if words[0] in PROGRAMS:
+        module, first = PROGRAMS[words[0]], 1
+    elif scripts and scripts[0].endswith(".py"):
+        module, first = Path(scripts[0]).stem, words.index(scripts[0]) + 1
+    else:
+        return
+    given = words[first:]
+    has_subcommands = words[0] in PROGRAMS or module == "eval"
+    if has_subcommands and not (given and re.fullmatch(r"[a-z-]+", given[0])):
+        return  # `linclip-eval COMMAND`
+    depth = has_subcommands * (1 + (given[:1] == ["make-shards"]))
+    helps = help_of(module, *given[:depth])
+    for option in (word.partition("=")[0] for word in given if re.match(r"--[\w-]+(=|$)", word)):
+        assert re.search(rf"{re.escape(option)}\b", helps), f"{option}: {command}"
