@@ -13,6 +13,7 @@ __all__ = [
     "forward_flops",
     "num_features",
     "num_parameters",
+    "step_flops",
     "training_flops",
 ]
 
@@ -51,16 +52,21 @@ def forward_flops(model: ModelConfig, image_size: tuple[int, int]) -> float:
     return patches + image + text.layers * block_flops(text, text.context_length) + heads
 
 
+def step_flops(config: Config, step: int) -> float:
+    """Operations of the step that follows ``step`` finished ones: a backward costs two forwards."""
+    pair = forward_flops(config.model, config.image_size_at(step))
+    return 3 * config.train.global_batch_size * pair
+
+
 def training_flops(config: Config) -> float:
-    """Operations of the whole run: a backward costs two forwards."""
+    """Operations of the whole run."""
     steps = config.train.steps
     starts = sorted({0, *(stage.from_step for stage in config.data.resolutions)})
     starts = [start for start in starts if start < steps]
-    per_pair = sum(
-        (stop - start) * forward_flops(config.model, config.image_size_at(start))
+    return sum(
+        (stop - start) * step_flops(config, start)
         for start, stop in zip(starts, [*starts[1:], steps], strict=True)
     )
-    return 3 * config.train.global_batch_size * per_pair
 
 
 def num_parameters(model: ModelConfig, loss: LossConfig) -> int:
