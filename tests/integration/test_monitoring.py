@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -34,6 +32,7 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.flops import step_flops
 from ds_linclip.monitoring import SCALARS
 from ds_linclip.monitoring.board import dashboards
+from ds_linclip.monitoring.trackers import wandb_run
 from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.trainer import train
@@ -71,7 +70,7 @@ def scrape(port: int) -> str:
 
 
 def train_and_scrape(config: Config) -> None:
-    """The endpoint is asked by rank 0 in every evaluation; what it answered goes to scrapes.json."""
+    """Rank 0 asks the endpoint in every evaluation; what it answered goes to scrapes.json."""
     mesh = Mesh.create(config.parallel)
     score = HeldOutEvaluator.from_config(config, device=mesh.device, group=mesh.dp.group)
     port, scrapes = config.log.prometheus_port, []
@@ -276,38 +275,17 @@ def tensorboard(told) -> Iterator[str]:
             server.terminate()
 
 
-@pytest.fixture
-def browser(tmp_path) -> Iterator[webdriver.Chrome]:
-    driver = shutil.which("chromedriver")
-    if driver is None:
-        pytest.skip("no chromedriver on this machine")
-    options = webdriver.ChromeOptions()
-    for argument in (
-        *("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1600,1300"),
-        *("--disable-background-networking", "--no-first-run", "--disable-component-update"),
-        f"--user-data-dir={tmp_path / 'browser'}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options, Service(driver))
-    yield chrome
-    chrome.quit()
-
-
-#: All elements of a tag, those within shadow roots too, each shown by what stands in place of SHOW.
-FIND = """
-const found = [];
-(function walk(node) {
-    if (node.tagName && node.tagName.toLowerCase() == arguments_[0]) found.push(node);
-    if (node.shadowRoot) walk(node.shadowRoot);
-    node.childNodes.forEach(walk);
-})(document);
-return found.map(node => SHOW);
-""".replace("arguments_", "TAG")
-
-
 def find(browser: webdriver.Chrome, tag: str, show: str) -> list[Any]:
-    script = FIND.replace("TAG[0]", json.dumps(tag)).replace("SHOW", show)
+    """What ``show`` says of every ``node`` of a tag, those within shadow roots too."""
+    script = f"""
+        const found = [];
+        (function walk(node) {{
+            if (node.tagName && node.tagName.toLowerCase() == "{tag}") found.push(node);
+            if (node.shadowRoot) walk(node.shadowRoot);
+            node.childNodes.forEach(walk);
+        }})(document);
+        return found.map(node => {show});
+    """
     return list(browser.execute_script(script))
 
 
@@ -320,7 +298,7 @@ def test_tensorboard_shows_it_all(told, tensorboard, browser, tmp_path):
 
     # Points of every line of every chart of the dashboards.
     lines = (
-        "[...node.querySelectorAll('.line-plot:not(.ghost) path.line')]"
+        "[...node.shadowRoot.querySelectorAll('.line-plot:not(.ghost) path.line')]"
         ".map(path => (path.getAttribute('d') || '').split(/[ML]/).length - 1)"
     )
     layout = dashboards()
@@ -357,8 +335,12 @@ def test_tensorboard_shows_it_all(told, tensorboard, browser, tmp_path):
     )
     assert any(f"global_batch_size: {told.train.global_batch_size}" in text for text in texts)
 
-    tags = opened("scalars", "tf-scalar-card", "node.tag", lambda seen: "train/loss" in seen)
-    assert "train/grad_norm" in tags
+    groups = opened(
+        *("scalars", "tf-category-paginated-view", "node.category.name"),
+        lambda seen: "train" in seen,
+    )
+    assert {"train", "perf", "data", "eval"} <= set(groups)
+    assert "data/bad_shards" in find(browser, "tf-scalar-card", "node.tag")  # the first is open
     severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert severe == []
 
@@ -396,9 +378,20 @@ def test_weights_and_biases_gets_every_scalar(shards, digits, tmp_path):
         ("project", "run", "run")
     }
     assert [row["train/loss"] for row in rows] == [r["train/loss"] for r in records(config)]
-    with pytest.raises(RuntimeError):  # no account, and not told to do without one
-        environment = {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_API_KEY": ""}
-        run_ranks(1, tracked, config_of(tmp_path, "b", shards, digits, "log.wandb=p"), environment)
+
+
+@missing("wandb")
+def test_weights_and_biases_without_an_account_is_told_before_the_start(
+    shards, digits, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    config = config_of(tmp_path, "run", shards, digits, "log.wandb=project")
+    with pytest.raises(
+        ValueError, match=r"^log\.wandb \(project\) needs an account: run wandb login"
+    ):
+        wandb_run(config).__enter__()
 
 
 @missing("trackio")
