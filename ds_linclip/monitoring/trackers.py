@@ -28,7 +28,8 @@ def wandb_run(config: Config) -> Iterator[_Log]:
     """
     wandb = _import("wandb", config.log.wandb)
     try:
-        if wandb.Settings().mode != "offline" and not wandb.login(prompt=False):
+        without_account = wandb.setup().settings.mode in ("offline", "disabled")
+        if not without_account and not wandb.login(prompt=False):
             raise ValueError(
                 f"log.wandb ({config.log.wandb}) needs an account: run wandb login, or set "
                 "WANDB_MODE=offline"
