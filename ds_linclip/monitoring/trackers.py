@@ -5,6 +5,7 @@ name, one call for every value, and no end.
 """
 
 import importlib
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -36,7 +37,7 @@ def wandb_run(config: Config) -> Iterator[_Log]:
             )
         run = wandb.init(dir=config.run_dir, **_facts(config, config.log.wandb))
     except wandb.Error as error:
-        raise ValueError(f"log.wandb ({config.log.wandb}) cannot be used: {error}") from error
+        raise _unusable("wandb", config.log.wandb, error) from error
     has_failed = True
     try:
         yield lambda step, values: run.log(dict(values), step=step)
@@ -55,8 +56,8 @@ def trackio_run(config: Config) -> Iterator[_Log]:
     trackio = _import("trackio", config.log.trackio)
     try:
         run = trackio.init(embed=False, **_facts(config, config.log.trackio))
-    except OSError as error:
-        raise ValueError(f"log.trackio ({config.log.trackio}) cannot be used: {error}") from error
+    except (OSError, ValueError, sqlite3.Error) as error:
+        raise _unusable("trackio", config.log.trackio, error) from error
     try:
         yield lambda step, values: run.log(dict(values), step=step)
     finally:
@@ -71,6 +72,10 @@ def _import(name: str, project: str | None) -> Any:
             f"log.{name} ({project}) needs the package {name}, which cannot be imported "
             f"({error}): pip install {name}"
         ) from error
+
+
+def _unusable(name: str, project: str | None, error: Exception) -> ValueError:
+    return ValueError(f"log.{name} ({project}) cannot be used: {' '.join(str(error).split())}")
 
 
 def _facts(config: Config, project: str | None) -> dict[str, Any]:
