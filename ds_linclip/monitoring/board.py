@@ -9,7 +9,7 @@ from ds_linclip.monitoring.scalars import SCALARS
 
 __all__ = ["begin_session", "dashboards", "end_session"]
 
-#: Fields that runs are compared by; "heads" and the like follow from them.
+#: Fields that runs are compared by.
 _HYPERPARAMETERS = (
     *("model.embed_dim", "model.vision.image_size", "model.vision.patch_size"),
     *("model.vision.width", "model.vision.layers", "model.vision.patch_dropout"),

@@ -1,18 +1,16 @@
 """Who hears of a run's scalars beside DeepSpeed's monitor, as ``log`` asks for it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from ds_linclip.config import Config
 from ds_linclip.monitoring.prometheus import prometheus_endpoint
+from ds_linclip.monitoring.scalars import Listener
 from ds_linclip.monitoring.trackers import trackio_run, wandb_run
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.progress import Progress
 
-__all__ = ["Listener", "open_listeners"]
-
-#: Told the values measured after a number of steps, by their tags.
-Listener = Callable[[int, Mapping[str, float]], None]
+__all__ = ["open_listeners"]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A text endpoint for Prometheus to read."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -9,17 +9,15 @@ from prometheus_client.registry import Collector
 
 from ds_linclip.checkpoint_folder import committed, step_of
 from ds_linclip.config import Config
-from ds_linclip.monitoring.scalars import SCALARS, Scalar
+from ds_linclip.monitoring.scalars import SCALARS, Listener, Scalar
 from ds_linclip.progress import Progress
 
 __all__ = ["prometheus_endpoint"]
 
 
 @contextmanager
-def prometheus_endpoint(
-    config: Config, phases: Progress
-) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """Answer on ``log.prometheus_port`` of every address of this host; gives what to tell scalars.
+def prometheus_endpoint(config: Config, phases: Progress) -> Iterator[Listener]:
+    """Answer on ``log.prometheus_port`` of every address of this host; gives its listener.
 
     A thread answers, with what it was told last and where the run is at that moment: nothing in the
     training waits for it.

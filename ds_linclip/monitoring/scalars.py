@@ -1,8 +1,12 @@
 """Every scalar that a run writes: its meaning, the chart it is drawn in, its Prometheus name."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["SCALARS", "Scalar"]
+__all__ = ["SCALARS", "Listener", "Scalar"]
+
+#: Told the values measured after a number of steps, by their tags.
+Listener = Callable[[int, Mapping[str, float]], None]
 
 _LOSS, _SPEED = "Loss", "Throughput and MFU"
 _DATA, _PARALLEL, _EVALUATION = "Data health", "Parallel efficiency", "Evaluation"

@@ -6,21 +6,20 @@ name, one call for every value, and no end.
 
 import importlib
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from ds_linclip.config import Config
+from ds_linclip.monitoring.scalars import Listener
 
 __all__ = ["trackio_run", "wandb_run"]
 
-_Log = Callable[[int, Mapping[str, float]], None]
-
 
 @contextmanager
-def wandb_run(config: Config) -> Iterator[_Log]:
-    """A run of the project ``log.wandb``; gives what to tell scalars.
+def wandb_run(config: Config) -> Iterator[Listener]:
+    """A run of the project ``log.wandb``; gives its listener.
 
     Every start of training is a run of its own, in a group by the name of the training run.
 
@@ -47,7 +46,7 @@ def wandb_run(config: Config) -> Iterator[_Log]:
 
 
 @contextmanager
-def trackio_run(config: Config) -> Iterator[_Log]:
+def trackio_run(config: Config) -> Iterator[Listener]:
     """A run of the project ``log.trackio``, in Trackio's own folder; as :func:`wandb_run`.
 
     Raises:
