@@ -13,6 +13,7 @@ __all__ = [
     "forward_flops",
     "num_features",
     "num_parameters",
+    "step_flops",
     "training_flops",
 ]
 
@@ -43,24 +44,31 @@ def forward_flops(model: ModelConfig, image_size: tuple[int, int]) -> float:
         model: Both towers; patches that its patch dropout leaves out cost nothing.
         image_size: (height, width) in pixels.
     """
-    vision, text = model.vision, model.text
-    num_patches = vision.num_kept_patches_at(image_size)
-    patches = 2 * num_patches * 3 * vision.patch_size**2 * vision.width
-    image = vision.layers * block_flops(vision, 1 + num_patches)
-    heads = 2 * (vision.width + text.width) * model.embed_dim
-    return patches + image + text.layers * block_flops(text, text.context_length) + heads
+    return sum(map(sum, _forward_by_unit(model, image_size)))
+
+
+def step_flops(config: Config, step: int) -> float:
+    """Operations of the step that follows ``step`` finished ones.
+
+    The backward of what is trained costs two forwards; what is locked has none.
+    """
+    init = config.init
+    image, text = _forward_by_unit(config.model, config.image_size_at(step))
+    image_from = len(image) - init.lock_image_unlocked_groups if init.lock_image else 0
+    text_from = len(text) - init.lock_text_unlocked_layers if init.lock_text else 0
+    per_pair = sum(image) + sum(text) + 2 * (sum(image[image_from:]) + sum(text[text_from:]))
+    return config.train.global_batch_size * per_pair
 
 
 def training_flops(config: Config) -> float:
-    """Operations of the whole run: a backward costs two forwards."""
+    """Operations of the whole run."""
     steps = config.train.steps
     starts = sorted({0, *(stage.from_step for stage in config.data.resolutions)})
     starts = [start for start in starts if start < steps]
-    per_pair = sum(
-        (stop - start) * forward_flops(config.model, config.image_size_at(start))
+    return sum(
+        (stop - start) * step_flops(config, start)
         for start, stop in zip(starts, [*starts[1:], steps], strict=True)
     )
-    return 3 * config.train.global_batch_size * per_pair
 
 
 def num_parameters(model: ModelConfig, loss: LossConfig) -> int:
@@ -72,6 +80,22 @@ def num_parameters(model: ModelConfig, loss: LossConfig) -> int:
     words = text.width * (text.vocab_size + text.context_length + 2 + model.embed_dim)
     blocks = vision.layers * _block_parameters(vision) + text.layers * _block_parameters(text)
     return patches + image + words + blocks + (2 if loss.kind == "sigmoid" else 1)
+
+
+def _forward_by_unit(
+    model: ModelConfig, image_size: tuple[int, int]
+) -> tuple[list[float], list[float]]:
+    """Operations over one pair of the image and of the text tower: embedding, blocks, projection,
+    which are also the groups that are locked or not."""
+    vision, text = model.vision, model.text
+    num_patches = vision.num_kept_patches_at(image_size)
+    patches = 2 * num_patches * 3 * vision.patch_size**2 * vision.width
+    image_blocks = [block_flops(vision, 1 + num_patches)] * vision.layers
+    text_blocks = [block_flops(text, text.context_length)] * text.layers
+    return (
+        [patches, *image_blocks, 2 * vision.width * model.embed_dim],
+        [0.0, *text_blocks, 2 * text.width * model.embed_dim],
+    )
 
 
 def _block_parameters(tower: VisionTower | TextTower) -> int:

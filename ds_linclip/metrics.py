@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from ds_linclip.config import Config
+from ds_linclip.devices import known_device
+from ds_linclip.flops import step_flops
+from ds_linclip.monitoring import Listener, begin_session, end_session
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.stragglers import OwnTimes
 
@@ -23,15 +26,20 @@ __all__ = ["MetricWriter", "SampleLog", "StepMeter", "peak_memory_gib"]
 class MetricWriter:
     """Writes on rank 0; the other ranks call it for nothing.
 
-    Scalars go through ``engine.monitor`` (TensorBoard and whatever else DeepSpeed is told to feed)
-    and, one JSON object per call, into ``<run folder>/metrics.jsonl`` (null: not finite). Both tell
-    of every step once: what came after the step that training goes on from is taken out
-    (:meth:`cut_back`).
+    Scalars go through ``engine.monitor`` (TensorBoard and whatever else DeepSpeed is told to feed),
+    to ``listeners`` and, one JSON object per call, into ``<run folder>/metrics.jsonl`` (null: not
+    finite). File and TensorBoard tell of every step once: what came after the step that training
+    goes on from is taken out (:meth:`cut_back`).
     """
 
-    def __init__(self, config: Config, mesh: Mesh, monitor: Any) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, monitor: Any, listeners: Sequence[Listener] = ()
+    ) -> None:
+        self._config = config
+        self._mesh = mesh
         self._is_writer = mesh.rank == 0
         self._monitor = monitor
+        self._listeners = listeners
         self._path = config.run_dir / "metrics.jsonl"
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -42,6 +50,18 @@ class MetricWriter:
         record = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
+        for listener in self._listeners:
+            listener(step, values)
+
+    def begin(self, step: int, plan: str) -> None:
+        """Show in TensorBoard what the run is, which goes on from ``step``; ``plan``: Markdown."""
+        if (board := self._board()) is not None:
+            begin_session(board, self._config, self._mesh.world_size, plan, step)
+
+    def end(self) -> None:
+        """Show in TensorBoard that the run has come to its last step."""
+        if (board := self._board()) is not None:
+            end_session(board, self._config, self._mesh.world_size)
 
     def cut_back(self, step: int) -> None:
         """Take out what was recorded after ``step``, from which training goes on.
@@ -73,12 +93,6 @@ class MetricWriter:
         os.replace(kept, self._path)
         if undone.stat().st_size == 0:
             undone.unlink()
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Show Markdown in TensorBoard."""
-        if (board := self._board()) is not None:
-            board.add_text(tag, text, step)
-            board.flush()
 
     def figure(self, step: int, tag: str, figure: Any) -> None:
         """Draw a matplotlib figure into TensorBoard."""
@@ -123,19 +137,21 @@ class StepMeter:
     """Sums over the steps between two logging steps; reads the device only when asked.
 
     Args:
+        config: When to name a slow rank, what a step costs, what a device can do.
         mesh: The ranks.
-        slow_rank_ratio: When to name a slow rank, see :class:`~ds_linclip.stragglers.OwnTimes`.
     """
 
-    def __init__(self, mesh: Mesh, slow_rank_ratio: float = 0.0) -> None:
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self._config = config
         self._mesh = mesh
-        self._own_times = OwnTimes(mesh, slow_rank_ratio)
+        self._peak_tflops = _peak_tflops(config, mesh.device)
+        self._own_times = OwnTimes(mesh, config.watchdog.slow_rank_ratio)
         self.restart()
 
     def restart(self) -> None:
         """Start a new interval, after a log or a pause in training."""
         self._started = time.perf_counter()
-        self._waited = 0.0
+        self._waited = self._flops = 0.0
         self._steps = self._samples = self._tokens = 0
         self._own_times.restart()
 
@@ -148,9 +164,10 @@ class StepMeter:
         """This rank's own part of a step is done: from here on it waits for others."""
         self._own_times.features_ready()
 
-    def step_done(self, *, samples: int, tokens: int) -> None:
-        """Count one step of this rank."""
+    def step_done(self, step: int, *, samples: int, tokens: int) -> None:
+        """Count a step: this rank's samples and tokens, all ranks' operations."""
         self._steps += 1
+        self._flops += step_flops(self._config, step - 1)
         self._samples += samples
         self._tokens += tokens
 
@@ -164,15 +181,29 @@ class StepMeter:
         # After the wait for the device, so that its queued work is inside the interval.
         seconds = time.perf_counter() - self._started
         steps, ranks = max(self._steps, 1), self._mesh.dp.size
+        tflops = self._flops / seconds / self._mesh.world_size / 1e12
+        mfu = {} if self._peak_tflops is None else {"perf/mfu": tflops / self._peak_tflops}
         return {
             "train/loss": statistics.fmean(losses),
             "perf/samples_per_second": self._samples * ranks / seconds,
             "perf/tokens_per_second": self._tokens * ranks / seconds,
             "perf/data_seconds_per_step": max(waits) / steps,
             "perf/seconds_per_step": seconds / steps,
+            "perf/model_tflops_per_device": tflops,
+            **mfu,
             "perf/peak_memory_gib": peak_memory_gib(loss.device),
             **self._own_times.read(seconds / steps),
         }
+
+
+def _peak_tflops(config: Config, device: torch.device) -> float | None:
+    """Of one device, where it is known."""
+    if config.log.peak_tflops is not None:
+        return config.log.peak_tflops
+    if device.type != "cuda" or config.train.precision == "fp32":
+        return None
+    known = known_device(torch.cuda.get_device_name(device))
+    return None if known is None else known.bf16_flops / 1e12
 
 
 def _step_of(line: str) -> int | None:

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 _LOCK, _CONFIG = "lock", "config.yaml"
 #: One of these, and the folder is a run's.
 _OF_A_RUN = (_CONFIG, "checkpoints")
-#: What there may be before: of a start that was cut off, of the watchdog and of the supervisor.
-_BEFORE_A_RUN = (_LOCK, f"{_CONFIG}.tmp", "watchdog", "hang", "restarts.jsonl", "hostfile")
+#: What there may be before: of a start that was cut off, of the watchdog, the supervisor and wandb.
+_BEFORE_A_RUN = (_LOCK, f"{_CONFIG}.tmp", "watchdog", "hang", "restarts.jsonl", "hostfile", "wandb")
 #: Where launchers write what a run says.
 _LOGS = {".log", ".out", ".err"}
 #: Seconds in which a file server learns that the node of a lock is dead.

@@ -61,7 +61,8 @@ class OwnTimes:
             self._began = None
 
     def read(self, seconds_per_step: float) -> dict[str, float]:
-        """Which rank is slowest since the restart, and how much slower than the median rank.
+        """Which rank is slowest since the restart, how much slower than the median rank, and the
+        mean over the largest time.
 
         A rank's time is the median of its steps, so that a compilation or a single late batch does
         not count. With an even number of ranks the median rank is the lower of the middle two. Rank
@@ -84,7 +85,11 @@ class OwnTimes:
                 "rank's; all ranks wait for it",
                 *(rank, hosts[rank], times[rank], ratio),
             )
-        return {"perf/slowest_rank": rank, "perf/slowest_rank_ratio": ratio}
+        return {
+            "perf/slowest_rank": rank,
+            "perf/slowest_rank_ratio": ratio,
+            "perf/load_balance": statistics.fmean(times) / times[rank] if times[rank] > 0 else 1.0,
+        }
 
     def _mark(self) -> float | torch.cuda.Event:
         if not self._on_gpu:

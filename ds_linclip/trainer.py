@@ -21,6 +21,7 @@ from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.model.pretrained import load_pretrained, lock_towers
+from ds_linclip.monitoring import open_listeners
 from ds_linclip.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.parallel.deepspeed_config import check_machine, deepspeed_config
 from ds_linclip.parallel.engine import initialize_engine
@@ -117,6 +118,7 @@ class _Run:
         mesh.agree(lambda: check_machine(config))
         mesh.agree(lambda: deepspeed_config(config, mesh))
         folder = leaving.enter_context(RunFolder.hold(config, mesh))
+        listeners = leaving.enter_context(open_listeners(config, mesh, phases))
         phases.enter("building the model")
         self._checkpoints = CheckpointStore(config, mesh, self._data.identity)
         leaving.callback(self._checkpoints.close)
@@ -136,14 +138,14 @@ class _Run:
             self.step, state = self._checkpoints.load(self._engine, resume_from)
             self._report.load_state(state)
             self._health.load_state(state["health"])
-        self._writer = MetricWriter(config, mesh, self._engine.monitor)
+        self._writer = MetricWriter(config, mesh, self._engine.monitor, listeners)
         if mesh.rank == 0:
             logger.info(
                 "%s\n%s", f"resumed from {resume_from}" if self.step else "from step 0", plan
             )
-        self._writer.text(self.step, "parallel_plan", plan)
+        self._writer.begin(self.step, plan)
         self._exchange = Exchange(mesh)
-        self._meter = StepMeter(mesh, config.watchdog.slow_rank_ratio)
+        self._meter = StepMeter(config, mesh)
         self._engine.on_features += [
             self._meter.features_ready,
             partial(phases.enter, "computing loss and gradients"),
@@ -191,7 +193,7 @@ class _Run:
         loss = self._engine.step(inputs, lr=rate, ema_decay=decay)
         self._sample_log.write(self.step, batch.keys)
         num_tokens = self._model.num_tokens(batch.images, batch.texts)
-        self._meter.step_done(samples=len(batch.texts), tokens=num_tokens)
+        self._meter.step_done(self.step, samples=len(batch.texts), tokens=num_tokens)
         self._bar.update()
         self._health.step_done(
             self.step,
@@ -280,6 +282,7 @@ class _Run:
         self._phases.enter("saving")
         self._exchange.close()
         self._checkpoints.wait()
+        self._writer.end()
 
 
 def _build_model(config: Config, mesh: Mesh, weights: InitConfig) -> CLIP:

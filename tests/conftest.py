@@ -1,14 +1,17 @@
 """Shared by all tests: the embedded dataset, written once, and a way to start ranks for real."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 
 # The ranks that tests start are gloo ranks on the CPU, also on a machine with GPUs.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -73,3 +76,22 @@ def deepspeed_cpu(
             return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """A headless Chromium, where there is one; its log is taken by whoever reads it."""
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        pytest.skip("no chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    for argument in (
+        *("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"),
+        *("--disable-background-networking", "--no-first-run", "--disable-component-update"),
+        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options, Service(driver))
+    yield chrome
+    chrome.quit()

@@ -4,7 +4,7 @@ Structured defaults <- YAML file (and the files its ``base:`` key names) <- ``ke
 command line. Only the typed :class:`Config` travels further; nothing else reads YAML.
 """
 
-from ds_linclip.config.files import as_image_size, load_config, save_config
+from ds_linclip.config.files import as_image_size, config_as_yaml, load_config, save_config
 from ds_linclip.config.rules import check_batch, check_model, validate
 from ds_linclip.config.schema import (
     Attention,
@@ -55,6 +55,7 @@ __all__ = [
     "as_image_size",
     "check_batch",
     "check_model",
+    "config_as_yaml",
     "load_config",
     "save_config",
     "validate",

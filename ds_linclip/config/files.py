@@ -13,7 +13,7 @@ from yaml import YAMLError
 from ds_linclip.config.rules import validate
 from ds_linclip.config.schema import Config
 
-__all__ = ["as_image_size", "load_config", "save_config"]
+__all__ = ["as_image_size", "config_as_yaml", "load_config", "save_config"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -56,7 +56,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved config as YAML; :func:`load_config` reads it back equal."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    Path(path).write_text(config_as_yaml(config))
+
+
+def config_as_yaml(config: Config) -> str:
+    """The resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def _read_with_bases(path: Path) -> list[tuple[Path, DictConfig]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ds_linclip.config.schema import Config, DataConfig, ModelConfig, Source
+from ds_linclip.config.schema import Config, DataConfig, LogConfig, ModelConfig, Source
 
 __all__ = ["check_batch", "check_model", "validate"]
 
@@ -61,7 +61,7 @@ def validate(config: Config) -> None:
         )
     _validate_health(config)
     _require_positive("checkpoint.keep_last", config.checkpoint.keep_last)
-    _require_positive("log.every_steps", config.log.every_steps)
+    _validate_log(config.log)
     _require_positive("eval.batch_size", config.eval.batch_size)
     for name, value in (
         ("checkpoint.every_steps", config.checkpoint.every_steps),
@@ -322,6 +322,18 @@ def _validate_health(config: Config) -> None:
             f"health.spike_factor ({health.spike_factor}) needs checkpoint.resume latest, not "
             "(never): a rewind goes on from a checkpoint of this run"
         )
+
+
+def _validate_log(log: LogConfig) -> None:
+    _require_positive("log.every_steps", log.every_steps)
+    port = log.prometheus_port
+    if port is not None and not 0 < port < 2**16:
+        raise ValueError(f"log.prometheus_port ({port}) must be in 1..65535")
+    for name in ("wandb", "trackio"):
+        if getattr(log, name) == "":
+            raise ValueError(f"log.{name} ('') must be the name of a project, or null")
+    if log.peak_tflops is not None:
+        _require_positive("log.peak_tflops", log.peak_tflops)
 
 
 def _multiples_near(value: int, of: int) -> str:

@@ -394,12 +394,21 @@ class HealthConfig:
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """Progress, TensorBoard."""
+    """Progress, and who is told of it; ``<run folder>/metrics.jsonl`` is written in any case."""
 
     #: Steps between records of loss and throughput.
     every_steps: int = 10
     #: Write TensorBoard events into ``<run folder>/tensorboard``.
     tensorboard: bool = True
+    #: Port on which rank 0 answers Prometheus, on all addresses of its host; None: none.
+    prometheus_port: int | None = None
+    #: Project of Weights & Biases (``pip install wandb``); None: none.
+    wandb: str | None = None
+    #: Project of Trackio (``pip install trackio``), kept in its folder on this machine; None: none.
+    trackio: str | None = None
+    #: Largest rate of one device in TFLOP/s, for ``perf/mfu``; None: that of the data sheet for
+    #: bf16 and fp16 on a known GPU (``ds_linclip/devices.py``), else there is no ``perf/mfu``.
+    peak_tflops: float | None = None
     #: Held-out images drawn with their captions and top-5 classes at every evaluation.
     num_images: int = 8
     #: Write the keys of every batch into ``<run folder>/samples/rank-N.jsonl``.

@@ -24,7 +24,7 @@ _FILE_MAY_SET = {
     "wall_clock_breakdown",
 }
 #: What the file may set of the monitors, which are ours: the engine would write curves of its own.
-_MONITORS = {"wandb", "comet", "csv_monitor"}
+_MONITORS = {"comet", "csv_monitor"}
 
 #: Elements of a bucket, unless the file says otherwise; DeepSpeed's own 5e8 is more than a whole
 #: CLIP model, and allocated whether filled or not. The token embedding fits in.

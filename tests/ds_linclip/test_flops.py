@@ -6,6 +6,7 @@ from ds_linclip.config import (
     Attention,
     Config,
     DataConfig,
+    InitConfig,
     LossConfig,
     ModelConfig,
     Resolution,
@@ -13,7 +14,13 @@ from ds_linclip.config import (
     TrainConfig,
     VisionTower,
 )
-from ds_linclip.flops import block_flops, forward_flops, num_parameters, training_flops
+from ds_linclip.flops import (
+    block_flops,
+    forward_flops,
+    num_parameters,
+    step_flops,
+    training_flops,
+)
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
@@ -79,6 +86,21 @@ def test_a_run_costs_three_forwards_of_every_pair_at_its_size():
     assert training_flops(config) == pytest.approx(3 * 4 * (6 * small + 4 * large))
     config.data.resolutions = []
     assert training_flops(config) == pytest.approx(3 * 4 * 10 * large)
+
+
+def test_what_is_locked_costs_its_forward_only():
+    config = Config(model=TINY, train=TrainConfig(steps=1, global_batch_size=1))
+    forward, whole = forward_flops(TINY, (32, 16)), step_flops(config, 0)
+    assert whole == 3 * forward
+    config.init = InitConfig(lock_image=True)
+    locked = step_flops(config, 0)
+    config.init = InitConfig(lock_text=True)
+    assert (whole - locked) + (whole - step_flops(config, 0)) == pytest.approx(2 * forward)
+    config.init = InitConfig(lock_image=True, lock_image_unlocked_groups=2)
+    head, block = 2 * 48 * 32, block_flops(TINY.vision, 9)
+    assert step_flops(config, 0) - locked == pytest.approx(2 * (head + block))
+    config.init.lock_image_unlocked_groups = TINY.vision.layers + 2
+    assert step_flops(config, 0) == whole
 
 
 def test_dropped_patches_cost_nothing():

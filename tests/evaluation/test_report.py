@@ -4,14 +4,11 @@ import base64
 import io
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 
 from linclip_eval.__main__ import main
 from linclip_eval.report_command import write_report
@@ -78,24 +75,6 @@ def test_bad_folders_are_named(results, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(r"error: .*summary\.md must begin with a title", line)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    driver = shutil.which("chromedriver")
-    if driver is None:
-        pytest.skip("no chromedriver on this machine")
-    options = webdriver.ChromeOptions()
-    for argument in (
-        *("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"),
-        *("--disable-background-networking", "--no-first-run", "--disable-component-update"),
-        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options, Service(driver))
-    yield chrome
-    chrome.quit()
 
 
 def test_browser_shows_pictures_and_tables(results, tmp_path, browser):

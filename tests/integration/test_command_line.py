@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import webdataset
+from dirty_shards import write_dirty_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.distributed
@@ -136,18 +137,6 @@ def write_unusable_shard(folder):
     with webdataset.TarWriter(str(folder / "00000.tar")) as tar:
         for index in range(64):
             tar.write({"__key__": f"{index:09d}", "jpg": b"no picture", "txt": b"a caption"})
-
-
-def write_dirty_shards(digits, folder):
-    """A quarter of the captions is empty; a lost shard is among the rest."""
-    for shard in sorted((digits / "train").glob("*.tar")):
-        samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
-        with webdataset.TarWriter(str(folder / shard.name)) as tar:
-            for index, sample in enumerate(samples):
-                caption = b"" if index % 4 == 0 else sample["txt"]
-                tar.write({"__key__": sample["__key__"], "jpg": sample["jpg"], "txt": caption})
-    (folder / "sizes.json").write_text(json.dumps({f"{n:05d}.tar": 179 for n in range(8)}))
-    (folder / "00003.tar").write_bytes(b"garbage")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,86 @@
+"""Experiment trackers: Weights & Biases and Trackio.
+
+Not by DeepSpeed's monitor: it knows no Trackio, and gives Weights & Biases neither the config nor a
+name, one call for every value, and no end.
+"""
+
+import importlib
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from ds_linclip.config import Config
+from ds_linclip.monitoring.scalars import Listener
+
+__all__ = ["trackio_run", "wandb_run"]
+
+
+@contextmanager
+def wandb_run(config: Config) -> Iterator[Listener]:
+    """A run of the project ``log.wandb``; gives its listener.
+
+    Every start of training is a run of its own, in a group by the name of the training run.
+
+    Raises:
+        ValueError: when wandb is not installed, not logged in, or cannot be reached.
+    """
+    wandb = _import("wandb", config.log.wandb)
+    try:
+        without_account = wandb.setup().settings.mode in ("offline", "disabled")
+        if not without_account and not wandb.login(prompt=False):
+            raise ValueError(
+                f"log.wandb ({config.log.wandb}) needs an account: run wandb login, or set "
+                "WANDB_MODE=offline"
+            )
+        run = wandb.init(dir=config.run_dir, **_facts(config, config.log.wandb))
+    except wandb.Error as error:
+        raise _unusable("wandb", config.log.wandb, error) from error
+    has_failed = True
+    try:
+        yield lambda step, values: run.log(dict(values), step=step)
+        has_failed = False
+    finally:
+        run.finish(exit_code=int(has_failed))
+
+
+@contextmanager
+def trackio_run(config: Config) -> Iterator[Listener]:
+    """A run of the project ``log.trackio``, in Trackio's own folder; as :func:`wandb_run`.
+
+    Raises:
+        ValueError: when trackio is not installed or cannot write.
+    """
+    trackio = _import("trackio", config.log.trackio)
+    try:
+        run = trackio.init(embed=False, **_facts(config, config.log.trackio))
+    except (OSError, ValueError, sqlite3.Error) as error:
+        raise _unusable("trackio", config.log.trackio, error) from error
+    try:
+        yield lambda step, values: run.log(dict(values), step=step)
+    finally:
+        run.finish()
+
+
+def _import(name: str, project: str | None) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"log.{name} ({project}) needs the package {name}, which cannot be imported "
+            f"({error}): pip install {name}"
+        ) from error
+
+
+def _unusable(name: str, project: str | None, error: Exception) -> ValueError:
+    return ValueError(f"log.{name} ({project}) cannot be used: {' '.join(str(error).split())}")
+
+
+def _facts(config: Config, project: str | None) -> dict[str, Any]:
+    return {
+        "project": project,
+        "name": config.name,
+        "group": config.name,
+        "config": asdict(config),
+    }
