@@ -89,8 +89,9 @@ class Engine:
     def healthy(self, container: str) -> tuple[bool, str]:
         """What the image's own health check says."""
         done = self("podman", "healthcheck", "run", container, check=False)
-        state = self("podman", "inspect", "--format", "{{json .State.Health.Log}}", container)
-        return done.returncode == 0, json.loads(state.stdout)[-1]["Output"] or done.stderr
+        log = self("podman", "inspect", "--format", "{{json .State.Health.Log}}", container).stdout
+        said = [check["Output"] for check in json.loads(log) or []]
+        return done.returncode == 0, "".join(said[-1:]) + done.stderr
 
     def wait_healthy(self, container: str, seconds: float = 120) -> str:
         until = time.monotonic() + seconds
@@ -203,7 +204,7 @@ for name in ("ds_linclip", "linclip_kernels", "linclip_eval"):
             importlib.import_module(module.name)
             print(module.name)
 x = torch.arange(8.0)
-assert torch.equal(torch.compile(lambda x: x.sin() + 1)(x), x.sin() + 1)
+assert torch.equal(torch.compile(lambda x: 2 * x + 1)(x), 2 * x + 1)
 folder = tempfile.mkdtemp()
 source = os.path.join(folder, "source.c")
 open(source, "w").write("#include <Python.h>\\nPyMODINIT_FUNC PyInit_x(void) { return 0; }")
