@@ -1,5 +1,6 @@
 """What can be told of docker/ without building anything: the lock file and the compose file."""
 
+import os
 import re
 import subprocess
 import sys
@@ -61,31 +62,42 @@ def test_lock_file_is_what_pyproject_needs_in_the_versions_of_constraints():
     assert pins(DOCKER / "build.lock") == {"setuptools": locked["setuptools"]}
 
 
-@pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]])
-def test_nodes_are_those_of_the_hostfile_and_start_the_launch_script(files):
-    hosts = [line.split() for line in (DOCKER / "hostfile").read_text().splitlines()]
+def services(*files: str) -> dict:
+    """Of compose files, merged."""
     options = [option for file in files for option in ("--file", str(DOCKER / file))]
     shown = subprocess.run(
         [Path(sys.executable).with_name("podman-compose"), "--dry-run", *options, "config"],
-        env={"PATH": "/usr/bin:/bin", "TRAIN": "ds_configs/train/vit_b16.yaml name=mine"},
+        env={"TRAIN": "ds_configs/train/vit_b16.yaml name=mine"},
         capture_output=True,
         text=True,
         check=True,
     )
-    services = yaml.safe_load(shown.stdout)["services"]
-    assert services.keys() == {*(host for host, _ in hosts), "tensorboard"}
+    return yaml.safe_load(shown.stdout)["services"]
+
+
+def test_compose_starts_the_launch_script_on_the_nodes_of_the_hostfile():
+    hosts = [line.split() for line in (DOCKER / "hostfile").read_text().splitlines()]
+    on_cpu, on_gpu = services("compose.yaml"), services("compose.yaml", "compose.gpu.yaml")
+    assert on_cpu.keys() == on_gpu.keys() == {*(host for host, _ in hosts), "tensorboard"}
     gpus = []
-    for number, (host, slots) in enumerate(hosts):
-        node = services[host]
-        script, hostfile, *rest = node["command"]
-        assert (REPOSITORY / script).stat().st_mode & 0o111, f"{script} cannot be run"
-        assert any(volume.split(":")[:2] == ["./hostfile", hostfile] for volume in node["volumes"])
-        assert rest == ["--node-rank", str(number), "ds_configs/train/vit_b16.yaml", "name=mine"]
-        assert node["hostname"] == host
-        is_gpu = "compose.gpu.yaml" in files
-        assert node["environment"]["DS_ACCELERATOR"] == ("cuda" if is_gpu else "cpu")
-        if is_gpu:
-            (device,) = node["deploy"]["resources"]["reservations"]["devices"]
-            assert slots == f"slots={len(device['device_ids'])}"
-            gpus += device["device_ids"]
+    for host, slots in hosts:
+        assert on_cpu[host]["hostname"] == host
+        assert on_cpu[host]["environment"]["DS_ACCELERATOR"] == "cpu"
+        assert on_gpu[host]["environment"]["DS_ACCELERATOR"] == "cuda"
+        assert on_gpu[host]["command"] == on_cpu[host]["command"]
+        (device,) = on_gpu[host]["deploy"]["resources"]["reservations"]["devices"]
+        assert slots == f"slots={len(device['device_ids'])}"
+        gpus += device["device_ids"]
     assert len(gpus) == len(set(gpus)), "NCCL takes a GPU for one rank only"
+    # Here the launch script finds its config, and no hostfile.
+    node = on_cpu["node1"]
+    started = subprocess.run(
+        node["command"],
+        env={**os.environ, **node["environment"], "HOSTNAME": "node1"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert started.returncode == 2
+    assert "hostfile (/run/hostfile) cannot be read" in started.stderr
+    assert "./hostfile:/run/hostfile:ro" in node["volumes"]
