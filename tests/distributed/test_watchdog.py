@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -78,6 +80,13 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
+def healthcheck(runs: Path, *options: str) -> tuple[int, str]:
+    """Exit code and line of the command."""
+    command = [sys.executable, REPOSITORY / "launch" / "healthcheck.py", runs, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
 def reports(run: Path) -> tuple[str, list[dict], list[str]]:
     """The summary; facts and stacks of both ranks."""
     (folder,) = (run / "hang").iterdir()
@@ -92,13 +101,17 @@ def reports(run: Path) -> tuple[str, list[dict], list[str]]:
 def test_stopped_rank_is_found_and_named(overrides, tmp_path):
     """SIGSTOP leaves a rank nothing it could do itself; the other one waits in a collective."""
     config = load_config(EMBEDDED, [*overrides, f"output_dir={tmp_path}"])
-    run, stopped = config.run_dir, {}
+    run, stopped, checks = config.run_dir, {}, [healthcheck(tmp_path)]
 
     def stop_rank_1() -> None:
         wait_for(lambda: (run / "metrics.jsonl").exists(), 40)
         sign = json.loads((run / "watchdog" / "rank-00001.json").read_text())
+        checks.append(healthcheck(tmp_path))
         os.kill(sign["pid"], signal.SIGSTOP)
         stopped.update(sign, at=time.monotonic())
+        time.sleep(2.5)
+        checks.append(healthcheck(tmp_path, "--sign-seconds", "2"))
+        checks.append(healthcheck(tmp_path, "--phase-seconds", "1"))
 
     thread = threading.Thread(target=stop_rank_1)
     thread.start()
@@ -107,6 +120,12 @@ def test_stopped_rank_is_found_and_named(overrides, tmp_path):
     seconds = time.monotonic() - stopped["at"]
     thread.join()
     assert TIMEOUT - 1 < seconds < TIMEOUT + 10
+    # The health check of containers, before there is a run, while it steps and when it does not.
+    assert [code for code, _ in checks] == [1, 0, 1, 1], checks
+    assert "has given a sign of life" in checks[0][1]
+    assert re.match(r"2 ranks of this host are well, step \d+\n", checks[1][1])
+    assert re.match(r"rank 1 \(pid \d+\), step \d+, .*: no sign of life for \d s\n", checks[2][1])
+    assert re.match(r"rank \d \(pid \d+\), step \d+, .*: in this phase for \d s\n", checks[3][1])
     summary, facts, stacks = reports(run)
     assert re.match(
         rf"hang: rank 1 \(host {stopped['host']}, pid {stopped['pid']}\) is behind: stopped, "
