@@ -6,7 +6,7 @@ Imports no torch: the supervisor lives as long as the run, and must not hold a G
 import json
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,20 +180,18 @@ def format_slots(slots: Slots) -> str:
     return "@".join(f"{host}:{','.join(map(str, its))}" for host, its in slots.items())
 
 
-def ask_hosts(hosts: Iterable[str], command: list[str], timeout: float) -> dict[str, Answer]:
+def ask_hosts(commands: Mapping[str, list[str]], timeout: float) -> dict[str, Answer]:
     """Run a command for every host, all at once; what came of it, by host.
 
     Args:
-        hosts: Names.
-        command: ``{host}`` stands for the name in every argument; no shell runs it here.
+        commands: By host.
         timeout: Seconds.
     """
-    named = list(hosts)
 
     def ask(host: str) -> Answer:
         try:
             done = subprocess.run(
-                [part.replace("{host}", host) for part in command],
+                commands[host],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -209,7 +207,7 @@ def ask_hosts(hosts: Iterable[str], command: list[str], timeout: float) -> dict[
         return Answer(is_good, said[-1] if said else f"exit code {done.returncode}")
 
     with ThreadPoolExecutor(32) as pool:
-        return dict(zip(named, pool.map(ask, named), strict=True))
+        return dict(zip(commands, pool.map(ask, commands), strict=True))
 
 
 def choose_hosts(config: Config, hosts: Slots, min_nodes: int = 1) -> Slots:

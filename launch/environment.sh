@@ -1,9 +1,8 @@
 # shellcheck shell=bash
 # What ranks on several hosts find in their environment: sourced by multinode.sh, slurm.sbatch and
-# k8s.yaml. What is set already stays. From the host of multinode.sh variables whose names begin
-# with DS_ACCELERATOR, FI_, GLOO_, NCCL_, OMP_, PYTHON, TORCH_, TRITON_ or UCX_ go to all others, and
-# so do the lines KEY=value of a file .deepspeed_env in the home or the current folder. They stand on
-# command lines there: secrets belong elsewhere.
+# k8s.yaml. What is set already stays. multinode.sh gives the ranks of other hosts the variables that
+# begin with DS_ACCELERATOR, FI_, GLOO_, NCCL_, OMP_, PYTHON, TORCH_, TRITON_ or UCX_, and no others;
+# srun and Kubernetes give them all.
 
 # The network interface between the hosts, where there are several (a management network, docker0):
 # a name, "^name" for all but that, or a prefix such as "ib". gloo takes names only; its connections
@@ -20,7 +19,3 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # Threads of one rank on the CPU. Left alone every rank takes all cores, and they fight for them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-# A host that has lost its power says nothing: ssh asks it every 15 s and gives up after a minute.
-# (Only for pdsh, on the host of multinode.sh.)
-export PDSH_SSH_ARGS_APPEND=${PDSH_SSH_ARGS_APPEND:--o ServerAliveInterval=15 -o ServerAliveCountMax=4}

@@ -1,26 +1,29 @@
-"""Other hosts of a run, through ssh: what DeepSpeed's launcher leaves undone there.
+"""A run's part on every one of its hosts, through ssh.
 
-It starts ranks on them and forgets them: a connection that breaks ends none of them, and a signal
-is theirs for 30 seconds. What a start has started carries its mark in the environment, by which it
-is found on every host.
+``deepspeed --hostfile`` hands this to pdsh, which waits for the hosts that are well when another
+one has failed, says only the largest exit code, and leaves ranks behind where a connection breaks.
+Here each host gets ``deepspeed --no_ssh`` by a connection of its own, and what was started is found
+again on every host by a mark in its environment.
 """
 
 import os
 import shlex
 import signal
+import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ds_linclip.supervision import Answer, ask_hosts
 
-__all__ = ["RemoteHosts", "for_pdsh"]
+__all__ = ["RemoteHosts"]
 
-#: What DeepSpeed does not send by itself; it sends NCCL* (with GPUs), PYTHON*, UCX* and MV2*.
-SENT = ("DS_ACCELERATOR", "FI_", "GLOO_", "NCCL_", "OMP_", "TORCH_", "TRITON_")
-MARK = "LINCLIP_START"
+#: What the ranks get of the environment; launch/environment.sh says what for.
+SENT = ("DS_ACCELERATOR", "FI_", "GLOO_", "NCCL_", "OMP_", "PYTHON", "TORCH_", "TRITON_", "UCX_")
+#: Seconds that hosts have left when the first of them has ended.
+PATIENCE = 30
 
 
 @dataclass
@@ -35,10 +38,15 @@ class RemoteHosts:
     shell: str
     seconds: float
     _mark: str = field(default="", init=False)
+    _running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict, init=False)
 
-    def silent(self, hosts: Iterable[str]) -> dict[str, str]:
-        """Hosts that cannot run this project's Python in the current folder, and why."""
-        answers = self._ask(hosts, f"cd {shlex.quote(os.getcwd())} && {_python()} --version")
+    def unfit(self, hosts: Iterable[str], master: str | None = None) -> dict[str, str]:
+        """Hosts that cannot run this Python in the current folder or find the master, and why."""
+        code = (
+            f"import socket, sys\ntry: socket.getaddrinfo({master!r}, 0)\n"
+            f"except OSError as error: sys.exit(f'{master}: {{error}}')"
+        )
+        answers = self._ask(hosts, f"cd {shlex.quote(os.getcwd())} && {_python(code)}")
         return {host: answer.text for host, answer in answers.items() if not answer.is_good}
 
     def port(self, host: str, wanted: int | None) -> int:
@@ -48,7 +56,7 @@ class RemoteHosts:
             ValueError: when it is taken, or when the host does not answer.
         """
         code = f"import socket; print(socket.create_server(('', {wanted or 0})).getsockname()[1])"
-        answer = self._ask([host], f"{_python()} -c {shlex.quote(code)}")[host]
+        answer = self._ask([host], _python(code))[host]
         if answer.is_good:
             return int(answer.text)
         if "already in use" in answer.text:
@@ -58,61 +66,64 @@ class RemoteHosts:
             )
         raise ValueError(f"host {host} cannot be asked for a port: {answer.text}")
 
-    def environment(self, path: Path) -> dict[str, str]:
-        """Write what the ranks of the next start get to know; DeepSpeed reads it by what returns.
+    def run(self, commands: Mapping[str, list[str]]) -> int:
+        """Run a command on every host until all have ended, or one has and the patience too.
 
-        DeepSpeed's own files of that kind, of the home and the current folder, come first.
+        Returns:
+            The exit code of the first one to fail; 0 when none has.
         """
-        self._mark = f"{MARK}={uuid.uuid4().hex}"
-        name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-        lines = []
-        for file in (Path.home() / name, Path(name)):
-            lines += file.read_text().splitlines() if file.is_file() else []
-        lines += [f"{key}={value}" for key, value in os.environ.items() if key.startswith(SENT)]
-        path.write_text("\n".join([*filter(None, lines), self._mark]) + "\n")
-        return {"DS_ENV_FILE": str(path.resolve())}
-
-    def ask_to_leave(self, host: str) -> bool:
-        """SIGTERM to the first rank of a host, which tells the others; False if it is not there."""
-        found = f"$(grep -lszx {self._mark} /proc/[0-9]*/environ)"
-        rank = f"$(grep -lszx LOCAL_RANK=0 {found} /dev/null | tr -dc '0-9\\n')"
-        return self._ask([host], f"kill -{int(signal.SIGTERM)} {rank}")[host].is_good
-
-    def end(self, hosts: Iterable[str], patience: int = 10) -> dict[str, str]:
-        """End what the start has left; hosts where that could not be done, and why.
-
-        Ranks that leave by themselves get some seconds for it: their launcher, which is one of
-        several, may have heard of it first.
-        """
-        script = "; ".join(
-            (
-                f"found() {{ grep -lszx {self._mark} /proc/[0-9]*/environ | tr -dc '0-9\\n'; }}",
-                f'for n in $(seq {patience}); do [ -z "$(found)" ] || sleep 1; done',
-                'while [ -n "$(found)" ]; do kill -9 $(found); sleep 0.1; done 2> /dev/null',
+        self._mark = f"LINCLIP_START={uuid.uuid4().hex}"
+        sent = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(SENT)]
+        self._running = running = {}
+        for host, command in commands.items():
+            script = f"cd {shlex.quote(os.getcwd())} && exec "
+            script += shlex.join(["env", *sent, self._mark, *command])
+            # A session of its own: the terminal's Ctrl-C is the supervisor's.
+            running[host] = subprocess.Popen(
+                self._command(host, script), stdin=subprocess.DEVNULL, start_new_session=True
             )
-        )
-        answers = self._ask(hosts, script, self.seconds + patience)
+        exit_code, until = 0, float("inf")
+        while any(process.poll() is None for process in running.values()):
+            for process in running.values():
+                if process.poll() is not None:
+                    exit_code = exit_code or process.returncode
+                    until = min(until, time.monotonic() + PATIENCE)
+            if time.monotonic() > until:
+                break
+            time.sleep(0.2)
+        for host, why in self.end(commands).items():
+            print(f"host {host} may still have ranks of this start: {why}", file=sys.stderr)
+        for process in running.values():
+            process.kill()
+            exit_code = exit_code or process.wait()
+        self._running = {}
+        return exit_code
+
+    def ask_to_leave(self) -> None:
+        """SIGTERM to the first rank, which tells the others; the end of all where it is not yet."""
+        if self._running:
+            rank = f"$(grep -lszx RANK=0 $({self._find()}) /dev/null | tr -dc '0-9\\n')"
+            first = next(iter(self._running))
+            if not self._ask([first], f"kill -{int(signal.SIGTERM)} {rank}")[first].is_good:
+                self.end(self._running)
+
+    def end(self, hosts: Iterable[str]) -> dict[str, str]:
+        """End what was started and is left; hosts where that could not be done, and why."""
+        found = f"$({self._find()} | tr -dc '0-9\\n')"
+        script = f'while p={found}; [ -n "$p" ]; do kill -9 $p; sleep 0.1; done 2> /dev/null'
+        answers = self._ask(hosts, script)
         return {host: answer.text for host, answer in answers.items() if not answer.is_good}
 
-    def _ask(
-        self, hosts: Iterable[str], script: str, seconds: float | None = None
-    ) -> dict[str, Answer]:
-        command = [*shlex.split(self.shell), f"sh -c {shlex.quote(script)}"]
-        return ask_hosts(hosts, command, seconds or self.seconds)
+    def _find(self) -> str:
+        return f"grep -lszx {self._mark} /proc/[0-9]*/environ"
+
+    def _ask(self, hosts: Iterable[str], script: str) -> dict[str, Answer]:
+        return ask_hosts({host: self._command(host, script) for host in hosts}, self.seconds)
+
+    def _command(self, host: str, script: str) -> list[str]:
+        words = [word.replace("{host}", host) for word in shlex.split(self.shell)]
+        return [*words, f"sh -c {shlex.quote(script)}"]
 
 
-def for_pdsh(argument: str) -> str:
-    """What DeepSpeed must be given for a rank to get this argument.
-
-    pdsh hands its command to a shell, which takes quotes, braces and dollars for its own. DeepSpeed
-    puts what has a space between double quotes, and nothing else.
-    """
-    if " " in argument:
-        quoted = "".join(f"\\{c}" if c in "\\$`" else c for c in argument)
-    else:
-        quoted = shlex.quote(argument)
-    return quoted.replace("%", "%%")
-
-
-def _python() -> str:
-    return shlex.quote(sys.executable)
+def _python(code: str) -> str:
+    return shlex.join([sys.executable, "-c", code])

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from process_tree import group_is_running, launcher_and_ranks
-from remote_hosts import RemoteHosts, for_pdsh
+from remote_hosts import RemoteHosts
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.exit_codes import ExitCode
@@ -73,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="without ssh: number in the hostfile of this host, the only one to start ranks on",
     )
+    parser.add_argument("--master-addr", help="of the first host; default: its name in the file")
     parser.add_argument(
         "--master-port",
         type=int,
@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-nodes", type=int, default=1, help="fewest hosts to run on")
     parser.add_argument(
         "--remote-shell",
-        default="ssh -o BatchMode=yes {host}",
+        # A host without power says nothing: it is asked, and given up after a minute.
+        default="ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4 {host}",
         help="runs one more argument on a host; default: %(default)s",
     )
     parser.add_argument(
@@ -158,23 +159,26 @@ class Supervisor:
 
     def _run_once(self) -> int:
         """Run the launcher to its end, and everything that it has started."""
-        environment = dict(os.environ)
         if self._is_remote:
-            self.config.run_dir.mkdir(parents=True, exist_ok=True)
-            environment |= self._remote.environment(self.config.run_dir / "environment")
+            # Where all hosts see it.
+            hostfile = self.config.run_dir / "hostfile"
+            hostfile.parent.mkdir(parents=True, exist_ok=True)
+            hostfile.write_text(self.arguments.hostfile.read_text())
+            return self._remote.run(
+                {host: self._command(rank, hostfile) for rank, host in enumerate(self._hosts)}
+            )
         # A session of its own: the terminal's Ctrl-C comes here alone, and what is left can be
         # found and ended.
-        self._launcher = subprocess.Popen(self._command(), start_new_session=True, env=environment)
+        command = self._command(self.arguments.node_rank, self.arguments.hostfile)
+        self._launcher = subprocess.Popen(command, start_new_session=True)
         if self._asked_to_leave:
             self._forward()
         exit_code = self._launcher.wait()
         _end_group(self._launcher.pid)
-        if self._is_remote:
-            for host, why in self._remote.end(self._hosts).items():
-                self._say(f"host {host} may still have ranks of this start: {why}")
         return exit_code
 
-    def _command(self) -> list[str]:
+    def _command(self, node_rank: int | None, hostfile: Path | None) -> list[str]:
+        """What runs the ranks of one host, or of all."""
         arguments = self.arguments
         train = [str(TRAIN), arguments.config, *arguments.overrides]
         if arguments.launch:
@@ -182,19 +186,10 @@ class Supervisor:
         command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
         # The port of a killed run may not be free yet.
         command += ["--master_port", str(self._port or _free_port())]
-        if self._hosts:
-            command += ["--hostfile", str(arguments.hostfile)]
-            command += ["--include", format_slots(self._hosts)]
-            first = next(iter(self._hosts))
-            if arguments.node_rank is not None:
-                command += ["--no_ssh", "--node_rank", str(arguments.node_rank)]
-                command += ["--master_addr", first]
-            elif len(self._hosts) == 1 and not _is_here(first):
-                command.append("--force_multi")  # DeepSpeed takes a single host for this machine
-            if self._is_remote:
-                # pdsh would wait for the hosts that are well when another one fails.
-                command.append("--launcher_args=-k")
-                train[1:] = map(for_pdsh, train[1:])
+        if node_rank is not None:
+            command += ["--no_ssh", "--node_rank", str(node_rank)]
+            command += ["--master_addr", self._master()]
+            command += ["--hostfile", str(hostfile), "--include", format_slots(self._hosts)]
         elif arguments.ranks:
             command += ["--num_gpus", str(arguments.ranks)]
         return [*command, *shlex.split(arguments.deepspeed), *train]
@@ -210,29 +205,15 @@ class Supervisor:
             if arguments.node_rank is not None or arguments.include or arguments.exclude:
                 raise ValueError("--node-rank, --include and --exclude need --hostfile")
             return
-        named = select_slots(
-            read_hostfile(arguments.hostfile), arguments.include, arguments.exclude
-        )
+        named = self._named_hosts()
         chosen = choose_hosts(self.config, named, arguments.min_nodes)
         used, slots = (sum(map(len, hosts.values())) for hosts in (chosen, named))
         if used < slots:
-            self._say(f"{used} of {slots} slots are used: no more divide the batch and the layout")
+            self._say(f"{used} of {slots} slots are used: no more fit the batch and the layout")
         if arguments.node_rank is None:
-            if shutil.which("pdsh") is None:
-                raise ValueError(
-                    "pdsh is missing on this host: install it, or start the run on every host by "
-                    "itself with --node-rank"
-                )
-            silent = self._remote.silent(named)
-            if silent:
-                raise ValueError(
-                    "; ".join(
-                        f"host {host} does not answer ({why}): mend it, or leave it out with "
-                        f"--exclude {host}"
-                        for host, why in silent.items()
-                    )
-                )
-            self._port = self._remote.port(next(iter(chosen)), arguments.master_port)
+            first = next(iter(chosen))
+            self._refuse(self._remote.unfit(named, arguments.master_addr or first))
+            self._port = self._remote.port(first, arguments.master_port)
         elif not 0 <= arguments.node_rank < len(chosen):
             raise ValueError(
                 f"--node-rank ({arguments.node_rank}) must be from 0 to {len(chosen) - 1}, the "
@@ -248,25 +229,42 @@ class Supervisor:
         """Hosts that answer, asked again when too few do: the network may be away for a moment."""
         if not self._is_remote:
             return
-        arguments = self.arguments
-        named = select_slots(
-            read_hostfile(arguments.hostfile), arguments.include, arguments.exclude
-        )
+        arguments, named = self.arguments, self._named_hosts()
         for tries_left in reversed(range(max(1, arguments.max_restarts))):
-            silent = self._remote.silent(named)
-            for host, why in silent.items():
+            unfit = self._remote.unfit(named)
+            for host, why in unfit.items():
                 self._say(f"host {host} does not answer and is left out: {why}")
-            left = {host: slots for host, slots in named.items() if host not in silent}
+            left = {host: slots for host, slots in named.items() if host not in unfit}
             try:
-                chosen = choose_hosts(self.config, left, arguments.min_nodes)
-                self._port = self._remote.port(next(iter(chosen)), arguments.master_port)
-                self._hosts = chosen
+                self._hosts = choose_hosts(self.config, left, arguments.min_nodes)
+                self._port = self._remote.port(next(iter(self._hosts)), arguments.master_port)
                 return
             except ValueError as error:
                 if tries_left == 0 or self._asked_to_leave:
                     raise
                 self._say(f"{error}; asking again in {arguments.check_seconds:.0f} s")
                 time.sleep(arguments.check_seconds)
+
+    def _master(self) -> str:
+        """Address of the first host; one that was given is that of the first in the file."""
+        first = next(iter(self._hosts))
+        is_given = self.arguments.master_addr and first == next(iter(self._named_hosts()))
+        return self.arguments.master_addr if is_given else first
+
+    def _named_hosts(self) -> Slots:
+        hosts = read_hostfile(self.arguments.hostfile)
+        return select_slots(hosts, self.arguments.include, self.arguments.exclude)
+
+    @staticmethod
+    def _refuse(unfit: dict[str, str]) -> None:
+        if unfit:
+            raise ValueError(
+                "; ".join(
+                    f"host {host} cannot take part ({why}): mend it, or leave it out with "
+                    f"--exclude {host}"
+                    for host, why in unfit.items()
+                )
+            )
 
     def _leave(self, number: int, _frame: FrameType | None) -> None:
         self._asked_to_leave = True
@@ -278,14 +276,13 @@ class Supervisor:
         One is asked itself, and tells the others: the launcher would end them after 30 seconds,
         whatever they are doing, and hide their exit code. It has to do where no rank is there yet.
         """
-        if self._launcher is None or self._launcher.poll() is not None:
-            return
-        if self._is_remote and self._remote.ask_to_leave(next(iter(self._hosts))):
-            return
-        _, ranks = launcher_and_ranks(self._launcher.pid)
-        for process in ranks or [self._launcher.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
+        if self._is_remote:
+            self._remote.ask_to_leave()
+        elif self._launcher is not None and self._launcher.poll() is None:
+            _, ranks = launcher_and_ranks(self._launcher.pid)
+            for process in ranks or [self._launcher.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
 
     def _say(self, text: str) -> None:
         print(f"supervisor: {text}", file=sys.stderr, flush=True)
@@ -297,15 +294,6 @@ def _end_group(leader: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(leader, signal.SIGKILL)
         time.sleep(0.1)
-
-
-def _is_here(host: str) -> bool:
-    """Whether it is this machine: nobody can listen at another one's address."""
-    try:
-        with socket.create_server((host, 0)):
-            return True
-    except OSError:
-        return False
 
 
 def _check_port(port: int) -> None:
