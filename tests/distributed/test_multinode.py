@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -181,7 +182,7 @@ REFUSED = [
 
 def test_what_cannot_run_is_refused_before_anything_starts(hosts, overrides, tmp_path):
     listen = "import socket, time; s = socket.create_server(('', 29777)); time.sleep(1000)"
-    hosts.start("node1", "python3", "-c", listen)
+    hosts.start("node1", sys.executable, "-c", listen)
     wait_until(lambda: bool(hosts.processes("node1")), 5)
     before = {name: hosts.processes(name) for name in hosts.names}
     hostfile = tmp_path / "hosts.txt"
