@@ -119,3 +119,5 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x launch/*.sh launch/*.sbatch .ci/run
+	$(BIN)/kubernetes-validate --strict --quiet launch/k8s.yaml

@@ -36,7 +36,7 @@ _LOCK, _CONFIG = "lock", "config.yaml"
 #: One of these, and the folder is a run's.
 _OF_A_RUN = (_CONFIG, "checkpoints")
 #: What there may be before: of a start that was cut off, of the watchdog and of the supervisor.
-_BEFORE_A_RUN = (_LOCK, f"{_CONFIG}.tmp", "watchdog", "hang", "restarts.jsonl", "environment")
+_BEFORE_A_RUN = (_LOCK, f"{_CONFIG}.tmp", "watchdog", "hang", "restarts.jsonl", "hostfile")
 #: Where launchers write what a run says.
 _LOGS = {".log", ".out", ".err"}
 #: Seconds in which a file server learns that the node of a lock is dead.

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from forked_ranks import train_in_ranks
 from killed_runs import batches, losses
 from two_hosts import TwoHosts, two_hosts
@@ -74,10 +76,15 @@ def starts_of(run: Path) -> list[dict]:
 
 
 def test_over_ssh_until_asked_to_leave_then_by_hand_on_each_host(hosts, overrides, whole, tmp_path):
+    """By hand as pods of a Kubernetes Job do it: with what launch/k8s.yaml runs in each."""
     # A name that shells would take apart.
     run = tmp_path / "a 'b' $HOME {1..2}"
-    command = ["launch/multinode.sh", hosts.hostfile(), EMBEDDED, *overrides, f'name="{run.name}"']
-    running = hosts.start("node1", *command, cwd=REPOSITORY, **ENVIRONMENT)
+    experiment = [EMBEDDED, *overrides, f'name="{run.name}"']
+    running = hosts.start(
+        *("node1", "launch/multinode.sh", hosts.hostfile(), *experiment),
+        cwd=REPOSITORY,
+        **ENVIRONMENT,
+    )
     wait_until(lambda: running.poll() is not None or stands_beyond(run, 5))
     seen = {name: hosts.processes(name) for name in hosts.names}
     ranks = [pid for pid, line in seen["node2"].items() if "--local_rank=0" in line]
@@ -93,18 +100,71 @@ def test_over_ssh_until_asked_to_leave_then_by_hand_on_each_host(hosts, override
     assert 5 < left_at < STEPS
     assert f"step-{left_at:08d} is saved; start again to go on" in err
 
-    both = [
-        hosts.start(name, *command, "--node-rank", rank, cwd=REPOSITORY, **ENVIRONMENT)
-        for rank, name in enumerate(hosts.names)
+    with (hosts.folder / "hosts").open("a") as names:  # those of the service
+        names.writelines(
+            f"{hosts.addresses[name]} linclip-{i}.linclip\n" for i, name in enumerate(hosts.names)
+        )
+    command, environment = script_of_a_pod(experiment)
+    environment |= {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
+    pods = [
+        hosts.start(name, *command, cwd=REPOSITORY, **environment, JOB_COMPLETION_INDEX=str(index))
+        for index, name in enumerate(hosts.names)
     ]
-    for host in both:
-        out, err = host.communicate(timeout=200)
-        assert host.returncode == 0, out + err
+    for pod in pods:
+        out, err = pod.communicate(timeout=200)
+        assert pod.returncode == 0, out + err
     wait_until(lambda: nothing_is_left(hosts), 5)
 
     starts = starts_of(run)
     assert [start["hosts"] for start in starts] == [{"node1": 1, "node2": 1}] * 2
     assert [start["resumed_from"] for start in starts] == [None, f"step-{left_at:08d}"]
+    assert losses(run) == whole
+    assert batches(run)[0] == batches(tmp_path / "whole")[0]
+
+
+def script_of_a_pod(experiment: list[object]) -> tuple[list[str], dict[str, str]]:
+    """What a container of the Job runs, with another experiment and a rank per pod; and its
+    environment."""
+    _, job = yaml.safe_load_all((REPOSITORY / "launch" / "k8s.yaml").read_text())
+    spec = job["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    assert environment["NODES"] == str(spec["completions"]) == str(spec["parallelism"])
+    assert f"slots={container['resources']['limits']['nvidia.com/gpu']}" in container["args"][2]
+    final = {code for rule in spec["podFailurePolicy"]["rules"][:2] for code in codes_of(rule)}
+    assert final == {ExitCode.USER_ERROR, ExitCode.DIVERGED, ExitCode.PREEMPTED}
+    bash, option, script = container["args"]
+    script, found = re.subn(
+        r"ds_configs/.*", lambda _: shlex.join(map(str, experiment)), script, flags=re.DOTALL
+    )
+    assert found == 1
+    return [bash, option, script.replace("slots=8", "slots=1")], environment
+
+
+def codes_of(rule: dict) -> list[int]:
+    return rule["onExitCodes"]["values"]
+
+
+@pytest.mark.slow
+def test_crash_on_one_host_starts_all_again_by_hand(hosts, overrides, whole, tmp_path):
+    run = tmp_path / "crashed"
+    command = ["launch/multinode.sh", hosts.hostfile(), "--backoff-seconds", 0.1, EMBEDDED]
+    both = [
+        hosts.start(
+            *(name, *command, "--node-rank", rank, *overrides, "name=crashed"),
+            cwd=REPOSITORY,
+            **ENVIRONMENT,
+        )
+        for rank, name in enumerate(hosts.names)
+    ]
+    wait_until(lambda: any(host.poll() is not None for host in both) or stands_beyond(run, 5))
+    ranks = [pid for pid, line in hosts.processes("node2").items() if "--local_rank=0" in line]
+    os.kill(min(ranks), signal.SIGKILL)
+    for host in both:
+        out, err = host.communicate(timeout=300)
+        assert host.returncode == 0, out + err
+    wait_until(lambda: nothing_is_left(hosts), 5)
+    assert len((run / "restarts.jsonl").read_text().splitlines()) == 1
     assert losses(run) == whole
     assert batches(run)[0] == batches(tmp_path / "whole")[0]
 
