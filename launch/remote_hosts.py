@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ds_linclip.supervision import Answer, ask_hosts
@@ -38,7 +38,6 @@ class RemoteHosts:
     shell: str
     seconds: float
     _mark: str = field(default="", init=False)
-    _running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict, init=False)
 
     def unfit(self, hosts: Iterable[str], master: str | None = None) -> dict[str, str]:
         """Hosts that cannot run this Python in the current folder or find the master, and why."""
@@ -66,15 +65,19 @@ class RemoteHosts:
             )
         raise ValueError(f"host {host} cannot be asked for a port: {answer.text}")
 
-    def run(self, commands: Mapping[str, list[str]]) -> int:
+    def run(self, commands: Mapping[str, list[str]], is_to_leave: Callable[[], bool]) -> int:
         """Run a command on every host until all have ended, or one has and the patience too.
+
+        Args:
+            commands: By host; the first one has rank 0.
+            is_to_leave: Whether the ranks are to be asked to leave now.
 
         Returns:
             The exit code of the first one to fail; 0 when none has.
         """
         self._mark = f"LINCLIP_START={uuid.uuid4().hex}"
         sent = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(SENT)]
-        self._running = running = {}
+        running = {}
         for host, command in commands.items():
             script = f"cd {shlex.quote(os.getcwd())} && exec "
             script += shlex.join(["env", *sent, self._mark, *command])
@@ -82,7 +85,7 @@ class RemoteHosts:
             running[host] = subprocess.Popen(
                 self._command(host, script), stdin=subprocess.DEVNULL, start_new_session=True
             )
-        exit_code, until = 0, float("inf")
+        exit_code, until, is_asked = 0, float("inf"), False
         while any(process.poll() is None for process in running.values()):
             for process in running.values():
                 if process.poll() is not None:
@@ -90,24 +93,25 @@ class RemoteHosts:
                     until = min(until, time.monotonic() + PATIENCE)
             if time.monotonic() > until:
                 break
+            if is_to_leave() and not is_asked:
+                self._ask_to_leave(commands)
+                is_asked = True
             time.sleep(0.2)
-        for host, why in self.end(commands).items():
+        for host, why in self._end(commands).items():
             print(f"host {host} may still have ranks of this start: {why}", file=sys.stderr)
         for process in running.values():
             process.kill()
             exit_code = exit_code or process.wait()
-        self._running = {}
         return exit_code
 
-    def ask_to_leave(self) -> None:
-        """SIGTERM to the first rank, which tells the others; the end of all where it is not yet."""
-        if self._running:
-            rank = f"$(grep -lszx RANK=0 $({self._find()}) /dev/null | tr -dc '0-9\\n')"
-            first = next(iter(self._running))
-            if not self._ask([first], f"kill -{int(signal.SIGTERM)} {rank}")[first].is_good:
-                self.end(self._running)
+    def _ask_to_leave(self, hosts: Iterable[str]) -> None:
+        """SIGTERM to rank 0, which tells the others; the end of all where it is not there yet."""
+        rank = f"$(grep -lszx RANK=0 $({self._find()}) /dev/null | tr -dc '0-9\\n')"
+        first = next(iter(hosts))
+        if not self._ask([first], f"kill -{int(signal.SIGTERM)} {rank}")[first].is_good:
+            self._end(hosts)
 
-    def end(self, hosts: Iterable[str]) -> dict[str, str]:
+    def _end(self, hosts: Iterable[str]) -> dict[str, str]:
         """End what was started and is left; hosts where that could not be done, and why."""
         found = f"$({self._find()} | tr -dc '0-9\\n')"
         script = f'while p={found}; [ -n "$p" ]; do kill -9 $p; sleep 0.1; done 2> /dev/null'

@@ -130,8 +130,10 @@ class Supervisor:
             exit_code = self._run_once()
             ended, step = time.monotonic(), newest_step(run_dir)
             starts_again, reason = verdict(exit_code, is_complete=step >= self.config.train.steps)
-            if not starts_again or self._asked_to_leave:
+            if not starts_again:
                 return exit_code
+            if self._asked_to_leave:
+                return ExitCode.PREEMPTED
             failures = 1 if step > before else failures + 1
             if failures > self.arguments.max_restarts:
                 self._say(f"{reason}; gave up after {failures - 1} restarts without progress")
@@ -164,9 +166,10 @@ class Supervisor:
             hostfile = self.config.run_dir / "hostfile"
             hostfile.parent.mkdir(parents=True, exist_ok=True)
             hostfile.write_text(self.arguments.hostfile.read_text())
-            return self._remote.run(
-                {host: self._command(rank, hostfile) for rank, host in enumerate(self._hosts)}
-            )
+            commands = {
+                host: self._command(rank, hostfile) for rank, host in enumerate(self._hosts)
+            }
+            return self._remote.run(commands, lambda: self._asked_to_leave)
         # A session of its own: the terminal's Ctrl-C comes here alone, and what is left can be
         # found and ended.
         command = self._command(self.arguments.node_rank, self.arguments.hostfile)
@@ -212,7 +215,15 @@ class Supervisor:
             self._say(f"{used} of {slots} slots are used: no more fit the batch and the layout")
         if arguments.node_rank is None:
             first = next(iter(chosen))
-            self._refuse(self._remote.unfit(named, arguments.master_addr or first))
+            unfit = self._remote.unfit(named, arguments.master_addr or first)
+            if unfit:
+                raise ValueError(
+                    "; ".join(
+                        f"host {host} cannot take part ({why}): mend it, or leave it out with "
+                        f"--exclude {host}"
+                        for host, why in unfit.items()
+                    )
+                )
             self._port = self._remote.port(first, arguments.master_port)
         elif not 0 <= arguments.node_rank < len(chosen):
             raise ValueError(
@@ -255,34 +266,22 @@ class Supervisor:
         hosts = read_hostfile(self.arguments.hostfile)
         return select_slots(hosts, self.arguments.include, self.arguments.exclude)
 
-    @staticmethod
-    def _refuse(unfit: dict[str, str]) -> None:
-        if unfit:
-            raise ValueError(
-                "; ".join(
-                    f"host {host} cannot take part ({why}): mend it, or leave it out with "
-                    f"--exclude {host}"
-                    for host, why in unfit.items()
-                )
-            )
-
     def _leave(self, number: int, _frame: FrameType | None) -> None:
         self._asked_to_leave = True
         self._forward()
 
     def _forward(self) -> None:
-        """Ask the ranks to leave.
+        """Ask the ranks of this machine to leave.
 
-        One is asked itself, and tells the others: the launcher would end them after 30 seconds,
-        whatever they are doing, and hide their exit code. It has to do where no rank is there yet.
+        They are asked themselves: the launcher would end them after 30 seconds, whatever they are
+        doing, and hide their exit code. It has to do where no rank is there yet.
         """
-        if self._is_remote:
-            self._remote.ask_to_leave()
-        elif self._launcher is not None and self._launcher.poll() is None:
-            _, ranks = launcher_and_ranks(self._launcher.pid)
-            for process in ranks or [self._launcher.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGTERM)
+        if self._launcher is None or self._launcher.poll() is not None:
+            return
+        _, ranks = launcher_and_ranks(self._launcher.pid)
+        for process in ranks or [self._launcher.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
 
     def _say(self, text: str) -> None:
         print(f"supervisor: {text}", file=sys.stderr, flush=True)
