@@ -134,3 +134,5 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose*.yaml
+	$(BIN)/shellcheck -x launch/*.sh launch/*.sbatch .ci/run
+	$(BIN)/kubernetes-validate --strict --quiet launch/k8s.yaml

@@ -5,7 +5,6 @@ Imports no torch: the supervisor lives as long as the run, and must not hold a G
 
 import json
 import re
-import shlex
 import subprocess
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +16,24 @@ from ds_linclip.config import Config, check_batch
 from ds_linclip.exit_codes import ExitCode
 
 __all__ = [
+    "Answer",
     "Restart",
+    "Slots",
+    "ask_hosts",
     "choose_hosts",
-    "format_hostfile",
-    "hosts_that_answer",
+    "format_slots",
     "newest_step",
     "read_hostfile",
     "record",
+    "select_slots",
     "verdict",
 ]
+
+#: Numbers of the slots of a host, by host, in the order of their ranks.
+Slots = dict[str, list[int]]
+
+#: Exit code of ssh and pdsh for a connection that cannot be made, or breaks.
+_SSH_FAILED = 255
 
 #: After these the run must not be started again.
 _FINAL = {
@@ -58,6 +66,14 @@ class Restart:
     seconds_down: float
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came of a command: whether it ended with 0, and the last line that it said."""
+
+    is_good: bool
+    text: str
+
+
 def record(run_dir: Path, restart: Restart) -> None:
     """Add a line to ``restarts.jsonl`` of the run folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -86,6 +102,8 @@ def verdict(exit_code: int, *, is_complete: bool) -> tuple[bool, str]:
         return not is_complete, "finished" if is_complete else "the launcher was killed"
     if exit_code == ExitCode.HUNG:
         return True, "hung"
+    if exit_code == _SSH_FAILED:
+        return True, "a host was lost"
     signal = -exit_code if exit_code < 0 else 256 - exit_code
     if 0 < signal <= 64:
         who = "the launcher" if exit_code < 0 else "a rank"
@@ -97,58 +115,102 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Slots by host, in the order of the file.
 
     Raises:
-        ValueError: naming the file and what does not fit.
+        ValueError: naming the file, the line and what does not fit.
     """
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise ValueError(f"hostfile ({path}) cannot be read: {error}") from error
     hosts: dict[str, int] = {}
-    for line in lines:
-        if not line.strip() or line.startswith("#"):
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.match(r"(\S+)\s+slots=(\d+)", line)
-        if match is None or match[1] in hosts:
-            raise ValueError(f"hostfile ({path}): {line!r} must be a new 'host slots=number'")
+        where = f"hostfile ({path}), line {number}: {line.strip()!r}"
+        match = re.fullmatch(r"\s*(\S+)\s+slots=(\d+)\s*(#.*)?", line)
+        if match is None:
+            raise ValueError(f"{where} must be 'host slots=number'")
+        if match[1] in hosts:
+            raise ValueError(f"{where} names {match[1]} again: give it one line with all its slots")
+        if int(match[2]) == 0:
+            raise ValueError(
+                f"{where} must have a slot or more: take {match[1]} out to leave it out"
+            )
         hosts[match[1]] = int(match[2])
     if not hosts:
         raise ValueError(f"hostfile ({path}) must name at least one host")
     return hosts
 
 
-def format_hostfile(hosts: Mapping[str, int]) -> str:
-    """The text that :func:`read_hostfile` reads."""
-    return "".join(f"{host} slots={slots}\n" for host, slots in hosts.items())
+def select_slots(hosts: Mapping[str, int], include: str = "", exclude: str = "") -> Slots:
+    """What is left of the hosts, in DeepSpeed's words: ``host@host:slot,slot``.
+
+    Raises:
+        ValueError: for a host or a slot that is not there, for both at once, for nothing left.
+    """
+    every = {host: list(range(slots)) for host, slots in hosts.items()}
+    if include and exclude:
+        raise ValueError(f"--include ({include}) and --exclude ({exclude}) exclude each other")
+    option, text = ("--include", include) if include else ("--exclude", exclude)
+    named: Slots = {}
+    for part in filter(None, text.split("@")):
+        host, _, numbers = part.partition(":")
+        known = ", ".join(hosts)
+        if host not in hosts:
+            raise ValueError(f"{option} ({text}): host {host} must be in the hostfile ({known})")
+        if not re.fullmatch(r"(\d+(,\d+)*)?", numbers):
+            raise ValueError(f"{option} ({text}): {part!r} must be host or host:slot,slot")
+        slots = [int(number) for number in numbers.split(",")] if numbers else every[host]
+        if max(slots) >= hosts[host]:
+            raise ValueError(
+                f"{option} ({text}): host {host} has {hosts[host]} slots, numbered from 0"
+            )
+        named[host] = sorted({*named.get(host, []), *slots})
+    left = {
+        host: [slot for slot in slots if (slot in named.get(host, [])) == bool(include)]
+        for host, slots in every.items()
+    }
+    left = {host: slots for host, slots in left.items() if slots}
+    if not left:
+        raise ValueError(f"{option} ({text}) must leave a slot or more")
+    return left
 
 
-def hosts_that_answer(hosts: Mapping[str, int], command: str, timeout: float) -> dict[str, int]:
-    """Those of the hosts for which a command ends with 0 in time; all are asked at once.
+def format_slots(slots: Slots) -> str:
+    """The text that :func:`select_slots` and ``deepspeed --include`` read."""
+    return "@".join(f"{host}:{','.join(map(str, its))}" for host, its in slots.items())
+
+
+def ask_hosts(commands: Mapping[str, list[str]], timeout: float) -> dict[str, Answer]:
+    """Run a command for every host, all at once; what came of it, by host.
 
     Args:
-        hosts: Slots by host.
-        command: With ``{host}`` in it; no shell runs it.
+        commands: By host.
         timeout: Seconds.
     """
 
-    def answers(host: str) -> bool:
+    def ask(host: str) -> Answer:
         try:
             done = subprocess.run(
-                shlex.split(command.replace("{host}", host)),
+                commands[host],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
                 timeout=timeout,
             )
-        except (OSError, subprocess.TimeoutExpired):
-            return False
-        return done.returncode == 0
+        except subprocess.TimeoutExpired:
+            return Answer(False, f"no answer in {timeout:.0f} s")
+        except OSError as error:
+            return Answer(False, str(error))
+        is_good = done.returncode == 0
+        said = (done.stdout if is_good else done.stderr).strip().splitlines()
+        return Answer(is_good, said[-1] if said else f"exit code {done.returncode}")
 
-    with ThreadPoolExecutor(min(32, len(hosts))) as pool:
-        answered = list(pool.map(answers, hosts))
-    return {host: hosts[host] for host, good in zip(hosts, answered, strict=True) if good}
+    with ThreadPoolExecutor(32) as pool:
+        return dict(zip(commands, pool.map(ask, commands), strict=True))
 
 
-def choose_hosts(config: Config, hosts: Mapping[str, int], min_nodes: int = 1) -> dict[str, int]:
+def choose_hosts(config: Config, hosts: Slots, min_nodes: int = 1) -> Slots:
     """The most ranks that the layout and the batch allow, on the given hosts.
 
     The number of ranks must be a multiple of tp x pp x cp; what is left, the data-parallel size,
@@ -168,21 +230,22 @@ def choose_hosts(config: Config, hosts: Mapping[str, int], min_nodes: int = 1) -
         names = ", ".join(hosts) or "none"
         raise ValueError(f"--min-nodes ({min_nodes}) is more than the hosts that answer ({names})")
     parallel = config.parallel
-    others, slots = parallel.tp * parallel.pp * parallel.cp, sum(hosts.values())
-    for dp_size in range(slots // others, 0, -1):
+    others, total = parallel.tp * parallel.pp * parallel.cp, sum(map(len, hosts.values()))
+    for dp_size in range(total // others, 0, -1):
         if parallel.dp not in (None, dp_size) or not _divides_batch(config, dp_size):
             continue
         chosen, wanted = {}, dp_size * others
-        for host, available in hosts.items():
+        for host, slots in hosts.items():
             if wanted > 0:
-                chosen[host] = min(available, wanted)
-                wanted -= chosen[host]
+                chosen[host] = slots[:wanted]
+                wanted -= len(chosen[host])
         if len(chosen) < min_nodes:
             break
         return chosen
+    names = ", ".join(f"{host} {len(slots)}" for host, slots in hosts.items())
     raise ValueError(
-        f"no number of ranks fits the {slots} slots of {len(hosts)} hosts: it must be a multiple "
-        f"of parallel.tp x pp x cp ({others}), the data-parallel size must divide "
+        f"no number of ranks fits the {total} slots of {len(hosts)} hosts ({names}): it must be a "
+        f"multiple of parallel.tp x pp x cp ({others}), the data-parallel size must divide "
         f"train.global_batch_size ({config.train.global_batch_size}) into micro-batches of "
         f"train.micro_batch_size ({config.train.micro_batch_size}) and be parallel.dp "
         f"({parallel.dp}) if set, and --min-nodes ({min_nodes}) hosts must have ranks"

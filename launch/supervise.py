@@ -1,10 +1,11 @@
 """Train, and start again from the newest checkpoint whenever the run fails:
-``python launch/supervise.py [--ranks N | --hostfile FILE] CONFIG.yaml key=value ...``.
+``python launch/supervise.py [--ranks N | --hostfile FILE | --launch COMMAND] CONFIG.yaml ...``.
 
-Runs ``deepspeed launch/train.py CONFIG.yaml key=value ...``. Does not start again what finished
-(0), what the user must mend (2), what diverged (3) and what was asked to leave (75); passes that
-exit code on. Exit code 1: gave up after too many restarts, or nothing fits the hosts that are left.
-Every restart is a line of ``restarts.jsonl`` in the run folder.
+Runs ``deepspeed launch/train.py CONFIG.yaml key=value ...``: on this machine, on the hosts of a
+file through ssh, with ``--node-rank`` this host's part alone; or what another launcher runs. Does
+not start again what finished (0), what the user must mend (2), what diverged (3) and what was asked
+to leave (75); passes that exit code on. Exit code 1: gave up after too many restarts, or nothing
+fits the hosts that are left. Every restart is a line of ``restarts.jsonl`` in the run folder.
 """
 
 import argparse
@@ -21,21 +22,24 @@ from pathlib import Path
 from types import FrameType
 
 from process_tree import group_is_running, launcher_and_ranks
+from remote_hosts import RemoteHosts
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.exit_codes import ExitCode
 from ds_linclip.supervision import (
     Restart,
+    Slots,
     choose_hosts,
-    format_hostfile,
-    hosts_that_answer,
+    format_slots,
     newest_step,
     read_hostfile,
     record,
+    select_slots,
     verdict,
 )
 
 TRAIN = Path(__file__).with_name("train.py")
+DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 
 
 def main() -> int:
@@ -56,6 +60,24 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--ranks", type=int, help="ranks on this machine; default: one per GPU")
     where.add_argument("--hostfile", type=Path, help="lines of 'host slots=number'")
+    where.add_argument(
+        "--launch",
+        metavar="COMMAND",
+        help="runs the ranks of launch/train.py instead of deepspeed, srun for instance",
+    )
+    parser.add_argument("--include", default="", help="hosts and slots: node1@node2:0,1")
+    parser.add_argument("--exclude", default="", help="all but these, written alike")
+    parser.add_argument(
+        "--node-rank",
+        type=int,
+        help="without ssh: number in the hostfile of this host, the only one to start ranks on",
+    )
+    parser.add_argument("--master-addr", help="of the first host; default: its name in the file")
+    parser.add_argument(
+        "--master-port",
+        type=int,
+        help="on the first host; default: a free one, or 29500 with --node-rank",
+    )
     parser.add_argument(
         "--max-restarts",
         type=int,
@@ -65,11 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backoff-seconds", type=float, default=5.0, help="before a restart")
     parser.add_argument("--min-nodes", type=int, default=1, help="fewest hosts to run on")
     parser.add_argument(
-        "--check-command",
-        default="ssh -o BatchMode=yes {host} true",
-        help="must end with 0 for a host to be used in a restart; default: %(default)s",
+        "--remote-shell",
+        # A host without power says nothing: it is asked, and given up after a minute.
+        default="ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4 {host}",
+        help="runs one more argument on a host; default: %(default)s",
     )
-    parser.add_argument("--check-seconds", type=float, default=20.0, help="its time limit")
+    parser.add_argument(
+        "--check-seconds", type=float, default=20.0, help="for a host to answer; default 20"
+    )
     parser.add_argument(
         "--deepspeed",
         default="",
@@ -85,68 +110,69 @@ class Supervisor:
 
     arguments: argparse.Namespace
     config: Config
+    _remote: RemoteHosts = field(init=False)
+    _hosts: Slots = field(default_factory=dict, init=False)
+    _port: int | None = field(default=None, init=False)
     _launcher: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _asked_to_leave: bool = field(default=False, init=False)
 
+    def __post_init__(self) -> None:
+        self._remote = RemoteHosts(self.arguments.remote_shell, self.arguments.check_seconds)
+
     def run(self) -> int:
-        """Returns the exit code; raises ValueError for a hostfile that cannot be used."""
+        """Returns the exit code; raises ValueError for what must be mended before a start."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._leave)
-        hosts = None
-        if self.arguments.hostfile:
-            hosts = choose_hosts(self.config, read_hostfile(self.arguments.hostfile))
+        self._choose_hosts()
         failures, run_dir = 0, self.config.run_dir
         while True:
             before = newest_step(run_dir)
-            exit_code = self._run_once(hosts)
+            exit_code = self._run_once()
             ended, step = time.monotonic(), newest_step(run_dir)
             starts_again, reason = verdict(exit_code, is_complete=step >= self.config.train.steps)
-            if not starts_again or self._asked_to_leave:
+            if not starts_again:
                 return exit_code
+            if self._asked_to_leave:
+                return ExitCode.PREEMPTED
             failures = 1 if step > before else failures + 1
             if failures > self.arguments.max_restarts:
                 self._say(f"{reason}; gave up after {failures - 1} restarts without progress")
                 return ExitCode.FAILED
             time.sleep(self.arguments.backoff_seconds)
-            if self.arguments.hostfile:
-                try:
-                    hosts = self._hosts_left()
-                except ValueError as error:
-                    self._say(f"{reason}; {error}")
-                    return ExitCode.FAILED
+            try:
+                self._choose_hosts_left()
+            except ValueError as error:
+                self._say(f"{reason}; {error}")
+                return ExitCode.FAILED
             if self._asked_to_leave:
                 return ExitCode.PREEMPTED
             restart = Restart(
                 time=time.time(),
                 exit_code=exit_code,
                 reason=reason,
-                ranks=sum(hosts.values()) if hosts else self.arguments.ranks,
-                hosts=list(hosts) if hosts else None,
+                ranks=sum(map(len, self._hosts.values())) or self.arguments.ranks,
+                hosts=list(self._hosts) or None,
                 step=step,
                 seconds_down=round(time.monotonic() - ended, 3),
             )
-            record(run_dir, restart)
+            if not self.arguments.node_rank:  # one line for all hosts
+                record(run_dir, restart)
             self._say(f"{reason}; starting again from step {step}, {restart.ranks or 'all'} ranks")
 
-    def _run_once(self, hosts: dict[str, int] | None) -> int:
-        """Run the launcher to its end, and everything that it has started here."""
-        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        command = [deepspeed, "--quiet", *shlex.split(self.arguments.deepspeed)]
-        if hosts is not None:
+    def _run_once(self) -> int:
+        """Run the launcher to its end, and everything that it has started."""
+        if self._is_remote:
+            # Where all hosts see it.
             hostfile = self.config.run_dir / "hostfile"
             hostfile.parent.mkdir(parents=True, exist_ok=True)
-            hostfile.write_text(format_hostfile(hosts))
-            command += ["--hostfile", str(hostfile)]
-            if len(hosts) == 1 and not _is_here(next(iter(hosts))):
-                command.append("--force_multi")  # DeepSpeed takes a single host for this machine
-        else:
-            # The port of a killed run may not be free yet.
-            command += ["--master_port", str(_free_port())]
-            if self.arguments.ranks:
-                command += ["--num_gpus", str(self.arguments.ranks)]
-        command += [str(TRAIN), self.arguments.config, *self.arguments.overrides]
+            hostfile.write_text(self.arguments.hostfile.read_text())
+            commands = {
+                host: self._command(rank, hostfile) for rank, host in enumerate(self._hosts)
+            }
+            return self._remote.run(commands, lambda: self._asked_to_leave)
         # A session of its own: the terminal's Ctrl-C comes here alone, and what is left can be
         # found and ended.
+        command = self._command(self.arguments.node_rank, self.arguments.hostfile)
         self._launcher = subprocess.Popen(command, start_new_session=True)
         if self._asked_to_leave:
             self._forward()
@@ -154,33 +180,101 @@ class Supervisor:
         _end_group(self._launcher.pid)
         return exit_code
 
-    def _hosts_left(self) -> dict[str, int]:
+    def _command(self, node_rank: int | None, hostfile: Path | None) -> list[str]:
+        """What runs the ranks of one host, or of all."""
+        arguments = self.arguments
+        train = [str(TRAIN), arguments.config, *arguments.overrides]
+        if arguments.launch:
+            return [*shlex.split(arguments.launch), *train]
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
+        # The port of a killed run may not be free yet.
+        command += ["--master_port", str(self._port or _free_port())]
+        if node_rank is not None:
+            command += ["--no_ssh", "--node_rank", str(node_rank)]
+            command += ["--master_addr", self._master()]
+            command += ["--hostfile", str(hostfile), "--include", format_slots(self._hosts)]
+        elif arguments.ranks:
+            command += ["--num_gpus", str(arguments.ranks)]
+        return [*command, *shlex.split(arguments.deepspeed), *train]
+
+    @property
+    def _is_remote(self) -> bool:
+        return bool(self._hosts) and self.arguments.node_rank is None
+
+    def _choose_hosts(self) -> None:
+        """At first all hosts must be well: it is the user who leaves one out."""
+        arguments = self.arguments
+        if not arguments.hostfile:
+            if arguments.node_rank is not None or arguments.include or arguments.exclude:
+                raise ValueError("--node-rank, --include and --exclude need --hostfile")
+            return
+        named = self._named_hosts()
+        chosen = choose_hosts(self.config, named, arguments.min_nodes)
+        used, slots = (sum(map(len, hosts.values())) for hosts in (chosen, named))
+        if used < slots:
+            self._say(f"{used} of {slots} slots are used: no more fit the batch and the layout")
+        if arguments.node_rank is None:
+            first = next(iter(chosen))
+            unfit = self._remote.unfit(named, arguments.master_addr or first)
+            if unfit:
+                raise ValueError(
+                    "; ".join(
+                        f"host {host} cannot take part ({why}): mend it, or leave it out with "
+                        f"--exclude {host}"
+                        for host, why in unfit.items()
+                    )
+                )
+            self._port = self._remote.port(first, arguments.master_port)
+        elif not 0 <= arguments.node_rank < len(chosen):
+            raise ValueError(
+                f"--node-rank ({arguments.node_rank}) must be from 0 to {len(chosen) - 1}, the "
+                f"place of this host among {', '.join(chosen)}"
+            )
+        else:
+            self._port = arguments.master_port or DEFAULT_PORT
+            if arguments.node_rank == 0:
+                _check_port(self._port)
+        self._hosts = chosen
+
+    def _choose_hosts_left(self) -> None:
         """Hosts that answer, asked again when too few do: the network may be away for a moment."""
-        named = read_hostfile(self.arguments.hostfile)
-        seconds = self.arguments.check_seconds
-        for tries_left in reversed(range(max(1, self.arguments.max_restarts))):
-            left = hosts_that_answer(named, self.arguments.check_command, seconds)
-            for host in named.keys() - left.keys():
-                self._say(f"host {host} does not answer and is left out")
+        if not self._is_remote:
+            return
+        arguments, named = self.arguments, self._named_hosts()
+        for tries_left in reversed(range(max(1, arguments.max_restarts))):
+            unfit = self._remote.unfit(named)
+            for host, why in unfit.items():
+                self._say(f"host {host} does not answer and is left out: {why}")
+            left = {host: slots for host, slots in named.items() if host not in unfit}
             try:
-                return choose_hosts(self.config, left, self.arguments.min_nodes)
+                self._hosts = choose_hosts(self.config, left, arguments.min_nodes)
+                self._port = self._remote.port(next(iter(self._hosts)), arguments.master_port)
+                return
             except ValueError as error:
                 if tries_left == 0 or self._asked_to_leave:
                     raise
-                self._say(f"{error}; asking again in {seconds:.0f} s")
-                time.sleep(seconds)
-        raise AssertionError("unreachable")
+                self._say(f"{error}; asking again in {arguments.check_seconds:.0f} s")
+                time.sleep(arguments.check_seconds)
+
+    def _master(self) -> str:
+        """Address of the first host; one that was given is that of the first in the file."""
+        first = next(iter(self._hosts))
+        is_given = self.arguments.master_addr and first == next(iter(self._named_hosts()))
+        return self.arguments.master_addr if is_given else first
+
+    def _named_hosts(self) -> Slots:
+        hosts = read_hostfile(self.arguments.hostfile)
+        return select_slots(hosts, self.arguments.include, self.arguments.exclude)
 
     def _leave(self, number: int, _frame: FrameType | None) -> None:
         self._asked_to_leave = True
         self._forward()
 
     def _forward(self) -> None:
-        """Ask the ranks to leave.
+        """Ask the ranks of this machine to leave.
 
-        Those on this machine are asked themselves, and tell the others: the launcher would end them
-        after 30 seconds, whatever they are doing, and hide their exit code. Where all are
-        elsewhere, its own way has to do.
+        They are asked themselves: the launcher would end them after 30 seconds, whatever they are
+        doing, and hide their exit code. It has to do where no rank is there yet.
         """
         if self._launcher is None or self._launcher.poll() is not None:
             return
@@ -201,13 +295,13 @@ def _end_group(leader: int) -> None:
         time.sleep(0.1)
 
 
-def _is_here(host: str) -> bool:
-    """Whether it is this machine: nobody can listen at another one's address."""
+def _check_port(port: int) -> None:
     try:
-        with socket.create_server((host, 0)):
-            return True
-    except OSError:
-        return False
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ValueError(
+            f"--master-port ({port}) is taken on this host: choose another one for all hosts"
+        ) from error
 
 
 def _free_port() -> int:

@@ -2,16 +2,20 @@ import json
 import time
 
 import pytest
+from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
 from ds_linclip.config import Config, ParallelConfig, TrainConfig
 from ds_linclip.supervision import (
+    Answer,
     Restart,
+    Slots,
+    ask_hosts,
     choose_hosts,
-    format_hostfile,
-    hosts_that_answer,
+    format_slots,
     newest_step,
     read_hostfile,
     record,
+    select_slots,
     verdict,
 )
 
@@ -27,6 +31,7 @@ from ds_linclip.supervision import (
         (75, False, False, "asked to leave"),
         (76, False, True, "hung"),
         (247, False, True, "a rank was ended by signal 9"),
+        (255, False, True, "a host was lost"),
         (245, False, True, "a rank was ended by signal 11"),
         (-9, False, True, "the launcher was ended by signal 9"),
     ],
@@ -40,17 +45,22 @@ def config_of(batch: int, micro_batch: int | None = None, **axes: int | None) ->
     return Config(train=train, parallel=ParallelConfig(**axes))
 
 
+def slots(**counts: int) -> Slots:
+    return {host: list(range(count)) for host, count in counts.items()}
+
+
 @pytest.mark.parametrize(
     ("config", "hosts", "expected"),
     [
-        (config_of(64), {"a": 8, "b": 8}, {"a": 8, "b": 8}),
-        (config_of(64), {"a": 8, "b": 8, "c": 8}, {"a": 8, "b": 8}),
-        (config_of(48), {"a": 8, "b": 8, "c": 8}, {"a": 8, "b": 8, "c": 8}),
-        (config_of(48), {"a": 8, "b": 6}, {"a": 8, "b": 4}),
-        (config_of(64, tp=2, pp=2), {"a": 8, "b": 6}, {"a": 8}),
-        (config_of(64, tp=2, pp=3), {"a": 8, "b": 8}, {"a": 8, "b": 4}),
-        (config_of(64, micro_batch=8), {"a": 8, "b": 8}, {"a": 8}),
-        (config_of(64, dp=4), {"a": 3, "b": 3}, {"a": 3, "b": 1}),
+        (config_of(64), slots(a=8, b=8), slots(a=8, b=8)),
+        (config_of(64), slots(a=8, b=8, c=8), slots(a=8, b=8)),
+        (config_of(48), slots(a=8, b=8, c=8), slots(a=8, b=8, c=8)),
+        (config_of(48), slots(a=8, b=6), slots(a=8, b=4)),
+        (config_of(64, tp=2, pp=2), slots(a=8, b=6), slots(a=8)),
+        (config_of(64, tp=2, pp=3), slots(a=8, b=8), slots(a=8, b=4)),
+        (config_of(64, micro_batch=8), slots(a=8, b=8), slots(a=8)),
+        (config_of(64, dp=4), slots(a=3, b=3), slots(a=3, b=1)),
+        (config_of(64), {"a": [0, 3], "b": [1, 2, 5]}, {"a": [0, 3], "b": [1, 2]}),
     ],
 )
 def test_most_ranks_that_fit(config, hosts, expected):
@@ -62,26 +72,25 @@ def test_most_ranks_that_fit(config, hosts, expected):
     [
         (config_of(64), {"a": 8}, 2, r"--min-nodes \(2\) is more than the hosts that answer \(a\)"),
         (config_of(64), {}, 1, r"--min-nodes \(1\) .* \(none\)"),
-        (config_of(64, tp=4, pp=4), {"a": 8}, 1, r"the 8 slots of 1 hosts: .*cp \(16\)"),
+        (config_of(64, tp=4, pp=4), {"a": 8}, 1, r"the 8 slots of 1 hosts \(a 8\): .*cp \(16\)"),
         (config_of(64, dp=16), {"a": 8}, 1, r"parallel\.dp \(16\)"),
         (config_of(8), {"a": 8, "b": 8}, 2, r"--min-nodes \(2\) hosts must have ranks"),
     ],
 )
 def test_nothing_fits(config, hosts, min_nodes, message):
     with pytest.raises(ValueError, match=message):
-        choose_hosts(config, hosts, min_nodes)
+        choose_hosts(config, slots(**hosts), min_nodes)
 
 
 def test_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
     path = tmp_path / "hosts"
-    path.write_text("# the cluster\nnode-1 slots=8\n\nnode-2   slots=4 # half\n")
-    hosts = read_hostfile(path)
-    assert hosts == {"node-1": 8, "node-2": 4}
-    path.write_text(format_hostfile(hosts))
-    assert read_hostfile(path) == hosts
+    path.write_text("# the cluster\nnode-1 slots=8\n\n  node-2   slots=4 # half\n")
+    assert read_hostfile(path) == {"node-1": 8, "node-2": 4} == fetch_hostfile(str(path))
 
 
-@pytest.mark.parametrize("text", ["", "node-1\n", "a slots=2\na slots=2\n", "a slots=x\n"])
+@pytest.mark.parametrize(
+    "text", ["", "node-1\n", "a slots=2\na slots=2\n", "a slots=x\n", "a slots=2x\n", "a slots=0\n"]
+)
 def test_bad_hostfile_is_refused(tmp_path, text):
     path = tmp_path / "hosts"
     path.write_text(text)
@@ -89,16 +98,45 @@ def test_bad_hostfile_is_refused(tmp_path, text):
         read_hostfile(path)
 
 
+@pytest.mark.parametrize(
+    ("include", "exclude"),
+    [("", ""), ("b", ""), ("c@a:1", ""), ("b:3,0@b:1", ""), ("", "b"), ("", "a:0@c"), ("", "b:2")],
+)
+def test_slots_are_selected_as_deepspeed_selects_them(include, exclude):
+    hosts = {"a": 2, "b": 4, "c": 1}
+    selected = select_slots(hosts, include, exclude)
+    assert selected == parse_inclusion_exclusion(hosts, include, exclude)
+    assert list(selected) == sorted(selected)
+    assert select_slots(hosts, format_slots(selected)) == selected
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "message"),
+    [
+        ("d", "", r"--include \(d\): host d must be in the hostfile \(a, b\)"),
+        ("a@b:4", "", r"--include \(a@b:4\): host b has 4 slots, numbered from 0"),
+        ("b:x", "", r"'b:x' must be host or host:slot,slot"),
+        ("", "a@b", r"--exclude \(a@b\) must leave a slot or more"),
+        ("a", "b", r"--include \(a\) and --exclude \(b\) exclude each other"),
+    ],
+)
+def test_slots_that_are_not_there_are_refused(include, exclude, message):
+    with pytest.raises(ValueError, match=message):
+        select_slots({"a": 2, "b": 4}, include, exclude)
+
+
 def test_hosts_are_asked_at_once_and_in_time(tmp_path):
-    """A host that says no, one that never answers, one that is well."""
+    """A host that says no, one that never answers, one that is well, one without the command."""
     script = tmp_path / "check"
-    script.write_text("case $1 in slow) exec sleep 60;; no) exit 1;; esac")
+    script.write_text("case $1 in slow) exec sleep 60;; no) echo why >&2; exit 1;; esac; echo yes")
     begun = time.monotonic()
-    hosts = {"no": 1, "slow": 2, "well": 4}
-    left = hosts_that_answer(hosts, f"bash {script} {{host}}", timeout=2)
-    assert left == {"well": 4}
+    commands = {host: ["bash", str(script), host] for host in ("no", "slow", "well")}
+    answers = ask_hosts({**commands, "other": ["/no/such/command"]}, timeout=2)
+    assert answers["no"] == Answer(False, "why")
+    assert answers["slow"] == Answer(False, "no answer in 2 s")
+    assert answers["well"] == Answer(True, "yes")
+    assert not answers["other"].is_good
     assert time.monotonic() - begun < 10
-    assert hosts_that_answer({"well": 1}, "/no/such/command {host}", timeout=3) == {}
 
 
 def test_newest_step_is_that_of_a_committed_checkpoint(tmp_path):
