@@ -44,7 +44,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.mesh = mesh
-        seed = int(torch.randint(2**40, ()))
+        seed = int(torch.randint(2**40, (), device="cpu"))
         num_image, num_units = config.vision.layers + 2, self.num_units(config)
         units = range(num_units) if units is None else units
         image = range(units.start, min(units.stop, num_image))
@@ -120,6 +120,11 @@ class CLIP(nn.Module):
         """Choose what the backward of every block computes again; see :class:`Block`."""
         for block in self._blocks():
             block.recompute = what
+
+    def choose_backend(self, backend: Literal["auto", "torch", "triton"]) -> None:
+        """Choose what runs the linear attention of every block; see :class:`SelfAttention`."""
+        for block in self._blocks():
+            block.attn.backend = backend
 
     def compile_blocks(self) -> None:
         """torch.compile every block, in place."""
