@@ -77,11 +77,12 @@ def wait_until(condition: Callable[[], bool], running: subprocess.Popen[str]) ->
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "victims",
     [
         ("rank", "launcher"),
-        pytest.param(("stopped rank", "launcher", "rank"), marks=pytest.mark.slow),
+        ("stopped rank", "launcher", "rank"),
     ],
 )
 def test_run_ends_as_if_nobody_had_disturbed_it(victims, supervise, overrides, tmp_path):
