@@ -104,7 +104,10 @@ def verdict(exit_code: int, *, is_complete: bool) -> tuple[bool, str]:
         return True, "hung"
     if exit_code == _SSH_FAILED:
         return True, "a host was lost"
-    signal = -exit_code if exit_code < 0 else 256 - exit_code
+    if exit_code < 0:
+        signal = -exit_code
+    else:  # srun says 137 where deepspeed says 247
+        signal = 256 - exit_code if exit_code >= 192 else exit_code - 128
     if 0 < signal <= 64:
         who = "the launcher" if exit_code < 0 else "a rank"
         return True, f"{who} was ended by signal {signal}"

@@ -50,7 +50,8 @@ def overrides(embedded_overrides: list[str], tmp_path: Path) -> list[str]:
 @pytest.fixture
 def whole(overrides: list[str], tmp_path: Path) -> dict[int, float]:
     """Losses of the run that nobody disturbs, on two ranks of this machine."""
-    return train_in_ranks(load_config(EMBEDDED, [*overrides, "name=whole"]), 2)[0]
+    config = load_config(EMBEDDED, [*overrides, "name=whole", "data.num_workers=0"])
+    return train_in_ranks(config, 2)[0]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 200) -> None:
@@ -225,7 +226,11 @@ REFUSED = [
         ["parallel.dp=4"],
         r"no .* fits the 2 slots of 2 hosts \(node1 1, node2 1\).*dp \(4\)",
     ),
-    (BOTH, ["parallel.pp=4"], r"must be a multiple of parallel\.tp x pp x cp \(4\)"),
+    (
+        BOTH,
+        ["parallel.tp=2", "parallel.pp=2"],
+        r"must be a multiple of parallel\.tp x pp x cp \(4\)",
+    ),
     (
         BOTH,
         ["--include=node3"],

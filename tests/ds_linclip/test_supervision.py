@@ -30,6 +30,8 @@ from ds_linclip.supervision import (
         (3, False, False, "diverged"),
         (75, False, False, "asked to leave"),
         (76, False, True, "hung"),
+        (137, False, True, "a rank was ended by signal 9"),
+        (100, False, True, "failed with exit code 100"),
         (247, False, True, "a rank was ended by signal 9"),
         (255, False, True, "a host was lost"),
         (245, False, True, "a rank was ended by signal 11"),
