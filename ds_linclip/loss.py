@@ -6,6 +6,7 @@ back to where a feature came from.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -59,8 +60,7 @@ def clip_loss(
     }
     _check(inputs, chunk_size)
     needs_gradient = _needs_gradient(inputs)
-    # Autocast would take the logits to half precision.
-    with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(image_features.device):
         batch = _GlobalBatch(image_features, text_features, group, chunk_size)
         loss, gradients = _clip(batch, batch.scalar(logit_scale), needs_gradient)
     return _GivenGradients.apply(loss, gradients, *inputs.values()) if needs_gradient else loss
@@ -109,8 +109,7 @@ def siglip_loss(
     }
     _check(inputs, chunk_size)
     needs_gradient = _needs_gradient(inputs)
-    # Autocast would take the logits to half precision.
-    with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(image_features.device):
         batch = _GlobalBatch(image_features, text_features, group, chunk_size)
         scale, bias = batch.scalar(logit_scale), batch.scalar(logit_bias)
         loss, gradients = _siglip(batch, scale, bias, needs_gradient)
@@ -134,6 +133,11 @@ def _check(inputs: dict[str, Tensor], chunk_size: int) -> None:
             raise ValueError(f"{name} (shape {tuple(value.shape)}) must be one number")
     if chunk_size < 1:
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would take the logits to half precision; the meta device has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _needs_gradient(inputs: dict[str, Tensor]) -> bool:

@@ -44,7 +44,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.mesh = mesh
-        seed = int(torch.randint(2**40, ()))
+        seed = int(torch.randint(2**40, (), device="cpu"))
         num_image, num_units = config.vision.layers + 2, self.num_units(config)
         units = range(num_units) if units is None else units
         image = range(units.start, min(units.stop, num_image))

@@ -1,5 +1,6 @@
 """What the public functions ask of their arguments, and how autocast changes them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "check_tensors",
     "state_dtype",
     "takes_triton",
+    "without_autocast",
 ]
 
 FeatureMap = Literal["affine", "quadratic", "relu", "softplus", "identity"]
@@ -37,6 +39,11 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype in DTYPES[1:] else x for x in tensors)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Where an operator works in the dtypes it chooses; the meta device knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
@@ -119,7 +126,7 @@ def takes_triton(backend: str, x: Tensor, dims: dict[str, int]) -> bool:
             raise ValueError(f"{name} ({dim}) {rule}")
     if x.dtype == torch.float64:
         raise ValueError("dtype (torch.float64) must not be float64 for the Triton kernels")
-    if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if x.device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
         raise ValueError(
             f"backend ('triton') must have CUDA tensors, not {x.device.type}; "
             "TRITON_INTERPRET=1 runs the kernels on the CPU"

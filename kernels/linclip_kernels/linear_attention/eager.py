@@ -205,7 +205,8 @@ class _QuerySide:
         self.single: Rows | None = None
         if frees_single_key and form.frees_single_key:
             is_single = self.num_keys.flatten() == 1
-            self.single = (is_single,) if is_single.any() else None
+            if not is_single.is_meta and is_single.any():
+                self.single = (is_single,)
 
     def forward(self, out: Tensor) -> None:
         """Write o into ``out`` [B, N, H, Dv]."""
@@ -452,7 +453,7 @@ def _masked_product(mask: Tensor, rows: Tensor, *, transposed: bool = False) -> 
     """mask @ rows for a lower triangular mask, whose zeros keep out NaN and infinity too."""
     mask = mask.mT if transposed else mask
     product = mask @ rows
-    if product.sum().isfinite():
+    if product.is_meta or product.sum().isfinite():
         return product
     finite = rows.isfinite()
     product = mask @ torch.where(finite, rows, 0)

@@ -19,6 +19,7 @@ from linclip_kernels.linear_attention.checks import (
     check_tensors,
     state_dtype,
     takes_triton,
+    without_autocast,
 )
 from linclip_kernels.linear_attention.form import Form
 from linclip_kernels.linear_attention.quadratic import attend_quadratic
@@ -168,7 +169,7 @@ def _forward(
     form = Form(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
     boundaries = _boundaries(cu_seqlens, q.shape[1])
     keep_state = _keep_state(q, cu_seqlens, initial, causal, return_state, use_triton)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if use_triton:
             # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
             from linclip_kernels.linear_attention import fused
@@ -202,7 +203,7 @@ def _backward(
     form = Form(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
     boundaries = _boundaries(cu_seqlens, q.shape[1])
     inputs = (q, k, v, initial, boundaries, form)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if use_triton:
             from linclip_kernels.linear_attention import fused
 

@@ -61,7 +61,9 @@ class Launch:
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """Run the launches in their order on the device of their tensors."""
+    """Run the launches in their order on the device of their tensors; on meta tensors, none."""
+    if device.type == "meta":
+        return
     with torch.cuda.device(device if device.type == "cuda" else -1):
         for launch in launches:
             launch.kernel[launch.grid](

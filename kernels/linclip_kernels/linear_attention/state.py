@@ -20,6 +20,7 @@ from linclip_kernels.linear_attention.checks import (
     check_tensors,
     state_dtype,
     takes_triton,
+    without_autocast,
 )
 from linclip_kernels.linear_attention.form import Form
 from linclip_kernels.linear_attention.quadratic import apply_quadratic_state, sum_quadratic_keys
@@ -120,7 +121,7 @@ def linear_attention_from_state(
 @torch.library.custom_op("linclip::linear_attention_state", mutates_args=())
 def _sum_keys(k: Tensor, v: Tensor, qk_norm: bool, feature_map: str, use_triton: bool) -> Tensor:
     form = Form(qk_norm=qk_norm, feature_map=feature_map)
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k.device):
         return _implementation(use_triton).sum_keys(k, v, form)
 
 
@@ -129,7 +130,7 @@ def _sum_keys_backward(
     k: Tensor, v: Tensor, grad_state: Tensor, qk_norm: bool, feature_map: str, use_triton: bool
 ) -> tuple[Tensor, Tensor]:
     form = Form(qk_norm=qk_norm, feature_map=feature_map)
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k.device):
         return _implementation(use_triton).sum_keys_backward(k, v, form, grad_state)
 
 
@@ -145,7 +146,7 @@ def _apply_state(
     use_triton: bool,
 ) -> Tensor:
     form = Form(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return _implementation(use_triton).apply_state(q, state, form)
 
 
@@ -162,7 +163,7 @@ def _apply_state_backward(
     use_triton: bool,
 ) -> tuple[Tensor, Tensor]:
     form = Form(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return _implementation(use_triton).apply_state_backward(q, state, form, grad)
 
 
