@@ -125,7 +125,7 @@ class _Run:
         self._checkpoints.remove_leftovers()
 
         self._model = _build_model(config, mesh, InitConfig() if resume_from else config.init)
-        plan = describe(config, mesh, plan_rank(config, mesh, self._model))
+        plan = describe(config, mesh, mesh.gather_all(plan_rank(config, mesh)))
         optimizer = build_optimizer(self._model, config.optim)
         self._engine = initialize_engine(self._model, optimizer, config, mesh)
         self._report = DataReport(config.data.max_bad_samples)

@@ -210,7 +210,7 @@ def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[
         config = replace(config, zero=replace(config.zero, deepspeed_config=file.name))
         units = stage_units(config, mesh.pp)
         model = CLIP(config.model, mesh, loss=config.loss.kind, units=units)
-        plan = plan_rank(config, mesh, model)
+        plan = plan_rank(config, mesh)
         engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
     vision, text = config.model.vision, config.model.text
     local = config.train.global_batch_size // mesh.dp.size

@@ -1,5 +1,6 @@
 """The fields of a configuration: typed, documented, with their defaults."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -449,3 +450,14 @@ class Config:
         optimizer steps (0: the first batch of the run)."""
         begun = [stage for stage in self.data.resolutions if stage.from_step <= step]
         return begun[-1].image_size if begun else self.model.vision.image_size
+
+    @property
+    def largest_image_size(self) -> tuple[int, int]:
+        """(height, width) of the training images with the most pixels."""
+        sizes = [stage.image_size for stage in self.data.resolutions]
+        return max(sizes or [self.model.vision.image_size], key=math.prod)
+
+    def num_micro_batches(self, dp_size: int) -> int:
+        """Of a rank in a step, given the data-parallel size."""
+        local = self.train.global_batch_size // dp_size
+        return local // (self.train.micro_batch_size or local)

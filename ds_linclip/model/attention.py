@@ -1,7 +1,9 @@
 """Self-attention of one block, linear or softmax: the only caller of ``linclip_kernels``."""
 
 from collections.abc import Callable
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +31,9 @@ class SelfAttention(nn.Module):
         attention: kind and settings. With ``kind="softmax"`` this is open_clip's attention.
         causal: let a token see only itself and those before it.
         init_qkv, init_out: run on the full weights [3 * width, width] and [width, width].
+
+    Attributes:
+        backend: of linear attention; "auto": Triton on a GPU, torch otherwise.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class SelfAttention(nn.Module):
         self.head_dim = width // heads
         self.attention = attention
         self.causal = causal
+        self.backend: Literal["auto", "torch", "triton"] = "auto"
         # Ranks that hold other tokens of the same sequences; texts are whole on all of them.
         self.cp_group = mesh.cp.group if mesh.cp.size > 1 and not causal else None
         self.qkv = column_parallel(mesh, width, 3 * width, init=init_qkv)
@@ -85,9 +91,12 @@ class SelfAttention(nn.Module):
         """
         if self.attention.kind == "linear":
             return self._linear_attention(q, k, v)
-        return F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=self.causal
-        ).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if q.is_meta:
+            # torch has fused kernels for real devices alone; what they save is the same on all.
+            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            return fused(q, k, v, is_causal=self.causal)[0].transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2)
 
     def _linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         form = self.attention
@@ -101,8 +110,9 @@ class SelfAttention(nn.Module):
                 feature_map=form.feature_map,
                 score_scale=form.score_scale,
                 length_exponent=form.length_exponent,
+                backend=self.backend,
             )
-        state = linear_attention_state(k, v, feature_map=form.feature_map)
+        state = linear_attention_state(k, v, feature_map=form.feature_map, backend=self.backend)
         return linear_attention_from_state(
             q,
             sum_over_ranks(state, self.cp_group),
@@ -110,4 +120,5 @@ class SelfAttention(nn.Module):
             feature_map=form.feature_map,
             score_scale=form.score_scale,
             length_exponent=form.length_exponent,
+            backend=self.backend,
         )

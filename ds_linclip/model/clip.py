@@ -121,6 +121,11 @@ class CLIP(nn.Module):
         for block in self._blocks():
             block.recompute = what
 
+    def choose_backend(self, backend: Literal["auto", "torch", "triton"]) -> None:
+        """Choose what runs the linear attention of every block; see :class:`SelfAttention`."""
+        for block in self._blocks():
+            block.attn.backend = backend
+
     def compile_blocks(self) -> None:
         """torch.compile every block, in place."""
         for block in self._blocks():

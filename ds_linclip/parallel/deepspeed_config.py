@@ -86,13 +86,13 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     """
     check_batch(config, mesh.dp.size)
     local = config.train.global_batch_size // mesh.dp.size
-    micro_batch = config.train.micro_batch_size or local
-    is_accumulated = local > micro_batch
+    num_micro_batches = config.num_micro_batches(mesh.dp.size)
+    is_accumulated = num_micro_batches > 1
     generated: dict[str, Any] = {
         # Context-parallel ranks count as data-parallel ones: they share batches, not gradients.
         "train_batch_size": local * mesh.replicas.size,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": local // micro_batch,
+        "train_micro_batch_size_per_gpu": local // num_micro_batches,
+        "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.optim.clip_grad_norm,
         "bf16": {"enabled": config.train.precision == "bf16"},
         "fp16": {"enabled": config.train.precision == "fp16", **_LOSS_SCALE},

@@ -26,7 +26,7 @@ from ds_linclip.parallel.ema import ema_weights, track_ema
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.shards import Piece, StateShards, fill_module
 
-__all__ = ["Engine", "initialize_engine"]
+__all__ = ["Engine", "Stage", "initialize_engine"]
 
 #: Arguments of the model: images, texts and, with patch dropout, the patches to keep.
 Inputs = tuple[Tensor, ...]
@@ -226,7 +226,7 @@ class PipelineEngine(Engine):
             mesh.tp.rank,
         )
         layers: list[Any] = [LayerSpec(nn.Identity)] * mesh.pp.size  # others' are never built
-        layers[mesh.pp.rank] = _Stage(model)
+        layers[mesh.pp.rank] = Stage(model)
         mesh.prepare_for_deepspeed()
         with redirect_stdout(io.StringIO()):
             return PipelineModule(
@@ -274,7 +274,7 @@ class PipelineEngine(Engine):
         return model
 
 
-class _Stage(nn.Module):
+class Stage(nn.Module):
     """A part of the model as a layer of DeepSpeed's pipeline: tuple in, tuple out.
 
     DeepSpeed takes every real tensor between stages to have a gradient, and every stage's input to

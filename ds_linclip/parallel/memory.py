@@ -1,16 +1,21 @@
-"""What the tensors of training take on a rank, counted by kind."""
+"""What the tensors of training take on a rank: all together in a step, by kind between steps."""
 
+import ctypes
 import gc
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
 from ds_linclip.parallel.engine import Engine
 
-__all__ = ["KINDS", "MemoryMeter"]
+__all__ = ["KINDS", "AllocatorRecord", "live_bytes"]
 
 KINDS = ("weights", "gradients", "optimizer", "buckets")
 
@@ -18,82 +23,75 @@ KINDS = ("weights", "gradients", "optimizer", "buckets")
 _Storages = dict[int, int]
 
 
-class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of live tensors, every storage once.
+class AllocatorRecord:
+    """What the CPU's allocator has given out since the context began, inside of operators too.
 
-    Within the context it looks at every collective and before every step of the wrapped optimizer,
-    and keeps what it saw when there was most of it. Kinds are those of
-    :class:`~ds_linclip.parallel.plan.RankPlan`; "buckets" are DeepSpeed's, and messages that are no
-    gradient or weight themselves.
-
-    Attributes:
-        most: Bytes by kind at the fullest moment.
+    Tensors that are older than the context count for nothing.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__()
-        self._engine = engine.deepspeed_engine
-        self.most = dict.fromkeys(KINDS, 0)
-
-    def live(self) -> dict[str, int]:
-        """Bytes by kind, now; with "other" for what else Python knows, activations for example."""
-        gc.collect()
-        everything = (o for o in gc.get_objects() if issubclass(type(o), Tensor))
-        return self._count(other=_storages(everything))
-
-    def __enter__(self) -> "MemoryMeter":
-        inner = self._engine.optimizer.optimizer
-        self._hook = inner.register_step_pre_hook(lambda *_: self._look())
-        super().__enter__()
+    def __enter__(self) -> "AllocatorRecord":
+        # What other threads free would not be counted otherwise: gloo's, for example.
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        self._flag = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage")
+        self._flag.value = True
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._hook.remove()
+        self._profile.__exit__(*error)
+        self._flag.value = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d":
-            self._look(tree_leaves(args))
-        return result
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """A part of the context, for :meth:`most`."""
+        with record_function(name):
+            yield
 
-    def _look(self, messages: Iterable[Any] = ()) -> None:
-        found = self._count(buckets=_storages(messages))
-        if sum(found.values()) > sum(self.most.values()):
-            self.most = found
+    def most(self, name: str) -> int:
+        """After the context: most bytes at any time within a part of it."""
+        events = list(_flat(self._profile.profiler.kineto_results.experimental_event_tree()))
+        (part,) = (event for event in events if event.name == name)
+        return max(
+            event.extra_fields.total_allocated
+            for event in events
+            if event.tag == _EventType.Allocation
+            and part.start_time_ns <= event.start_time_ns <= part.end_time_ns
+        )
 
-    def _count(self, **further: _Storages) -> dict[str, int]:
-        zero = self._engine.optimizer
-        parameters = list(self._engine.module.parameters())
-        master = list(_master_weights(zero))
-        state = zero.optimizer.state.values()
-        kinds = {
-            "weights": _storages(_of(parameters, "data", "ds_tensor")),
-            "buckets": _storages(
-                tree_leaves([each.buffer for each in getattr(zero, "ipg_buckets", {}).values()])
-            ),
-            "gradients": _storages(
-                [
-                    *_of(parameters, "grad", "grad_accum"),
-                    *_of(master, "grad"),
-                    *tree_leaves(list(getattr(zero, "averaged_gradients", {}).values())),
-                    *tree_leaves(list(getattr(zero, "all_grad_tensors", {}).values())),
-                    *_of([zero], "grads_in_partition", "grad_partitions_flat_buffer"),
-                    *getattr(zero, "fp32_groups_gradients_flat", []),
-                ]
-            ),
-            "optimizer": _storages(
-                [*master, *tree_leaves([list(each.values()) for each in state])]
-            ),
-        }
-        counted: set[int] = set()
-        found = dict.fromkeys([*KINDS, *further], 0)
-        for kind, storages in [*kinds.items(), *further.items()]:
-            found[kind] += sum(size for place, size in storages.items() if place not in counted)
-            counted |= storages.keys()
-        return found
+
+def live_bytes(engine: Engine) -> dict[str, int]:
+    """Bytes of live tensors now, every storage once: those of :data:`KINDS`, as a plan has them,
+    and "other" that Python knows of."""
+    gc.collect()
+    zero = engine.deepspeed_engine.optimizer
+    parameters = list(engine.deepspeed_engine.module.parameters())
+    master = list(_master_weights(zero))
+    state = zero.optimizer.state.values()
+    kinds = {
+        "weights": _storages(_of(parameters, "data", "ds_tensor")),
+        "buckets": _storages(
+            tree_leaves([each.buffer for each in getattr(zero, "ipg_buckets", {}).values()])
+        ),
+        "gradients": _storages(
+            [
+                *_of(parameters, "grad", "grad_accum"),
+                *_of(master, "grad"),
+                *tree_leaves(list(getattr(zero, "averaged_gradients", {}).values())),
+                *tree_leaves(list(getattr(zero, "all_grad_tensors", {}).values())),
+                *_of([zero], "grads_in_partition", "grad_partitions_flat_buffer"),
+                *getattr(zero, "fp32_groups_gradients_flat", []),
+            ]
+        ),
+        "optimizer": _storages([*master, *tree_leaves([list(each.values()) for each in state])]),
+        "other": _storages(o for o in gc.get_objects() if issubclass(type(o), Tensor)),
+    }
+    counted: set[int] = set()
+    found: dict[str, int] = {}
+    for kind, storages in kinds.items():
+        found[kind] = sum(size for place, size in storages.items() if place not in counted)
+        counted |= storages.keys()
+    return found
 
 
 def _master_weights(zero: Any) -> Iterator[Tensor]:
@@ -118,3 +116,9 @@ def _storages(tensors: Iterable[Any]) -> _Storages:
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found
+
+
+def _flat(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _flat(event.children)

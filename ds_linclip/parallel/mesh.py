@@ -4,7 +4,8 @@ Only this package imports megatron's ``parallel_state``; everyone else asks the 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -77,10 +78,7 @@ class Mesh:
         else:
             world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
         _check_sizes(config, world_size)
-        if config.tp > 1:
-            # megatron overlaps the sum of an input's gradient with that of the weight, which needs
-            # kernels to start in the order of their launches.
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        _order_launches(config)
         device = _select_device(config, launched)
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
@@ -88,6 +86,31 @@ class Mesh:
                 _join_launched_group(backend)
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return cls._with_axes(config, device)
+
+    @classmethod
+    @contextmanager
+    def planned(
+        cls, config: ParallelConfig, device: torch.device, rank: int, world_size: int
+    ) -> Iterator["Mesh"]:
+        """A rank's place among others that do not exist, for as long as the context.
+
+        Its groups, of torch's fake backend, have sizes and ranks; nothing is sent.
+
+        Raises:
+            ValueError: when the axes do not multiply to the number of ranks.
+        """
+        _check_sizes(config, world_size)
+        _order_launches(config)
+        dist.init_process_group("fake", rank=rank, world_size=world_size)
+        mesh = cls._with_axes(config, device)
+        try:
+            yield mesh
+        finally:
+            mesh.close()
+
+    @classmethod
+    def _with_axes(cls, config: ParallelConfig, device: torch.device) -> "Mesh":
         _split_axes(config)
         state = parallel_state
         return cls(
@@ -232,6 +255,13 @@ def _check_sizes(config: ParallelConfig, world_size: int) -> None:
             f"parallel.dp ({config.dp}) x {fields} must equal the number of ranks ({world_size}): "
             f"parallel.dp={dp_size} would do, or {config.dp * others} ranks"
         )
+
+
+def _order_launches(config: ParallelConfig) -> None:
+    """megatron overlaps the sum of an input's gradient with that of the weight, which needs kernels
+    to start in the order of their launches."""
+    if config.tp > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

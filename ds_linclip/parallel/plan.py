@@ -1,25 +1,25 @@
 """The parallel plan: what lies where, how many bytes it takes, and what a step communicates."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import torch.distributed as dist
 
 from ds_linclip.config import Config
 from ds_linclip.flops import num_features
 from ds_linclip.model import CLIP
+from ds_linclip.parallel.activations import meta_model, trace_activations
 from ds_linclip.parallel.context import token_slice
-from ds_linclip.parallel.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.stages import stage_units
+from ds_linclip.parallel.step_memory import (
+    PERSISTENT_BELOW,
+    StepMemory,
+    gradient_bytes,
+    value_bytes,
+)
 
 __all__ = ["RankPlan", "describe", "plan_rank"]
 
 _FP32 = 4
-#: Moments that the optimizers keep per parameter.
-_MOMENTS = {"adamw": 2, "lamb": 2, "lion": 1}
-#: ZeRO-3 keeps smaller parameters whole on every rank (DeepSpeed's default).
-_PERSISTENT_BELOW = 100_000
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class RankPlan:
     Attributes:
         units: Names of the layers held, first and last.
         num_parameters: Of these layers, on this tensor-parallel rank.
-        memory: Bytes of "weights", "gradients", "optimizer" (master weights, moments, average) and
-            "buckets" (DeepSpeed's for communication) at the fullest moment of a step.
+        memory: Bytes by kind at the fullest moment of a step, as
+            :class:`~ds_linclip.parallel.step_memory.StepMemory` counts them.
         kept: Bytes of all of them that stay between steps.
         traffic: Bytes of a step by axis, as :class:`~ds_linclip.parallel.traffic.TrafficMeter`
             counts them: "tp", "cp", "pp", "dp" (features for the loss) and "zero".
@@ -43,14 +43,13 @@ class RankPlan:
     traffic: dict[str, int]
 
 
-def plan_rank(config: Config, mesh: Mesh, model: CLIP) -> RankPlan:
-    """The plan of this rank, at the image size of the first step.
+def plan_rank(config: Config, mesh: Mesh) -> RankPlan:
+    """The plan of this rank: traffic at the image size of the first step, memory at the largest.
 
     Args:
-        config, mesh: Of the run.
-        model: This rank's part of it, before the engine takes its weights apart.
+        config, mesh: Of the run, or of one that is only thought of.
     """
-    sizes = [parameter.numel() for parameter in model.parameters()]
+    model = meta_model(config, mesh)
     units = stage_units(config, mesh.pp)
     traffic = _Traffic(config, mesh, units)
     found = {
@@ -60,27 +59,24 @@ def plan_rank(config: Config, mesh: Mesh, model: CLIP) -> RankPlan:
         "dp": traffic.loss() if mesh.dp.size > 1 and model.is_last else 0,
         "zero": traffic.zero(model) if mesh.replicas.size > 1 else 0,
     }
-    memory, kept = _memory(config, mesh, model)
+    activations = trace_activations(config, mesh, model)
+    memory = StepMemory.of(config, mesh, model.parameters(), activations)
     return RankPlan(
         units=_unit_names(config, units),
-        num_parameters=sum(sizes),
-        memory=memory,
-        kept=kept,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        memory=memory.fullest,
+        kept=memory.kept,
         traffic={axis: size for axis, size in found.items() if size},
     )
 
 
-def describe(config: Config, mesh: Mesh, plan: RankPlan) -> str:
-    """The plan of all ranks as a Markdown table, one row per distinct one. All ranks call this."""
-    plans: list[RankPlan] = [plan] * mesh.world_size
-    if mesh.world_size > 1:
-        dist.all_gather_object(plans, plan)
+def describe(config: Config, mesh: Mesh, plans: Sequence[RankPlan]) -> str:
+    """The plans of all ranks, in their order, as a Markdown table: one row per distinct one."""
     ranks_of: dict[str, list[int]] = {}
     for rank, each in enumerate(plans):
-        kinds = ("weights", "gradients", "optimizer", "buckets")
-        memory = (*(_gib(each.memory[kind]) for kind in kinds), _gib(each.kept))
+        memory = (*each.memory.values(), sum(each.memory.values()), each.kept)
         traffic = (_mib(each.traffic.get(axis, 0)) for axis in ("tp", "cp", "pp", "dp", "zero"))
-        row = (each.units, f"{each.num_parameters / 1e6:.1f}", *memory, *traffic)
+        row = (each.units, f"{each.num_parameters / 1e6:.1f}", *map(_gib, memory), *traffic)
         ranks_of.setdefault(" | ".join(row), []).append(rank)
     sizes = " x ".join(
         f"{name} {axis.size}"
@@ -88,13 +84,13 @@ def describe(config: Config, mesh: Mesh, plan: RankPlan) -> str:
     )
     header = [
         *("ranks", "layers", "parameters, M"),
-        *("weights, GiB", "gradients, GiB", "optimizer, GiB", "buckets, GiB"),
-        "between steps, GiB",
+        *(f"{kind}, GiB" for kind in plans[0].memory),
+        *("together, GiB", "between steps, GiB"),
         *("tp, MiB/step", "cp, MiB/step", "pp, MiB/step", "loss, MiB/step", "ZeRO, MiB/step"),
     ]
     lines = [
         f"{mesh.world_size} ranks on {mesh.device.type}: {sizes}, ZeRO-{config.zero.stage}, "
-        f"{_num_micro_batches(config, mesh)} micro-batches, {config.train.precision}",
+        f"{config.num_micro_batches(mesh.dp.size)} micro-batches, {config.train.precision}",
         "",
         " | ".join(header),
         " | ".join("---" for _ in header),
@@ -108,11 +104,11 @@ class _Traffic:
 
     def __init__(self, config: Config, mesh: Mesh, units: range) -> None:
         self.config, self.mesh, self.units = config, mesh, units
-        self.num_micro_batches = _num_micro_batches(config, mesh)
+        self.num_micro_batches = config.num_micro_batches(mesh.dp.size)
         self.local_batch = config.train.global_batch_size // mesh.dp.size
         #: Forward passes over every pair; several micro-batches or stages need two.
         self.forwards = 1 if self.num_micro_batches == mesh.pp.size == 1 else 2
-        self.value_bytes = _value_bytes(config)
+        self.value_bytes = value_bytes(config)
         vision, text = config.model.vision, config.model.text
         num_tokens = 1 + vision.num_kept_patches_at(config.image_size_at(0))
         held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
@@ -161,20 +157,18 @@ class _Traffic:
         """Gradients that are averaged, and weights that are gathered, over data x context."""
         stage, replicas = self.config.zero.stage, self.mesh.replicas.size
         trained = [p for p in model.parameters() if p.requires_grad]
-        reduced = _gradient_bytes(self.config, self.num_micro_batches) * sum(
-            p.numel() for p in trained
-        )
+        reduced = gradient_bytes(self.config, self.mesh) * sum(p.numel() for p in trained)
         if stage == 1:
             return reduced + self._gathered(trained, 2 * replicas)
         reduced *= self.num_micro_batches
         if stage == 2:
             return reduced + self._gathered(trained, 2 * replicas)
         everything = list(model.parameters())
-        large = sum(p.numel() for p in everything if p.numel() > _PERSISTENT_BELOW)
+        large = sum(p.numel() for p in everything if p.numel() > PERSISTENT_BELOW)
         small = sum(
             -(-p.numel() // replicas) * replicas
             for p in everything
-            if p.numel() <= _PERSISTENT_BELOW
+            if p.numel() <= PERSISTENT_BELOW
         )
         passes = self.num_micro_batches * (self.forwards + 1)
         return reduced + self.value_bytes * (passes * large + small)
@@ -207,84 +201,6 @@ class _Traffic:
             layers + 3 <= unit <= layers + 2 + self.config.model.text.layers for unit in self.units
         )
         return image, text
-
-
-def _memory(config: Config, mesh: Mesh, model: CLIP) -> tuple[dict[str, int], int]:
-    """Bytes by kind at the fullest moment of a step, and of all of them between steps.
-
-    As DeepSpeed 0.19.8 allocates. Not counted: activations, what one layer needs for a moment, the
-    padding of partitions, and what is offloaded.
-    """
-    replicas, stage = mesh.replicas.size, config.zero.stage
-    zero = deepspeed_config(config, mesh)["zero_optimization"]
-    sizes = [p.numel() for p in model.parameters()]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    part = -(-trained // replicas)
-    is_accumulated = _num_micro_batches(config, mesh) > 1
-    value, gradient = (
-        _value_bytes(config),
-        _gradient_bytes(config, _num_micro_batches(config, mesh)),
-    )
-    bucket = zero["reduce_bucket_size"]
-    in_bucket = min(bucket, trained)  # flattened once more to be sent
-    moments = _MOMENTS[config.optim.kind] + (config.optim.ema_decay > 0)
-    weights, optimizer = value * sum(sizes), _FP32 * (1 + moments) * part
-    in_fp32 = _FP32 * part  # what the optimizer is given
-    if config.zero.offload_optimizer != "none":
-        optimizer = in_fp32 = 0
-    kept = weights + optimizer
-    # Gradients and buckets in the backward, and in the optimizer's step.
-    if stage == 3:
-        # Gradients of the partition stay, as the bucket does. Small weights are whole but in the
-        # step; the limit of live ones is that of the others.
-        limit = zero.get("stage3_param_persistence_threshold", _PERSISTENT_BELOW)
-        small = sum(size for size in sizes if size <= limit)
-        parts = sum(-(-size // replicas) for size in sizes)
-        weights = value * (parts * (config.zero.offload_param == "none") + small)
-        kept = weights + optimizer + gradient * part + value * bucket
-        weights += value * min(zero["stage3_max_live_parameters"], sum(sizes) - small)
-        backward = gradient * part, value * (bucket + in_bucket)
-        step = gradient * part + in_fp32, value * bucket
-    elif stage == 1 and config.train.precision == "bf16" and is_accumulated and optimizer:
-        # DeepSpeed's BF16_Optimizer: all gradients in fp32 stay, those in bf16 do until the end of
-        # the step; a copy is sent, as bf16.
-        kept += _FP32 * trained
-        both = (_FP32 + value) * trained
-        backward = both, both * (replicas > 1)
-        step = both, 0
-    else:
-        # Averaged gradients of the partition, from the second bucket on.
-        compact = stage == 2 and is_accumulated and value < _FP32
-        averaged = _FP32 * part if compact else gradient * part
-        double = bool(zero.get("overlap_comm"))
-        held = averaged * (1 + (stage == 2 and is_accumulated and not compact))
-        held *= bucket < trained or is_accumulated
-        sent = gradient if stage == 1 else value
-        if stage == 1 and not double:  # averaged when all are there; full buckets take their place
-            held += gradient * max(0, trained - 2 * bucket)
-        backward = held, sent * (bucket * (1 + double) + in_bucket)
-        step = averaged * (not compact) + in_fp32, 0
-    gradients, buckets = max(backward, step, key=sum)
-    memory = {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "buckets": buckets,
-    }
-    return memory, kept
-
-
-def _num_micro_batches(config: Config, mesh: Mesh) -> int:
-    local = config.train.global_batch_size // mesh.dp.size
-    return local // (config.train.micro_batch_size or local)
-
-
-def _value_bytes(config: Config) -> int:
-    return 4 if config.train.precision == "fp32" else 2
-
-
-def _gradient_bytes(config: Config, num_micro_batches: int) -> int:
-    return 4 if num_micro_batches > 1 else _value_bytes(config)
 
 
 def _unit_names(config: Config, units: range) -> str:

@@ -1,0 +1,244 @@
+"""What activations take on a rank: a step is taken on meta tensors, which have no memory, and the
+bytes of those that are alive at the same time are counted.
+
+It is the code of training that runs (model, checkpointing, loss, autograd), so that what is counted
+is what a real step makes and keeps: the batch, what autograd saves, what layers and operators need
+for a moment, the loss with the features of all ranks, gradients until DeepSpeed has taken them. Of
+torch's own kernels what they need inside is not seen (cuBLAS workspaces, for example); the
+linear-attention operators are run from inside, as Triton or torch would run.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed._tools.fake_collectives  # collectives of meta tensors
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ds_linclip.config import Config
+from ds_linclip.model import CLIP
+from ds_linclip.model.pretrained import lock_towers
+from ds_linclip.objective import Objective, surrogate
+from ds_linclip.parallel.context import token_slice
+from ds_linclip.parallel.engine import Stage
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.stages import stage_units
+
+__all__ = ["Activations", "meta_model", "trace_activations"]
+
+_META = torch.device("meta")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of what is alive beside weights, optimizer state and what DeepSpeed holds.
+
+    Attributes:
+        moments: Numbers of parameters whose gradients DeepSpeed has taken, and the most bytes while
+            it was so many; the first from the start of the step to the first gradient.
+        rest: Bytes that are left when the backward is done: the batch, features.
+    """
+
+    moments: Sequence[tuple[int, int]]
+    rest: int
+
+
+def meta_model(config: Config, mesh: Mesh) -> CLIP:
+    """This rank's part of the model as it is trained, without memory."""
+    with _META, torch.random.fork_rng(devices=[]):
+        model = CLIP(
+            config.model,
+            replace(mesh, device=_META),
+            loss=config.loss.kind,
+            units=stage_units(config, mesh.pp),
+        )
+    lock_towers(model, config.init)
+    model.recompute_activations(config.train.activation_checkpointing)
+    model.choose_backend("triton" if mesh.device.type == "cuda" else "torch")
+    return model.to(_DTYPES[config.train.precision])
+
+
+def trace_activations(config: Config, mesh: Mesh, model: CLIP) -> Activations:
+    """Take a step of :class:`~ds_linclip.parallel.engine.Engine` without memory.
+
+    Of several micro-batches one is run, or as many as a pipeline's stage has in flight; images are
+    of the largest size that the run will see.
+
+    Args:
+        config, mesh: Of the run.
+        model: From :func:`meta_model`.
+    """
+    live = _LiveBytes(parameter.untyped_storage() for parameter in model.parameters())
+    moments: list[tuple[int, int]] = []
+    taken = 0
+
+    def take(parameter: Tensor) -> None:
+        nonlocal taken
+        moments.append((taken, live.most_since()))
+        taken += parameter.numel()
+        parameter.grad = None
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(take) for parameter in trained]
+    step = _pipeline_step if mesh.pp.size > 1 else _plain_step
+    with _META, live:
+        kept = step(config, mesh, model)
+        moments.append((taken, live.most_since()))
+        rest = live.now
+    del kept
+    for hook in hooks:
+        hook.remove()
+    return Activations(moments, rest)
+
+
+def _plain_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
+    """As :class:`~ds_linclip.parallel.engine.PlainEngine`; returns what outlives the backward."""
+    num, batch = config.num_micro_batches(mesh.dp.size), _batch(config, mesh)
+    first = tuple(tensor.chunk(num)[0] for tensor in batch)
+    with torch.set_grad_enabled(num == 1):
+        outputs = _repeated(model(*first), num)
+    _, gradients = Objective(config.loss, mesh)(outputs)
+    output = outputs[0] if num == 1 else model(*first)
+    loss = num * surrogate(output, gradients[0])
+    torch.autograd.backward([loss])
+    return batch, outputs, gradients
+
+
+def _pipeline_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
+    """As :class:`~ds_linclip.parallel.engine.PipelineEngine`."""
+    num, stage = config.num_micro_batches(mesh.dp.size), Stage(model)
+    batch = _batch(config, mesh) if mesh.pp.rank == 0 else ()
+    received = _from_stage_before(config, mesh, model, num)
+
+    def inputs() -> tuple[Tensor, ...]:
+        """DeepSpeed makes copies of what it loads and of what it receives."""
+        if mesh.pp.rank == 0:
+            return tuple(tensor.chunk(num)[0].clone() for tensor in batch)
+        copies = (tensor.clone() for tensor in received)
+        return tuple(x.requires_grad_(x.is_floating_point()) for x in copies)
+
+    with torch.no_grad():
+        features = stage(inputs())
+    gradients = []
+    if model.is_last:
+        _, gradients = Objective(config.loss, mesh)(_repeated(features, num))
+    in_flight = [stage(inputs()) for _ in range(min(mesh.pp.size - mesh.pp.rank, num))]
+    if model.is_last:
+        torch.autograd.backward([num * surrogate(in_flight.pop(0), gradients[0])])
+    else:
+        outputs = [tensor for tensor in in_flight.pop(0) if tensor.is_floating_point()]
+        torch.autograd.backward(outputs, [torch.empty_like(tensor) for tensor in outputs])
+    return batch, received, features, gradients, in_flight
+
+
+def _repeated(outputs: tuple[Tensor, ...], num: int) -> list[tuple[Tensor, ...]]:
+    """Outputs of ``num`` micro-batches, given those of the first."""
+    more = ((*map(torch.empty_like, outputs[:2]), *outputs[2:]) for _ in range(num - 1))
+    return [outputs, *more]
+
+
+def _batch(config: Config, mesh: Mesh) -> tuple[Tensor, ...]:
+    """This rank's images and texts and, with patch dropout, the patches to look at."""
+    vision, local = config.model.vision, config.train.global_batch_size // mesh.dp.size
+    size = config.largest_image_size
+    images = torch.empty(local, 3, *size)
+    texts = torch.empty(local, config.model.text.context_length, dtype=torch.int64)
+    if vision.patch_dropout == 0:
+        return images, texts
+    return images, texts, torch.empty(local, vision.num_kept_patches_at(size), dtype=torch.int64)
+
+
+def _from_stage_before(config: Config, mesh: Mesh, model: CLIP, num: int) -> tuple[Tensor, ...]:
+    """Buffers that a later stage receives a micro-batch in: what the units before it give."""
+    if mesh.pp.rank == 0:
+        return ()
+    vision, text = config.model.vision, config.model.text
+    micro_batch = config.train.global_batch_size // mesh.dp.size // num
+    start, dtype = stage_units(config, mesh.pp).start, next(model.parameters()).dtype
+    texts = torch.empty(micro_batch, text.context_length, dtype=torch.int64)
+    if start <= vision.layers + 1:
+        num_tokens = 1 + vision.num_kept_patches_at(config.largest_image_size)
+        held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
+        shape = micro_batch, held.stop - held.start, vision.width
+        return torch.empty(shape, dtype=dtype), texts
+    image = torch.empty(micro_batch, config.model.embed_dim, dtype=dtype)
+    if start == vision.layers + 2:
+        return image, texts
+    words = torch.empty(micro_batch, text.context_length, text.width, dtype=dtype)
+    return image, texts, words
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make, while they live.
+
+    Args:
+        known: Storages that are not counted.
+
+    Attributes:
+        now: Bytes.
+    """
+
+    def __init__(self, known: Any) -> None:
+        super().__init__()
+        self.now, self._most = 0, 0
+        self._alive: dict[int, Any] = {storage._cdata: storage for storage in known}
+        #: What an operator that is written in Python needs inside, by its arguments.
+        self._inside: dict[Any, int] = {}
+
+    def most_since(self) -> int:
+        """Most bytes since the last call; what an operator's caller has let go meanwhile is gone
+        when the next one runs."""
+        most, self._most = max(self._most, self.now), 0
+        return most
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operator = OPDEFS.get(func.name())
+        if operator is None:
+            result = func(*args, **kwargs)
+        else:
+            result = self._run_inside(operator, func, args, kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _run_inside(self, operator: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        key = func, *map(_signature, tree_leaves((args, kwargs)))
+        if key in self._inside:
+            self._most = max(self._most, self.now + self._inside[key])
+            return func(*args, **kwargs)
+        before, begun = self._most, self.now
+        self._most = begun
+        with self:
+            result = operator._init_fn(*args, **kwargs)
+        self._inside[key] = self._most - begun
+        self._most = max(self._most, before)
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def remove(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, remove)
+        self.now += size
+        self._most = max(self._most, self.now)
+
+
+def _signature(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype
+    return argument

@@ -1,0 +1,163 @@
+"""What a rank's memory holds in a step: weights, gradients, optimizer state and buckets for
+communication as DeepSpeed 0.19.8 allocates them, and activations beside them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ds_linclip.config import Config
+from ds_linclip.parallel.activations import Activations
+from ds_linclip.parallel.deepspeed_config import deepspeed_config
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["PERSISTENT_BELOW", "StepMemory", "gradient_bytes", "state_bytes", "value_bytes"]
+
+#: Moments that the optimizers keep per parameter.
+_MOMENTS = {"adamw": 2, "lamb": 2, "lion": 1}
+_FP32 = 4
+#: ZeRO-3 keeps smaller parameters whole on every rank (DeepSpeed's default).
+PERSISTENT_BELOW = 100_000
+
+
+def value_bytes(config: Config) -> int:
+    """Of a weight or an activation."""
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def gradient_bytes(config: Config, mesh: Mesh) -> int:
+    """Of a gradient as it is summed."""
+    return _FP32 if config.num_micro_batches(mesh.dp.size) > 1 else value_bytes(config)
+
+
+def state_bytes(config: Config) -> int:
+    """Of a trained parameter in fp32 with all that the optimizer keeps for it."""
+    return _FP32 * (1 + _MOMENTS[config.optim.kind] + (config.optim.ema_decay > 0))
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a rank.
+
+    Not counted: what one of torch's kernels needs inside, the padding of partitions, and what is
+    offloaded.
+
+    Attributes:
+        fullest: "weights", "gradients", "optimizer" (master weights, moments, average), "buckets"
+            (DeepSpeed's for communication) and "activations" when there is most of all together.
+        kept: Of all of them between steps.
+    """
+
+    fullest: dict[str, int]
+    kept: int
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        mesh: Mesh,
+        parameters: Iterable[nn.Parameter],
+        activations: Activations,
+    ) -> "StepMemory":
+        """Of a rank with these parameters."""
+        rank = _Zero(config, mesh, list(parameters))
+        moments = [
+            rank.backward(taken) | {"activations": size} for taken, size in activations.moments
+        ]
+        moments += [each | {"activations": activations.rest} for each in rank.after_backward()]
+        return cls(max(moments, key=lambda moment: sum(moment.values())), rank.kept)
+
+
+class _Zero:
+    """What DeepSpeed holds, stage by stage."""
+
+    def __init__(self, config: Config, mesh: Mesh, parameters: list[nn.Parameter]) -> None:
+        replicas, self.stage = mesh.replicas.size, config.zero.stage
+        zero = deepspeed_config(config, mesh)["zero_optimization"]
+        sizes = [p.numel() for p in parameters]
+        self.trained = sum(p.numel() for p in parameters if p.requires_grad)
+        part = -(-self.trained // replicas)
+        self.is_accumulated = config.num_micro_batches(mesh.dp.size) > 1
+        self.value, self.gradient = value_bytes(config), gradient_bytes(config, mesh)
+        self.bucket = zero["reduce_bucket_size"]
+        is_offloaded = config.zero.offload_optimizer != "none"
+        self.optimizer = 0 if is_offloaded else state_bytes(config) * part
+        self.in_fp32 = 0 if is_offloaded else _FP32 * part  # what the optimizer is given
+        self.in_step = self.between = self.value * sum(sizes)
+        #: DeepSpeed's BF16_Optimizer.
+        self.sums_all = (
+            self.stage == 1
+            and config.train.precision == "bf16"
+            and self.is_accumulated
+            and not is_offloaded
+        )
+        compact = self.stage == 2 and self.is_accumulated and self.value < _FP32
+        #: Without overlap, stage 1 averages when all gradients are there.
+        self.is_late = not zero.get("overlap_comm")
+        of_bucket = self.gradient if self.stage == 1 else self.value
+        self.buckets = of_bucket * self.bucket * (2 - self.is_late)
+        #: A copy of a full bucket, or of a gradient that is larger, on its way.
+        largest = max(p.numel() for p in parameters if p.requires_grad)
+        self.sent = self.gradient * max(largest, min(self.bucket, self.trained))
+        self.averaged = (_FP32 if compact else self.gradient) * part
+        self.is_compact = compact
+        self.replicas = replicas
+        self.kept = self.between + self.optimizer
+        if self.stage == 3:
+            # Gradients of the partition stay, as the bucket does. Small weights are whole but in
+            # the step; the limit of live ones is that of the others.
+            limit = zero.get("stage3_param_persistence_threshold", PERSISTENT_BELOW)
+            small = sum(size for size in sizes if size <= limit)
+            parts = sum(-(-size // replicas) for size in sizes)
+            here = self.value * (parts * (config.zero.offload_param == "none") + small)
+            self.kept = here + self.optimizer + self.gradient * part + self.value * self.bucket
+            live = min(zero["stage3_max_live_parameters"], sum(sizes) - small)
+            self.in_step = here + self.value * live
+        elif self.sums_all:
+            self.kept += _FP32 * self.trained
+
+    def backward(self, taken: int) -> dict[str, int]:
+        """When it has the gradients of so many parameters of a micro-batch."""
+        if self.is_accumulated:
+            taken = self.trained  # from the second micro-batch on
+        sent = self.sent * (taken >= min(self.bucket, self.trained))
+        if self.stage == 3:
+            return self._held(self.averaged, self.value * self.bucket + sent)
+        if self.sums_all:
+            # All gradients in fp32 stay, those in bf16 do until the end of the step.
+            return self._held((_FP32 + self.value) * taken, 0)
+        if self.stage == 1 and (self.is_late or self.is_accumulated):
+            return self._held(self.gradient * taken, self.buckets)
+        return self._held(self._averaged(taken), self.buckets + sent)
+
+    def after_backward(self) -> list[dict[str, int]]:
+        """When late gradients are averaged, and in the optimizer's step."""
+        if self.stage == 3:
+            return [self._held(self.averaged + self.in_fp32, self.value * self.bucket)]
+        if self.sums_all:
+            copy = _FP32 * self.trained * (self.replicas > 1)  # is sent
+            return [self._held((_FP32 + self.value) * self.trained, copy)]
+        flat = self.averaged * (self.value < _FP32)  # before it is in fp32
+        gradients = 0 if self.is_compact else self.averaged + flat
+        moments = [self._held(gradients + self.in_fp32, 0)]
+        if self.stage == 1 and self.is_late:
+            # Full buckets take the place of gradients.
+            left = self.gradient * max(0, self.trained - 2 * self.bucket)
+            late = self._averaged(self.trained) + left
+            moments.append(self._held(late, self.buckets + self.sent))
+        return moments
+
+    def _averaged(self, taken: int) -> int:
+        """Averaged gradients of the partition, from the second bucket on."""
+        if not self.is_accumulated and (self.trained <= self.bucket or taken < self.bucket):
+            return 0
+        twice = self.stage == 2 and self.is_accumulated and not self.is_compact
+        return self.averaged * (1 + twice)
+
+    def _held(self, gradients: int, buckets: int) -> dict[str, int]:
+        return {
+            "weights": self.in_step,
+            "gradients": gradients,
+            "optimizer": self.optimizer,
+            "buckets": buckets,
+        }
