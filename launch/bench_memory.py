@@ -2,9 +2,9 @@
 
 Trains ViT-B/16 (ds_configs/train/vit_b16.yaml) with one pair per rank at ZeRO-1, 2 and 3, forking
 the gloo ranks of each layout from this process, and counts what lives between steps and at the
-fullest moment of one: the storages of tensors by kind, and the memory of the process. Prints
-summary.md and writes it, memory.csv (one row per rank) and memory.png into OUTPUT_FOLDER. Exit
-codes: 0 measured, 1 tensors between steps are not what is planned, 2 bad arguments.
+fullest moment of one: tensors, and the memory of the process. Prints summary.md and writes it,
+memory.csv (one row per rank) and memory.png into OUTPUT_FOLDER. Exit codes: 0 measured, 1 tensors
+between steps are not what is planned, 2 bad arguments.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.optim import build_optimizer
 from ds_linclip.parallel.engine import initialize_engine
 from ds_linclip.parallel.local_ranks import run_ranks
-from ds_linclip.parallel.memory import KINDS, MemoryMeter
+from ds_linclip.parallel.memory import KINDS, AllocatorRecord, live_bytes
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.plan import plan_rank
 from ds_linclip.parallel.stages import stage_units
@@ -55,12 +55,14 @@ QUICK_ZERO = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One run: data-parallel ranks, precision, ZeRO stage, micro-batches of a pair."""
+    """One run: data-parallel ranks, precision, ZeRO stage, micro-batches of a pair; and what it is
+    to be instead, as overrides of the config."""
 
     ranks: int
     precision: str
     stage: int
     micro_batches: int = 1
+    more: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -75,6 +77,7 @@ class Layout:
             f"train.precision={self.precision}",
             f"zero.stage={self.stage}",
             f"parallel.dp={self.ranks}",
+            *self.more,
         ]
 
 
@@ -148,22 +151,19 @@ def train_rank(layout: Layout, config: Config) -> None:
     mesh = Mesh.create(config.parallel)
     rank = mesh.rank
     process = _Process()
-    model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
-    plan = plan_rank(config, mesh, model)
-    engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
-    meter = MemoryMeter(engine)
-    local, length = config.train.global_batch_size // mesh.dp.size, config.model.text.context_length
-    generator = torch.Generator().manual_seed(rank)
-    images = torch.randn(local, 3, *config.model.vision.image_size, generator=generator)
-    texts = torch.randint(config.model.text.vocab_size, (local, length), generator=generator)
-    for _ in range(WARMUP):
-        engine.step((images, texts), lr=1e-3)
-    process.begin_step()
-    engine.step((images, texts), lr=1e-3)
-    peak = process.peak()
-    with meter:
-        engine.step((images, texts), lr=1e-3)
-    live = meter.live()
+    plan = plan_rank(config, mesh)
+    with AllocatorRecord() as record:
+        model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
+        model.recompute_activations(config.train.activation_checkpointing)
+        engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
+        batch = random_batch(config, mesh)
+        for _ in range(WARMUP):
+            engine.step(batch, lr=1e-3)
+        process.begin_step()
+        with record.named("a step"):
+            engine.step(batch, lr=1e-3)
+        peak = process.peak()
+        live = live_bytes(engine)
     row = MemoryRow(
         ranks=layout.ranks,
         precision=layout.precision,
@@ -175,12 +175,26 @@ def train_rank(layout: Layout, config: Config) -> None:
         kept_process=process.own,
         step_process=peak,
         **{f"kept_{kind}": live[kind] for kind in (*KINDS, "other")},
-        **{f"step_{kind}_planned": plan.memory[kind] for kind in KINDS},
-        **{f"step_{kind}": meter.most[kind] for kind in KINDS},
+        **{f"step_{kind}_planned": size for kind, size in plan.memory.items()},
+        step=record.most("a step"),
     )
     Path(config.output_dir, f"{rank}.json").write_text(json.dumps(asdict(row)))
     mesh.barrier()
     mesh.close()
+
+
+def random_batch(config: Config, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and texts; stages of a pipeline but the first get their shapes alone."""
+    local, length = config.train.global_batch_size // mesh.dp.size, config.model.text.context_length
+    images, texts = (local, 3, *config.model.vision.image_size), (local, length)
+    if mesh.pp.rank > 0:
+        return torch.zeros(()).expand(images), torch.zeros((), dtype=torch.int64).expand(texts)
+    generator = torch.Generator().manual_seed(mesh.rank)
+    vocabulary = config.model.text.vocab_size
+    return (
+        torch.randn(images, generator=generator),
+        torch.randint(vocabulary, texts, generator=generator),
+    )
 
 
 class _Process:

@@ -21,18 +21,18 @@ KINDS = {
     "optimizer": "#58b0e3",
     "gradients": "#d97706",
     "buckets": "#9ca3af",
+    "activations": "#5aa469",
 }
 _INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 NOTES = """\
-- Tensors: bytes of the storages of live tensors, each once. Between steps: of all that Python
-  knows. In a step: of weights, gradients, optimizer state and buckets when there is most of them,
-  seen at every collective and before the optimizer's step; activations and momentary copies are
-  not among them.
+- Tensors between steps: bytes of the storages of live tensors that Python knows of, each once.
+- Tensors in a step: the most that torch's allocator has given out at any time, activations, gloo's
+  copies and what operators need inside included.
 - Process: private memory between steps, and the growth of the peak resident set in a step, from
-  before the model was built. It has activations, momentary copies, gloo's buffers and the
-  interpreter's own memory as well; buckets that are allocated and never filled are not resident.
-- The plan is that of ds_linclip/parallel/plan.py, which a run logs at its start and TensorBoard
-  shows."""
+  before the model was built. It has the interpreter's own memory, the allocator's record and what
+  is kept for reuse as well; buckets that are allocated and never filled are not resident.
+- The plan is that of ds_linclip/parallel/plan.py, which a run logs at its start, TensorBoard shows
+  and a dry run prints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class MemoryRow:
 
     Attributes:
         kept_*: Between steps.
-        step_*: At the fullest moment of a step.
+        step*: At the fullest moment of a step.
         *_planned: As planned.
         *_process: Of the process; otherwise of tensors.
     """
@@ -63,19 +63,14 @@ class MemoryRow:
     step_gradients_planned: int
     step_optimizer_planned: int
     step_buckets_planned: int
-    step_weights: int
-    step_gradients: int
-    step_optimizer: int
-    step_buckets: int
+    step_activations_planned: int
+    step: int
     step_process: int
 
     @property
     def kept(self) -> int:
-        return self.kept_other + sum(getattr(self, f"kept_{kind}") for kind in KINDS)
-
-    @property
-    def step(self) -> int:
-        return sum(getattr(self, f"step_{kind}") for kind in KINDS)
+        kinds = (getattr(self, f"kept_{kind}", 0) for kind in KINDS)
+        return self.kept_other + sum(kinds)
 
     @property
     def step_planned(self) -> int:
@@ -128,18 +123,14 @@ class MemoryReport:
                 },
             ),
             "## At the fullest moment of a step",
-            "By kind: tensors (plan).",
+            "By kind: the plan.",
             _table(
                 ["plan", "tensors", "tensors / plan", "process", *KINDS],
                 {
                     _name(row): [
                         *(_mib(row.step_planned), _mib(row.step)),
                         *(f"{row.step / row.step_planned:.2f}", _mib(row.step_process)),
-                        *(
-                            f"{_mib(getattr(row, f'step_{kind}'))} "
-                            f"({_mib(getattr(row, f'step_{kind}_planned'))})"
-                            for kind in KINDS
-                        ),
+                        *(_mib(getattr(row, f"step_{kind}_planned")) for kind in KINDS),
                     ]
                     for row in self.fullest
                 },
@@ -150,7 +141,7 @@ class MemoryReport:
         return "\n\n".join(sections) + "\n"
 
     def draw(self) -> Figure:
-        """Plan beside tensors, stacked by kind; the process as a mark."""
+        """Plan on the left of tensors, one of them stacked by kind; the process as a mark."""
         precisions = list(dict.fromkeys(row.precision for row in self.fullest))
         figure = Figure(figsize=(13, 4.2 * len(precisions) + 0.6), layout="constrained")
         FigureCanvasAgg(figure)
@@ -164,7 +155,7 @@ class MemoryReport:
                     f"{precision}, {where}", loc="left", fontsize=11, color=_INK, weight="bold"
                 )
         marks: list[Any] = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
-        marks.append(Patch(facecolor="white", edgecolor=_INK, label="plan"))
+        marks.append(Patch(facecolor="white", edgecolor=_INK, label="plan or tensors, together"))
         marks += panels[0, 0].get_legend_handles_labels()[0]
         figure.legend(handles=marks, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
         size = max(row.num_parameters for row in self.rows)
@@ -180,14 +171,17 @@ class MemoryReport:
 
 
 def _bars(axes: Axes, rows: Sequence[MemoryRow], moment: str) -> None:
+    # By kind are the tensors between steps, on the right, and the plan of a step, on the left.
+    by_kind, total = (0.2, -0.2) if moment == "kept" else (-0.2, 0.2)
+    suffix, other = ("", "_planned") if moment == "kept" else ("_planned", "")
     for place, row in enumerate(rows):
         bottom = 0.0
         for kind, colour in KINDS.items():
-            height = getattr(row, f"{moment}_{kind}") / MIB
-            axes.bar(place + 0.2, height, 0.38, bottom, color=colour)
+            height = getattr(row, f"{moment}_{kind}{suffix}", 0) / MIB
+            axes.bar(place + by_kind, height, 0.38, bottom, color=colour)
             bottom += height
-        planned = getattr(row, f"{moment}_planned") / MIB
-        axes.bar(place - 0.2, planned, 0.38, facecolor="white", edgecolor=_INK, linewidth=1)
+        height = getattr(row, f"{moment}{other}") / MIB
+        axes.bar(place + total, height, 0.38, facecolor="white", edgecolor=_INK, linewidth=1)
     process = [getattr(row, f"{moment}_process") / MIB for row in rows]
     places = [place + 0.2 for place in range(len(rows))]
     axes.plot(places, process, "_", color=_INK, markersize=16, label="process")

@@ -1,5 +1,8 @@
 """Train CLIP: ``deepspeed launch/train.py CONFIG.yaml key=value ...``.
 
+With ``--dry-run`` nothing is started: the layout is printed, with the memory of every rank, steps
+per epoch, the time of a step and the size of a checkpoint, for the devices that are named.
+
 SIGTERM to any rank: all save the step that they stand at and leave. SIGUSR1: save and go on. Exit
 codes: see :class:`ds_linclip.exit_codes.ExitCode`.
 """
@@ -14,6 +17,7 @@ from pathlib import Path
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import DataError
+from ds_linclip.dry_run import DEVICES, Target, dry_run
 from ds_linclip.exit_codes import ExitCode
 from ds_linclip.health import Diverged
 from ds_linclip.orphans import end_with_parent
@@ -31,6 +35,7 @@ def main() -> int:
     )
     parser.add_argument("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher, not used")
+    _add_dry_run_options(parser)
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
@@ -39,6 +44,8 @@ def main() -> int:
         end_with_parent()
     try:
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            return _dry_run(config, arguments)
         mesh = Mesh.create(config.parallel)
     except ValueError as error:
         return _fail_before_start(error)
@@ -61,6 +68,43 @@ def main() -> int:
     if mesh.rank == 0:
         print(_summary(config, result), flush=True)
     mesh.close()
+    return ExitCode.FINISHED
+
+
+def _add_dry_run_options(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group("dry run")
+    options.add_argument("--dry-run", action="store_true", help="plan the run, start nothing")
+    options.add_argument("--devices", type=int, help="ranks; default: those that the config sets")
+    options.add_argument("--device", help=", ".join(DEVICES))
+    options.add_argument("--device-memory-gib", type=float, help="of another device")
+    options.add_argument("--peak-tflops", type=float, help="of another device")
+    options.add_argument("--mfu", type=float, help="share of the peak that is reached")
+    options.add_argument("--num-samples", type=int, help="per epoch, if the shards are not here")
+
+
+def _dry_run(config: Config, arguments: argparse.Namespace) -> int:
+    """One rank speaks, if a launcher has started several."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return ExitCode.FINISHED
+    parallel = config.parallel
+    size_of_config = (parallel.dp or 1) * parallel.tp * parallel.pp * parallel.cp
+    devices = arguments.devices
+    if devices is None:
+        devices = int(os.environ.get("WORLD_SIZE", size_of_config))
+    found = dry_run(
+        config,
+        Target(
+            num_devices=devices,
+            device=arguments.device,
+            memory_gib=arguments.device_memory_gib,
+            peak_tflops=arguments.peak_tflops,
+            mfu=arguments.mfu,
+            num_samples=arguments.num_samples,
+        ),
+    )
+    print(found.text, flush=True)
+    if found.problem is not None:
+        raise ValueError(found.problem)
     return ExitCode.FINISHED
 
 

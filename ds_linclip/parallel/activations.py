@@ -125,7 +125,7 @@ def _pipeline_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
 
     with torch.no_grad():
         features = stage(inputs())
-    gradients = []
+    gradients: list[tuple[Tensor, ...]] = []
     if model.is_last:
         _, gradients = Objective(config.loss, mesh)(_repeated(features, num))
     in_flight = [stage(inputs()) for _ in range(min(mesh.pp.size - mesh.pp.rank, num))]

@@ -50,7 +50,8 @@ class AllocatorRecord:
 
     def most(self, name: str) -> int:
         """After the context: most bytes at any time within a part of it."""
-        events = list(_flat(self._profile.profiler.kineto_results.experimental_event_tree()))
+        profiler: Any = self._profile.profiler
+        events = list(_flat(profiler.kineto_results.experimental_event_tree()))
         (part,) = (event for event in events if event.name == name)
         return max(
             event.extra_fields.total_allocated

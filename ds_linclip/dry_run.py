@@ -1,0 +1,263 @@
+"""What a run would need: layout, memory, data, time and disk, told before anything is started."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ds_linclip.config import Config, ParallelConfig, check_batch
+from ds_linclip.data import Storage, find_shards
+from ds_linclip.flops import forward_flops, training_flops
+from ds_linclip.parallel.activations import meta_model
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.plan import RankPlan, describe, plan_rank
+from ds_linclip.parallel.step_memory import state_bytes, value_bytes
+
+__all__ = ["DEVICES", "DryRun", "Target", "dry_run"]
+
+GIB = 2**30
+#: Kept free on a GPU for what the plan does not count: the CUDA context, buffers of NCCL and cuBLAS,
+#: fragments. A guess: no run on a GPU has been measured.
+_RESERVE_GIB = 4.0
+#: Share of the peak that contrastive training is taken to reach, recomputed operations counted. A
+#: guess as well.
+_MFU = 0.35
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A kind of device.
+
+    Attributes:
+        memory_gib: As nvidia-smi shows it; None: not looked at.
+        peak_tflops: Dense matrix products per second, in 10^12 operations, in 16 bits and in fp32
+            as torch computes them by default (without TF32); None: unknown.
+    """
+
+    memory_gib: float | None
+    peak_tflops: tuple[float, float] | None
+
+
+#: Peaks from NVIDIA's data sheets (H100 SXM5, H200 SXM, A100 SXM4; dense: half of what is printed
+#: for sparse matrices).
+DEVICES = {
+    "h100": Device(memory_gib=79.6, peak_tflops=(989.4, 66.9)),
+    "h200": Device(memory_gib=140.4, peak_tflops=(989.4, 66.9)),
+    "a100": Device(memory_gib=80.0, peak_tflops=(311.9, 19.5)),
+    "a100-40gb": Device(memory_gib=40.0, peak_tflops=(311.9, 19.5)),
+    "cpu": Device(memory_gib=None, peak_tflops=None),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The machines that a run is meant for.
+
+    Attributes:
+        num_devices: One rank on each.
+        device: Of :data:`DEVICES`; None: a GPU, or the CPU if the config says so.
+        memory_gib, peak_tflops: Of one device, in the place of what the table says.
+        mfu: Share of the peak that is reached, recomputed operations counted.
+        num_samples: In an epoch, where the shards cannot be asked.
+    """
+
+    num_devices: int
+    device: str | None = None
+    memory_gib: float | None = None
+    peak_tflops: float | None = None
+    mfu: float | None = None
+    num_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would need.
+
+    Attributes:
+        text: All of it, in Markdown.
+        problem: Why it cannot run there, or None.
+    """
+
+    text: str
+    problem: str | None
+
+
+def dry_run(config: Config, target: Target) -> DryRun:
+    """Plan a run on machines that need not be there.
+
+    Raises:
+        ValueError: when the target is none, or the config does not fit its number of devices.
+    """
+    _check(target)
+    is_cpu = (target.device or config.parallel.device) == "cpu"
+    kind = DEVICES[target.device or "cpu"]
+    peaks = kind.peak_tflops
+    peak = target.peak_tflops or (peaks and peaks[config.train.precision == "fp32"])
+    memory = target.memory_gib or kind.memory_gib
+    limit = memory and memory - _RESERVE_GIB * (not is_cpu)
+    device = torch.device("cpu" if is_cpu else "cuda")
+    plans, table = _plan_all(config, target.num_devices, device)
+    fullest = max(range(len(plans)), key=lambda rank: sum(plans[rank].memory.values()))
+    needed = sum(plans[fullest].memory.values()) / GIB
+    dp_size = len(plans) // math.prod(_sizes(config.parallel))
+    rows = [
+        ("memory", _memory_row(fullest, needed, limit, memory)),
+        ("batch", _batch_row(config, dp_size)),
+        *_epoch_rows(config, target),
+        *_time_rows(config, dp_size, len(plans), peak, target.mfu or _MFU),
+        ("checkpoint", _checkpoint_row(config)),
+    ]
+    name = target.device or ("cpu" if is_cpu else "GPU")
+    lines = [
+        f"# {config.name}: dry run on {len(plans)} x {name}",
+        "\n".join(f"- {row}: {value}" for row, value in rows),
+        table,
+    ]
+    problem = None
+    if limit is not None and needed > limit:
+        problem = _problem(config, plans[fullest], fullest, needed, limit, name)
+    return DryRun("\n\n".join(lines), problem)
+
+
+def _check(target: Target) -> None:
+    if target.device is not None and target.device not in DEVICES:
+        raise ValueError(f"--device ({target.device}) must be one of {', '.join(DEVICES)}")
+    options = {
+        "--devices": target.num_devices,
+        "--device-memory-gib": target.memory_gib,
+        "--peak-tflops": target.peak_tflops,
+        "--mfu": target.mfu,
+        "--num-samples": target.num_samples,
+    }
+    for name, value in options.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} ({value}) must be greater than 0 and finite")
+    if target.mfu is not None and target.mfu > 1:
+        raise ValueError(f"--mfu ({target.mfu}) must be at most 1: a share of the peak")
+
+
+def _sizes(parallel: ParallelConfig) -> tuple[int, int, int]:
+    return parallel.tp, parallel.cp, parallel.pp
+
+
+def _plan_all(config: Config, num_devices: int, device: torch.device) -> tuple[list[RankPlan], str]:
+    """The plans of all ranks, and the table of them. Ranks of one stage that hold the same tokens
+    have the same one: the first of them is planned."""
+    tp, cp, pp = _sizes(config.parallel)
+    found: dict[tuple[int, int], RankPlan] = {}
+    stage = num_devices // pp
+    for place in ((p, c) for p in range(pp) for c in range(cp)):
+        rank = place[0] * stage + place[1] * tp
+        with Mesh.planned(config.parallel, device, rank, num_devices) as mesh:
+            check_batch(config, mesh.dp.size)
+            found[place] = plan_rank(config, mesh)
+            plans = [
+                found.get((rank // stage, rank // tp % cp), found[place])
+                for rank in range(num_devices)
+            ]
+            table = describe(config, mesh, plans)
+    return plans, table
+
+
+def _memory_row(rank: int, needed: float, limit: float | None, memory: float | None) -> str:
+    row = f"rank {rank} has most, {needed:.1f} GiB at the fullest moment of a step"
+    if limit is None:
+        return f"{row}; the device's memory is not known (--device, --device-memory-gib)"
+    return f"{row}; a device has {limit:.1f} GiB for it ({memory:.1f} less what is kept free)"
+
+
+def _batch_row(config: Config, dp_size: int) -> str:
+    num = config.num_micro_batches(dp_size)
+    size = config.train.global_batch_size // dp_size // num
+    times = f"{num} micro-batches" if num > 1 else "a micro-batch"
+    batch = f"{config.train.global_batch_size:,} pairs"
+    return f"{batch}: {dp_size} data-parallel places x {times} of {size:,}"
+
+
+def _epoch_rows(config: Config, target: Target) -> list[tuple[str, str]]:
+    try:
+        samples = target.num_samples or _num_samples(config)
+    except ValueError as error:
+        return [("epoch", f"unknown: {error}; --num-samples states it")]
+    steps = samples / config.train.global_batch_size
+    return [
+        ("epoch", f"{samples:,} samples, {steps:,.1f} steps"),
+        ("run", f"{config.train.steps:,} steps, {config.train.steps / steps:,.2f} epochs"),
+    ]
+
+
+def _num_samples(config: Config) -> int:
+    storage = Storage(config.data.cache, config.data.network)
+    return sum(group.samples_per_epoch for group in find_shards(config.data.train, storage))
+
+
+def _time_rows(
+    config: Config, dp_size: int, num_devices: int, peak: float | None, mfu: float
+) -> list[tuple[str, str]]:
+    num, pp = config.num_micro_batches(dp_size), config.parallel.pp
+    # Of a training step three forwards are the model's; these are done again.
+    again = (num > 1 or pp > 1) + (config.train.activation_checkpointing == "full")
+    batch = config.train.global_batch_size
+    forward = batch * forward_flops(config.model, config.image_size_at(0))
+    operations = (3 + again) * forward
+    row = f"{operations / 1e15:,.1f} PFLOP, {again * forward / 1e15:,.1f} of them done again"
+    if peak is None:
+        return [("step", f"{row}; the device's speed is not known (--device, --peak-tflops)")]
+    # A pipeline waits for its first and its last micro-batch.
+    bubble = (num + pp - 1) / num
+    rate = num_devices * peak * 1e12 * mfu / bubble
+    seconds = operations / rate
+    whole = training_flops(config) * (1 + again / 3) / rate
+    waits = f", of which a pipeline waits {1 - 1 / bubble:.0%}" if pp > 1 else ""
+    return [
+        (
+            "step",
+            f"{row}: {seconds:.3g} s at {mfu:g} of {peak:g} TFLOP/s per device (--mfu){waits}; "
+            f"{batch / seconds:,.0f} samples/s",
+        ),
+        ("whole run", f"{whole / 3600:,.1f} hours, without saving and evaluation"),
+    ]
+
+
+def _checkpoint_row(config: Config) -> str:
+    whole = replace(config, parallel=ParallelConfig())
+    with Mesh.planned(whole.parallel, torch.device("cpu"), 0, 1) as mesh:
+        size = sum(
+            p.numel() * (state_bytes(config) if p.requires_grad else value_bytes(config))
+            for p in meta_model(whole, mesh).parameters()
+        )
+    kept, every = config.checkpoint.keep_last, config.checkpoint.keep_every_steps
+    for_ever = config.train.steps // every if every else 0
+    return (
+        f"{size / GIB:.2f} GiB on disk; the newest {kept} and {for_ever} for ever: "
+        f"{(kept + for_ever) * size / GIB:,.1f} GiB"
+    )
+
+
+def _problem(
+    config: Config, plan: RankPlan, rank: int, needed: float, limit: float, device: str
+) -> str:
+    largest = max(plan.memory, key=lambda kind: plan.memory[kind])
+    return (
+        f"rank {rank} needs {needed:.1f} GiB at the fullest moment of a step, which must be at "
+        f"most the {limit:.1f} GiB that a device ({device}) has for it; the largest part is "
+        f"{largest} ({plan.memory[largest] / GIB:.1f} GiB): change "
+        f"{' or '.join(_remedies(config, largest))}"
+    )
+
+
+def _remedies(config: Config, kind: str) -> Sequence[str]:
+    zero, kept = config.zero, config.train.activation_checkpointing
+    if kind == "activations":
+        current = config.train.micro_batch_size
+        smaller = f"train.micro_batch_size ({current or 'all at once'})"
+        checkpointing = [] if kept == "full" else [f"train.activation_checkpointing ({kept})"]
+        return [smaller, *checkpointing, "parallel.tp", "the number of devices"]
+    if kind == "buckets":
+        return [f"zero.deepspeed_config ({zero.deepspeed_config}): reduce_bucket_size"]
+    stages = {"optimizer": 1, "gradients": 2, "weights": 3}
+    ways = [f"zero.stage ({zero.stage})"] if zero.stage < stages[kind] else []
+    if kind == "optimizer":
+        ways.append(f"zero.offload_optimizer ({zero.offload_optimizer})")
+    return [*ways, "parallel.tp", "parallel.pp", "the number of devices"]

@@ -1,0 +1,65 @@
+"""Runs the cases that are named; ``<folder>/results.json`` has [measured, planned] bytes of every rank
+at the fullest moment of a step; see test_step_memory.py."""
+
+import json
+import sys
+from pathlib import Path
+
+from bench_memory import Layout, run
+
+#: Wide enough for activations to be a good part, and in the long ones most.
+MODEL = [
+    *("model.vision.image_size=128", "model.vision.patch_size=16", "model.vision.layers=4"),
+    *("model.vision.width=256", "model.text.layers=3", "model.text.width=128"),
+    *("model.text.heads=2", "model.embed_dim=128", "model.text.context_length=32"),
+]
+ZERO = {
+    "reduce_bucket_size": 10_000_000,
+    "allgather_bucket_size": 10_000_000,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_live_parameters": 10_000_000,
+}
+LONG = ("model.vision.image_size=512", "train.micro_batch_size=4")
+SOFTMAX = ("model.vision.attention.kind=softmax", "model.text.attention.kind=softmax")
+FULL = ("train.activation_checkpointing=full",)
+SELECTIVE = ("train.activation_checkpointing=selective",)
+
+
+def layout(ranks: int, precision: str, stage: int, batch: int, micro: int, *more: str) -> Layout:
+    sizes = (f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}")
+    return Layout(ranks=ranks, precision=precision, stage=stage, more=(*sizes, *more))
+
+
+CASES = {
+    "bf16": layout(1, "bf16", 1, 16, 16),
+    "long-softmax-full": layout(1, "fp32", 1, 4, 4, *LONG, *SOFTMAX, *FULL),
+    "long-eq4-selective": layout(
+        1, "bf16", 1, 4, 4, *LONG, *SELECTIVE, "model.vision.attention.normalized=true"
+    ),
+    "zero2-micro": layout(2, "bf16", 2, 32, 8),
+    "zero3-softmax": layout(2, "fp32", 3, 32, 16, *SOFTMAX),
+    "tp2-full": layout(2, "bf16", 1, 32, 32, *FULL, "parallel.tp=2", "parallel.dp=1"),
+    "pp2-micro": layout(2, "fp32", 1, 32, 8, "parallel.pp=2", "parallel.dp=1"),
+    # Slow.
+    "fp32-selective": layout(1, "fp32", 1, 16, 16, *SELECTIVE),
+    "long-full": layout(1, "bf16", 1, 4, 4, *LONG, *FULL),
+    "zero1-micro": layout(2, "bf16", 1, 32, 8),
+    "zero1-softmax-full": layout(2, "bf16", 1, 32, 16, *SOFTMAX, *FULL),
+    "zero2-full": layout(2, "fp32", 2, 16, 8, *FULL),
+    "zero3-micro": layout(2, "bf16", 3, 32, 4),
+    "tp2-softmax": layout(2, "fp32", 1, 16, 16, *SOFTMAX, "parallel.tp=2", "parallel.dp=1"),
+    "pp2-full": layout(2, "bf16", 1, 32, 32, *FULL, "parallel.pp=2", "parallel.dp=1"),
+    "cp2-long": layout(2, "fp32", 1, 4, 4, *LONG, "parallel.cp=2", "parallel.dp=1"),
+}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    found = {
+        name: [[row.step, row.step_planned] for row in run(CASES[name], MODEL, ZERO)]
+        for name in names
+    }
+    (folder / "results.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
