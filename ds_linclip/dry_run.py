@@ -17,7 +17,7 @@ from ds_linclip.parallel.step_memory import state_bytes, value_bytes
 __all__ = ["DEVICES", "DryRun", "Target", "dry_run"]
 
 GIB = 2**30
-#: Kept free on a GPU for what the plan does not count: the CUDA context, buffers of NCCL and cuBLAS,
+#: Kept free on a GPU for what the plan does not count: the CUDA context, buffers of NCCL, cuBLAS,
 #: fragments. A guess: no run on a GPU has been measured.
 _RESERVE_GIB = 4.0
 #: Share of the peak that contrastive training is taken to reach, recomputed operations counted. A
@@ -161,10 +161,10 @@ def _plan_all(config: Config, num_devices: int, device: torch.device) -> tuple[l
 
 
 def _memory_row(rank: int, needed: float, limit: float | None, memory: float | None) -> str:
-    row = f"rank {rank} has most, {needed:.1f} GiB at the fullest moment of a step"
+    row = f"rank {rank} has most, {needed:.3g} GiB at the fullest moment of a step"
     if limit is None:
         return f"{row}; the device's memory is not known (--device, --device-memory-gib)"
-    return f"{row}; a device has {limit:.1f} GiB for it ({memory:.1f} less what is kept free)"
+    return f"{row}; a device has {limit:.3g} GiB for it ({memory:.3g} less what is kept free)"
 
 
 def _batch_row(config: Config, dp_size: int) -> str:
@@ -201,7 +201,7 @@ def _time_rows(
     batch = config.train.global_batch_size
     forward = batch * forward_flops(config.model, config.image_size_at(0))
     operations = (3 + again) * forward
-    row = f"{operations / 1e15:,.1f} PFLOP, {again * forward / 1e15:,.1f} of them done again"
+    row = f"{operations / 1e15:.3g} PFLOP, {again * forward / 1e15:.3g} of them done again"
     if peak is None:
         return [("step", f"{row}; the device's speed is not known (--device, --peak-tflops)")]
     # A pipeline waits for its first and its last micro-batch.
@@ -216,7 +216,7 @@ def _time_rows(
             f"{row}: {seconds:.3g} s at {mfu:g} of {peak:g} TFLOP/s per device (--mfu){waits}; "
             f"{batch / seconds:,.0f} samples/s",
         ),
-        ("whole run", f"{whole / 3600:,.1f} hours, without saving and evaluation"),
+        ("whole run", f"{whole / 3600:.3g} hours, without saving and evaluation"),
     ]
 
 
@@ -230,8 +230,8 @@ def _checkpoint_row(config: Config) -> str:
     kept, every = config.checkpoint.keep_last, config.checkpoint.keep_every_steps
     for_ever = config.train.steps // every if every else 0
     return (
-        f"{size / GIB:.2f} GiB on disk; the newest {kept} and {for_ever} for ever: "
-        f"{(kept + for_ever) * size / GIB:,.1f} GiB"
+        f"{size / GIB:.3g} GiB on disk; the newest {kept} and {for_ever} for ever: "
+        f"{(kept + for_ever) * size / GIB:.3g} GiB"
     )
 
 
@@ -240,9 +240,9 @@ def _problem(
 ) -> str:
     largest = max(plan.memory, key=lambda kind: plan.memory[kind])
     return (
-        f"rank {rank} needs {needed:.1f} GiB at the fullest moment of a step, which must be at "
-        f"most the {limit:.1f} GiB that a device ({device}) has for it; the largest part is "
-        f"{largest} ({plan.memory[largest] / GIB:.1f} GiB): change "
+        f"rank {rank} needs {needed:.3g} GiB at the fullest moment of a step, which must be at "
+        f"most the {limit:.3g} GiB that a device ({device}) has for it; the largest part is "
+        f"{largest} ({plan.memory[largest] / GIB:.3g} GiB): change "
         f"{' or '.join(_remedies(config, largest))}"
     )
 

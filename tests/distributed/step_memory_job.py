@@ -1,5 +1,5 @@
-"""Runs the cases that are named; ``<folder>/results.json`` has [measured, planned] bytes of every rank
-at the fullest moment of a step; see test_step_memory.py."""
+"""Runs the cases that are named; ``<folder>/results.json`` has [measured, planned] bytes of every
+rank at the fullest moment of a step; see test_step_memory.py."""
 
 import json
 import sys

@@ -69,6 +69,24 @@ def test_tensorboard_holds_scalars_and_pictures(finished):
     assert len(picture.encoded_image_string) > 10_000
 
 
+def test_dry_run_of_launched_ranks_tells_what_the_run_then_does(
+    finished, deepspeed_cpu, embedded_overrides, tmp_path
+):
+    """Samples from the files beside the shards; the size of a checkpoint is that on disk."""
+    run, _ = finished
+    where = [f"output_dir={tmp_path}", "name=short"]
+    done = deepspeed_cpu(TRAIN, EMBEDDED, *embedded_overrides, *where, *SHORT, "--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("dry run on 2 x cpu") == 1
+    assert "- epoch: 1,437 samples, 11.2 steps" in done.stdout
+    assert re.search(r"^0-1 \| image embedding to text head \| 3\.", done.stdout, re.M)
+    assert not list(tmp_path.iterdir())
+    files = (run / "checkpoints" / "step-00000012").glob("*.safetensors")
+    on_disk = sum(file.stat().st_size for file in files) / 2**30
+    planned = float(re.search(r"- checkpoint: ([\d.]+) GiB", done.stdout)[1])
+    assert planned == pytest.approx(on_disk, rel=0.01, abs=0.005)
+
+
 def test_data_report_counts_what_was_read(finished):
     run, _ = finished
     report = json.loads((run / "data_report.json").read_text())
