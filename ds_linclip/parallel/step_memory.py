@@ -14,6 +14,8 @@ from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["PERSISTENT_BELOW", "StepMemory", "gradient_bytes", "value_bytes"]
 
+#: Tensors as large as its part that an optimizer needs for a moment: torch's fused AdamW none.
+_MOMENTARY = {"adamw": 0, "lamb": 2, "lion": 1}
 _FP32 = 4
 #: ZeRO-3 keeps smaller parameters whole on every rank (DeepSpeed's default).
 PERSISTENT_BELOW = 100_000
@@ -77,7 +79,8 @@ class _Zero:
         is_offloaded = config.zero.offload_optimizer != "none"
         self.optimizer = 0 if is_offloaded else _FP32 * num_state_values(config.optim) * part
         self.in_fp32 = 0 if is_offloaded else _FP32 * part  # what the optimizer is given
-        self.in_step = self.between = self.value * sum(sizes)
+        self.momentary = _MOMENTARY[config.optim.kind] * self.in_fp32
+        self.in_step = self.value * sum(sizes)
         #: DeepSpeed's BF16_Optimizer.
         self.sums_all = (
             self.stage == 1
@@ -90,13 +93,15 @@ class _Zero:
         self.is_late = not zero.get("overlap_comm")
         of_bucket = self.gradient if self.stage == 1 else self.value
         self.buckets = of_bucket * self.bucket * (2 - self.is_late)
-        #: A copy of a full bucket, or of a gradient that is larger, on its way.
+        #: A copy of a full bucket, or of a gradient that is larger, on its way; stage 3 makes
+        #: another one to send fp32 for bf16.
         largest = max(p.numel() for p in parameters if p.requires_grad)
-        self.sent = self.gradient * max(largest, min(self.bucket, self.trained))
+        copies = 1 + (self.stage == 3 and self.value < self.gradient)
+        self.sent = copies * self.gradient * max(largest, min(self.bucket, self.trained))
         self.averaged = (_FP32 if compact else self.gradient) * part
         self.is_compact = compact
         self.replicas = replicas
-        self.kept = self.between + self.optimizer
+        self.kept = self.in_step + self.optimizer
         if self.stage == 3:
             # Gradients of the partition stay, as the bucket does. Small weights are whole but in
             # the step; the limit of live ones is that of the others.
@@ -114,39 +119,53 @@ class _Zero:
         """When it has the gradients of so many parameters of a micro-batch."""
         if self.is_accumulated:
             taken = self.trained  # from the second micro-batch on
-        sent = self.sent * (taken >= min(self.bucket, self.trained))
         if self.stage == 3:
+            sent = self.sent * (taken >= min(self.bucket, self.trained))
             return self._held(self.averaged, self.value * self.bucket + sent)
         if self.sums_all:
             # All gradients in fp32 stay, those in bf16 do until the end of the step.
             return self._held((_FP32 + self.value) * taken, 0)
         if self.stage == 1 and (self.is_late or self.is_accumulated):
             return self._held(self.gradient * taken, self.buckets)
-        return self._held(self._averaged(taken), self.buckets + sent)
+        return self._sending(taken)
 
     def after_backward(self) -> list[dict[str, int]]:
         """When late gradients are averaged, and in the optimizer's step."""
         if self.stage == 3:
-            return [self._held(self.averaged + self.in_fp32, self.value * self.bucket)]
+            gradients = self.averaged + self.in_fp32 + self.momentary
+            return [self._held(gradients, self.value * self.bucket)]
         if self.sums_all:
             copy = _FP32 * self.trained * (self.replicas > 1)  # is sent
-            return [self._held((_FP32 + self.value) * self.trained, copy)]
+            return [self._held((_FP32 + self.value) * self.trained, max(copy, self.momentary))]
         flat = self.averaged * (self.value < _FP32)  # before it is in fp32
         gradients = 0 if self.is_compact else self.averaged + flat
-        moments = [self._held(gradients + self.in_fp32, 0)]
+        moments = [self._held(self.in_fp32 + max(gradients, self.momentary), 0)]
         if self.stage == 1 and self.is_late:
             # Full buckets take the place of gradients.
-            left = self.gradient * max(0, self.trained - 2 * self.bucket)
-            late = self._averaged(self.trained) + left
-            moments.append(self._held(late, self.buckets + self.sent))
+            moments.append(self._sending(self.trained, left=self.trained))
         return moments
 
-    def _averaged(self, taken: int) -> int:
-        """Averaged gradients of the partition, from the second bucket on."""
-        if not self.is_accumulated and (self.trained <= self.bucket or taken < self.bucket):
-            return 0
-        twice = self.stage == 2 and self.is_accumulated and not self.is_compact
-        return self.averaged * (1 + twice)
+    def _sending(self, taken: int, left: int = 0) -> dict[str, int]:
+        """While a bucket is on its way; ``left``: gradients before the first one was filled.
+
+        Averaged gradients of the partition are the sum over micro-batches and, when the first
+        bucket is back, those of this one.
+        """
+        summed = self.averaged * (self.stage == 2 and self.is_accumulated)
+        is_full = taken >= min(self.bucket, self.trained)
+        first = self._held(
+            summed + self.gradient * max(0, left - self.bucket),
+            self.buckets + self.sent * is_full,
+        )
+        if taken <= self.bucket:
+            return first
+        second = self._held(
+            summed
+            + self.averaged * (not self.is_compact)
+            + self.gradient * max(0, left - 2 * self.bucket),
+            self.buckets + min(self.sent, self.gradient * (taken - self.bucket)),
+        )
+        return max(first, second, key=lambda held: sum(held.values()))
 
     def _held(self, gradients: int, buckets: int) -> dict[str, int]:
         return {

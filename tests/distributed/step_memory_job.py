@@ -44,6 +44,7 @@ CASES = {
     "fp32-selective": layout(1, "fp32", 1, 16, 16, *SELECTIVE),
     "long-full": layout(1, "bf16", 1, 4, 4, *LONG, *FULL),
     "zero1-micro": layout(2, "bf16", 1, 32, 8),
+    "lamb": layout(1, "bf16", 1, 8, 8, "optim.kind=lamb"),
     "zero1-softmax-full": layout(2, "bf16", 1, 32, 16, *SOFTMAX, *FULL),
     "zero2-full": layout(2, "fp32", 2, 16, 8, *FULL),
     "zero3-micro": layout(2, "bf16", 3, 32, 4),

@@ -15,8 +15,8 @@ QUICK = [
     *("zero2-micro", "zero3-softmax", "tp2-full", "pp2-micro"),
 ]
 SLOW = [
-    *("fp32-selective", "long-full", "zero1-micro", "zero1-softmax-full", "zero2-full"),
-    *("zero3-micro", "tp2-softmax", "pp2-full", "cp2-long"),
+    *("fp32-selective", "long-full", "zero1-micro", "zero1-softmax-full", "lamb"),
+    *("zero2-full", "zero3-micro", "tp2-softmax", "pp2-full", "cp2-long"),
 ]
 
 
@@ -38,5 +38,4 @@ def test_a_step_takes_the_memory_that_is_planned(tmp_path, names):
         name: [planned / measured - 1 for measured, planned in ranks]
         for name, ranks in found.items()
     }
-    print(apart)
     assert all(abs(each) <= 0.1 for ranks in apart.values() for each in ranks), apart
