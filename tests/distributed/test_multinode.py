@@ -106,11 +106,12 @@ def test_over_ssh_until_asked_to_leave_then_by_hand_on_each_host(hosts, override
             f"{hosts.addresses[name]} linclip-{i}.linclip\n" for i, name in enumerate(hosts.names)
         )
     command, environment = script_of_a_pod(experiment)
-    environment |= {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
-    pods = [
-        hosts.start(name, *command, cwd=REPOSITORY, **environment, JOB_COMPLETION_INDEX=str(index))
-        for index, name in enumerate(hosts.names)
-    ]
+    pods = []
+    for index, name in enumerate(hosts.names):
+        own = tmp_path / f"pod-{index}"
+        own.mkdir()
+        given = environment | ENVIRONMENT | {"TMPDIR": str(own), "JOB_COMPLETION_INDEX": str(index)}
+        pods.append(hosts.start(name, *command, cwd=REPOSITORY, **given))
     for pod in pods:
         out, err = pod.communicate(timeout=200)
         assert pod.returncode == 0, out + err
