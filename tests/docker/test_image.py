@@ -209,7 +209,7 @@ assert torch.equal(torch.compile(lambda x: 2 * x + 1)(x), 2 * x + 1)
 folder = tempfile.mkdtemp()
 source = os.path.join(folder, "source.c")
 open(source, "w").write("#include <Python.h>\\nPyMODINIT_FUNC PyInit_x(void) { return 0; }")
-print(_build("x", source, folder, [], [], []))
+print(_build("x", source, folder, [], [], [], []))
 """
     run = ["podman", "run", "--rm", *HARDENED, "--user", "4321:4321"]
     run += ["--tmpfs", "/tmp:exec,mode=1777", "--tmpfs", "/home/linclip:exec,mode=1777"]
