@@ -6,13 +6,21 @@ beside the definition: recomputed activations, features that are computed twice 
 the quadratic part of causal linear attention's chunks. Causal softmax counts all pairs of tokens.
 """
 
-from ds_linclip.config import Config, LossConfig, ModelConfig, TextTower, VisionTower
+from ds_linclip.config import (
+    Config,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TextTower,
+    VisionTower,
+)
 
 __all__ = [
     "block_flops",
     "forward_flops",
     "num_features",
     "num_parameters",
+    "num_state_values",
     "training_flops",
 ]
 
@@ -72,6 +80,13 @@ def num_parameters(model: ModelConfig, loss: LossConfig) -> int:
     words = text.width * (text.vocab_size + text.context_length + 2 + model.embed_dim)
     blocks = vision.layers * _block_parameters(vision) + text.layers * _block_parameters(text)
     return patches + image + words + blocks + (2 if loss.kind == "sigmoid" else 1)
+
+
+def num_state_values(optim: OptimConfig) -> int:
+    """fp32 numbers that training keeps, and saves, per trained one: the weight itself, what the
+    optimizer remembers, the running average."""
+    moments = 1 if optim.kind == "lion" else 2
+    return 1 + moments + (optim.ema_decay > 0)
 
 
 def _block_parameters(tower: VisionTower | TextTower) -> int:

@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -16,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +24,7 @@ import torch.distributed as dist
 from ds_linclip.config import Config, save_config
 from ds_linclip.parallel.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.versions import software
 
 __all__ = ["RunFolder"]
 
@@ -43,9 +42,6 @@ _LOGS = {".log", ".out", ".err"}
 _LEASE = 180.0
 #: Answers of file systems that keep no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-_VERSIONS = (
-    *("torch", "triton", "deepspeed", "megatron-core", "open_clip_torch", "webdataset", "numpy"),
-)
 #: What results depend on bit for bit.
 _COMPARED = ("torch", "triton", "deepspeed")
 
@@ -223,16 +219,11 @@ def _facts(config: Config, mesh: Mesh, resume_from: Path | None) -> dict[str, An
     places = [mine] * mesh.world_size
     if mesh.world_size > 1:
         dist.all_gather_object(places, mine)
-    nccl = torch.cuda.nccl.version() if mesh.device.type == "cuda" else None
     return {
         "time": _now(),
         "resumed_from": None if resume_from is None else resume_from.name,
         "command": sys.argv,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in _VERSIONS},
-        "cuda": torch.version.cuda if mesh.device.type == "cuda" else None,
-        "nccl": None if nccl is None else ".".join(map(str, nccl)),
+        **software(mesh.device),
         "device": str(mesh.device),
         "hosts": Counter(host for host, _ in places),
         "devices": Counter(name for _, name in places),
@@ -241,36 +232,6 @@ def _facts(config: Config, mesh: Mesh, resume_from: Path | None) -> dict[str, An
         "config": asdict(config),
         "deepspeed_config": deepspeed_config(config, mesh),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Of the checkout this package runs from; ``-dirty`` behind it: with changes of its own."""
-    here = Path(__file__)
-    if _git("ls-files", "--error-unmatch", here.name) is None:
-        return None  # an installed copy, perhaps within some other repository
-    return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _last_record(path: Path) -> dict[str, Any] | None:

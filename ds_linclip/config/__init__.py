@@ -5,7 +5,7 @@ command line. Only the typed :class:`Config` travels further; nothing else reads
 """
 
 from ds_linclip.config.files import as_image_size, load_config, save_config
-from ds_linclip.config.rules import check_batch, check_model, validate
+from ds_linclip.config.rules import check_batch, check_model, check_ranks, validate
 from ds_linclip.config.schema import (
     Attention,
     CacheConfig,
@@ -55,6 +55,7 @@ __all__ = [
     "as_image_size",
     "check_batch",
     "check_model",
+    "check_ranks",
     "load_config",
     "save_config",
     "validate",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ds_linclip.config.schema import Config, DataConfig, ModelConfig, Source
+from ds_linclip.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, Source
 
-__all__ = ["check_batch", "check_model", "validate"]
+__all__ = ["check_batch", "check_model", "check_ranks", "validate"]
 
 _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
 
@@ -134,6 +134,30 @@ def check_batch(config: Config, dp_size: int) -> None:
             f"train.micro_batch_size ({micro_batch}) must divide a rank's part of the batch "
             f"({batch} / {dp_size} = {local}): {max(below, default=1)} would do"
         )
+
+
+def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
+    """Check that the axes multiply to the number of ranks; returns the data-parallel size.
+
+    Raises:
+        ValueError: naming the fields and what would do.
+    """
+    others = parallel.tp * parallel.cp * parallel.pp
+    fields = (
+        f"parallel.tp ({parallel.tp}) x parallel.cp ({parallel.cp}) x parallel.pp ({parallel.pp})"
+    )
+    if world_size % others:
+        raise ValueError(
+            f"{fields} = {others} must divide the number of ranks ({world_size}): start a multiple "
+            f"of {others} ranks, or choose sizes whose product divides {world_size}"
+        )
+    dp_size = world_size // others
+    if parallel.dp is not None and parallel.dp != dp_size:
+        raise ValueError(
+            f"parallel.dp ({parallel.dp}) x {fields} must equal the number of ranks "
+            f"({world_size}): parallel.dp={dp_size} would do, or {parallel.dp * others} ranks"
+        )
+    return dp_size
 
 
 def _validate_init(config: Config) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ds_linclip.config import NetworkConfig
 from ds_linclip.data.stores import (
+    Body,
     BrokenOff,
     FileSystemStore,
     HttpStore,
@@ -102,14 +103,32 @@ class Remote:
             RemoteError: as :meth:`fetch`.
         """
 
+        return self._look(url, lambda body: b"") is not None
+
+    def head(self, url: str) -> bytes | None:
+        """The first bytes of a file, as many as come at once; None when there is none.
+
+        Raises:
+            RemoteError: as :meth:`fetch`.
+        """
+        return self._look(url, lambda body: body.read())
+
+    def _look(self, url: str, read: Callable[[Body], bytes]) -> bytes | None:
+        found = b""
+
         def ask() -> None:
-            self._store(url).open(url, None, 0).close()
+            nonlocal found
+            body = self._store(url).open(url, None, 0)
+            try:
+                found = read(body)
+            finally:
+                body.close()
 
         try:
             self._persist(url, _Memory(url, 0), ask, self._network.max_tries)
         except FileNotFoundError:
-            return False
-        return True
+            return None
+        return found
 
     def _persist(self, url: str, sink: Sink, attempt: Callable[[], None], max_tries: int) -> None:
         """Try until it succeeds, fails for good, or does not get on."""

@@ -25,7 +25,7 @@ from ds_linclip.config import Source
 from ds_linclip.data.storage import Storage, check_url, is_remote, shown
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
-__all__ = ["Shard", "ShardGroup", "find_shards", "raise_file_limit"]
+__all__ = ["Shard", "ShardGroup", "expand", "find_shards", "raise_file_limit"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class _Sizes:
 
     def __init__(self, source: Source, storage: Storage, name: str) -> None:
         self._source, self._storage, self._name = source, storage, name
-        self._urls = _expand(source.shards, name)
+        self._urls = expand(source.shards, name)
 
     def shards(self, *, count_headers: bool) -> list[Shard]:
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
@@ -283,7 +283,12 @@ class _Sizes:
         }
 
 
-def _expand(pattern: str, name: str) -> list[str]:
+def expand(pattern: str, name: str) -> list[str]:
+    """Paths or URLs that a brace pattern names.
+
+    Raises:
+        ValueError: beginning with ``name``, or naming ``data.train`` and a URL that cannot be used.
+    """
     if not is_remote(pattern):
         pattern = os.path.expanduser(pattern)
     try:

@@ -1,6 +1,7 @@
 """Where the files that a user names lie: local paths, and URLs behind a cache on the local disk."""
 
 import difflib
+import errno
 import logging
 import os
 import queue
@@ -145,6 +146,21 @@ class Storage:
         if is_remote(url):
             return self._process().remote.exists(url)
         return os.path.isfile(_local_path(url))
+
+    def head(self, url: str) -> bytes:
+        """The first bytes of a file, 512 at least where it has them, from where it lies.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: as :meth:`open`.
+        """
+        if not is_remote(url):
+            with open(_local_path(url), "rb") as file:
+                return file.read(512)
+        found = self._process().remote.head(url)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(url))
+        return found
 
     def prefetch(self, urls: Sequence[str]) -> None:
         """Start fetching remote files in the background, ``network.downloads`` at once per process.

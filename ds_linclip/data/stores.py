@@ -20,6 +20,7 @@ from fsspec.core import url_to_fs
 from ds_linclip.config import NetworkConfig
 
 __all__ = [
+    "Body",
     "BrokenOff",
     "FileSystemStore",
     "HttpStore",

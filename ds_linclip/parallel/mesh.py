@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from ds_linclip.config import ParallelConfig
+from ds_linclip.config import ParallelConfig, check_ranks
 
-__all__ = ["AgreedError", "Axis", "Mesh"]
+__all__ = ["AgreedError", "Axis", "Mesh", "select_device"]
 
 T = TypeVar("T")
 
@@ -71,17 +71,17 @@ class Mesh:
                 fewer GPUs than ranks on this node.
         """
         config = config or ParallelConfig()
-        launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        launched = _is_launched()
         if dist.is_initialized():
             world_size = dist.get_world_size()
         else:
             world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
-        _check_sizes(config, world_size)
+        check_ranks(config, world_size)
         if config.tp > 1:
             # megatron overlaps the sum of an input's gradient with that of the weight, which needs
             # kernels to start in the order of their launches.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        device = _select_device(config, launched)
+        device = select_device(config)
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             if launched:
@@ -189,6 +189,35 @@ class Mesh:
         return _DeepSpeedGroups()
 
 
+def select_device(config: ParallelConfig) -> torch.device:
+    """This rank's own GPU, or the CPU. Where there are GPUs, "auto" never falls back to the CPU
+    unless DeepSpeed is told to (``DS_ACCELERATOR=cpu``).
+
+    Raises:
+        ValueError: when there are fewer GPUs than ranks on this node.
+    """
+    launched = _is_launched()
+    num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    asked_of_deepspeed = os.environ.get("DS_ACCELERATOR")
+    if config.device == "cpu" or (
+        config.device == "auto" and (num_gpus == 0 or asked_of_deepspeed == "cpu")
+    ):
+        # DeepSpeed otherwise looks for itself, and would take a GPU that is to stay unused.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu")
+    # The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+    local_size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    needed = int(local_size or 1) if launched else 1
+    if num_gpus < needed:
+        raise ValueError(
+            f"parallel.device ({config.device}) needs a GPU for each of the {needed} ranks on this "
+            f"node, found {num_gpus}"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if launched else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
 class _DeepSpeedGroups:
     """megatron's ``parallel_state`` as DeepSpeed asks it: data parallel is all that averages
     gradients, the context axis included."""
@@ -218,48 +247,12 @@ class _DeepSpeedGroups:
         return parallel_state.get_tensor_model_parallel_group()
 
 
-def _check_sizes(config: ParallelConfig, world_size: int) -> None:
-    others = config.tp * config.cp * config.pp
-    fields = f"parallel.tp ({config.tp}) x parallel.cp ({config.cp}) x parallel.pp ({config.pp})"
-    if world_size % others:
-        raise ValueError(
-            f"{fields} = {others} must divide the number of ranks ({world_size}): start a multiple "
-            f"of {others} ranks, or choose sizes whose product divides {world_size}"
-        )
-    dp_size = world_size // others
-    if config.dp is not None and config.dp != dp_size:
-        raise ValueError(
-            f"parallel.dp ({config.dp}) x {fields} must equal the number of ranks ({world_size}): "
-            f"parallel.dp={dp_size} would do, or {config.dp * others} ranks"
-        )
-
-
 def _axis(group: dist.ProcessGroup) -> Axis:
     return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)
 
 
-def _select_device(config: ParallelConfig, launched: bool) -> torch.device:
-    """This rank's own GPU, or the CPU. Where there are GPUs, "auto" never falls back to the CPU
-    unless DeepSpeed is told to (``DS_ACCELERATOR=cpu``)."""
-    num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
-    asked_of_deepspeed = os.environ.get("DS_ACCELERATOR")
-    if config.device == "cpu" or (
-        config.device == "auto" and (num_gpus == 0 or asked_of_deepspeed == "cpu")
-    ):
-        # DeepSpeed otherwise looks for itself, and would take a GPU that is to stay unused.
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        return torch.device("cpu")
-    # The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-    local_size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
-    needed = int(local_size or 1) if launched else 1
-    if num_gpus < needed:
-        raise ValueError(
-            f"parallel.device ({config.device}) needs a GPU for each of the {needed} ranks on this "
-            f"node, found {num_gpus}"
-        )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if launched else 0)
-    torch.cuda.set_device(device)
-    return device
+def _is_launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _join_launched_group(backend: str) -> None:

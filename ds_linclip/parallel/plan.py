@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from ds_linclip.config import Config
-from ds_linclip.flops import num_features
+from ds_linclip.flops import num_features, num_state_values
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.context import token_slice
 from ds_linclip.parallel.deepspeed_config import deepspeed_config
@@ -16,8 +16,6 @@ from ds_linclip.parallel.stages import stage_units
 __all__ = ["RankPlan", "describe", "plan_rank"]
 
 _FP32 = 4
-#: Moments that the optimizers keep per parameter.
-_MOMENTS = {"adamw": 2, "lamb": 2, "lion": 1}
 #: ZeRO-3 keeps smaller parameters whole on every rank (DeepSpeed's default).
 _PERSISTENT_BELOW = 100_000
 
@@ -227,8 +225,7 @@ def _memory(config: Config, mesh: Mesh, model: CLIP) -> tuple[dict[str, int], in
     )
     bucket = zero["reduce_bucket_size"]
     in_bucket = min(bucket, trained)  # flattened once more to be sent
-    moments = _MOMENTS[config.optim.kind] + (config.optim.ema_decay > 0)
-    weights, optimizer = value * sum(sizes), _FP32 * (1 + moments) * part
+    weights, optimizer = value * sum(sizes), _FP32 * num_state_values(config.optim) * part
     in_fp32 = _FP32 * part  # what the optimizer is given
     if config.zero.offload_optimizer != "none":
         optimizer = in_fp32 = 0

@@ -1,0 +1,27 @@
+"""What must be in order on every node before a run starts: looked at by ranks, judged together."""
+
+from ds_linclip.preflight.looks import (
+    Machine,
+    Shards,
+    Space,
+    WriteTest,
+    count_shards,
+    free_space,
+    look_at_machine,
+    open_first_shards,
+)
+from ds_linclip.preflight.rows import Problem, Row, Rows
+
+__all__ = [
+    "Machine",
+    "Problem",
+    "Row",
+    "Rows",
+    "Shards",
+    "Space",
+    "WriteTest",
+    "count_shards",
+    "free_space",
+    "look_at_machine",
+    "open_first_shards",
+]

@@ -1,0 +1,517 @@
+"""The judgement: one row per check, with what was found where, and what a person must mend."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, TypeVar
+
+from ds_linclip.config import Config, check_batch, check_ranks
+from ds_linclip.exit_codes import ExitCode
+from ds_linclip.parallel.links import Links, Offset, Speed
+from ds_linclip.parallel.meeting import Failed
+from ds_linclip.preflight.looks import Machine, Shards, Space
+
+__all__ = ["Problem", "Row", "Rows"]
+
+T = TypeVar("T")
+
+#: Below this share of the median a link is told of.
+_SLOW_SHARE = 0.5
+#: An fsync of a MiB that takes longer is told of, in seconds.
+_SLOW_SYNC = 1.0
+_SEPARATE = ("python", "torch", "deepspeed", "megatron-core")
+_OURS = ("ds_linclip", "git_commit", "source")
+_ALL = "all hosts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something to mend, or with ``is_warning`` to know of.
+
+    Attributes:
+        host: Where.
+        found: The value.
+        rule: What it must be.
+        remedy: What to do.
+    """
+
+    host: str
+    found: str
+    rule: str
+    remedy: str
+    is_warning: bool = False
+
+    def __str__(self) -> str:
+        kind = "warning" if self.is_warning else "FAILURE"
+        return f"{kind}: {self.host}: {self.found}\n  rule: {self.rule}\n  remedy: {self.remedy}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A check.
+
+    Attributes:
+        check: Its name.
+        found: What is where, in words.
+        problems: Empty when all is right.
+        figures: The numbers behind it.
+        is_checked: False where an earlier failure stood in the way.
+    """
+
+    check: str
+    found: str
+    problems: Sequence[Problem] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    is_checked: bool = True
+
+    @property
+    def verdict(self) -> Literal["ok", "warning", "FAILURE", "not checked"]:
+        if not self.is_checked:
+            return "not checked"
+        if not self.problems:
+            return "ok"
+        return "warning" if all(each.is_warning for each in self.problems) else "FAILURE"
+
+
+class Rows:
+    """Judges the answers of all ranks, the same on all of them.
+
+    Answers are in rank order; a rank that could not answer has :class:`Failed`, one that was not
+    asked None.
+
+    Args:
+        hosts: Name of every rank's host.
+    """
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self._hosts = hosts
+        self.rows: list[Row] = []
+
+    @property
+    def exit_code(self) -> ExitCode:
+        failed = any(row.verdict in ("FAILURE", "not checked") for row in self.rows)
+        return ExitCode.USER_ERROR if failed else ExitCode.FINISHED
+
+    def table(self) -> str:
+        """As Markdown, problems and verdict below."""
+        cells = [("check", "verdict", "found")]
+        cells += [(row.check, row.verdict, row.found) for row in self.rows]
+        widths = [max(len(row[column]) for row in cells) for column in (0, 1)]
+        lines = [f"| {a:<{widths[0]}} | {b:<{widths[1]}} | {c}" for a, b, c in cells]
+        lines.insert(1, f"|:{'-' * (widths[0] + 1)}|:{'-' * (widths[1] + 1)}|:---")
+        problems = [f"{row.check}: {problem}" for row in self.rows for problem in row.problems]
+        return "\n".join([*lines, "", *problems, *([""] if problems else []), self._summary()])
+
+    def json(self) -> str:
+        """Everything, numbers included."""
+        rows = [asdict(row) | {"verdict": row.verdict} for row in self.rows]
+        summary = {"exit_code": int(self.exit_code), "summary": self._summary()}
+        return json.dumps(summary | {"hosts": list(self._hosts), "rows": rows}, indent=1)
+
+    def _summary(self) -> str:
+        verdicts = [row.verdict for row in self.rows]
+        counts = [
+            f"{verdicts.count(each)} {name}"
+            for each, name in (("FAILURE", "failed"), ("warning", "with warnings"))
+            if each in verdicts
+        ]
+        found = f"of {len(verdicts)} checks {' and '.join(counts) or 'all are right'}"
+        if self.exit_code == ExitCode.FINISHED:
+            return f"verdict: ready to train ({found})"
+        return f"verdict: NOT ready ({found}); mend what failed and run this again"
+
+    def fail(self, check: str, found: str, rule: str, remedy: str, host: str = _ALL) -> None:
+        """A row for something that has failed as a whole."""
+        problem = Problem(host=host, found=found, rule=rule, remedy=remedy)
+        self.rows.append(Row(check=check, found=found, problems=[problem]))
+
+    def skip(self, *checks: str, why: str) -> None:
+        """Rows for what could not be looked at."""
+        self.rows += [Row(check=check, found=why, is_checked=False) for check in checks]
+
+    def config(self, answers: Sequence[str | Failed], name: str) -> bool:
+        """Whether all ranks have read the same resolved config, by its digest."""
+        rule = "the config must be there, right, and the same on every host"
+        remedy = "mend the config, or bring the same files to every host"
+        digests, problems = self._sort(answers, rule, remedy)
+        problems += self._unequal(digests, "resolved config", rule, remedy)
+        self._add("config", f"{name}, the same on all ranks", problems)
+        return not problems
+
+    def layout(self, config: Config) -> None:
+        """Enough ranks for the axes and the batch."""
+        parallel, batch = config.parallel, config.train.global_batch_size
+        world_size, per_host = len(self._hosts), _counts(self._hosts)
+        found = f"{world_size} ranks on {len(per_host)} hosts: {_grouped(per_host)}"
+        try:
+            dp_size = check_ranks(parallel, world_size)
+            check_batch(config, dp_size)
+        except ValueError as error:
+            remedy = "start another number of ranks, or change these settings"
+            self.fail("ranks", f"{world_size} ranks", str(error), remedy)
+            return
+        found += f"; tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {dp_size}, "
+        found += f"{batch // dp_size} pairs of {batch} each"
+        self._add("ranks", found, [], {"ranks": world_size, "dp": dp_size, "per_host": per_host})
+
+    def machines(self, answers: Sequence[Machine | Failed]) -> bool:
+        """Rows of software and devices; whether the ranks can work together on them."""
+        rule = "every rank must find its device and the versions of its software"
+        machines, problems = self._sort(answers, rule, "start fewer ranks there, or repair it")
+        if problems:
+            self._add("devices", "", problems)
+            return False
+        for check, names in (
+            *((name, (name,)) for name in _SEPARATE),
+            ("ds_linclip", _OURS),
+            ("other packages", tuple(self._other_packages(machines))),
+            ("GPU software", ("cuda", "nccl", "driver")),
+        ):
+            self._software(check, names, machines)
+        return self._devices(machines)
+
+    def _other_packages(self, machines: Mapping[int, Machine]) -> list[str]:
+        apart = (*_SEPARATE, *_OURS, "cuda", "nccl", "driver")
+        return [name for name in machines[0].software if name not in apart]
+
+    def _software(self, check: str, names: Sequence[str], found: Mapping[int, Machine]) -> None:
+        texts, problems = [], []
+        for name in names:
+            versions = {rank: each.software[name] or "none" for rank, each in found.items()}
+            if set(versions.values()) == {"none"} and len(names) > 1:
+                continue
+            short = {host: value[:12] for host, value in self._by_host(versions).items()}
+            texts.append(_grouped(short) if name == check else f"{name} {_grouped(short)}")
+            remedy = "install the versions of constraints.txt, check the same commit out"
+            if name in ("driver", "cuda", "nccl"):
+                remedy = "bring the hosts to one image"
+            problems += self._unequal(
+                versions, name, f"{name} must be the same on all hosts", remedy, name == "driver"
+            )
+        if texts:
+            self._add(check, ", ".join(texts), problems)
+
+    def _devices(self, machines: Mapping[int, Machine]) -> bool:
+        per_host = _counts(self._hosts)
+        rule = "all ranks must be on one kind of device"
+        kinds = {rank: machine.device.type for rank, machine in machines.items()}
+        problems = self._unequal(kinds, "ranks on", rule, "see parallel.device, DS_ACCELERATOR")
+        is_mixed = bool(problems)
+        names = {rank: ", ".join(dict.fromkeys(m.devices)) for rank, m in machines.items()}
+        rule = "devices of one kind: all ranks wait for the slowest, and the smallest is filled"
+        problems += self._unequal(names, "devices", rule, "leave those hosts out", True)
+        texts = {}
+        for rank, machine in machines.items():
+            host = self._hosts[rank]
+            what = f"{len(machine.devices)} x {names[rank]}" if machine.devices else "CPU"
+            memory = f"{machine.memory / 2**30:.0f} GiB"
+            texts[host] = f"{per_host[host]} ranks, {what}, {machine.num_cores} cores, {memory}"
+        figures = {
+            self._hosts[rank]: asdict(machine) | {"device": str(machine.device)}
+            for rank, machine in machines.items()
+        }
+        self._add("devices", _grouped(texts), problems, figures)
+        return not is_mixed
+
+    def ports(self, answers: Sequence[float | Failed | None], master: str) -> bool:
+        """Every leader but the first reaches the one before it; all have reached the master."""
+        rule = "hosts must reach each other at any free port, as the process groups take them"
+        remedy = "open the firewall between the hosts, or name the interface (NCCL_SOCKET_IFNAME, "
+        remedy += "GLOO_SOCKET_IFNAME)"
+        seconds, problems = self._sort(answers, rule, remedy)
+        found = f"master {master} reached by all"
+        if seconds:
+            milliseconds = {self._hosts[rank]: 1e3 * each for rank, each in seconds.items()}
+            found += f"; from host to host in {_range(milliseconds)} ms"
+        self._add("ports", found, problems)
+        return not problems
+
+    def process_group(self, answers: Sequence[float | Failed], backend: str) -> bool:
+        rule = f"all ranks must make a process group ({backend})"
+        remedy = "see whether the host name resolves to an address that others reach (not 127.*), "
+        remedy += "or name the interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+        seconds, problems = self._sort(answers, rule, remedy)
+        slowest = max(seconds.values(), default=0.0)
+        self._add("process group", f"{backend}, made in {slowest:.2f} s", problems)
+        return not problems
+
+    def clocks(self, answers: Sequence[Mapping[int, Offset] | Failed], limit: float) -> None:
+        """Of the leaders, against that of rank 0."""
+        rule = f"clocks must agree to {limit:g} s: logs, leases and signed requests have times"
+        remedy = "have NTP or PTP set the clocks (chronyc tracking, timedatectl)"
+        found, problems = self._sort(answers[:1], rule, remedy)
+        offsets = {self._hosts[rank]: each for rank, each in found.get(0, {}).items()}
+        problems += [
+            Problem(
+                host=host,
+                found=f"{each.seconds:+.3f} s (± {each.bound:.3f}) against {self._hosts[0]}",
+                rule=rule,
+                remedy=remedy,
+                is_warning=True,
+            )
+            for host, each in offsets.items()
+            if abs(each.seconds) - each.bound > limit
+        ]
+        text = "one host"
+        if offsets:
+            bound = 1e3 * max(each.bound for each in offsets.values())
+            values = {host: 1e3 * each.seconds for host, each in offsets.items()}
+            text = f"{_range(values)} ms ahead of {self._hosts[0]}, ± {bound:.2g} ms"
+        figures = {host: asdict(each) for host, each in offsets.items()}
+        self._add("clocks", text, problems, figures)
+
+    def links(self, answers: Sequence[Links | Failed]) -> None:
+        """All-reduce everywhere, within hosts, between neighbouring hosts."""
+        rule = "all-reduce must end, on every link"
+        links, problems = self._sort(answers, rule, "see NCCL_DEBUG=INFO, the cables, the firewall")
+        if problems:
+            self._add("all-reduce", "", problems)
+            return
+        names = list(dict.fromkeys(self._hosts))
+        after = dict(pairwise(names))
+        within, between, everywhere = {}, {}, {}
+        for rank, found in links.items():
+            host = self._hosts[rank]
+            if found.within_host:
+                within[host] = found.within_host
+            if found.to_next_host:
+                between[f"{host} to {after[host]}"] = found.to_next_host
+            if found.everywhere:
+                everywhere[_ALL] = found.everywhere
+        if len(names) == 1:  # the same
+            within = {}
+        self._speeds("all-reduce, all ranks", everywhere)
+        self._speeds("all-reduce, within hosts", within)
+        self._speeds("all-reduce, host to host", between)
+
+    def _speeds(self, check: str, speeds: Mapping[str, Sequence[Speed]]) -> None:
+        if not speeds:
+            return
+        texts, problems = [], []
+        for index, size in enumerate(each.size for each in next(iter(speeds.values()))):
+            at_size = {place: found[index] for place, found in speeds.items()}
+            if index == 0:
+                latencies = {place: 1e6 * each.seconds for place, each in at_size.items()}
+                texts.append(f"latency {_range(latencies)} us")
+                continue
+            algorithm = {p: each.algorithm_bandwidth / 1e9 for p, each in at_size.items()}
+            bus = {place: each.bus_bandwidth / 1e9 for place, each in at_size.items()}
+            unit = f"{size / 2**20:.0f} MiB"
+            texts.append(f"{unit}: algbw {_range(algorithm)}, busbw {_range(bus)} GB/s")
+            median = sorted(bus.values())[len(bus) // 2]
+            problems += [
+                Problem(
+                    host=place,
+                    found=f"{value:.3g} GB/s with {unit} (busbw)",
+                    rule=f"at least {_SLOW_SHARE:g} of the median, {median:.3g} GB/s",
+                    remedy="look at that link (ibstat, nvidia-smi topo -m), or leave the host out",
+                    is_warning=True,
+                )
+                for place, value in bus.items()
+                if value < _SLOW_SHARE * median
+            ]
+        figures = {
+            place: [
+                asdict(each)
+                | {
+                    "algorithm_bandwidth": each.algorithm_bandwidth,
+                    "bus_bandwidth": each.bus_bandwidth,
+                }
+                for each in found
+            ]
+            for place, found in speeds.items()
+        }
+        self._add(check, "; ".join(texts), problems, figures)
+
+    def storage(
+        self,
+        made: Sequence[Any],
+        written: Sequence[float | Failed],
+        seen: Sequence[float | Failed | None],
+        output_dir: str,
+    ) -> None:
+        """The folder that rank 0 made, written into and seen by all."""
+        rule = f"output_dir ({output_dir}) must be writable"
+        remedy = "give this user the right to write there, or choose another output_dir"
+        _, problems = self._sort(made, rule, remedy)
+        seconds: dict[int, float] = {}
+        if not problems:
+            rule = f"output_dir ({output_dir}) must be one folder, seen and written by all hosts"
+            remedy = "put it on storage that all hosts mount at the same place"
+            seconds, problems = self._sort(written, rule, remedy)
+            problems += self._sort(seen, rule, remedy)[1]
+        slow = {rank: each for rank, each in seconds.items() if each > _SLOW_SYNC}
+        problems += [
+            Problem(
+                host=host,
+                found=f"{value:.1f} s to sync 1 MiB",
+                rule=f"at most {_SLOW_SYNC:g} s: a checkpoint is synced before it counts",
+                remedy="look at that storage's load, or choose another output_dir",
+                is_warning=True,
+            )
+            for host, value in self._slowest(slow).items()
+        ]
+        slowest = self._slowest(seconds)
+        text = output_dir
+        if slowest and all(each.is_warning for each in problems):
+            milliseconds = {host: 1e3 * each for host, each in slowest.items()}
+            text += f": written and seen by all; 1 MiB synced in {_range(milliseconds)} ms"
+        self._add("output folder", text, problems, {"fsync_seconds": slowest})
+
+    def spaces(
+        self, answers: Sequence[Mapping[str, Space] | Failed | None], min_free: float
+    ) -> None:
+        """Free room, at least ``min_free`` bytes of it for checkpoints and the cache."""
+        found, problems = self._sort(answers, "folders must be readable", "see their rights")
+        if problems:
+            self._add("disk", "", problems)
+            return
+        for purpose in dict.fromkeys(name for spaces in found.values() for name in spaces):
+            spaces = {self._hosts[rank]: each[purpose] for rank, each in found.items()}
+            limit = 0.0 if purpose == "/dev/shm" else min_free
+            problems = [
+                Problem(
+                    host=host,
+                    found=f"{_gib(space.free)} free in {space.path}",
+                    rule=f"{_gib(max(space.needed, limit))} must be free for {purpose}: "
+                    + (space.why if space.needed >= limit else "--min-free-gib"),
+                    remedy=_ROOM[purpose],
+                    is_warning=purpose != "checkpoints" and space.free >= limit,
+                )
+                for host, space in spaces.items()
+                if space.free < max(space.needed, limit)
+            ]
+            free = _range({host: space.free / 2**30 for host, space in spaces.items()})
+            needed = max(space.needed for space in spaces.values())
+            text = f"{free} GiB free, {_gib(needed)} needed"
+            figures = {host: asdict(space) for host, space in spaces.items()}
+            self._add(f"disk: {purpose}", text, problems, figures)
+
+    def data(
+        self,
+        counted: Sequence[Shards | Failed | None],
+        opened: Sequence[float | Failed | None],
+    ) -> None:
+        rule = "all shards must be there, and the first of every source readable on every host"
+        remedy = "mend data.train, or mount it, or give the host its credentials and network"
+        shards, problems = self._sort(counted, rule, remedy)
+        seconds, others = self._sort(opened, rule, remedy)
+        known = {(each.host, each.found) for each in problems}
+        problems += [each for each in others if (each.host, each.found) not in known]
+        text = ""
+        if not problems:
+            all_of = shards[0]
+            slowest = {host: 1e3 * each for host, each in self._slowest(seconds).items()}
+            text = (
+                f"{all_of.num_shards} shards of {all_of.num_sources} sources, "
+                f"{all_of.num_samples} samples; first ones opened in {_range(slowest)} ms"
+            )
+        self._add("training data", text, problems)
+
+    def evaluation(self, answers: Sequence[float | Failed | None], folder: str) -> None:
+        rule = f"eval.data ({folder}) must be readable on every host"
+        remedy = "mend eval.data, or mount it there"
+        seconds, problems = self._sort(answers, rule, remedy)
+        text = f"{folder} opened in {_range(self._slowest(seconds))} s" if seconds else folder
+        self._add("held-out data", text, problems)
+
+    def _add(
+        self,
+        check: str,
+        found: str,
+        problems: Sequence[Problem],
+        figures: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not found:
+            found = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}, see below"
+        self.rows.append(Row(check=check, found=found, problems=problems, figures=figures or {}))
+
+    def _sort(
+        self, answers: Sequence[T | Failed | None], rule: str, remedy: str
+    ) -> tuple[dict[int, T], list[Problem]]:
+        """Answers by rank, and a problem for every host with each reason for having none."""
+        good: dict[int, T] = {}
+        reasons: dict[tuple[str, str], None] = {}
+        for rank, answer in enumerate(answers):
+            if isinstance(answer, Failed):
+                reasons[self._hosts[rank], answer.reason] = None
+            elif answer is not None:
+                good[rank] = answer
+        problems = [
+            Problem(host=host, found=reason, rule=rule, remedy=remedy) for host, reason in reasons
+        ]
+        return good, problems
+
+    def _unequal(
+        self,
+        values: Mapping[int, str],
+        what: str,
+        rule: str,
+        remedy: str,
+        is_warning: bool = False,
+    ) -> list[Problem]:
+        """A problem for every host whose value is not that of most hosts."""
+        by_host = self._by_host(values)
+        usual = max(by_host.values(), key=list(by_host.values()).count, default="")
+        like = ", ".join(host for host, value in by_host.items() if value == usual)
+        return [
+            Problem(
+                host=host,
+                found=f"{what} {value}, where {like} has {usual}",
+                rule=rule,
+                remedy=remedy,
+                is_warning=is_warning,
+            )
+            for host, value in by_host.items()
+            if value != usual
+        ]
+
+    def _by_host(self, values: Mapping[int, str]) -> dict[str, str]:
+        """Of a host, the values of its ranks, several if they differ."""
+        found: dict[str, dict[str, None]] = {}
+        for rank, value in values.items():
+            found.setdefault(self._hosts[rank], {})[value] = None
+        return {host: " and ".join(each) for host, each in found.items()}
+
+    def _slowest(self, values: Mapping[int, float]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for rank, value in values.items():
+            host = self._hosts[rank]
+            found[host] = max(value, found.get(host, -math.inf))
+        return found
+
+
+_ROOM = {
+    "checkpoints": "free it, lower checkpoint.keep_last, or choose another output_dir",
+    "cache": "free it, lower data.cache.max_gib, or choose another data.cache.dir",
+    "/dev/shm": "start the container with --shm-size=1g or more",
+}
+
+
+def _counts(hosts: Sequence[str]) -> dict[str, int]:
+    return {host: list(hosts).count(host) for host in dict.fromkeys(hosts)}
+
+
+def _grouped(values: Mapping[str, object]) -> str:
+    """The value if all have the same, else every value with who has it."""
+    hosts: dict[str, list[str]] = {}
+    for host, value in values.items():
+        hosts.setdefault(str(value), []).append(host)
+    if len(hosts) == 1:
+        return next(iter(hosts)) + (" each" if len(values) > 1 else "")
+    return "; ".join(f"{value} ({', '.join(names)})" for value, names in hosts.items())
+
+
+def _range(values: Mapping[str, float]) -> str:
+    """Least and most, with who has them."""
+    low = min(values, key=values.__getitem__)
+    high = max(values, key=values.__getitem__)
+    if len(values) == 1:
+        return f"{values[low]:.3g}"
+    return f"{values[low]:.3g} ({low}) to {values[high]:.3g} ({high})"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
