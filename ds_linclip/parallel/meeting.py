@@ -10,6 +10,7 @@ import os
 import pickle
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,16 +96,14 @@ class Meeting:
         # torchrun keeps a store of its own at that port.
         is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
+            if not is_server:
+                _wait_for(address, port, timeout)
+            patience = timedelta(seconds=timeout)
             store = dist.TCPStore(
-                address,
-                port,
-                world_size,
-                is_server,
-                timedelta(seconds=timeout),
-                wait_for_workers=False,
+                address, port, world_size, is_server, patience, wait_for_workers=False
             )
-        except dist.DistError as error:
-            what = f"master {address}:{port} cannot be reached"
+        except (OSError, dist.DistError) as error:
+            what = f"master {address}:{port} cannot be reached in {timeout:.0f} s"
             if is_server:
                 what = f"port {port} for the master is not free; choose another (--master_port)"
             raise MeetingError(
@@ -184,23 +183,25 @@ class Meeting:
     def _exchange(self, store: dist.TCPStore, question: str, answer: Any) -> "list[Any] | _Silent":
         """All answers, gathered by rank 0, or who is silent."""
         # Ranks begin a question together but for the first, and their slowness ends in an answer.
-        patience = timedelta(seconds=self.timeout + _GRACE)
+        patience = self.timeout + _GRACE
         names = [f"{question}/{rank}" for rank in range(self.world_size)]
         _put(store, names[self.rank], answer)
         if self.rank > 0:
-            store.wait([question], patience + timedelta(seconds=_GRACE))
+            store.wait([question], timedelta(seconds=patience + _GRACE))
             return pickle.loads(store.get(question))
+        until = time.monotonic() + patience
+        while not store.check(names) and time.monotonic() < until:
+            time.sleep(0.02)  # a wait that ends in vain makes torch write of it
         found: list[Any] | _Silent
-        try:
-            store.wait(names, patience)
+        if store.check(names):
             found = [pickle.loads(each) for each in store.multi_get(names)]
-        except dist.DistStoreError:
+        else:
             silent = [rank for rank, name in enumerate(names) if not store.check([name])]
-            found = self._name(question, silent)
+            found = self._name(question, silent, patience)
         _put(store, question, found)
         return found
 
-    def _name(self, question: str, silent: Sequence[int]) -> "_Silent":
+    def _name(self, question: str, silent: Sequence[int], seconds: float) -> "_Silent":
         hosts = self.hosts if any(self.hosts) else _launched_hosts(self.world_size)
         ranks = {hosts[rank]: [r for r in silent if hosts[r] == hosts[rank]] for rank in silent}
         named = "; ".join(
@@ -208,7 +209,7 @@ class Meeting:
             for host, those in ranks.items()
         )
         return _Silent(
-            f"no answer to {question!r} within {self.timeout:.0f} s from ranks of {named}",
+            f"no answer to {question!r} within {seconds:.0f} s from ranks of {named}",
             ", ".join(ranks) or "hosts unknown",
         )
 
@@ -219,6 +220,23 @@ class _Silent:
 
     what: str
     hosts: str
+
+
+def _wait_for(address: str, port: int, timeout: float) -> None:
+    """Until somebody listens there; torch itself would fill the screen over it.
+
+    Raises:
+        OSError: what came of the last try.
+    """
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((address, port), max(0.1, until - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.2)
 
 
 def _put(store: dist.Store, name: str, value: object) -> None:

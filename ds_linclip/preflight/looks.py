@@ -198,15 +198,20 @@ class WriteTest:
         """This rank's file; seconds until it is on the disk.
 
         Raises:
-            OSError: naming it.
+            ValueError: naming the folder.
         """
         path, content = self._file(folder, self._rank), self._content(self._rank)
-        # Not made here: a node that sees another storage would make its own.
-        with path.open("xb") as file:
-            file.write(content)
-            file.flush()
-            begun = time.perf_counter()
-            os.fsync(file.fileno())
+        try:
+            # The folder is not made here: who sees another storage would make one of its own.
+            with path.open("xb") as file:
+                file.write(content)
+                file.flush()
+                begun = time.perf_counter()
+                os.fsync(file.fileno())
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder}, which {self._hosts[0]} has made, is not there") from error
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
         return time.perf_counter() - begun
 
     def see(self, folder: Path, written: Sequence[int]) -> float:

@@ -43,10 +43,6 @@ class Problem:
     remedy: str
     is_warning: bool = False
 
-    def __str__(self) -> str:
-        kind = "warning" if self.is_warning else "FAILURE"
-        return f"{kind}: {self.host}: {self.found}\n  rule: {self.rule}\n  remedy: {self.remedy}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -101,8 +97,9 @@ class Rows:
         widths = [max(len(row[column]) for row in cells) for column in (0, 1)]
         lines = [f"| {a:<{widths[0]}} | {b:<{widths[1]}} | {c}" for a, b, c in cells]
         lines.insert(1, f"|:{'-' * (widths[0] + 1)}|:{'-' * (widths[1] + 1)}|:---")
-        problems = [f"{row.check}: {problem}" for row in self.rows for problem in row.problems]
-        return "\n".join([*lines, "", *problems, *([""] if problems else []), self._summary()])
+        for row in self.rows:
+            lines += _problems(row)
+        return "\n".join([*lines, "", self._summary()])
 
     def json(self) -> str:
         """Everything, numbers included."""
@@ -137,14 +134,16 @@ class Rows:
         remedy = "mend the config, or bring the same files to every host"
         digests, problems = self._sort(answers, rule, remedy)
         problems += self._unequal(digests, "resolved config", rule, remedy)
-        self._add("config", f"{name}, the same on all ranks", problems)
+        self._add("config", name if problems else f"{name}, the same on all ranks", problems)
         return not problems
 
     def layout(self, config: Config) -> None:
         """Enough ranks for the axes and the batch."""
         parallel, batch = config.parallel, config.train.global_batch_size
         world_size, per_host = len(self._hosts), _counts(self._hosts)
-        found = f"{world_size} ranks on {len(per_host)} hosts: {_grouped(per_host)}"
+        found = f"{_number(world_size, 'rank')} on {_number(len(per_host), 'host')}"
+        if len(per_host) > 1:
+            found += f", on each: {_grouped(per_host)}"
         try:
             dp_size = check_ranks(parallel, world_size)
             check_batch(config, dp_size)
@@ -207,7 +206,9 @@ class Rows:
             host = self._hosts[rank]
             what = f"{len(machine.devices)} x {names[rank]}" if machine.devices else "CPU"
             memory = f"{machine.memory / 2**30:.0f} GiB"
-            texts[host] = f"{per_host[host]} ranks, {what}, {machine.num_cores} cores, {memory}"
+            texts[host] = (
+                f"{_number(per_host[host], 'rank')}, {what}, {machine.num_cores} cores, {memory}"
+            )
         figures = {
             self._hosts[rank]: asdict(machine) | {"device": str(machine.device)}
             for rank, machine in machines.items()
@@ -233,8 +234,8 @@ class Rows:
         remedy = "see whether the host name resolves to an address that others reach (not 127.*), "
         remedy += "or name the interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
         seconds, problems = self._sort(answers, rule, remedy)
-        slowest = max(seconds.values(), default=0.0)
-        self._add("process group", f"{backend}, made in {slowest:.2f} s", problems)
+        found = "" if problems else f"{backend}, made in {max(seconds.values()):.2f} s"
+        self._add("process group", found, problems)
         return not problems
 
     def clocks(self, answers: Sequence[Mapping[int, Offset] | Failed], limit: float) -> None:
@@ -257,7 +258,8 @@ class Rows:
         text = "one host"
         if offsets:
             bound = 1e3 * max(each.bound for each in offsets.values())
-            values = {host: 1e3 * each.seconds for host, each in offsets.items()}
+            values = {self._hosts[0]: 0.0}
+            values |= {host: 1e3 * each.seconds for host, each in offsets.items()}
             text = f"{_range(values)} ms ahead of {self._hosts[0]}, ± {bound:.2g} ms"
         figures = {host: asdict(each) for host, each in offsets.items()}
         self._add("clocks", text, problems, figures)
@@ -293,13 +295,15 @@ class Rows:
         for index, size in enumerate(each.size for each in next(iter(speeds.values()))):
             at_size = {place: found[index] for place, found in speeds.items()}
             if index == 0:
-                latencies = {place: 1e6 * each.seconds for place, each in at_size.items()}
-                texts.append(f"latency {_range(latencies)} us")
+                latencies = {place: 1e3 * each.seconds for place, each in at_size.items()}
+                texts.append(f"latency {_range(latencies)} ms")
                 continue
-            algorithm = {p: each.algorithm_bandwidth / 1e9 for p, each in at_size.items()}
             bus = {place: each.bus_bandwidth / 1e9 for place, each in at_size.items()}
             unit = f"{size / 2**20:.0f} MiB"
-            texts.append(f"{unit}: algbw {_range(algorithm)}, busbw {_range(bus)} GB/s")
+            texts.append(f"{unit}: busbw {_range(bus)} GB/s")
+            if len(at_size) == 1:
+                (only,) = at_size.values()
+                texts[-1] += f", algbw {_figure(only.algorithm_bandwidth / 1e9)}"
             median = sorted(bus.values())[len(bus) // 2]
             problems += [
                 Problem(
@@ -398,15 +402,16 @@ class Rows:
         remedy = "mend data.train, or mount it, or give the host its credentials and network"
         shards, problems = self._sort(counted, rule, remedy)
         seconds, others = self._sort(opened, rule, remedy)
-        known = {(each.host, each.found) for each in problems}
-        problems += [each for each in others if (each.host, each.found) not in known]
+        problems += others
         text = ""
         if not problems:
             all_of = shards[0]
             slowest = {host: 1e3 * each for host, each in self._slowest(seconds).items()}
             text = (
-                f"{all_of.num_shards} shards of {all_of.num_sources} sources, "
-                f"{all_of.num_samples} samples; first ones opened in {_range(slowest)} ms"
+                f"{_number(all_of.num_samples, 'sample')} in "
+                f"{_number(all_of.num_shards, 'shard')} of "
+                f"{_number(all_of.num_sources, 'source')}; first shards opened in "
+                f"{_range(slowest)} ms"
             )
         self._add("training data", text, problems)
 
@@ -425,22 +430,23 @@ class Rows:
         figures: Mapping[str, Any] | None = None,
     ) -> None:
         if not found:
-            found = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}, see below"
+            found = f"{_number(len(problems), 'problem')}, see below"
         self.rows.append(Row(check=check, found=found, problems=problems, figures=figures or {}))
 
     def _sort(
         self, answers: Sequence[T | Failed | None], rule: str, remedy: str
     ) -> tuple[dict[int, T], list[Problem]]:
-        """Answers by rank, and a problem for every host with each reason for having none."""
+        """Answers by rank, and a problem for every reason for having none."""
         good: dict[int, T] = {}
-        reasons: dict[tuple[str, str], None] = {}
+        hosts: dict[str, dict[str, None]] = {}
         for rank, answer in enumerate(answers):
             if isinstance(answer, Failed):
-                reasons[self._hosts[rank], answer.reason] = None
+                hosts.setdefault(answer.reason, {})[self._hosts[rank]] = None
             elif answer is not None:
                 good[rank] = answer
         problems = [
-            Problem(host=host, found=reason, rule=rule, remedy=remedy) for host, reason in reasons
+            Problem(host=", ".join(names), found=reason, rule=rule, remedy=remedy)
+            for reason, names in hosts.items()
         ]
         return good, problems
 
@@ -490,6 +496,19 @@ _ROOM = {
 }
 
 
+def _problems(row: Row) -> list[str]:
+    """Those with one rule together."""
+    found: dict[tuple[bool, str, str], list[str]] = {}
+    for each in row.problems:
+        kind = each.is_warning, each.rule, each.remedy
+        found.setdefault(kind, []).append(f"  {each.host}: {each.found}")
+    lines = []
+    for (is_warning, rule, remedy), hosts in found.items():
+        title = f"{'warning' if is_warning else 'FAILURE'}, {row.check}: {rule}"
+        lines += ["", title, *hosts, f"  remedy: {remedy}"]
+    return lines
+
+
 def _counts(hosts: Sequence[str]) -> dict[str, int]:
     return {host: list(hosts).count(host) for host in dict.fromkeys(hosts)}
 
@@ -500,7 +519,7 @@ def _grouped(values: Mapping[str, object]) -> str:
     for host, value in values.items():
         hosts.setdefault(str(value), []).append(host)
     if len(hosts) == 1:
-        return next(iter(hosts)) + (" each" if len(values) > 1 else "")
+        return next(iter(hosts))
     return "; ".join(f"{value} ({', '.join(names)})" for value, names in hosts.items())
 
 
@@ -508,10 +527,17 @@ def _range(values: Mapping[str, float]) -> str:
     """Least and most, with who has them."""
     low = min(values, key=values.__getitem__)
     high = max(values, key=values.__getitem__)
-    if len(values) == 1:
-        return f"{values[low]:.3g}"
-    return f"{values[low]:.3g} ({low}) to {values[high]:.3g} ({high})"
+    least, most = _figure(values[low]), _figure(values[high])
+    return least if least == most else f"{least} ({low}) to {most} ({high})"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
+    return f"{_figure(size / 2**30)} GiB"
