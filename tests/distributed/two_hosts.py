@@ -10,7 +10,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import textwrap
 import time
@@ -246,12 +245,8 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
     missing = [name for name in PROGRAMS if shutil.which(name, path=SEARCHED) is None]
     if missing:
         pytest.skip(f"two hosts need {', '.join(missing)} (openssh-server, pdsh, iproute2)")
-    allowed = subprocess.run(
-        ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "ip", "link", "add"]
-        + ["veth0", "type", "veth", "peer", "name", "veth1"],
-        capture_output=True,
-        text=True,
-    )
+    unshare = "unshare --net --uts --mount --pid --fork ip link add v0 type veth peer name v1"
+    allowed = subprocess.run(unshare.split(), capture_output=True, text=True)
     if allowed.returncode != 0:
         pytest.skip(f"two hosts need namespaces and veth: {allowed.stderr.strip()}")
     hosts = TwoHosts(folder)
