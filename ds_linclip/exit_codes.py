@@ -6,7 +6,8 @@ __all__ = ["ExitCode"]
 
 
 class ExitCode(IntEnum):
-    """Exit codes of ``launch/train.py``, the same on all ranks."""
+    """Exit codes of ``launch/train.py``, the same on all ranks; ``launch/preflight.py`` ends with
+    0, ready to train, or 2."""
 
     FINISHED = 0
     #: A crash; starting again goes on from the newest checkpoint.

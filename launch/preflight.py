@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def main() -> int:
     arguments = _parser().parse_intermixed_args()
     if "RANK" in os.environ:
         end_with_parent()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was made is removed first
     rows, meeting, is_speaker = Rows([]), None, os.environ.get("RANK", "0") == "0"
     try:
         meeting = Meeting.join(arguments.timeout)
@@ -50,7 +52,7 @@ def main() -> int:
     if is_speaker:
         print(f"\n{rows.table()}", flush=True)
         if arguments.json:
-            arguments.json.write_text(rows.json())
+            _write(arguments.json, rows)
     if meeting is not None:
         meeting.close()
     return rows.exit_code
@@ -120,7 +122,7 @@ def _check_links(meeting: Meeting, rows: Rows, device: torch.device, max_skew: f
     if meeting.world_size == 1:
         return
     after = ("process group", "clocks", "all-reduce")
-    with listen(meeting.address) as server:
+    with listen() as server:
         # Leaders look at the host before theirs, the first one at the last.
         doors = meeting.ask("listen", lambda: (meeting.address, server.getsockname()[1]))
         leaders = meeting.leaders if len(meeting.leaders) > 1 else []
@@ -153,6 +155,13 @@ def _check_storage(meeting: Meeting, rows: Rows, config: Config) -> None:
     finally:
         test.remove()
     rows.storage(made, written, seen, config.output_dir)
+
+
+def _write(path: Path, rows: Rows) -> None:
+    try:
+        path.write_text(rows.json())
+    except OSError as error:
+        print(f"error: --json ({path}) cannot be written: {error}", file=sys.stderr, flush=True)
 
 
 def _time(fn: Callable[[], object]) -> float:

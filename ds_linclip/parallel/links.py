@@ -81,10 +81,11 @@ class Links:
     to_next_host: list[Speed]
 
 
-def listen(address: str) -> socket.socket:
+def listen() -> socket.socket:
     """A socket at a free port of this host, as the process groups take them."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.create_server((address, 0), family=family)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def reach(address: str, port: int, timeout: float) -> float:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -64,7 +65,7 @@ class Meeting:
         hosts: Name of every rank's host, in rank order. Where several have one name, the number of
             the node is behind it.
         master: Where rank 0 waits for the others.
-        address: This host's, as rank 0 sees it.
+        address: This host's, as others reach it.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Meeting:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self._store = store
         self.master = "" if store is None else f"{store.host}:{store.port}"
-        self.address = "127.0.0.1" if store is None else _own_address(store)
+        self.address = "127.0.0.1" if store is None else _own_address(store, rank)
         self.hosts = [""] * world_size
         places = self.ask("arrive", _place)
         nodes = Counter(host for host, _ in set(places))
@@ -171,14 +172,12 @@ class Meeting:
         """Part: rank 0, which holds the store, goes last."""
         if self._store is None or self.world_size == 1:
             return
-        left = [f"left/{rank}" for rank in range(1, self.world_size)]
-        try:
+        with suppress(dist.DistError):  # nothing is left to be said to those that are gone
             if self.rank > 0:
                 self._store.set(f"left/{self.rank}", "")
             else:
-                self._store.wait(left, timedelta(seconds=_GRACE))
-        except dist.DistError:
-            pass  # nothing is left to be said to those that are gone
+                others = [f"left/{rank}" for rank in range(1, self.world_size)]
+                _all_there(self._store, others, _GRACE)
 
     def _exchange(self, store: dist.TCPStore, question: str, answer: Any) -> "list[Any] | _Silent":
         """All answers, gathered by rank 0, or who is silent."""
@@ -189,11 +188,8 @@ class Meeting:
         if self.rank > 0:
             store.wait([question], timedelta(seconds=patience + _GRACE))
             return pickle.loads(store.get(question))
-        until = time.monotonic() + patience
-        while not store.check(names) and time.monotonic() < until:
-            time.sleep(0.02)  # a wait that ends in vain makes torch write of it
         found: list[Any] | _Silent
-        if store.check(names):
+        if _all_there(store, names, patience):
             found = [pickle.loads(each) for each in store.multi_get(names)]
         else:
             silent = [rank for rank, name in enumerate(names) if not store.check([name])]
@@ -239,6 +235,16 @@ def _wait_for(address: str, port: int, timeout: float) -> None:
         time.sleep(0.2)
 
 
+def _all_there(store: dist.Store, names: list[str], seconds: float) -> bool:
+    """Within that time; the store's own wait, when in vain, makes torch write of it."""
+    until = time.monotonic() + seconds
+    while not store.check(names):
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def _put(store: dist.Store, name: str, value: object) -> None:
     store.set(name, pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes too
 
@@ -281,8 +287,10 @@ def _launched_hosts(world_size: int) -> list[str]:
     return [""] * world_size
 
 
-def _own_address(store: dist.TCPStore) -> str:
+def _own_address(store: dist.TCPStore, rank: int) -> str:
     """From which this host talks to rank 0's; nothing is sent."""
+    if rank == 0:
+        return store.host  # that name may mean 127.0.1.1 here, and the right one elsewhere
     family, kind, _, _, target = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[
         0
     ]

@@ -24,6 +24,7 @@ _SLOW_SYNC = 1.0
 _SEPARATE = ("python", "torch", "deepspeed", "megatron-core")
 _OURS = ("ds_linclip", "git_commit", "source")
 _ALL = "all hosts"
+_NAMED = 16  # hosts of one kind, in the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,7 +446,7 @@ class Rows:
             elif answer is not None:
                 good[rank] = answer
         problems = [
-            Problem(host=", ".join(names), found=reason, rule=rule, remedy=remedy)
+            Problem(host=_names(list(names)), found=reason, rule=rule, remedy=remedy)
             for reason, names in hosts.items()
         ]
         return good, problems
@@ -461,7 +462,7 @@ class Rows:
         """A problem for every host whose value is not that of most hosts."""
         by_host = self._by_host(values)
         usual = max(by_host.values(), key=list(by_host.values()).count, default="")
-        like = ", ".join(host for host, value in by_host.items() if value == usual)
+        like = _names([host for host, value in by_host.items() if value == usual])
         return [
             Problem(
                 host=host,
@@ -520,7 +521,12 @@ def _grouped(values: Mapping[str, object]) -> str:
         hosts.setdefault(str(value), []).append(host)
     if len(hosts) == 1:
         return next(iter(hosts))
-    return "; ".join(f"{value} ({', '.join(names)})" for value, names in hosts.items())
+    return "; ".join(f"{value} ({_names(names)})" for value, names in hosts.items())
+
+
+def _names(hosts: Sequence[str]) -> str:
+    more = len(hosts) - _NAMED
+    return ", ".join(hosts[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _range(values: Mapping[str, float]) -> str:
