@@ -24,7 +24,8 @@ from ds_linclip.orphans import end_with_parent
 from ds_linclip.parallel.links import listen, measure_clocks, measure_links, reach
 from ds_linclip.parallel.meeting import Failed, Meeting, MeetingError
 from ds_linclip.preflight import (
-    Rows,
+    Judge,
+    Table,
     WriteTest,
     count_shards,
     free_space,
@@ -39,23 +40,23 @@ def main() -> int:
     if "RANK" in os.environ:
         end_with_parent()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was made is removed first
-    rows, meeting, is_speaker = Rows([]), None, os.environ.get("RANK", "0") == "0"
+    table, meeting, is_speaker = Table([]), None, os.environ.get("RANK", "0") == "0"
     try:
         meeting = Meeting.join(arguments.timeout)
-        rows = Rows(meeting.hosts)
-        _check(arguments, meeting, rows)
+        table = Table(meeting.hosts)
+        _check(arguments, meeting, table)
     except MeetingError as error:
         remedy = "see whether these hosts are up, can log in and start python; --timeout gives more"
         rule = f"all ranks must answer within {arguments.timeout:g} s"
-        rows.fail("answers", str(error), rule, remedy, error.host)
+        table.fail("answers", str(error), rule, remedy, error.host)
         is_speaker |= not error.is_known_to_rank_zero
     if is_speaker:
-        print(f"\n{rows.table()}", flush=True)
+        print(f"\n{table.text()}", flush=True)
         if arguments.json:
-            _write(arguments.json, rows)
+            _write(arguments.json, table)
     if meeting is not None:
         meeting.close()
-    return rows.exit_code
+    return table.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,8 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(arguments: argparse.Namespace, meeting: Meeting, rows: Rows) -> None:
+def _check(arguments: argparse.Namespace, meeting: Meeting, table: Table) -> None:
     """Everything, in an order in which later checks can rely on earlier ones."""
+    judge = Judge(table, meeting.hosts)
     loaded: list[Config] = []
 
     def read_config() -> str:
@@ -95,32 +97,33 @@ def _check(arguments: argparse.Namespace, meeting: Meeting, rows: Rows) -> None:
         content = json.dumps(asdict(loaded[0]), default=str, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
-    if not rows.config(meeting.ask("config", read_config), arguments.config):
-        rows.skip("everything else", why="the config comes first")
+    if not judge.config(meeting.ask("config", read_config), arguments.config):
+        table.skip("everything else", why="the config comes first")
         return
     config = loaded[0]
-    rows.layout(config)
+    judge.layout(config)
     machines = meeting.ask("machine", partial(look_at_machine, config))
-    if rows.machines(machines):
-        _check_links(meeting, rows, machines[meeting.rank].device, arguments.max_skew_seconds)
+    if judge.machines(machines):
+        _check_links(meeting, table, machines[meeting.rank].device, arguments.max_skew_seconds)
     else:
-        rows.skip("links", why="devices come first")
-    _check_storage(meeting, rows, config)
+        table.skip("links", why="devices come first")
+    _check_storage(meeting, judge, config)
     spaces = meeting.ask("space", partial(free_space, config), meeting.leaders)
-    rows.spaces(spaces, arguments.min_free_gib * 2**30)
-    rows.data(
+    judge.spaces(spaces, arguments.min_free_gib * 2**30)
+    judge.data(
         meeting.ask("all shards", partial(count_shards, config), [0]),
         meeting.ask("first shards", partial(open_first_shards, config), meeting.leaders),
     )
     if config.eval.data is not None:
         open_evaluation = partial(HeldOutEvaluator.from_config, config, device=torch.device("cpu"))
         opened = meeting.ask("held-out data", partial(_time, open_evaluation), meeting.leaders)
-        rows.evaluation(opened, config.eval.data)
+        judge.evaluation(opened, config.eval.data)
 
 
-def _check_links(meeting: Meeting, rows: Rows, device: torch.device, max_skew: float) -> None:
+def _check_links(meeting: Meeting, table: Table, device: torch.device, max_skew: float) -> None:
     if meeting.world_size == 1:
         return
+    judge = Judge(table, meeting.hosts)
     after = ("process group", "clocks", "all-reduce")
     with listen() as server:
         # Leaders look at the host before theirs, the first one at the last.
@@ -129,20 +132,20 @@ def _check_links(meeting: Meeting, rows: Rows, device: torch.device, max_skew: f
         before = dict(zip(leaders, [*leaders[-1:], *leaders], strict=False))
         target = doors[before.get(meeting.rank, 0)]
         reached = meeting.ask("reach", lambda: reach(*target, timeout=10), leaders)
-    if not rows.ports(reached, meeting.master):
-        rows.skip(*after, why="ports come first")
+    if not judge.ports(reached, meeting.master):
+        table.skip(*after, why="ports come first")
         return
     backend = "gloo and nccl" if device.type == "cuda" else "gloo"
     connected = meeting.ask("process group", partial(_time, partial(meeting.connect, device)))
-    if not rows.process_group(connected, backend):
-        rows.skip(*after[1:], why="the process group comes first")
+    if not judge.process_group(connected, backend):
+        table.skip(*after[1:], why="the process group comes first")
         return
-    rows.clocks(meeting.ask("clocks", partial(measure_clocks, meeting.leaders)), max_skew)
+    judge.clocks(meeting.ask("clocks", partial(measure_clocks, meeting.leaders)), max_skew)
     links = meeting.ask("links", partial(measure_links, meeting.hosts, device))
-    rows.links(links)
+    judge.links(links)
 
 
-def _check_storage(meeting: Meeting, rows: Rows, config: Config) -> None:
+def _check_storage(meeting: Meeting, judge: Judge, config: Config) -> None:
     test = WriteTest(config, meeting.hosts, meeting.rank)
     written: list[float | Failed] = []
     seen: list[float | Failed | None] = []
@@ -154,12 +157,12 @@ def _check_storage(meeting: Meeting, rows: Rows, config: Config) -> None:
             seen = meeting.ask("see", partial(test.see, made[0], good), good)
     finally:
         test.remove()
-    rows.storage(made, written, seen, config.output_dir)
+    judge.storage(made, written, seen, config.output_dir)
 
 
-def _write(path: Path, rows: Rows) -> None:
+def _write(path: Path, table: Table) -> None:
     try:
-        path.write_text(rows.json())
+        path.write_text(table.json())
     except OSError as error:
         print(f"error: --json ({path}) cannot be written: {error}", file=sys.stderr, flush=True)
 

@@ -1,5 +1,6 @@
 """What must be in order on every node before a run starts: looked at by ranks, judged together."""
 
+from ds_linclip.preflight.judge import Judge
 from ds_linclip.preflight.looks import (
     Machine,
     Shards,
@@ -10,15 +11,14 @@ from ds_linclip.preflight.looks import (
     look_at_machine,
     open_first_shards,
 )
-from ds_linclip.preflight.rows import Problem, Row, Rows
+from ds_linclip.preflight.table import Table
 
 __all__ = [
+    "Judge",
     "Machine",
-    "Problem",
-    "Row",
-    "Rows",
     "Shards",
     "Space",
+    "Table",
     "WriteTest",
     "count_shards",
     "free_space",

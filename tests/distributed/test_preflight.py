@@ -91,27 +91,27 @@ def test_what_is_wrong_on_one_machine_is_told_at_once(config_file, tmp_path, dig
 
 def test_a_rank_that_does_not_come_ends_the_others_in_time(config_file, tmp_path):
     begun = time.monotonic()
-    run_ranks(3, run_preflight, tmp_path, [str(config_file), "--timeout", "2"], (0, 1))
+    run_ranks(3, run_preflight, tmp_path, [str(config_file), "--timeout", "5"], (0, 1))
     assert time.monotonic() - begun < 30
     assert [(tmp_path / f"{rank}.code").read_text() for rank in (0, 1)] == ["2", "2"]
     ((_, found),) = problems_of(rows_of(tmp_path / "0.json")["answers"])
-    assert found == "no answer to 'arrive' within 7 s from ranks of hosts unknown: 2"
+    assert found == "no answer to 'arrive' within 10 s from ranks of hosts unknown: 2"
     # Nobody at the master's place.
-    run_ranks(2, run_preflight, tmp_path, [str(config_file), "--timeout", "2"], (1,))
+    run_ranks(2, run_preflight, tmp_path, [str(config_file), "--timeout", "5"], (1,))
     ((_, found),) = problems_of(rows_of(tmp_path / "1.json")["answers"])
-    assert "cannot be reached in 2 s" in found
+    assert "cannot be reached in 5 s" in found
     assert "refused" in found
 
 
 def ask_in_vain(folder: Path) -> None:
-    meeting = Meeting.join(timeout=2)
+    meeting = Meeting.join(timeout=5)
     slow = meeting.ask("slow", lambda: time.sleep(60 * meeting.rank))
     wrong = meeting.ask("wrong", lambda: 1 / (1 - meeting.rank), [1])
-    assert slow == [None, Failed("no end within 2 s"), Failed("no end within 2 s")]
-    assert wrong == [None, Failed("ZeroDivisionError: float division by zero"), None]
+    assert slow == [None, Failed("no end within 5 s"), Failed("no end within 5 s")]
+    assert wrong == [None, Failed("ZeroDivisionError: division by zero"), None]
     if meeting.rank == 2:
         os._exit(0)
-    with pytest.raises(MeetingError, match=r"no answer to 'gone' within 7 s from ranks of .*: 2"):
+    with pytest.raises(MeetingError, match=r"no answer to 'gone' within 10 s from ranks of .*: 2"):
         meeting.ask("gone", lambda: meeting.rank)
     (folder / str(meeting.rank)).write_text("told")
     meeting.close()
@@ -221,10 +221,10 @@ def test_two_hosts(hosts, config_file, digits, tmp_path):
 
     # The second host is not started: its name is known to the launcher of the first.
     alone = ["--no_ssh", "--node_rank", "0", *master]
-    done = on_hosts(hosts, [*arguments, "--timeout", "3"], *alone)
+    done = on_hosts(hosts, [*arguments, "--timeout", "5"], *alone)
     assert done.returncode == 2, done.stdout + done.stderr
     ((host, value),) = problems_of(rows_of(found)["answers"])
-    assert (host, value) == ("node2", "no answer to 'arrive' within 8 s from ranks of node2: 2, 3")
+    assert (host, value) == ("node2", "no answer to 'arrive' within 10 s from ranks of node2: 2, 3")
     assert not hosts.processes("node1")
 
 

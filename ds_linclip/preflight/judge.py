@@ -1,19 +1,19 @@
-"""The judgement: one row per check, with what was found where, and what a person must mend."""
+"""The judgement of what ranks have found."""
 
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from ds_linclip.config import Config, check_batch, check_ranks
-from ds_linclip.exit_codes import ExitCode
 from ds_linclip.parallel.links import Links, Offset, Speed
 from ds_linclip.parallel.meeting import Failed
 from ds_linclip.preflight.looks import Machine, Shards, Space
+from ds_linclip.preflight.table import Problem, Table
 
-__all__ = ["Problem", "Row", "Rows"]
+__all__ = ["Judge"]
 
 T = TypeVar("T")
 
@@ -23,111 +23,24 @@ _SLOW_SHARE = 0.5
 _SLOW_SYNC = 1.0
 _SEPARATE = ("python", "torch", "deepspeed", "megatron-core")
 _OURS = ("ds_linclip", "git_commit", "source")
+_COMMIT = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28}\b")
 _ALL = "all hosts"
 _NAMED = 16  # hosts of one kind, in the table
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Something to mend, or with ``is_warning`` to know of.
-
-    Attributes:
-        host: Where.
-        found: The value.
-        rule: What it must be.
-        remedy: What to do.
-    """
-
-    host: str
-    found: str
-    rule: str
-    remedy: str
-    is_warning: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A check.
-
-    Attributes:
-        check: Its name.
-        found: What is where, in words.
-        problems: Empty when all is right.
-        figures: The numbers behind it.
-        is_checked: False where an earlier failure stood in the way.
-    """
-
-    check: str
-    found: str
-    problems: Sequence[Problem] = ()
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    is_checked: bool = True
-
-    @property
-    def verdict(self) -> Literal["ok", "warning", "FAILURE", "not checked"]:
-        if not self.is_checked:
-            return "not checked"
-        if not self.problems:
-            return "ok"
-        return "warning" if all(each.is_warning for each in self.problems) else "FAILURE"
-
-
-class Rows:
-    """Judges the answers of all ranks, the same on all of them.
+class Judge:
+    """Makes rows of the answers of all ranks, the same on all of them.
 
     Answers are in rank order; a rank that could not answer has :class:`Failed`, one that was not
     asked None.
 
     Args:
+        table: Gets the rows.
         hosts: Name of every rank's host.
     """
 
-    def __init__(self, hosts: Sequence[str]) -> None:
-        self._hosts = hosts
-        self.rows: list[Row] = []
-
-    @property
-    def exit_code(self) -> ExitCode:
-        failed = any(row.verdict in ("FAILURE", "not checked") for row in self.rows)
-        return ExitCode.USER_ERROR if failed else ExitCode.FINISHED
-
-    def table(self) -> str:
-        """As Markdown, problems and verdict below."""
-        cells = [("check", "verdict", "found")]
-        cells += [(row.check, row.verdict, row.found) for row in self.rows]
-        widths = [max(len(row[column]) for row in cells) for column in (0, 1)]
-        lines = [f"| {a:<{widths[0]}} | {b:<{widths[1]}} | {c}" for a, b, c in cells]
-        lines.insert(1, f"|:{'-' * (widths[0] + 1)}|:{'-' * (widths[1] + 1)}|:---")
-        for row in self.rows:
-            lines += _problems(row)
-        return "\n".join([*lines, "", self._summary()])
-
-    def json(self) -> str:
-        """Everything, numbers included."""
-        rows = [asdict(row) | {"verdict": row.verdict} for row in self.rows]
-        summary = {"exit_code": int(self.exit_code), "summary": self._summary()}
-        return json.dumps(summary | {"hosts": list(self._hosts), "rows": rows}, indent=1)
-
-    def _summary(self) -> str:
-        verdicts = [row.verdict for row in self.rows]
-        counts = [
-            f"{verdicts.count(each)} {name}"
-            for each, name in (("FAILURE", "failed"), ("warning", "with warnings"))
-            if each in verdicts
-        ]
-        found = f"of {len(verdicts)} checks {' and '.join(counts) or 'all are right'}"
-        if self.exit_code == ExitCode.FINISHED:
-            return f"verdict: ready to train ({found})"
-        return f"verdict: NOT ready ({found}); mend what failed and run this again"
-
-    def fail(self, check: str, found: str, rule: str, remedy: str, host: str = _ALL) -> None:
-        """A row for something that has failed as a whole."""
-        problem = Problem(host=host, found=found, rule=rule, remedy=remedy)
-        self.rows.append(Row(check=check, found=found, problems=[problem]))
-
-    def skip(self, *checks: str, why: str) -> None:
-        """Rows for what could not be looked at."""
-        self.rows += [Row(check=check, found=why, is_checked=False) for check in checks]
+    def __init__(self, table: Table, hosts: Sequence[str]) -> None:
+        self._table, self._hosts = table, hosts
 
     def config(self, answers: Sequence[str | Failed], name: str) -> bool:
         """Whether all ranks have read the same resolved config, by its digest."""
@@ -135,7 +48,7 @@ class Rows:
         remedy = "mend the config, or bring the same files to every host"
         digests, problems = self._sort(answers, rule, remedy)
         problems += self._unequal(digests, "resolved config", rule, remedy)
-        self._add("config", name if problems else f"{name}, the same on all ranks", problems)
+        self._table.add("config", name if problems else f"{name}, the same on all ranks", problems)
         return not problems
 
     def layout(self, config: Config) -> None:
@@ -150,18 +63,20 @@ class Rows:
             check_batch(config, dp_size)
         except ValueError as error:
             remedy = "start another number of ranks, or change these settings"
-            self.fail("ranks", f"{world_size} ranks", str(error), remedy)
+            self._table.fail("ranks", f"{world_size} ranks", str(error), remedy)
             return
         found += f"; tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {dp_size}, "
         found += f"{batch // dp_size} pairs of {batch} each"
-        self._add("ranks", found, [], {"ranks": world_size, "dp": dp_size, "per_host": per_host})
+        self._table.add(
+            "ranks", found, [], {"ranks": world_size, "dp": dp_size, "per_host": per_host}
+        )
 
     def machines(self, answers: Sequence[Machine | Failed]) -> bool:
         """Rows of software and devices; whether the ranks can work together on them."""
         rule = "every rank must find its device and the versions of its software"
         machines, problems = self._sort(answers, rule, "start fewer ranks there, or repair it")
         if problems:
-            self._add("devices", "", problems)
+            self._table.add("devices", "", problems)
             return False
         for check, names in (
             *((name, (name,)) for name in _SEPARATE),
@@ -182,7 +97,8 @@ class Rows:
             versions = {rank: each.software[name] or "none" for rank, each in found.items()}
             if set(versions.values()) == {"none"} and len(names) > 1:
                 continue
-            short = {host: value[:12] for host, value in self._by_host(versions).items()}
+            by_host = self._by_host(versions).items()
+            short = {host: _COMMIT.sub(r"\1", value) for host, value in by_host}
             texts.append(_grouped(short) if name == check else f"{name} {_grouped(short)}")
             remedy = "install the versions of constraints.txt, check the same commit out"
             if name in ("driver", "cuda", "nccl"):
@@ -191,7 +107,7 @@ class Rows:
                 versions, name, f"{name} must be the same on all hosts", remedy, name == "driver"
             )
         if texts:
-            self._add(check, ", ".join(texts), problems)
+            self._table.add(check, ", ".join(texts), problems)
 
     def _devices(self, machines: Mapping[int, Machine]) -> bool:
         per_host = _counts(self._hosts)
@@ -214,7 +130,7 @@ class Rows:
             self._hosts[rank]: asdict(machine) | {"device": str(machine.device)}
             for rank, machine in machines.items()
         }
-        self._add("devices", _grouped(texts), problems, figures)
+        self._table.add("devices", _grouped(texts), problems, figures)
         return not is_mixed
 
     def ports(self, answers: Sequence[float | Failed | None], master: str) -> bool:
@@ -227,7 +143,7 @@ class Rows:
         if seconds:
             milliseconds = {self._hosts[rank]: 1e3 * each for rank, each in seconds.items()}
             found += f"; from host to host in {_range(milliseconds)} ms"
-        self._add("ports", found, problems)
+        self._table.add("ports", found, problems)
         return not problems
 
     def process_group(self, answers: Sequence[float | Failed], backend: str) -> bool:
@@ -236,7 +152,7 @@ class Rows:
         remedy += "or name the interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
         seconds, problems = self._sort(answers, rule, remedy)
         found = "" if problems else f"{backend}, made in {max(seconds.values()):.2f} s"
-        self._add("process group", found, problems)
+        self._table.add("process group", found, problems)
         return not problems
 
     def clocks(self, answers: Sequence[Mapping[int, Offset] | Failed], limit: float) -> None:
@@ -263,14 +179,14 @@ class Rows:
             values |= {host: 1e3 * each.seconds for host, each in offsets.items()}
             text = f"{_range(values)} ms ahead of {self._hosts[0]}, ± {bound:.2g} ms"
         figures = {host: asdict(each) for host, each in offsets.items()}
-        self._add("clocks", text, problems, figures)
+        self._table.add("clocks", text, problems, figures)
 
     def links(self, answers: Sequence[Links | Failed]) -> None:
         """All-reduce everywhere, within hosts, between neighbouring hosts."""
         rule = "all-reduce must end, on every link"
         links, problems = self._sort(answers, rule, "see NCCL_DEBUG=INFO, the cables, the firewall")
         if problems:
-            self._add("all-reduce", "", problems)
+            self._table.add("all-reduce", "", problems)
             return
         names = list(dict.fromkeys(self._hosts))
         after = dict(pairwise(names))
@@ -328,7 +244,7 @@ class Rows:
             ]
             for place, found in speeds.items()
         }
-        self._add(check, "; ".join(texts), problems, figures)
+        self._table.add(check, "; ".join(texts), problems, figures)
 
     def storage(
         self,
@@ -363,7 +279,7 @@ class Rows:
         if slowest and all(each.is_warning for each in problems):
             milliseconds = {host: 1e3 * each for host, each in slowest.items()}
             text += f": written and seen by all; 1 MiB synced in {_range(milliseconds)} ms"
-        self._add("output folder", text, problems, {"fsync_seconds": slowest})
+        self._table.add("output folder", text, problems, {"fsync_seconds": slowest})
 
     def spaces(
         self, answers: Sequence[Mapping[str, Space] | Failed | None], min_free: float
@@ -371,7 +287,7 @@ class Rows:
         """Free room, at least ``min_free`` bytes of it for checkpoints and the cache."""
         found, problems = self._sort(answers, "folders must be readable", "see their rights")
         if problems:
-            self._add("disk", "", problems)
+            self._table.add("disk", "", problems)
             return
         for purpose in dict.fromkeys(name for spaces in found.values() for name in spaces):
             spaces = {self._hosts[rank]: each[purpose] for rank, each in found.items()}
@@ -392,7 +308,7 @@ class Rows:
             needed = max(space.needed for space in spaces.values())
             text = f"{free} GiB free, {_gib(needed)} needed"
             figures = {host: asdict(space) for host, space in spaces.items()}
-            self._add(f"disk: {purpose}", text, problems, figures)
+            self._table.add(f"disk: {purpose}", text, problems, figures)
 
     def data(
         self,
@@ -414,25 +330,14 @@ class Rows:
                 f"{_number(all_of.num_sources, 'source')}; first shards opened in "
                 f"{_range(slowest)} ms"
             )
-        self._add("training data", text, problems)
+        self._table.add("training data", text, problems)
 
     def evaluation(self, answers: Sequence[float | Failed | None], folder: str) -> None:
         rule = f"eval.data ({folder}) must be readable on every host"
         remedy = "mend eval.data, or mount it there"
         seconds, problems = self._sort(answers, rule, remedy)
         text = f"{folder} opened in {_range(self._slowest(seconds))} s" if seconds else folder
-        self._add("held-out data", text, problems)
-
-    def _add(
-        self,
-        check: str,
-        found: str,
-        problems: Sequence[Problem],
-        figures: Mapping[str, Any] | None = None,
-    ) -> None:
-        if not found:
-            found = f"{_number(len(problems), 'problem')}, see below"
-        self.rows.append(Row(check=check, found=found, problems=problems, figures=figures or {}))
+        self._table.add("held-out data", text, problems)
 
     def _sort(
         self, answers: Sequence[T | Failed | None], rule: str, remedy: str
@@ -495,19 +400,6 @@ _ROOM = {
     "cache": "free it, lower data.cache.max_gib, or choose another data.cache.dir",
     "/dev/shm": "start the container with --shm-size=1g or more",
 }
-
-
-def _problems(row: Row) -> list[str]:
-    """Those with one rule together."""
-    found: dict[tuple[bool, str, str], list[str]] = {}
-    for each in row.problems:
-        kind = each.is_warning, each.rule, each.remedy
-        found.setdefault(kind, []).append(f"  {each.host}: {each.found}")
-    lines = []
-    for (is_warning, rule, remedy), hosts in found.items():
-        title = f"{'warning' if is_warning else 'FAILURE'}, {row.check}: {rule}"
-        lines += ["", title, *hosts, f"  remedy: {remedy}"]
-    return lines
 
 
 def _counts(hosts: Sequence[str]) -> dict[str, int]:
