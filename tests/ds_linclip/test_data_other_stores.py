@@ -103,6 +103,7 @@ def test_s3_files_are_opened_and_read(bucket: str, storage: Storage) -> None:
     assert content_of(storage, f"{bucket}/a/00000.tar", again=True) == CONTENT
     assert storage.read(f"{bucket}/a/00000_stats.json") == b"{}"
     assert storage.exists(f"{bucket}/a/00000.tar")
+    assert storage.head(f"{bucket}/a/00000.tar")[:512] == CONTENT[:512]
 
 
 @pytest.mark.parametrize("path", ["a/00001.tar", "a"])

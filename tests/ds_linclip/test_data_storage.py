@@ -134,11 +134,12 @@ def test_content_without_a_version_is_fetched_from_the_start(
 
 def test_missing_files(server: MisbehavingServer, storage: Storage, tmp_path: Path) -> None:
     for url in (server.url("/0.tar", status(404)), str(tmp_path / "none.tar")):
-        with pytest.raises(FileNotFoundError):
-            storage.open(url)
+        for ask in (storage.open, storage.head):
+            with pytest.raises(FileNotFoundError):
+                ask(url)
         assert storage.read(url) is None
         assert not storage.exists(url)
-    assert len(server.requests["/0.tar"]) == 3
+    assert len(server.requests["/0.tar"]) == 4
     assert copies(tmp_path) == []
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["shard-cache.lock"]
 
@@ -245,6 +246,8 @@ def test_side_files_are_read_without_the_cache(
     assert storage.read(url) == CONTENT
     assert storage.exists(url)
     (tmp_path / "0_stats.json").write_bytes(CONTENT)
+    for first in (url, str(tmp_path / "0_stats.json")):
+        assert storage.head(first)[:512] == CONTENT[:512]
     for small in (url, str(tmp_path / "0_stats.json")):
         with pytest.raises(ValueError, match=r"0_stats\.json must have at most 100 bytes"):
             storage.read(small, 100)
