@@ -43,6 +43,7 @@ def main() -> int:
     table, meeting, is_speaker = Table([]), None, os.environ.get("RANK", "0") == "0"
     try:
         meeting = Meeting.join(arguments.timeout)
+        meeting.wait_for_all()
         table = Table(meeting.hosts)
         _check(arguments, meeting, table)
     except MeetingError as error:

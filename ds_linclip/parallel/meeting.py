@@ -53,6 +53,11 @@ class Failed:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Silent:
+    """In the place of the answer of a rank that gives none, not even that."""
+
+
 class Meeting:
     """All ranks of one start; all of them call every method together.
 
@@ -62,8 +67,8 @@ class Meeting:
         timeout: Seconds that any question may take.
 
     Attributes:
-        hosts: Name of every rank's host, in rank order. Where several have one name, the number of
-            the node is behind it.
+        hosts: Name of every rank's host, in rank order, once all have come; empty before. Where
+            several have one name, the number of the node is behind it.
         master: Where rank 0 waits for the others.
         address: This host's, as others reach it.
     """
@@ -75,20 +80,18 @@ class Meeting:
         self._store = store
         self.master = "" if store is None else f"{store.host}:{store.port}"
         self.address = "127.0.0.1" if store is None else _own_address(store, rank)
-        self.hosts = [""] * world_size
-        places = self.ask("arrive", _place)
-        nodes = Counter(host for host, _ in set(places))
-        self.hosts = [host if nodes[host] == 1 else f"{host}#{node}" for host, node in places]
+        self.hosts: list[str] = []
+        self._silent: list[int] = []
 
     @classmethod
     def join(cls, timeout: float) -> "Meeting":
-        """Meet the ranks that the launcher has started; without a launcher, a world of one.
+        """Come where rank 0 waits, as the launcher has it; without a launcher, a world of one.
 
         Args:
             timeout: Seconds within which all must come, and that any question may take.
 
         Raises:
-            MeetingError: when the store cannot be made or reached, or when ranks do not come.
+            MeetingError: when the store cannot be made or reached.
         """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls(None, 0, 1, timeout)
@@ -111,6 +114,16 @@ class Meeting:
                 f"{what}: {_first_line(error)}", socket.gethostname(), is_known_to_rank_zero=False
             ) from error
         return cls(store, rank, world_size, timeout)
+
+    def wait_for_all(self) -> None:
+        """Learn who is where; the first question.
+
+        Raises:
+            MeetingError: as :meth:`ask`.
+        """
+        places = self.ask("arrive", _place)
+        nodes = Counter(host for host, _ in set(places))
+        self.hosts = [host if nodes[host] == 1 else f"{host}#{node}" for host, node in places]
 
     @property
     def leaders(self) -> list[int]:
@@ -146,11 +159,12 @@ class Meeting:
         except dist.DistError as error:
             raise MeetingError(
                 f"rank 0 went away at {question!r}: {_first_line(error)}",
-                self.hosts[0] or _launched_hosts(self.world_size)[0],
+                (self.hosts or _launched_hosts(self.world_size))[0],
                 is_known_to_rank_zero=self.rank == 0,
             ) from error
-        if isinstance(found, _Silent):
-            raise MeetingError(found.what, found.hosts, is_known_to_rank_zero=True)
+        self._silent = [rank for rank, each in enumerate(found) if isinstance(each, _Silent)]
+        if self._silent:
+            raise self._error(question)
         return found
 
     def connect(self, device: torch.device) -> None:
@@ -169,53 +183,50 @@ class Meeting:
         )
 
     def close(self) -> None:
-        """Part: rank 0, which holds the store, goes last."""
-        if self._store is None or self.world_size == 1:
+        """Part, when rank 0 does: a launcher ends the other ranks once one has left. Rank 0 itself,
+        which holds the store, goes last."""
+        if self._store is None:
             return
+        others = [rank for rank in range(1, self.world_size) if rank not in self._silent]
         with suppress(dist.DistError):  # nothing is left to be said to those that are gone
             if self.rank > 0:
+                self._store.wait(["over"], timedelta(seconds=_GRACE))
                 self._store.set(f"left/{self.rank}", "")
             else:
-                others = [f"left/{rank}" for rank in range(1, self.world_size)]
-                _all_there(self._store, others, _GRACE)
+                self._store.set("over", "")
+                _all_there(self._store, [f"left/{rank}" for rank in others], _GRACE)
 
-    def _exchange(self, store: dist.TCPStore, question: str, answer: Any) -> "list[Any] | _Silent":
-        """All answers, gathered by rank 0, or who is silent."""
-        # Ranks begin a question together but for the first, and their slowness ends in an answer.
-        patience = self.timeout + _GRACE
+    def _exchange(self, store: dist.TCPStore, question: str, answer: Any) -> list[Any]:
+        """All answers, gathered by rank 0; of those that give none :class:`_Silent`."""
         names = [f"{question}/{rank}" for rank in range(self.world_size)]
         _put(store, names[self.rank], answer)
         if self.rank > 0:
-            store.wait([question], timedelta(seconds=patience + _GRACE))
+            store.wait([question], timedelta(seconds=self._patience + _GRACE))
             return pickle.loads(store.get(question))
-        found: list[Any] | _Silent
-        if _all_there(store, names, patience):
-            found = [pickle.loads(each) for each in store.multi_get(names)]
-        else:
-            silent = [rank for rank, name in enumerate(names) if not store.check([name])]
-            found = self._name(question, silent, patience)
+        # Ranks begin a question together but for the first, and their slowness ends in an answer.
+        is_complete = _all_there(store, names, self._patience)
+        found = [
+            pickle.loads(store.get(name)) if is_complete or store.check([name]) else _Silent()
+            for name in names
+        ]
         _put(store, question, found)
         return found
 
-    def _name(self, question: str, silent: Sequence[int], seconds: float) -> "_Silent":
-        hosts = self.hosts if any(self.hosts) else _launched_hosts(self.world_size)
-        ranks = {hosts[rank]: [r for r in silent if hosts[r] == hosts[rank]] for rank in silent}
-        named = "; ".join(
-            f"{host or 'hosts unknown'}: {', '.join(map(str, those))}"
-            for host, those in ranks.items()
+    @property
+    def _patience(self) -> float:
+        return self.timeout + _GRACE
+
+    def _error(self, question: str) -> MeetingError:
+        hosts = self.hosts or _launched_hosts(self.world_size)
+        silent: dict[str, list[str]] = {}
+        for rank in self._silent:
+            silent.setdefault(hosts[rank] or "hosts unknown", []).append(str(rank))
+        ranks = "; ".join(f"{host}: {', '.join(numbers)}" for host, numbers in silent.items())
+        return MeetingError(
+            f"no answer to {question!r} within {self._patience:.0f} s from ranks of {ranks}",
+            ", ".join(silent),
+            is_known_to_rank_zero=True,
         )
-        return _Silent(
-            f"no answer to {question!r} within {seconds:.0f} s from ranks of {named}",
-            ", ".join(ranks) or "hosts unknown",
-        )
-
-
-@dataclass(frozen=True)
-class _Silent:
-    """What, and which hosts."""
-
-    what: str
-    hosts: str
 
 
 def _wait_for(address: str, port: int, timeout: float) -> None:

@@ -134,7 +134,8 @@ class Judge:
         return not is_mixed
 
     def ports(self, answers: Sequence[float | Failed | None], master: str) -> bool:
-        """Every leader but the first reaches the one before it; all have reached the master."""
+        """Of the leaders, each to the host before its own, the first to the last; all have reached
+        the master."""
         rule = "hosts must reach each other at any free port, as the process groups take them"
         remedy = "open the firewall between the hosts, or name the interface (NCCL_SOCKET_IFNAME, "
         remedy += "GLOO_SOCKET_IFNAME)"
