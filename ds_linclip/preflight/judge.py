@@ -209,7 +209,7 @@ class Judge:
     def _speeds(self, check: str, speeds: Mapping[str, Sequence[Speed]]) -> None:
         if not speeds:
             return
-        texts, problems = [], []
+        texts = []
         for index, size in enumerate(each.size for each in next(iter(speeds.values()))):
             at_size = {place: found[index] for place, found in speeds.items()}
             if index == 0:
@@ -222,18 +222,19 @@ class Judge:
             if len(at_size) == 1:
                 (only,) = at_size.values()
                 texts[-1] += f", algbw {_figure(only.algorithm_bandwidth / 1e9)}"
-            median = sorted(bus.values())[len(bus) // 2]
-            problems += [
-                Problem(
-                    host=place,
-                    found=f"{value:.3g} GB/s with {unit} (busbw)",
-                    rule=f"at least {_SLOW_SHARE:g} of the median, {median:.3g} GB/s",
-                    remedy="look at that link (ibstat, nvidia-smi topo -m), or leave the host out",
-                    is_warning=True,
-                )
-                for place, value in bus.items()
-                if value < _SLOW_SHARE * median
-            ]
+        # The largest message: smaller ones tell of latency.
+        median = sorted(bus.values())[len(bus) // 2]
+        problems = [
+            Problem(
+                host=place,
+                found=f"{_figure(value)} GB/s with {unit} (busbw)",
+                rule=f"at least {_SLOW_SHARE:g} of the median, {_figure(median)} GB/s",
+                remedy="look at that link (ibstat, nvidia-smi topo -m), or leave the host out",
+                is_warning=True,
+            )
+            for place, value in bus.items()
+            if value < _SLOW_SHARE * median
+        ]
         figures = {
             place: [
                 asdict(each)

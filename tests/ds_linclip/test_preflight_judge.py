@@ -86,14 +86,14 @@ def test_the_slow_link_is_named_by_its_ends_and_bandwidths_are_those_of_nccl_tes
     assert Speed(10**9, 4, 1.0).bus_bandwidth == 1.5e9
     assert Speed(10**9, 2, 0.5).bus_bandwidth == 2e9
 
-    def speeds(seconds: float) -> list[Speed]:
-        return [Speed(8, 2, 1e-5), Speed(2**26, 2, seconds)]
+    def speeds(seconds: float, small: float = 1e-4) -> list[Speed]:
+        return [Speed(8, 2, 1e-5), Speed(2**20, 2, small), Speed(2**26, 2, seconds)]
 
-    everywhere = [Speed(8, 6, 1e-5), Speed(2**26, 6, 0.1)]
+    everywhere = [Speed(8, 6, 1e-5), Speed(2**20, 6, 1e-3), Speed(2**26, 6, 0.1)]
     judge.links(
         [
-            Links(everywhere, speeds(0.01), speeds(0.02)),
-            Links(everywhere, speeds(0.01), []),
+            Links(everywhere, speeds(0.01, small=1e-3), speeds(0.02)),
+            Links(everywhere, speeds(0.01, small=1e-3), []),
             Links(everywhere, speeds(0.011), speeds(0.08)),
             Links(everywhere, speeds(0.011), []),
             Links(everywhere, speeds(0.012), []),
