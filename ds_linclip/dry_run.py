@@ -81,14 +81,15 @@ def dry_run(config: Config, target: Target) -> DryRun:
         flops = sheet.fp32_flops if config.train.precision == "fp32" else sheet.bf16_flops
         peak = peak or (flops and flops / 1e12)
         memory = memory or sheet.memory_gib
-    limit = memory and memory - _RESERVE_GIB * (not is_cpu)
+    reserve = 0.0 if is_cpu else _RESERVE_GIB
+    limit = memory and memory - reserve
     device = torch.device("cpu" if is_cpu else "cuda")
     plans, table = _plan_all(config, target.num_devices, device)
     fullest = max(range(len(plans)), key=lambda rank: sum(plans[rank].memory.values()))
     needed = sum(plans[fullest].memory.values()) / GIB
     dp_size = len(plans) // math.prod(_sizes(config.parallel))
     rows = [
-        ("memory", _memory_row(fullest, needed, limit, memory)),
+        ("memory", _memory_row(fullest, needed, limit, reserve)),
         ("batch", _batch_row(config, dp_size)),
         *_epoch_rows(config, target),
         *_time_rows(config, dp_size, len(plans), peak, target.mfu or _MFU),
@@ -146,11 +147,11 @@ def _plan_all(config: Config, num_devices: int, device: torch.device) -> tuple[l
     return plans, table
 
 
-def _memory_row(rank: int, needed: float, limit: float | None, memory: float | None) -> str:
+def _memory_row(rank: int, needed: float, limit: float | None, reserve: float) -> str:
     row = f"rank {rank} has most, {needed:.3g} GiB at the fullest moment of a step"
     if limit is None:
         return f"{row}; the device's memory is not known (--device, --device-memory-gib)"
-    return f"{row}; a device has {limit:.3g} GiB for it ({memory:.3g} less what is kept free)"
+    return f"{row}; a device has {limit:.3g} GiB for it, {reserve:g} GiB more are kept free"
 
 
 def _batch_row(config: Config, dp_size: int) -> str:

@@ -75,8 +75,8 @@ def test_dry_run_of_launched_ranks_tells_what_the_run_then_does(
 ):
     """Samples from the files beside the shards; the size of a checkpoint is that on disk."""
     run, _ = finished
-    where = [f"output_dir={tmp_path}", "name=short"]
-    done = deepspeed_cpu(TRAIN, EMBEDDED, *embedded_overrides, *where, *SHORT, "--dry-run")
+    options = [f"output_dir={tmp_path}", "--dry-run", "--device", "cpu"]
+    done = deepspeed_cpu(TRAIN, EMBEDDED, *embedded_overrides, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("dry run on 2 x cpu") == 1
     assert "- epoch: 1,437 samples, 11.2 steps" in done.stdout
