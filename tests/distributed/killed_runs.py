@@ -1,7 +1,9 @@
 """Runs that are killed: whom to kill, and what the run folder says afterwards."""
 
 import json
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -38,3 +40,16 @@ def batches(run: Path) -> tuple[dict[int, list[str]], set[tuple[int, int]]]:
     for start in sorted(attempts):
         merged.update(attempts[start])
     return merged, starts
+
+
+def stands_beyond(run: Path, step: int) -> bool:
+    """Whether a run that saves every 5 steps and logs all is between two saves, past a step."""
+    logged = losses(run) if (run / "metrics.jsonl").exists() else {}
+    return any(number > step and number % 5 == 2 for number in logged)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)

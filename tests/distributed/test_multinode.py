@@ -6,17 +6,16 @@ import re
 import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from forked_ranks import train_in_ranks
-from killed_runs import batches, losses
+from killed_runs import batches, losses, stands_beyond, wait_until
 from two_hosts import TwoHosts, two_hosts
 
-from ds_linclip.config import load_config
+from ds_linclip.config import load_config, save_config
 from ds_linclip.exit_codes import ExitCode
 from ds_linclip.supervision import newest_step
 
@@ -54,22 +53,10 @@ def whole(overrides: list[str], tmp_path: Path) -> dict[int, float]:
     return train_in_ranks(config, 2)[0]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 200) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.01)
-
-
-def stands_beyond(run: Path, step: int) -> bool:
-    """Whether a run is between two checkpoints, later than a step."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return any(n > step and n % 5 == 2 for n in (json.loads(line)["step"] for line in lines))
-
-
 def nothing_is_left(hosts: TwoHosts) -> bool:
-    return not any(hosts.processes(name) for name in hosts.names)
+    """But logins whose other end is gone, of which sshd learns from TCP, hours later."""
+    lines = [line for name in hosts.names for line in hosts.processes(name).values()]
+    return all(line.startswith("sshd: ") for line in lines)
 
 
 def starts_of(run: Path) -> list[dict]:
@@ -145,6 +132,25 @@ def script_of_a_pod(experiment: list[object]) -> tuple[list[str], dict[str, str]
 
 def codes_of(rule: dict) -> list[int]:
     return rule["onExitCodes"]["values"]
+
+
+@pytest.mark.slow
+def test_plain_deepspeed_with_pdsh_starts_the_same_ranks(hosts, overrides, whole, tmp_path):
+    save_config(load_config(EMBEDDED, [*overrides, "name=plain"]), tmp_path / "config.yaml")
+    sent = tmp_path / "deepspeed_env"  # pdsh's ranks get no other environment
+    sent.write_text("".join(f"{key}={value}\n" for key, value in ENVIRONMENT.items()))
+    done = hosts.run(
+        *("node1", Path(sys.executable).with_name("deepspeed"), "--hostfile", hosts.hostfile()),
+        *("launch/train.py", tmp_path / "config.yaml"),
+        cwd=REPOSITORY,
+        **ENVIRONMENT,
+        DS_ENV_FILE=str(sent),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    wait_until(lambda: nothing_is_left(hosts), 5)
+    (start,) = starts_of(tmp_path / "plain")
+    assert start["hosts"] == {"node1": 1, "node2": 1}
+    assert losses(tmp_path / "plain") == whole
 
 
 @pytest.mark.slow

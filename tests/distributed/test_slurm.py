@@ -3,12 +3,11 @@
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 from forked_ranks import train_in_ranks
-from killed_runs import batches, losses
+from killed_runs import batches, losses, stands_beyond, wait_until
 from two_hosts import TwoHosts, two_hosts
 
 from ds_linclip.config import load_config
@@ -74,13 +73,6 @@ class Slurm:
         return dict(re.findall(r"(\w+)=(\S*)", self("scontrol", "show", "job", 1)))
 
 
-def wait_until(condition, seconds: float = 240) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
-
-
 def test_job_goes_on_after_a_request_to_leave_and_the_loss_of_a_node(embedded_overrides, tmp_path):
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
@@ -95,10 +87,6 @@ def test_job_goes_on_after_a_request_to_leave_and_the_loss_of_a_node(embedded_ov
     whole, _ = train_in_ranks(config, 2)
     run = tmp_path / "run"
 
-    def stands_beyond(step: int) -> bool:
-        steps = losses(run) if (run / "metrics.jsonl").exists() else {}
-        return any(n > step and n % 5 == 2 for n in steps)
-
     (tmp_path / "hosts").mkdir()
     with two_hosts(tmp_path / "hosts") as hosts:
         slurm = Slurm(hosts, tmp_path / "slurm")
@@ -111,14 +99,14 @@ def test_job_goes_on_after_a_request_to_leave_and_the_loss_of_a_node(embedded_ov
         )
         said = tmp_path / "said"
         try:
-            wait_until(lambda: stands_beyond(5))
+            wait_until(lambda: stands_beyond(run, 5))
             slurm("scancel", "--signal=TERM", 1)
             wait_until(lambda: slurm.job()["JobState"] == "PENDING", 100)
             left_at = newest_step(run)
             assert f"step-{left_at:08d} is saved; start again to go on" in said.read_text()
             slurm("scontrol", "update", "JobId=1", "StartTime=now")  # not after Slurm's two minutes
 
-            wait_until(lambda: stands_beyond(left_at + 5))
+            wait_until(lambda: stands_beyond(run, left_at + 5))
             hosts.power_off("node2")
             wait_until(lambda: slurm.job()["JobState"] == "PENDING", 100)
             hosts.power_on("node2")
