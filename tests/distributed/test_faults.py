@@ -187,6 +187,8 @@ def test_evaluation_that_fails_on_one_rank_ends_that_rank(config, stage):
 def refuse_removal(config: Config, mesh: Mesh, step: int) -> None:
     """The name that the oldest checkpoint gets before it is removed is taken."""
     if step == 3 and mesh.rank == 0:
+        while not (folder_of(config) / "step-00000002").exists():  # it is saved beside training
+            time.sleep(0.01)
         (folder_of(config) / "step-00000002.tmp").mkdir()
         (folder_of(config) / "step-00000002.tmp" / "file").touch()
     mesh.barrier()
