@@ -93,11 +93,13 @@ class _Zero:
         self.is_late = not zero.get("overlap_comm")
         of_bucket = self.gradient if self.stage == 1 else self.value
         self.buckets = of_bucket * self.bucket * (2 - self.is_late)
-        #: A copy of a full bucket, or of a gradient that is larger, on its way; stage 3 makes
-        #: another one to send fp32 for bf16.
+        #: A copy of a full bucket, or of a gradient that is larger, on its way; in bf16 first
+        #: where it is sent in fp32, and once more where gloo scatters it.
         largest = max(p.numel() for p in parameters if p.requires_grad)
-        copies = 1 + (self.stage == 3 and self.value < self.gradient)
-        self.sent = copies * self.gradient * max(largest, min(self.bucket, self.trained))
+        is_cast = self.stage > 1 and self.value < self.gradient
+        is_copied = self.stage == 3 and mesh.device.type == "cpu"
+        per_element = self.gradient * (1 + is_copied) + self.value * is_cast
+        self.sent = per_element * max(largest, min(self.bucket, self.trained))
         self.averaged = (_FP32 if compact else self.gradient) * part
         self.is_compact = compact
         self.replicas = replicas
@@ -111,22 +113,23 @@ class _Zero:
             here = self.value * (parts * (config.zero.offload_param == "none") + small)
             self.kept = here + self.optimizer + self.gradient * part + self.value * self.bucket
             live = min(zero["stage3_max_live_parameters"], sum(sizes) - small)
+            live = max(live, *sizes)  # the limit is for what is fetched ahead
             self.in_step = here + self.value * live
         elif self.sums_all:
             self.kept += _FP32 * self.trained
 
     def backward(self, taken: int) -> dict[str, int]:
-        """When it has the gradients of so many parameters of a micro-batch."""
-        if self.is_accumulated:
-            taken = self.trained  # from the second micro-batch on
+        """When it has the gradients of so many parameters of a micro-batch, which is not the first
+        of several."""
         if self.stage == 3:
             sent = self.sent * (taken >= min(self.bucket, self.trained))
             return self._held(self.averaged, self.value * self.bucket + sent)
         if self.sums_all:
             # All gradients in fp32 stay, those in bf16 do until the end of the step.
-            return self._held((_FP32 + self.value) * taken, 0)
+            return self._held((_FP32 + self.value) * self.trained, 0)
         if self.stage == 1 and (self.is_late or self.is_accumulated):
-            return self._held(self.gradient * taken, self.buckets)
+            there = self.trained if self.is_accumulated else taken
+            return self._held(self.gradient * there, self.buckets)
         return self._sending(taken)
 
     def after_backward(self) -> list[dict[str, int]]:
