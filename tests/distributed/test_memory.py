@@ -38,12 +38,15 @@ def test_what_lives_between_steps_is_what_is_planned(job):
             assert kept == pytest.approx(planned, rel=0.01), name
 
 
-def test_the_fullest_moment_of_a_step_falls_with_the_stage_as_planned(job):
-    found = memory(job)
-    (first, second, third) = (found[f"zero{stage}-fp32-ranks2"][0] for stage in (1, 2, 3))
-    assert first[2] > second[2] >= third[2]
-    for _, _, step, planned in (first, second, third):
-        assert step == pytest.approx(planned, rel=0.1)
+def test_the_fullest_moment_of_a_step_is_as_planned_and_lower_where_more_is_sharded(job):
+    """Of the rank that has most. All that the allocator gives out counts, and so small a model has
+    more of it under ZeRO-3 than under ZeRO-2: gloo copies a bucket once more to scatter it."""
+    fullest: list[int] = []
+    for name, ranks in memory(job).items():
+        step, planned = max((step, planned) for _, _, step, planned in ranks)
+        assert step == pytest.approx(planned, rel=0.1), name
+        fullest.append(step)
+    assert fullest[0] > max(fullest[1:])
 
 
 def test_report_is_written(job):
