@@ -9,7 +9,7 @@ import torch
 from ds_linclip.config import Config, ParallelConfig, check_batch
 from ds_linclip.data import Storage, find_shards
 from ds_linclip.devices import known_device
-from ds_linclip.flops import forward_flops, num_state_values, training_flops
+from ds_linclip.flops import forward_flops, num_state_values, step_flops, training_flops
 from ds_linclip.parallel.activations import meta_model
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.plan import RankPlan, describe, plan_rank
@@ -183,19 +183,18 @@ def _time_rows(
     config: Config, dp_size: int, num_devices: int, peak: float | None, mfu: float
 ) -> list[tuple[str, str]]:
     num, pp = config.num_micro_batches(dp_size), config.parallel.pp
-    # Of a training step three forwards are the model's; these are done again.
-    again = (num > 1 or pp > 1) + (config.train.activation_checkpointing == "full")
-    batch = config.train.global_batch_size
+    batch, of_model = config.train.global_batch_size, step_flops(config, 0)
     forward = batch * forward_flops(config.model, config.image_size_at(0))
-    operations = (3 + again) * forward
-    row = f"{operations / 1e15:.3g} PFLOP, {again * forward / 1e15:.3g} of them done again"
+    again = forward * ((num > 1 or pp > 1) + (config.train.activation_checkpointing == "full"))
+    operations = of_model + again
+    row = f"{operations / 1e15:.3g} PFLOP, {again / 1e15:.3g} of them done again"
     if peak is None:
         return [("step", f"{row}; the device's speed is not known (--device, --peak-tflops)")]
     # A pipeline waits for its first and its last micro-batch.
     bubble = (num + pp - 1) / num
     rate = num_devices * peak * 1e12 * mfu / bubble
     seconds = operations / rate
-    whole = training_flops(config) * (1 + again / 3) / rate
+    whole = training_flops(config) * operations / of_model / rate
     waits = f", of which a pipeline waits {1 - 1 / bubble:.0%}" if pp > 1 else ""
     return [
         (

@@ -139,7 +139,7 @@ class CacheFolder:
 
         A process that waits here has no partial file yet, so two never wait for each other.
         """
-        looks = 0
+        looks = 0  # since no file is coming any more: one that has come may still be locked
         while True:
             with self._locked():
                 in_use, in_transfer = self._make_room(name, size)
@@ -147,8 +147,8 @@ class CacheFolder:
                     Record(version, size).write(lock)
                     with open(self._path(name, _PARTIAL), "ab"):
                         return
-            looks += 1
-            if size > self._max_bytes or not wait or (looks >= _MIN_LOOKS and not in_transfer):
+            looks = 0 if in_transfer else looks + 1
+            if size > self._max_bytes or not wait or looks >= _MIN_LOOKS:
                 raise CacheError(
                     f"data.cache.max_gib ({self._max_gib}) must be at least what is in use at "
                     f"once: {in_use / _GIB:.3f} GiB are, {shown(url)} has {size / _GIB:.3f} GiB"

@@ -6,14 +6,13 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from forked_ranks import train_in_ranks
 from killed_runs import batches, losses, stands_beyond, wait_until
-from two_hosts import TwoHosts, two_hosts
+from two_hosts import TwoHosts
 
 from ds_linclip.config import load_config, save_config
 from ds_linclip.exit_codes import ExitCode
@@ -25,14 +24,6 @@ EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
 STEPS = 60
 BOTH = "node1 slots=1\nnode2 slots=1\n"
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
-    folder = tmp_path / "hosts"
-    folder.mkdir()
-    with two_hosts(folder) as both:
-        yield both
 
 
 @pytest.fixture

@@ -6,14 +6,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import preflight
 import pytest
 from forked_ranks import train_in_ranks
-from two_hosts import TwoHosts, two_hosts
+from two_hosts import TwoHosts
 
 from ds_linclip.config import load_config
 from ds_linclip.parallel.local_ranks import run_ranks
@@ -141,14 +140,6 @@ def test_checkpoints_take_the_room_that_is_asked_for(embedded_overrides, tmp_pat
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
     assert saved == pytest.approx(before.needed * 2 / 3, rel=0.01)  # one more is being written
     assert after.needed == pytest.approx(before.needed / 3, rel=0.05)
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
-    folder = tmp_path / "hosts"
-    folder.mkdir()
-    with two_hosts(folder) as made:
-        yield made
 
 
 def on_hosts(

@@ -1,0 +1,15 @@
+"""What tests of several hosts share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from two_hosts import TwoHosts, two_hosts
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
+    folder = tmp_path / "hosts"
+    folder.mkdir()
+    with two_hosts(folder) as both:
+        yield both
