@@ -17,22 +17,25 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
+from ds_linclip.quick_start import quick_start
 
-from ds_linclip.config import Config, load_config
-from ds_linclip.orphans import end_with_parent
-from ds_linclip.parallel.links import listen, measure_clocks, measure_links, reach
-from ds_linclip.parallel.meeting import Failed, Meeting, MeetingError
-from ds_linclip.preflight import (
-    Judge,
-    Table,
-    WriteTest,
-    count_shards,
-    free_space,
-    look_at_machine,
-    open_first_shards,
-)
-from linclip_eval.held_out import HeldOutEvaluator
+with quick_start():
+    import torch
+
+    from ds_linclip.config import Config, load_config
+    from ds_linclip.orphans import end_with_parent
+    from ds_linclip.parallel.links import listen, measure_clocks, measure_links, reach
+    from ds_linclip.parallel.meeting import Failed, Meeting, MeetingError
+    from ds_linclip.preflight import (
+        Judge,
+        Table,
+        WriteTest,
+        count_shards,
+        free_space,
+        look_at_machine,
+        open_first_shards,
+    )
+    from linclip_eval.held_out import HeldOutEvaluator
 
 
 def main() -> int:

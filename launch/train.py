@@ -15,17 +15,20 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ds_linclip.config import Config, load_config
-from ds_linclip.data import DataError
-from ds_linclip.dry_run import DEVICES, Target, dry_run
-from ds_linclip.exit_codes import ExitCode
-from ds_linclip.health import Diverged
-from ds_linclip.orphans import end_with_parent
-from ds_linclip.parallel.mesh import AgreedError, Mesh
-from ds_linclip.requests import Preempted
-from ds_linclip.trainer import TrainResult, train
-from ds_linclip.watchdog import watched
-from linclip_eval.held_out import HeldOutEvaluator
+from ds_linclip.quick_start import quick_start
+
+with quick_start():
+    from ds_linclip.config import Config, load_config
+    from ds_linclip.data import DataError
+    from ds_linclip.dry_run import DEVICES, Target, dry_run
+    from ds_linclip.exit_codes import ExitCode
+    from ds_linclip.health import Diverged
+    from ds_linclip.orphans import end_with_parent
+    from ds_linclip.parallel.mesh import AgreedError, Mesh
+    from ds_linclip.requests import Preempted
+    from ds_linclip.trainer import TrainResult, train
+    from ds_linclip.watchdog import watched
+    from linclip_eval.held_out import HeldOutEvaluator
 
 
 def main() -> int:

@@ -6,6 +6,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from ds_linclip.quick_start import quick_start
+
 __all__ = ["main"]
 
 #: Command -> module of this package with its ``main``, and what it does.
@@ -42,9 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported where it is needed: torch takes seconds. On a machine without a GPU it may warn that
     # it finds none; nothing here looks for one.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    module, _ = _COMMANDS[options.command]
+    name, _ = _COMMANDS[options.command]
+    with quick_start():
+        command = importlib.import_module(f"linclip_eval.{name}")
     try:
-        importlib.import_module(f"linclip_eval.{module}").main(options.arguments)
+        command.main(options.arguments)
     except (ValueError, OSError) as error:
         _say_once(f"error: {error}")
         return 2

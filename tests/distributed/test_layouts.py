@@ -35,7 +35,7 @@ def table(folder: Path, embedded_overrides: list[str], *options: str) -> list[di
     [("linear", LINEAR), pytest.param("softmax", SOFTMAX, marks=pytest.mark.slow)],
 )
 def test_every_layout_trains_as_one_process(tmp_path, embedded_overrides, attention, layouts):
-    options = ["--attention", attention, "--steps", "10", "--layouts", *layouts]
+    options = ["--attention", attention, "--steps", "5", "--layouts", *layouts]
     rows = table(tmp_path, embedded_overrides, *options)
     assert [row["layout"] for row in rows] == layouts
     for row in rows:

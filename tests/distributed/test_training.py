@@ -34,7 +34,7 @@ def results(job, part):
 
 
 def steps_of(form):
-    return 30 if form == "fp32_zero1" else 8
+    return 30 if form == "fp32_zero1" else 4
 
 
 def values(job, run, tag="train/loss"):

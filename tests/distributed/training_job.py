@@ -24,7 +24,7 @@ from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.trainer import train
 
 STEPS, MIDDLE = 30, 15
-SHORT = ["train.steps=8", "checkpoint.every_steps=4", "train.global_batch_size=64"]
+SHORT = ["train.steps=4", "checkpoint.every_steps=2", "train.global_batch_size=32"]
 #: What is interrupted and resumed, on two ranks.
 FORMS = {
     "fp32_zero1": ["train.precision=fp32"],
@@ -32,7 +32,7 @@ FORMS = {
     "bf16_zero3_ema": ["train.precision=bf16", "zero.stage=3", "optim.ema_decay=0.9"],
     "fp32_tp2": ["train.precision=fp32", "parallel.tp=2"],
     "bf16_pp2_accumulated": [
-        *("train.precision=bf16", "parallel.pp=2", "train.micro_batch_size=32"),
+        *("train.precision=bf16", "parallel.pp=2", "train.micro_batch_size=16"),
         "optim.ema_decay=0.9",
     ],
     "fp32_cp2_sigmoid": [
