@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,9 @@ def test_job_goes_on_after_a_request_to_leave_and_the_loss_of_a_node(embedded_ov
             wait_until(lambda: slurm.job()["JobState"] == "PENDING", 100)
             hosts.power_on("node2")
             slurm.start_node("node2")
+            # Within seconds of a node's failure, Slurm 22.05 gives a job less than it allocates.
+            wait_until(lambda: slurm("sinfo", "--noheader", "-o", "%D %t") == "2 idle\n")
+            time.sleep(5)
             slurm("scontrol", "update", "JobId=1", "StartTime=now")
             wait_until(lambda: slurm.job()["JobState"] in ("COMPLETED", "FAILED"))
         except AssertionError as error:
