@@ -12,8 +12,8 @@ __all__ = ["COLOURS", "INK", "LINEAR", "MUTED", "SOFTMAX", "add_legend", "dress"
 
 INK, MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 LINEAR, SOFTMAX = "#2563a8", "#d97706"
-#: Of models that are neither.
-COLOURS = (LINEAR, SOFTMAX, "#2a9d6f", "#b5408f", "#7c5cc4", "#0e8a9b", "#a16207", "#64748b")
+#: Of models by their order; softmax, where it is among them, comes first.
+COLOURS = (SOFTMAX, LINEAR, "#2a9d6f", "#b5408f", "#7c5cc4", "#0e8a9b", "#a16207", "#64748b")
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -5,11 +5,13 @@ Learned positions are resampled to the grid of each size, bicubic, as open_clip 
 
 import argparse
 import csv
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.arguments import add_precision_argument, labelled
-from linclip_eval.figure_style import add_legend, dress, new_figure
+from linclip_eval.figure_style import COLOURS, add_legend, dress, new_figure
 from linclip_eval.models import EvalModel, load_model
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 from linclip_eval.zero_shot_task import ZeroShotTask, add_task_arguments
@@ -164,9 +166,12 @@ def _summary(scores: Sequence[_Score]) -> str:
 
 def _draw(scores: Sequence[_Score]) -> Figure:
     domains = list(dict.fromkeys(score.domain for score in scores))
-    figure = new_figure(4.2 * (len(domains) + 1), 3.6)
-    *panels, cost = figure.subplots(1, len(domains) + 1, squeeze=False)[0]
-    for model in dict.fromkeys(score.model for score in scores):
+    places = range(1, len(domains) + 2)
+    rows = math.ceil(len(places) / 2)
+    figure = new_figure(9, 3.4 * rows)
+    *panels, cost = (figure.add_subplot(rows, 2, place) for place in places)
+    models = dict.fromkeys(score.model for score in scores)
+    for model, colour in zip(models, cycle(COLOURS), strict=False):
         for axes, domain in zip(panels, domains, strict=True):
             line = [s for s in scores if (s.model, s.domain) == (model, domain)]
             low, high = zip(*(_reach(score) for score in line), strict=True)
@@ -177,6 +182,7 @@ def _draw(scores: Sequence[_Score]) -> Figure:
                 marker="o",
                 markersize=4,
                 capsize=2,
+                color=colour,
                 label=model,
             )
         line = [s for s in scores if (s.model, s.domain) == (model, domains[0])]
@@ -185,6 +191,7 @@ def _draw(scores: Sequence[_Score]) -> Figure:
             [1000 * score.seconds_per_image for score in line],
             marker="o",
             markersize=4,
+            color=colour,
             label=model,
         )
     cost.set_yscale("log")

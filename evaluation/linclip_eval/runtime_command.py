@@ -61,9 +61,9 @@ def main(arguments: Sequence[str]) -> None:
     dtype = str(_DTYPES[device]).removeprefix("torch.")
     conditions = (
         f"Limits: {limits.runs} runs after {limits.warmup} to warm up, or "
-        f"{limits.max_seconds_per_point:g} s of runs; {limits.max_seconds_per_call:g} s for a "
-        f"call; {options.budget_seconds:g} s for everything. {dtype}{threads}; `attention` has "
-        f"{num_heads} heads."
+        f"{limits.max_seconds_per_point:g} s of runs, in {limits.passes} passes over all N; "
+        f"{limits.max_seconds_per_call:g} s for a call; {options.budget_seconds:g} s for "
+        f"everything. {dtype}{threads}; `attention` has {num_heads} heads."
     )
     points: list[Point] = []
     for place, what in enumerate(subjects):

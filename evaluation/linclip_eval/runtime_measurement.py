@@ -4,8 +4,10 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,30 +31,44 @@ class Limits:
     """How much is measured of one attention at one number of tokens.
 
     Attributes:
+        passes: How often all numbers of tokens are gone through, each time for a part of the runs:
+            a slow minute of the machine then meets all of them, and not one alone.
         runs: Timed calls.
         warmup: Calls before them, one in any case, within a tenth of ``max_seconds_per_point``.
         max_seconds_per_point: When the timed calls have taken so long, no more are made.
         max_seconds_per_call: What is predicted to take longer is left out.
     """
 
+    passes: int = 5
     runs: int = 1000
     warmup: int = 100
     max_seconds_per_point: float = 0.5
     max_seconds_per_call: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.runs < 1:
-            raise ValueError(f"runs ({self.runs}) must be at least 1")
+        for name in ("passes", "runs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if self.warmup < 0:
             raise ValueError(f"warmup ({self.warmup}) must not be negative")
         for name in ("max_seconds_per_point", "max_seconds_per_call"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
 
+    def until(self, number: int) -> "Limits":
+        """What is reached with the pass of that number, the first being 1."""
+        share = number / self.passes
+        return replace(
+            self,
+            runs=math.ceil(share * self.runs),
+            warmup=math.ceil(share * self.warmup),
+            max_seconds_per_point=share * self.max_seconds_per_point,
+        )
+
 
 def measure(
     subject: Subject, tokens: Sequence[int], limits: Limits, *, deadline: float = math.inf
-) -> Iterator[Point]:
+) -> list[Point]:
     """Time and memory of every attention, in inference and training, at every number of tokens.
 
     The attentions are called in turn, so that whatever else the machine does meets them alike.
@@ -63,15 +79,19 @@ def measure(
         limits: Of every point.
         deadline: In seconds of ``time.monotonic``; what is predicted to end later is left out.
 
-    Yields:
+    Returns:
         All points, those that were left out with the reason.
     """
     bench = _Bench(subject, deadline)
     for direction in DIRECTIONS:
-        bench.measure(direction, min(tokens[0], _FIRST_LOOK), Limits(runs=1, warmup=0))
-    for num_tokens in tokens:
-        for direction in DIRECTIONS:
-            yield from bench.measure(direction, num_tokens, limits)
+        bench.visit(direction, min(tokens[0], _FIRST_LOOK), Limits(runs=1, warmup=0))
+    bench.trials.clear()
+    bench.skipped.clear()
+    for number in range(1, limits.passes + 1):
+        for num_tokens, direction in product(tokens, DIRECTIONS):
+            bench.visit(direction, num_tokens, limits.until(number))
+    places = product(tokens, DIRECTIONS, ATTENTIONS)
+    return [bench.point(_Place(direction, name, n)) for n, direction, name in places]
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -107,75 +127,103 @@ class _Cost:
         return _Cost(num_tokens, self.seconds * growth**exponent, round(self.num_bytes * growth))
 
 
+class _Place(NamedTuple):
+    direction: str
+    attention: str
+    num_tokens: int
+
+
 @dataclass
 class _Trial:
-    """A call that is being measured, and how many seconds each time took."""
+    """What was seen of one place: how many seconds each call took."""
 
-    call: Callable[[], object]
     peak_bytes: int
     warmup: list[float]
     runs: list[float] = field(default_factory=list)
 
 
 class _Bench:
-    """Measures a subject; what it has seen predicts what more tokens will cost."""
+    """Measures a subject; what it has seen predicts what more tokens will cost.
+
+    Attributes:
+        trials: What was measured.
+        skipped: Why the rest was not.
+    """
 
     def __init__(self, subject: Subject, deadline: float) -> None:
+        self.trials: dict[_Place, _Trial] = {}
+        self.skipped: dict[_Place, str] = {}
         self._subject, self._deadline = subject, deadline
         self._memory = _memory(subject.device)
         #: By direction and attention.
         self._seen: dict[tuple[str, str], _Cost] = {}
         self._failed: dict[tuple[str, str], str] = {}
 
-    def measure(self, direction: str, num_tokens: int, limits: Limits) -> list[Point]:
-        """A point for every attention."""
-        points: dict[str, Point] = {}
-        trials: dict[str, _Trial] = {}
+    def visit(self, direction: str, num_tokens: int, limits: Limits) -> None:
+        """Call every attention until its runs, those of earlier visits with them, reach a limit."""
+        calls: dict[_Place, Callable[[], object]] = {}
         inputs: Inputs | None = None
-        for name in ATTENTIONS:
-            reason = self._reason_to_skip(direction, name, num_tokens, limits)
-            if reason is None:
-                try:
-                    inputs = inputs or self._subject.inputs(num_tokens)
-                    trials[name] = self._begin(self._subject.call(name, direction, inputs))
-                except RuntimeError as error:  # of torch; OutOfMemoryError is one
-                    reason = f"{_in_words(error)} at {num_tokens} tokens"
-                    self._failed[direction, name] = reason
-            if reason is not None:
-                points[name] = Point(
-                    what=self._subject.what,
-                    attention=name,
-                    direction=direction,
-                    num_tokens=num_tokens,
-                    skipped=reason,
-                )
-        calls = [(trial.call, trial.warmup) for trial in trials.values()]
-        self._call_in_turn(calls, limits.warmup, _WARMUP_SHARE * limits.max_seconds_per_point)
-        calls = [(trial.call, trial.runs) for trial in trials.values()]
-        self._call_in_turn(calls, limits.runs, limits.max_seconds_per_point)
-        for name, trial in trials.items():
+        for place in (_Place(direction, name, num_tokens) for name in ATTENTIONS):
+            if not self._is_wanted(place, limits):
+                continue
+            try:
+                inputs = inputs or self._subject.inputs(num_tokens)
+                calls[place] = self._subject.call(place.attention, direction, inputs)
+                if place not in self.trials:
+                    self.trials[place] = self._begin(calls[place])
+            except RuntimeError as error:  # of torch; OutOfMemoryError is one
+                calls.pop(place, None)
+                reason = f"{_in_words(error)} at {num_tokens} tokens"
+                self._failed[direction, place.attention] = reason
+                if place not in self.trials:
+                    self.skipped[place] = reason
+        longest = limits.max_seconds_per_point
+        warmups = [(call, self.trials[place].warmup) for place, call in calls.items()]
+        self._call_in_turn(warmups, limits.warmup, _WARMUP_SHARE * longest)
+        runs = [(call, self.trials[place].runs) for place, call in calls.items()]
+        self._call_in_turn(runs, limits.runs, longest)
+        for place in calls:
             assert inputs is not None
-            low, median, high = np.quantile(trial.runs, (0.25, 0.5, 0.75)).tolist()
+            trial = self.trials[place]
+            seconds = float(np.median(trial.runs))
             num_bytes = _num_bytes(inputs) + trial.peak_bytes
-            self._seen[direction, name] = _Cost(num_tokens, median, num_bytes)
-            points[name] = Point(
-                what=self._subject.what,
-                attention=name,
-                direction=direction,
-                num_tokens=num_tokens,
-                measured=Measured(
-                    seconds=median,
-                    low=low,
-                    high=high,
-                    runs=len(trial.runs),
-                    peak_bytes=trial.peak_bytes,
-                ),
-            )
-        return [points[name] for name in ATTENTIONS]
+            self._seen[direction, place.attention] = _Cost(num_tokens, seconds, num_bytes)
 
-    def _reason_to_skip(
-        self, direction: str, name: str, num_tokens: int, limits: Limits
-    ) -> str | None:
+    def point(self, place: _Place) -> Point:
+        """What all visits have found."""
+        trial = self.trials.get(place)
+        measured = None
+        if trial is not None:
+            low, median, high = np.quantile(trial.runs, (0.25, 0.5, 0.75)).tolist()
+            measured = Measured(
+                seconds=median,
+                low=low,
+                high=high,
+                runs=len(trial.runs),
+                peak_bytes=trial.peak_bytes,
+            )
+        return Point(
+            what=self._subject.what,
+            attention=place.attention,
+            direction=place.direction,
+            num_tokens=place.num_tokens,
+            measured=measured,
+            skipped=self.skipped.get(place, ""),
+        )
+
+    def _is_wanted(self, place: _Place, limits: Limits) -> bool:
+        """Whether to make calls there; at first, what speaks against it is noted."""
+        if place in self.trials:
+            runs = self.trials[place].runs
+            is_due = _is_due(runs, limits.runs, limits.max_seconds_per_point)
+            return is_due and self._has_time(runs[-1])
+        reason = self.skipped.get(place) or self._reason_to_skip(place, limits)
+        if reason is not None:
+            self.skipped[place] = reason
+        return reason is None
+
+    def _reason_to_skip(self, place: _Place, limits: Limits) -> str | None:
+        direction, name, num_tokens = place
         if (direction, name) in self._failed:
             return self._failed[direction, name]
         seen = self._seen.get((direction, name), _Cost(num_tokens, seconds=0.0, num_bytes=0))
@@ -186,22 +234,23 @@ class _Bench:
         if cost.num_bytes > self._memory:
             most = f"{self._memory / 2**30:.1f} GiB"
             return f"a call predicted to fill {cost.num_bytes / 2**30:.1f} GiB, over {most}"
-        if time.monotonic() + 2 * cost.seconds > self._deadline:  # one to warm up, one that counts
+        if not self._has_time(2 * cost.seconds):  # one to warm up, one that counts
             return "no time left of the budget"
         return None
+
+    def _has_time(self, seconds: float) -> bool:
+        return time.monotonic() + seconds <= self._deadline
 
     def _begin(self, call: Callable[[], object]) -> _Trial:
         warmup: list[float] = []
         peak = peak_bytes(lambda: warmup.append(self._time(call)), self._subject.device)
-        return _Trial(call, peak, warmup)
+        return _Trial(peak, warmup)
 
     def _call_in_turn(
         self, calls: Sequence[tuple[Callable[[], object], list[float]]], count: int, seconds: float
     ) -> None:
         """Add the times of calls, until of each there are ``count``, or ``seconds`` in all."""
-        while due := [
-            (call, times) for call, times in calls if len(times) < count and sum(times) < seconds
-        ]:
+        while due := [(call, times) for call, times in calls if _is_due(times, count, seconds)]:
             for call, times in due:
                 times.append(self._time(call))
 
@@ -215,6 +264,10 @@ class _Bench:
     def _synchronize(self) -> None:
         if self._subject.device.type == "cuda":
             torch.cuda.synchronize(self._subject.device)
+
+
+def _is_due(times: Sequence[float], count: int, seconds: float) -> bool:
+    return len(times) < count and sum(times) < seconds
 
 
 def _memory(device: torch.device) -> int:

@@ -119,7 +119,7 @@ def test_peak_is_the_most_that_lives_at_once():
     ],
 )
 def test_every_subject_runs_in_both_directions(what):
-    points = list(measure(subject(what), [24], Limits(runs=2, warmup=0, **LONG)))
+    points = measure(subject(what), [24], Limits(runs=2, warmup=0, **LONG))
     assert {(point.direction, point.attention) for point in points} == {
         (direction, attention) for direction in DIRECTIONS for attention in ATTENTIONS
     }
@@ -151,11 +151,25 @@ def test_attentions_are_called_in_turn():
             call = super().call(attention, direction, inputs)
             return lambda: (calls.append(attention), call())
 
-    limits = Limits(runs=5, warmup=2, **LONG)
-    list(measure(subject(kind=Recorded), [16], limits))
+    limits = Limits(passes=1, runs=5, warmup=2, **LONG)
+    measure(subject(kind=Recorded), [16], limits)
     in_turn = list(ATTENTIONS)
     # For each direction: two calls of a first look, then two to warm up and five that count.
     assert calls == in_turn * (2 * (2 + 2 + 5))
+
+
+def test_every_pass_goes_through_all_numbers_of_tokens():
+    lengths = []
+
+    class Recorded(Subject):
+        def call(self, attention: str, direction: str, inputs: Inputs) -> Callable[[], object]:
+            lengths.append(inputs[1].shape[1])
+            return super().call(attention, direction, inputs)
+
+    points = measure(subject(kind=Recorded), [16, 32], Limits(passes=2, runs=3, warmup=0, **LONG))
+    calls = 2 * len(ATTENTIONS)
+    assert lengths == [16] * calls + ([16] * calls + [32] * calls) * 2  # after the first look
+    assert {point.measured.runs for point in points} == {3}
 
 
 def test_point_without_memory_is_left_out_and_so_are_longer_ones():
@@ -167,7 +181,7 @@ def test_point_without_memory_is_left_out_and_so_are_longer_ones():
             is_full = attention == "softmax" and inputs[1].shape[1] >= 32
             return fail if is_full else super().call(attention, direction, inputs)
 
-    points = list(measure(subject(kind=Full), [16, 32, 64], Limits(runs=1, warmup=0, **LONG)))
+    points = measure(subject(kind=Full), [16, 32, 64], Limits(runs=1, warmup=0, **LONG))
     skipped = {(point.attention, point.num_tokens): point.skipped for point in points}
     assert skipped.pop(("softmax", 32)) == "out of memory at 32 tokens"
     assert skipped.pop(("softmax", 64)) == "out of memory at 32 tokens"
@@ -182,21 +196,21 @@ def test_point_without_memory_is_left_out_and_so_are_longer_ones():
     ],
 )
 def test_point_predicted_not_to_fit_is_left_out_with_its_reason(tokens, limits, reason):
-    points = list(measure(subject(), tokens, Limits(runs=1, warmup=0, **limits)))
+    points = measure(subject(), tokens, Limits(runs=1, warmup=0, **limits))
     last = [point for point in points if point.num_tokens == tokens[-1]]
     assert len(last) == 6
     assert all(point.measured is None and reason in point.skipped for point in last)
 
 
 def test_nothing_is_measured_after_the_deadline():
-    points = list(measure(subject(), [16, 32], Limits(), deadline=0.0))
+    points = measure(subject(), [16, 32], Limits(), deadline=0.0)
     assert len(points) == 12
     assert {point.skipped for point in points} == {"no time left of the budget"}
 
 
 def test_fewer_runs_are_recorded():
     limits = Limits(runs=1000, warmup=100, max_seconds_per_point=1e-6)
-    points = list(measure(subject(), [16], limits))
+    points = measure(subject(), [16], limits)
     assert {point.measured.runs for point in points} == {1}
 
 
