@@ -97,7 +97,7 @@ def test_run_folder_says_what_the_run_was(job):
     assert start["layout"]["dp"] == 2
     assert sum(start["hosts"].values()) == 2
     assert start["deepspeed"]
-    assert (run / "checkpoints" / "latest").read_text() == "step-00000008"
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{steps_of('bf16_zero2'):08d}"
 
 
 @pytest.mark.parametrize(

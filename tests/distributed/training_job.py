@@ -24,7 +24,10 @@ from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.trainer import train
 
 STEPS, MIDDLE = 30, 15
-SHORT = ["train.steps=4", "checkpoint.every_steps=2", "train.global_batch_size=32"]
+SHORT = [
+    *("train.steps=4", "checkpoint.every_steps=2", "optim.warmup_steps=1"),
+    "train.global_batch_size=32",
+]
 #: What is interrupted and resumed, on two ranks.
 FORMS = {
     "fp32_zero1": ["train.precision=fp32"],
