@@ -5,6 +5,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from ds_linclip.quick_start import quick_start
+
 __all__ = ["main"]
 
 
@@ -27,14 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported where it is needed: torch takes seconds. On a machine without a GPU it may warn that
     # it finds none; nothing here looks for one.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    if options.command == "make-shards":
-        from ds_linclip.data.make_shards import main as run
-    elif options.command == "inspect-shards":
-        from ds_linclip.data.inspect_shards import main as run
-    elif options.command == "export":
-        from ds_linclip.exchange.export import main as run
-    else:
-        from ds_linclip.exchange.import_weights import main as run
+    with quick_start():
+        if options.command == "make-shards":
+            from ds_linclip.data.make_shards import main as run
+        elif options.command == "inspect-shards":
+            from ds_linclip.data.inspect_shards import main as run
+        elif options.command == "export":
+            from ds_linclip.exchange.export import main as run
+        else:
+            from ds_linclip.exchange.import_weights import main as run
     return run(options.arguments)
 
 

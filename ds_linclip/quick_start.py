@@ -14,9 +14,11 @@ def quick_start() -> Iterator[None]:
     They are a million objects that live as long as the process. Looking through them over and over
     took a third of a rank's start and end, and takes time of every full collection in between.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()

@@ -105,7 +105,8 @@ class _HttpStatus(OSError):
     def __init__(self, status: int, retry_after: str | None) -> None:
         super().__init__(f"HTTP status {status}")
         self.status = status
-        self.retry_after = float(retry_after) if (retry_after or "").isdigit() else 0.0  # type: ignore[arg-type]
+        seconds = retry_after or ""  # or a date, which is not heeded
+        self.retry_after = float(seconds) if seconds.isdecimal() else 0.0
 
 
 @dataclass(frozen=True)
