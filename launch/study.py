@@ -98,9 +98,10 @@ def run_one(variant: str, config: Config) -> Run:
 def _keep_settings(output: Path, common: Config) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / "config.yaml"
-    if path.exists() and load_config(path) != common:
+    if not path.exists():
+        save_config(common, path)
+    elif load_config(path) != common:
         raise ValueError(f"output ({output}) must be another folder: {path} has other settings")
-    save_config(common, path)
 
 
 def _overrides(output: Path, variant: str, image_size: int, seed: int) -> list[str]:
