@@ -1,5 +1,6 @@
 """Ranks on this machine without a launcher, for checks and measurements: a second per start."""
 
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -29,25 +30,29 @@ def run_ranks(world_size: int, fn: Callable[..., object], *arguments: Any) -> No
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["ds_linclip.trainer"])
     ranks = [
-        server.Process(target=_rank, args=(rank, world_size, port, fn, *arguments), daemon=True)
+        server.Process(target=_rank, args=(rank, world_size, port, fn, *arguments))
         for rank in range(world_size)
     ]
-    for each in ranks:
-        each.start()
-    waiting = list(ranks)
-    while waiting:
-        multiprocessing.connection.wait([each.sentinel for each in waiting])
-        waiting = [each for each in waiting if each.is_alive()]
-        if any(each.exitcode for each in ranks):
-            for each in ranks:
+    try:
+        for each in ranks:
+            each.start()
+        waiting = list(ranks)
+        while waiting:
+            multiprocessing.connection.wait([each.sentinel for each in waiting])
+            waiting = [each for each in waiting if each.is_alive()]
+            if any(each.exitcode for each in ranks):
+                raise RuntimeError(f"{fn.__name__}: a rank of {world_size} failed")
+    finally:
+        for each in ranks:
+            if each.pid is not None:
                 each.kill()
-            raise RuntimeError(f"{fn.__name__}: a rank of {world_size} failed")
 
 
 def _rank(
     rank: int, world_size: int, port: int, fn: Callable[..., object], *arguments: Any
 ) -> None:
     end_with_parent()
+    gc.freeze()  # what the server has imported
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,12 +1,11 @@
-"""Runs under ``deepspeed`` on two ranks; everything it measures goes to ``<folder>/rank*.json``.
+"""Runs on two ranks; everything that it measures goes to ``<folder>/rank*.json``.
 
-One start of the launcher, many checks: see test_optimizers.py, which reads the files. A rank's
+One start, many checks: see test_optimizers.py, which reads the files. A rank's
 differences are from training in one process, which every rank does for itself.
 """
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,9 +305,3 @@ def share_that_differs(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
     """By more than the last bits of an fp32 value."""
     far = torch.cat([((found[n] - expected[n]).abs() > 1e-6).flatten() for n in expected])
     return far.float().mean().item()
-
-
-if __name__ == "__main__":
-    # The launcher appends --local_rank=N.
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    main(Path(arguments[0]))
