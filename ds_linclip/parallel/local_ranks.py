@@ -53,6 +53,7 @@ def _rank(
 ) -> None:
     end_with_parent()
     gc.freeze()  # what the server has imported
+    multiprocessing.set_start_method(None, force=True)  # of data workers: as in any process
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

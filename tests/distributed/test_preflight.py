@@ -91,29 +91,29 @@ def test_what_is_wrong_on_one_machine_is_told_at_once(config_file, tmp_path, dig
 
 
 def test_a_rank_that_does_not_come_ends_the_others_in_time(config_file, tmp_path):
-    run_ranks(3, run_preflight, tmp_path, [str(config_file), "--timeout", "5"], (0, 1))
+    run_ranks(3, run_preflight, tmp_path, [str(config_file), "--timeout", "3"], (0, 1))
     assert [(tmp_path / f"{rank}.code").read_text() for rank in (0, 1)] == ["2", "2"]
     assert float((tmp_path / "0.seconds").read_text()) < 20
     assert (tmp_path / "1.out").read_text() == ""  # told by rank 0, which speaks
     ((_, found),) = problems_of(rows_of(tmp_path / "0.json")["answers"])
-    assert found == "no answer to 'arrive' within 10 s from ranks of hosts unknown: 2"
+    assert found == "no answer to 'arrive' within 8 s from ranks of hosts unknown: 2"
     # Nobody at the master's place.
-    run_ranks(2, run_preflight, tmp_path, [str(config_file), "--timeout", "5"], (1,))
+    run_ranks(2, run_preflight, tmp_path, [str(config_file), "--timeout", "3"], (1,))
     ((_, found),) = problems_of(rows_of(tmp_path / "1.json")["answers"])
-    assert "cannot be reached in 5 s" in found
+    assert "cannot be reached in 3 s" in found
     assert "refused" in found
 
 
 def ask_in_vain(folder: Path) -> None:
-    meeting = Meeting.join(timeout=5)
+    meeting = Meeting.join(timeout=3)
     meeting.wait_for_all()
     slow = meeting.ask("slow", lambda: time.sleep(60 * meeting.rank))
     wrong = meeting.ask("wrong", lambda: 1 / (1 - meeting.rank), [1])
-    assert slow == [None, Failed("no end within 5 s"), Failed("no end within 5 s")]
+    assert slow == [None, Failed("no end within 3 s"), Failed("no end within 3 s")]
     assert wrong == [None, Failed("ZeroDivisionError: division by zero"), None]
     if meeting.rank == 2:
         os._exit(0)
-    with pytest.raises(MeetingError, match=r"no answer to 'gone' within 10 s from ranks of .*: 2"):
+    with pytest.raises(MeetingError, match=r"no answer to 'gone' within 8 s from ranks of .*: 2"):
         meeting.ask("gone", lambda: meeting.rank)
     (folder / str(meeting.rank)).write_text("told")
     meeting.close()
@@ -143,11 +143,11 @@ def test_checkpoints_take_the_room_that_is_asked_for(embedded_overrides, tmp_pat
 
 
 def on_hosts(
-    hosts: TwoHosts, arguments: list[object], *options: object
+    hosts: TwoHosts, slots: int, arguments: list[object], *options: object
 ) -> subprocess.CompletedProcess[str]:
     """The command of the documentation, from the first host."""
     launcher = Path(sys.executable).parent / "deepspeed"
-    command = [launcher, "--hostfile", hosts.hostfile(2), *options]
+    command = [launcher, "--hostfile", hosts.hostfile(slots), *options]
     command += [REPOSITORY / "launch" / "preflight.py", *arguments]
     paths = [path for path in sys.path if path]  # as this process finds modules
     environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
@@ -160,7 +160,7 @@ def test_two_hosts(hosts, config_file, digits, tmp_path):
     master = ["--master_addr", hosts.addresses["node1"]]
 
     # All right.
-    done = on_hosts(hosts, arguments, *master)
+    done = on_hosts(hosts, 2, arguments, *master)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(found)
     assert {row["verdict"] for row in rows.values()} <= {"ok", "warning"}, done.stdout
@@ -195,7 +195,7 @@ def test_two_hosts(hosts, config_file, digits, tmp_path):
     ):
         mounted = hosts.run("node2", "mount", *what.split(), where)
         assert mounted.returncode == 0, mounted.stderr
-    done = on_hosts(hosts, arguments, *master)
+    done = on_hosts(hosts, 1, arguments, *master)
     assert done.returncode == 2, done.stdout + done.stderr
     rows = rows_of(found)
     failed = {check for check, row in rows.items() if row["verdict"] == "FAILURE"}
@@ -215,10 +215,10 @@ def test_two_hosts(hosts, config_file, digits, tmp_path):
 
     # The second host is not started: its name is known to the launcher of the first.
     alone = ["--no_ssh", "--node_rank", "0", *master]
-    done = on_hosts(hosts, [*arguments, "--timeout", "5"], *alone)
+    done = on_hosts(hosts, 1, [*arguments, "--timeout", "2"], *alone)
     assert done.returncode == 2, done.stdout + done.stderr
     ((host, value),) = problems_of(rows_of(found)["answers"])
-    assert (host, value) == ("node2", "no answer to 'arrive' within 10 s from ranks of node2: 2, 3")
+    assert (host, value) == ("node2", "no answer to 'arrive' within 7 s from ranks of node2: 1")
     assert not hosts.processes("node1")
 
 
