@@ -45,7 +45,7 @@ test-single: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m ds_linclip.config.reference docs/configuration.md
 
-# What the documentation says is so: keys, messages and links, and its commands are run.
+# What the documentation says is so: keys, messages and links, and its commands are run (12 minutes).
 docs-check: $(STAMP)
 	$(BIN)/python -m pytest tests/test_docs.py tests/integration/test_docs_commands.py -m ""
 

@@ -90,7 +90,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist_with_their_options(page):
-    targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w/-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     for command in commands_of(page):
         words = shlex.split(command)
         words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
