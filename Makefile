@@ -116,8 +116,8 @@ bench-gpu: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-# The image: built, run as containers with two nodes (10 minutes, 30 GB of disk for the time). As
-# root, with podman, runc, netavark, aardvark-dns and debootstrap; without a GPU.
+# The image: built, run as containers with two nodes (15 minutes, 30 GB of disk for the time). As
+# root, with podman, runc, netavark, aardvark-dns, iptables and debootstrap; without a GPU.
 test-docker: $(STAMP)
 	$(BIN)/python -m pytest tests/docker
 

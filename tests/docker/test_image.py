@@ -25,7 +25,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 COMPOSE = REPOSITORY / "docker" / "compose.yaml"
-PROGRAMS = ("podman", "runc", "debootstrap", "tar")
+PROGRAMS = ("podman", "runc", "iptables", "debootstrap", "tar")
 LIBRARIES = [Path("/usr/lib/podman") / name for name in ("netavark", "aardvark-dns")]
 missing = [
     name for name in PROGRAMS if not shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
