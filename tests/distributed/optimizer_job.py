@@ -1,7 +1,7 @@
 """Runs on two ranks; everything that it measures goes to ``<folder>/rank*.json``.
 
-One start, many checks: see test_optimizers.py, which reads the files. A rank's
-differences are from training in one process, which every rank does for itself.
+One start, many checks: see test_optimizers.py, which reads the files. A rank's differences are from
+training in one process, which every rank does for itself.
 """
 
 import dataclasses
