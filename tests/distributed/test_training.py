@@ -16,7 +16,6 @@ from ds_linclip.parallel.mesh import AgreedError, Mesh
 pytestmark = pytest.mark.distributed
 EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 FORMS = list(training_job.FORMS)
-LAST = training_job.STEPS
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def results(job, part):
 
 
 def steps_of(form):
-    return LAST if form == "fp32_zero1" else 4
+    return training_job.STEPS if form == "fp32_zero1" else 4
 
 
 def values(job, run, tag="train/loss"):
