@@ -23,7 +23,6 @@ from linclip_eval.zero_shot import likeliest
 __all__ = ["Accuracy", "LinearProbe", "ProbeFit", "knn", "linear_probe"]
 
 _TEMPERATURE = 0.07
-_MAX_ITERATIONS = 1000
 _VALIDATION_SHARE = 0.2
 #: The strengths are 1e-6 to 1e6 in eight steps per decade; the search starts with every sixteenth.
 _STEPS_PER_DECADE, _LAST_STEP, _FIRST_STRIDE = 8, 96, 16
@@ -151,18 +150,20 @@ def knn(
     return {k: _accuracy(test, found) for k, found in ranks.items()}
 
 
-def linear_probe(train: Features, test: Features, *, seed: int = 0) -> LinearProbe:
+def linear_probe(
+    train: Features, test: Features, *, seed: int = 0, max_iterations: int = 1000
+) -> LinearProbe:
     """Multinomial logistic regression, as CLIP's linear probe (arXiv 2103.00020, A.3).
 
-    scikit-learn's L-BFGS with at most 1000 iterations, in float64, on features that are not
-    standardised. A random fifth of the training images is held back, and the L2 strength that does
+    scikit-learn's L-BFGS, in float64, on features that are not standardised. A random fifth of the training images is held back, and the L2 strength that does
     best on it taken, the larger of equals; then all are fitted. The search is A.3's: every second
     decade from 1e-6 to 1e6, then twice as fine around the best, down to eight steps per decade.
     Unlike A.3, the features are those behind the projection into the space shared with texts.
 
     Args:
         train, test: Features by the same model.
-        seed: Of the images that are held back.
+        seed: Chooses the images that are held back.
+        max_iterations: Limit of every fit; a fit that reaches it counts as not converged.
 
     Raises:
         ValueError: for training images of one class only, or features that are not finite.
@@ -177,7 +178,7 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> LinearPro
     progress = tqdm(desc="linear probe", unit="fit", delay=5, leave=False)
 
     def validate(strength: float) -> ProbeFit:
-        model, converged = _fit(images[rest], labels[rest], strength)
+        model, converged = _fit(images[rest], labels[rest], strength, max_iterations)
         ranks = _predict(model, images[held_back], labels[held_back])
         progress.update()
         return ProbeFit(
@@ -190,7 +191,7 @@ def linear_probe(train: Features, test: Features, *, seed: int = 0) -> LinearPro
     with progress:
         search = _search(validate)
         strength = _best(search).strength
-        model, converged = _fit(images, labels, strength)
+        model, converged = _fit(images, labels, strength, max_iterations)
     ranks = _predict(model, test.images.astype(np.float64), test.labels)
     return LinearProbe(
         accuracy=_accuracy(test, ranks),
@@ -220,10 +221,10 @@ def _best(fits: Sequence[ProbeFit]) -> ProbeFit:
 
 
 def _fit(
-    images: NDArray[np.float64], labels: NDArray[np.int64], strength: float
+    images: NDArray[np.float64], labels: NDArray[np.int64], strength: float, max_iterations: int
 ) -> tuple[LogisticRegression, bool]:
     """The model, and whether its fit ended by itself."""
-    model = LogisticRegression(C=1 / strength, max_iter=_MAX_ITERATIONS)
+    model = LogisticRegression(C=1 / strength, max_iter=max_iterations)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(images, labels)
