@@ -86,7 +86,7 @@ bench-context: $(STAMP)
 
 # Peak memory of the loss in tiles and in one piece, up to 32k pairs (15 minutes, 20 GiB).
 bench-loss: $(STAMP)
-	$(BIN)/python launch/bench_loss.py
+	$(BIN)/python benchmarks/bench_loss.py
 
 # Memory of a rank against the plan, ViT-B/16 on 1 and 4 CPU ranks (15 minutes, 9 GiB):
 # docs/results/memory/<device>.
@@ -96,11 +96,11 @@ bench-memory: $(STAMP)
 # Saving and loading against DeepSpeed's own checkpoints, ViT-B/16 on two CPU ranks (5 minutes, 14
 # GiB): docs/results/checkpoint/<device>.
 bench-checkpoint: $(STAMP)
-	$(BIN)/python launch/bench_checkpoint.py
+	$(BIN)/python benchmarks/bench_checkpoint.py
 
 # Training under random kills, two CPU ranks (40 minutes): docs/results/goodput/<device>.
 goodput: $(STAMP) | data/embedded
-	$(BIN)/python launch/goodput.py
+	$(BIN)/python benchmarks/goodput.py
 
 # Layers, blocks and whole towers, softmax against linear attention, over the number of tokens (8
 # minutes): docs/results/runtime/<device>.
@@ -111,7 +111,7 @@ bench-runtime: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/python kernels/benchmarks/bench_attention.py --device cuda --budget-seconds 210
 	$(BIN)/linclip-eval runtime --device cuda --budget-seconds 180
-	$(BIN)/python launch/bench_loss.py --device cuda
+	$(BIN)/python benchmarks/bench_loss.py --device cuda
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -1,4 +1,4 @@
-"""What failures cost: ``python launch/goodput.py [--minutes 30] [key=value ...]``.
+"""What failures cost: ``python benchmarks/goodput.py [--minutes 30] [key=value ...]``.
 
 Trains the embedded model on two gloo ranks under ``launch/supervise.py``, and kills a rank, now and
 then the launcher, at random times. Then reports, for every kill, the seconds until the next step
@@ -341,7 +341,7 @@ def write(
     lines = [
         "# Goodput under random kills",
         "",
-        f"`python launch/goodput.py --minutes {arguments.minutes:g} --mean-minutes-between-kills "
+        f"`python benchmarks/goodput.py --minutes {arguments.minutes:g} --mean-minutes-between-kills "
         f"{arguments.mean_minutes_between_kills:g} --seed {arguments.seed}` on "
         f"{device_name('cpu')}, {time.strftime('%Y-%m-%d', time.gmtime())}, commit "
         f"{commit_of(MEASURED)}: {RANKS} gloo ranks, saved every {every} steps.",

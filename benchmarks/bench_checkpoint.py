@@ -36,7 +36,7 @@ from ds_linclip.parallel.mesh import Mesh
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 
 REPOSITORY = Path(__file__).parents[1]
-MEASURED = ("ds_linclip/checkpoint", "ds_linclip/parallel", "launch/bench_checkpoint.py")
+MEASURED = ("ds_linclip/checkpoint", "ds_linclip/parallel", "benchmarks/bench_checkpoint.py")
 REPETITIONS = 3
 BATCH = 4
 
