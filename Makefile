@@ -69,7 +69,7 @@ test-gpu: $(STAMP)
 
 # The operator against SDPA on the GPU, or on one CPU core (5 minutes): docs/results/kernels/<device>.
 bench-kernels: $(STAMP)
-	$(BIN)/python kernels/benchmarks/bench_attention.py
+	$(BIN)/python benchmarks/attention/bench_attention.py
 
 # Training data against open_clip_train's loader, 1 worker (10 minutes): docs/results/data/<device>.
 bench-data: $(STAMP) | data/embedded
@@ -109,7 +109,7 @@ bench-runtime: $(STAMP)
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)
-	$(BIN)/python kernels/benchmarks/bench_attention.py --device cuda --budget-seconds 210
+	$(BIN)/python benchmarks/attention/bench_attention.py --device cuda --budget-seconds 210
 	$(BIN)/linclip-eval runtime --device cuda --budget-seconds 180
 	$(BIN)/python benchmarks/bench_loss.py --device cuda
 

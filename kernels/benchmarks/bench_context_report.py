@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_report import LABEL, MUTED, TITLE, dress, table
+from benchmarks.attention.report import LABEL, MUTED, TITLE, dress, table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator

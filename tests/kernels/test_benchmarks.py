@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import bench_attention
-import bench_timing
+from benchmarks.attention import bench_attention
+from benchmarks.attention import timing
 import pytest
 import torch
 from bench_context_report import STATE_BYTES, ContextReport, ContextRow, SplitCheck
-from bench_report import WORKS, Check, Report, Row, crossover, slope
+from benchmarks.attention.report import WORKS, Check, Report, Row, crossover, slope
 
 FACTS = {name: name for name in ("device", "torch", "triton", "date_utc", "commit", "dtype")}
 CHECKS = [Check("linclip Eq. 7", 77, "o", 1e-7, 1e-6)]

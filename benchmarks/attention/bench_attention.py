@@ -1,6 +1,6 @@
 """Linear attention against torch SDPA, an unfused torch form and flash-linear-attention.
 
-``python kernels/benchmarks/bench_attention.py [OUTPUT_FOLDER]`` checks the operator against its
+``python benchmarks/attention/bench_attention.py [OUTPUT_FOLDER]`` checks the operator against its
 definition and then, if it passes, measures time and memory over the number of tokens. It prints
 summary.md and writes it, results.csv (one row per point, skipped ones with their reason) and
 figure.png into OUTPUT_FOLDER. Inputs are random packed views of [B, N, H, 3, D], as in the model.
@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from bench_report import WORKS, Check, Report, Row
-from bench_timing import FAILED, HEAD_DIM, TIMING, Bench, Implementation, batch_and_heads
+from benchmarks.attention.report import WORKS, Check, Report, Row
+from benchmarks.attention.timing import FAILED, HEAD_DIM, TIMING, Bench, Implementation, batch_and_heads
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from tqdm import tqdm

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_report import WORKS, Row
+from benchmarks.attention.report import WORKS, Row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -1,0 +1,1 @@
+"""Time of the attention operators over the number of tokens."""
