@@ -82,7 +82,7 @@ check-layouts: $(STAMP) | data/embedded
 
 # The tokens of an image over 1, 2, 4 ranks: time, memory and bytes (5 minutes).
 bench-context: $(STAMP)
-	$(BIN)/python kernels/benchmarks/bench_context.py
+	$(BIN)/python benchmarks/context/bench_context.py
 
 # Peak memory of the loss in tiles and in one piece, up to 32k pairs (15 minutes, 20 GiB).
 bench-loss: $(STAMP)

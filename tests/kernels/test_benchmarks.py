@@ -10,7 +10,7 @@ from benchmarks.attention import bench_attention
 from benchmarks.attention import timing
 import pytest
 import torch
-from bench_context_report import STATE_BYTES, ContextReport, ContextRow, SplitCheck
+from benchmarks.context.report import STATE_BYTES, ContextReport, ContextRow, SplitCheck
 from benchmarks.attention.report import WORKS, Check, Report, Row, crossover, slope
 
 FACTS = {name: name for name in ("device", "torch", "triton", "date_utc", "commit", "dtype")}
@@ -243,7 +243,7 @@ def context_row(
 def test_context_command_checks_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arguments = ["bench_context.py", str(tmp_path), "--quick", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", arguments)
-    assert importlib.import_module("bench_context").main() == 0
+    assert importlib.import_module("benchmarks.context.bench_context").main() == 0
     with (tmp_path / "context.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (1 + 2 + 4)  # lengths, ranks

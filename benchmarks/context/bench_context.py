@@ -1,6 +1,6 @@
 """What one attention layer costs and exchanges when the tokens of an image are split over ranks.
 
-``python kernels/benchmarks/bench_context.py [OUTPUT_FOLDER]`` starts a process per rank (nccl
+``python benchmarks/context/bench_context.py [OUTPUT_FOLDER]`` starts a process per rank (nccl
 between GPUs, gloo otherwise), checks that split attention computes what one rank computes, and
 measures forward and backward over the number of tokens. It prints summary.md and writes it,
 context.csv (one row per measurement and rank) and context.png into OUTPUT_FOLDER. Exit codes: 0
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from bench_context_report import (
+from benchmarks.context.report import (
     CHECK_TOKENS,
     HEAD_DIM,
     HEADS,

@@ -1,0 +1,1 @@
+"""Context parallelism: time, memory and traffic of one sequence split over ranks."""
