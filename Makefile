@@ -73,7 +73,7 @@ bench-kernels: $(STAMP)
 
 # Training data against open_clip_train's loader, 1 worker (10 minutes): docs/results/data/<device>.
 bench-data: $(STAMP) | data/embedded
-	$(BIN)/python launch/bench_data.py
+	$(BIN)/python benchmarks/data/bench_data.py
 
 # One tiny model in every parallel layout against the single process, and traffic against the plan
 # (10 minutes).

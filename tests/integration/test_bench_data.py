@@ -15,7 +15,7 @@ SMALL = ["--repetitions", 1, "--batch-size", 5, "--batches-per-shard", 5]
 @pytest.fixture
 def bench() -> ModuleType:
     """The script as a module."""
-    return importlib.import_module("bench_data")
+    return importlib.import_module("benchmarks.data.bench_data")
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_command_measures_counts_and_writes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    loaders = importlib.import_module("bench_data_loaders")
+    loaders = importlib.import_module("benchmarks.data.loaders")
     threads = torch.get_num_threads()
     # A process for each measurement would import torch each time.
     monkeypatch.setattr(bench, "measure_apart", lambda python, s: loaders.measure(s))

@@ -1,6 +1,6 @@
 """Training-data throughput: this project's loader against open_clip_train's, on the same shards.
 
-``python launch/bench_data.py [OUTPUT_FOLDER]`` writes shards of photos, measures both loaders in
+``python benchmarks/data/bench_data.py [OUTPUT_FOLDER]`` writes shards of photos, measures both loaders in
 turn, each time in a process of its own, what bad images cost, and how long the embedded training
 run waits for data. It prints summary.md and writes it, data.csv (one row per measurement) and
 data.png into OUTPUT_FOLDER. Exit codes: 0 every requirement is met, 1 one is not, 2 it could not be
@@ -25,8 +25,8 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from bench_data_loaders import Settings, Throughput
-from bench_data_report import FIGURES, LOADERS, Report, Requirement, Row
+from benchmarks.data.loaders import Settings, Throughput
+from benchmarks.data.report import FIGURES, LOADERS, Report, Requirement, Row
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm

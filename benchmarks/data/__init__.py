@@ -1,0 +1,1 @@
+"""Throughput of the training data loader against open_clip's."""
