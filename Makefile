@@ -78,7 +78,7 @@ bench-data: $(STAMP) | data/embedded
 # One tiny model in every parallel layout against the single process, and traffic against the plan
 # (10 minutes).
 check-layouts: $(STAMP) | data/embedded
-	$(BIN)/python launch/check_layouts.py --out docs/results/layouts
+	$(BIN)/python benchmarks/layouts/check_layouts.py --out docs/results/layouts
 
 # The tokens of an image over 1, 2, 4 ranks: time, memory and bytes (5 minutes).
 bench-context: $(STAMP)

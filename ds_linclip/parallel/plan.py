@@ -32,7 +32,7 @@ class RankPlan:
         memory: Bytes by kind at the fullest moment of a step, as
             :class:`~ds_linclip.parallel.step_memory.StepMemory` counts them.
         kept: Bytes of all of them that stay between steps.
-        traffic: Bytes of a step by axis, as :class:`~ds_linclip.parallel.traffic.TrafficMeter`
+        traffic: Bytes of a step by axis, as :class:`~benchmarks.layouts.traffic.TrafficMeter`
             counts them: "tp", "cp", "pp", "dp" (features for the loss) and "zero".
     """
 

@@ -1,4 +1,4 @@
-"""The table of launch/check_layouts.py, held: every layout trains as the single process does."""
+"""The table of benchmarks/layouts/check_layouts.py, held: every layout trains as the single process does."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""Train one tiny model in every parallel layout and compare: ``python launch/check_layouts.py``.
+"""Train one tiny model in every parallel layout and compare: ``python benchmarks/layouts/check_layouts.py``.
 
 Same seed, same global batches, fp32. Shown for each layout: the largest relative difference of a
 loss, and of a weight tensor (RMS), from the single process; the bytes that ranks exchange in a
@@ -31,7 +31,7 @@ from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.plan import plan_rank
 from ds_linclip.parallel.stages import stage_units
-from ds_linclip.parallel.traffic import CONTROL_BYTES, TrafficMeter
+from benchmarks.layouts.traffic import CONTROL_BYTES, TrafficMeter
 from ds_linclip.trainer import train
 
 TOLERANCE = 1e-5
@@ -268,7 +268,7 @@ def write(folder: Path, rows: Sequence[Row], steps: int) -> None:
     lines = [
         "# The same training in every layout",
         "",
-        f"`python launch/check_layouts.py --out {folder}`: {steps} steps of {BATCH} pairs of the",
+        f"`python benchmarks/layouts/check_layouts.py --out {folder}`: {steps} steps of {BATCH} pairs of the",
         f"embedded model in fp32, {platform.processor() or platform.machine()}, {packages}.",
         "Differences are relative, from the single process: the largest of a loss, and of a final",
         "weight tensor (RMS). Bytes: of a step, on the rank that has most of them; the last column",
