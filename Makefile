@@ -91,7 +91,7 @@ bench-loss: $(STAMP)
 # Memory of a rank against the plan, ViT-B/16 on 1 and 4 CPU ranks (15 minutes, 9 GiB):
 # docs/results/memory/<device>.
 bench-memory: $(STAMP)
-	$(BIN)/python launch/bench_memory.py
+	$(BIN)/python benchmarks/memory/bench_memory.py
 
 # Saving and loading against DeepSpeed's own checkpoints, ViT-B/16 on two CPU ranks (5 minutes, 14
 # GiB): docs/results/checkpoint/<device>.

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_memory import QUICK, QUICK_ZERO, Layout, run
-from bench_memory_report import MemoryReport
+from benchmarks.memory.bench_memory import QUICK, QUICK_ZERO, Layout, run
+from benchmarks.memory.report import MemoryReport
 
 from ds_linclip.config import load_config
 from ds_linclip.model import CLIP

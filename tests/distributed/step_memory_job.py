@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench_memory import Layout, run
+from benchmarks.memory.bench_memory import Layout, run
 
 #: Wide enough for activations to be a good part, and in the long ones most.
 MODEL = [
