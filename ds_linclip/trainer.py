@@ -30,7 +30,7 @@ from ds_linclip.parallel.plan import describe, plan_rank
 from ds_linclip.parallel.stages import stage_units
 from ds_linclip.progress import Progress
 from ds_linclip.requests import Exchange, Preempted, Requests, Signals
-from ds_linclip.run_folder import RunFolder
+from ds_linclip.run_dir import RunFolder
 
 __all__ = ["Evaluator", "TrainResult", "train"]
 

@@ -18,7 +18,7 @@ from ds_linclip.data.shards import expand
 from ds_linclip.data.storage import shown
 from ds_linclip.flops import num_parameters, num_state_values
 from ds_linclip.parallel.mesh import select_device
-from ds_linclip.versions import software
+from ds_linclip.provenance import software
 
 __all__ = [
     "Machine",
@@ -41,7 +41,7 @@ class Machine:
     """Of one rank's host.
 
     Attributes:
-        software: As :func:`~ds_linclip.versions.software`.
+        software: As :func:`~ds_linclip.provenance.software`.
         device: Of this rank.
         devices: Names of the GPUs of this host with their GiB; empty for ranks on the CPU.
         num_cores: That this rank may use.

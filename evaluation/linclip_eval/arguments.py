@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.models import PRECISIONS, EvalModel, load_model
+from ds_linclip.inference import PRECISIONS, EvalModel, load_model
 
 __all__ = [
     "add_model_arguments",

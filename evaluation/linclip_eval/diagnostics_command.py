@@ -20,7 +20,7 @@ from linclip_eval.arguments import labelled
 from linclip_eval.classifier import parse_template
 from linclip_eval.diagnostics import LayerStatistic, diagnose
 from linclip_eval.diagnostics_figure import draw_diagnostics
-from linclip_eval.models import EvalModel, load_model
+from ds_linclip.inference import EvalModel, load_model
 from linclip_eval.results import markdown_table, write_results
 
 __all__ = ["main"]

@@ -21,7 +21,7 @@ from linclip_eval.classifier import (
     build_classifier,
     parse_template,
 )
-from linclip_eval.models import EvalModel
+from ds_linclip.inference import EvalModel
 from linclip_eval.together import check_alike, from_first_rank
 from linclip_eval.zero_shot import ZeroShotResult, zero_shot
 

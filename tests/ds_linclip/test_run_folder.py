@@ -17,11 +17,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from ds_linclip import run_folder
+from ds_linclip import run_dir
 from ds_linclip.config import Config, load_config
 from ds_linclip.metrics import MetricWriter
 from ds_linclip.parallel.mesh import AgreedError, Mesh
-from ds_linclip.run_folder import RunFolder
+from ds_linclip.run_dir import RunFolder
 
 EMBEDDED = "ds_configs/train/embedded.yaml"
 

@@ -14,7 +14,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import export_folder
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.arguments import labelled
-from linclip_eval.models import load_model
+from ds_linclip.inference import load_model
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from ds_linclip.config import Config, save_config
 from ds_linclip.parallel.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import AgreedError, Mesh
-from ds_linclip.versions import software
+from ds_linclip.provenance import software
 
 __all__ = ["RunFolder"]
 
