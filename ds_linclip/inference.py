@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ds_linclip.checkpoint import latest_checkpoint, load_weights
-from ds_linclip.checkpoint.shard_files import MANIFEST
+from ds_linclip.checkpoint.sharded_safetensors import MANIFEST
 from ds_linclip.data import EvalTransform
 from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import (

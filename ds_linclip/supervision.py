@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ds_linclip.checkpoint_folder import committed, step_of
+from ds_linclip.checkpoint.directory import committed, step_of
 from ds_linclip.config import Config, check_batch
 from ds_linclip.exit_codes import ExitCode
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_linclip.checkpoint.shard_files import (
+from ds_linclip.checkpoint.sharded_safetensors import (
     FileFacts,
     PieceFacts,
     sha256_of,
@@ -31,7 +31,7 @@ from ds_linclip.checkpoint.shard_files import (
     write_shard,
     write_synced,
 )
-from ds_linclip.checkpoint_folder import checkpoint_path, prune
+from ds_linclip.checkpoint.directory import checkpoint_path, prune
 from ds_linclip.config import Config, save_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.shards import StateShards

@@ -16,9 +16,9 @@ from typing import Literal
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ds_linclip.checkpoint.shard_files import MANIFEST, ShardFiles, write_synced
-from ds_linclip.checkpoint.weights import check_files, latest_checkpoint, weight_kind
-from ds_linclip.checkpoint_folder import checkpoint_path, committed
+from ds_linclip.checkpoint.sharded_safetensors import MANIFEST, ShardFiles, write_synced
+from ds_linclip.checkpoint.loading import check_files, latest_checkpoint, weight_kind
+from ds_linclip.checkpoint.directory import checkpoint_path, committed
 from ds_linclip.config import load_config
 from ds_linclip.exchange.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
 from ds_linclip.exchange.model_card import model_card

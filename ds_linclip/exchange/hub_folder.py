@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ds_linclip.checkpoint.shard_files import (
+from ds_linclip.checkpoint.sharded_safetensors import (
     TensorFacts,
     sync_directory,
     write_synced,

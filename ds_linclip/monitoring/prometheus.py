@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ds_linclip.checkpoint_folder import committed, step_of
+from ds_linclip.checkpoint.directory import committed, step_of
 from ds_linclip.config import Config
 from ds_linclip.monitoring.scalars import SCALARS, Listener, Scalar
 from ds_linclip.progress import Progress

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ds_linclip.checkpoint.shard_files import (
+from ds_linclip.checkpoint.sharded_safetensors import (
     FileFacts,
     PieceFacts,
     sha256_of,
     write_manifest,
     write_shard,
 )
-from ds_linclip.checkpoint_folder import checkpoint_path
+from ds_linclip.checkpoint.directory import checkpoint_path
 from ds_linclip.config import Config, save_config
 from ds_linclip.model import CLIP
 

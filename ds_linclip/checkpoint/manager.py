@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_linclip.checkpoint.shard_files import ShardFiles, read_manifest, sha256_of
+from ds_linclip.checkpoint.sharded_safetensors import ShardFiles, read_manifest, sha256_of
 from ds_linclip.checkpoint.writer import CheckpointWriter, shard_name
-from ds_linclip.checkpoint_folder import (
+from ds_linclip.checkpoint.directory import (
     checkpoint_path,
     committed,
     remove_leftovers,
