@@ -43,7 +43,7 @@ test-single: $(STAMP)
 
 # docs/configuration.md, from the config dataclasses.
 docs: $(STAMP)
-	$(BIN)/python -m ds_linclip.config.reference docs/configuration.md
+	$(BIN)/python -m ds_linclip.config.docs docs/configuration.md
 
 # What the documentation says is so: keys, messages and links, and its commands are run (12 minutes).
 docs-check: $(STAMP)

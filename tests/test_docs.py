@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ds_linclip.config import load_config
-from ds_linclip.config.reference import reference
+from ds_linclip.config.docs import reference
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]

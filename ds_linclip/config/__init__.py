@@ -4,8 +4,8 @@ Structured defaults <- YAML file (and the files its ``base:`` key names) <- ``ke
 command line. Only the typed :class:`Config` travels further; nothing else reads YAML.
 """
 
-from ds_linclip.config.files import as_image_size, config_as_yaml, load_config, save_config
-from ds_linclip.config.rules import check_batch, check_model, check_ranks, validate
+from ds_linclip.config.loading import as_image_size, config_as_yaml, load_config, save_config
+from ds_linclip.config.validation import check_batch, check_model, check_ranks, validate
 from ds_linclip.config.schema import (
     Attention,
     CacheConfig,

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from ds_linclip.config.rules import validate
+from ds_linclip.config.validation import validate
 from ds_linclip.config.schema import Config
 
 __all__ = ["as_image_size", "config_as_yaml", "load_config", "save_config"]

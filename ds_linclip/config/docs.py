@@ -1,5 +1,5 @@
 """The reference of all keys, from the dataclasses and the comments above their fields:
-``python -m ds_linclip.config.reference docs/configuration.md``."""
+``python -m ds_linclip.config.docs docs/configuration.md``."""
 
 import ast
 import inspect
