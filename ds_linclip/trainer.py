@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
-from ds_linclip.feed import feed
+from ds_linclip.data.broadcast import feed
 from ds_linclip.health import Diverged, Health
 from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP

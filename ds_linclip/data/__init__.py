@@ -1,11 +1,11 @@
 """Shards -> samples -> batches: order and state, decoding, embedded and synthetic sets."""
 
-from ds_linclip.data.decode import EvalTransform
+from ds_linclip.data.transforms import EvalTransform
 from ds_linclip.data.eval_data import LabelledBatch, LabelledData
 from ds_linclip.data.loader import Batch, TrainData
-from ds_linclip.data.report import DataReport
-from ds_linclip.data.samples import DataError
-from ds_linclip.data.shards import find_shards
+from ds_linclip.data.quality_report import DataReport
+from ds_linclip.data.sample_reader import DataError
+from ds_linclip.data.shard_index import find_shards
 from ds_linclip.data.storage import Storage
 
 __all__ = [

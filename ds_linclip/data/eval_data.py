@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler, Subset
 
-from ds_linclip.data.decode import EvalTransform
+from ds_linclip.data.transforms import EvalTransform
 from ds_linclip.data.labelled_images import Findings, LabelledImages
 from ds_linclip.data.loader import ordered_loader
 from ds_linclip.data.tar_index import BadSample

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
-from ds_linclip.data.decode import (
+from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     CaptionTokenizer,
@@ -32,8 +32,8 @@ from ds_linclip.data.decode import (
 from ds_linclip.data.inspection_figure import draw_inspection
 from ds_linclip.data.inspection_report import CONTEXT_LENGTH, Findings, summarise, to_text
 from ds_linclip.data.process_pool import num_usable_cores, ordered_map
-from ds_linclip.data.samples import ShardProblem, open_and_judge
-from ds_linclip.data.shards import Shard, find_shards
+from ds_linclip.data.sample_reader import ShardProblem, open_and_judge
+from ds_linclip.data.shard_index import Shard, find_shards
 from ds_linclip.data.storage import Storage, is_remote, shown
 from ds_linclip.data.tar_index import BadSample, OpenShard
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from ds_linclip.data.decode import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from ds_linclip.data.tar_index import BadSample, OpenShard, Role
 
 __all__ = ["ClassFolder", "ClassList", "LabelledPart", "LabelledTar"]

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ds_linclip.config import Config
-from ds_linclip.data.decode import CaptionTokenizer, Normalizer, TrainTransform
-from ds_linclip.data.order import GroupSizes, SampleOrder
-from ds_linclip.data.samples import DataError, SampleReader, ShardProblem
-from ds_linclip.data.shards import ShardGroup, raise_file_limit
+from ds_linclip.data.transforms import CaptionTokenizer, Normalizer, TrainTransform
+from ds_linclip.data.sample_order import GroupSizes, SampleOrder
+from ds_linclip.data.sample_reader import DataError, SampleReader, ShardProblem
+from ds_linclip.data.shard_index import ShardGroup, raise_file_limit
 from ds_linclip.data.storage import Storage, is_remote, shown
 from ds_linclip.orphans import end_with_parent
 
@@ -103,7 +103,7 @@ class TrainData:
 
     Args:
         config: The run's.
-        groups: From :func:`~ds_linclip.data.shards.find_shards`, the same on all ranks.
+        groups: From :func:`~ds_linclip.data.shard_index.find_shards`, the same on all ranks.
         dp_rank, dp_size: Place on the data-parallel axis; tensor-, pipeline- and context-parallel
             peers pass the same and see the same samples.
 

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from PIL import Image
 
-from ds_linclip.data.decode import (
+from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
     MAX_PIXELS,
     MAX_TEXT_BYTES,

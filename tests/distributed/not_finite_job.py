@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Batch
-from ds_linclip.feed import feed
+from ds_linclip.data.broadcast import feed
 from ds_linclip.health import Diverged
 from ds_linclip.metrics import StepMeter
 from ds_linclip.model import CLIP

@@ -21,7 +21,7 @@ from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from ds_linclip.data.decode import (
+from ds_linclip.data.transforms import (
     CaptionTokenizer,
     EvalTransform,
     Normalizer,

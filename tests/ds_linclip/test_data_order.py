@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from ds_linclip.data.order import GroupSizes, SampleOrder
+from ds_linclip.data.sample_order import GroupSizes, SampleOrder
 
 SIZES = [7, 0, 13, 1, 5, 5, 11, 3, 9]
 NUM_SAMPLES = sum(SIZES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ds_linclip.data import Batch, DataError, DataReport
-from ds_linclip.data.samples import ShardProblem
+from ds_linclip.data.sample_reader import ShardProblem
 
 CUT = ShardProblem("/data/00001.tar", "shard_cut", 7, 9)
 MISSING = ShardProblem("/data/00002.tar", "shard_missing", 0, 9)

@@ -11,7 +11,7 @@ from tar_files import members_of, write_tar
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data import Storage, find_shards
-from ds_linclip.data.shards import ShardGroup
+from ds_linclip.data.shard_index import ShardGroup
 
 
 def find(*sources: Source | str) -> list[ShardGroup]:

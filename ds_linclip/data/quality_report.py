@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_linclip.data.loader import Batch
-from ds_linclip.data.samples import DataError, ShardProblem
+from ds_linclip.data.sample_reader import DataError, ShardProblem
 
 __all__ = ["DataReport"]
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ds_linclip.data.decode import (
+from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     CaptionTokenizer,
     TrainTransform,
     decode_text,
 )
-from ds_linclip.data.shards import Shard, ShardGroup
+from ds_linclip.data.shard_index import Shard, ShardGroup
 from ds_linclip.data.storage import Storage, shown
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
