@@ -1,7 +1,7 @@
 """Shards -> samples -> batches: order and state, decoding, embedded and synthetic sets."""
 
 from ds_linclip.data.transforms import EvalTransform
-from ds_linclip.data.eval_data import LabelledBatch, LabelledData
+from ds_linclip.data.eval.dataset import LabelledBatch, LabelledData
 from ds_linclip.data.loader import Batch, TrainData
 from ds_linclip.data.quality_report import DataReport
 from ds_linclip.data.sample_reader import DataError

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ds_linclip.data.labelled_parts import ClassFolder, ClassList, LabelledPart, LabelledTar
+from ds_linclip.data.eval.sources import ClassFolder, ClassList, LabelledPart, LabelledTar
 
 __all__ = ["Findings", "LabelledImages"]
 

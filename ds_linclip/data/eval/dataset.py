@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler, Subset
 
 from ds_linclip.data.transforms import EvalTransform
-from ds_linclip.data.labelled_images import Findings, LabelledImages
+from ds_linclip.data.eval.image_index import Findings, LabelledImages
 from ds_linclip.data.loader import ordered_loader
 from ds_linclip.data.tar_index import BadSample
 
@@ -55,7 +55,7 @@ class LabelledData:
     repeated or dropped.
 
     Args:
-        folder: Of a form that :mod:`~ds_linclip.data.labelled_images` knows.
+        folder: Of a form that :mod:`~ds_linclip.data.eval.image_index` knows.
         transform: Image file to model input.
         batch_size: Samples per batch; the last may be smaller.
         num_workers: Decoding processes.

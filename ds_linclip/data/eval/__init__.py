@@ -1,0 +1,1 @@
+"""Labelled images for evaluation: webdataset folders, ImageNet tars, class folders."""
