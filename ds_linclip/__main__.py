@@ -31,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with quick_start():
         if options.command == "make-shards":
-            from ds_linclip.data.make_shards import main as run
+            from ds_linclip.data.prepare.make_shards import main as run
         elif options.command == "inspect-shards":
-            from ds_linclip.data.inspect_shards import main as run
+            from ds_linclip.data.prepare.inspect_shards import main as run
         elif options.command == "export":
             from ds_linclip.exchange.export import main as run
         else:

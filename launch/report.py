@@ -19,8 +19,8 @@ from pathlib import Path
 from PIL import Image, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from ds_linclip.data.digits import CLASSNAMES, TEMPLATES, digit_samples
-from ds_linclip.data.shard_writer import write_labelled_folder
+from ds_linclip.data.prepare.digits import CLASSNAMES, TEMPLATES, digit_samples
+from ds_linclip.data.prepare.shard_writer import write_labelled_folder
 from linclip_eval.report_command import write_report
 
 REPOSITORY = Path(__file__).parents[1]

@@ -31,7 +31,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from ds_linclip.data.shard_writer import EncodedSample, RawSample, write_train_shard
+from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write_train_shard
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ from PIL import Image
 from tar_files import write_tar
 
 from ds_linclip.data import EvalTransform, LabelledBatch
-from ds_linclip.data.make_shards import make_scenes
+from ds_linclip.data.prepare.make_shards import make_scenes
 
 NUM_SAMPLES = 13
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from ds_linclip.data import scenes
-from ds_linclip.data.make_shards import main, make_digits, make_scenes
+from ds_linclip.data.prepare import synthetic_scenes
+from ds_linclip.data.prepare.make_shards import main, make_digits, make_scenes
 
 META_FIELDS = [
     "url",

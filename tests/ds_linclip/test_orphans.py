@@ -22,7 +22,7 @@ rank.wait()
 RANK = """
 import time
 from ds_linclip.data.loader import ordered_loader
-from ds_linclip.data.process_pool import ordered_map
+from ds_linclip.data.prepare.parallel_map import ordered_map
 from ds_linclip.orphans import end_with_parent
 
 if __name__ == "__main__":

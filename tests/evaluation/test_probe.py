@@ -15,8 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from ds_linclip.config import ModelConfig, TextTower, VisionTower
-from ds_linclip.data.digits import CLASSNAMES, TEMPLATES, digit_samples
-from ds_linclip.data.shard_writer import RawSample, write_labelled_folder
+from ds_linclip.data.prepare.digits import CLASSNAMES, TEMPLATES, digit_samples
+from ds_linclip.data.prepare.shard_writer import RawSample, write_labelled_folder
 from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import export_folder
 from ds_linclip.parallel.mesh import Mesh

@@ -15,8 +15,8 @@ from PIL import Image
 from stand_in_data import StandInData, random_data, tiny_clip, tokenizer
 
 from ds_linclip.config import ModelConfig, TextTower, VisionTower
-from ds_linclip.data.make_shards import make_scenes
-from ds_linclip.data.shard_writer import RawSample, write_labelled_folder
+from ds_linclip.data.prepare.make_shards import make_scenes
+from ds_linclip.data.prepare.shard_writer import RawSample, write_labelled_folder
 from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import export_folder
 from ds_linclip.parallel.local_ranks import run_ranks

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_model
 
 from ds_linclip.config import load_config
-from ds_linclip.data.make_shards import make_scenes
+from ds_linclip.data.prepare.make_shards import make_scenes
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
 from linclip_eval.class_lists import imagenet_classes

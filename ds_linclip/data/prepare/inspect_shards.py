@@ -29,9 +29,9 @@ from ds_linclip.data.transforms import (
     decode_text,
     open_image,
 )
-from ds_linclip.data.inspection_figure import draw_inspection
-from ds_linclip.data.inspection_report import CONTEXT_LENGTH, Findings, summarise, to_text
-from ds_linclip.data.process_pool import num_usable_cores, ordered_map
+from ds_linclip.data.prepare.inspection_figure import draw_inspection
+from ds_linclip.data.prepare.inspection_report import CONTEXT_LENGTH, Findings, summarise, to_text
+from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
 from ds_linclip.data.sample_reader import ShardProblem, open_and_judge
 from ds_linclip.data.shard_index import Shard, find_shards
 from ds_linclip.data.storage import Storage, is_remote, shown

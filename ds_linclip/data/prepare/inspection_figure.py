@@ -21,7 +21,7 @@ _MAX_CAUSES = 14
 
 
 def draw_inspection(report: Mapping[str, Any]) -> Figure:
-    """Draw the report of :func:`ds_linclip.data.inspect_shards.inspect_shards`.
+    """Draw the report of :func:`ds_linclip.data.prepare.inspect_shards.inspect_shards`.
 
     Returns:
         A figure with an Agg canvas, ready for ``savefig``.

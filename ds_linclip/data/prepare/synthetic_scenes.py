@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ds_linclip.data.shard_writer import RawSample
+from ds_linclip.data.prepare.shard_writer import RawSample
 
 __all__ = ["CLASSNAMES", "TEMPLATES", "labelled_scenes", "training_scene"]
 

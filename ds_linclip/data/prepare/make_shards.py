@@ -15,8 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ds_linclip.data import digits, scenes
-from ds_linclip.data.pairs import (
+from ds_linclip.data.prepare import synthetic_scenes
+
+from ds_linclip.data.prepare import digits
+from ds_linclip.data.prepare.image_text_files import (
     RESIZE_MODES,
     PairLoader,
     PairSet,
@@ -24,9 +26,9 @@ from ds_linclip.data.pairs import (
     csv_pairs,
     folder_pairs,
 )
-from ds_linclip.data.process_pool import num_usable_cores, ordered_map
-from ds_linclip.data.shard_writer import EncodedSample, write_labelled_folder, write_train_shard
-from ds_linclip.data.whole_set import Record, write_once
+from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
+from ds_linclip.data.prepare.shard_writer import EncodedSample, write_labelled_folder, write_train_shard
+from ds_linclip.data.prepare.atomic_dataset import Record, write_once
 
 __all__ = ["main", "make_digits", "make_pairs", "make_scenes"]
 
@@ -147,7 +149,7 @@ def make_pairs(
         out: Folder that does not exist yet, is empty, or holds the same set.
         pairs: What to write.
         samples_per_shard: Pairs per shard, the failed ones among them.
-        resize: See :class:`ds_linclip.data.pairs.PairLoader`.
+        resize: See :class:`ds_linclip.data.prepare.image_text_files.PairLoader`.
         image_size: In pixels; None if and only if ``resize`` is "no".
         shuffle_seed: Of the order; None keeps it. Neighbours in a folder resemble each other, and
             training shuffles only within a few shards.

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from ds_linclip.data.shard_writer import RawSample
+from ds_linclip.data.prepare.shard_writer import RawSample
 
 __all__ = ["CLASSNAMES", "TEMPLATES", "digit_samples"]
 

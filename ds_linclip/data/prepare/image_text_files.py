@@ -22,7 +22,7 @@ from ds_linclip.data.transforms import (
     decode_image,
     decode_text,
 )
-from ds_linclip.data.shard_writer import EncodedSample, FailedSample, encode_jpeg
+from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample, encode_jpeg
 from ds_linclip.data.tar_index import BadSample
 
 __all__ = ["RESIZE_MODES", "PairLoader", "PairSet", "ResizeMode", "csv_pairs", "folder_pairs"]

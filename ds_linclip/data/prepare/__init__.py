@@ -1,0 +1,1 @@
+"""Commands that write training shards and inspect them."""
