@@ -6,7 +6,7 @@ from ds_linclip.data.loader import Batch, TrainData
 from ds_linclip.data.quality_report import DataReport
 from ds_linclip.data.sample_reader import DataError
 from ds_linclip.data.shard_index import find_shards
-from ds_linclip.data.storage import Storage
+from ds_linclip.data.remote.filesystem import Storage
 
 __all__ = [
     "Batch",

@@ -25,7 +25,7 @@ from ds_linclip.data.transforms import CaptionTokenizer, Normalizer, TrainTransf
 from ds_linclip.data.sample_order import GroupSizes, SampleOrder
 from ds_linclip.data.sample_reader import DataError, SampleReader, ShardProblem
 from ds_linclip.data.shard_index import ShardGroup, raise_file_limit
-from ds_linclip.data.storage import Storage, is_remote, shown
+from ds_linclip.data.remote.filesystem import Storage, is_remote, shown
 from ds_linclip.orphans import end_with_parent
 
 __all__ = ["Batch", "TrainData", "ordered_loader"]

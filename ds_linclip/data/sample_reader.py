@@ -21,7 +21,7 @@ from ds_linclip.data.transforms import (
     decode_text,
 )
 from ds_linclip.data.shard_index import Shard, ShardGroup
-from ds_linclip.data.storage import Storage, shown
+from ds_linclip.data.remote.filesystem import Storage, shown
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
 __all__ = ["DataError", "Sample", "SampleReader", "ShardProblem", "open_and_judge"]

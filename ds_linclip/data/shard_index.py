@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
 from ds_linclip.config import Source
-from ds_linclip.data.storage import Storage, check_url, is_remote, shown
+from ds_linclip.data.remote.filesystem import Storage, check_url, is_remote, shown
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
 __all__ = ["Shard", "ShardGroup", "expand", "find_shards", "raise_file_limit"]

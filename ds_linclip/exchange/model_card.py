@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_linclip.config import Attention, Config
-from ds_linclip.data.stores import shown
+from ds_linclip.data.remote.backends import shown
 
 __all__ = ["model_card"]
 

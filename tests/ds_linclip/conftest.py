@@ -7,7 +7,7 @@ import pytest
 from misbehaving_server import MisbehavingServer
 from stored_content import make_storage
 
-from ds_linclip.data.storage import Storage
+from ds_linclip.data.remote.filesystem import Storage
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_linclip.config import CacheConfig, NetworkConfig
-from ds_linclip.data.storage import Storage
+from ds_linclip.data.remote.filesystem import Storage
 
 CONTENT = os.urandom(3_000_000)
 OTHER = os.urandom(3_000_000)

@@ -15,8 +15,8 @@ import pytest
 from misbehaving_server import Answer, Handler, MisbehavingServer, status, whole
 
 from ds_linclip.config import CacheConfig, NetworkConfig
-from ds_linclip.data.disk_cache import CacheError
-from ds_linclip.data.storage import RemoteError, Storage
+from ds_linclip.data.remote.cache import CacheError
+from ds_linclip.data.remote.filesystem import RemoteError, Storage
 
 MB = 1_000_000
 FORK = multiprocessing.get_context("fork")

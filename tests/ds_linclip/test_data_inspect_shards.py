@@ -19,7 +19,7 @@ from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from ds_linclip.data.prepare.inspect_shards import inspect_shards, main
 from ds_linclip.data.sample_reader import open_and_judge
 from ds_linclip.data.shard_index import find_shards
-from ds_linclip.data.storage import Storage
+from ds_linclip.data.remote.filesystem import Storage
 
 COMMAND = Path(sys.executable).parent / "ds-linclip"
 

@@ -14,7 +14,7 @@ from misbehaving_server import FtpServer, MisbehavingServer, status, whole
 from moto.server import ThreadedMotoServer
 from stored_content import CONTENT, HALF, OTHER, content_of
 
-from ds_linclip.data.storage import (
+from ds_linclip.data.remote.filesystem import (
     RemoteError,
     Storage,
     check_url,

@@ -10,7 +10,7 @@ import pytest
 from misbehaving_server import MisbehavingServer, endless_zeros, status, whole
 from stored_content import CONTENT, content_of, copies, make_storage, wait_for
 
-from ds_linclip.data.storage import Storage
+from ds_linclip.data.remote.filesystem import Storage
 
 
 def test_prefetched_files_are_there_before_they_are_asked_for(

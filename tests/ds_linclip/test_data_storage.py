@@ -13,7 +13,7 @@ from misbehaving_server import MisbehavingServer, status, whole
 from stored_content import CONTENT, HALF, OTHER, content_of, copies, make_storage
 
 from ds_linclip.config import CacheConfig, NetworkConfig
-from ds_linclip.data.storage import (
+from ds_linclip.data.remote.filesystem import (
     CacheError,
     RemoteError,
     Storage,

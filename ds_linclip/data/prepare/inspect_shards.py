@@ -34,7 +34,7 @@ from ds_linclip.data.prepare.inspection_report import CONTEXT_LENGTH, Findings, 
 from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
 from ds_linclip.data.sample_reader import ShardProblem, open_and_judge
 from ds_linclip.data.shard_index import Shard, find_shards
-from ds_linclip.data.storage import Storage, is_remote, shown
+from ds_linclip.data.remote.filesystem import Storage, is_remote, shown
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
 __all__ = ["inspect_shards", "main"]

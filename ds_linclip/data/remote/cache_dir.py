@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
-from ds_linclip.data.stores import RemoteError, Version, shown
+from ds_linclip.data.remote.backends import RemoteError, Version, shown
 
 __all__ = ["CacheError", "CacheFolder", "Failure", "Record"]
 

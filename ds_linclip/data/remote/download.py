@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ds_linclip.config import NetworkConfig
-from ds_linclip.data.stores import (
+from ds_linclip.data.remote.backends import (
     Body,
     BrokenOff,
     FileSystemStore,

@@ -1,0 +1,1 @@
+"""Shards behind URLs, read through a cache on the local disk."""
