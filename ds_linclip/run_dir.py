@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ds_linclip.config import Config, save_config
-from ds_linclip.parallel.deepspeed_config import deepspeed_config
+from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.provenance import software
 

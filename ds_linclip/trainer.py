@@ -22,12 +22,12 @@ from ds_linclip.model import CLIP
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.model.pretrained import load_pretrained, lock_towers
 from ds_linclip.monitoring import open_listeners
-from ds_linclip.optim import build_optimizer, ema_decay, learning_rate
-from ds_linclip.parallel.deepspeed_config import check_machine, deepspeed_config
-from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
+from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config
+from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.parallel.plan import describe, plan_rank
-from ds_linclip.parallel.stages import stage_units
+from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.progress import Progress
 from ds_linclip.requests import Exchange, Preempted, Requests, Signals
 from ds_linclip.run_dir import RunFolder

@@ -126,7 +126,7 @@ def test_checker_finds_a_violation(module, source):
     [
         ("linclip_kernels.linear_attention.eager", "import math\nimport triton.language as tl"),
         ("linclip_kernels.linear_attention.eager", "from .reference import reference"),
-        ("ds_linclip.parallel.engine", "import deepspeed\nfrom megatron.core import mpu"),
+        ("ds_linclip.engine.engine", "import deepspeed\nfrom megatron.core import mpu"),
         ("ds_linclip.model.attention", "from linclip_kernels import linear_attention"),
         ("ds_linclip.model.towers", "from ..config import VisionTower\nfrom .block import Block"),
         ("ds_linclip.trainer", "from .data import Batch\nfrom ds_linclip.dataset import x"),

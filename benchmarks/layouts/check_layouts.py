@@ -25,12 +25,12 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.metrics import MetricWriter
 from ds_linclip.model import CLIP
 from ds_linclip.model.open_clip_exchange import to_open_clip
-from ds_linclip.optim import build_optimizer
-from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.engine.optim import build_optimizer
+from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.plan import plan_rank
-from ds_linclip.parallel.stages import stage_units
+from ds_linclip.engine.pipeline_stages import stage_units
 from benchmarks.layouts.traffic import CONTROL_BYTES, TrafficMeter
 from ds_linclip.trainer import train
 

@@ -13,7 +13,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
-from ds_linclip.parallel.engine import Engine
+from ds_linclip.engine.engine import Engine
 
 __all__ = ["KINDS", "AllocatorRecord", "live_bytes"]
 

@@ -24,17 +24,17 @@ from benchmarks.memory.report import MemoryReport, MemoryRow
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.model import CLIP
-from ds_linclip.optim import build_optimizer
-from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.engine.optim import build_optimizer
+from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.local_ranks import run_ranks
 from benchmarks.memory.allocator_record import KINDS, AllocatorRecord, live_bytes
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.plan import plan_rank
-from ds_linclip.parallel.stages import stage_units
+from ds_linclip.engine.pipeline_stages import stage_units
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 
 REPOSITORY = Path(__file__).parents[1]
-MEASURED = ("ds_linclip/parallel", "ds_linclip/optim.py", "benchmarks/memory/bench_memory.py")
+MEASURED = ("ds_linclip/parallel", "ds_linclip/engine/optim.py", "benchmarks/memory/bench_memory.py")
 #: The first steps make the optimizer's state, and let ZeRO-3 learn the order of parameters.
 WARMUP = 2
 #: Below it malloc recycles memory without giving it back, and resident memory says little.

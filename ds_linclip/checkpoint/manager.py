@@ -23,9 +23,9 @@ from ds_linclip.checkpoint.directory import (
     set_aside,
 )
 from ds_linclip.config import Config
-from ds_linclip.parallel.engine import Engine
+from ds_linclip.engine.engine import Engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
-from ds_linclip.parallel.shards import Piece
+from ds_linclip.engine.zero_state import Piece
 
 __all__ = ["CheckpointStore"]
 

@@ -34,7 +34,7 @@ from ds_linclip.checkpoint.sharded_safetensors import (
 from ds_linclip.checkpoint.directory import checkpoint_path, prune
 from ds_linclip.config import Config, save_config
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.shards import StateShards
+from ds_linclip.engine.zero_state import StateShards
 
 __all__ = ["CheckpointWriter", "shard_name"]
 

@@ -25,9 +25,9 @@ from ds_linclip.model import CLIP
 from ds_linclip.model.pretrained import lock_towers
 from ds_linclip.objective import Objective, surrogate
 from ds_linclip.parallel.context import token_slice
-from ds_linclip.parallel.engine import Stage
+from ds_linclip.engine.engine import Stage
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.stages import stage_units
+from ds_linclip.engine.pipeline_stages import stage_units
 
 __all__ = ["Activations", "meta_model", "trace_activations"]
 
@@ -65,7 +65,7 @@ def meta_model(config: Config, mesh: Mesh) -> CLIP:
 
 
 def trace_activations(config: Config, mesh: Mesh, model: CLIP) -> Activations:
-    """Take a step of :class:`~ds_linclip.parallel.engine.Engine` without memory.
+    """Take a step of :class:`~ds_linclip.engine.engine.Engine` without memory.
 
     Of several micro-batches one is run, or as many as a pipeline's stage has in flight; images are
     of the largest size that the run will see.
@@ -98,7 +98,7 @@ def trace_activations(config: Config, mesh: Mesh, model: CLIP) -> Activations:
 
 
 def _plain_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
-    """As :class:`~ds_linclip.parallel.engine.PlainEngine`; returns what outlives the backward."""
+    """As :class:`~ds_linclip.engine.engine.PlainEngine`; returns what outlives the backward."""
     num, batch = config.num_micro_batches(mesh.dp.size), _batch(config, mesh)
     first = tuple(tensor.chunk(num)[0] for tensor in batch)
     with torch.set_grad_enabled(num == 1):
@@ -111,7 +111,7 @@ def _plain_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
 
 
 def _pipeline_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
-    """As :class:`~ds_linclip.parallel.engine.PipelineEngine`."""
+    """As :class:`~ds_linclip.engine.engine.PipelineEngine`."""
     num, stage = config.num_micro_batches(mesh.dp.size), Stage(model)
     batch = _batch(config, mesh) if mesh.pp.rank == 0 else ()
     received = _from_stage_before(config, mesh, model, num)

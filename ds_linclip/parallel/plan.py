@@ -9,7 +9,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.parallel.activations import meta_model, trace_activations
 from ds_linclip.parallel.context import token_slice
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.stages import stage_units
+from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.parallel.step_memory import (
     PERSISTENT_BELOW,
     StepMemory,

@@ -9,7 +9,7 @@ from torch import nn
 from ds_linclip.config import Config
 from ds_linclip.flops import num_state_values
 from ds_linclip.parallel.activations import Activations
-from ds_linclip.parallel.deepspeed_config import deepspeed_config
+from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["PERSISTENT_BELOW", "StepMemory", "gradient_bytes", "value_bytes"]

@@ -13,11 +13,11 @@ from benchmarks.memory.report import MemoryReport
 
 from ds_linclip.config import load_config
 from ds_linclip.model import CLIP
-from ds_linclip.optim import build_optimizer
-from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.engine.optim import build_optimizer
+from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.stages import stage_units
+from ds_linclip.engine.pipeline_stages import stage_units
 
 VIT_B16 = Path(__file__).parents[2] / "ds_configs" / "train" / "vit_b16.yaml"
 LAYOUTS = [Layout(ranks=2, precision="fp32", stage=stage) for stage in (1, 2, 3)]

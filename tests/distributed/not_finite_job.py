@@ -21,10 +21,10 @@ from ds_linclip.data.broadcast import feed
 from ds_linclip.health import Diverged
 from ds_linclip.metrics import StepMeter
 from ds_linclip.model import CLIP
-from ds_linclip.optim import build_optimizer, ema_decay
-from ds_linclip.parallel.engine import Engine, initialize_engine
+from ds_linclip.engine.optim import build_optimizer, ema_decay
+from ds_linclip.engine.engine import Engine, initialize_engine
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.stages import stage_units
+from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.trainer import train
 
 #: What one step that is not finite is done to, on two ranks.

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from ds_linclip.config import load_config
 from ds_linclip.model import CLIP
-from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.stages import stage_units
+from ds_linclip.engine.pipeline_stages import stage_units
 
 EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 BATCH = 16

@@ -16,7 +16,7 @@ from ds_linclip.config import (
     load_config,
     save_config,
 )
-from ds_linclip.parallel.deepspeed_config import deepspeed_config
+from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import Mesh
 
 CONFIGS = sorted(Path("ds_configs/train").glob("*.yaml"))

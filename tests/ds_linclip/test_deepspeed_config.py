@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from ds_linclip.config import load_config
-from ds_linclip.parallel import deepspeed_config as module
-from ds_linclip.parallel.deepspeed_config import check_machine, deepspeed_config
+from ds_linclip.engine import deepspeed_config as module
+from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config
 from ds_linclip.parallel.mesh import Mesh
 
 EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"

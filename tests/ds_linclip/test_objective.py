@@ -18,8 +18,8 @@ from ds_linclip.config import (
 )
 from ds_linclip.model import CLIP
 from ds_linclip.objective import Objective, surrogate
-from ds_linclip.optim import build_optimizer
-from ds_linclip.parallel.engine import initialize_engine
+from ds_linclip.engine.optim import build_optimizer
+from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.mesh import Mesh
 
 MODEL = ModelConfig(

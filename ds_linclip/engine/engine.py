@@ -20,11 +20,11 @@ from torch import Tensor, nn, optim
 from ds_linclip.config import Config
 from ds_linclip.model import CLIP
 from ds_linclip.objective import Objective, surrogate
-from ds_linclip.optim import Lamb
-from ds_linclip.parallel.deepspeed_config import deepspeed_config, monitor_config
-from ds_linclip.parallel.ema import ema_weights, track_ema
+from ds_linclip.engine.optim import Lamb
+from ds_linclip.engine.deepspeed_config import deepspeed_config, monitor_config
+from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.shards import Piece, StateShards, fill_module
+from ds_linclip.engine.zero_state import Piece, StateShards, fill_module
 
 __all__ = ["Engine", "Stage", "initialize_engine"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn, optim
 
 from ds_linclip.config import OptimConfig
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.shards import flat_tensors
+from ds_linclip.engine.zero_state import flat_tensors
 
 __all__ = ["Lamb", "build_optimizer", "ema_decay", "learning_rate", "weight_decay_groups"]
 

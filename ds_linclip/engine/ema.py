@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import optim
 
-from ds_linclip.parallel.shards import fill_module
+from ds_linclip.engine.zero_state import fill_module
 
 __all__ = ["ema_weights", "track_ema"]
 

@@ -1,0 +1,1 @@
+"""DeepSpeed engines: optimizer steps with and without a pipeline, ZeRO state, averages."""
