@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "inspect-shards":
             from ds_linclip.data.prepare.inspect_shards import main as run
         elif options.command == "export":
-            from ds_linclip.exchange.export import main as run
+            from ds_linclip.interop.export import main as run
         else:
-            from ds_linclip.exchange.import_weights import main as run
+            from ds_linclip.interop.import_weights import main as run
     return run(options.arguments)
 
 

@@ -19,7 +19,7 @@ from ds_linclip.checkpoint import latest_checkpoint, load_weights
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST
 from ds_linclip.data import EvalTransform
 from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import (
+from ds_linclip.interop.state_dict import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     load_folder,

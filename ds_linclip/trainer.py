@@ -20,7 +20,7 @@ from ds_linclip.health import Diverged, Health
 from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.model.patch_dropout import kept_patches
-from ds_linclip.model.pretrained import load_pretrained, lock_towers
+from ds_linclip.interop.pretrained import load_pretrained, lock_towers
 from ds_linclip.monitoring import open_listeners
 from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config

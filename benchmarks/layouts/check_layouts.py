@@ -24,7 +24,7 @@ from torch import Tensor
 from ds_linclip.config import Config, load_config
 from ds_linclip.metrics import MetricWriter
 from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import to_open_clip
+from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.local_ranks import run_ranks

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from ds_linclip.checkpoint import load_weights
 from ds_linclip.config import ParallelConfig, load_config
-from ds_linclip.exchange import export_checkpoint
+from ds_linclip.interop import export_checkpoint
 from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import WEIGHTS_FILE, export_folder, to_open_clip
+from ds_linclip.interop.state_dict import WEIGHTS_FILE, export_folder, to_open_clip
 from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 

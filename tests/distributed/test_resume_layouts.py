@@ -9,7 +9,7 @@ from forked_ranks import train_in_ranks
 
 from ds_linclip.checkpoint import load_weights
 from ds_linclip.config import Config, load_config
-from ds_linclip.model.open_clip_exchange import to_open_clip
+from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.parallel.mesh import Mesh
 
 EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ds_linclip.checkpoint import load_weights
 from ds_linclip.config import Config, ParallelConfig, load_config
-from ds_linclip.exchange import export_checkpoint
-from ds_linclip.exchange.export import main
+from ds_linclip.interop import export_checkpoint
+from ds_linclip.interop.export import main
 from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import CONFIG_FILE, WEIGHTS_FILE, load_folder
-from ds_linclip.model.open_clip_names import open_clip_shapes
+from ds_linclip.interop.state_dict import CONFIG_FILE, WEIGHTS_FILE, load_folder
+from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.parallel.mesh import Mesh
 
 SMALL = [
@@ -336,7 +336,7 @@ def test_shapes_are_those_of_the_models(config_of, mesh, tmp_path, attention, lo
 MEMORY_JOB = """
 import sys, threading, time
 from pathlib import Path
-from ds_linclip.exchange import export_checkpoint
+from ds_linclip.interop import export_checkpoint
 
 def anonymous_kib():
     lines = Path("/proc/self/status").read_text().splitlines()

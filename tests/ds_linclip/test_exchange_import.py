@@ -19,10 +19,10 @@ from ds_linclip.config import (
     check_model,
     load_config,
 )
-from ds_linclip.exchange import export_checkpoint, import_weights
-from ds_linclip.exchange.import_weights import main
+from ds_linclip.interop import export_checkpoint, import_weights
+from ds_linclip.interop.import_weights import main
 from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import (
+from ds_linclip.interop.state_dict import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     export_folder,
@@ -31,8 +31,8 @@ from ds_linclip.model.open_clip_exchange import (
     read_config,
     to_open_clip,
 )
-from ds_linclip.model.open_clip_names import open_clip_shapes
-from ds_linclip.model.pretrained import load_pretrained
+from ds_linclip.interop.key_mapping import open_clip_shapes
+from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
 

@@ -16,7 +16,7 @@ from ds_linclip.config import (
     load_config,
 )
 from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import (
+from ds_linclip.interop.state_dict import (
     export_folder,
     from_open_clip,
     load_folder,

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention import SelfAttention
-from ds_linclip.model.open_clip_exchange import export_folder
+from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.__main__ import main
 from linclip_eval.attention_statistics import (

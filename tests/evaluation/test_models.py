@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
 from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import export_folder
+from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.arguments import labelled
 from ds_linclip.inference import load_model

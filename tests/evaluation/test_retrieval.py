@@ -18,7 +18,7 @@ from ds_linclip.config import ModelConfig, TextTower, VisionTower
 from ds_linclip.data.prepare.make_shards import make_scenes
 from ds_linclip.data.prepare.shard_writer import RawSample, write_labelled_folder
 from ds_linclip.model import CLIP
-from ds_linclip.model.open_clip_exchange import export_folder
+from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.features import Features

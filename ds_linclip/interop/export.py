@@ -20,10 +20,10 @@ from ds_linclip.checkpoint.sharded_safetensors import MANIFEST, ShardFiles, writ
 from ds_linclip.checkpoint.loading import check_files, latest_checkpoint, weight_kind
 from ds_linclip.checkpoint.directory import checkpoint_path, committed
 from ds_linclip.config import load_config
-from ds_linclip.exchange.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
-from ds_linclip.exchange.model_card import model_card
+from ds_linclip.interop.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
+from ds_linclip.interop.model_card import model_card
 from ds_linclip.exit_codes import ExitCode
-from ds_linclip.model.open_clip_names import (
+from ds_linclip.interop.key_mapping import (
     SCALARS,
     check_shapes,
     open_clip_key,

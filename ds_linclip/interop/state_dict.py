@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ds_linclip.config import ModelConfig, TextTower, VisionTower, as_image_size
 from ds_linclip.model.clip import CLIP
-from ds_linclip.model.open_clip_names import (
+from ds_linclip.interop.key_mapping import (
     check_shapes,
     from_open_clip_layout,
     open_clip_key,

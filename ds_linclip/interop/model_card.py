@@ -25,7 +25,7 @@ _DS_LINCLIP = """A tower of this model has linear attention, which open_clip doe
 open_clip refuses `open_clip_config.json`, so that the weights are never run with softmax instead.
 
 ```python
-from ds_linclip.model.open_clip_exchange import load_folder
+from ds_linclip.interop.state_dict import load_folder
 from ds_linclip.parallel.mesh import Mesh
 
 model = load_folder("{name}", Mesh.create())

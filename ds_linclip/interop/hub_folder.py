@@ -18,7 +18,7 @@ from ds_linclip.checkpoint.sharded_safetensors import (
     write_tensors,
 )
 from ds_linclip.config import ModelConfig
-from ds_linclip.model.open_clip_exchange import CONFIG_FILE, WEIGHTS_FILE, open_clip_config
+from ds_linclip.interop.state_dict import CONFIG_FILE, WEIGHTS_FILE, open_clip_config
 
 __all__ = ["DTYPES", "layout_of", "new_folder", "write_hub_folder"]
 

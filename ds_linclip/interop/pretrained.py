@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ds_linclip.config import Attention, InitConfig, ModelConfig, TextTower, VisionTower
 from ds_linclip.model.clip import CLIP
-from ds_linclip.model.open_clip_exchange import (
+from ds_linclip.interop.state_dict import (
     WEIGHTS_FILE,
     from_open_clip,
     named_keys,
