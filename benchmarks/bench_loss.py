@@ -27,7 +27,7 @@ import torch
 from open_clip.loss import ClipLoss
 from torch.nn import functional as F
 
-from ds_linclip.loss import clip_loss
+from ds_linclip.loss.contrastive import clip_loss
 from linclip_kernels.benchmark_facts import device_name, folder_name
 
 DIM = 768
@@ -154,7 +154,7 @@ def write(folder: Path, rows: Sequence[Row], device: str) -> None:
         f"`python benchmarks/bench_loss.py --device {device}` on {name}, {date},",
         f"torch {version('torch')}, open_clip_torch {version('open_clip_torch')}:",
         f"CLIP's loss of fp32 features [pairs, {DIM}] and its gradients, peak above the inputs; in",
-        "tiles (`ds_linclip.loss.clip_loss`) and in one piece (`open_clip.loss.ClipLoss`).",
+        "tiles (`ds_linclip.loss.contrastive.clip_loss`) and in one piece (`open_clip.loss.ClipLoss`).",
         "",
         "| pairs | tiles, MiB | whole, MiB | ratio | tiles, s | whole, s | value | gradient |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",

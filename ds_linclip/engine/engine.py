@@ -19,7 +19,7 @@ from torch import Tensor, nn, optim
 
 from ds_linclip.config import Config
 from ds_linclip.model import CLIP
-from ds_linclip.objective import Objective, surrogate
+from ds_linclip.loss.grad_cache import Objective, surrogate
 from ds_linclip.engine.optim import Lamb
 from ds_linclip.engine.deepspeed_config import deepspeed_config, monitor_config
 from ds_linclip.engine.ema import ema_weights, track_ema

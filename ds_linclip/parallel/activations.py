@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ds_linclip.config import Config
 from ds_linclip.model import CLIP
 from ds_linclip.interop.pretrained import lock_towers
-from ds_linclip.objective import Objective, surrogate
+from ds_linclip.loss.grad_cache import Objective, surrogate
 from ds_linclip.parallel.context import token_slice
 from ds_linclip.engine.engine import Stage
 from ds_linclip.parallel.mesh import Mesh

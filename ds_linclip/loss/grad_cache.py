@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_linclip.config import LossConfig
-from ds_linclip.loss import clip_loss, siglip_loss
+from ds_linclip.loss.contrastive import clip_loss, siglip_loss
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["MAX_LOGIT_SCALE", "Objective", "surrogate"]

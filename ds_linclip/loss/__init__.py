@@ -1,0 +1,1 @@
+"""The contrastive loss and its gradient for a batch split into micro-batches."""
