@@ -1,7 +1,7 @@
 """Pipeline stages: which units of the model each one holds."""
 
 from ds_linclip.config import Config
-from ds_linclip.flops import block_flops
+from ds_linclip.model.flops import block_flops
 from ds_linclip.parallel.mesh import Axis
 
 __all__ = ["stage_units"]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ds_linclip.config import Config
-from ds_linclip.flops import num_features
+from ds_linclip.model.flops import num_features
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.activations import meta_model, trace_activations
 from ds_linclip.parallel.context import token_slice

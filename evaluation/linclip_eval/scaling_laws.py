@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ds_linclip.config import Attention, Config, load_config
-from ds_linclip.flops import forward_flops, num_parameters, training_flops
+from ds_linclip.model.flops import forward_flops, num_parameters, training_flops
 from linclip_eval.power_law import (
     Interval,
     Point,

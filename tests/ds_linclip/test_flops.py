@@ -14,7 +14,7 @@ from ds_linclip.config import (
     TrainConfig,
     VisionTower,
 )
-from ds_linclip.flops import (
+from ds_linclip.model.flops import (
     block_flops,
     forward_flops,
     num_parameters,

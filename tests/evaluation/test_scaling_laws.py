@@ -14,7 +14,7 @@ import pytest
 from matplotlib.collections import PathCollection
 
 from ds_linclip.config import Attention, Config, load_config, save_config
-from ds_linclip.flops import num_parameters, training_flops
+from ds_linclip.model.flops import num_parameters, training_flops
 from linclip_eval.__main__ import main
 from linclip_eval.scaling_laws import (
     QUANTITIES,

@@ -33,7 +33,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_linclip.config import Config, load_config
-from ds_linclip.flops import step_flops
+from ds_linclip.model.flops import step_flops
 from ds_linclip.monitoring import SCALARS
 from ds_linclip.monitoring.board import dashboards
 from ds_linclip.monitoring.trackers import wandb_run
