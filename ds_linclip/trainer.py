@@ -17,7 +17,7 @@ from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.data.broadcast import feed
 from ds_linclip.health import Diverged, Health
-from ds_linclip.metrics import MetricWriter, SampleLog, StepMeter
+from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.interop.pretrained import load_pretrained, lock_towers

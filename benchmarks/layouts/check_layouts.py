@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ds_linclip.config import Config, load_config
-from ds_linclip.metrics import MetricWriter
+from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.engine.optim import build_optimizer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_linclip.config import Config
-from ds_linclip.metrics import MetricWriter
+from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.parallel.local_ranks import run_ranks

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ds_linclip import run_dir
 from ds_linclip.config import Config, load_config
-from ds_linclip.metrics import MetricWriter
+from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.run_dir import RunFolder
 

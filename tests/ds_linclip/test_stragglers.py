@@ -1,6 +1,6 @@
 import pytest
 
-from ds_linclip.stragglers import slowest
+from ds_linclip.monitoring.stragglers import slowest
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ds_linclip.config import Config, load_config
 from ds_linclip.model.flops import step_flops
 from ds_linclip.monitoring import SCALARS
-from ds_linclip.monitoring.board import dashboards
+from ds_linclip.monitoring.tensorboard import dashboards
 from ds_linclip.monitoring.trackers import wandb_run
 from ds_linclip.parallel.local_ranks import run_ranks
 from ds_linclip.parallel.mesh import AgreedError, Mesh

@@ -18,7 +18,7 @@ from ds_linclip.devices import known_device
 from ds_linclip.model.flops import step_flops
 from ds_linclip.monitoring import Listener, begin_session, end_session
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.stragglers import OwnTimes
+from ds_linclip.monitoring.stragglers import OwnTimes
 
 __all__ = ["MetricWriter", "SampleLog", "StepMeter", "peak_memory_gib"]
 
