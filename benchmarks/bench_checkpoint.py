@@ -31,7 +31,7 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.model import CLIP
 from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.engine.engine import Engine, initialize_engine
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 

@@ -38,12 +38,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_linclip.parallel.context import sum_over_ranks, token_slice
+from ds_linclip.parallel.context_parallel import sum_over_ranks, token_slice
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 from linclip_kernels.linear_attention.reference import ATOL, relative_rms
 
-MEASURED = ("kernels/linclip_kernels", "kernels/benchmarks", "ds_linclip/parallel/context.py")
+MEASURED = ("kernels/linclip_kernels", "kernels/benchmarks", "ds_linclip/parallel/context_parallel.py")
 RANKS = (1, 2, 4)
 TOKENS = (16_384, 32_768, 65_536, 131_072, 262_144)
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}

@@ -27,7 +27,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.engine.engine import initialize_engine
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.plan import plan_rank
 from ds_linclip.engine.pipeline_stages import stage_units

@@ -26,7 +26,7 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.model import CLIP
 from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.engine.engine import initialize_engine
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from benchmarks.memory.allocator_record import KINDS, AllocatorRecord, live_bytes
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.plan import plan_rank

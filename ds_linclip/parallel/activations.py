@@ -24,7 +24,7 @@ from ds_linclip.config import Config
 from ds_linclip.model import CLIP
 from ds_linclip.interop.pretrained import lock_towers
 from ds_linclip.loss.grad_cache import Objective, surrogate
-from ds_linclip.parallel.context import token_slice
+from ds_linclip.parallel.context_parallel import token_slice
 from ds_linclip.engine.engine import Stage
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.engine.pipeline_stages import stage_units

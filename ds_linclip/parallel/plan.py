@@ -7,7 +7,7 @@ from ds_linclip.config import Config
 from ds_linclip.model.flops import num_features
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.activations import meta_model, trace_activations
-from ds_linclip.parallel.context import token_slice
+from ds_linclip.parallel.context_parallel import token_slice
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.parallel.step_memory import (

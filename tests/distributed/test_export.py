@@ -13,7 +13,7 @@ from ds_linclip.config import ParallelConfig, load_config
 from ds_linclip.interop import export_checkpoint
 from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import WEIGHTS_FILE, export_folder, to_open_clip
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 
 EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded_softmax.yaml"

@@ -22,7 +22,7 @@ from ds_linclip.config import Config, load_config, save_config
 from ds_linclip.exit_codes import ExitCode
 from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.model import CLIP
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.requests import Preempted
 from ds_linclip.trainer import train

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"

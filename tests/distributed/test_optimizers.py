@@ -6,7 +6,7 @@ import optimizer_job as toy
 import pytest
 
 from ds_linclip.engine.ema import ema_weights
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 
 pytestmark = pytest.mark.distributed

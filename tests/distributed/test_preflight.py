@@ -15,7 +15,7 @@ from forked_ranks import train_in_ranks
 from two_hosts import TwoHosts
 
 from ds_linclip.config import load_config
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.meeting import Failed, Meeting, MeetingError
 from ds_linclip.preflight import free_space
 

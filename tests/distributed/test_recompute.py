@@ -7,7 +7,7 @@ import torch
 from recompute_job import all_measures
 
 from ds_linclip.config import ParallelConfig
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 
 pytestmark = pytest.mark.distributed
 AXES = {"single": {}, "tp2": {"tp": 2}, "cp2": {"cp": 2}}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.data.prepare.shard_writer import RawSample, write_train_shard
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import load_config
 from ds_linclip.data import Storage, TrainData, find_shards
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 
 pytestmark = pytest.mark.distributed

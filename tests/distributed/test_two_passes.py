@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ds_linclip.config import load_config
 from ds_linclip.model import CLIP
 from ds_linclip.engine.engine import initialize_engine
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.engine.pipeline_stages import stage_units
 

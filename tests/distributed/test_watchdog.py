@@ -18,7 +18,7 @@ from process_tree import is_running
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.model import CLIP
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
 from ds_linclip.watchdog import summarize, watched

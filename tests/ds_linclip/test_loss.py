@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_linclip.loss.contrastive import clip_loss, siglip_loss
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 
 Loss = Callable[..., Tensor]
 NAMES = ("clip", "siglip")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from ds_linclip.parallel.context import first_token, sum_over_ranks, token_slice
+from ds_linclip.parallel.context_parallel import first_token, sum_over_ranks, token_slice
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
 
 WORLD_SIZE = 4

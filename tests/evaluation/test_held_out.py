@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import EvalTransform
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
 from linclip_eval.held_out import HeldOutEvaluator

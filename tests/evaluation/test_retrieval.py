@@ -19,7 +19,7 @@ from ds_linclip.data.prepare.make_shards import make_scenes
 from ds_linclip.data.prepare.shard_writer import RawSample, write_labelled_folder
 from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import export_folder
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.features import Features
 from linclip_eval.retrieval import RetrievalResult, rank_captions, retrieval

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from linclip_eval.class_lists import ClassList
 from linclip_eval.classifier import ClassifierCache, build_classifier
 from linclip_eval.zero_shot import ZeroShotResult, likeliest, write_per_class_csv, zero_shot

@@ -37,7 +37,7 @@ from ds_linclip.model.flops import step_flops
 from ds_linclip.monitoring import SCALARS
 from ds_linclip.monitoring.tensorboard import dashboards
 from ds_linclip.monitoring.trackers import wandb_run
-from ds_linclip.parallel.local_ranks import run_ranks
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.trainer import train
 from linclip_eval.held_out import HeldOutEvaluator
