@@ -26,7 +26,7 @@ from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config
 from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
-from ds_linclip.parallel.plan import describe, plan_rank
+from ds_linclip.planner.plan import describe, plan_rank
 from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.progress import Progress
 from ds_linclip.requests import Exchange, Preempted, Requests, Signals

@@ -20,7 +20,7 @@ from ds_linclip.quick_start import quick_start
 with quick_start():
     from ds_linclip.config import Config, load_config
     from ds_linclip.data import DataError
-    from ds_linclip.dry_run import DEVICES, Target, dry_run
+    from ds_linclip.planner.dry_run import DEVICES, Target, dry_run
     from ds_linclip.exit_codes import ExitCode
     from ds_linclip.health import Diverged
     from ds_linclip.orphans import end_with_parent

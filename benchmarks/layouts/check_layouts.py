@@ -29,7 +29,7 @@ from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.plan import plan_rank
+from ds_linclip.planner.plan import plan_rank
 from ds_linclip.engine.pipeline_stages import stage_units
 from benchmarks.layouts.traffic import CONTROL_BYTES, TrafficMeter
 from ds_linclip.trainer import train

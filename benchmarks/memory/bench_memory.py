@@ -29,7 +29,7 @@ from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.spawn import run_ranks
 from benchmarks.memory.allocator_record import KINDS, AllocatorRecord, live_bytes
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.plan import plan_rank
+from ds_linclip.planner.plan import plan_rank
 from ds_linclip.engine.pipeline_stages import stage_units
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 

@@ -31,7 +31,7 @@ NOTES = """\
 - Process: private memory between steps, and the growth of the peak resident set in a step, from
   before the model was built. It has the interpreter's own memory, the allocator's record and what
   is kept for reuse as well; buckets that are allocated and never filled are not resident.
-- The plan is that of ds_linclip/parallel/plan.py, which a run logs at its start, TensorBoard shows
+- The plan is that of ds_linclip/planner/plan.py, which a run logs at its start, TensorBoard shows
   and a dry run prints."""
 
 

@@ -1,6 +1,6 @@
 """Devices by their names."""
 
-from ds_linclip.devices import known_device
+from ds_linclip.planner.device_specs import known_device
 
 
 def test_a_slice_of_a_gpu_is_not_taken_for_the_whole():

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from ds_linclip.config import Config
 from ds_linclip.model.flops import num_features
 from ds_linclip.model import CLIP
-from ds_linclip.parallel.activations import meta_model, trace_activations
+from ds_linclip.planner.activations import meta_model, trace_activations
 from ds_linclip.parallel.context_parallel import token_slice
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.engine.pipeline_stages import stage_units
-from ds_linclip.parallel.step_memory import (
+from ds_linclip.planner.memory_model import (
     PERSISTENT_BELOW,
     StepMemory,
     gradient_bytes,
@@ -30,7 +30,7 @@ class RankPlan:
         units: Names of the layers held, first and last.
         num_parameters: Of these layers, on this tensor-parallel rank.
         memory: Bytes by kind at the fullest moment of a step, as
-            :class:`~ds_linclip.parallel.step_memory.StepMemory` counts them.
+            :class:`~ds_linclip.planner.memory_model.StepMemory` counts them.
         kept: Bytes of all of them that stay between steps.
         traffic: Bytes of a step by axis, as :class:`~benchmarks.layouts.traffic.TrafficMeter`
             counts them: "tp", "cp", "pp", "dp" (features for the loss) and "zero".
