@@ -24,8 +24,8 @@ with quick_start():
 
     from ds_linclip.config import Config, load_config
     from ds_linclip.orphans import end_with_parent
-    from ds_linclip.parallel.links import listen, measure_clocks, measure_links, reach
-    from ds_linclip.parallel.meeting import Failed, Meeting, MeetingError
+    from ds_linclip.preflight.network_probe import listen, measure_clocks, measure_links, reach
+    from ds_linclip.preflight.rendezvous import Failed, Meeting, MeetingError
     from ds_linclip.preflight import (
         Judge,
         Table,

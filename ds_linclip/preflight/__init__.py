@@ -1,7 +1,7 @@
 """What must be in order on every node before a run starts: looked at by ranks, judged together."""
 
-from ds_linclip.preflight.judge import Judge
-from ds_linclip.preflight.looks import (
+from ds_linclip.preflight.verdicts import Judge
+from ds_linclip.preflight.node_checks import (
     Machine,
     Shards,
     Space,

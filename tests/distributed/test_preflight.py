@@ -16,7 +16,7 @@ from two_hosts import TwoHosts
 
 from ds_linclip.config import load_config
 from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.parallel.meeting import Failed, Meeting, MeetingError
+from ds_linclip.preflight.rendezvous import Failed, Meeting, MeetingError
 from ds_linclip.preflight import free_space
 
 pytestmark = pytest.mark.distributed
