@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ds_linclip.checkpoint.directory import committed, step_of
 from ds_linclip.config import Config, check_batch
-from ds_linclip.exit_codes import ExitCode
+from ds_linclip.process.exit_codes import ExitCode
 
 __all__ = [
     "Answer",

@@ -28,7 +28,7 @@ from ds_linclip.engine.engine import initialize_engine
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.planner.plan import describe, plan_rank
 from ds_linclip.engine.pipeline_stages import stage_units
-from ds_linclip.progress import Progress
+from ds_linclip.process.phase import Progress
 from ds_linclip.requests import Exchange, Preempted, Requests, Signals
 from ds_linclip.run_dir import RunFolder
 

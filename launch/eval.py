@@ -6,7 +6,7 @@ The commands are those of ``linclip-eval``. Exit codes as in train.py.
 import os
 import sys
 
-from ds_linclip.orphans import end_with_parent
+from ds_linclip.process.parent_death import end_with_parent
 from linclip_eval.__main__ import main
 
 if __name__ == "__main__":

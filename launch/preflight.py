@@ -17,13 +17,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from ds_linclip.quick_start import quick_start
+from ds_linclip.process.import_gc import quick_start
 
 with quick_start():
     import torch
 
     from ds_linclip.config import Config, load_config
-    from ds_linclip.orphans import end_with_parent
+    from ds_linclip.process.parent_death import end_with_parent
     from ds_linclip.preflight.network_probe import listen, measure_clocks, measure_links, reach
     from ds_linclip.preflight.rendezvous import Failed, Meeting, MeetingError
     from ds_linclip.preflight import (

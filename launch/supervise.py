@@ -25,7 +25,7 @@ from process_tree import group_is_running, launcher_and_ranks
 from remote_hosts import RemoteHosts
 
 from ds_linclip.config import Config, load_config
-from ds_linclip.exit_codes import ExitCode
+from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.supervision import (
     Restart,
     Slots,

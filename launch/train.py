@@ -4,7 +4,7 @@ With ``--dry-run`` nothing is started: the layout is printed, with the memory of
 per epoch, the time of a step and the size of a checkpoint, for the devices that are named.
 
 SIGTERM to any rank: all save the step that they stand at and leave. SIGUSR1: save and go on. Exit
-codes: see :class:`ds_linclip.exit_codes.ExitCode`.
+codes: see :class:`ds_linclip.process.exit_codes.ExitCode`.
 """
 
 import argparse
@@ -15,15 +15,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ds_linclip.quick_start import quick_start
+from ds_linclip.process.import_gc import quick_start
 
 with quick_start():
     from ds_linclip.config import Config, load_config
     from ds_linclip.data import DataError
     from ds_linclip.planner.dry_run import DEVICES, Target, dry_run
-    from ds_linclip.exit_codes import ExitCode
+    from ds_linclip.process.exit_codes import ExitCode
     from ds_linclip.health import Diverged
-    from ds_linclip.orphans import end_with_parent
+    from ds_linclip.process.parent_death import end_with_parent
     from ds_linclip.parallel.mesh import AgreedError, Mesh
     from ds_linclip.requests import Preempted
     from ds_linclip.trainer import TrainResult, train

@@ -22,7 +22,7 @@ from ds_linclip.checkpoint.directory import checkpoint_path, committed
 from ds_linclip.config import load_config
 from ds_linclip.interop.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
 from ds_linclip.interop.model_card import model_card
-from ds_linclip.exit_codes import ExitCode
+from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.interop.key_mapping import (
     SCALARS,
     check_shapes,

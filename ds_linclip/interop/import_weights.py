@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ds_linclip.config import check_model
 from ds_linclip.interop.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
-from ds_linclip.exit_codes import ExitCode
+from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.interop.state_dict import (
     CONFIG_FILE,
     WEIGHTS_FILE,

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from ds_linclip.checkpoint.directory import committed, step_of
 from ds_linclip.config import Config
 from ds_linclip.monitoring.scalars import SCALARS, Listener, Scalar
-from ds_linclip.progress import Progress
+from ds_linclip.process.phase import Progress
 
 __all__ = ["prometheus_endpoint"]
 

@@ -8,7 +8,7 @@ from ds_linclip.monitoring.prometheus import prometheus_endpoint
 from ds_linclip.monitoring.scalars import Listener
 from ds_linclip.monitoring.trackers import trackio_run, wandb_run
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.progress import Progress
+from ds_linclip.process.phase import Progress
 
 __all__ = ["open_listeners"]
 

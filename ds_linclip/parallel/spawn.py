@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ds_linclip.orphans import end_with_parent
+from ds_linclip.process.parent_death import end_with_parent
 
 __all__ = ["run_ranks"]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from ds_linclip.exit_codes import ExitCode
+from ds_linclip.process.exit_codes import ExitCode
 
 __all__ = ["Problem", "Row", "Table"]
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ds_linclip.quick_start import quick_start
+from ds_linclip.process.import_gc import quick_start
 
 __all__ = ["main"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
-from linclip_eval.together import on_all_ranks
+from ds_linclip.process.consensus import on_all_ranks
 
 __all__ = ["ClassifierCache", "Template", "build_classifier", "parse_template"]
 

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from linclip_eval.images import ImageBatch, ImageSet
-from linclip_eval.together import on_all_ranks
+from ds_linclip.process.consensus import on_all_ranks
 
 __all__ = ["Features", "best_ranks", "extract_features", "similarities"]
 

@@ -22,7 +22,7 @@ from linclip_eval.classifier import (
     parse_template,
 )
 from ds_linclip.inference import EvalModel
-from linclip_eval.together import check_alike, from_first_rank
+from ds_linclip.process.consensus import check_alike, from_first_rank
 from linclip_eval.zero_shot import ZeroShotResult, zero_shot
 
 __all__ = ["Encoders", "ZeroShotTask", "add_task_arguments"]

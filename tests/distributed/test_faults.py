@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from saves_that_die import calls_of_second_save, die_in_second_save
 
 from ds_linclip.config import Config, load_config, save_config
-from ds_linclip.exit_codes import ExitCode
+from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.spawn import run_ranks

@@ -15,7 +15,7 @@ from killed_runs import batches, losses, stands_beyond, wait_until
 from two_hosts import TwoHosts
 
 from ds_linclip.config import load_config, save_config
-from ds_linclip.exit_codes import ExitCode
+from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.supervision import newest_step
 
 pytestmark = pytest.mark.distributed

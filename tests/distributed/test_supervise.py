@@ -15,7 +15,7 @@ from killed_runs import batches
 from process_tree import below, is_running, launcher_and_ranks
 
 from ds_linclip.config import load_config
-from ds_linclip.exit_codes import ExitCode
+from ds_linclip.process.exit_codes import ExitCode
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 REPOSITORY = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_linclip.orphans import end_with_parent
+from ds_linclip.process.parent_death import end_with_parent
 
 __all__ = ["TwoHosts", "two_hosts"]
 

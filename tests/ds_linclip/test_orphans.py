@@ -23,7 +23,7 @@ RANK = """
 import time
 from ds_linclip.data.loader import ordered_loader
 from ds_linclip.data.prepare.parallel_map import ordered_map
-from ds_linclip.orphans import end_with_parent
+from ds_linclip.process.parent_death import end_with_parent
 
 if __name__ == "__main__":
     end_with_parent()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_linclip.config import load_config
-from ds_linclip.exit_codes import ExitCode
+from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.preflight.network_probe import Links, Offset, Speed, offset_of
 from ds_linclip.preflight.rendezvous import Failed
 from ds_linclip.preflight import Judge, Machine, Space, Table

@@ -1,6 +1,6 @@
 import time
 
-from ds_linclip.progress import Progress
+from ds_linclip.process.phase import Progress
 
 
 def test_phases_are_counted_and_keep_their_step():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
-from ds_linclip.orphans import end_with_parent
+from ds_linclip.process.parent_death import end_with_parent
 
 __all__ = ["num_usable_cores", "ordered_map"]
 

@@ -1,0 +1,1 @@
+"""Conventions between processes: exit codes, phases, agreement over ranks, parent death."""
