@@ -16,7 +16,7 @@ from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.data.broadcast import feed
-from ds_linclip.health import Diverged, Health
+from ds_linclip.resilience.divergence import Diverged, Health
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.model.patch_dropout import kept_patches
@@ -29,7 +29,7 @@ from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.planner.plan import describe, plan_rank
 from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.process.phase import Progress
-from ds_linclip.requests import Exchange, Preempted, Requests, Signals
+from ds_linclip.resilience.preemption import Exchange, Preempted, Requests, Signals
 from ds_linclip.run_dir import RunFolder
 
 __all__ = ["Evaluator", "TrainResult", "train"]

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ds_linclip.supervision import Answer, ask_hosts
+from ds_linclip.resilience.restart_policy import Answer, ask_hosts
 
 __all__ = ["RemoteHosts"]
 

@@ -26,7 +26,7 @@ from remote_hosts import RemoteHosts
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.process.exit_codes import ExitCode
-from ds_linclip.supervision import (
+from ds_linclip.resilience.restart_policy import (
     Restart,
     Slots,
     choose_hosts,

@@ -22,12 +22,12 @@ with quick_start():
     from ds_linclip.data import DataError
     from ds_linclip.planner.dry_run import DEVICES, Target, dry_run
     from ds_linclip.process.exit_codes import ExitCode
-    from ds_linclip.health import Diverged
+    from ds_linclip.resilience.divergence import Diverged
     from ds_linclip.process.parent_death import end_with_parent
     from ds_linclip.parallel.mesh import AgreedError, Mesh
-    from ds_linclip.requests import Preempted
+    from ds_linclip.resilience.preemption import Preempted
     from ds_linclip.trainer import TrainResult, train
-    from ds_linclip.watchdog import watched
+    from ds_linclip.resilience.watchdog import watched
     from linclip_eval.held_out import HeldOutEvaluator
 
 

@@ -18,7 +18,7 @@ from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Batch
 from ds_linclip.data.broadcast import feed
-from ds_linclip.health import Diverged
+from ds_linclip.resilience.divergence import Diverged
 from ds_linclip.monitoring.metrics import StepMeter
 from ds_linclip.model import CLIP
 from ds_linclip.engine.optim import build_optimizer, ema_decay

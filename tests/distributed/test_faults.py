@@ -24,7 +24,7 @@ from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import AgreedError, Mesh
-from ds_linclip.requests import Preempted
+from ds_linclip.resilience.preemption import Preempted
 from ds_linclip.trainer import train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]

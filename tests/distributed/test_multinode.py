@@ -16,7 +16,7 @@ from two_hosts import TwoHosts
 
 from ds_linclip.config import load_config, save_config
 from ds_linclip.process.exit_codes import ExitCode
-from ds_linclip.supervision import newest_step
+from ds_linclip.resilience.restart_policy import newest_step
 
 pytestmark = pytest.mark.distributed
 REPOSITORY = Path(__file__).parents[2]

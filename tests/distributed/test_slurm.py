@@ -12,7 +12,7 @@ from killed_runs import batches, losses, stands_beyond, wait_until
 from two_hosts import TwoHosts, two_hosts
 
 from ds_linclip.config import load_config
-from ds_linclip.supervision import newest_step
+from ds_linclip.resilience.restart_policy import newest_step
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow]
 REPOSITORY = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
-from ds_linclip.watchdog import summarize, watched
+from ds_linclip.resilience.watchdog import summarize, watched
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 REPOSITORY = Path(__file__).parents[2]

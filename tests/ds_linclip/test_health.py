@@ -8,7 +8,7 @@ import torch
 
 from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import load_config
-from ds_linclip.health import Diverged, Health
+from ds_linclip.resilience.divergence import Diverged, Health
 from ds_linclip.parallel.mesh import Mesh
 
 EMBEDDED = "ds_configs/train/embedded.yaml"

@@ -5,7 +5,7 @@ import pytest
 from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
 from ds_linclip.config import Config, ParallelConfig, TrainConfig
-from ds_linclip.supervision import (
+from ds_linclip.resilience.restart_policy import (
     Answer,
     Restart,
     Slots,

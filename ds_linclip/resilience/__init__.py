@@ -1,0 +1,1 @@
+"""Responses to hangs, loss spikes, preemption signals and failed launches."""
