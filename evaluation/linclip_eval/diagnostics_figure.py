@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from linclip_eval.diagnostics import LayerStatistic
-from linclip_eval.figure_style import COLOURS, INK, MUTED, add_legend, dress, new_figure
+from linclip_eval.plotting import COLOURS, INK, MUTED, add_legend, dress, new_figure
 
 __all__ = ["draw_diagnostics"]
 

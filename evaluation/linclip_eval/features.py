@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
-from linclip_eval.images import ImageBatch, ImageSet
+from linclip_eval.protocols import ImageBatch, ImageSet
 from ds_linclip.process.consensus import on_all_ranks
 
 __all__ = ["Features", "best_ranks", "extract_features", "similarities"]

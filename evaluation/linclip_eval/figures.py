@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
-from linclip_eval.figure_style import INK, MUTED, new_figure
+from linclip_eval.plotting import INK, MUTED, new_figure
 from linclip_eval.zero_shot import Prediction
 
 __all__ = ["draw_predictions"]

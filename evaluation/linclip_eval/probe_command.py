@@ -18,7 +18,7 @@ from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.arguments import add_model_arguments, add_reading_arguments, model_from_arguments
 from linclip_eval.class_lists import IMAGENET_LISTS, imagenet_classes
 from linclip_eval.features import Features, extract_features
-from linclip_eval.figure_style import LINEAR, MUTED, add_legend, dress, new_figure
+from linclip_eval.plotting import LINEAR, MUTED, add_legend, dress, new_figure
 from ds_linclip.inference import EvalModel
 from linclip_eval.probe import Accuracy, LinearProbe, knn, linear_probe
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results

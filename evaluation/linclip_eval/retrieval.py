@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from linclip_eval.features import Features, best_ranks, extract_features, similarities
-from linclip_eval.images import ImageSet
+from linclip_eval.protocols import ImageSet
 
 __all__ = ["DIRECTIONS", "RECALLS", "RetrievalResult", "rank_captions", "retrieval"]
 

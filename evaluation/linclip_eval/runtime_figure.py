@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from linclip_eval.figure_style import (
+from linclip_eval.plotting import (
     INK,
     LINEAR,
     MUTED,

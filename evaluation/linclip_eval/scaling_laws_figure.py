@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from linclip_eval.figure_style import LINEAR, MUTED, SOFTMAX, add_legend, dress, new_figure
+from linclip_eval.plotting import LINEAR, MUTED, SOFTMAX, add_legend, dress, new_figure
 from linclip_eval.power_law import ScalingLaw
 from linclip_eval.scaling_laws import QUANTITIES, FinishedRun, Kind, Quantity
 

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy.stats import t as student_t
 
-from linclip_eval.figure_style import COLOURS, INK, MUTED, add_legend, dress, new_figure
+from linclip_eval.plotting import COLOURS, INK, MUTED, add_legend, dress, new_figure
 
 __all__ = ["Interval", "Run", "Summary", "draw", "read_runs", "summarise", "to_markdown"]
 

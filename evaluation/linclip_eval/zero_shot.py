@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from linclip_eval.class_lists import ClassList, is_ancestor
-from linclip_eval.images import ImageBatch, ImageSet
+from linclip_eval.protocols import ImageBatch, ImageSet
 from ds_linclip.process.consensus import on_all_ranks
 
 __all__ = ["Prediction", "ZeroShotResult", "likeliest", "write_per_class_csv", "zero_shot"]
