@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ds_linclip.data.prepare.digits import CLASSNAMES, TEMPLATES, digit_samples
 from ds_linclip.data.prepare.shard_writer import write_labelled_folder
-from linclip_eval.report_command import write_report
+from linclip_eval.commands.report import write_report
 
 REPOSITORY = Path(__file__).parents[1]
 EMBEDDED = Path("data/embedded")

@@ -33,7 +33,7 @@ RESERVED = {
     "megatron": ["ds_linclip.parallel"],
     "linclip_kernels": [
         *("linclip_kernels", "ds_linclip.model.attention", "launch"),
-        *("linclip_eval.results", "linclip_eval.runtime_command"),
+        *("linclip_eval.results", "linclip_eval.commands.runtime"),
         "linclip_eval.runtime_subjects",
     ],
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_linclip.data import EvalTransform, LabelledData
-from linclip_eval.arguments import add_reading_arguments
+from linclip_eval.commands.arguments import add_reading_arguments
 from linclip_eval.class_lists import IMAGENET_LISTS, ClassList, NamePolicy, imagenet_classes
 from linclip_eval.classifier import (
     ClassifierCache,

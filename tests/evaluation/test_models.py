@@ -13,7 +13,7 @@ from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
 from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.arguments import labelled
+from linclip_eval.commands.arguments import labelled
 from ds_linclip.inference import load_model
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}

@@ -22,7 +22,7 @@ from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.features import Features
 from linclip_eval.probe import Accuracy, knn, linear_probe
-from linclip_eval.probe_command import main
+from linclip_eval.commands.probe import main
 
 
 def features_of(

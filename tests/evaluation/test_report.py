@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from linclip_eval.__main__ import main
-from linclip_eval.report_command import write_report
+from linclip_eval.commands.report import write_report
 from linclip_eval.results import markdown_table
 
 EVIL = "<script>alert(1)</script> [x](javascript:alert(1)) ![y](z.png)"

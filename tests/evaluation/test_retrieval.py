@@ -23,7 +23,7 @@ from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.features import Features
 from linclip_eval.retrieval import RetrievalResult, rank_captions, retrieval
-from linclip_eval.retrieval_command import main
+from linclip_eval.commands.retrieval import main
 
 
 def found(data: StandInData, **options: object) -> RetrievalResult:

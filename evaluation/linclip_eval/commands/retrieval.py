@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ds_linclip.data import LabelledData
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.arguments import add_model_arguments, add_reading_arguments, model_from_arguments
+from linclip_eval.commands.arguments import add_model_arguments, add_reading_arguments, model_from_arguments
 from linclip_eval.features import Features
 from linclip_eval.plotting import COLOURS, MUTED, add_legend, dress, new_figure
 from ds_linclip.inference import EvalModel

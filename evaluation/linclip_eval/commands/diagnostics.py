@@ -16,7 +16,7 @@ from ds_linclip.config import Attention
 from ds_linclip.data import LabelledData
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.arguments import labelled
+from linclip_eval.commands.arguments import labelled
 from linclip_eval.classifier import parse_template
 from linclip_eval.diagnostics import LayerStatistic, diagnose
 from linclip_eval.diagnostics_figure import draw_diagnostics

@@ -15,7 +15,7 @@ from typing import Any
 
 from ds_linclip.config import load_config
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.arguments import add_model_arguments, model_from_arguments
+from linclip_eval.commands.arguments import add_model_arguments, model_from_arguments
 from ds_linclip.inference import EvalModel
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 from linclip_eval.zero_shot import ZeroShotResult, write_per_class_csv
