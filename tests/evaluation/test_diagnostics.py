@@ -19,13 +19,13 @@ from ds_linclip.model.attention import SelfAttention
 from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.__main__ import main
-from linclip_eval.attention_statistics import (
+from linclip_eval.diagnostics.attention_statistics import (
     attention_statistics,
     contrast_bound,
     token_similarity,
 )
-from linclip_eval.diagnostics import LayerStatistic, diagnose
-from linclip_eval.diagnostics_figure import draw_diagnostics
+from linclip_eval.diagnostics.measure import LayerStatistic, diagnose
+from linclip_eval.diagnostics.figure import draw_diagnostics
 from linclip_kernels.linear_attention.reference import linear_attention_reference
 
 FORMS = {
@@ -196,7 +196,7 @@ def test_texts_end_with_their_end(mesh):
 def test_large_matrices_are_taken_in_parts(mesh, monkeypatch):
     model, images = tiny_clip(mesh, FORMS["eq4"]), [torch.randn(3, 3, 16, 16)]
     whole = diagnose(model, images, [some_texts()])
-    monkeypatch.setattr("linclip_eval.diagnostics._CHUNK_ELEMENTS", 5 * 17**2)
+    monkeypatch.setattr("linclip_eval.diagnostics.measure._CHUNK_ELEMENTS", 5 * 17**2)
     assert diagnose(model, images, [some_texts()])[0].mean == pytest.approx(whole[0].mean)
 
 

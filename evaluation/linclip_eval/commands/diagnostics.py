@@ -18,8 +18,8 @@ from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.commands.arguments import labelled
 from linclip_eval.classifier import parse_template
-from linclip_eval.diagnostics import LayerStatistic, diagnose
-from linclip_eval.diagnostics_figure import draw_diagnostics
+from linclip_eval.diagnostics.measure import LayerStatistic, diagnose
+from linclip_eval.diagnostics.figure import draw_diagnostics
 from ds_linclip.inference import EvalModel, load_model
 from linclip_eval.results import markdown_table, write_results
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention import SelfAttention
 from ds_linclip.model.block import Block
-from linclip_eval.attention_statistics import (
+from linclip_eval.diagnostics.attention_statistics import (
     attention_statistics,
     contrast_bound,
     token_similarity,

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from linclip_eval.diagnostics import LayerStatistic
+from linclip_eval.diagnostics.measure import LayerStatistic
 from linclip_eval.plotting import COLOURS, INK, MUTED, add_legend, dress, new_figure
 
 __all__ = ["draw_diagnostics"]
@@ -27,7 +27,7 @@ _UNIFORM = {"entropy": 1.0, "contrast": 1.0, "variation": 0.0}
 
 
 def draw_diagnostics(models: Mapping[str, Sequence[LayerStatistic]]) -> Figure:
-    """Draw what :func:`linclip_eval.diagnostics.diagnose` found.
+    """Draw what :func:`linclip_eval.diagnostics.measure.diagnose` found.
 
     Args:
         models: By the names of the models.

@@ -1,0 +1,1 @@
+"""Measurements of what attention does in each layer."""
