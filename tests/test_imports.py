@@ -34,7 +34,7 @@ RESERVED = {
     "linclip_kernels": [
         *("linclip_kernels", "ds_linclip.model.attention", "launch"),
         *("linclip_eval.results", "linclip_eval.commands.runtime"),
-        "linclip_eval.runtime_subjects",
+        "linclip_eval.runtime.subjects",
     ],
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "linclip_kernels", *sys.stdlib_module_names}

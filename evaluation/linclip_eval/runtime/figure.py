@@ -18,7 +18,7 @@ from linclip_eval.plotting import (
     dress,
     new_figure,
 )
-from linclip_eval.runtime_scaling import Scaling, crossover
+from linclip_eval.runtime.fit import Scaling, crossover
 
 __all__ = ["draw_memory", "draw_times"]
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.autograd.profiler import profile
 
-from linclip_eval.runtime_scaling import Measured, Point
-from linclip_eval.runtime_subjects import ATTENTIONS, DIRECTIONS, Inputs, Subject
+from linclip_eval.runtime.fit import Measured, Point
+from linclip_eval.runtime.subjects import ATTENTIONS, DIRECTIONS, Inputs, Subject
 
 __all__ = ["Limits", "measure", "peak_bytes"]
 

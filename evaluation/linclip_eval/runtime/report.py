@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from linclip_eval.results import markdown_table, write_results
-from linclip_eval.runtime_figure import draw_memory, draw_times
-from linclip_eval.runtime_scaling import Measured, Point, Scaling, crossover
-from linclip_eval.runtime_subjects import SUBJECTS
+from linclip_eval.runtime.figure import draw_memory, draw_times
+from linclip_eval.runtime.fit import Measured, Point, Scaling, crossover
+from linclip_eval.runtime.subjects import SUBJECTS
 
 __all__ = ["write_report"]
 
