@@ -19,7 +19,7 @@ from study import run_one
 from tqdm import tqdm
 
 from ds_linclip.config import Config, load_config
-from linclip_eval.scaling_laws import UnfinishedRun, read_run
+from linclip_eval.scaling_laws.runs import UnfinishedRun, read_run
 
 #: Linear attention is Eq. 7, the default form.
 ATTENTIONS = ("softmax", "linear")

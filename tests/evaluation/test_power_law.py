@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from linclip_eval.power_law import Point, fit_scaling_law
+from linclip_eval.scaling_laws.power_law import Point, fit_scaling_law
 
 COMPUTE = np.geomspace(1e15, 1e18, 8)
 

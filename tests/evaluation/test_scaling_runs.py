@@ -6,7 +6,7 @@ import sys
 import pytest
 import scaling_runs
 
-from linclip_eval.scaling_laws import check_comparable, read_run
+from linclip_eval.scaling_laws.runs import check_comparable, read_run
 
 SMALL = ("optim.warmup_steps=2", "--widths", "32", "--steps", "8", "--seeds", "1")
 

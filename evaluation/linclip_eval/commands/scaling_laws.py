@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from linclip_eval.power_law import Interval, SaturatingLaw, ScalingLaw
+from linclip_eval.scaling_laws.power_law import Interval, SaturatingLaw, ScalingLaw
 from linclip_eval.results import markdown_table, write_results
-from linclip_eval.scaling_laws import (
+from linclip_eval.scaling_laws.runs import (
     QUANTITIES,
     Comparison,
     FinishedRun,
@@ -26,7 +26,7 @@ from linclip_eval.scaling_laws import (
     fit_laws,
     read_run,
 )
-from linclip_eval.scaling_laws_figure import draw
+from linclip_eval.scaling_laws.figure import draw
 
 __all__ = ["main"]
 

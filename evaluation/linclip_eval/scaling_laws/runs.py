@@ -18,7 +18,7 @@ import numpy as np
 
 from ds_linclip.config import Attention, Config, load_config
 from ds_linclip.model.flops import forward_flops, num_parameters, training_flops
-from linclip_eval.power_law import (
+from linclip_eval.scaling_laws.power_law import (
     Interval,
     Point,
     ScalingLaw,
@@ -227,7 +227,7 @@ def fit_laws(runs: Sequence[FinishedRun], quantity: Quantity) -> dict[Kind, Scal
     """The law of every kind of attention among the runs, softmax first.
 
     Raises:
-        ValueError: as :func:`~linclip_eval.power_law.fit_scaling_law`, naming kind and quantity.
+        ValueError: as :func:`~linclip_eval.scaling_laws.power_law.fit_scaling_law`, naming kind and quantity.
     """
     laws: dict[Kind, ScalingLaw] = {}
     kinds: tuple[Kind, ...] = ("softmax", "linear")

@@ -11,8 +11,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from linclip_eval.plotting import LINEAR, MUTED, SOFTMAX, add_legend, dress, new_figure
-from linclip_eval.power_law import ScalingLaw
-from linclip_eval.scaling_laws import QUANTITIES, FinishedRun, Kind, Quantity
+from linclip_eval.scaling_laws.power_law import ScalingLaw
+from linclip_eval.scaling_laws.runs import QUANTITIES, FinishedRun, Kind, Quantity
 
 __all__ = ["draw"]
 

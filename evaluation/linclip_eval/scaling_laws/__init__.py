@@ -1,0 +1,1 @@
+"""Power laws fitted to loss and error over compute."""
