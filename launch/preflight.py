@@ -35,7 +35,7 @@ with quick_start():
         look_at_machine,
         open_first_shards,
     )
-    from linclip_eval.held_out import HeldOutEvaluator
+    from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 
 def main() -> int:

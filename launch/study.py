@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ds_linclip.config import Config, load_config, save_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
-from linclip_eval.held_out import HeldOutEvaluator
+from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 from linclip_eval.study import Run, draw, read_runs, summarise, to_markdown
 
 #: Attention of both towers; what is not named keeps its default.

@@ -28,7 +28,7 @@ with quick_start():
     from ds_linclip.resilience.preemption import Preempted
     from ds_linclip.trainer import TrainResult, train
     from ds_linclip.resilience.watchdog import watched
-    from linclip_eval.held_out import HeldOutEvaluator
+    from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 
 def main() -> int:

@@ -99,7 +99,7 @@ def test_package_keeps_the_import_rule(package):
     [
         ("linclip_kernels.linear_attention.eager", "import numpy as np"),
         ("linclip_kernels.linear_attention", "from ds_linclip.config import Attention"),
-        ("ds_linclip.trainer", "import linclip_eval.zero_shot"),
+        ("ds_linclip.trainer", "import linclip_eval.zero_shot.evaluate"),
         ("ds_linclip.checkpoint", "from launch import train"),
         ("ds_linclip.config", "from .model import CLIP"),
         ("ds_linclip.config", "import linclip_kernels"),
@@ -109,9 +109,9 @@ def test_package_keeps_the_import_rule(package):
         ("ds_linclip.loss.contrastive", "def f():\n    from ds_linclip.data.batches import Batch"),
         ("ds_linclip.trainer", "if True:\n    import deepspeed.comm as dist"),
         ("ds_linclip.model.block", "from megatron.core import tensor_parallel"),
-        ("linclip_eval.zero_shot", "from ds_linclip.parallel.mesh import Mesh"),
-        ("linclip_eval.zero_shot", "from ds_linclip import model"),
-        ("linclip_eval.zero_shot", "import ds_linclip.trainer"),
+        ("linclip_eval.zero_shot.evaluate", "from ds_linclip.parallel.mesh import Mesh"),
+        ("linclip_eval.zero_shot.evaluate", "from ds_linclip import model"),
+        ("linclip_eval.zero_shot.evaluate", "import ds_linclip.trainer"),
         ("linclip_eval.study", "import launch.train"),
         ("launch.train", "import deepspeed"),
     ],
@@ -130,8 +130,8 @@ def test_checker_finds_a_violation(module, source):
         ("ds_linclip.model.attention", "from linclip_kernels import linear_attention"),
         ("ds_linclip.model.towers", "from ..config import VisionTower\nfrom .block import Block"),
         ("ds_linclip.trainer", "from .data import Batch\nfrom ds_linclip.dataset import x"),
-        ("linclip_eval.zero_shot", "from ds_linclip.data import LabelledData"),
-        ("launch.train", "from ds_linclip.trainer import train\nimport linclip_eval.zero_shot"),
+        ("linclip_eval.zero_shot.evaluate", "from ds_linclip.data import LabelledData"),
+        ("launch.train", "from ds_linclip.trainer import train\nimport linclip_eval.zero_shot.evaluate"),
     ],
 )
 def test_checker_allows_what_the_rule_allows(module, source):

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from linclip_eval.features import Features, best_ranks, similarities
-from linclip_eval.zero_shot import likeliest
+from linclip_eval.zero_shot.evaluate import likeliest
 
 __all__ = ["Accuracy", "LinearProbe", "ProbeFit", "knn", "linear_probe"]
 

@@ -5,7 +5,7 @@ from collections import Counter
 import open_clip
 import pytest
 
-from linclip_eval.class_lists import IMAGENET_LISTS, imagenet_classes, is_ancestor
+from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, imagenet_classes, is_ancestor
 
 SIZES = {
     "imagenet-22k": 21_841,

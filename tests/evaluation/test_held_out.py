@@ -22,8 +22,8 @@ from ds_linclip.data import EvalTransform
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
-from linclip_eval.held_out import HeldOutEvaluator
-from linclip_eval.zero_shot_task import ZeroShotTask
+from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
+from linclip_eval.zero_shot.task import ZeroShotTask
 
 EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

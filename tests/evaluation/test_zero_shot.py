@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_linclip.parallel.spawn import run_ranks
-from linclip_eval.class_lists import ClassList
-from linclip_eval.classifier import ClassifierCache, build_classifier
-from linclip_eval.zero_shot import ZeroShotResult, likeliest, write_per_class_csv, zero_shot
+from linclip_eval.zero_shot.class_lists import ClassList
+from linclip_eval.zero_shot.classifier import ClassifierCache, build_classifier
+from linclip_eval.zero_shot.evaluate import ZeroShotResult, likeliest, write_per_class_csv, zero_shot
 
 CLASSNAMES = [
     *("tench", "goldfish", "great white shark", "hammerhead", "electric ray", "stingray"),

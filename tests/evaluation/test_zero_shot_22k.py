@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from synset_folders import write_hub_folder, write_images
 
-from linclip_eval.class_lists import imagenet_classes
+from linclip_eval.zero_shot.class_lists import imagenet_classes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 REPOSITORY = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from ds_linclip.config import load_config
 from ds_linclip.data.prepare.make_shards import make_scenes
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
-from linclip_eval.class_lists import imagenet_classes
+from linclip_eval.zero_shot.class_lists import imagenet_classes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 REPOSITORY = Path(__file__).parents[2]

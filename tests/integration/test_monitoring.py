@@ -40,7 +40,7 @@ from ds_linclip.monitoring.trackers import wandb_run
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.trainer import train
-from linclip_eval.held_out import HeldOutEvaluator
+from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 pytestmark = pytest.mark.distributed
 REPOSITORY = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ds_linclip.data import LabelledData
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.commands.arguments import add_model_arguments, add_reading_arguments, model_from_arguments
-from linclip_eval.class_lists import IMAGENET_LISTS, imagenet_classes
+from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, imagenet_classes
 from linclip_eval.features import Features, extract_features
 from linclip_eval.plotting import LINEAR, MUTED, add_legend, dress, new_figure
 from ds_linclip.inference import EvalModel

@@ -18,8 +18,8 @@ from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.commands.arguments import add_model_arguments, model_from_arguments
 from ds_linclip.inference import EvalModel
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
-from linclip_eval.zero_shot import ZeroShotResult, write_per_class_csv
-from linclip_eval.zero_shot_task import ZeroShotTask, add_task_arguments
+from linclip_eval.zero_shot.evaluate import ZeroShotResult, write_per_class_csv
+from linclip_eval.zero_shot.task import ZeroShotTask, add_task_arguments
 
 __all__ = ["main"]
 

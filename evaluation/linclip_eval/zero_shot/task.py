@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 
 from ds_linclip.data import EvalTransform, LabelledData
 from linclip_eval.commands.arguments import add_reading_arguments
-from linclip_eval.class_lists import IMAGENET_LISTS, ClassList, NamePolicy, imagenet_classes
-from linclip_eval.classifier import (
+from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, ClassList, NamePolicy, imagenet_classes
+from linclip_eval.zero_shot.classifier import (
     ClassifierCache,
     Template,
     build_classifier,
@@ -23,7 +23,7 @@ from linclip_eval.classifier import (
 )
 from ds_linclip.inference import EvalModel
 from ds_linclip.process.consensus import check_alike, from_first_rank
-from linclip_eval.zero_shot import ZeroShotResult, zero_shot
+from linclip_eval.zero_shot.evaluate import ZeroShotResult, zero_shot
 
 __all__ = ["Encoders", "ZeroShotTask", "add_task_arguments"]
 

@@ -10,7 +10,7 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
 from linclip_eval.plotting import INK, MUTED, new_figure
-from linclip_eval.zero_shot import Prediction
+from linclip_eval.zero_shot.evaluate import Prediction
 
 __all__ = ["draw_predictions"]
 

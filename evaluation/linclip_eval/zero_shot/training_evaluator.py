@@ -10,8 +10,8 @@ from open_clip.transform import PreprocessCfg
 
 from ds_linclip.config import Config
 from ds_linclip.data import EvalTransform
-from linclip_eval.zero_shot import ZeroShotResult
-from linclip_eval.zero_shot_task import Encoders, ZeroShotTask
+from linclip_eval.zero_shot.evaluate import ZeroShotResult
+from linclip_eval.zero_shot.task import Encoders, ZeroShotTask
 
 __all__ = ["HeldOutEvaluator"]
 
@@ -90,7 +90,7 @@ class HeldOutEvaluator:
         result = self.score(model)
         if result.predictions:
             # Imported by the one rank that draws: matplotlib takes each half a second.
-            from linclip_eval.figures import draw_predictions
+            from linclip_eval.zero_shot.figures import draw_predictions
 
             writer.figure(step, "eval/predictions", draw_predictions(result.predictions))
         return {"eval/zeroshot_top1": result.topk(1), "eval/zeroshot_top5": result.topk(5)}

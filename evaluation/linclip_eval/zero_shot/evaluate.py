@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
-from linclip_eval.class_lists import ClassList, is_ancestor
+from linclip_eval.zero_shot.class_lists import ClassList, is_ancestor
 from linclip_eval.protocols import ImageBatch, ImageSet
 from ds_linclip.process.consensus import on_all_ranks
 

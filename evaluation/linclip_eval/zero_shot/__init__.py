@@ -1,0 +1,1 @@
+"""Zero-shot classification: class lists, text classifiers, scores."""
