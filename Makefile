@@ -52,12 +52,12 @@ docs-check: $(STAMP)
 # Every evaluation on the embedded data, in small, as one page: runs/report/report.html (15 minutes
 # on two idle cores).
 report: $(STAMP) | data/embedded
-	$(BIN)/python launch/report.py
+	$(BIN)/python experiments/report.py
 
 # The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores. Runs recorded
 # in docs/results/convergence are shown and not repeated.
 study: $(STAMP) | data/embedded
-	$(BIN)/python launch/study.py docs/results/convergence train.global_batch_size=64 train.steps=400
+	$(BIN)/python experiments/convergence.py docs/results/convergence train.global_batch_size=64 train.steps=400
 
 # Kills, signals, full disks, hangs: all of them; make test has a part (15 minutes).
 test-faults: $(STAMP)

@@ -112,7 +112,7 @@ def test_package_keeps_the_import_rule(package):
         ("linclip_eval.zero_shot.evaluate", "from ds_linclip.parallel.mesh import Mesh"),
         ("linclip_eval.zero_shot.evaluate", "from ds_linclip import model"),
         ("linclip_eval.zero_shot.evaluate", "import ds_linclip.trainer"),
-        ("linclip_eval.study", "import launch.train"),
+        ("experiments.convergence_report", "import launch.train"),
         ("launch.train", "import deepspeed"),
     ],
 )

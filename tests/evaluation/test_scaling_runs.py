@@ -4,7 +4,7 @@ import shutil
 import sys
 
 import pytest
-import scaling_runs
+from experiments import scaling_runs
 
 from linclip_eval.scaling_laws.runs import check_comparable, read_run
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from matplotlib.collections import PathCollection
 
-from linclip_eval.study import Run, draw, read_runs, summarise, to_markdown
+from experiments.convergence_report import Run, draw, read_runs, summarise, to_markdown
 
 
 def run(variant: str, seed: int, top1: float, num_tokens: int = 65) -> Run:

@@ -1,4 +1,4 @@
-"""Every evaluation on the embedded data, in small, as one page: ``python launch/report.py``.
+"""Every evaluation on the embedded data, in small, as one page: ``python experiments/report.py``.
 
 Trains the runs of scaling_runs.py, asks the largest softmax and the largest linear one everything
 that linclip-eval can ask, and puts the answers together in OUTPUT_FOLDER/report.html. What is there
@@ -61,7 +61,7 @@ def main() -> int:
     }
     try:
         sizes = ["--widths", *WIDTHS, "--steps", *STEPS, "--seeds", options.seeds]
-        _run(["launch/scaling_runs.py", out, *sizes])
+        _run(["experiments/scaling_runs.py", out, *sizes])
         _write_domains(out / "domains")
         for name, stage in tqdm(stages.items(), "evaluations", unit="evaluation"):
             command = ["-m", "linclip_eval", *map(str, stage), "--out", str(out / name)]

@@ -1,0 +1,1 @@
+"""Studies that train several models; run from the repository's root."""
