@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from linclip_kernels import linear_attention, linear_attention_reference
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
-from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.variant import Form
 from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
 
 TOKENS = (77, 197, 577, 1025, 4096, 16_384, 65_536, 262_144, 2**20, 2**22)

@@ -1,6 +1,6 @@
 """Linear attention: one function, its two halves, several ways to compute it."""
 
-from linclip_kernels.linear_attention.operator import linear_attention
+from linclip_kernels.linear_attention.op import linear_attention
 from linclip_kernels.linear_attention.reference import linear_attention_reference
 from linclip_kernels.linear_attention.state import (
     linear_attention_from_state,

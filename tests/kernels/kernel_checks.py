@@ -18,7 +18,7 @@ from linclip_kernels import (
     linear_attention_reference,
     linear_attention_state,
 )
-from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.variant import Form
 from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -29,8 +29,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from linclip_kernels import linear_attention, linear_attention_reference
-from linclip_kernels.linear_attention import eager
-from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention import torch_backend
+from linclip_kernels.linear_attention.variant import Form
 
 CAUSAL = {name: form for name, form in FORMS.items() if form.get("causal")}
 LENGTHS = (1, 2, 15, 63, 77, 197, 500, 577, 1025)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
-from linclip_kernels.linear_attention import eager
+from linclip_kernels.linear_attention import torch_backend
 
 BIDIRECTIONAL = {
     name: form for name, form in {**FORMS, **MAP_FORMS}.items() if not form.get("causal")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linclip_kernels.linear_attention import causal, noncausal
-from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.variant import Form
 from linclip_kernels.linear_attention.resources import (
     SHARED_MEMORY,
     Case,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linclip_kernels.linear_attention import causal, noncausal
-from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.variant import Form
 from linclip_kernels.linear_attention.split import (
     Call,
     Split,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linclip_kernels.linear_attention.form import DENOMINATOR_EPS, NORM_EPS, Form
+from linclip_kernels.linear_attention.variant import DENOMINATOR_EPS, NORM_EPS, Form
 
 __all__ = ["ATOL", "attend", "linear_attention_reference", "relative_rms"]
 

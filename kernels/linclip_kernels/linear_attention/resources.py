@@ -21,7 +21,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from linclip_kernels.linear_attention import causal, noncausal
-from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.variant import Form
 from linclip_kernels.linear_attention.split import Call, Chip, Launch, max_value_block, split_tokens
 
 __all__ = ["Case", "Usage", "cases", "compile_launch", "measure"]

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention.variant import Form
 
 __all__ = [
     "Call",

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linclip_kernels.linear_attention import eager
-from linclip_kernels.linear_attention.checks import (
+from linclip_kernels.linear_attention import torch_backend
+from linclip_kernels.linear_attention.validation import (
     Backend,
     FeatureMap,
     cast_for_autocast,
@@ -22,8 +22,8 @@ from linclip_kernels.linear_attention.checks import (
     takes_triton,
     without_autocast,
 )
-from linclip_kernels.linear_attention.form import Form
-from linclip_kernels.linear_attention.quadratic import apply_quadratic_state, sum_quadratic_keys
+from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.quadratic_map import apply_quadratic_state, sum_quadratic_keys
 
 __all__ = ["linear_attention_from_state", "linear_attention_state"]
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linclip_kernels.linear_attention import form as forms
-from linclip_kernels.linear_attention.form import Form
+from linclip_kernels.linear_attention import variant as forms
+from linclip_kernels.linear_attention.variant import Form
 from linclip_kernels.linear_attention.split import Launch, Split
 
 __all__ = ["combine_states", "sum_states"]

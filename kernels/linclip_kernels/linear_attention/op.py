@@ -9,8 +9,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from linclip_kernels.linear_attention import eager
-from linclip_kernels.linear_attention.checks import (
+from linclip_kernels.linear_attention import torch_backend
+from linclip_kernels.linear_attention.validation import (
     Backend,
     FeatureMap,
     cast_for_autocast,
@@ -21,8 +21,8 @@ from linclip_kernels.linear_attention.checks import (
     takes_triton,
     without_autocast,
 )
-from linclip_kernels.linear_attention.form import Form
-from linclip_kernels.linear_attention.quadratic import attend_quadratic
+from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.quadratic_map import attend_quadratic
 
 __all__ = ["linear_attention"]
 

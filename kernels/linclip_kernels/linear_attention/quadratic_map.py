@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from linclip_kernels.linear_attention.form import NORM_EPS, Form
+from linclip_kernels.linear_attention.variant import NORM_EPS, Form
 
 __all__ = [
     "apply_quadratic_state",

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from linclip_kernels.linear_attention.quadratic import num_quadratic_features
+from linclip_kernels.linear_attention.quadratic_map import num_quadratic_features
 
 __all__ = [
     "Backend",
