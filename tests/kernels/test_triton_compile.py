@@ -5,16 +5,18 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from linclip_kernels.linear_attention import causal, noncausal
+from linclip_kernels.linear_attention.triton_backend import causal
+
+from linclip_kernels.linear_attention.triton_backend import bidirectional
 from linclip_kernels.linear_attention.variant import Form
-from linclip_kernels.linear_attention.resources import (
+from linclip_kernels.linear_attention.triton_backend.resources import (
     SHARED_MEMORY,
     Case,
     cases,
     compile_launch,
     measure,
 )
-from linclip_kernels.linear_attention.split import Call, Chip, max_value_block, split_tokens
+from linclip_kernels.linear_attention.triton_backend.partition import Call, Chip, max_value_block, split_tokens
 
 #: Bytes per thread; the assembler keeps that little outside registers where it gains a block by it.
 NEGLIGIBLE_STACK = 16

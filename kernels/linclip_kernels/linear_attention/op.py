@@ -172,7 +172,7 @@ def _forward(
     with without_autocast(q.device):
         if use_triton:
             # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
-            from linclip_kernels.linear_attention import fused
+            from linclip_kernels.linear_attention.triton_backend import backend
 
             implementation = fused.forward
         else:
@@ -205,7 +205,7 @@ def _backward(
     inputs = (q, k, v, initial, boundaries, form)
     with without_autocast(q.device):
         if use_triton:
-            from linclip_kernels.linear_attention import fused
+            from linclip_kernels.linear_attention.triton_backend import backend
 
             kept = None if state is None or not state.numel() else state
             d_q, d_k, d_v, d_initial = fused.backward(*inputs, kept, grad, grad_state)

@@ -171,7 +171,7 @@ def _implementation(use_triton: bool) -> Any:
     if not use_triton:
         return eager
     # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
-    from linclip_kernels.linear_attention import fused
+    from linclip_kernels.linear_attention.triton_backend import backend
 
     return fused
 

@@ -1,6 +1,6 @@
 """What every kernel takes from the chip, read from cubins compiled here; no GPU is needed.
 
-python -m linclip_kernels.linear_attention.resources
+python -m linclip_kernels.linear_attention.triton_backend.resources
 """
 
 import argparse
@@ -20,9 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from linclip_kernels.linear_attention import causal, noncausal
+from linclip_kernels.linear_attention.triton_backend import causal
+
+from linclip_kernels.linear_attention.triton_backend import bidirectional
 from linclip_kernels.linear_attention.variant import Form
-from linclip_kernels.linear_attention.split import Call, Chip, Launch, max_value_block, split_tokens
+from linclip_kernels.linear_attention.triton_backend.partition import Call, Chip, Launch, max_value_block, split_tokens
 
 __all__ = ["Case", "Usage", "cases", "compile_launch", "measure"]
 

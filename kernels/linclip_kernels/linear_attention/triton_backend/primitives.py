@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention import variant as forms
 from linclip_kernels.linear_attention.variant import Form
-from linclip_kernels.linear_attention.split import Launch, Split
+from linclip_kernels.linear_attention.triton_backend.partition import Launch, Split
 
 __all__ = ["combine_states", "sum_states"]
 

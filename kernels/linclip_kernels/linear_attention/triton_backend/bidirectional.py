@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from linclip_kernels.linear_attention.variant import Form
-from linclip_kernels.linear_attention.split import Call, Launch, Split
-from linclip_kernels.linear_attention.tiles import (
+from linclip_kernels.linear_attention.triton_backend.partition import Call, Launch, Split
+from linclip_kernels.linear_attention.triton_backend.primitives import (
     LENGTHS,
     at_head,
     combine_states,

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linclip_kernels.linear_attention import causal, noncausal
+from linclip_kernels.linear_attention.triton_backend import causal
+
+from linclip_kernels.linear_attention.triton_backend import bidirectional
 from linclip_kernels.linear_attention.variant import Form
-from linclip_kernels.linear_attention.split import (
+from linclip_kernels.linear_attention.triton_backend.partition import (
     Call,
     Split,
     max_value_block,
