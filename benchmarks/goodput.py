@@ -1,6 +1,6 @@
 """What failures cost: ``python benchmarks/goodput.py [--minutes 30] [key=value ...]``.
 
-Trains the embedded model on two gloo ranks under ``launch/supervise.py``, and kills a rank, now and
+Trains the embedded model on two gloo ranks under ``launch/linclip_launch/supervise.py``, and kills a rank, now and
 then the launcher, at random times. Then reports, for every kill, the seconds until the next step
 was done and how many steps were done again; and of the whole run goodput, the share of its time
 that went into steps that counted, and whether every step and every sample was counted once. Exit
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import matplotlib.pyplot as plt
-from process_tree import is_running, launcher_and_ranks
+from linclip_launch.process_tree import is_running, launcher_and_ranks
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards

@@ -6,7 +6,7 @@ __all__ = ["ExitCode"]
 
 
 class ExitCode(IntEnum):
-    """Exit codes of ``launch/train.py``, the same on all ranks; ``launch/preflight.py`` ends with
+    """Exit codes of ``launch/linclip_launch/train.py``, the same on all ranks; ``launch/linclip_launch/preflight.py`` ends with
     0, ready to train, or 2."""
 
     FINISHED = 0

@@ -132,7 +132,7 @@ def test_plain_deepspeed_with_pdsh_starts_the_same_ranks(hosts, overrides, whole
     sent.write_text("".join(f"{key}={value}\n" for key, value in ENVIRONMENT.items()))
     done = hosts.run(
         *("node1", Path(sys.executable).with_name("deepspeed"), "--hostfile", hosts.hostfile()),
-        *("launch/train.py", tmp_path / "config.yaml"),
+        *("launch/linclip_launch/train.py", tmp_path / "config.yaml"),
         cwd=REPOSITORY,
         **ENVIRONMENT,
         DS_ENV_FILE=str(sent),

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import preflight
+from linclip_launch import preflight
 import pytest
 from forked_ranks import train_in_ranks
 from two_hosts import TwoHosts

@@ -1,4 +1,4 @@
-"""Runs under ``launch/supervise.py`` that are killed, and end as if nothing had happened."""
+"""Runs under ``launch/linclip_launch/supervise.py`` that are killed, and end as if nothing had happened."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from forked_ranks import train_in_ranks
 from killed_runs import batches
-from process_tree import below, is_running, launcher_and_ranks
+from linclip_launch.process_tree import below, is_running, launcher_and_ranks
 
 from ds_linclip.config import load_config
 from ds_linclip.process.exit_codes import ExitCode

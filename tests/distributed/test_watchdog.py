@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from process_tree import is_running
+from linclip_launch.process_tree import is_running
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.model import CLIP

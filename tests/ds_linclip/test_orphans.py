@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from process_tree import below, is_running
+from linclip_launch.process_tree import below, is_running
 
 pytestmark = [
     pytest.mark.faults,

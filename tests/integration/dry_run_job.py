@@ -1,4 +1,4 @@
-"""Calls ``launch/train.py`` with every list of arguments that standard input holds as JSON, in one
+"""Calls ``launch/linclip_launch/train.py`` with every list of arguments that standard input holds as JSON, in one
 process; prints [exit code, what it printed, its errors] of each as JSON."""
 
 import contextlib
@@ -6,7 +6,7 @@ import io
 import json
 import sys
 
-import train
+from linclip_launch import train
 
 
 def call(arguments: list[str]) -> tuple[int, str, str]:

@@ -26,8 +26,8 @@ PAGES = [page for page in PAGES if page.name != "experiments.md"]
 #: What a block says that cannot be run here; and what stands for commands that take long.
 NEEDS = re.compile(r"^# needs (a cluster|\d+ GPUs|docker|the web)", re.IGNORECASE | re.MULTILINE)
 INSTEAD = [
-    (re.compile(r"^deepspeed (?:--\S+ \S+ )*launch/train.py (.*)$", re.MULTILINE),
-     r"python launch/train.py \1 --dry-run --devices 64"),
+    (re.compile(r"^deepspeed (?:--\S+ \S+ )*launch/linclip_launch/train.py (.*)$", re.MULTILINE),
+     r"python launch/linclip_launch/train.py \1 --dry-run --devices 64"),
     (re.compile(r"^make (data/embedded)$", re.MULTILINE), r"ds-linclip make-shards digits \1"),
     (re.compile(r"^make ", re.MULTILINE), ": make "),  # tests/test_docs.py asks for them
     (re.compile(r"^tensorboard .*", re.MULTILINE), r"timeout 20 \g<0> || [ $? = 124 ]"),  # goes on

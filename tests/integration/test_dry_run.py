@@ -1,4 +1,4 @@
-"""``launch/train.py --dry-run`` for machines that are not there: figures, one error per mistake."""
+"""``launch/linclip_launch/train.py --dry-run`` for machines that are not there: figures, one error per mistake."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """``linclip-eval probe``: nearest neighbours and a linear probe on frozen image features.
 
-Over several processes, ``deepspeed launch/eval.py probe ...``, images are shared out; the first
+Over several processes, ``deepspeed launch/linclip_launch/eval.py probe ...``, images are shared out; the first
 process then fits the classifiers alone.
 """
 

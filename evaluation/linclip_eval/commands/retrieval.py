@@ -1,7 +1,7 @@
 """``linclip-eval retrieval``: find the captions of images, and the images of captions.
 
 An image may have several captions, one per line of its text. Over several processes:
-``deepspeed launch/eval.py retrieval ...``.
+``deepspeed launch/linclip_launch/eval.py retrieval ...``.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """``linclip-eval zero-shot``: score a model on held-out classes, ImageNet-21K's among them.
 
-Over several processes: ``deepspeed launch/eval.py zero-shot ...``. A run that was cut off goes on
+Over several processes: ``deepspeed launch/linclip_launch/eval.py zero-shot ...``. A run that was cut off goes on
 where it was when it is started again with the same arguments.
 """
 

@@ -1,4 +1,4 @@
-"""Run an evaluation over several processes: ``deepspeed launch/eval.py COMMAND ...``.
+"""Run an evaluation over several processes: ``deepspeed launch/linclip_launch/eval.py COMMAND ...``.
 
 The commands are those of ``linclip-eval``. Exit codes as in train.py.
 """

@@ -1,7 +1,7 @@
 """Train, and start again from the newest checkpoint whenever the run fails:
-``python launch/supervise.py [--ranks N | --hostfile FILE | --launch COMMAND] CONFIG.yaml ...``.
+``python launch/linclip_launch/supervise.py [--ranks N | --hostfile FILE | --launch COMMAND] CONFIG.yaml ...``.
 
-Runs ``deepspeed launch/train.py CONFIG.yaml key=value ...``: on this machine, on the hosts of a
+Runs ``deepspeed launch/linclip_launch/train.py CONFIG.yaml key=value ...``: on this machine, on the hosts of a
 file through ssh, with ``--node-rank`` this host's part alone; or what another launcher runs. Does
 not start again what finished (0), what the user must mend (2), what diverged (3) and what was asked
 to leave (75); passes that exit code on. Exit code 1: gave up after too many restarts, or nothing
@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from process_tree import group_is_running, launcher_and_ranks
-from remote_hosts import RemoteHosts
+from linclip_launch.process_tree import group_is_running, launcher_and_ranks
+from linclip_launch.remote_hosts import RemoteHosts
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.process.exit_codes import ExitCode
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--launch",
         metavar="COMMAND",
-        help="runs the ranks of launch/train.py instead of deepspeed, srun for instance",
+        help="runs the ranks of launch/linclip_launch/train.py instead of deepspeed, srun for instance",
     )
     parser.add_argument("--include", default="", help="hosts and slots: node1@node2:0,1")
     parser.add_argument("--exclude", default="", help="all but these, written alike")

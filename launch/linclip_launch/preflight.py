@@ -1,5 +1,5 @@
-"""Check every node before a run: ``deepspeed --hostfile HOSTS launch/preflight.py CONFIG.yaml
-key=value ...`` with the config and the overrides of the training; ``python launch/preflight.py
+"""Check every node before a run: ``deepspeed --hostfile HOSTS launch/linclip_launch/preflight.py CONFIG.yaml
+key=value ...`` with the config and the overrides of the training; ``python launch/linclip_launch/preflight.py
 CONFIG.yaml`` for one process.
 
 Prints one table. Exit codes: 0, ready to train; 2, something that a person must mend.

@@ -1,4 +1,4 @@
-"""Train CLIP: ``deepspeed launch/train.py CONFIG.yaml key=value ...``.
+"""Train CLIP: ``deepspeed launch/linclip_launch/train.py CONFIG.yaml key=value ...``.
 
 With ``--dry-run`` nothing is started: the layout is printed, with the memory of every rank, steps
 per epoch, the time of a step and the size of a checkpoint, for the devices that are named.

@@ -1,0 +1,1 @@
+"""Programs that launchers start: training, evaluation, preflight, supervision."""
