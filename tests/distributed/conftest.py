@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from two_hosts import TwoHosts, two_hosts
+from helpers.two_hosts import TwoHosts, two_hosts
 
 
 @pytest.fixture

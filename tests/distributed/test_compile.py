@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from forked_ranks import train_in_ranks
+from helpers.forked_ranks import train_in_ranks
 
 from ds_linclip.config import load_config
 

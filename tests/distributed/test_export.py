@@ -5,7 +5,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from forked_ranks import train_in_ranks
+from helpers.forked_ranks import train_in_ranks
 from safetensors.torch import load_file
 
 from ds_linclip.checkpoint import load_weights

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
-from saves_that_die import calls_of_second_save, die_in_second_save
+from helpers.saves_that_die import calls_of_second_save, die_in_second_save
 
 from ds_linclip.config import Config, load_config, save_config
 from ds_linclip.process.exit_codes import ExitCode

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import train_in_ranks
+from helpers.forked_ranks import train_in_ranks
 from torch import Tensor
 
 from ds_linclip.config import ParallelConfig, load_config

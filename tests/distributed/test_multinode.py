@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked_ranks import train_in_ranks
-from killed_runs import batches, losses, stands_beyond, wait_until
-from two_hosts import TwoHosts
+from helpers.forked_ranks import train_in_ranks
+from helpers.killed_runs import batches, losses, stands_beyond, wait_until
+from helpers.two_hosts import TwoHosts
 
 from ds_linclip.config import load_config, save_config
 from ds_linclip.process.exit_codes import ExitCode

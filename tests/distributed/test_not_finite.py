@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-import not_finite_job as job
+from helpers import not_finite_job as job
 import pytest
 from safetensors.torch import load_file
 

@@ -2,7 +2,7 @@
 
 import json
 
-import optimizer_job as toy
+from helpers import optimizer_job as toy
 import pytest
 
 from ds_linclip.engine.ema import ema_weights

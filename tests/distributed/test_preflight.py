@@ -11,8 +11,8 @@ from typing import Any
 
 from linclip_launch import preflight
 import pytest
-from forked_ranks import train_in_ranks
-from two_hosts import TwoHosts
+from helpers.forked_ranks import train_in_ranks
+from helpers.two_hosts import TwoHosts
 
 from ds_linclip.config import load_config
 from ds_linclip.parallel.spawn import run_ranks

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from recompute_job import all_measures
+from helpers.recompute_job import all_measures
 
 from ds_linclip.config import ParallelConfig
 from ds_linclip.parallel.spawn import run_ranks

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import train_in_ranks
+from helpers.forked_ranks import train_in_ranks
 
 from ds_linclip.checkpoint import load_weights
 from ds_linclip.config import Config, load_config

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from forked_ranks import train_in_ranks
-from killed_runs import batches, losses, stands_beyond, wait_until
-from two_hosts import TwoHosts, two_hosts
+from helpers.forked_ranks import train_in_ranks
+from helpers.killed_runs import batches, losses, stands_beyond, wait_until
+from helpers.two_hosts import TwoHosts, two_hosts
 
 from ds_linclip.config import load_config
 from ds_linclip.resilience.restart_policy import newest_step

@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from killed_runs import batches, losses, ranks_below
+from helpers.killed_runs import batches, losses, ranks_below
 from PIL import Image
 
 from ds_linclip.config import Config, load_config

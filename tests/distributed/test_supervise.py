@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from forked_ranks import train_in_ranks
-from killed_runs import batches
+from helpers.forked_ranks import train_in_ranks
+from helpers.killed_runs import batches
 from linclip_launch.process_tree import below, is_running, launcher_and_ranks
 
 from ds_linclip.config import load_config

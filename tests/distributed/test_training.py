@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import training_job
+from helpers import training_job
 from safetensors.torch import load_file
 
 from ds_linclip.checkpoint import CheckpointStore

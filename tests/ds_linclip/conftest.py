@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from misbehaving_server import MisbehavingServer
-from stored_content import make_storage
+from helpers.misbehaving_server import MisbehavingServer
+from helpers.stored_content import make_storage
 
 from ds_linclip.data.remote.filesystem import Storage
 

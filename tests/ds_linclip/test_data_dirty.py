@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from training_shards import (
+from helpers.training_shards import (
     BATCH,
     NUM_SAMPLES,
     NUM_SHARDS,

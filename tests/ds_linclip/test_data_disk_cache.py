@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from misbehaving_server import Answer, Handler, MisbehavingServer, status, whole
+from helpers.misbehaving_server import Answer, Handler, MisbehavingServer, status, whole
 
 from ds_linclip.config import CacheConfig, NetworkConfig
 from ds_linclip.data.remote.cache import CacheError

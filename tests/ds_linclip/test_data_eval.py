@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from labelled_folders import (
+from helpers.labelled_folders import (
     CAT,
     CLASSES,
     FORMS,
@@ -26,7 +26,7 @@ from labelled_folders import (
 )
 from open_clip.transform import PreprocessCfg, image_transform
 from PIL import Image
-from tar_files import write_tar
+from helpers.tar_files import write_tar
 
 from ds_linclip.data import EvalTransform, LabelledBatch
 from ds_linclip.data.prepare.make_shards import make_scenes

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from labelled_folders import (
+from helpers.labelled_folders import (
     CAT,
     CLASSES,
     DOG,
@@ -20,7 +20,7 @@ from labelled_folders import (
     write_folder,
     write_form,
 )
-from tar_files import write_tar
+from helpers.tar_files import write_tar
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

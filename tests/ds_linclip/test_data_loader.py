@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from training_shards import (
+from helpers.training_shards import (
     BATCH,
     NUM_SAMPLES,
     NUM_SHARDS,

@@ -10,9 +10,9 @@ from typing import Any
 
 import boto3
 import pytest
-from misbehaving_server import FtpServer, MisbehavingServer, status, whole
+from helpers.misbehaving_server import FtpServer, MisbehavingServer, status, whole
 from moto.server import ThreadedMotoServer
-from stored_content import CONTENT, HALF, OTHER, content_of
+from helpers.stored_content import CONTENT, HALF, OTHER, content_of
 
 from ds_linclip.data.remote.filesystem import (
     RemoteError,

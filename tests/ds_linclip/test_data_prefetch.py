@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from misbehaving_server import MisbehavingServer, endless_zeros, status, whole
-from stored_content import CONTENT, content_of, copies, make_storage, wait_for
+from helpers.misbehaving_server import MisbehavingServer, endless_zeros, status, whole
+from helpers.stored_content import CONTENT, content_of, copies, make_storage, wait_for
 
 from ds_linclip.data.remote.filesystem import Storage
 

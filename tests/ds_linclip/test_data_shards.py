@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from misbehaving_server import MisbehavingServer, status, whole
-from tar_files import members_of, write_tar
+from helpers.misbehaving_server import MisbehavingServer, status, whole
+from helpers.tar_files import members_of, write_tar
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data import Storage, find_shards

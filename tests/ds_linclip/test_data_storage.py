@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from misbehaving_server import MisbehavingServer, status, whole
-from stored_content import CONTENT, HALF, OTHER, content_of, copies, make_storage
+from helpers.misbehaving_server import MisbehavingServer, status, whole
+from helpers.stored_content import CONTENT, HALF, OTHER, content_of, copies, make_storage
 
 from ds_linclip.config import CacheConfig, NetworkConfig
 from ds_linclip.data.remote.filesystem import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from tar_files import members_of, write_tar
+from helpers.tar_files import members_of, write_tar
 
 from ds_linclip.data.tar_index import BadSample, OpenShard
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from stored_checkpoints import random_weights, split_dims, write_checkpoint
+from helpers.stored_checkpoints import random_weights, split_dims, write_checkpoint
 from torch import Tensor
 
 from ds_linclip.checkpoint import load_weights

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from open_clip_train.train import get_clip_metrics
 from PIL import Image
-from stand_in_data import StandInData, random_data, tiny_clip, tokenizer
+from helpers.stand_in_data import StandInData, random_data, tiny_clip, tokenizer
 
 from ds_linclip.config import ModelConfig, TextTower, VisionTower
 from ds_linclip.data.prepare.make_shards import make_scenes

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from synset_folders import write_hub_folder, write_images
+from helpers.synset_folders import write_hub_folder, write_images
 
 from linclip_eval.zero_shot.class_lists import imagenet_classes
 

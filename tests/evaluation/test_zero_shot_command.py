@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from synset_folders import write_hub_folder, write_images
+from helpers.synset_folders import write_hub_folder, write_images
 
 from linclip_eval.__main__ import main
 

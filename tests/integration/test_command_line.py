@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import webdataset
-from dirty_shards import write_dirty_shards
+from helpers.dirty_shards import write_dirty_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.distributed

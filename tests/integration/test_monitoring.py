@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dirty_shards import write_dirty_shards
+from helpers.dirty_shards import write_dirty_shards
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import (
+from helpers.kernel_checks import (
     FORMS,
     MAP_FORMS,
     check_against_definition,

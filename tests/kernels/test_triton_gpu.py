@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import FORMS, check_against_definition, make_inputs, relative_rms, with_gradients
+from helpers.kernel_checks import FORMS, check_against_definition, make_inputs, relative_rms, with_gradients
 from triton_cases import *  # noqa: F403
 
 from linclip_kernels import linear_attention

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from kernel_checks import (
+from helpers.kernel_checks import (
     FORMS,
     MAP_FORMS,
     check_against_definition,

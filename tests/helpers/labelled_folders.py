@@ -7,7 +7,7 @@ from typing import Any
 
 from open_clip.transform import PreprocessCfg
 from PIL import Image
-from tar_files import write_tar
+from helpers.tar_files import write_tar
 
 from ds_linclip.data import EvalTransform, LabelledBatch, LabelledData
 
