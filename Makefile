@@ -52,12 +52,12 @@ docs-check: $(STAMP)
 # Every evaluation on the embedded data, in small, as one page: runs/report/report.html (15 minutes
 # on two idle cores).
 report: $(STAMP) | data/embedded
-	$(BIN)/python experiments/report.py
+	$(BIN)/python -m experiments.report
 
 # The convergence study of docs/experiments.md: 36 runs, 40 minutes on two idle cores. Runs recorded
 # in docs/results/convergence are shown and not repeated.
 study: $(STAMP) | data/embedded
-	$(BIN)/python experiments/convergence.py docs/results/convergence train.global_batch_size=64 train.steps=400
+	$(BIN)/python -m experiments.convergence docs/results/convergence train.global_batch_size=64 train.steps=400
 
 # Kills, signals, full disks, hangs: all of them; make test has a part (15 minutes).
 test-faults: $(STAMP)
@@ -69,38 +69,38 @@ test-gpu: $(STAMP)
 
 # The operator against SDPA on the GPU, or on one CPU core (5 minutes): docs/results/kernels/<device>.
 bench-kernels: $(STAMP)
-	$(BIN)/python benchmarks/attention/bench_attention.py
+	$(BIN)/python -m benchmarks.attention.bench_attention
 
 # Training data against open_clip_train's loader, 1 worker (10 minutes): docs/results/data/<device>.
 bench-data: $(STAMP) | data/embedded
-	$(BIN)/python benchmarks/data/bench_data.py
+	$(BIN)/python -m benchmarks.data.bench_data
 
 # One tiny model in every parallel layout against the single process, and traffic against the plan
 # (10 minutes).
 check-layouts: $(STAMP) | data/embedded
-	$(BIN)/python benchmarks/layouts/check_layouts.py --out docs/results/layouts
+	$(BIN)/python -m benchmarks.layouts.check_layouts --out docs/results/layouts
 
 # The tokens of an image over 1, 2, 4 ranks: time, memory and bytes (5 minutes).
 bench-context: $(STAMP)
-	$(BIN)/python benchmarks/context/bench_context.py
+	$(BIN)/python -m benchmarks.context.bench_context
 
 # Peak memory of the loss in tiles and in one piece, up to 32k pairs (15 minutes, 20 GiB).
 bench-loss: $(STAMP)
-	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python -m benchmarks.bench_loss
 
 # Memory of a rank against the plan, ViT-B/16 on 1 and 4 CPU ranks (15 minutes, 9 GiB):
 # docs/results/memory/<device>.
 bench-memory: $(STAMP)
-	$(BIN)/python benchmarks/memory/bench_memory.py
+	$(BIN)/python -m benchmarks.memory.bench_memory
 
 # Saving and loading against DeepSpeed's own checkpoints, ViT-B/16 on two CPU ranks (5 minutes, 14
 # GiB): docs/results/checkpoint/<device>.
 bench-checkpoint: $(STAMP)
-	$(BIN)/python benchmarks/bench_checkpoint.py
+	$(BIN)/python -m benchmarks.bench_checkpoint
 
 # Training under random kills, two CPU ranks (40 minutes): docs/results/goodput/<device>.
 goodput: $(STAMP) | data/embedded
-	$(BIN)/python benchmarks/goodput.py
+	$(BIN)/python -m benchmarks.goodput
 
 # Layers, blocks and whole towers, softmax against linear attention, over the number of tokens (8
 # minutes): docs/results/runtime/<device>.
@@ -109,9 +109,9 @@ bench-runtime: $(STAMP)
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)
-	$(BIN)/python benchmarks/attention/bench_attention.py --device cuda --budget-seconds 210
+	$(BIN)/python -m benchmarks.attention.bench_attention --device cuda --budget-seconds 210
 	$(BIN)/linclip-eval runtime --device cuda --budget-seconds 180
-	$(BIN)/python benchmarks/bench_loss.py --device cuda
+	$(BIN)/python -m benchmarks.bench_loss --device cuda
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

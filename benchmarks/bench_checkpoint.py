@@ -26,16 +26,17 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks import REPOSITORY
 from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, load_config
-from ds_linclip.model import CLIP
+from ds_linclip.engine.engine import Engine
+from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
-from ds_linclip.engine.engine import Engine, initialize_engine
-from ds_linclip.parallel.spawn import run_ranks
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 
-REPOSITORY = Path(__file__).parents[1]
 MEASURED = ("ds_linclip/checkpoint", "ds_linclip/parallel", "benchmarks/bench_checkpoint.py")
 REPETITIONS = 3
 BATCH = 4

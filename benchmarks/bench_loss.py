@@ -151,10 +151,10 @@ def write(folder: Path, rows: Sequence[Row], device: str) -> None:
     lines = [
         "# Memory of the contrastive loss",
         "",
-        f"`python benchmarks/bench_loss.py --device {device}` on {name}, {date},",
+        f"`python -m benchmarks.bench_loss --device {device}` on {name}, {date},",
         f"torch {version('torch')}, open_clip_torch {version('open_clip_torch')}:",
         f"CLIP's loss of fp32 features [pairs, {DIM}] and its gradients, peak above the inputs; in",
-        "tiles (`ds_linclip.loss.contrastive.clip_loss`) and in one piece (`open_clip.loss.ClipLoss`).",
+        "tiles (`ds_linclip.loss.contrastive`) and in one piece (`open_clip.loss.ClipLoss`).",
         "",
         "| pairs | tiles, MiB | whole, MiB | ratio | tiles, s | whole, s | value | gradient |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",

@@ -1,10 +1,10 @@
-"""What failures cost: ``python benchmarks/goodput.py [--minutes 30] [key=value ...]``.
+"""What failures cost: ``python -m benchmarks.goodput [--minutes 30] [key=value ...]``.
 
-Trains the embedded model on two gloo ranks under ``launch/linclip_launch/supervise.py``, and kills a rank, now and
-then the launcher, at random times. Then reports, for every kill, the seconds until the next step
-was done and how many steps were done again; and of the whole run goodput, the share of its time
-that went into steps that counted, and whether every step and every sample was counted once. Exit
-code 1 when one was not.
+Trains the embedded model on two gloo ranks under ``linclip_launch.supervise``, and kills a rank,
+now and then the launcher, at random times. Then reports, for every kill, the seconds until the
+next step was done and how many steps were done again; and of the whole run goodput, the share of
+its time that went into steps that counted, and whether every step and every sample was counted
+once. Exit code 1 when one was not.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import matplotlib.pyplot as plt
-from linclip_launch.process_tree import is_running, launcher_and_ranks
 
+from benchmarks import REPOSITORY
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.data.tar_index import OpenShard
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
+from linclip_launch.process_tree import is_running, launcher_and_ranks
 
-REPOSITORY = Path(__file__).parents[1]
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 RANKS = 2
 LAUNCHER_SHARE = 0.2  # of the kills
@@ -127,8 +127,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _supervise(overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-    script = Path(__file__).with_name("supervise.py")
-    command = [sys.executable, script, "--ranks", RANKS, "--max-restarts", 20]
+    command = [
+        sys.executable,
+        "-m",
+        "linclip_launch.supervise",
+        "--ranks",
+        RANKS,
+        "--max-restarts",
+        20,
+    ]
     command += ["--backoff-seconds", 1, EMBEDDED, *overrides]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.Popen([str(part) for part in command], env=environment, cwd=REPOSITORY)
@@ -341,7 +348,8 @@ def write(
     lines = [
         "# Goodput under random kills",
         "",
-        f"`python benchmarks/goodput.py --minutes {arguments.minutes:g} --mean-minutes-between-kills "
+        f"`python -m benchmarks.goodput --minutes {arguments.minutes:g} "
+        f"--mean-minutes-between-kills "
         f"{arguments.mean_minutes_between_kills:g} --seed {arguments.seed}` on "
         f"{device_name('cpu')}, {time.strftime('%Y-%m-%d', time.gmtime())}, commit "
         f"{commit_of(MEASURED)}: {RANKS} gloo ranks, saved every {every} steps.",

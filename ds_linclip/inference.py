@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from ds_linclip.checkpoint import latest_checkpoint, load_weights
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST
 from ds_linclip.data import EvalTransform
-from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     load_folder,
     read_config,
 )
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["PRECISIONS", "EvalModel", "load_model"]

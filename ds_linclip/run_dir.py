@@ -23,7 +23,8 @@ import torch.distributed as dist
 
 from ds_linclip.config import Config, save_config
 from ds_linclip.engine.deepspeed_config import deepspeed_config
-from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.process.consensus import AgreedError
 from ds_linclip.provenance import software
 
 __all__ = ["RunFolder"]

@@ -16,19 +16,21 @@ from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.data.broadcast import feed
-from ds_linclip.resilience.divergence import Diverged, Health
-from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
-from ds_linclip.model import CLIP
-from ds_linclip.model.patch_dropout import kept_patches
-from ds_linclip.interop.pretrained import load_pretrained, lock_towers
-from ds_linclip.monitoring import open_listeners
-from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config
-from ds_linclip.engine.engine import initialize_engine
-from ds_linclip.parallel.mesh import AgreedError, Mesh
-from ds_linclip.planner.plan import describe, plan_rank
+from ds_linclip.engine.initialize import initialize_engine
+from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.engine.pipeline_stages import stage_units
+from ds_linclip.interop.pretrained import load_pretrained
+from ds_linclip.model import CLIP
+from ds_linclip.model.freeze import lock_towers
+from ds_linclip.model.patch_dropout import kept_patches
+from ds_linclip.monitoring import open_listeners
+from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.planner.plan import describe, plan_rank
+from ds_linclip.process.consensus import AgreedError
 from ds_linclip.process.phase import Progress
+from ds_linclip.resilience.divergence import Diverged, Health
 from ds_linclip.resilience.preemption import Exchange, Preempted, Requests, Signals
 from ds_linclip.run_dir import RunFolder
 

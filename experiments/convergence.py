@@ -1,9 +1,9 @@
 """Convergence study: every form of attention, several seeds, two sequence lengths, one table.
 
-``python experiments/convergence.py OUTPUT_FOLDER`` trains on the embedded dataset, one process per core, and
-writes runs.jsonl, table.md and figure.png into OUTPUT_FOLDER, and the common settings into
-config.yaml. Runs already in runs.jsonl are not repeated, so an interrupted study goes on where it
-was; other settings need another folder.
+``python -m experiments.convergence OUTPUT_FOLDER`` trains on the embedded dataset, one process per
+core, and writes runs.jsonl, table.md and figure.png into OUTPUT_FOLDER, and the common settings
+into config.yaml. Runs already in runs.jsonl are not repeated, so an interrupted study goes on
+where it was; other settings need another folder.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from tqdm import tqdm
 from ds_linclip.config import Config, load_config, save_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
-from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 from experiments.convergence_report import Run, draw, read_runs, summarise, to_markdown
+from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 #: Attention of both towers; what is not named keeps its default.
 VARIANTS: dict[str, dict[str, str]] = {

@@ -1,4 +1,4 @@
-"""Every evaluation on the embedded data, in small, as one page: ``python experiments/report.py``.
+"""Every evaluation on the embedded data, in small, as one page: ``python -m experiments.report``.
 
 Trains the runs of scaling_runs.py, asks the largest softmax and the largest linear one everything
 that linclip-eval can ask, and puts the answers together in OUTPUT_FOLDER/report.html. What is there

@@ -1,6 +1,6 @@
 """Runs for scaling laws: sizes x attentions x lengths x seeds on the embedded dataset.
 
-``python experiments/scaling_runs.py OUTPUT_FOLDER`` trains two runs at a time, one core each, into
+``python -m experiments.scaling_runs OUTPUT_FOLDER`` trains two runs at a time, one core each, into
 OUTPUT_FOLDER/runs. Finished runs are not repeated, so that an interrupted study goes on where it
 was; other settings need another folder. The laws are fitted by
 
@@ -15,10 +15,10 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
-from experiments.convergence import run_one
 from tqdm import tqdm
 
 from ds_linclip.config import Config, load_config
+from experiments.convergence import run_one
 from linclip_eval.scaling_laws.runs import UnfinishedRun, read_run
 
 #: Linear attention is Eq. 7, the default form.

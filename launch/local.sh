@@ -21,4 +21,4 @@ else
 fi
 
 export PATH="$bin:$PATH"
-exec deepspeed --quiet "${count[@]}" "$(dirname "$0")/train.py" "$@"
+exec deepspeed --quiet "${count[@]}" --module linclip_launch.train "$@"

@@ -6,7 +6,7 @@
 #   --include node1@node2:0,1 or --exclude node3   some hosts, some slots
 #   --node-rank N     no ssh: start ranks on this host alone, number N of the file; the same command
 #                     runs on every other host with its own number
-#   --help            the rest of the options, those of launch/linclip_launch/supervise.py
+#   --help            the rest of the options, those of linclip_launch.supervise
 # Network: launch/environment.sh. For ranks on the CPU: DS_ACCELERATOR=cpu before the command.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -14,4 +14,4 @@ python=$here/../.venv/bin/python
 [ -x "$python" ] || { echo "error: $python is missing: run make install" >&2; exit 2; }
 # shellcheck source-path=SCRIPTDIR
 . "$here/environment.sh"
-exec "$python" "$here/supervise.py" --hostfile "$@"
+exec "$python" -m linclip_launch.supervise --hostfile "$@"

@@ -13,11 +13,10 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
+from helpers import REPOSITORY, job_environment
+
 # The ranks that tests start are gloo ranks on the CPU, also on a machine with GPUs.
 os.environ["DS_ACCELERATOR"] = "cpu"
-
-REPOSITORY = Path(__file__).parent.parent
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -37,18 +36,19 @@ def embedded_overrides(digits: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def start_deepspeed_cpu() -> Callable[..., subprocess.Popen[str]]:
-    """Start ``deepspeed SCRIPT ARGS`` with gloo ranks on the CPU; returns the running launcher."""
+    """Start ``deepspeed --module MODULE ARGS`` with gloo ranks; returns the running launcher."""
 
-    def start(script: Path, *arguments: object, ranks: int = 2) -> subprocess.Popen[str]:
+    def start(module: str, *arguments: object, ranks: int = 2) -> subprocess.Popen[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         launcher = Path(sys.executable).parent / "deepspeed"
-        command = [launcher, "--quiet", "--num_gpus", ranks, "--master_port", port, script]
+        command = [launcher, "--quiet", "--num_gpus", ranks, "--master_port", port]
+        command += ["--module", module]
         return subprocess.Popen(
             [str(part) for part in (*command, *arguments)],
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=job_environment(OMP_NUM_THREADS="1"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -62,12 +62,12 @@ def start_deepspeed_cpu() -> Callable[..., subprocess.Popen[str]]:
 def deepspeed_cpu(
     start_deepspeed_cpu: Callable[..., subprocess.Popen[str]],
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run ``deepspeed SCRIPT ARGS`` with gloo ranks on the CPU; returns the finished launcher."""
+    """Run ``deepspeed --module MODULE ARGS`` with gloo ranks; returns the finished launcher."""
 
     def run(
-        script: Path, *arguments: object, ranks: int = 2, timeout: float = 240
+        module: str, *arguments: object, ranks: int = 2, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
-        with start_deepspeed_cpu(script, *arguments, ranks=ranks) as running:
+        with start_deepspeed_cpu(module, *arguments, ranks=ranks) as running:
             try:
                 out, err = running.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:

@@ -14,8 +14,8 @@ import pytest
 
 from ds_linclip.config import load_config
 from ds_linclip.config.docs import reference
+from helpers import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
 COMMANDS = ("make ", "ds-linclip ", "linclip-eval ", "deepspeed ", "python launch/", "launch/")

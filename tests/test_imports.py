@@ -3,11 +3,12 @@
 import ast
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from helpers import REPOSITORY
+
+ROOT = REPOSITORY
 PACKAGES = {
     "linclip_kernels": ROOT / "kernels",
     "ds_linclip": ROOT,
@@ -124,14 +125,20 @@ def test_checker_finds_a_violation(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("linclip_kernels.linear_attention.torch_backend", "import math\nimport triton.language as tl"),
+        (
+            "linclip_kernels.linear_attention.torch_backend",
+            "import math\nimport triton.language as tl",
+        ),
         ("linclip_kernels.linear_attention.torch_backend", "from .reference import reference"),
         ("ds_linclip.engine.engine", "import deepspeed\nfrom megatron.core import mpu"),
         ("ds_linclip.model.attention", "from linclip_kernels import linear_attention"),
         ("ds_linclip.model.towers", "from ..config import VisionTower\nfrom .block import Block"),
         ("ds_linclip.trainer", "from .data import Batch\nfrom ds_linclip.dataset import x"),
         ("linclip_eval.zero_shot.evaluate", "from ds_linclip.data import LabelledData"),
-        ("launch.train", "from ds_linclip.trainer import train\nimport linclip_eval.zero_shot.evaluate"),
+        (
+            "launch.train",
+            "from ds_linclip.trainer import train\nimport linclip_eval.zero_shot.evaluate",
+        ),
     ],
 )
 def test_checker_allows_what_the_rule_allows(module, source):

@@ -1,6 +1,6 @@
 """Linear attention against torch SDPA, an unfused torch form and flash-linear-attention.
 
-``python benchmarks/attention/bench_attention.py [OUTPUT_FOLDER]`` checks the operator against its
+``python -m benchmarks.attention.bench_attention [OUTPUT_FOLDER]`` checks the operator against its
 definition and then, if it passes, measures time and memory over the number of tokens. It prints
 summary.md and writes it, results.csv (one row per point, skipped ones with their reason) and
 figure.png into OUTPUT_FOLDER. Inputs are random packed views of [B, N, H, 3, D], as in the model.
@@ -22,16 +22,23 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from benchmarks.attention.report import WORKS, Check, Report, Row
-from benchmarks.attention.timing import FAILED, HEAD_DIM, TIMING, Bench, Implementation, batch_and_heads
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
+from benchmarks.attention.report import WORKS, Check, Report, Row
+from benchmarks.attention.timing import (
+    FAILED,
+    HEAD_DIM,
+    TIMING,
+    Bench,
+    Implementation,
+    batch_and_heads,
+)
 from linclip_kernels import linear_attention, linear_attention_reference
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
-from linclip_kernels.linear_attention.variant import Form
 from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
+from linclip_kernels.linear_attention.variant import Form
 
 TOKENS = (77, 197, 577, 1025, 4096, 16_384, 65_536, 262_144, 2**20, 2**22)
 NOT_INSTALLED = "not installed"

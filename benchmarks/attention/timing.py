@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.attention.report import WORKS, Row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.attention.report import WORKS, Row
 
 __all__ = ["FAILED", "HEAD_DIM", "TIMING", "Bench", "Implementation", "batch_and_heads"]
 

@@ -1,6 +1,6 @@
 """What one attention layer costs and exchanges when the tokens of an image are split over ranks.
 
-``python benchmarks/context/bench_context.py [OUTPUT_FOLDER]`` starts a process per rank (nccl
+``python -m benchmarks.context.bench_context [OUTPUT_FOLDER]`` starts a process per rank (nccl
 between GPUs, gloo otherwise), checks that split attention computes what one rank computes, and
 measures forward and backward over the number of tokens. It prints summary.md and writes it,
 context.csv (one row per measurement and rank) and context.png into OUTPUT_FOLDER. Exit codes: 0
@@ -26,6 +26,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from benchmarks.context.report import (
     CHECK_TOKENS,
     HEAD_DIM,
@@ -34,16 +38,16 @@ from benchmarks.context.report import (
     ContextRow,
     SplitCheck,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 from ds_linclip.parallel.context_parallel import sum_over_ranks, token_slice
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 from linclip_kernels.linear_attention.reference import ATOL, relative_rms
 
-MEASURED = ("kernels/linclip_kernels", "kernels/benchmarks", "ds_linclip/parallel/context_parallel.py")
+MEASURED = (
+    "kernels/linclip_kernels",
+    "kernels/benchmarks",
+    "ds_linclip/parallel/context_parallel.py",
+)
 RANKS = (1, 2, 4)
 TOKENS = (16_384, 32_768, 65_536, 131_072, 262_144)
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}

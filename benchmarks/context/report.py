@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.attention.report import LABEL, MUTED, TITLE, dress, table
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator
+
+from benchmarks.attention.report import LABEL, MUTED, TITLE, dress, table
 
 __all__ = [
     "CHECK_TOKENS",

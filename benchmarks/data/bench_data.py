@@ -1,10 +1,10 @@
 """Training-data throughput: this project's loader against open_clip_train's, on the same shards.
 
-``python benchmarks/data/bench_data.py [OUTPUT_FOLDER]`` writes shards of photos, measures both loaders in
-turn, each time in a process of its own, what bad images cost, and how long the embedded training
-run waits for data. It prints summary.md and writes it, data.csv (one row per measurement) and
-data.png into OUTPUT_FOLDER. Exit codes: 0 every requirement is met, 1 one is not, 2 it could not be
-measured.
+``python -m benchmarks.data.bench_data [OUTPUT_FOLDER]`` writes shards of photos, measures both
+loaders in turn, each time in a process of its own, what bad images cost, and how long the embedded
+training run waits for data. It prints summary.md and writes it, data.csv (one row per measurement)
+and data.png into OUTPUT_FOLDER. Exit codes: 0 every requirement is met, 1 one is not, 2 it could
+not be measured.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from benchmarks.data.loaders import Settings, Throughput
-from benchmarks.data.report import FIGURES, LOADERS, Report, Requirement, Row
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
+from benchmarks import REPOSITORY
+from benchmarks.data.loaders import Settings, Throughput
+from benchmarks.data.report import FIGURES, LOADERS, Report, Requirement, Row
 from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write_train_shard
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 
-ROOT = Path(__file__).parents[1]
 MEASURED = ("ds_linclip/data", *(str(p) for p in Path(__file__).parent.glob("bench_data*.py")))
 #: What open_clip_torch 3.3.0 asks for training, as far as its data module imports it. With the
 #: webdataset of this project its loader ends in KeyError: 'fname': it does not know the mark that
@@ -109,7 +109,7 @@ def main() -> int:
     for name in ("workers", "repetitions", "batch_size", "batches_per_shard"):
         if getattr(arguments, name) < 1:
             parser.error(f"{name.replace('_', '-')} ({getattr(arguments, name)}) must be positive")
-    output = arguments.output or ROOT / "docs" / "results" / "data" / folder_name(
+    output = arguments.output or REPOSITORY / "docs" / "results" / "data" / folder_name(
         device_name("cpu")
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -314,8 +314,8 @@ def training_metrics(output: Path, steps: int) -> list[dict[str, float]]:
     config = "ds_configs/train/embedded.yaml"
     overrides = [f"output_dir={output}", "name=wait", f"train.steps={steps}"]
     overrides += ["optim.warmup_steps=1", "eval.every_steps=0", "log.tensorboard=false"]
-    command = [str(ROOT / "launch" / "local.sh"), config, *overrides]
-    subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    command = [str(REPOSITORY / "launch" / "local.sh"), config, *overrides]
+    subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY)
     lines = (output / "wait" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 

@@ -1,6 +1,6 @@
 """One measurement of bench_data.py, in a process of its own: JSON in, JSON out.
 
-``python benchmarks/data/loaders.py SETTINGS`` reads batches from one of two loaders and prints
+``python -m benchmarks.data.loaders SETTINGS`` reads batches from one of two loaders and prints
 what they cost. It also runs in an environment that lacks this project.
 """
 

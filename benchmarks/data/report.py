@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks.data.loaders import Settings, Throughput
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from benchmarks.data.loaders import Settings, Throughput
 
 __all__ = ["FIGURES", "LOADERS", "Report", "Requirement", "Row", "Spread"]
 

@@ -1,4 +1,5 @@
-"""Train one tiny model in every parallel layout and compare: ``python benchmarks/layouts/check_layouts.py``.
+"""Train one tiny model in every parallel layout and compare:
+``python -m benchmarks.layouts.check_layouts``.
 
 Same seed, same global batches, fp32. Shown for each layout: the largest relative difference of a
 loss, and of a weight tensor (RMS), from the single process; the bytes that ranks exchange in a
@@ -21,22 +22,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ds_linclip.config import Config, load_config
-from ds_linclip.monitoring.metrics import MetricWriter
-from ds_linclip.model import CLIP
-from ds_linclip.interop.state_dict import to_open_clip
-from ds_linclip.engine.optim import build_optimizer
-from ds_linclip.engine.engine import initialize_engine
-from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.planner.plan import plan_rank
-from ds_linclip.engine.pipeline_stages import stage_units
+from benchmarks import REPOSITORY
 from benchmarks.layouts.traffic import CONTROL_BYTES, TrafficMeter
+from ds_linclip.config import Config, load_config
+from ds_linclip.engine.initialize import initialize_engine
+from ds_linclip.engine.optim import build_optimizer
+from ds_linclip.engine.pipeline_stages import stage_units
+from ds_linclip.interop.state_dict import to_open_clip
+from ds_linclip.model import CLIP
+from ds_linclip.monitoring.metrics import MetricWriter
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
+from ds_linclip.planner.plan import plan_rank
 from ds_linclip.trainer import train
 
 TOLERANCE = 1e-5
 BATCH = 32
-REPOSITORY = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,8 @@ def write(folder: Path, rows: Sequence[Row], steps: int) -> None:
     lines = [
         "# The same training in every layout",
         "",
-        f"`python benchmarks/layouts/check_layouts.py --out {folder}`: {steps} steps of {BATCH} pairs of the",
+        f"`python -m benchmarks.layouts.check_layouts --out {folder}`: {steps} steps of "
+        f"{BATCH} pairs of the",
         f"embedded model in fp32, {platform.processor() or platform.machine()}, {packages}.",
         "Differences are relative, from the single process: the largest of a loss, and of a final",
         "weight tensor (RMS). Bytes: of a step, on the rank that has most of them; the last column",

@@ -1,4 +1,4 @@
-"""Memory of a rank against the plan: ``python benchmarks/memory/bench_memory.py [OUTPUT_FOLDER]``.
+"""Memory of a rank against the plan: ``python -m benchmarks.memory.bench_memory [OUTPUT_FOLDER]``.
 
 Trains ViT-B/16 (ds_configs/train/vit_b16.yaml) with one pair per rank at ZeRO-1, 2 and 3, forking
 the gloo ranks of each layout from this process, and counts what lives between steps and at the
@@ -20,21 +20,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from benchmarks.memory.report import MemoryReport, MemoryRow
 
-from ds_linclip.config import Config, load_config
-from ds_linclip.model import CLIP
-from ds_linclip.engine.optim import build_optimizer
-from ds_linclip.engine.engine import initialize_engine
-from ds_linclip.parallel.spawn import run_ranks
+from benchmarks import REPOSITORY
 from benchmarks.memory.allocator_record import KINDS, AllocatorRecord, live_bytes
-from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.planner.plan import plan_rank
+from benchmarks.memory.report import MemoryReport, MemoryRow
+from ds_linclip.config import Config, load_config
+from ds_linclip.engine.initialize import initialize_engine
+from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.engine.pipeline_stages import stage_units
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
+from ds_linclip.planner.plan import plan_rank
 from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 
-REPOSITORY = Path(__file__).parents[1]
-MEASURED = ("ds_linclip/parallel", "ds_linclip/engine/optim.py", "benchmarks/memory/bench_memory.py")
+MEASURED = (
+    "ds_linclip/parallel",
+    "ds_linclip/engine/optim.py",
+    "benchmarks/memory/bench_memory.py",
+)
 #: The first steps make the optimizer's state, and let ZeRO-3 learn the order of parameters.
 WARMUP = 2
 #: Below it malloc recycles memory without giving it back, and resident memory says little.

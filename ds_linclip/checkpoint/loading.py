@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ds_linclip.checkpoint.sharded_safetensors import ShardFiles, sha256_of
 from ds_linclip.checkpoint.directory import committed
+from ds_linclip.checkpoint.sharded_safetensors import ShardFiles, sha256_of
 from ds_linclip.config import load_config
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh

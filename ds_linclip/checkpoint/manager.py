@@ -14,18 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_linclip.checkpoint.sharded_safetensors import ShardFiles, read_manifest, sha256_of
-from ds_linclip.checkpoint.writer import CheckpointWriter, shard_name
 from ds_linclip.checkpoint.directory import (
     checkpoint_path,
     committed,
     remove_leftovers,
     set_aside,
 )
+from ds_linclip.checkpoint.sharded_safetensors import ShardFiles, read_manifest, sha256_of
+from ds_linclip.checkpoint.writer import CheckpointWriter, shard_name
 from ds_linclip.config import Config
 from ds_linclip.engine.engine import Engine
-from ds_linclip.parallel.mesh import AgreedError, Mesh
 from ds_linclip.engine.zero_state import Piece
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.process.consensus import AgreedError
 
 __all__ = ["CheckpointStore"]
 

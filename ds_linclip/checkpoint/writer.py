@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_linclip.checkpoint.directory import checkpoint_path, prune
 from ds_linclip.checkpoint.sharded_safetensors import (
     FileFacts,
     PieceFacts,
@@ -31,10 +32,9 @@ from ds_linclip.checkpoint.sharded_safetensors import (
     write_shard,
     write_synced,
 )
-from ds_linclip.checkpoint.directory import checkpoint_path, prune
 from ds_linclip.config import Config, save_config
-from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.engine.zero_state import StateShards
+from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["CheckpointWriter", "shard_name"]
 

@@ -5,7 +5,6 @@ command line. Only the typed :class:`Config` travels further; nothing else reads
 """
 
 from ds_linclip.config.loading import as_image_size, config_as_yaml, load_config, save_config
-from ds_linclip.config.validation import check_batch, check_model, check_ranks, validate
 from ds_linclip.config.schema import (
     Attention,
     CacheConfig,
@@ -29,6 +28,7 @@ from ds_linclip.config.schema import (
     WatchdogConfig,
     ZeroConfig,
 )
+from ds_linclip.config.validation import check_batch, check_model, check_ranks, validate
 
 __all__ = [
     "Attention",

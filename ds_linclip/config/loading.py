@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from ds_linclip.config.validation import validate
 from ds_linclip.config.schema import Config
+from ds_linclip.config.validation import validate
 
 __all__ = ["as_image_size", "config_as_yaml", "load_config", "save_config"]
 

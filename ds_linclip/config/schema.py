@@ -408,7 +408,8 @@ class LogConfig:
     #: Project of Trackio (``pip install trackio``), kept in its folder on this machine; None: none.
     trackio: str | None = None
     #: Largest rate of one device in TFLOP/s, for ``perf/mfu``; None: that of the data sheet for
-    #: bf16 and fp16 on a known GPU (``ds_linclip/planner/device_specs.py``), else there is no ``perf/mfu``.
+    #: bf16 and fp16 on a known GPU (``ds_linclip/planner/device_specs.py``), else there is no
+    #: ``perf/mfu``.
     peak_tflops: float | None = None
     #: Held-out images drawn with their captions and top-5 classes at every evaluation.
     num_images: int = 8

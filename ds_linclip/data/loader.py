@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ds_linclip.config import Config
-from ds_linclip.data.transforms import CaptionTokenizer, Normalizer, TrainTransform
+from ds_linclip.data.remote.filesystem import Storage, is_remote, shown
 from ds_linclip.data.sample_order import GroupSizes, SampleOrder
 from ds_linclip.data.sample_reader import DataError, SampleReader, ShardProblem
 from ds_linclip.data.shard_index import ShardGroup, raise_file_limit
-from ds_linclip.data.remote.filesystem import Storage, is_remote, shown
+from ds_linclip.data.transforms import CaptionTokenizer, Normalizer, TrainTransform
 from ds_linclip.process.parent_death import end_with_parent
 
 __all__ = ["Batch", "TrainData", "ordered_loader"]

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ds_linclip.data.remote.filesystem import Storage, shown
+from ds_linclip.data.shard_index import Shard, ShardGroup
+from ds_linclip.data.tar_index import BadSample, OpenShard
 from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -20,9 +23,6 @@ from ds_linclip.data.transforms import (
     TrainTransform,
     decode_text,
 )
-from ds_linclip.data.shard_index import Shard, ShardGroup
-from ds_linclip.data.remote.filesystem import Storage, shown
-from ds_linclip.data.tar_index import BadSample, OpenShard
 
 __all__ = ["DataError", "Sample", "SampleReader", "ShardProblem", "open_and_judge"]
 

@@ -1,51 +1,30 @@
-"""The engines: one optimizer step of the contrastive objective under DeepSpeed, with or without a
-pipeline, behind one interface."""
+"""One optimizer step of the contrastive objective under DeepSpeed, and the state it changes."""
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
-from deepspeed.pipe import LayerSpec, PipelineModule
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn, optim
 
 from ds_linclip.config import Config
-from ds_linclip.model import CLIP
-from ds_linclip.loss.grad_cache import Objective, surrogate
-from ds_linclip.engine.optim import Lamb
 from ds_linclip.engine.deepspeed_config import deepspeed_config, monitor_config
 from ds_linclip.engine.ema import ema_weights, track_ema
-from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.engine.lamb import Lamb
 from ds_linclip.engine.zero_state import Piece, StateShards, fill_module
+from ds_linclip.loss.grad_cache import Objective, surrogate
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["Engine", "Stage", "initialize_engine"]
+__all__ = ["Engine", "Inputs", "PlainEngine"]
 
 #: Arguments of the model: images, texts and, with patch dropout, the patches to keep.
 Inputs = tuple[Tensor, ...]
-
-
-def initialize_engine(
-    model: CLIP, optimizer: optim.Optimizer, config: Config, mesh: Mesh
-) -> "Engine":
-    """Hand model and optimizer to ``deepspeed.initialize``.
-
-    Args:
-        model: The whole model, or with pipeline parallelism this rank's stage of it.
-        optimizer, config, mesh: Of the run.
-
-    Raises:
-        ValueError: as :func:`deepspeed_config`.
-    """
-    kind = PipelineEngine if mesh.pp.size > 1 else PlainEngine
-    return kind(model, optimizer, config, mesh)
 
 
 class Engine(ABC):
@@ -208,111 +187,3 @@ class PlainEngine(Engine):
             with deepspeed.zero.GatheredParameters([mine]):
                 whole.copy_(mine)
         return model
-
-
-class PipelineEngine(Engine):
-    """Every rank holds consecutive layers of both towers; micro-batches run through the stages."""
-
-    def _module(self, model: CLIP) -> nn.Module:
-        mesh = self._mesh
-        topology = PipeModelDataParallelTopology(
-            num_pp=mesh.pp.size, num_mp=mesh.tp.size, num_dp=mesh.replicas.size
-        )
-        place = topology.get_coord(mesh.rank)
-        # DeepSpeed makes groups of its own: they must be megatron's.
-        assert (place.pipe, place.data, place.model) == (
-            mesh.pp.rank,
-            mesh.replicas.rank,
-            mesh.tp.rank,
-        )
-        layers: list[Any] = [LayerSpec(nn.Identity)] * mesh.pp.size  # others' are never built
-        layers[mesh.pp.rank] = Stage(model)
-        mesh.prepare_for_deepspeed()
-        with redirect_stdout(io.StringIO()):
-            return PipelineModule(
-                layers, topology=topology, loss_fn=surrogate, partition_method="uniform"
-            )
-
-    def _step(self, micro_batches: Sequence[Inputs]) -> Tensor:
-        engine = self._engine
-        shapes = [tensor.shape for tensor in micro_batches[0]]
-        if shapes != getattr(self, "_shapes", shapes):
-            engine.reset_activation_shape()
-        self._shapes = shapes
-
-        nothing: list[tuple[Tensor, ...]] = [()] * len(micro_batches)
-        # As eval_batch does, which waits besides for all ranks at a barrier.
-        engine.set_dataiterator(iter(zip(micro_batches, nothing, strict=True)))
-        engine.total_loss, engine._compute_loss = None, False
-        with torch.no_grad():
-            engine._exec_schedule(engine._inference_schedule(len(micro_batches)))
-        self._features_ready()
-        loss, gradients = torch.zeros((), device=self._mesh.device), nothing
-        if engine.is_last_stage():
-            loss, found = self.objective([tuple(output) for output in engine.fwd_outputs])
-            # DeepSpeed takes the mean over micro-batches; the gradients are those of a sum.
-            gradients = [tuple(len(found) * part for part in parts) for parts in found]
-        engine.train_batch(iter(zip(micro_batches, gradients, strict=True)))
-        shared = torch.stack([loss, self.objective.logit_scale.to(loss)])
-        pp = self._mesh.pp
-        dist.broadcast(shared, group=pp.group, group_src=pp.size - 1)
-        loss, self.objective.logit_scale = shared.unbind()
-        return loss
-
-    def _whole_model(self) -> CLIP:
-        model = self._empty_model()
-        pp = self._mesh.pp
-        whole = dict(model.named_parameters())
-        mine = {name: p for name, p in self._model.named_parameters() if name in whole}
-        names: list[list[str]] = [[]] * pp.size
-        dist.all_gather_object(names, list(mine), group=pp.group)
-        for stage, held in enumerate(names):
-            for name in held:
-                if stage == pp.rank:
-                    whole[name].copy_(mine[name])
-                dist.broadcast(whole[name].data, group=pp.group, group_src=stage)
-        return model
-
-
-class Stage(nn.Module):
-    """A part of the model as a layer of DeepSpeed's pipeline: tuple in, tuple out.
-
-    DeepSpeed takes every real tensor between stages to have a gradient, and every stage's input to
-    need one, pixels included. Locked towers have neither.
-    """
-
-    def __init__(self, model: CLIP) -> None:
-        super().__init__()
-        self.clip = model
-
-    def forward(self, inputs: Inputs) -> Inputs:
-        visual, text = self.clip.visual, self.clip.text
-        if visual is not None and visual.has_embedding:
-            inputs = tuple(tensor.detach() for tensor in inputs)
-        image, *outputs = self.clip(*inputs)
-        without: list[Tensor] = []
-        if visual is not None and visual.starts_locked:
-            without += inputs[:1]
-        if text is not None and text.starts_locked and not text.has_embedding:
-            without += inputs[2:]
-        without = [tensor for tensor in without if tensor.requires_grad]
-        if without:
-            image = _ZeroGradients.apply(image, *without)
-        if torch.is_grad_enabled():
-            for tensor in (image, *outputs):
-                if tensor.is_floating_point() and not tensor.requires_grad:
-                    tensor.requires_grad_()
-        return image, *outputs
-
-
-class _ZeroGradients(torch.autograd.Function):
-    """Hands ``x`` on, and gives zeros to tensors that nothing depends on."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.save_for_backward(*others)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *(torch.zeros_like(other) for other in ctx.saved_tensors)

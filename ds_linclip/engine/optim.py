@@ -1,20 +1,14 @@
 """Optimizers with weight-decay groups; learning rate and EMA decay as functions of the step."""
 
-import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn, optim
+from torch import nn, optim
 
 from ds_linclip.config import OptimConfig
-from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.engine.zero_state import flat_tensors
+from ds_linclip.engine.lamb import Lamb
 
-__all__ = ["Lamb", "build_optimizer", "ema_decay", "learning_rate", "weight_decay_groups"]
+__all__ = ["build_optimizer", "ema_decay", "learning_rate", "weight_decay_groups"]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
@@ -75,110 +69,3 @@ def ema_decay(step: int, decay: float) -> float:
         decay: the final value.
     """
     return min(decay, (1 + step) / (10 + step))
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What a tensor of the optimizer holds: slices of it, each with its parameter's number."""
-
-    pieces: Sequence[tuple[int, slice]]
-    #: For every parameter, whether tensor parallelism splits it.
-    is_split: Sequence[bool]
-
-
-class Lamb(optim.Optimizer):
-    """LAMB (arXiv 1904.00962, Algorithm 2, with bias correction), exact also under ZeRO.
-
-    A parameter's trust ratio is that of the whole parameter: where ZeRO leaves this rank pieces of
-    it in a flat tensor, or tensor parallelism splits it, the squared norms are summed over the
-    ranks. As in timm and NVIDIA's LAMB, groups without weight decay take a plain Adam step;
-    clipping is not done here.
-
-    Args:
-        params: parameter groups.
-        lr, betas, eps: as in Adam.
-    """
-
-    def __init__(
-        self, params: Any, *, lr: float, betas: tuple[float, float], eps: float = 1e-6
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        tensors = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        self._layouts: dict[Tensor, _Layout] = {p: _whole(p) for p in tensors}
-        self._mesh: Mesh | None = None
-
-    def attach(self, engine: Any, mesh: Mesh) -> None:
-        """Learn where ZeRO keeps the parameters; once, right after ``deepspeed.initialize``.
-
-        Args:
-            engine: DeepSpeed's, at any ZeRO stage.
-            mesh: the ranks that share the parameters.
-        """
-        self._layouts = {
-            flat.tensor: _Layout(
-                pieces=[(fragment.index, fragment.slice) for fragment in flat.fragments],
-                is_split=_is_split(flat.parameters),
-            )
-            for flat in flat_tensors(engine.optimizer, mesh.replicas.rank)
-        }
-        self._mesh = mesh
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        assert closure is None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = self._adam_update(p, group)
-                if group["weight_decay"] != 0:
-                    update.add_(p, alpha=group["weight_decay"])
-                    self._scale_by_trust_ratios(p, update)
-                p.add_(update, alpha=-group["lr"])
-
-    def _adam_update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[p]
-        if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        state["step"] += 1
-        (beta1, beta2), step = group["betas"], state["step"]
-        state["exp_avg"].lerp_(p.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        return (state["exp_avg"] / (1 - beta1**step)).div_(denominator)
-
-    def _scale_by_trust_ratios(self, p: Tensor, update: Tensor) -> None:
-        if p not in self._layouts:
-            raise RuntimeError("Lamb.attach must be called after deepspeed.initialize")
-        layout = self._layouts[p]
-        weights, updates = p.view(-1), update.view(-1)
-        squares = p.new_zeros(2, len(layout.is_split))
-        for index, where in layout.pieces:
-            squares[0, index] = weights[where].square().sum()
-            squares[1, index] = updates[where].square().sum()
-        if self._mesh is not None:
-            squares = _sum_over_ranks(squares, layout, self._mesh)
-        weight_norm, update_norm = squares.sqrt()
-        usable = (weight_norm > 0) & (update_norm > 0)
-        ratio = torch.where(usable, weight_norm / update_norm, 1.0)
-        for index, where in layout.pieces:
-            updates[where].mul_(ratio[index])
-
-
-def _sum_over_ranks(squares: Tensor, layout: _Layout, mesh: Mesh) -> Tensor:
-    on_device = squares.to(mesh.device)  # with offload they are not, and nccl wants them there
-    dist.all_reduce(on_device, group=mesh.replicas.group)
-    if mesh.tp.size > 1:
-        total = on_device.clone()
-        dist.all_reduce(total, group=mesh.tp.group)
-        is_split = torch.tensor(layout.is_split, device=mesh.device)
-        on_device = torch.where(is_split, total, on_device)
-    return on_device.to(squares.device)
-
-
-def _whole(p: Tensor) -> _Layout:
-    return _Layout([(0, slice(0, p.numel()))], _is_split([p]))
-
-
-def _is_split(params: Sequence[Tensor]) -> list[bool]:
-    return [getattr(p, "tensor_model_parallel", False) for p in params]

@@ -16,13 +16,11 @@ from typing import Literal
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ds_linclip.checkpoint.sharded_safetensors import MANIFEST, ShardFiles, write_synced
-from ds_linclip.checkpoint.loading import check_files, latest_checkpoint, weight_kind
 from ds_linclip.checkpoint.directory import checkpoint_path, committed
+from ds_linclip.checkpoint.loading import check_files, latest_checkpoint, weight_kind
+from ds_linclip.checkpoint.sharded_safetensors import MANIFEST, ShardFiles, write_synced
 from ds_linclip.config import load_config
 from ds_linclip.interop.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
-from ds_linclip.interop.model_card import model_card
-from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.interop.key_mapping import (
     SCALARS,
     check_shapes,
@@ -30,6 +28,8 @@ from ds_linclip.interop.key_mapping import (
     open_clip_shapes,
     to_open_clip_layout,
 )
+from ds_linclip.interop.model_card import model_card
+from ds_linclip.process.exit_codes import ExitCode
 
 __all__ = ["Exported", "export_checkpoint", "main"]
 

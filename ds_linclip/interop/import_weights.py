@@ -20,14 +20,14 @@ from safetensors import SafetensorError, safe_open
 
 from ds_linclip.config import check_model
 from ds_linclip.interop.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
-from ds_linclip.process.exit_codes import ExitCode
+from ds_linclip.interop.key_mapping import SCALARS, check_shapes, open_clip_shapes
 from ds_linclip.interop.state_dict import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     parse_config,
     read_content,
 )
-from ds_linclip.interop.key_mapping import SCALARS, check_shapes, open_clip_shapes
+from ds_linclip.process.exit_codes import ExitCode
 
 __all__ = ["Imported", "import_weights", "main"]
 

@@ -1,4 +1,4 @@
-"""Starting from trained weights, and keeping towers as they are (LiT, arXiv 2111.07991)."""
+"""Training that starts from the weights of a hub folder."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -6,21 +6,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_linclip.config import Attention, InitConfig, ModelConfig, TextTower, VisionTower
-from ds_linclip.model.clip import CLIP
 from ds_linclip.interop.state_dict import (
     WEIGHTS_FILE,
     from_open_clip,
     named_keys,
     read_config,
 )
+from ds_linclip.model.clip import CLIP
 from ds_linclip.model.towers import resample_positions
 
-__all__ = ["load_pretrained", "lock_towers"]
+__all__ = ["load_pretrained"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,35 +56,6 @@ def load_pretrained(model: CLIP, config: InitConfig) -> None:
             raise ValueError(f"init.{field} ({folder}) cannot be read: {error}") from error
         except ValueError as error:
             raise ValueError(f"init.{field} ({folder}): {error}") from error
-
-
-def lock_towers(model: CLIP, config: InitConfig) -> None:
-    """Take the locked weights out of the training: no gradients, no optimizer state."""
-    if config.lock_image and model.visual is not None:
-        model.visual.lock(config.lock_image_unlocked_groups)
-    if config.lock_text and model.text is not None:
-        model.text.lock(config.lock_text_unlocked_layers)
-    _complete_groups(model)
-
-
-def _complete_groups(model: CLIP) -> None:
-    """Give a pipeline stage that has no matrix, or no vector, to train one of zeros.
-
-    DeepSpeed adds up gradient norms over the stages group by group of the optimizer's parameters:
-    every stage must have both groups, and something in them. Zeros without a gradient stay zeros.
-    """
-    is_vector = {p.ndim < 2 for p in model.parameters() if p.requires_grad}
-    if True not in is_vector:
-        model.nothing_in_a_vector = _placeholder(1, device=model.mesh.device)
-    if False not in is_vector:
-        model.nothing_in_a_matrix = _placeholder(1, 1, device=model.mesh.device)
-
-
-def _placeholder(*shape: int, device: torch.device) -> nn.Parameter:
-    parameter = nn.Parameter(torch.zeros(shape, device=device))
-    # Not part of the model: neither saved nor loaded.
-    setattr(parameter, "is_placeholder", True)  # noqa: B010 - Parameter does not know it
-    return parameter
 
 
 def _check_tower(tower: str, theirs: ModelConfig, ours: ModelConfig) -> None:

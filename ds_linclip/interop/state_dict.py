@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ds_linclip.config import ModelConfig, TextTower, VisionTower, as_image_size
-from ds_linclip.model.clip import CLIP
 from ds_linclip.interop.key_mapping import (
     check_shapes,
     from_open_clip_layout,
@@ -28,6 +27,7 @@ from ds_linclip.interop.key_mapping import (
     open_clip_shapes,
     to_open_clip_layout,
 )
+from ds_linclip.model.clip import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = [

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from ds_linclip.config import Attention
 from ds_linclip.parallel.context_parallel import sum_over_ranks
-from ds_linclip.parallel.tensor_parallel import column_parallel, head_rms_norm, row_parallel
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.tensor_parallel import column_parallel, head_rms_norm, row_parallel
 from linclip_kernels import (
     linear_attention,
     linear_attention_from_state,

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import (
 
 from ds_linclip.config import Attention
 from ds_linclip.model.attention import SelfAttention
-from ds_linclip.parallel.tensor_parallel import column_parallel, row_parallel
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.tensor_parallel import column_parallel, row_parallel
 
 __all__ = ["Block", "BlockInit", "Recompute"]
 

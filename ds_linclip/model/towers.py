@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from ds_linclip.config import TextTower, VisionTower
 from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.parallel.context_parallel import first_token, token_slice
-from ds_linclip.parallel.tensor_parallel import vocab_parallel_embedding
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.tensor_parallel import vocab_parallel_embedding
 
 __all__ = ["TextTransformer", "VisionTransformer", "resample_positions"]
 

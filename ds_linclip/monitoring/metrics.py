@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ds_linclip.config import Config
-from ds_linclip.planner.device_specs import known_device
 from ds_linclip.model.flops import step_flops
 from ds_linclip.monitoring import Listener, begin_session, end_session
-from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.monitoring.stragglers import OwnTimes
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.planner.device_specs import known_device
 
 __all__ = ["MetricWriter", "SampleLog", "StepMeter", "peak_memory_gib"]
 

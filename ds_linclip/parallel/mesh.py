@@ -7,21 +7,18 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ds_linclip.config import ParallelConfig, check_ranks
+from ds_linclip.process import consensus
 
-__all__ = ["AgreedError", "Axis", "Mesh", "select_device"]
+__all__ = ["Axis", "Mesh", "select_device"]
 
 T = TypeVar("T")
-
-
-class AgreedError(ValueError):
-    """A user's error that every rank knows of and raises at the same point."""
 
 
 @dataclass(frozen=True)
@@ -130,65 +127,27 @@ class Mesh:
         """Whether this is the first of the ranks that see the same samples."""
         return self.tp.rank == self.cp.rank == self.pp.rank == 0
 
-    def agree(self, fn: Callable[[], T], errors: tuple[type[Exception], ...] = (ValueError,)) -> T:
-        """Run ``fn`` on every rank; if it fails on any, every rank raises the same error.
-
-        An error that one rank alone finds (a missing file, say) would otherwise leave the others
-        waiting for it. Every rank must call this at the same point.
-
-        Args:
-            fn: what to run; returns this rank's result.
-            errors: the exceptions that travel. Any other one is a bug and ends its own rank.
-
-        Raises:
-            AgreedError: with the message of the lowest failing rank, naming the failing ranks
-                unless all of them failed.
-        """
-        result: T | None = None
-        failure: Exception | None = None
-        try:
-            result = fn()
-        except errors as error:
-            failure = error
-        message = str(failure) if failure is not None else None
-        messages: list[str | None] = [message]
-        if self.world_size > 1:
-            messages = [None] * self.world_size
-            dist.all_gather_object(messages, message)
-        failed = [rank for rank, text in enumerate(messages) if text is not None]
-        if not failed:
-            return cast(T, result)
-        where = ""
-        if len(failed) < self.world_size:
-            ranks = ", ".join(map(str, failed))
-            where = f" (on rank{'s' if len(failed) > 1 else ''} {ranks} of {self.world_size})"
-        raise AgreedError(f"{messages[failed[0]]}{where}") from failure
+    def agree(
+        self, work: Callable[[], T], errors: tuple[type[Exception], ...] = (ValueError,)
+    ) -> T:
+        """Run ``work`` on every rank of the mesh, as :func:`ds_linclip.process.consensus.agree`."""
+        return consensus.agree(work, dist.group.WORLD, errors)
 
     def gather(self, value: T) -> list[T]:
-        """What every data-parallel rank gives, which can be pickled, in rank order, to all."""
-        values = [value] * self.dp.size
-        if self.dp.size > 1:
-            dist.all_gather_object(values, value, group=self.dp.group)
-        return values
+        """Return the value of every data-parallel rank, in rank order, on every rank."""
+        return consensus.gather(value, self.dp.group)
 
     def gather_all(self, value: T) -> list[T]:
-        """What every rank of the mesh gives, which can be pickled, in rank order, to all."""
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
+        """Return the value of every rank of the mesh, in rank order, on every rank."""
+        return consensus.gather(value, dist.group.WORLD)
 
-    def from_rank_zero(self, fn: Callable[[], T]) -> T:
-        """Run ``fn`` on rank 0 and give its result, which can be pickled, to every rank.
+    def from_rank_zero(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0 and return its result on every rank.
 
         Raises:
-            AgreedError: on every rank, when ``fn`` raised ValueError.
+            AgreedError: on every rank, when ``work`` raised ValueError.
         """
-        result = self.agree(lambda: fn() if self.rank == 0 else None)
-        received = [result]
-        if self.world_size > 1:
-            dist.broadcast_object_list(received, src=0)
-        return cast(T, received[0])
+        return consensus.from_first_rank(work, dist.group.WORLD)
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_linclip.config import Config
-from ds_linclip.model import CLIP
-from ds_linclip.interop.pretrained import lock_towers
-from ds_linclip.loss.grad_cache import Objective, surrogate
-from ds_linclip.parallel.context_parallel import token_slice
-from ds_linclip.engine.engine import Stage
-from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.engine.pipeline import Stage
 from ds_linclip.engine.pipeline_stages import stage_units
+from ds_linclip.loss.grad_cache import Objective, surrogate
+from ds_linclip.model import CLIP
+from ds_linclip.model.freeze import lock_towers
+from ds_linclip.parallel.context_parallel import token_slice
+from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["Activations", "meta_model", "trace_activations"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from ds_linclip.config import Config
-from ds_linclip.model.flops import num_state_values
-from ds_linclip.planner.activations import Activations
 from ds_linclip.engine.deepspeed_config import deepspeed_config
+from ds_linclip.model.flops import num_state_values
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.planner.activations import Activations
 
 __all__ = ["PERSISTENT_BELOW", "StepMemory", "gradient_bytes", "value_bytes"]
 

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ds_linclip.config import Config
-from ds_linclip.model.flops import num_features
+from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.model import CLIP
-from ds_linclip.planner.activations import meta_model, trace_activations
+from ds_linclip.model.flops import num_features
 from ds_linclip.parallel.context_parallel import token_slice
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.engine.pipeline_stages import stage_units
+from ds_linclip.planner.activations import meta_model, trace_activations
 from ds_linclip.planner.memory_model import (
     PERSISTENT_BELOW,
     StepMemory,

@@ -1,6 +1,5 @@
 """What must be in order on every node before a run starts: looked at by ranks, judged together."""
 
-from ds_linclip.preflight.verdicts import Judge
 from ds_linclip.preflight.node_checks import (
     Machine,
     Shards,
@@ -12,6 +11,7 @@ from ds_linclip.preflight.node_checks import (
     open_first_shards,
 )
 from ds_linclip.preflight.table import Table
+from ds_linclip.preflight.verdicts import Judge
 
 __all__ = [
     "Judge",

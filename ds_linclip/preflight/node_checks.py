@@ -14,8 +14,8 @@ import torch
 
 from ds_linclip.config import Config
 from ds_linclip.data import Storage, find_shards
-from ds_linclip.data.shard_index import expand
 from ds_linclip.data.remote.filesystem import shown
+from ds_linclip.data.shard_index import expand
 from ds_linclip.model.flops import num_parameters, num_state_values
 from ds_linclip.parallel.mesh import select_device
 from ds_linclip.provenance import software

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from ds_linclip.config import Config, check_batch, check_ranks
 from ds_linclip.preflight.network_probe import Links, Offset, Speed
-from ds_linclip.preflight.rendezvous import Failed
 from ds_linclip.preflight.node_checks import Machine, Shards, Space
+from ds_linclip.preflight.rendezvous import Failed
 from ds_linclip.preflight.table import Problem, Table
 
 __all__ = ["Judge"]

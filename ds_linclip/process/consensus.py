@@ -1,64 +1,88 @@
-"""Errors of one rank, raised on all: nobody waits for a rank that is gone."""
+"""Agreement over ranks: an error of one rank is raised on all, so that none waits for a rank that
+is gone.
+
+In all functions here ``group`` is the process group whose ranks call together, or None for this
+process alone; what travels between ranks must be picklable.
+"""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-__all__ = ["check_alike", "from_first_rank", "on_all_ranks"]
+__all__ = ["AgreedError", "agree", "from_first_rank", "gather", "require_equal"]
 
 T = TypeVar("T")
 
 
-def on_all_ranks(work: Callable[[], T], group: ProcessGroup | None) -> T:
-    """Run ``work`` on every rank of ``group``; return its result once all have theirs.
+class AgreedError(ValueError):
+    """A user's error that every rank knows of and raises at the same point."""
+
+
+def gather(value: T, group: ProcessGroup | None) -> list[T]:
+    """Return the value of every rank of ``group``, in rank order, on every rank."""
+    if group is None or dist.get_world_size(group) == 1:
+        return [value]
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def agree(
+    work: Callable[[], T],
+    group: ProcessGroup | None,
+    errors: tuple[type[Exception], ...] = (ValueError,),
+) -> T:
+    """Run ``work`` on every rank of ``group``; if it fails on one, raise its error on all.
 
     Args:
-        work: Must not communicate over ``group``.
-        group: None: this process alone.
+        work: Returns this rank's result; must not communicate over ``group``.
+        errors: The exceptions that are shared. Any other one is a bug and ends its own rank.
+
+    Returns:
+        This rank's own result.
 
     Raises:
-        ValueError: on every rank, when it was raised on one, which is named.
-        OSError: likewise.
+        AgreedError: with the message of the lowest failing rank, naming the failing ranks unless
+            all of them failed.
     """
-    if group is None:
-        return work()
-    problem: ValueError | OSError | None = None
+    result: T | None = None
+    failure: Exception | None = None
     try:
         result = work()
-    except (ValueError, OSError) as error:
-        problem = error
-    problems: list[ValueError | OSError | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(problems, problem and _plain(problem), group=group)
-    for rank, found in enumerate(problems):
-        if found is not None:
-            raise type(found)(f"data-parallel rank {rank}: {found}") from problem
-    return result
+    except errors as error:
+        failure = error
+    messages = gather(None if failure is None else str(failure), group)
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    if not failed:
+        return cast(T, result)
+    where = ""
+    if len(failed) < len(messages):
+        ranks = ", ".join(map(str, failed))
+        where = f" (on rank{'s' if len(failed) > 1 else ''} {ranks} of {len(messages)})"
+    raise AgreedError(f"{messages[failed[0]]}{where}") from failure
 
 
-def check_alike(value: str, what: str, group: ProcessGroup | None) -> None:
-    """Check that all ranks of ``group`` have the same.
+def from_first_rank(work: Callable[[], T], group: ProcessGroup | None) -> T:
+    """Run ``work`` on the first rank of ``group`` and return its result on every rank.
 
     Raises:
-        ValueError: on every rank, naming the first that has something else.
+        AgreedError: on every rank, when ``work`` raised ValueError.
     """
-    values = [value] if group is None else [""] * dist.get_world_size(group)
-    if group is not None:
-        dist.all_gather_object(values, value, group=group)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise ValueError(f"{what} of data-parallel rank {rank} must be those of rank 0")
-
-
-def from_first_rank(value: T, group: ProcessGroup | None) -> T:
-    """What the first rank of ``group`` has, which can be pickled."""
-    received = [value]
-    if group is not None:
+    is_first = group is None or dist.get_rank(group) == 0
+    received = [agree(lambda: work() if is_first else None, group)]
+    if group is not None and dist.get_world_size(group) > 1:
         dist.broadcast_object_list(received, group_src=0, group=group)
-    return received[0]
+    return cast(T, received[0])
 
 
-def _plain(problem: ValueError | OSError) -> ValueError | OSError:
-    """Without traceback and fields that may not be pickled."""
-    return (OSError if isinstance(problem, OSError) else ValueError)(str(problem))
+def require_equal(value: object, name: str, group: ProcessGroup | None) -> None:
+    """Check that every rank of ``group`` has the same value.
+
+    Raises:
+        AgreedError: on every rank, naming the first rank that has another value.
+    """
+    for rank, other in enumerate(values := gather(value, group)):
+        if other != values[0]:
+            raise AgreedError(f"{name} of rank {rank} must be those of rank 0")

@@ -6,8 +6,9 @@ __all__ = ["ExitCode"]
 
 
 class ExitCode(IntEnum):
-    """Exit codes of ``launch/linclip_launch/train.py``, the same on all ranks; ``launch/linclip_launch/preflight.py`` ends with
-    0, ready to train, or 2."""
+    """Exit codes of ``linclip_launch.train``, the same on all ranks.
+
+    ``linclip_launch.preflight`` ends with 0, ready to train, or 2."""
 
     FINISHED = 0
     #: A crash; starting again goes on from the newest checkpoint.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ds_linclip.checkpoint import CheckpointStore, latest_checkpoint
 from ds_linclip.config import Config
-from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.process.consensus import AgreedError
 
 __all__ = ["Diverged", "Health"]
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ds_linclip.config import Config
-from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.process.phase import Progress
 
 __all__ = ["summarize", "watched"]

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="linclip-eval",
         description=f"Evaluate models of ds_linclip and open_clip.\n\ncommands:\n{what}",
         epilog="`linclip-eval COMMAND --help` tells more. Over several processes or nodes: "
-        "`deepspeed launch/linclip_launch/eval.py COMMAND ...`.",
+        "`deepspeed --module linclip_launch.eval COMMAND ...`.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the launcher

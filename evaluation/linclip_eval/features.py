@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
+from ds_linclip.process.consensus import agree
 from linclip_eval.protocols import ImageBatch, ImageSet
-from ds_linclip.process.consensus import on_all_ranks
 
 __all__ = ["Features", "best_ranks", "extract_features", "similarities"]
 
@@ -115,7 +115,7 @@ def extract_features(
             (batch.number, _embed(batch, encode_image, embed_texts, device)) for batch in progress
         ]
 
-    share = on_all_ranks(rank_share, group)
+    share = agree(rank_share, group, errors=(ValueError, OSError))
     shares = [share]
     if group is not None:
         shares *= world_size

@@ -155,11 +155,12 @@ def linear_probe(
 ) -> LinearProbe:
     """Multinomial logistic regression, as CLIP's linear probe (arXiv 2103.00020, A.3).
 
-    scikit-learn's L-BFGS, in float64, on features that are not standardised. A random fifth of the training images is held back, and the L2 strength that does
-    best on it taken, the larger of equals; then all are fitted. The search is A.3's: every second
-    decade from 1e-6 to 1e6, then twice as fine around the best, down to eight steps per decade.
-    Unlike A.3, the features are those behind the projection into the space shared with texts.
-
+    scikit-learn's L-BFGS, in float64, on features that are not standardised. A random fifth of the
+    training images is held back, and the L2 strength with the best accuracy on it is chosen, the
+    larger of equals; the last fit is on all training images. The search is that of A.3: every
+    second decade from 1e-6 to 1e6, then twice as fine around the best, down to eight steps per
+    decade. Unlike A.3, the features are those behind the projection into the space shared with
+    texts.
     Args:
         train, test: Features by the same model.
         seed: Chooses the images that are held back.

@@ -1,6 +1,6 @@
-"""Run an evaluation over several processes: ``deepspeed launch/linclip_launch/eval.py COMMAND ...``.
+"""Run an evaluation over several processes: ``deepspeed --module linclip_launch.eval COMMAND ...``.
 
-The commands are those of ``linclip-eval``. Exit codes as in train.py.
+The commands are those of ``linclip-eval``. Exit codes as of linclip_launch.train.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Whether the ranks of this host make steps: ``python launch/linclip_launch/healthcheck.py RUNS_FOLDER``.
+"""Whether the ranks of this host make steps: ``python -m linclip_launch.healthcheck RUNS_FOLDER``.
 
 For the health checks of containers. Looks for signs of life that the watchdog of every rank writes
 into ``<run folder>/watchdog``, of the run that was started last on this host.

@@ -1,6 +1,6 @@
-"""Check every node before a run: ``deepspeed --hostfile HOSTS launch/linclip_launch/preflight.py CONFIG.yaml
-key=value ...`` with the config and the overrides of the training; ``python launch/linclip_launch/preflight.py
-CONFIG.yaml`` for one process.
+"""Check every node before a run, with the config and the overrides of the training:
+``deepspeed --hostfile HOSTS --module linclip_launch.preflight CONFIG.yaml key=value ...``;
+``python -m linclip_launch.preflight CONFIG.yaml`` checks this process alone.
 
 Prints one table. Exit codes: 0, ready to train; 2, something that a person must mend.
 """
@@ -23,9 +23,6 @@ with quick_start():
     import torch
 
     from ds_linclip.config import Config, load_config
-    from ds_linclip.process.parent_death import end_with_parent
-    from ds_linclip.preflight.network_probe import listen, measure_clocks, measure_links, reach
-    from ds_linclip.preflight.rendezvous import Failed, Meeting, MeetingError
     from ds_linclip.preflight import (
         Judge,
         Table,
@@ -35,6 +32,9 @@ with quick_start():
         look_at_machine,
         open_first_shards,
     )
+    from ds_linclip.preflight.network_probe import listen, measure_clocks, measure_links, reach
+    from ds_linclip.preflight.rendezvous import Failed, Meeting, MeetingError
+    from ds_linclip.process.parent_death import end_with_parent
     from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 

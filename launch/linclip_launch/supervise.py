@@ -1,11 +1,12 @@
 """Train, and start again from the newest checkpoint whenever the run fails:
-``python launch/linclip_launch/supervise.py [--ranks N | --hostfile FILE | --launch COMMAND] CONFIG.yaml ...``.
+``python -m linclip_launch.supervise [--ranks N | --hostfile FILE | --launch COMMAND] CONFIG ...``.
 
-Runs ``deepspeed launch/linclip_launch/train.py CONFIG.yaml key=value ...``: on this machine, on the hosts of a
-file through ssh, with ``--node-rank`` this host's part alone; or what another launcher runs. Does
-not start again what finished (0), what the user must mend (2), what diverged (3) and what was asked
-to leave (75); passes that exit code on. Exit code 1: gave up after too many restarts, or nothing
-fits the hosts that are left. Every restart is a line of ``restarts.jsonl`` in the run folder.
+Runs ``deepspeed --module linclip_launch.train CONFIG.yaml key=value ...`` on this machine, on the
+hosts of a file through ssh, or with ``--node-rank`` on this host only; or what another launcher
+runs. A run is not started again when it finished (exit code 0), when the user has to fix something
+(2), when it diverged (3), or when it was asked to leave (75): that exit code is passed on. Exit
+code 1: gave up after too many restarts, or nothing fits the hosts that are left. Every restart is
+a line of ``restarts.jsonl`` in the run folder.
 """
 
 import argparse
@@ -21,9 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from linclip_launch.process_tree import group_is_running, launcher_and_ranks
-from linclip_launch.remote_hosts import RemoteHosts
-
 from ds_linclip.config import Config, load_config
 from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.resilience.restart_policy import (
@@ -37,8 +35,10 @@ from ds_linclip.resilience.restart_policy import (
     select_slots,
     verdict,
 )
+from linclip_launch.process_tree import group_is_running, launcher_and_ranks
+from linclip_launch.remote_hosts import RemoteHosts
 
-TRAIN = Path(__file__).with_name("train.py")
+TRAIN = "linclip_launch.train"
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--launch",
         metavar="COMMAND",
-        help="runs the ranks of launch/linclip_launch/train.py instead of deepspeed, srun for instance",
+        help="starts a Python on every rank instead of deepspeed: 'srun python', for instance",
     )
     parser.add_argument("--include", default="", help="hosts and slots: node1@node2:0,1")
     parser.add_argument("--exclude", default="", help="all but these, written alike")
@@ -183,9 +183,9 @@ class Supervisor:
     def _command(self, node_rank: int | None, hostfile: Path | None) -> list[str]:
         """What runs the ranks of one host, or of all."""
         arguments = self.arguments
-        train = [str(TRAIN), arguments.config, *arguments.overrides]
+        train = [TRAIN, arguments.config, *arguments.overrides]
         if arguments.launch:
-            return [*shlex.split(arguments.launch), *train]
+            return [*shlex.split(arguments.launch), "-m", *train]
         command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
         # The port of a killed run may not be free yet.
         command += ["--master_port", str(self._port or _free_port())]
@@ -195,7 +195,7 @@ class Supervisor:
             command += ["--hostfile", str(hostfile), "--include", format_slots(self._hosts)]
         elif arguments.ranks:
             command += ["--num_gpus", str(arguments.ranks)]
-        return [*command, *shlex.split(arguments.deepspeed), *train]
+        return [*command, *shlex.split(arguments.deepspeed), "--module", *train]
 
     @property
     def _is_remote(self) -> bool:

@@ -1,4 +1,4 @@
-"""Train CLIP: ``deepspeed launch/linclip_launch/train.py CONFIG.yaml key=value ...``.
+"""Train CLIP: ``deepspeed --module linclip_launch.train CONFIG.yaml key=value ...``.
 
 With ``--dry-run`` nothing is started: the layout is printed, with the memory of every rank, steps
 per epoch, the time of a step and the size of a checkpoint, for the devices that are named.
@@ -20,14 +20,15 @@ from ds_linclip.process.import_gc import quick_start
 with quick_start():
     from ds_linclip.config import Config, load_config
     from ds_linclip.data import DataError
+    from ds_linclip.parallel.mesh import Mesh
     from ds_linclip.planner.dry_run import DEVICES, Target, dry_run
+    from ds_linclip.process.consensus import AgreedError
     from ds_linclip.process.exit_codes import ExitCode
-    from ds_linclip.resilience.divergence import Diverged
     from ds_linclip.process.parent_death import end_with_parent
-    from ds_linclip.parallel.mesh import AgreedError, Mesh
+    from ds_linclip.resilience.divergence import Diverged
     from ds_linclip.resilience.preemption import Preempted
-    from ds_linclip.trainer import TrainResult, train
     from ds_linclip.resilience.watchdog import watched
+    from ds_linclip.trainer import TrainResult, train
     from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 

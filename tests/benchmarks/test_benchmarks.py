@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.attention import bench_attention
-from benchmarks.attention import timing
 import pytest
 import torch
-from benchmarks.context.report import STATE_BYTES, ContextReport, ContextRow, SplitCheck
+
+from benchmarks.attention import bench_attention, timing
 from benchmarks.attention.report import WORKS, Check, Report, Row, crossover, slope
+from benchmarks.context.report import STATE_BYTES, ContextReport, ContextRow, SplitCheck
 
 FACTS = {name: name for name in ("device", "torch", "triton", "date_utc", "commit", "dtype")}
 CHECKS = [Check("linclip Eq. 7", 77, "o", 1e-7, 1e-6)]
@@ -20,8 +20,8 @@ CHECKS = [Check("linclip Eq. 7", 77, "o", 1e-7, 1e-6)]
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """Run the benchmark in this process, in very few calls."""
-    monkeypatch.setattr(bench_timing, "GROUP_SECONDS", 0.01)
-    monkeypatch.setattr(bench_timing, "COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(timing, "GROUP_SECONDS", 0.01)
+    monkeypatch.setattr(timing, "COPY_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(bench_attention, "CHECK_TOKENS", (15, 77))
     threads = torch.get_num_threads()
 

@@ -1,13 +1,10 @@
 """torch.compile of the blocks: the same losses. Slow: inductor starts cold in every rank."""
 
-from pathlib import Path
-
 import pytest
-from helpers.forked_ranks import train_in_ranks
 
 from ds_linclip.config import load_config
-
-EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
+from helpers import EMBEDDED
+from helpers.forked_ranks import train_in_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -5,18 +5,19 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from helpers.forked_ranks import train_in_ranks
 from safetensors.torch import load_file
 
 from ds_linclip.checkpoint import load_weights
 from ds_linclip.config import ParallelConfig, load_config
 from ds_linclip.interop import export_checkpoint
-from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import WEIGHTS_FILE, export_folder, to_open_clip
-from ds_linclip.parallel.spawn import run_ranks
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
+from helpers import REPOSITORY
+from helpers.forked_ranks import train_in_ranks
 
-EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded_softmax.yaml"
+EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded_softmax.yaml"
 STEPS = 3
 PIPELINE = [4, "parallel.tp=2", "parallel.pp=2", "train.micro_batch_size=4"]
 ZERO_3 = [2, "zero.stage=3"]

@@ -16,20 +16,20 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
-from helpers.saves_that_die import calls_of_second_save, die_in_second_save
 
 from ds_linclip.config import Config, load_config, save_config
-from ds_linclip.process.exit_codes import ExitCode
-from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.model import CLIP
+from ds_linclip.monitoring.metrics import MetricWriter
+from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.process.consensus import AgreedError
+from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.resilience.preemption import Preempted
 from ds_linclip.trainer import train
+from helpers import EMBEDDED
+from helpers.saves_that_die import calls_of_second_save, die_in_second_save
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
-REPOSITORY = Path(__file__).parents[2]
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 STEPS = 7
 
 
@@ -229,7 +229,7 @@ def test_sigterm_to_every_process_of_a_job(embedded_overrides, start_deepspeed_c
     slow = [*embedded_overrides, "data.num_workers=2", "train.steps=400", "model.vision.layers=4"]
     config = config_of(tmp_path / "run", [*slow, "checkpoint.every_steps=0"])
     save_config(config, tmp_path / "config.yaml")
-    launcher = start_deepspeed_cpu(REPOSITORY / "launch" / "train.py", tmp_path / "config.yaml")
+    launcher = start_deepspeed_cpu("linclip_launch.train", tmp_path / "config.yaml")
     metrics = config.run_dir / "metrics.jsonl"
     while not metrics.exists() or '"step": 3,' not in metrics.read_text():
         assert launcher.poll() is None, launcher.communicate()

@@ -1,4 +1,4 @@
-"""The table of benchmarks/layouts/check_layouts.py, held: every layout trains as the single process does."""
+"""Every layout of benchmarks/layouts/check_layouts.py trains as the single process does."""
 
 import csv
 import os
@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
 #: With each of the axes; the rest of the table is slow.
 LINEAR = ["single", "dp2-zero2-micro2", "tp2-pp2-micro2", "cp2-dp2-zero3"]
 SOFTMAX = ["single", "tp2-pp2-dp2-zero1-micro2"]
 
 
 def table(folder: Path, embedded_overrides: list[str], *options: str) -> list[dict[str, str]]:
-    script = REPOSITORY / "launch" / "check_layouts.py"
-    command = [sys.executable, script, *embedded_overrides, "--out", folder, *options]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.layouts.check_layouts",
+        *embedded_overrides,
+        "--out",
+        folder,
+        *options,
+    ]
     done = subprocess.run(
         [str(word) for word in command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

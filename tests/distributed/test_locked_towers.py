@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.forked_ranks import train_in_ranks
 from torch import Tensor
 
 from ds_linclip.config import ParallelConfig, load_config
-from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import export_folder, to_open_clip
-from ds_linclip.parallel.spawn import run_ranks
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
-
-EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
+from ds_linclip.parallel.spawn import run_ranks
+from helpers import EMBEDDED
+from helpers.forked_ranks import train_in_ranks
 
 pytestmark = pytest.mark.distributed
 #: Ranks and overrides.

@@ -1,25 +1,22 @@
 """Two ranks: memory against the plan, and training with what is offloaded; see memory_job.py."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from helpers import job_environment
+
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-JOB = Path(__file__).with_name("memory_job.py")
-REPOSITORY = JOB.parents[2]
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
-    paths = [REPOSITORY / "launch", os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, str(JOB), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        [sys.executable, "-m", "helpers.memory_job", str(folder)],
+        env=job_environment(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         timeout=500,

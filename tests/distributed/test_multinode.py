@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.forked_ranks import train_in_ranks
-from helpers.killed_runs import batches, losses, stands_beyond, wait_until
-from helpers.two_hosts import TwoHosts
 
 from ds_linclip.config import load_config, save_config
 from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.resilience.restart_policy import newest_step
+from helpers import EMBEDDED, REPOSITORY
+from helpers.forked_ranks import train_in_ranks
+from helpers.killed_runs import batches, losses, stands_beyond, wait_until
+from helpers.two_hosts import TwoHosts
 
 pytestmark = pytest.mark.distributed
-REPOSITORY = Path(__file__).parents[2]
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
 STEPS = 60
 BOTH = "node1 slots=1\nnode2 slots=1\n"
@@ -70,7 +69,9 @@ def test_over_ssh_until_asked_to_leave_then_by_hand_on_each_host(hosts, override
     environment = Path(f"/proc/{ranks[0]}/environ").read_text().split("\0")
     assert {f"{key}={value}" for key, value in ENVIRONMENT.items()} <= set(environment)
     assert "NCCL_DEBUG=WARN" in environment  # from launch/environment.sh
-    (supervisor,) = (pid for pid, line in seen["node1"].items() if "supervise.py" in line)
+    (supervisor,) = (
+        pid for pid, line in seen["node1"].items() if "linclip_launch.supervise" in line
+    )
     os.kill(supervisor, signal.SIGTERM)
     out, err = running.communicate(timeout=100)
     assert running.returncode == ExitCode.PREEMPTED, out + err
@@ -132,7 +133,7 @@ def test_plain_deepspeed_with_pdsh_starts_the_same_ranks(hosts, overrides, whole
     sent.write_text("".join(f"{key}={value}\n" for key, value in ENVIRONMENT.items()))
     done = hosts.run(
         *("node1", Path(sys.executable).with_name("deepspeed"), "--hostfile", hosts.hostfile()),
-        *("launch/linclip_launch/train.py", tmp_path / "config.yaml"),
+        *("linclip_launch.train", tmp_path / "config.yaml"),
         cwd=REPOSITORY,
         **ENVIRONMENT,
         DS_ENV_FILE=str(sent),

@@ -4,16 +4,16 @@ import json
 import math
 from pathlib import Path
 
-from helpers import not_finite_job as job
 import pytest
 from safetensors.torch import load_file
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.parallel.spawn import run_ranks
+from helpers import EMBEDDED
+from helpers import not_finite_job as job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
-EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 SMALL = [
     *("model.vision.layers=1", "model.text.layers=1", "model.embed_dim=32"),
     *("model.vision.width=32", "model.vision.head_width=16", "model.text.width=32"),

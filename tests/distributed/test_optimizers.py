@@ -2,12 +2,12 @@
 
 import json
 
-from helpers import optimizer_job as toy
 import pytest
 
 from ds_linclip.engine.ema import ema_weights
-from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
+from helpers import optimizer_job as toy
 
 pytestmark = pytest.mark.distributed
 FP32 = [name for name in toy.FORMS if name.startswith("fp32")]

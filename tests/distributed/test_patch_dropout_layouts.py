@@ -1,13 +1,10 @@
 """Training with patch dropout: every layout looks at the same patches."""
 
-from pathlib import Path
-
 import pytest
-from helpers.forked_ranks import train_in_ranks
 
 from ds_linclip.config import load_config
-
-EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
+from helpers import EMBEDDED
+from helpers.forked_ranks import train_in_ranks
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = {

@@ -9,19 +9,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from linclip_launch import preflight
 import pytest
-from helpers.forked_ranks import train_in_ranks
-from helpers.two_hosts import TwoHosts
 
 from ds_linclip.config import load_config
 from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.preflight.rendezvous import Failed, Meeting, MeetingError
 from ds_linclip.preflight import free_space
+from ds_linclip.preflight.rendezvous import Failed, Meeting, MeetingError
+from helpers import EMBEDDED, REPOSITORY
+from helpers.forked_ranks import train_in_ranks
+from helpers.two_hosts import TwoHosts
+from linclip_launch import preflight
 
 pytestmark = pytest.mark.distributed
-REPOSITORY = Path(__file__).parents[2]
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +147,7 @@ def on_hosts(
     """The command of the documentation, from the first host."""
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [launcher, "--hostfile", hosts.hostfile(slots), *options]
-    command += [REPOSITORY / "launch" / "preflight.py", *arguments]
+    command += ["--module", "linclip_launch.preflight", *arguments]
     paths = [path for path in sys.path if path]  # as this process finds modules
     environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     return hosts.run("node1", *command, cwd=REPOSITORY, **environment)

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.recompute_job import all_measures
 
 from ds_linclip.config import ParallelConfig
 from ds_linclip.parallel.spawn import run_ranks
+from helpers.recompute_job import all_measures
 
 pytestmark = pytest.mark.distributed
 AXES = {"single": {}, "tp2": {"tp": 2}, "cp2": {"cp": 2}}

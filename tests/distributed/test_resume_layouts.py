@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.forked_ranks import train_in_ranks
 
 from ds_linclip.checkpoint import load_weights
 from ds_linclip.config import Config, load_config
 from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.parallel.mesh import Mesh
+from helpers import EMBEDDED
+from helpers.forked_ranks import train_in_ranks
 
-EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 STEPS = 10
 #: Ranks and layout; each but the last goes on for two steps from where the one before stood.
 CHAIN = [

@@ -7,16 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
+
+from ds_linclip.config import load_config
+from ds_linclip.resilience.restart_policy import newest_step
+from helpers import EMBEDDED, REPOSITORY
 from helpers.forked_ranks import train_in_ranks
 from helpers.killed_runs import batches, losses, stands_beyond, wait_until
 from helpers.two_hosts import TwoHosts, two_hosts
 
-from ds_linclip.config import load_config
-from ds_linclip.resilience.restart_policy import newest_step
-
 pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow]
-REPOSITORY = Path(__file__).parents[2]
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "srun")
 STEPS = 60
 #: No cgroups, as many cores as it likes to believe; a node is down after 10 seconds of silence.
@@ -125,7 +124,7 @@ def test_job_goes_on_after_a_request_to_leave_and_the_loss_of_a_node(embedded_ov
             raise AssertionError(said.read_text()) from error
         assert slurm.job()["ExitCode"] == "0:0", said.read_text()
         ranks = [line for name in hosts.names for line in hosts.processes(name).values()]
-        assert not [line for line in ranks if "train.py" in line]
+        assert not [line for line in ranks if "linclip_launch.train" in line]
 
     starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     assert [start["hosts"] for start in starts] == [{"node1": 1, "node2": 1}] * 3

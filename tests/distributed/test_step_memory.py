@@ -1,15 +1,13 @@
 """Memory of real steps against the plan, activations included; see step_memory_job.py."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-JOB = Path(__file__).with_name("step_memory_job.py")
-REPOSITORY = JOB.parents[2]
+from helpers import job_environment
+
 QUICK = ["long-eq4-selective", "zero3-softmax", "pp2-micro"]
 SLOW = [
     *("bf16", "long-softmax-full", "zero2-micro", "tp2-full"),
@@ -21,10 +19,9 @@ SLOW = [
 @pytest.mark.distributed
 @pytest.mark.parametrize("names", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
 def test_a_step_takes_the_memory_that_is_planned(tmp_path, names):
-    paths = [REPOSITORY / "launch", os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, str(JOB), str(tmp_path), *names],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        [sys.executable, "-m", "helpers.step_memory_job", str(tmp_path), *names],
+        env=job_environment(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         timeout=500,

@@ -11,19 +11,18 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from helpers.killed_runs import batches, losses, ranks_below
 from PIL import Image
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.data.prepare.shard_writer import RawSample, write_train_shard
-from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.trainer import train
+from helpers import EMBEDDED
+from helpers.killed_runs import batches, losses, ranks_below
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow]
-REPOSITORY = Path(__file__).parents[2]
-TRAIN = REPOSITORY / "launch" / "train.py"
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
+TRAIN = "linclip_launch.train"
 #: 100 uneven shards, 600 samples: 25 steps of 24 per epoch.
 SIZES = [4 + number % 5 for number in range(100)]
 BATCH = 24

@@ -1,4 +1,4 @@
-"""Runs under ``launch/linclip_launch/supervise.py`` that are killed, and end as if nothing had happened."""
+"""Runs under ``linclip_launch.supervise`` that are killed, and end as if nothing had happened."""
 
 import json
 import os
@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from ds_linclip.config import load_config
+from ds_linclip.process.exit_codes import ExitCode
+from helpers import EMBEDDED, REPOSITORY
 from helpers.forked_ranks import train_in_ranks
 from helpers.killed_runs import batches
 from linclip_launch.process_tree import below, is_running, launcher_and_ranks
 
-from ds_linclip.config import load_config
-from ds_linclip.process.exit_codes import ExitCode
-
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
-REPOSITORY = Path(__file__).parents[2]
-SUPERVISE = REPOSITORY / "launch" / "supervise.py"
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
+SUPERVISE = ["-m", "linclip_launch.supervise"]
 STEPS = 60
 
 
@@ -41,7 +40,7 @@ def supervise() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
         running = subprocess.Popen(
-            [sys.executable, *map(str, (SUPERVISE, *arguments))],
+            [sys.executable, *map(str, (*SUPERVISE, *arguments))],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,

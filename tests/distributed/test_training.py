@@ -1,20 +1,19 @@
 """Two ranks: training, resume, ZeRO stages, the global loss."""
 
 import json
-from pathlib import Path
 
 import pytest
-from helpers import training_job
 from safetensors.torch import load_file
 
 from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import load_config
 from ds_linclip.data import Storage, TrainData, find_shards
+from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.process.consensus import AgreedError
+from helpers import EMBEDDED, training_job
 
 pytestmark = pytest.mark.distributed
-EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 FORMS = list(training_job.FORMS)
 
 

@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ds_linclip.config import load_config
-from ds_linclip.model import CLIP
-from ds_linclip.engine.engine import initialize_engine
-from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.pipeline_stages import stage_units
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
+from helpers import EMBEDDED
 
-EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
 BATCH = 16
 #: Large, so that a step is exact to the last digits of the gradient and not of the weight.
 RATE = 1e3

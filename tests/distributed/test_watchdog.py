@@ -14,18 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from linclip_launch.process_tree import is_running
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.model import CLIP
-from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.trainer import train
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.resilience.watchdog import summarize, watched
+from ds_linclip.trainer import train
+from helpers import EMBEDDED
+from linclip_launch.process_tree import is_running
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
-REPOSITORY = Path(__file__).parents[2]
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 TIMEOUT = 5.0
 
 
@@ -83,7 +82,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 def healthcheck(runs: Path, *options: str) -> tuple[int, str]:
     """Exit code and line of the command."""
-    command = [sys.executable, REPOSITORY / "launch" / "healthcheck.py", runs, *options]
+    command = [sys.executable, "-m", "linclip_launch.healthcheck", runs, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 

@@ -13,7 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-REPOSITORY = Path(__file__).parents[2]
+from helpers import REPOSITORY
+
 DOCKER = REPOSITORY / "docker"
 #: Of the image, as far as requirements look at it.
 IMAGE = {"python_version": "3.11", "python_full_version": "3.11.2", "sys_platform": "linux"}

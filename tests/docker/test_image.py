@@ -23,7 +23,8 @@ from urllib.request import urlopen
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from helpers import REPOSITORY
+
 COMPOSE = REPOSITORY / "docker" / "compose.yaml"
 PROGRAMS = ("podman", "runc", "iptables", "debootstrap", "tar")
 LIBRARIES = [Path("/usr/lib/podman") / name for name in ("netavark", "aardvark-dns")]
@@ -170,7 +171,15 @@ def test_image_trains_with_a_read_only_root_and_saves_when_stopped(engine: Engin
     run = ["podman", "run", "--detach", "--name", "train", *HARDENED, "--shm-size", "2g"]
     run += ["--tmpfs", "/tmp:exec,mode=1777", "--volume", "runs:/runs"]
     run += ["--volume", "caches:/home/linclip", "--env", "DS_ACCELERATOR=cpu", "linclip"]
-    run += ["python", "launch/linclip_launch/supervise.py", "--ranks", "2", EMBEDDED, "name=one", *SMALL]
+    run += [
+        "python",
+        "linclip_launch.supervise",
+        "--ranks",
+        "2",
+        EMBEDDED,
+        "name=one",
+        *SMALL,
+    ]
     checkpoints = []
     for start in ("first", "resumed"):
         engine(*run)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.misbehaving_server import MisbehavingServer
-from helpers.stored_content import make_storage
 
 from ds_linclip.data.remote.filesystem import Storage
+from helpers.misbehaving_server import MisbehavingServer
+from helpers.stored_content import make_storage
 
 
 @pytest.fixture

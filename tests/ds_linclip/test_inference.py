@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
-from ds_linclip.model import CLIP
-from ds_linclip.interop.state_dict import export_folder
-from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.commands.arguments import labelled
 from ds_linclip.inference import load_model
+from ds_linclip.interop.state_dict import export_folder
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.mesh import Mesh
+from helpers import REPOSITORY
+from linclip_eval.commands.arguments import labelled
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -98,9 +99,7 @@ def test_folder_that_only_open_clip_can_run(mesh, tmp_path):
     images, texts = torch.randn(2, 3, 32, 32), loaded.tokenizer(["a tench", "a hen"])
     torch.testing.assert_close(loaded.encode_image(images), theirs.encode_image(images))
     torch.testing.assert_close(loaded.encode_text(texts), theirs.encode_text(texts))
-    white = (
-        Path(__file__).parents[2] / "docs" / "results" / "data" / "inspection.png"
-    ).read_bytes()
+    white = (REPOSITORY / "docs" / "results" / "data" / "inspection.png").read_bytes()
     assert loaded.transform(white).abs().max() <= 1.0  # (x - 0.5) / 0.5
 
 

@@ -20,7 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from ds_linclip import run_dir
 from ds_linclip.config import Config, load_config
 from ds_linclip.monitoring.metrics import MetricWriter
-from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.process.consensus import AgreedError
 from ds_linclip.run_dir import RunFolder
 
 EMBEDDED = "ds_configs/train/embedded.yaml"
@@ -70,11 +71,11 @@ def test_second_run_is_refused_until_the_first_is_killed(config, monkeypatch, ca
         assert "\n" not in message
         # Of another host, it may be dead: its lock is waited for.
         (config.run_dir / "lock").write_text("host elsewhere, pid 1, user ada, since yesterday")
-        monkeypatch.setattr(run_folder, "_LEASE", 1.5)
+        monkeypatch.setattr(run_dir, "_LEASE", 1.5)
         with pytest.raises(AgreedError, match="in use by host elsewhere, pid 1"):
             RunFolder.hold(config, Mesh.create()).__enter__()
         assert "waiting 2 s for host elsewhere, pid 1" in caplog.text
-        monkeypatch.setattr(run_folder, "_LEASE", 60.0)
+        monkeypatch.setattr(run_dir, "_LEASE", 60.0)
         threading.Timer(1.5, os.kill, [first.pid, signal.SIGKILL]).start()
         with RunFolder.hold(config, Mesh.create()):
             first.join()
@@ -104,7 +105,7 @@ def test_file_system_without_locks_is_told_of(config, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(run_folder.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(run_dir.fcntl, "lockf", no_locks)
     with caplog.at_level(logging.WARNING), RunFolder.hold(config, Mesh.create()):
         assert "cannot be locked here (No locks available)" in caplog.text
 
@@ -152,7 +153,7 @@ def test_full_disk_at_the_start_is_named(config, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "starts.jsonl")
 
-    monkeypatch.setattr(run_folder, "_append", full)
+    monkeypatch.setattr(run_dir, "_append", full)
     with (
         RunFolder.hold(config, Mesh.create()) as folder,
         pytest.raises(AgreedError, match=r"output_dir \(.*\) cannot be written: .*No space left"),

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.stand_in_data import StandInData, random_data
 
+from helpers.stand_in_data import StandInData, random_data
 from linclip_eval.features import best_ranks, extract_features, similarities
 
 

@@ -17,12 +17,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from ds_linclip.config import ModelConfig, TextTower, VisionTower
 from ds_linclip.data.prepare.digits import CLASSNAMES, TEMPLATES, digit_samples
 from ds_linclip.data.prepare.shard_writer import RawSample, write_labelled_folder
-from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import export_folder
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.commands.probe import main
 from linclip_eval.features import Features
 from linclip_eval.probe import Accuracy, knn, linear_probe
-from linclip_eval.commands.probe import main
 
 
 def features_of(

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
 from ds_linclip.data.prepare.make_shards import make_scenes
-from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import export_folder
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.__main__ import main
 

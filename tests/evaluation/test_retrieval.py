@@ -12,18 +12,18 @@ import torch
 import torch.distributed as dist
 from open_clip_train.train import get_clip_metrics
 from PIL import Image
-from helpers.stand_in_data import StandInData, random_data, tiny_clip, tokenizer
 
 from ds_linclip.config import ModelConfig, TextTower, VisionTower
 from ds_linclip.data.prepare.make_shards import make_scenes
 from ds_linclip.data.prepare.shard_writer import RawSample, write_labelled_folder
-from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import export_folder
-from ds_linclip.parallel.spawn import run_ranks
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
+from helpers.stand_in_data import StandInData, random_data, tiny_clip, tokenizer
+from linclip_eval.commands.retrieval import main
 from linclip_eval.features import Features
 from linclip_eval.retrieval import RetrievalResult, rank_captions, retrieval
-from linclip_eval.commands.retrieval import main
 
 
 def found(data: StandInData, **options: object) -> RetrievalResult:
@@ -173,7 +173,7 @@ def test_three_ranks_find_what_one_finds(tmp_path):
         assert np.array_equal(result.image_to_text, alone.image_to_text)
         assert np.array_equal(result.text_to_image, alone.text_to_image)
         assert result.metrics() == alone.metrics()
-        assert answers["refused"] == "data-parallel rank 1: sample s6 must be readable"
+        assert answers["refused"] == "sample s6 must be readable (on rank 1 of 3)"
         assert answers["uncaptioned"] == "image s2 must have a caption; 3 of 9 have none"
 
 

@@ -4,8 +4,8 @@ import shutil
 import sys
 
 import pytest
-from experiments import scaling_runs
 
+from experiments import scaling_runs
 from linclip_eval.scaling_laws.runs import check_comparable, read_run
 
 SMALL = ("optim.warmup_steps=2", "--widths", "32", "--steps", "8", "--seeds", "1")

@@ -1,5 +1,5 @@
-"""Calls ``launch/linclip_launch/train.py`` with every list of arguments that standard input holds as JSON, in one
-process; prints [exit code, what it printed, its errors] of each as JSON."""
+"""Calls ``linclip_launch.train`` in one process with each list of arguments in the JSON on standard
+input; prints [exit code, what it printed, its errors] of each as JSON."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from linclip_launch import train
 
 
 def call(arguments: list[str]) -> tuple[int, str, str]:
-    sys.argv = ["train.py", *arguments]
+    sys.argv = ["train", *arguments]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = train.main()

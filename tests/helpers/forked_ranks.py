@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ds_linclip.config import Config
-from ds_linclip.monitoring.metrics import MetricWriter
-from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import to_open_clip
-from ds_linclip.parallel.spawn import run_ranks
+from ds_linclip.model import CLIP
+from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.trainer import train
 
 

@@ -18,8 +18,8 @@ from linclip_kernels import (
     linear_attention_reference,
     linear_attention_state,
 )
-from linclip_kernels.linear_attention.variant import Form
 from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
+from linclip_kernels.linear_attention.variant import Form
 
 FORMS: dict[str, dict[str, Any]] = {
     "eq7": {},

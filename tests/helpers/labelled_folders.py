@@ -7,9 +7,9 @@ from typing import Any
 
 from open_clip.transform import PreprocessCfg
 from PIL import Image
-from helpers.tar_files import write_tar
 
 from ds_linclip.data import EvalTransform, LabelledBatch, LabelledData
+from helpers.tar_files import write_tar
 
 CAT, DOG, FISH = "n02121620", "n02084071", "n02512053"
 CLASSES = [CAT, DOG, FISH]  # in another order than that of their names

@@ -8,18 +8,19 @@ import sys
 from pathlib import Path
 
 import torch
+
 from benchmarks.memory.bench_memory import QUICK, QUICK_ZERO, Layout, run
 from benchmarks.memory.report import MemoryReport
-
 from ds_linclip.config import load_config
-from ds_linclip.model import CLIP
+from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
-from ds_linclip.engine.engine import initialize_engine
-from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.engine.pipeline_stages import stage_units
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
+from helpers import REPOSITORY
 
-VIT_B16 = Path(__file__).parents[2] / "ds_configs" / "train" / "vit_b16.yaml"
+VIT_B16 = REPOSITORY / "ds_configs" / "train" / "vit_b16.yaml"
 LAYOUTS = [Layout(ranks=2, precision="fp32", stage=stage) for stage in (1, 2, 3)]
 #: Name -> overrides without offloading, and those of every way to offload.
 OPTIMIZER, PARAM = "zero.offload_optimizer=cpu", "zero.offload_param=cpu"

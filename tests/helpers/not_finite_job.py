@@ -18,13 +18,14 @@ from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Batch
 from ds_linclip.data.broadcast import feed
-from ds_linclip.resilience.divergence import Diverged
-from ds_linclip.monitoring.metrics import StepMeter
-from ds_linclip.model import CLIP
+from ds_linclip.engine.engine import Engine
+from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer, ema_decay
-from ds_linclip.engine.engine import Engine, initialize_engine
-from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.engine.pipeline_stages import stage_units
+from ds_linclip.model import CLIP
+from ds_linclip.monitoring.metrics import StepMeter
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.resilience.divergence import Diverged
 from ds_linclip.trainer import train
 
 #: What one step that is not finite is done to, on two ranks.

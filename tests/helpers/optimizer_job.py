@@ -19,10 +19,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ds_linclip.config import OptimConfig
-from ds_linclip.engine.optim import Lamb, build_optimizer, ema_decay, weight_decay_groups
 from ds_linclip.engine.ema import ema_weights, track_ema
-from ds_linclip.parallel.mesh import Axis, Mesh
+from ds_linclip.engine.lamb import Lamb
+from ds_linclip.engine.optim import build_optimizer, ema_decay, weight_decay_groups
 from ds_linclip.engine.zero_state import Piece, StateShards, fill_module
+from ds_linclip.parallel.mesh import Axis, Mesh
 
 STEPS = 11
 SKIPPED = 5  # its gradients are not finite: ten steps count

@@ -10,8 +10,8 @@ from typing import Any
 
 from ds_linclip.checkpoint.writer import CheckpointWriter
 from ds_linclip.config import Config
-from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.trainer import train
 
 #: Calls of C functions by which a save reaches the disk and the other ranks.

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ds_linclip.checkpoint.directory import checkpoint_path
 from ds_linclip.checkpoint.sharded_safetensors import (
     FileFacts,
     PieceFacts,
@@ -14,7 +15,6 @@ from ds_linclip.checkpoint.sharded_safetensors import (
     write_manifest,
     write_shard,
 )
-from ds_linclip.checkpoint.directory import checkpoint_path
 from ds_linclip.config import Config, save_config
 from ds_linclip.model import CLIP
 

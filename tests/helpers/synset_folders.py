@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
-from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import export_folder
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ds_linclip.config import Config, load_config
-from ds_linclip.loss.contrastive import clip_loss
-from ds_linclip.model import CLIP
-from ds_linclip.loss.grad_cache import Objective
+from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
-from ds_linclip.engine.engine import initialize_engine
-from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.loss.contrastive import clip_loss
+from ds_linclip.loss.grad_cache import Objective
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.process.consensus import AgreedError
 from ds_linclip.trainer import train
 
 STEPS, MIDDLE = 26, 13

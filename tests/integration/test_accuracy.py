@@ -3,12 +3,12 @@
 import json
 import re
 import time
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
-TRAIN = REPOSITORY / "launch" / "train.py"
+from helpers import REPOSITORY
+
+TRAIN = "linclip_launch.train"
 
 
 @pytest.mark.slow

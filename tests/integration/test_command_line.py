@@ -5,28 +5,27 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import webdataset
-from helpers.dirty_shards import write_dirty_shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers import EMBEDDED, REPOSITORY
+from helpers.dirty_shards import write_dirty_shards
+
 pytestmark = pytest.mark.distributed
-REPOSITORY = Path(__file__).parents[2]
-TRAIN = REPOSITORY / "launch" / "train.py"
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
+TRAIN = "linclip_launch.train"
 SHORT = ["train.steps=12", "optim.warmup_steps=2", "checkpoint.every_steps=6", "eval.every_steps=6"]
 
 
 @pytest.fixture
 def in_this_process(monkeypatch, capsys):
-    """Run ``python launch/SCRIPT.py ARGS`` without a start of Python: exit code, out, err."""
+    """Run ``linclip_launch.SCRIPT`` without a start of Python: exit code, out, err."""
 
     def run(script, *arguments):
         monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
-        return importlib.import_module(script).main(), *capsys.readouterr()
+        return importlib.import_module(f"linclip_launch.{script}").main(), *capsys.readouterr()
 
     return run
 
@@ -97,7 +96,7 @@ def test_data_report_counts_what_was_read(finished):
 
 def test_eval_script_repeats_the_score_of_training(finished):
     run, _ = finished
-    command = [sys.executable, REPOSITORY / "launch" / "eval.py", "zero-shot", run]
+    command = [sys.executable, "-m", "linclip_launch.eval", "zero-shot", run]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     folder = run / "eval" / "step-00000012"

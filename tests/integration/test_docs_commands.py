@@ -16,18 +16,18 @@ from ds_linclip.config import load_config
 from ds_linclip.data.prepare.make_shards import make_scenes
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
+from helpers import REPOSITORY
 from linclip_eval.zero_shot.class_lists import imagenet_classes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-REPOSITORY = Path(__file__).parents[2]
 #: docs/experiments.md has the commands of measurements, hours of them.
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.name != "experiments.md"]
 #: What a block says that cannot be run here; and what stands for commands that take long.
 NEEDS = re.compile(r"^# needs (a cluster|\d+ GPUs|docker|the web)", re.IGNORECASE | re.MULTILINE)
 INSTEAD = [
-    (re.compile(r"^deepspeed (?:--\S+ \S+ )*launch/linclip_launch/train.py (.*)$", re.MULTILINE),
-     r"python launch/linclip_launch/train.py \1 --dry-run --devices 64"),
+    (re.compile(r"^deepspeed (?:--\S+ \S+ )*linclip_launch.train (.*)$", re.MULTILINE),
+     r"python -m linclip_launch.train \1 --dry-run --devices 64"),
     (re.compile(r"^make (data/embedded)$", re.MULTILINE), r"ds-linclip make-shards digits \1"),
     (re.compile(r"^make ", re.MULTILINE), ": make "),  # tests/test_docs.py asks for them
     (re.compile(r"^tensorboard .*", re.MULTILINE), r"timeout 20 \g<0> || [ $? = 124 ]"),  # goes on

@@ -1,16 +1,14 @@
-"""``launch/linclip_launch/train.py --dry-run`` for machines that are not there: figures, one error per mistake."""
+"""``linclip_launch.train --dry-run`` for absent devices: figures, one error per mistake."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-JOB = Path(__file__).with_name("dry_run_job.py")
-REPOSITORY = JOB.parents[2]
+from helpers import REPOSITORY, job_environment
+
 CONFIGS = REPOSITORY / "ds_configs" / "train"
 LARGE = [str(CONFIGS / "vit_l16.yaml"), "--dry-run", "--num-samples", "407332084"]
 #: Of layers enough to tell stages apart; planned in a moment.
@@ -52,12 +50,10 @@ ERRORS = {
 
 @pytest.fixture(scope="module")
 def found():
-    paths = [REPOSITORY / "launch", os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run(
-        [sys.executable, str(JOB)],
+        [sys.executable, "-m", "helpers.dry_run_job"],
         input=json.dumps(list(RUNS.values())),
-        env={**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        env=job_environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

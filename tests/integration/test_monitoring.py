@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.dirty_shards import write_dirty_shards
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
@@ -37,14 +36,15 @@ from ds_linclip.model.flops import step_flops
 from ds_linclip.monitoring import SCALARS
 from ds_linclip.monitoring.tensorboard import dashboards
 from ds_linclip.monitoring.trackers import wandb_run
+from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.process.consensus import AgreedError
 from ds_linclip.trainer import train
+from helpers import EMBEDDED, REPOSITORY
+from helpers.dirty_shards import write_dirty_shards
 from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 pytestmark = pytest.mark.distributed
-REPOSITORY = Path(__file__).parents[2]
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 STEPS = 6
 PEAK_TFLOPS = 0.25
 

@@ -15,11 +15,11 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from helpers import EMBEDDED, REPOSITORY
+
 pytestmark = pytest.mark.distributed
-REPOSITORY = Path(__file__).parents[2]
-TRAIN = REPOSITORY / "launch" / "train.py"
-EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
-REMOTE_JOB = Path(__file__).with_name("remote_job.py")
+TRAIN = "linclip_launch.train"
+REMOTE_JOB = "helpers.remote_job"
 SHARDS = "{00000..00007}.tar"
 #: Two image sizes besides the model's own, one of them not square.
 RUN = [

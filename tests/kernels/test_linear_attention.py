@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
+
 from helpers.kernel_checks import (
     FORMS,
     MAP_FORMS,
@@ -24,10 +28,6 @@ from helpers.kernel_checks import (
     relative_rms,
     with_gradients,
 )
-from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
-
 from linclip_kernels import linear_attention, linear_attention_reference
 from linclip_kernels.linear_attention import torch_backend
 from linclip_kernels.linear_attention.variant import Form
@@ -154,8 +154,8 @@ def test_sequences_stand_alone(form: str) -> None:
 @pytest.mark.parametrize("form", [*FORMS, *MAP_FORMS])
 def test_long_sequences_are_cut_into_pieces(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**FORMS, **MAP_FORMS}[form]
-    monkeypatch.setattr(eager, "MIN_PIECE", 40)
-    monkeypatch.setattr(eager, "PIECE_ROWS", 1)
+    monkeypatch.setattr(torch_backend, "MIN_PIECE", 40)
+    monkeypatch.setattr(torch_backend, "PIECE_ROWS", 1)
     inputs, grad = make_inputs((1, 150, 2, 20, 24), torch.float32)
     if not options.get("qk_norm", True):
         inputs = [(x * 0.2 if i < 2 else x).detach().requires_grad_() for i, x in enumerate(inputs)]

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
 from helpers.kernel_checks import (
     FORMS,
     MAP_FORMS,
@@ -17,9 +20,6 @@ from helpers.kernel_checks import (
     make_inputs,
     with_gradients,
 )
-from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
 from linclip_kernels.linear_attention import torch_backend
 
@@ -67,8 +67,8 @@ def test_halves_are_the_whole_operator(form: str, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("form", BIDIRECTIONAL)
 def test_long_sequences_are_cut_into_pieces(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager, "MIN_PIECE", 40)
-    monkeypatch.setattr(eager, "PIECE_ROWS", 1)
+    monkeypatch.setattr(torch_backend, "MIN_PIECE", 40)
+    monkeypatch.setattr(torch_backend, "PIECE_ROWS", 1)
     shape = 1, 150, 2, 20, 24
     check_halves_against_definition(shape, 90, torch.float32, "torch", "cpu", **BIDIRECTIONAL[form])
 

@@ -5,10 +5,13 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from linclip_kernels.linear_attention.triton_backend import causal
-
-from linclip_kernels.linear_attention.triton_backend import bidirectional
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.triton_backend import bidirectional, causal
+from linclip_kernels.linear_attention.triton_backend.partition import (
+    Call,
+    Chip,
+    max_value_block,
+    split_tokens,
+)
 from linclip_kernels.linear_attention.triton_backend.resources import (
     SHARED_MEMORY,
     Case,
@@ -16,7 +19,7 @@ from linclip_kernels.linear_attention.triton_backend.resources import (
     compile_launch,
     measure,
 )
-from linclip_kernels.linear_attention.triton_backend.partition import Call, Chip, max_value_block, split_tokens
+from linclip_kernels.linear_attention.variant import Form
 
 #: Bytes per thread; the assembler keeps that little outside registers where it gains a block by it.
 NEGLIGIBLE_STACK = 16
@@ -64,7 +67,7 @@ def test_sequences_with_states_compile(heads: int, boundaries: list[int], is_cau
     qkv = torch.empty(1, boundaries[-1], heads, 3, 60, dtype=torch.bfloat16, device="meta")
     q, k, v = qkv.unbind(3)
     factor = torch.empty(1, boundaries[-1], device="meta")
-    plans = causal if is_causal else noncausal
+    plans = causal if is_causal else bidirectional
     for backward in (False, True):
         split = split_tokens(q, 60, form, boundaries, backward=backward, chip=Chip())
         state = split.empty_states(split.num_sequences)

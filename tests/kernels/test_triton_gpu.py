@@ -2,9 +2,15 @@
 
 import pytest
 import torch
-from helpers.kernel_checks import FORMS, check_against_definition, make_inputs, relative_rms, with_gradients
 from triton_cases import *  # noqa: F403
 
+from helpers.kernel_checks import (
+    FORMS,
+    check_against_definition,
+    make_inputs,
+    relative_rms,
+    with_gradients,
+)
 from linclip_kernels import linear_attention
 
 pytestmark = [

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+
 from helpers.kernel_checks import (
     FORMS,
     MAP_FORMS,
@@ -31,7 +32,6 @@ from helpers.kernel_checks import (
     make_inputs,
     with_gradients,
 )
-
 from linclip_kernels import linear_attention
 
 #: (N, D, Dv), dtype: every length and width, short and long of a block. Several parts: causal from

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler, Subset
 
-from ds_linclip.data.transforms import EvalTransform
 from ds_linclip.data.eval.image_index import Findings, LabelledImages
 from ds_linclip.data.loader import ordered_loader
 from ds_linclip.data.tar_index import BadSample
+from ds_linclip.data.transforms import EvalTransform
 
 __all__ = ["LabelledBatch", "LabelledData"]
 

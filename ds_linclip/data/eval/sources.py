@@ -12,8 +12,8 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from ds_linclip.data.tar_index import BadSample, OpenShard, Role
+from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 
 __all__ = ["ClassFolder", "ClassList", "LabelledPart", "LabelledTar"]
 

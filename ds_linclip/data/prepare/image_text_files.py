@@ -15,6 +15,8 @@ from typing import Literal, get_args
 
 from PIL import Image
 
+from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample, encode_jpeg
+from ds_linclip.data.tar_index import BadSample
 from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
     MAX_PIXELS,
@@ -22,8 +24,6 @@ from ds_linclip.data.transforms import (
     decode_image,
     decode_text,
 )
-from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample, encode_jpeg
-from ds_linclip.data.tar_index import BadSample
 
 __all__ = ["RESIZE_MODES", "PairLoader", "PairSet", "ResizeMode", "csv_pairs", "folder_pairs"]
 

@@ -21,6 +21,13 @@ from typing import Any
 from tqdm import tqdm
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
+from ds_linclip.data.prepare.inspection_figure import draw_inspection
+from ds_linclip.data.prepare.inspection_report import CONTEXT_LENGTH, Findings, summarise, to_text
+from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
+from ds_linclip.data.remote.filesystem import Storage, is_remote, shown
+from ds_linclip.data.sample_reader import ShardProblem, open_and_judge
+from ds_linclip.data.shard_index import Shard, find_shards
+from ds_linclip.data.tar_index import BadSample, OpenShard
 from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -29,13 +36,6 @@ from ds_linclip.data.transforms import (
     decode_text,
     open_image,
 )
-from ds_linclip.data.prepare.inspection_figure import draw_inspection
-from ds_linclip.data.prepare.inspection_report import CONTEXT_LENGTH, Findings, summarise, to_text
-from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
-from ds_linclip.data.sample_reader import ShardProblem, open_and_judge
-from ds_linclip.data.shard_index import Shard, find_shards
-from ds_linclip.data.remote.filesystem import Storage, is_remote, shown
-from ds_linclip.data.tar_index import BadSample, OpenShard
 
 __all__ = ["inspect_shards", "main"]
 

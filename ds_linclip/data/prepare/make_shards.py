@@ -15,9 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ds_linclip.data.prepare import synthetic_scenes
-
-from ds_linclip.data.prepare import digits
+from ds_linclip.data.prepare import digits, synthetic_scenes
+from ds_linclip.data.prepare.atomic_dataset import Record, write_once
 from ds_linclip.data.prepare.image_text_files import (
     RESIZE_MODES,
     PairLoader,
@@ -27,8 +26,11 @@ from ds_linclip.data.prepare.image_text_files import (
     folder_pairs,
 )
 from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
-from ds_linclip.data.prepare.shard_writer import EncodedSample, write_labelled_folder, write_train_shard
-from ds_linclip.data.prepare.atomic_dataset import Record, write_once
+from ds_linclip.data.prepare.shard_writer import (
+    EncodedSample,
+    write_labelled_folder,
+    write_train_shard,
+)
 
 __all__ = ["main", "make_digits", "make_pairs", "make_scenes"]
 
@@ -108,7 +110,7 @@ def make_scenes(
     _check_samples_per_shard(samples_per_shard)
 
     def scene(index: int) -> EncodedSample:
-        return scenes.training_scene(index, image_size=image_size, seed=seed).encode()
+        return synthetic_scenes.training_scene(index, image_size=image_size, seed=seed).encode()
 
     def write(folder: Path) -> None:
         (folder / "train").mkdir()
@@ -121,11 +123,11 @@ def make_scenes(
         for split in ("test", "test_unseen") if num_test else ():
             write_labelled_folder(
                 folder / split,
-                scenes.labelled_scenes(
+                synthetic_scenes.labelled_scenes(
                     split, num_samples=num_test, image_size=image_size, seed=seed
                 ),
-                classnames=scenes.CLASSNAMES,
-                templates=scenes.TEMPLATES,
+                classnames=synthetic_scenes.CLASSNAMES,
+                templates=synthetic_scenes.TEMPLATES,
             )
 
     return write_once(out, record, write)

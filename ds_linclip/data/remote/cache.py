@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import BinaryIO
 
+from ds_linclip.data.remote.backends import RemoteError, Version, shown
 from ds_linclip.data.remote.cache_dir import CacheError, CacheFolder, Failure, Record
 from ds_linclip.data.remote.download import Sink
-from ds_linclip.data.remote.backends import RemoteError, Version, shown
 
 __all__ = ["CacheError", "DiskCache"]
 

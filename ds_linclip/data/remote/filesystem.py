@@ -14,9 +14,9 @@ from typing import BinaryIO
 import fsspec
 
 from ds_linclip.config import CacheConfig, NetworkConfig
+from ds_linclip.data.remote.backends import RemoteError, shown
 from ds_linclip.data.remote.cache import CacheError, DiskCache
 from ds_linclip.data.remote.download import Remote
-from ds_linclip.data.remote.backends import RemoteError, shown
 
 __all__ = ["CacheError", "RemoteError", "Storage", "check_url", "is_remote", "shown"]
 

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.inference import PRECISIONS, EvalModel, load_model
+from ds_linclip.parallel.mesh import Mesh
 
 __all__ = [
     "add_model_arguments",

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ds_linclip.config import Attention
 from ds_linclip.data import LabelledData
+from ds_linclip.inference import EvalModel, load_model
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.commands.arguments import labelled
-from linclip_eval.zero_shot.classifier import parse_template
-from linclip_eval.diagnostics.measure import LayerStatistic, diagnose
 from linclip_eval.diagnostics.figure import draw_diagnostics
-from ds_linclip.inference import EvalModel, load_model
+from linclip_eval.diagnostics.measure import LayerStatistic, diagnose
 from linclip_eval.results import markdown_table, write_results
+from linclip_eval.zero_shot.classifier import parse_template
 
 __all__ = ["main"]
 

@@ -1,7 +1,7 @@
 """``linclip-eval probe``: nearest neighbours and a linear probe on frozen image features.
 
-Over several processes, ``deepspeed launch/linclip_launch/eval.py probe ...``, images are shared out; the first
-process then fits the classifiers alone.
+Over several processes, ``deepspeed --module linclip_launch.eval probe ...``, images are shared
+out; the first process then fits the classifiers alone.
 """
 
 import argparse
@@ -14,14 +14,18 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ds_linclip.data import LabelledData
+from ds_linclip.inference import EvalModel
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.commands.arguments import add_model_arguments, add_reading_arguments, model_from_arguments
-from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, imagenet_classes
+from linclip_eval.commands.arguments import (
+    add_model_arguments,
+    add_reading_arguments,
+    model_from_arguments,
+)
 from linclip_eval.features import Features, extract_features
 from linclip_eval.plotting import LINEAR, MUTED, add_legend, dress, new_figure
-from ds_linclip.inference import EvalModel
 from linclip_eval.probe import Accuracy, LinearProbe, knn, linear_probe
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
+from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, imagenet_classes
 
 __all__ = ["main"]
 

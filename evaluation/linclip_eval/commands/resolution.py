@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from ds_linclip.inference import EvalModel, load_model
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.commands.arguments import add_precision_argument, labelled
 from linclip_eval.plotting import COLOURS, add_legend, dress, new_figure
-from ds_linclip.inference import EvalModel, load_model
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 from linclip_eval.zero_shot.task import ZeroShotTask, add_task_arguments
 

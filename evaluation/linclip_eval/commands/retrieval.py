@@ -1,7 +1,7 @@
 """``linclip-eval retrieval``: find the captions of images, and the images of captions.
 
 An image may have several captions, one per line of its text. Over several processes:
-``deepspeed launch/linclip_launch/eval.py retrieval ...``.
+``deepspeed --module linclip_launch.eval retrieval ...``.
 """
 
 import argparse
@@ -14,11 +14,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ds_linclip.data import LabelledData
+from ds_linclip.inference import EvalModel
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.commands.arguments import add_model_arguments, add_reading_arguments, model_from_arguments
+from linclip_eval.commands.arguments import (
+    add_model_arguments,
+    add_reading_arguments,
+    model_from_arguments,
+)
 from linclip_eval.features import Features
 from linclip_eval.plotting import COLOURS, MUTED, add_legend, dress, new_figure
-from ds_linclip.inference import EvalModel
 from linclip_eval.results import markdown_table, percent, write_results
 from linclip_eval.retrieval import DIRECTIONS, RECALLS, RetrievalResult, retrieval
 

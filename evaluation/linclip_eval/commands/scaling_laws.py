@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from linclip_eval.scaling_laws.power_law import Interval, SaturatingLaw, ScalingLaw
 from linclip_eval.results import markdown_table, write_results
+from linclip_eval.scaling_laws.figure import draw
+from linclip_eval.scaling_laws.power_law import Interval, SaturatingLaw, ScalingLaw
 from linclip_eval.scaling_laws.runs import (
     QUANTITIES,
     Comparison,
@@ -26,7 +27,6 @@ from linclip_eval.scaling_laws.runs import (
     fit_laws,
     read_run,
 )
-from linclip_eval.scaling_laws.figure import draw
 
 __all__ = ["main"]
 

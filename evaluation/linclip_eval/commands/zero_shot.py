@@ -1,7 +1,7 @@
 """``linclip-eval zero-shot``: score a model on held-out classes, ImageNet-21K's among them.
 
-Over several processes: ``deepspeed launch/linclip_launch/eval.py zero-shot ...``. A run that was cut off goes on
-where it was when it is started again with the same arguments.
+Over several processes: ``deepspeed --module linclip_launch.eval zero-shot ...``. A run that was
+cut off continues where it stopped when it is started again with the same arguments.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_linclip.config import load_config
+from ds_linclip.inference import EvalModel
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.commands.arguments import add_model_arguments, model_from_arguments
-from ds_linclip.inference import EvalModel
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, write_per_class_csv
 from linclip_eval.zero_shot.task import ZeroShotTask, add_task_arguments

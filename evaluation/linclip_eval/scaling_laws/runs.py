@@ -227,7 +227,7 @@ def fit_laws(runs: Sequence[FinishedRun], quantity: Quantity) -> dict[Kind, Scal
     """The law of every kind of attention among the runs, softmax first.
 
     Raises:
-        ValueError: as :func:`~linclip_eval.scaling_laws.power_law.fit_scaling_law`, naming kind and quantity.
+        ValueError: as :func:`fit_scaling_law`, naming kind and quantity.
     """
     laws: dict[Kind, ScalingLaw] = {}
     kinds: tuple[Kind, ...] = ("softmax", "linear")

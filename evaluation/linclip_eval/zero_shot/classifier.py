@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
-from ds_linclip.process.consensus import on_all_ranks
+from ds_linclip.process.consensus import agree
 
 __all__ = ["ClassifierCache", "Template", "build_classifier", "parse_template"]
 
@@ -130,7 +130,7 @@ def build_classifier(
             chunks.append(F.pad(features, (0, 0, 0, padding)))
         return torch.stack(chunks)  # [rounds, chunk, E]
 
-    share = on_all_ranks(embed_share, group).to(device)
+    share = agree(embed_share, group, errors=(ValueError, OSError)).to(device)
     if group is None:
         return share.flatten(0, 1)[: len(texts)].T.contiguous()  # [E, C]
     shares = [torch.empty_like(share) for _ in range(world_size)]

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
-from linclip_eval.zero_shot.class_lists import ClassList, is_ancestor
+from ds_linclip.process.consensus import agree
 from linclip_eval.protocols import ImageBatch, ImageSet
-from ds_linclip.process.consensus import on_all_ranks
+from linclip_eval.zero_shot.class_lists import ClassList, is_ancestor
 
 __all__ = ["Prediction", "ZeroShotResult", "likeliest", "write_per_class_csv", "zero_shot"]
 
@@ -196,7 +196,7 @@ def zero_shot(
         spans = [range(start, min(start + size, data.num_batches)) for start in share]
         return list(_rank_parts(data, spans, classify, parts, quiet=rank > 0))
 
-    share = on_all_ranks(rank_share, group)
+    share = agree(rank_share, group, errors=(ValueError, OSError))
     shares = [share]
     if group is not None:
         shares *= world_size

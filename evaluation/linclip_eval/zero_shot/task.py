@@ -13,16 +13,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_linclip.data import EvalTransform, LabelledData
+from ds_linclip.inference import EvalModel
+from ds_linclip.process.consensus import from_first_rank, require_equal
 from linclip_eval.commands.arguments import add_reading_arguments
-from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, ClassList, NamePolicy, imagenet_classes
+from linclip_eval.zero_shot.class_lists import (
+    IMAGENET_LISTS,
+    ClassList,
+    NamePolicy,
+    imagenet_classes,
+)
 from linclip_eval.zero_shot.classifier import (
     ClassifierCache,
     Template,
     build_classifier,
     parse_template,
 )
-from ds_linclip.inference import EvalModel
-from ds_linclip.process.consensus import check_alike, from_first_rank
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, zero_shot
 
 __all__ = ["Encoders", "ZeroShotTask", "add_task_arguments"]
@@ -163,13 +168,13 @@ class ZeroShotTask:
             group=group,
             cache=ClassifierCache(keep_in / "classifier", fingerprint) if keep_in else None,
         )
-        check_alike(f"{fingerprint} {self.data.fingerprint}", "model and images", group)
+        require_equal(f"{fingerprint} {self.data.fingerprint}", "model and images", group)
         parts = None
         if keep_in is not None:
             # The same name only where every image would be given the same classes.
             digest = hashlib.sha256(classifier.cpu().numpy().tobytes())
             digest.update(f"{fingerprint} {self.data.version}".encode())
-            parts = keep_in / "parts" / from_first_rank(digest.hexdigest()[:16], group)
+            parts = keep_in / "parts" / from_first_rank(lambda: digest.hexdigest()[:16], group)
         return zero_shot(
             model.encode_image,
             classifier,

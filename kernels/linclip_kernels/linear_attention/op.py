@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from linclip_kernels.linear_attention import torch_backend
+from linclip_kernels.linear_attention.quadratic_map import attend_quadratic
 from linclip_kernels.linear_attention.validation import (
     Backend,
     FeatureMap,
@@ -22,7 +23,6 @@ from linclip_kernels.linear_attention.validation import (
     without_autocast,
 )
 from linclip_kernels.linear_attention.variant import Form
-from linclip_kernels.linear_attention.quadratic_map import attend_quadratic
 
 __all__ = ["linear_attention"]
 
@@ -174,9 +174,9 @@ def _forward(
             # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
             from linclip_kernels.linear_attention.triton_backend import backend
 
-            implementation = fused.forward
+            implementation = backend.forward
         else:
-            implementation = eager.forward
+            implementation = torch_backend.forward
         out, state = implementation(q, k, v, initial, boundaries, form, return_state=keep_state)
     return out, q.new_empty(0, dtype=state_dtype(q)) if state is None else state
 
@@ -208,9 +208,9 @@ def _backward(
             from linclip_kernels.linear_attention.triton_backend import backend
 
             kept = None if state is None or not state.numel() else state
-            d_q, d_k, d_v, d_initial = fused.backward(*inputs, kept, grad, grad_state)
+            d_q, d_k, d_v, d_initial = backend.backward(*inputs, kept, grad, grad_state)
         else:
-            d_q, d_k, d_v, d_initial = eager.backward(*inputs, grad, grad_state)
+            d_q, d_k, d_v, d_initial = torch_backend.backward(*inputs, grad, grad_state)
     return d_q, d_k, d_v, d_q.new_empty(0) if d_initial is None else d_initial
 
 

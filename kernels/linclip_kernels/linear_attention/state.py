@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linclip_kernels.linear_attention import torch_backend
+from linclip_kernels.linear_attention.quadratic_map import apply_quadratic_state, sum_quadratic_keys
 from linclip_kernels.linear_attention.validation import (
     Backend,
     FeatureMap,
@@ -23,7 +24,6 @@ from linclip_kernels.linear_attention.validation import (
     without_autocast,
 )
 from linclip_kernels.linear_attention.variant import Form
-from linclip_kernels.linear_attention.quadratic_map import apply_quadratic_state, sum_quadratic_keys
 
 __all__ = ["linear_attention_from_state", "linear_attention_state"]
 
@@ -169,11 +169,11 @@ def _apply_state_backward(
 
 def _implementation(use_triton: bool) -> Any:
     if not use_triton:
-        return eager
+        return torch_backend
     # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
     from linclip_kernels.linear_attention.triton_backend import backend
 
-    return fused
+    return backend
 
 
 @_sum_keys.register_fake

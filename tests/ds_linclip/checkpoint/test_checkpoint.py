@@ -8,7 +8,8 @@ import pytest
 
 from ds_linclip.checkpoint import CheckpointStore, latest_checkpoint, load_weights
 from ds_linclip.config import Config, load_config
-from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.process.consensus import AgreedError
 from ds_linclip.trainer import train
 
 SHARD = "rank-00000.safetensors"

@@ -379,15 +379,15 @@ def test_mistake_in_the_deepspeed_file_is_named(tmp_path, content, message):
 
 
 def test_commands_in_the_readme_have_overrides_that_load():
-    """Every ``launch/linclip_launch/train.py`` command of the README, as a shell would split it."""
+    """Every ``linclip_launch.train`` command of the README, as a shell would split it."""
     blocks = re.findall(r"```bash\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     commands = [
         shlex.split(command, comments=True)
         for block in blocks
         for command in block.replace("\\\n", " ").splitlines()
-        if "launch/linclip_launch/train.py" in command
+        if "linclip_launch.train" in command
     ]
     assert commands
     for command in commands:
-        config, *overrides = command[command.index("launch/linclip_launch/train.py") + 1 :]
+        config, *overrides = command[command.index("linclip_launch.train") + 1 :]
         assert load_config(config, overrides).data.train

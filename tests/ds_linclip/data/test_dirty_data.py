@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from ds_linclip.data import DataError
 from helpers.training_shards import (
     BATCH,
     NUM_SAMPLES,
@@ -22,8 +24,6 @@ from helpers.training_shards import (
     train_data,
     write_shards,
 )
-
-from ds_linclip.data import DataError
 
 
 def png_bomb() -> bytes:

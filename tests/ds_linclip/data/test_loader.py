@@ -14,6 +14,12 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+
+from ds_linclip.config import (
+    Resolution,
+    Source,
+)
+from ds_linclip.data import Batch
 from helpers.training_shards import (
     BATCH,
     NUM_SAMPLES,
@@ -24,12 +30,6 @@ from helpers.training_shards import (
     train_data,
     write_shards,
 )
-
-from ds_linclip.config import (
-    Resolution,
-    Source,
-)
-from ds_linclip.data import Batch
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.misbehaving_server import MisbehavingServer, status, whole
-from helpers.tar_files import members_of, write_tar
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data import Storage, find_shards
 from ds_linclip.data.shard_index import ShardGroup
+from helpers.misbehaving_server import MisbehavingServer, status, whole
+from helpers.tar_files import members_of, write_tar
 
 
 def find(*sources: Source | str) -> list[ShardGroup]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from helpers.tar_files import members_of, write_tar
 
 from ds_linclip.data.tar_index import BadSample, OpenShard
+from helpers.tar_files import members_of, write_tar
 
 
 def open_shard(path: Path) -> OpenShard:

@@ -21,6 +21,7 @@ from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
+from ds_linclip.data.tar_index import BadSample
 from ds_linclip.data.transforms import (
     CaptionTokenizer,
     EvalTransform,
@@ -31,7 +32,6 @@ from ds_linclip.data.transforms import (
     decode_text,
     open_image,
 )
-from ds_linclip.data.tar_index import BadSample
 
 
 def encode(image: Image.Image, file_format: str, **arguments: object) -> bytes:

@@ -1,7 +1,6 @@
 """DeepSpeed's dictionary as we generate it, and what the machine must have for it."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +9,7 @@ from ds_linclip.config import load_config
 from ds_linclip.engine import deepspeed_config as module
 from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config
 from ds_linclip.parallel.mesh import Mesh
-
-EMBEDDED = Path(__file__).parents[2] / "ds_configs" / "train" / "embedded.yaml"
+from helpers import EMBEDDED
 
 
 def accelerator(*, fp16: bool, bf16: bool) -> SimpleNamespace:

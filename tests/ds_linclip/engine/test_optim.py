@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ds_linclip.config import ModelConfig, OptimConfig, TextTower, VisionTower
-from ds_linclip.model import CLIP
+from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.optim import (
     Lamb,
     build_optimizer,
@@ -19,7 +19,7 @@ from ds_linclip.engine.optim import (
     learning_rate,
     weight_decay_groups,
 )
-from ds_linclip.engine.ema import ema_weights, track_ema
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
 

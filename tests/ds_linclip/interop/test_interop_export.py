@@ -14,17 +14,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from helpers.stored_checkpoints import random_weights, split_dims, write_checkpoint
 from torch import Tensor
 
 from ds_linclip.checkpoint import load_weights
 from ds_linclip.config import Config, ParallelConfig, load_config
 from ds_linclip.interop import export_checkpoint
 from ds_linclip.interop.export import main
-from ds_linclip.model import CLIP
-from ds_linclip.interop.state_dict import CONFIG_FILE, WEIGHTS_FILE, load_folder
 from ds_linclip.interop.key_mapping import open_clip_shapes
+from ds_linclip.interop.state_dict import CONFIG_FILE, WEIGHTS_FILE, load_folder
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from helpers.stored_checkpoints import random_weights, split_dims, write_checkpoint
 
 SMALL = [
     *("model.embed_dim=24", "model.vision.image_size=32", "model.vision.patch_size=8"),

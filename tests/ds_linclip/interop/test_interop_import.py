@@ -21,7 +21,8 @@ from ds_linclip.config import (
 )
 from ds_linclip.interop import export_checkpoint, import_weights
 from ds_linclip.interop.import_weights import main
-from ds_linclip.model import CLIP
+from ds_linclip.interop.key_mapping import open_clip_shapes
+from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.interop.state_dict import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -31,8 +32,7 @@ from ds_linclip.interop.state_dict import (
     read_config,
     to_open_clip,
 )
-from ds_linclip.interop.key_mapping import open_clip_shapes
-from ds_linclip.interop.pretrained import load_pretrained
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
 

@@ -17,10 +17,11 @@ from ds_linclip.config import (
     VisionTower,
     load_config,
 )
-from ds_linclip.model import CLIP
-from ds_linclip.interop.state_dict import export_folder, open_clip_config, to_open_clip
-from ds_linclip.interop.pretrained import load_pretrained, lock_towers
 from ds_linclip.engine.optim import weight_decay_groups
+from ds_linclip.interop.pretrained import load_pretrained
+from ds_linclip.interop.state_dict import export_folder, open_clip_config, to_open_clip
+from ds_linclip.model import CLIP
+from ds_linclip.model.freeze import lock_towers
 from ds_linclip.parallel.mesh import Mesh
 
 SOFTMAX = Attention(kind="softmax")

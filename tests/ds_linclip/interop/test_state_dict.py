@@ -15,7 +15,6 @@ from ds_linclip.config import (
     VisionTower,
     load_config,
 )
-from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import (
     export_folder,
     from_open_clip,
@@ -23,9 +22,11 @@ from ds_linclip.interop.state_dict import (
     open_clip_config,
     to_open_clip,
 )
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from helpers import REPOSITORY
 
-EXPERIMENTS = Path(__file__).parents[2] / "ds_configs" / "train"
+EXPERIMENTS = REPOSITORY / "ds_configs" / "train"
 #: open_clip's name -> (our experiment, parameters)
 MODELS = {
     "ViT-S-16": ("vit_s16", 62_257_537),

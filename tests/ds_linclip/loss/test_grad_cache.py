@@ -16,10 +16,10 @@ from ds_linclip.config import (
     VisionTower,
     ZeroConfig,
 )
-from ds_linclip.model import CLIP
-from ds_linclip.loss.grad_cache import Objective, surrogate
+from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
-from ds_linclip.engine.engine import initialize_engine
+from ds_linclip.loss.grad_cache import Objective, surrogate
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
 MODEL = ModelConfig(

@@ -14,6 +14,7 @@ from ds_linclip.config import (
     TrainConfig,
     VisionTower,
 )
+from ds_linclip.model import CLIP
 from ds_linclip.model.flops import (
     block_flops,
     forward_flops,
@@ -21,7 +22,6 @@ from ds_linclip.model.flops import (
     step_flops,
     training_flops,
 )
-from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
 SOFTMAX = Attention(kind="softmax")

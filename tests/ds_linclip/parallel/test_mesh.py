@@ -5,11 +5,16 @@ import pytest
 import torch
 
 from ds_linclip.config import Attention, ModelConfig, ParallelConfig, TextTower, VisionTower
-from ds_linclip.model import CLIP
 from ds_linclip.interop.state_dict import from_open_clip, to_open_clip
-from ds_linclip.parallel.tensor_parallel import column_parallel, row_parallel, vocab_parallel_embedding
+from ds_linclip.model import CLIP
+from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.parallel.mesh import AgreedError, Mesh
+from ds_linclip.parallel.tensor_parallel import (
+    column_parallel,
+    row_parallel,
+    vocab_parallel_embedding,
+)
+from ds_linclip.process.consensus import AgreedError
 
 #: Both ranks and the parent build this from the same seed; the towers differ in attention.
 CONFIG = ModelConfig(

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ds_linclip.config import load_config
-from ds_linclip.process.exit_codes import ExitCode
+from ds_linclip.preflight import Judge, Machine, Space, Table
 from ds_linclip.preflight.network_probe import Links, Offset, Speed, offset_of
 from ds_linclip.preflight.rendezvous import Failed
-from ds_linclip.preflight import Judge, Machine, Space, Table
 from ds_linclip.preflight.table import Row
+from ds_linclip.process.exit_codes import ExitCode
 
 HOSTS = ["node1", "node1", "node2", "node2", "node3", "node3"]
 GIB = 2**30

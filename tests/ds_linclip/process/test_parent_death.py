@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+
 from linclip_launch.process_tree import below, is_running
 
 pytestmark = [

@@ -8,8 +8,8 @@ import torch
 
 from ds_linclip.checkpoint import CheckpointStore
 from ds_linclip.config import load_config
-from ds_linclip.resilience.divergence import Diverged, Health
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.resilience.divergence import Diverged, Health
 
 EMBEDDED = "ds_configs/train/embedded.yaml"
 LOSS = torch.tensor(2.5)

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
+from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention import SelfAttention
-from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.__main__ import main
 from linclip_eval.diagnostics.attention_statistics import (
@@ -24,8 +24,8 @@ from linclip_eval.diagnostics.attention_statistics import (
     contrast_bound,
     token_similarity,
 )
-from linclip_eval.diagnostics.measure import LayerStatistic, diagnose
 from linclip_eval.diagnostics.figure import draw_diagnostics
+from linclip_eval.diagnostics.measure import LayerStatistic, diagnose
 from linclip_kernels.linear_attention.reference import linear_attention_reference
 
 FORMS = {

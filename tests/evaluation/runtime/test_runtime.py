@@ -11,8 +11,8 @@ import torch
 from ds_linclip.config import ParallelConfig
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.__main__ import main
-from linclip_eval.runtime.measure import Limits, measure, peak_bytes
 from linclip_eval.runtime.fit import Measured, Point, Scaling, crossover, fit_slope
+from linclip_eval.runtime.measure import Limits, measure, peak_bytes
 from linclip_eval.runtime.subjects import ATTENTIONS, DIRECTIONS, SUBJECTS, Inputs, Subject
 
 TOKENS = [2**i for i in range(8, 17)]

@@ -15,7 +15,9 @@ from matplotlib.collections import PathCollection
 
 from ds_linclip.config import Attention, Config, load_config, save_config
 from ds_linclip.model.flops import num_parameters, training_flops
+from helpers import EMBEDDED
 from linclip_eval.__main__ import main
+from linclip_eval.scaling_laws.figure import draw
 from linclip_eval.scaling_laws.runs import (
     QUANTITIES,
     FinishedRun,
@@ -24,10 +26,8 @@ from linclip_eval.scaling_laws.runs import (
     fit_laws,
     read_run,
 )
-from linclip_eval.scaling_laws.figure import draw
 
 WIDTHS, STEPS = (32, 64, 128), (100, 400)
-EMBEDDED = Path(__file__).parents[2] / "ds_configs/train/embedded.yaml"
 Law = Callable[[float], float]
 
 

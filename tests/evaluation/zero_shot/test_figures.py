@@ -10,8 +10,8 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from linclip_eval.zero_shot.figures import draw_predictions
 from linclip_eval.zero_shot.evaluate import Prediction
+from linclip_eval.zero_shot.figures import draw_predictions
 
 
 def prediction(

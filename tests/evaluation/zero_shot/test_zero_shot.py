@@ -16,7 +16,12 @@ from torch import Tensor
 from ds_linclip.parallel.spawn import run_ranks
 from linclip_eval.zero_shot.class_lists import ClassList
 from linclip_eval.zero_shot.classifier import ClassifierCache, build_classifier
-from linclip_eval.zero_shot.evaluate import ZeroShotResult, likeliest, write_per_class_csv, zero_shot
+from linclip_eval.zero_shot.evaluate import (
+    ZeroShotResult,
+    likeliest,
+    write_per_class_csv,
+    zero_shot,
+)
 
 CLASSNAMES = [
     *("tench", "goldfish", "great white shark", "hammerhead", "electric ray", "stingray"),
@@ -440,6 +445,6 @@ def test_classifier_of_three_ranks_is_that_of_one(three_ranks):
 def test_bad_input_is_refused_on_all_ranks(three_ranks):
     for answers in three_ranks:
         assert answers["bad label"] == (
-            "data-parallel rank 2: label (99) must be in [0, 14), the classes"
+            "label (99) must be in [0, 14), the classes (on rank 2 of 3)"
         )
         assert answers["no samples"] == "data (0 samples) must hold at least one sample"

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.synset_folders import write_hub_folder, write_images
 
+from helpers import REPOSITORY
+from helpers.synset_folders import write_hub_folder, write_images
 from linclip_eval.zero_shot.class_lists import imagenet_classes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-REPOSITORY = Path(__file__).parents[2]
 NUM_CLASSES = 21_841
 
 
@@ -34,7 +34,7 @@ def start(model: Path, images: Path, out: Path, ranks: int) -> subprocess.Popen[
     launch = [Path(sys.executable).parent / "torchrun", f"--nproc-per-node={ranks}", "--standalone"]
     arguments = ["zero-shot", model, "--data", images, "--classes", "imagenet-22k"]
     more = ["--templates", "openai", "--out", out, "--num-workers", "0"]
-    command = [*launch, REPOSITORY / "launch" / "eval.py", *arguments, *more]
+    command = [*launch, "linclip_launch.eval", *arguments, *more]
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=REPOSITORY,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from helpers.synset_folders import write_hub_folder, write_images
 
+from helpers.synset_folders import write_hub_folder, write_images
 from linclip_eval.__main__ import main
 
 DOG, BEAGLE, TENCH, HEN = "n02084071", "n02088364", "n01440764", "n01514859"

@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linclip_kernels.linear_attention.triton_backend import causal
-
-from linclip_kernels.linear_attention.triton_backend import bidirectional
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.triton_backend import bidirectional, causal
 from linclip_kernels.linear_attention.triton_backend.partition import (
     Call,
     Split,
@@ -23,6 +20,7 @@ from linclip_kernels.linear_attention.triton_backend.partition import (
     score_arguments,
     split_tokens,
 )
+from linclip_kernels.linear_attention.variant import Form
 
 __all__ = [
     "apply_state",
@@ -56,7 +54,7 @@ def forward(
     Returns:
         o [B, N, H, Dv] in v.dtype, and with return_state the state [S, H, D + 1, Dv + 1].
     """
-    plans = causal if form.causal else noncausal
+    plans = causal if form.causal else bidirectional
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     states: list[Tensor] = []
     for columns in _value_blocks(q, v.shape[-1]):
@@ -84,7 +82,7 @@ def backward(
     Args:
         state: What the forward has returned, or None.
     """
-    plans = causal if form.causal else noncausal
+    plans = causal if form.causal else bidirectional
     grad = torch.zeros_like(v) if grad is None else grad
     blocks = _value_blocks(q, v.shape[-1])
     d_q, d_k = _Shares(q, blocks), _Shares(k, blocks)
@@ -113,7 +111,7 @@ def sum_keys(k: Tensor, v: Tensor, form: Form) -> Tensor:
     for columns in _value_blocks(k, v.shape[-1]):
         split = split_tokens(k, columns.stop - columns.start, form, backward=False)
         states.append(split.empty_states(batch))
-        run(noncausal.plan_state(k, v[..., columns], states[-1], split, form), k.device)
+        run(bidirectional.plan_state(k, v[..., columns], states[-1], split, form), k.device)
     return _join(states)
 
 
@@ -131,7 +129,7 @@ def sum_keys_backward(
         end = _gradient_columns(grad_state, columns)
         with d_k.share() as share:
             tensors = k, v[..., columns], end, share, d_v[..., columns]
-            run([noncausal.plan_state_backward(*tensors, split, arguments)], k.device)
+            run([bidirectional.plan_state_backward(*tensors, split, arguments)], k.device)
     return d_k.sum(), d_v
 
 
@@ -143,7 +141,7 @@ def apply_state(q: Tensor, state: Tensor, form: Form) -> Tensor:
     for columns in _value_blocks(q, out.shape[-1]):
         split, arguments = _query_arguments(q, state, columns, form, backward=False)
         tensors = q, _columns(state, columns), out[..., columns]
-        run([noncausal.plan_apply(*tensors, split, arguments)], q.device)
+        run([bidirectional.plan_apply(*tensors, split, arguments)], q.device)
     return out
 
 
@@ -160,7 +158,7 @@ def apply_state_backward(
         d_states.append(split.empty_states(split.num_sequences))
         with d_q.share() as share:
             tensors = q, _columns(state, columns), grad[..., columns], share, d_states[-1]
-            run(noncausal.plan_apply_backward(*tensors, split, arguments), q.device)
+            run(bidirectional.plan_apply_backward(*tensors, split, arguments), q.device)
     return d_q.sum(), _join_gradients(d_states)
 
 

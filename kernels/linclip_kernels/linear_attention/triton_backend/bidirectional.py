@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linclip_kernels.linear_attention.variant import Form
 from linclip_kernels.linear_attention.triton_backend.partition import Call, Launch, Split
 from linclip_kernels.linear_attention.triton_backend.primitives import (
     LENGTHS,
@@ -33,6 +32,7 @@ from linclip_kernels.linear_attention.triton_backend.primitives import (
     sum_states,
     sum_tokens,
 )
+from linclip_kernels.linear_attention.variant import Form
 
 __all__ = [
     "plan_apply",

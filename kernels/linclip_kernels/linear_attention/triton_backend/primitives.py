@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from linclip_kernels.linear_attention import variant as forms
-from linclip_kernels.linear_attention.variant import Form
 from linclip_kernels.linear_attention.triton_backend.partition import Launch, Split
+from linclip_kernels.linear_attention.variant import Form
 
 __all__ = ["combine_states", "sum_states"]
 

@@ -20,11 +20,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from linclip_kernels.linear_attention.triton_backend import causal
-
-from linclip_kernels.linear_attention.triton_backend import bidirectional
+from linclip_kernels.linear_attention.triton_backend import bidirectional, causal
+from linclip_kernels.linear_attention.triton_backend.partition import (
+    Call,
+    Chip,
+    Launch,
+    max_value_block,
+    split_tokens,
+)
 from linclip_kernels.linear_attention.variant import Form
-from linclip_kernels.linear_attention.triton_backend.partition import Call, Chip, Launch, max_value_block, split_tokens
 
 __all__ = ["Case", "Usage", "cases", "compile_launch", "measure"]
 
@@ -55,7 +59,7 @@ class Case:
         shape, chip = (1, self.num_tokens, self.heads, 3, self.dim), Chip(capability=capability)
         q, k, v = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").unbind(3)
         v = v[..., : max_value_block(q, chip)]
-        plans, form = causal if self.form.causal else noncausal, self.form
+        plans, form = causal if self.form.causal else bidirectional, self.form
         factor = torch.empty(1, self.num_tokens) if form.has_length_factor else None
         out, gradients = torch.empty_like(v), tuple(map(torch.empty_like, (q, k, v)))
         split = split_tokens(q, v.shape[-1], form, backward=False, chip=chip)

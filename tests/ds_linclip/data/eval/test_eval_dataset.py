@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform
+from PIL import Image
+
+from ds_linclip.data import EvalTransform, LabelledBatch
+from ds_linclip.data.prepare.make_shards import make_scenes
 from helpers.labelled_folders import (
     CAT,
     CLASSES,
@@ -24,12 +29,7 @@ from helpers.labelled_folders import (
     write_folder,
     write_form,
 )
-from open_clip.transform import PreprocessCfg, image_transform
-from PIL import Image
 from helpers.tar_files import write_tar
-
-from ds_linclip.data import EvalTransform, LabelledBatch
-from ds_linclip.data.prepare.make_shards import make_scenes
 
 NUM_SAMPLES = 13
 

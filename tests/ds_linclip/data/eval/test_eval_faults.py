@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.labelled_folders import (
     CAT,
     CLASSES,

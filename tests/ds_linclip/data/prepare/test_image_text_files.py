@@ -18,8 +18,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from ds_linclip.data.prepare.make_shards import main, make_pairs
 from ds_linclip.data.prepare.image_text_files import PairLoader, ResizeMode, csv_pairs, folder_pairs
+from ds_linclip.data.prepare.make_shards import main, make_pairs
 from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample
 
 COMMAND = Path(sys.executable).parent / "ds-linclip"

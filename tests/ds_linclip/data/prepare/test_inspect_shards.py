@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
-from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from ds_linclip.data.prepare.inspect_shards import inspect_shards, main
+from ds_linclip.data.remote.filesystem import Storage
 from ds_linclip.data.sample_reader import open_and_judge
 from ds_linclip.data.shard_index import find_shards
-from ds_linclip.data.remote.filesystem import Storage
+from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 
 COMMAND = Path(sys.executable).parent / "ds-linclip"
 

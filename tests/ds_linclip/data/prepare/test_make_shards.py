@@ -179,13 +179,19 @@ def test_command_line_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_scene_captions_compose_and_leave_pairs_out() -> None:
-    captions = [scenes.training_scene(i, image_size=16, seed=0).caption for i in range(1500)]
-    seen = {name for name in scenes.CLASSNAMES if any(f" {name}" in text for text in captions)}
-    unseen = set(scenes.CLASSNAMES) - seen
+    captions = [
+        synthetic_scenes.training_scene(i, image_size=16, seed=0).caption for i in range(1500)
+    ]
+    seen = {
+        name for name in synthetic_scenes.CLASSNAMES if any(f" {name}" in text for text in captions)
+    }
+    unseen = set(synthetic_scenes.CLASSNAMES) - seen
     assert len(unseen) == 8
     asked = {
-        scenes.CLASSNAMES[sample.label]
-        for sample in scenes.labelled_scenes("test_unseen", num_samples=16, image_size=16, seed=0)
+        synthetic_scenes.CLASSNAMES[sample.label]
+        for sample in synthetic_scenes.labelled_scenes(
+            "test_unseen", num_samples=16, image_size=16, seed=0
+        )
     }
     assert asked == unseen
     assert any(" left of " in caption for caption in captions)
@@ -196,9 +202,9 @@ def test_scene_captions_compose_and_leave_pairs_out() -> None:
 def test_scene_shows_its_colour(split: str) -> None:
     colours = {"red": (214, 40, 40), "blue": (38, 90, 220), "black": (20, 20, 20)}
     checked = 0
-    for sample in scenes.labelled_scenes(split, num_samples=48, image_size=64, seed=0):
-        colour = scenes.CLASSNAMES[sample.label].split()[0]
-        assert scenes.CLASSNAMES[sample.label] in sample.caption
+    for sample in synthetic_scenes.labelled_scenes(split, num_samples=48, image_size=64, seed=0):
+        colour = synthetic_scenes.CLASSNAMES[sample.label].split()[0]
+        assert synthetic_scenes.CLASSNAMES[sample.label] in sample.caption
         if colour in colours:
             near = [
                 pixel

@@ -10,15 +10,15 @@ from typing import Any
 
 import boto3
 import pytest
-from helpers.misbehaving_server import FtpServer, MisbehavingServer, status, whole
 from moto.server import ThreadedMotoServer
-from helpers.stored_content import CONTENT, HALF, OTHER, content_of
 
 from ds_linclip.data.remote.filesystem import (
     RemoteError,
     Storage,
     check_url,
 )
+from helpers.misbehaving_server import FtpServer, MisbehavingServer, status, whole
+from helpers.stored_content import CONTENT, HALF, OTHER, content_of
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.misbehaving_server import Answer, Handler, MisbehavingServer, status, whole
 
 from ds_linclip.config import CacheConfig, NetworkConfig
 from ds_linclip.data.remote.cache import CacheError
 from ds_linclip.data.remote.filesystem import RemoteError, Storage
+from helpers.misbehaving_server import Answer, Handler, MisbehavingServer, status, whole
 
 MB = 1_000_000
 FORK = multiprocessing.get_context("fork")

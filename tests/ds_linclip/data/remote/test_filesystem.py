@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.misbehaving_server import MisbehavingServer, status, whole
-from helpers.stored_content import CONTENT, HALF, OTHER, content_of, copies, make_storage
 
 from ds_linclip.config import CacheConfig, NetworkConfig
 from ds_linclip.data.remote.filesystem import (
@@ -21,6 +19,8 @@ from ds_linclip.data.remote.filesystem import (
     is_remote,
     shown,
 )
+from helpers.misbehaving_server import MisbehavingServer, status, whole
+from helpers.stored_content import CONTENT, HALF, OTHER, content_of, copies, make_storage
 
 
 def test_fetched_once_then_from_the_copy(

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.misbehaving_server import MisbehavingServer, endless_zeros, status, whole
-from helpers.stored_content import CONTENT, content_of, copies, make_storage, wait_for
 
 from ds_linclip.data.remote.filesystem import Storage
+from helpers.misbehaving_server import MisbehavingServer, endless_zeros, status, whole
+from helpers.stored_content import CONTENT, content_of, copies, make_storage, wait_for
 
 
 def test_prefetched_files_are_there_before_they_are_asked_for(
