@@ -35,9 +35,9 @@ from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
-from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
+from ds_linclip.provenance import commit_of, device_name, folder_name
 
-MEASURED = ("ds_linclip/checkpoint", "ds_linclip/parallel", "benchmarks/bench_checkpoint.py")
+MEASURED = ("ds_linclip/checkpoint", "ds_linclip/engine", "benchmarks/bench_checkpoint.py")
 REPETITIONS = 3
 BATCH = 4
 

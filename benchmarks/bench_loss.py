@@ -28,7 +28,7 @@ from open_clip.loss import ClipLoss
 from torch.nn import functional as F
 
 from ds_linclip.loss.contrastive import clip_loss
-from linclip_kernels.benchmark_facts import device_name, folder_name
+from ds_linclip.provenance import device_name, folder_name
 
 DIM = 768
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "loss"

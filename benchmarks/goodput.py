@@ -31,7 +31,7 @@ from benchmarks import REPOSITORY
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.data.tar_index import OpenShard
-from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
+from ds_linclip.provenance import commit_of, device_name, folder_name
 from linclip_launch.process_tree import is_running, launcher_and_ranks
 
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"

@@ -1,9 +1,10 @@
-"""What software runs here: facts that results depend on, and that all nodes must agree on."""
+"""Where a result comes from: device, versions, commit."""
 
 import hashlib
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -11,20 +12,49 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["software"]
+__all__ = ["commit_of", "device_name", "folder_name", "software"]
 
 _PACKAGES = (
     *("torch", "triton", "deepspeed", "megatron-core", "open_clip_torch", "webdataset", "numpy"),
 )
-_OURS = ("ds_linclip", "linclip_kernels", "linclip_eval")
+_OURS = ("ds_linclip", "linclip_kernels", "linclip_eval", "linclip_launch")
+
+
+def device_name(device: str) -> str:
+    """Return the name of the chip behind "cuda" or "cpu"."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {models[0] if models else platform.machine()}"
+
+
+def folder_name(name: str) -> str:
+    """Return a device's name in lower case with hyphens, as the name of a folder."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit_of(measured: Sequence[str]) -> str:
+    """Return the short commit of the checkout that this package runs from, or "unknown".
+
+    Args:
+        measured: Paths from the root of the repository; "-dirty" is added to the commit where one
+            of them differs from it.
+    """
+    commit = _git("rev-parse", "--short", "HEAD") if _is_checkout() else None
+    if commit is None:
+        return "unknown"
+    changed = _git("status", "--porcelain", "--", *(f":/{path}" for path in measured))
+    return f"{commit}-dirty" if changed else commit
 
 
 def software(device: torch.device) -> dict[str, str | None]:
-    """Versions by name; None: not there.
+    """Return the version of everything that results depend on, by name; None where it is absent.
 
-    ``git_commit`` is that of the checkout this package runs from; ``-dirty`` behind it: with
-    changes of its own. ``source`` is a hash of all our modules, whatever git says of them. ``cuda``
-    (of torch), ``nccl`` and ``driver`` (NVIDIA's) are those of a GPU.
+    ``git_commit`` is that of the checkout this package runs from, with ``-dirty`` where files were
+    changed. ``source`` is a hash of all modules of the project. ``cuda`` (torch's), ``nccl`` and
+    ``driver`` (NVIDIA's) are set on a GPU only.
     """
     on_gpu = device.type == "cuda"
     nccl = torch.cuda.nccl.version() if on_gpu else None
@@ -47,10 +77,14 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    here = Path(__file__)
-    if _git("ls-files", "--error-unmatch", here.name) is None:
-        return None  # an installed copy, perhaps within some other repository
+    if not _is_checkout():
+        return None
     return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+
+
+def _is_checkout() -> bool:
+    """Whether git tracks this file; an installed copy may lie within another repository."""
+    return _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
 
 
 def _git(*arguments: str) -> str | None:

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 
 from helpers import REPOSITORY, job_environment
+
+if TYPE_CHECKING:
+    from selenium import webdriver
 
 # The ranks that tests start are gloo ranks on the CPU, also on a machine with GPUs.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -79,8 +81,9 @@ def deepspeed_cpu(
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """A headless Chromium, where there is one; its log is taken by whoever reads it."""
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["webdriver.Chrome"]:
+    """Yield a headless Chromium; skip the test where selenium or chromedriver is missing."""
+    webdriver = pytest.importorskip("selenium.webdriver")
     driver = shutil.which("chromedriver")
     if driver is None:
         pytest.skip("no chromedriver on this machine")
@@ -92,6 +95,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options, Service(driver))
+    chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield chrome
     chrome.quit()

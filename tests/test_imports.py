@@ -1,41 +1,31 @@
-"""The import rule: linclip_kernels <- ds_linclip <- linclip_eval <- launch, and what follows."""
+"""The import rule: every module imports its own folder and lower layers only; and what follows."""
 
-import ast
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
 
 import pytest
 
-from helpers import REPOSITORY
+from helpers.architecture import PACKAGES, imported_names, imports, layer_of, modules
 
-ROOT = REPOSITORY
-PACKAGES = {
-    "linclip_kernels": ROOT / "kernels",
-    "ds_linclip": ROOT,
-    "linclip_eval": ROOT / "evaluation",
-    "launch": ROOT,
-}
 #: Importing module -> what it must not import; both hold for everything below the name.
 FORBIDDEN = {
-    "linclip_kernels": ["ds_linclip", "linclip_eval", "launch"],
-    "ds_linclip": ["linclip_eval", "launch"],
     "ds_linclip.config": list(PACKAGES),
-    "ds_linclip.model": ["ds_linclip.data", "ds_linclip.trainer"],
-    "ds_linclip.loss.contrastive": ["ds_linclip.data", "ds_linclip.trainer"],
-    "linclip_eval": ["ds_linclip.trainer", "launch"],
+    "ds_linclip.parallel": ["ds_linclip.model"],
+    "ds_linclip.model": ["ds_linclip.data"],
+    "ds_linclip.loss": ["ds_linclip.data", "ds_linclip.model"],
+    "linclip_eval": ["ds_linclip.trainer"],
     **{
         f"linclip_eval.{evaluator}": ["ds_linclip.parallel", "ds_linclip.model"]
-        for evaluator in ("classifier", "features", "probe", "retrieval", "zero_shot")
+        for evaluator in ("features", "probe", "retrieval", "zero_shot")
     },
 }
 #: What only these modules, and everything below them, may import.
 RESERVED = {
-    "deepspeed": ["ds_linclip.parallel"],
-    "megatron": ["ds_linclip.parallel"],
+    "deepspeed": ["ds_linclip.parallel", "ds_linclip.engine"],
+    "megatron": ["ds_linclip.parallel", "ds_linclip.engine"],
     "linclip_kernels": [
-        *("linclip_kernels", "ds_linclip.model.attention", "launch"),
-        *("linclip_eval.results", "linclip_eval.commands.runtime"),
-        "linclip_eval.runtime.subjects",
+        *("linclip_kernels", "ds_linclip.model.attention", "linclip_eval.runtime.subjects"),
+        *("benchmarks", "experiments"),
     ],
 }
 KERNELS_MAY_IMPORT = {"torch", "triton", "linclip_kernels", *sys.stdlib_module_names}
@@ -45,22 +35,8 @@ def is_within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
-def imported_names(module: str, source: str, *, is_package: bool = False) -> Iterator[str]:
-    """Absolute names a module imports, wherever in it; ``from a import b`` gives ``a.b``."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = [node.module] if node.module else []
-            if node.level:
-                above = node.level - 1 if is_package else node.level
-                parents = module.split(".")
-                parts = parents[: len(parents) - above] + parts
-            yield from (".".join([*parts, alias.name]) for alias in node.names)
-
-
 def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
-    """What the source of a module imports against the rule, one message each."""
+    """Return one message for each import of a module that breaks the rule."""
     found = []
     for name in imported_names(module, source, is_package=is_package):
         broken = [
@@ -75,6 +51,9 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
             for reserved, allowed in RESERVED.items()
             if is_within(name, reserved) and not any(is_within(module, m) for m in allowed)
         ]
+        below, above = layer_of(module), layer_of(name)
+        if below is not None and above is not None and above > below:
+            broken.append("a module must not import a higher layer")
         if is_within(module, "linclip_kernels") and name.split(".")[0] not in KERNELS_MAY_IMPORT:
             broken.append("linclip_kernels may import torch, triton and the standard library only")
         found += [f"{module} imports {name}: {rule}" for rule in broken]
@@ -83,38 +62,61 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_package_keeps_the_import_rule(package):
-    top = PACKAGES[package]
-    files = sorted((top / package).rglob("*.py"))
-    assert files, f"no modules found under {top / package}"
+    files = {name: file for name, file in modules().items() if is_within(name, package)}
+    assert len(files) > 1, f"no modules found in {PACKAGES[package] / package}"
     found = []
-    for file in files:
-        parts = file.relative_to(top).with_suffix("").parts
-        is_package = parts[-1] == "__init__"
-        module = ".".join(parts[:-1] if is_package else parts)
-        found += violations(module, file.read_text(encoding="utf-8"), is_package=is_package)
+    for name, file in files.items():
+        assert name in PACKAGES or layer_of(name) is not None, f"{name} belongs to no layer"
+        source = file.read_text(encoding="utf-8")
+        found += violations(name, source, is_package=file.name == "__init__.py")
     assert not found, "\n".join(found)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    imported = defaultdict(set)
+    for each in imports():
+        imported[each.importer].add(each.imported)
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in imported[module]:
+                # A package's __init__ offers names of its modules.
+                if not is_within(module, other):
+                    visit(other, (*path, module))
+            done.add(module)
+
+    for module in list(imported):
+        visit(module, ())
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("linclip_kernels.linear_attention.torch_backend", "import numpy as np"),
+        ("linclip_kernels.linear_attention.op", "import numpy as np"),
         ("linclip_kernels.linear_attention", "from ds_linclip.config import Attention"),
-        ("ds_linclip.trainer", "import linclip_eval.zero_shot.evaluate"),
-        ("ds_linclip.checkpoint", "from launch import train"),
+        ("ds_linclip.trainer", "import linclip_eval.zero_shot"),
+        ("ds_linclip.checkpoint", "from linclip_launch import train"),
         ("ds_linclip.config", "from .model import CLIP"),
         ("ds_linclip.config", "import linclip_kernels"),
         ("ds_linclip.model.towers", "from ..data import Batch"),
         ("ds_linclip.model.clip", "from ds_linclip import trainer"),
         ("ds_linclip.model.block", "from linclip_kernels import linear_attention"),
-        ("ds_linclip.loss.contrastive", "def f():\n    from ds_linclip.data.batches import Batch"),
+        ("ds_linclip.loss", "def f():\n    from ds_linclip.data.batches import Batch"),
+        ("ds_linclip.parallel.mesh", "from ds_linclip.model import CLIP"),
+        ("ds_linclip.parallel.mesh", "from ds_linclip.engine.optim import Lamb"),
+        ("ds_linclip.loss.grad_cache", "import ds_linclip.engine.engine"),
         ("ds_linclip.trainer", "if True:\n    import deepspeed.comm as dist"),
         ("ds_linclip.model.block", "from megatron.core import tensor_parallel"),
-        ("linclip_eval.zero_shot.evaluate", "from ds_linclip.parallel.mesh import Mesh"),
-        ("linclip_eval.zero_shot.evaluate", "from ds_linclip import model"),
-        ("linclip_eval.zero_shot.evaluate", "import ds_linclip.trainer"),
-        ("experiments.convergence_report", "import launch.train"),
-        ("launch.train", "import deepspeed"),
+        ("linclip_eval.zero_shot", "from ds_linclip.parallel.mesh import Mesh"),
+        ("linclip_eval.zero_shot", "from ds_linclip import model"),
+        ("linclip_eval.zero_shot", "import ds_linclip.trainer"),
+        ("linclip_eval.results", "import linclip_launch.train"),
+        ("linclip_launch.train", "import deepspeed"),
+        ("linclip_launch.train", "from benchmarks import goodput"),
+        ("benchmarks.goodput", "from experiments.report import main"),
+        ("benchmarks.goodput", "import deepspeed"),
     ],
 )
 def test_checker_finds_a_violation(module, source):
@@ -125,20 +127,16 @@ def test_checker_finds_a_violation(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        (
-            "linclip_kernels.linear_attention.torch_backend",
-            "import math\nimport triton.language as tl",
-        ),
-        ("linclip_kernels.linear_attention.torch_backend", "from .reference import reference"),
+        ("linclip_kernels.linear_attention.op", "import math\nimport triton.language as tl"),
+        ("linclip_kernels.linear_attention.op", "from .reference import reference"),
         ("ds_linclip.engine.engine", "import deepspeed\nfrom megatron.core import mpu"),
         ("ds_linclip.model.attention", "from linclip_kernels import linear_attention"),
         ("ds_linclip.model.towers", "from ..config import VisionTower\nfrom .block import Block"),
         ("ds_linclip.trainer", "from .data import Batch\nfrom ds_linclip.dataset import x"),
-        ("linclip_eval.zero_shot.evaluate", "from ds_linclip.data import LabelledData"),
-        (
-            "launch.train",
-            "from ds_linclip.trainer import train\nimport linclip_eval.zero_shot.evaluate",
-        ),
+        ("linclip_eval.zero_shot", "from ds_linclip.data import LabelledData"),
+        ("linclip_launch.train", "from ds_linclip.trainer import train\nimport linclip_eval.probe"),
+        ("benchmarks.goodput", "from linclip_launch.supervise import main"),
+        ("experiments.report", "from benchmarks.goodput import main\nimport linclip_kernels"),
     ],
 )
 def test_checker_allows_what_the_rule_allows(module, source):

@@ -35,8 +35,8 @@ from benchmarks.attention.timing import (
     Implementation,
     batch_and_heads,
 )
+from ds_linclip.provenance import commit_of, device_name, folder_name
 from linclip_kernels import linear_attention, linear_attention_reference
-from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
 from linclip_kernels.linear_attention.variant import Form
 

@@ -39,13 +39,13 @@ from benchmarks.context.report import (
     SplitCheck,
 )
 from ds_linclip.parallel.context_parallel import sum_over_ranks, token_slice
+from ds_linclip.provenance import commit_of, device_name, folder_name
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
-from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
 from linclip_kernels.linear_attention.reference import ATOL, relative_rms
 
 MEASURED = (
     "kernels/linclip_kernels",
-    "kernels/benchmarks",
+    "benchmarks",
     "ds_linclip/parallel/context_parallel.py",
 )
 RANKS = (1, 2, 4)

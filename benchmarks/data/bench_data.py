@@ -33,9 +33,9 @@ from benchmarks import REPOSITORY
 from benchmarks.data.loaders import Settings, Throughput
 from benchmarks.data.report import FIGURES, LOADERS, Report, Requirement, Row
 from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write_train_shard
-from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
+from ds_linclip.provenance import commit_of, device_name, folder_name
 
-MEASURED = ("ds_linclip/data", *(str(p) for p in Path(__file__).parent.glob("bench_data*.py")))
+MEASURED = ("ds_linclip/data", "benchmarks/data")
 #: What open_clip_torch 3.3.0 asks for training, as far as its data module imports it. With the
 #: webdataset of this project its loader ends in KeyError: 'fname': it does not know the mark that
 #: newer versions put at the end of every shard.

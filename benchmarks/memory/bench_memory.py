@@ -32,7 +32,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.planner.plan import plan_rank
-from linclip_kernels.benchmark_facts import commit_of, device_name, folder_name
+from ds_linclip.provenance import commit_of, device_name, folder_name
 
 MEASURED = (
     "ds_linclip/parallel",

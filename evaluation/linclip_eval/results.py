@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from scipy.stats import binomtest
 
-from linclip_kernels.benchmark_facts import commit_of, device_name
+from ds_linclip.provenance import commit_of, device_name
 
 __all__ = ["markdown_table", "percent", "wilson_interval", "write_results"]
 

@@ -17,7 +17,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,6 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
-from selenium import webdriver
-from selenium.common.exceptions import TimeoutException
-from selenium.webdriver.support.wait import WebDriverWait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_linclip.config import Config, load_config
@@ -279,7 +275,7 @@ def tensorboard(told) -> Iterator[str]:
             server.terminate()
 
 
-def find(browser: webdriver.Chrome, tag: str, show: str) -> list[Any]:
+def find(browser: Any, tag: str, show: str) -> list[Any]:
     """What ``show`` says of every ``node`` of a tag, those within shadow roots too."""
     script = f"""
         const found = [];
@@ -298,9 +294,10 @@ def test_tensorboard_shows_it_all(told, tensorboard, browser, tmp_path):
         """What a page shows once it is there, or after half a minute."""
         browser.get("about:blank")
         browser.get(f"{tensorboard}/#{page}")
-        with suppress(TimeoutException):
-            WebDriverWait(browser, 30).until(lambda _: is_there(find(browser, tag, show)))
-        return find(browser, tag, show)
+        deadline = time.monotonic() + 30
+        while not is_there(seen := find(browser, tag, show)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return seen
 
     # Points of every line of every chart of the dashboards. A chart that is scaled without its
     # outliers leaves out points that lie too far off.

@@ -1,18 +1,23 @@
-"""What several commands ask for on their command line."""
+"""Command-line arguments that several evaluations share."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from ds_linclip.inference import PRECISIONS, EvalModel, load_model
 from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, NamePolicy
+from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = [
     "add_model_arguments",
     "add_precision_argument",
     "add_reading_arguments",
+    "add_task_arguments",
     "labelled",
     "model_from_arguments",
+    "task_from_arguments",
 ]
 
 
@@ -46,6 +51,22 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --classes, --names and --templates, and those of :func:`add_reading_arguments`."""
+    parser.add_argument(
+        "--classes",
+        help=f"{', '.join(IMAGENET_LISTS)}, or a file with a synset a line; without it the data "
+        "must be in clip_benchmark's layout and name their classes and templates",
+    )
+    parser.add_argument("--names", choices=get_args(NamePolicy), help="default: lemma")
+    parser.add_argument(
+        "--templates",
+        help="one (a photo of a {}.), simple (open_clip's 7), openai (its 80), or a file with a "
+        "template a line; default: one",
+    )
+    add_reading_arguments(parser)
+
+
 def labelled(arguments: Sequence[str], what: str) -> dict[str, str]:
     """Sources by label, of ``LABEL=SOURCE``; a source alone is labelled with its last part.
 
@@ -75,4 +96,24 @@ def model_from_arguments(arguments: argparse.Namespace, mesh: Mesh) -> EvalModel
     """
     return load_model(
         arguments.model, mesh, precision=arguments.precision, image_size=arguments.image_size
+    )
+
+
+def task_from_arguments(
+    arguments: argparse.Namespace, folder: str | Path, model: EvalModel
+) -> ZeroShotTask:
+    """Open the task of a folder as :func:`add_task_arguments` asked for it.
+
+    Raises:
+        ValueError: as :meth:`ZeroShotTask.open`.
+    """
+    return ZeroShotTask.open(
+        folder,
+        transform=model.transform,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        classes=arguments.classes,
+        names=arguments.names or "lemma",
+        templates=arguments.templates or "one",
+        strict=not arguments.lenient,
     )

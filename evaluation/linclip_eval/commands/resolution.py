@@ -19,10 +19,14 @@ from matplotlib.figure import Figure
 
 from ds_linclip.inference import EvalModel, load_model
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.commands.arguments import add_precision_argument, labelled
+from linclip_eval.commands.arguments import (
+    add_precision_argument,
+    add_task_arguments,
+    labelled,
+    task_from_arguments,
+)
 from linclip_eval.plotting import COLOURS, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
-from linclip_eval.zero_shot.task import ZeroShotTask, add_task_arguments
 
 __all__ = ["main"]
 
@@ -77,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
             seconds = _seconds_per_image(model)
             for domain, folder in domains.items():
                 task = mesh.agree(
-                    partial(ZeroShotTask.from_arguments, options, folder, model),
+                    partial(task_from_arguments, options, folder, model),
                     (ValueError, OSError),
                 )
                 result = task.score(

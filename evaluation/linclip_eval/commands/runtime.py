@@ -14,11 +14,11 @@ import torch
 
 from ds_linclip.config import ParallelConfig
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.provenance import device_name, folder_name
 from linclip_eval.runtime.fit import Point
 from linclip_eval.runtime.measure import Limits, measure
 from linclip_eval.runtime.report import write_report
 from linclip_eval.runtime.subjects import SUBJECTS, Subject
-from linclip_kernels.benchmark_facts import device_name, folder_name
 
 __all__ = ["main"]
 

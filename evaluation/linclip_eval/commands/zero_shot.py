@@ -16,10 +16,15 @@ from typing import Any
 from ds_linclip.config import load_config
 from ds_linclip.inference import EvalModel
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.commands.arguments import add_model_arguments, model_from_arguments
+from linclip_eval.commands.arguments import (
+    add_model_arguments,
+    add_task_arguments,
+    model_from_arguments,
+    task_from_arguments,
+)
 from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, write_per_class_csv
-from linclip_eval.zero_shot.task import ZeroShotTask, add_task_arguments
+from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = ["main"]
 
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     model = model_from_arguments(options, mesh)
     out = mesh.agree(partial(_fill_in, options, model), (ValueError, OSError))
     task = mesh.agree(
-        partial(ZeroShotTask.from_arguments, options, options.data, model), (ValueError, OSError)
+        partial(task_from_arguments, options, options.data, model), (ValueError, OSError)
     )
     result = task.score(
         model,

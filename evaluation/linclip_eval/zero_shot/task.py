@@ -1,11 +1,10 @@
 """A zero-shot task: images, their classes, and the prompts that name them."""
 
-import argparse
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Protocol
 
 import open_clip
 import torch
@@ -13,11 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_linclip.data import EvalTransform, LabelledData
-from ds_linclip.inference import EvalModel
 from ds_linclip.process.consensus import from_first_rank, require_equal
-from linclip_eval.commands.arguments import add_reading_arguments
 from linclip_eval.zero_shot.class_lists import (
-    IMAGENET_LISTS,
     ClassList,
     NamePolicy,
     imagenet_classes,
@@ -30,7 +26,7 @@ from linclip_eval.zero_shot.classifier import (
 )
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, zero_shot
 
-__all__ = ["Encoders", "ZeroShotTask", "add_task_arguments"]
+__all__ = ["Encoders", "ZeroShotTask"]
 
 _TEMPLATES: dict[str, Sequence[Template]] = {
     "one": ("a photo of a {}.",),
@@ -112,26 +108,6 @@ class ZeroShotTask:
             raise ValueError(f"eval.data ({folder}): {error}") from error
         return cls(data=data, classes=given, templates=parsed)
 
-    @classmethod
-    def from_arguments(
-        cls, options: argparse.Namespace, folder: str | Path, model: EvalModel
-    ) -> "ZeroShotTask":
-        """The task of a folder as :func:`add_task_arguments` asks for it.
-
-        Raises:
-            ValueError: as :meth:`open`.
-        """
-        return cls.open(
-            folder,
-            transform=model.transform,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-            classes=options.classes,
-            names=options.names or "lemma",
-            templates=options.templates or "one",
-            strict=not options.lenient,
-        )
-
     def score(
         self,
         model: Encoders,
@@ -184,22 +160,6 @@ class ZeroShotTask:
             parts=parts,
             num_predictions=num_predictions,
         )
-
-
-def add_task_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says how images are read and classes are named."""
-    parser.add_argument(
-        "--classes",
-        help=f"{', '.join(IMAGENET_LISTS)}, or a file with a synset a line; without it the data "
-        "must be in clip_benchmark's layout and name their classes and templates",
-    )
-    parser.add_argument("--names", choices=get_args(NamePolicy), help="default: lemma")
-    parser.add_argument(
-        "--templates",
-        help="one (a photo of a {}.), simple (open_clip's 7), openai (its 80), or a file with a "
-        "template a line; default: one",
-    )
-    add_reading_arguments(parser)
 
 
 def _read_templates(name: str) -> Sequence[Template]:
