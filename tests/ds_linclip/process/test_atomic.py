@@ -6,13 +6,17 @@ import pytest
 from ds_linclip.process.atomic import atomic_directory, atomic_file, write_atomically
 
 
+def _fail_after_writing(path: Path) -> None:
+    path.write_text("half")
+    raise FileNotFoundError
+
+
 @pytest.mark.parametrize("durable", [False, True])
 def test_file_is_replaced_only_when_the_context_ends_well(tmp_path: Path, durable: bool) -> None:
     path = tmp_path / "facts.json"
     write_atomically(path, "old", durable=durable)
-    with pytest.raises(KeyError), atomic_file(path, durable=durable) as partial:
-        partial.write_text("half")
-        raise KeyError
+    with pytest.raises(FileNotFoundError), atomic_file(path, durable=durable) as partial:
+        _fail_after_writing(partial)
     assert path.read_text() == "old"
     with atomic_file(path, durable=durable) as partial:
         partial.write_text("new")
@@ -30,9 +34,8 @@ def test_text_is_utf8_and_bytes_stay(tmp_path: Path) -> None:
 
 def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "set"
-    with pytest.raises(KeyError), atomic_directory(path) as partial:
-        (partial / "file").write_text("half")
-        raise KeyError
+    with pytest.raises(FileNotFoundError), atomic_directory(path) as partial:
+        _fail_after_writing(partial / "file")
     assert os.listdir(path.parent) == []
     with atomic_directory(path) as partial:
         (partial / "file").write_text("whole")
