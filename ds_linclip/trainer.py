@@ -34,12 +34,12 @@ from ds_linclip.resilience.divergence import Diverged, Health
 from ds_linclip.resilience.preemption import Exchange, Preempted, Requests, Signals
 from ds_linclip.run_dir import RunFolder
 
-__all__ = ["Evaluator", "TrainResult", "train"]
+__all__ = ["Evaluator", "TrainResult", "Trainer", "train"]
 
 logger = logging.getLogger(__name__)
 
 #: Scores the model after a number of steps; called by all ranks, in eval mode, without gradients.
-#: A ValueError it raises, it raises on all of them.
+#: A ValueError that it raises must be raised on all ranks.
 Evaluator = Callable[[CLIP, MetricWriter, int], Mapping[str, float]]
 
 
@@ -60,70 +60,64 @@ def train(
     evaluate: Evaluator | None = None,
     phases: Progress | None = None,
 ) -> TrainResult:
-    """Train as ``config`` says, going on from the run folder's newest checkpoint if there is one.
+    """Train a model, resuming from the run folder's newest checkpoint if there is one.
 
     Args:
-        config, mesh: Of the run.
+        config: The run's configuration.
+        mesh: The ranks that train together; all of them call this function.
         evaluate: Scores the model every ``eval.every_steps`` and after the last step.
-        phases: Told of every phase, for a watchdog to look at.
+        phases: Records what this rank is doing, for a watchdog to read.
+
+    Returns:
+        The figures of the last logged step and the last evaluation.
 
     Raises:
-        AgreedError: on all ranks together, before the first step, for whatever in the config does
-            not fit the data, the ranks or the run folder; later, for held-out data that cannot be
-            scored and checkpoints that cannot be saved.
-        Preempted: on all ranks together, when one got SIGTERM and the step is saved.
+        AgreedError: on all ranks together, before the first step, for anything in the config that
+            does not fit the data, the ranks or the run folder; later, for held-out data that cannot
+            be scored and checkpoints that cannot be saved.
+        Preempted: on all ranks together, when one received SIGTERM and the step is saved.
         DataError: on the rank that finds no usable training sample.
-        Diverged: on all ranks together, when training cannot go on as it is.
+        Diverged: on all ranks together, when training cannot continue.
     """
-    with ExitStack() as leaving:
-        run = _Run(config, mesh, phases or Progress(), leaving)
-        was_finished = run.step == config.train.steps
-        while run.step < config.train.steps:
-            batch = run.next_batch()
-            loss = run.take_step(batch)
-            asked = run.hear_requests()
-            is_logged = run.is_due(config.log.every_steps)
-            is_saved = run.is_due(run.steps_between_saves) or asked.save or asked.leave
-            if is_logged or is_saved:
-                run.count_samples()
-            if is_logged and run.log(loss):
-                run.rewind()
-                continue
-            if is_saved:
-                run.save()
-            if asked.leave and run.step < config.train.steps:
-                run.leave()
-            if evaluate and run.is_due(config.eval.every_steps):
-                run.evaluate(evaluate)
-        run.finish()
-        if evaluate and was_finished:  # scored again
-            run.evaluate(evaluate)
-        return run.result
+    with ExitStack() as resources:
+        return Trainer(config, mesh, evaluate, phases or Progress(), resources).run()
 
 
-class _Run:
-    """What the loop works with, and what it does with it; every method is for all ranks together.
+class Trainer:
+    """A run: built by the constructor, carried out by :meth:`run`.
+
+    All ranks call every method together. How a step is computed: docs/training_step.md.
 
     Args:
-        config, mesh, phases: as in :func:`train`.
-        leaving: Undoes what outlives the run otherwise.
+        config: The run's configuration.
+        mesh: The ranks that train together.
+        evaluate: Scores the model, or None.
+        phases: Records what this rank is doing.
+        resources: Closes, when it is closed, what the run has opened.
 
     Attributes:
-        step: Optimizer steps done.
+        step: Number of optimizer steps done.
         result: Figures so far.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, phases: Progress, leaving: ExitStack) -> None:
-        self._config, self._mesh, self._phases = config, mesh, phases
-        self._signals = leaving.enter_context(Signals().caught())
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        evaluate: Evaluator | None,
+        phases: Progress,
+        resources: ExitStack,
+    ) -> None:
+        self._config, self._mesh, self._evaluator, self._phases = config, mesh, evaluate, phases
+        self._signals = resources.enter_context(Signals().caught())
         self._data = _open_data(config, mesh)
         mesh.agree(lambda: check_machine(config))
         mesh.agree(lambda: deepspeed_config(config, mesh))
-        folder = leaving.enter_context(RunFolder.hold(config, mesh))
-        listeners = leaving.enter_context(open_listeners(config, mesh, phases))
+        folder = resources.enter_context(RunFolder.hold(config, mesh))
+        listeners = resources.enter_context(open_listeners(config, mesh, phases))
         phases.enter("building the model")
         self._checkpoints = CheckpointStore(config, mesh, self._data.identity)
-        leaving.callback(self._checkpoints.close)
+        resources.callback(self._checkpoints.close)
         resume_from = self._checkpoints.newest()
         folder.record_start(resume_from)
         self._checkpoints.remove_leftovers()
@@ -147,52 +141,67 @@ class _Run:
             )
         self._writer.begin(self.step, plan)
         self._exchange = Exchange(mesh)
+        self._save_requested = False
         self._meter = StepMeter(config, mesh)
         self._engine.on_features += [
             self._meter.features_ready,
             partial(phases.enter, "computing loss and gradients"),
         ]
-        self._bar = leaving.enter_context(_progress_bar(config, mesh, self.step))
+        self._bar = resources.enter_context(_progress_bar(config, mesh, self.step))
         self.result = TrainResult(steps=config.train.steps)
-        self._start_from_here()
+        self._open_batches()
         self._model.train()
 
-    def _start_from_here(self) -> None:
-        """Forget what came after ``step``; open the data there."""
-        skipped = self._health.skipped_batches
-        self._batches = feed(self._data, self._config, self._mesh, self.step, skipped)
-        self._sample_log = SampleLog(self._config, self._mesh, self.step, skipped)
-        self._writer.cut_back(self.step)
-        self._bar.update(self.step - self._bar.n)
-        self._meter.restart()
+    def run(self) -> TrainResult:
+        """Take the steps that are left; log, save and evaluate when it is due."""
+        config = self._config
+        was_finished = self.step == config.train.steps
+        while self.step < config.train.steps:
+            loss = self.train_step()
+            is_leaving = self._receive_requests().leave
+            is_logged = self._is_due(config.log.every_steps)
+            is_saved = self._is_save_due() or is_leaving
+            if is_logged or is_saved:
+                self._count_samples()
+            if is_logged:
+                values = self._log(loss)
+                if self._has_loss_spike(values["train/loss"]):
+                    self._rewind()
+                    continue  # a requested save is made after the next step
+            if is_saved:
+                self._save()
+            if is_leaving and self.step < config.train.steps:
+                self._checkpoints.wait()
+                raise Preempted(f"asked to leave: {self._checkpoints.last} is saved")
+            if self._is_due(config.eval.every_steps):
+                self._evaluate()
+        self._finish()
+        if was_finished:
+            self._evaluate()
+        return self.result
 
-    def is_due(self, every: int) -> bool:
-        """Whether to do what is done every so many steps (0: never) and after the last one."""
-        return self.step == self._config.train.steps or (every > 0 and self.step % every == 0)
+    def train_step(self) -> Tensor:
+        """Take one optimizer step on the next global batch.
 
-    @property
-    def steps_between_saves(self) -> int:
-        """None while weights stay as they are: copies of them would push out older ones."""
-        return 0 if self._health.is_skipping else self._config.checkpoint.every_steps
-
-    def next_batch(self) -> Batch:
-        """Begin a step: this rank's part of its global batch."""
-        self.step += 1
-        self._phases.enter("waiting for data", self.step)
-        begun = time.perf_counter()
+        Returns:
+            The loss [] of this rank's rows, on the device.
+        """
+        config, done = self._config, self.step
+        self._phases.enter("waiting for data", done + 1)
+        started = time.perf_counter()
         batch = next(self._batches)
-        self._meter.waited(time.perf_counter() - begun)
+        self._meter.waited(time.perf_counter() - started)
         self._report.add(batch)
-        return batch
 
-    def take_step(self, batch: Batch) -> Tensor:
-        """Forward, backward, optimizer: the loss [] of this rank's rows."""
         self._phases.enter("computing features")
-        config, before = self._config, self.step - 1
-        rate = learning_rate(before, config.train.steps, config.optim)
-        decay = ema_decay(before, config.optim.ema_decay)
-        inputs = _inputs(batch, config, self._mesh, before + self._health.skipped_batches)
-        loss = self._engine.step(inputs, lr=rate, ema_decay=decay)
+        inputs = _model_inputs(batch, config, self._mesh, done + self._health.skipped_batches)
+        loss = self._engine.step(
+            inputs,
+            lr=learning_rate(done, config.train.steps, config.optim),
+            ema_decay=ema_decay(done, config.optim.ema_decay),
+        )
+        self.step += 1
+
         self._sample_log.write(self.step, batch.keys)
         num_tokens = self._model.num_tokens(batch.images, batch.texts)
         self._meter.step_done(self.step, samples=len(batch.texts), tokens=num_tokens)
@@ -205,19 +214,37 @@ class _Run:
         )
         return loss
 
-    def hear_requests(self) -> Requests:
-        """What any rank was asked to do; a save that failed ends the run here."""
+    def _is_due(self, every: int) -> bool:
+        """Whether to do now what is done every so many steps (0: never) and after the last one."""
+        return self.step == self._config.train.steps or (every > 0 and self.step % every == 0)
+
+    def _is_save_due(self) -> bool:
+        """Whether to save after this step.
+
+        Not on schedule while steps are skipped: copies of the same weights would replace older
+        ones.
+        """
+        every = 0 if self._health.is_skipping else self._config.checkpoint.every_steps
+        return self._save_requested or self._is_due(every)
+
+    def _receive_requests(self) -> Requests:
+        """Share with all ranks what this one was asked to do; return what any rank was asked.
+
+        Raises:
+            AgreedError: when a save has failed on any rank.
+        """
         save, leave = self._signals.take()
         save |= not self._health.is_skipping and self._checkpoints.is_due_by_clock()
         failed = self._checkpoints.has_failed
-        asked = self._exchange(Requests(save=save, leave=leave, has_failed=failed))
-        if asked.has_failed:
+        requests = self._exchange(Requests(save=save, leave=leave, has_failed=failed))
+        if requests.has_failed:
             self._checkpoints.wait()
             raise AgreedError(f"another rank takes {self._checkpoints.last} for not saved")
-        return asked
+        self._save_requested |= requests.save
+        return requests
 
-    def count_samples(self) -> None:
-        """Add up what the ranks have met in their data, write it down, judge it."""
+    def _count_samples(self) -> None:
+        """Sum over ranks the samples and faults met in the data; write and check the sums."""
         self._phases.enter("logging")
         report = self._report
         report.merge(self._mesh.gather(report.take()))
@@ -225,13 +252,12 @@ class _Run:
             report.write(self._config.run_dir / "data_report.json", step=self.step)
         self._mesh.agree(report.check)
 
-    def log(self, loss: Tensor) -> bool:
-        """Write the scalars of the step; whether its loss has jumped."""
+    def _log(self, loss: Tensor) -> Mapping[str, float]:
+        """Write the scalars of the step and return them."""
         engine = self._engine
-        rate = learning_rate(self.step - 1, self._config.train.steps, self._config.optim)
         values = self._meter.read(loss) | self._report.scalars() | self._health.scalars()
         values |= {
-            "train/lr": rate,
+            "train/lr": learning_rate(self.step - 1, self._config.train.steps, self._config.optim),
             "train/logit_scale": engine.objective.logit_scale.item(),
             "train/grad_norm": engine.grad_norm,
             "train/skipped_steps": engine.skipped_steps,
@@ -240,11 +266,19 @@ class _Run:
         _show(self._bar, values)
         self.result.last = values
         self._meter.restart()
-        self._health.check_loss(self.step, values["train/loss"])
-        return self._health.is_spike(self.step, values["train/loss"])
+        return values
 
-    def rewind(self) -> None:
-        """Go back to the newest checkpoint, and on from it without the batches since."""
+    def _has_loss_spike(self, loss: float) -> bool:
+        """Whether the logged loss calls for a rewind.
+
+        Raises:
+            Diverged: when the loss is not finite, or jumped once too often.
+        """
+        self._health.check_loss(self.step, loss)
+        return self._health.is_spike(self.step, loss)
+
+    def _rewind(self) -> None:
+        """Load the newest checkpoint and continue behind the batches that were used since."""
         self._phases.enter("loading a checkpoint")
         path = self._checkpoints.newest()
         if path is None:
@@ -254,33 +288,40 @@ class _Run:
         to_step, _ = self._checkpoints.load(self._engine, path)
         self._health.rewound(self.step, to_step)
         self.step = to_step
-        self._start_from_here()
+        self._open_batches()
 
-    def save(self) -> None:
-        """Begin to save what the run needs to go on from here."""
+    def _open_batches(self) -> None:
+        """Open the data at ``step``, and remove what was recorded after it."""
+        skipped = self._health.skipped_batches
+        self._batches = feed(self._data, self._config, self._mesh, self.step, skipped)
+        self._sample_log = SampleLog(self._config, self._mesh, self.step, skipped)
+        self._writer.cut_back(self.step)
+        self._bar.update(self.step - self._bar.n)
+        self._meter.restart()
+
+    def _save(self) -> None:
+        """Start to save what the run needs to resume from here."""
         self._phases.enter("saving")
         state = self._report.state() | {"health": self._health.state()}
         self._checkpoints.save(self._engine, self.step, state)
+        self._save_requested = False
         self._meter.restart()
 
-    def leave(self) -> None:
-        """End before the last step, as asked."""
-        self._checkpoints.wait()
-        raise Preempted(f"asked to leave: {self._checkpoints.last} is saved")
-
-    def evaluate(self, evaluate: Evaluator) -> None:
-        """Score the model as it is."""
+    def _evaluate(self) -> None:
+        """Score the model as it is, if there is an evaluator."""
+        if self._evaluator is None:
+            return
         self._phases.enter("evaluating")
         try:
             with self._engine.evaluation_model() as model:
-                self.result.evaluation = evaluate(model, self._writer, self.step)
+                self.result.evaluation = self._evaluator(model, self._writer, self.step)
         except ValueError as error:
             raise AgreedError(str(error)) from error
         self._writer.scalars(self.step, self.result.evaluation)
         self._meter.restart()
 
-    def finish(self) -> None:
-        """Nothing is under way any more."""
+    def _finish(self) -> None:
+        """Wait until nothing is under way any more."""
         self._phases.enter("saving")
         self._exchange.close()
         self._checkpoints.wait()
@@ -288,7 +329,7 @@ class _Run:
 
 
 def _build_model(config: Config, mesh: Mesh, weights: InitConfig) -> CLIP:
-    """This rank's part of the model, from the seed or from trained weights."""
+    """Return this rank's part of the model, from the seed or from trained weights."""
     torch.manual_seed(config.train.seed)
     model = CLIP(config.model, mesh, loss=config.loss.kind, units=stage_units(config, mesh.pp))
     mesh.agree(lambda: load_pretrained(model, weights))
@@ -299,10 +340,10 @@ def _build_model(config: Config, mesh: Mesh, weights: InitConfig) -> CLIP:
     return model
 
 
-def _inputs(batch: Batch, config: Config, mesh: Mesh, number: int) -> tuple[Tensor, ...]:
-    """Arguments of the model: images, texts and, with patch dropout, the patches to look at.
+def _model_inputs(batch: Batch, config: Config, mesh: Mesh, number: int) -> tuple[Tensor, ...]:
+    """Return the model's arguments: images, texts and, with patch dropout, the patches to keep.
 
-    ``number`` is that of the global batch in the order of the data.
+    ``number`` is the position of the global batch in the order of the data.
     """
     vision = config.model.vision
     if vision.patch_dropout == 0 or mesh.pp.rank > 0:
@@ -319,7 +360,7 @@ def _inputs(batch: Batch, config: Config, mesh: Mesh, number: int) -> tuple[Tens
 
 
 def _progress_bar(config: Config, mesh: Mesh, start: int) -> tqdm:
-    """On rank 0; in a log file a line every half minute is enough."""
+    """Return a bar that shows on rank 0 only, in a log file as a line every half minute."""
     bar = tqdm if mesh.rank == 0 else partial(tqdm, disable=True)
     return bar(
         desc="train",
@@ -341,7 +382,7 @@ def _show(progress: tqdm, values: Mapping[str, float]) -> None:
 
 
 def _open_data(config: Config, mesh: Mesh) -> TrainData:
-    """Rank 0 looks for the shards: tens of thousands of small files are not read by every rank."""
+    """Open the training data; rank 0 alone lists the shards, which may be tens of thousands."""
     groups = mesh.from_rank_zero(
         lambda: find_shards(config.data.train, Storage(config.data.cache, config.data.network))
     )

@@ -89,7 +89,7 @@ def test_run_of_skipped_steps_ends_on_all_ranks_and_can_go_on(tmp_path, embedded
 )
 def test_spike_goes_back_and_leaves_the_batches_out(tmp_path, embedded_overrides, layout):
     overrides = [embedded_overrides[0], "train.steps=8", "model.vision.patch_dropout=0.5"]
-    spikes = ["health.spike_factor=3", "health.spike_window=3"]
+    spikes = ["health.spike_factor=3", "health.spike_window=3", "checkpoint.keep_last=9"]
     sizes = ["data.resolutions=[{image_size: 32}, {from_step: 5, image_size: 16}]"]
     config, again = (
         config_of(tmp_path, name, *overrides, *spikes, *sizes, *layout)
@@ -100,6 +100,9 @@ def test_spike_goes_back_and_leaves_the_batches_out(tmp_path, embedded_overrides
     seen = records(config.run_dir)
     assert [seen[step]["train/rewinds"] for step in range(1, 9)] == [0] * 4 + [1] * 4
     assert seen[8]["train/skipped_batches"] == 1
+    saved = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step-*"))
+    # A save was requested at the spike; the step after the rewind is saved instead.
+    assert saved == [f"step-{step:08d}" for step in (2, 4, 5, 6, 8)]
     assert sorted(records(config.run_dir, "metrics_undone.jsonl")) == [5]
     assert keys_of(config, step=5, skipped_batches=0) == expected_keys(config, batch=4)
     for step in (5, 8):

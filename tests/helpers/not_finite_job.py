@@ -4,7 +4,9 @@ See test_not_finite.py, which reads what is written here.
 """
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,8 +170,8 @@ def end_for_skipped_steps(config: Config) -> None:
 
 
 def go_back_for_a_spike(whole: Config, again: Config, bad: int) -> None:
-    """The loss of a step on one batch is said to be ten times what it is; then the run is
-    interrupted between its last two checkpoints."""
+    """Train with a loss ten times too large on batch ``bad``, where a save is requested, too; then
+    again from the last checkpoint but one."""
     mesh = Mesh.create(whole.parallel)
     current = [0]
 
@@ -178,6 +180,8 @@ def go_back_for_a_spike(whole: Config, again: Config, bad: int) -> None:
         for step, batch in enumerate(feed(*arguments), start=start):
             assert batch.images.shape[2:] == whole.image_size_at(step)
             current[0] = step + skipped
+            if current[0] == bad - 1 and mesh.rank == 0:
+                os.kill(os.getpid(), signal.SIGUSR1)  # all ranks know of it one step later
             yield batch
 
     class Jumping(StepMeter):

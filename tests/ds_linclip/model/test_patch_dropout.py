@@ -119,18 +119,18 @@ def test_evaluation_never_drops(mesh):
 def test_without_dropout_the_model_gets_no_choice():
     from types import SimpleNamespace
 
-    from ds_linclip.trainer import _inputs
+    from ds_linclip.trainer import _model_inputs
 
     batch = SimpleNamespace(images=torch.zeros(4, 3, 32, 32), texts=torch.zeros(4, 8))
     dp, pp = SimpleNamespace(rank=1, size=2), SimpleNamespace(rank=0, size=1)
     place = SimpleNamespace(device=torch.device("cpu"), dp=dp, pp=pp)
     plain = load_config("ds_configs/train/embedded.yaml", ["train.global_batch_size=8"])
-    assert len(_inputs(batch, plain, place, 0)) == 2
+    assert len(_model_inputs(batch, plain, place, 0)) == 2
     dropped = load_config(
         "ds_configs/train/embedded.yaml",
         ["train.global_batch_size=8", "model.vision.patch_dropout=0.5"],
     )
-    first, second = (_inputs(batch, dropped, place, number)[2] for number in (0, 1))
+    first, second = (_model_inputs(batch, dropped, place, number)[2] for number in (0, 1))
     assert first.shape == (4, 32)
     assert not torch.equal(first, second)  # another choice for every batch
     # Samples are counted over the whole run: those of rank 1 of the first batch are 4 to 7.
