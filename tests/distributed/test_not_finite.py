@@ -89,7 +89,7 @@ def test_run_of_skipped_steps_ends_on_all_ranks_and_can_go_on(tmp_path, embedded
 )
 def test_spike_goes_back_and_leaves_the_batches_out(tmp_path, embedded_overrides, layout):
     overrides = [embedded_overrides[0], "train.steps=8", "model.vision.patch_dropout=0.5"]
-    spikes = ["health.spike_factor=3", "health.spike_window=3", "checkpoint.keep_last=9"]
+    spikes = ["health.spike_factor=3", "health.spike_window=3"]
     sizes = ["data.resolutions=[{image_size: 32}, {from_step: 5, image_size: 16}]"]
     config, again = (
         config_of(tmp_path, name, *overrides, *spikes, *sizes, *layout)
