@@ -4,7 +4,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install docs docs-check train test test-distributed test-single test-slow test-faults test-gpu \
+.PHONY: install check architecture docs docs-check train test test-distributed test-single test-slow test-faults test-gpu \
     test-docker lock lint \
     report study bench-kernels bench-data bench-memory bench-checkpoint bench-context \
     bench-loss bench-runtime bench-gpu check-layouts goodput
@@ -27,6 +27,13 @@ data/embedded: | $(STAMP)
 train: $(STAMP) | data/embedded
 	launch/local.sh ds_configs/train/embedded.yaml
 
+# What finds most mistakes in two minutes: style, types, and tests in one process.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow and not distributed and not long" --durations 5
+
 # Everything that needs no GPU and is not marked slow: what starts several processes one by one, and
 # beside it all that does not, shown at the end. (Two of the first kind at once would wait for each
 # other's ranks.)
@@ -44,6 +51,10 @@ test-single: $(STAMP)
 # docs/configuration.md, from the config dataclasses.
 docs: $(STAMP)
 	$(BIN)/python -m ds_linclip.config.docs docs/configuration.md
+
+# docs/architecture.md, from the imports; prints the figures of the structure.
+architecture: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m helpers.architecture --draw docs/architecture.md
 
 # What the documentation says is so: keys, messages and links, and its commands are run (12 minutes).
 docs-check: $(STAMP)

@@ -1,10 +1,15 @@
 """The import rule: every module imports its own folder and lower layers only; and what follows."""
 
 import sys
+import tomllib
 from collections import defaultdict
+from importlib.metadata import packages_distributions
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from helpers import REPOSITORY
 from helpers.architecture import PACKAGES, imported_names, imports, layer_of, modules
 
 #: Importing module -> what it must not import; both hold for everything below the name.
@@ -141,6 +146,22 @@ def test_checker_finds_a_violation(module, source):
 )
 def test_checker_allows_what_the_rule_allows(module, source):
     assert violations(module, source) == []
+
+
+def test_every_imported_package_is_declared():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    declared = {*project["dependencies"]}.union(*project["optional-dependencies"].values())
+    names = {canonicalize_name(Requirement(text).name) for text in declared}
+    distributions = packages_distributions()
+    missing = set()
+    for module, file in modules().items():
+        for name in imported_names(module, file.read_text("utf-8")):
+            top = name.split(".")[0]
+            if top in {*PACKAGES, *sys.stdlib_module_names}:
+                continue
+            if not names & {canonicalize_name(each) for each in distributions.get(top, [top])}:
+                missing.add(f"{module} imports {top}")
+    assert not missing, "\n".join(sorted(missing))
 
 
 def test_relative_imports_are_resolved():

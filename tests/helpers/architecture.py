@@ -175,7 +175,8 @@ def drawing() -> str:
         layer = layer_of(module)
         if layer is not None:
             by_layer[layer].add(box(module))
-    lines, drawn = ["flowchart BT"], set()
+    lines: list[str] = ["flowchart BT"]
+    drawn: set[str] = set()
     for layer in sorted(by_layer):
         for name in sorted(by_layer[layer] - drawn):
             drawn.add(name)
