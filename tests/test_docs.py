@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ import pytest
 from ds_linclip.config import load_config
 from ds_linclip.config.docs import reference
 from helpers import REPOSITORY
+from helpers.architecture import LAYERS, drawing
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
-COMMANDS = ("make ", "ds-linclip ", "linclip-eval ", "deepspeed ", "python launch/", "launch/")
+COMMANDS = ("make ", "ds-linclip ", "linclip-eval ", "deepspeed ", "python -m ", "launch/")
 PROGRAMS = {"ds-linclip": "ds_linclip.__main__", "linclip-eval": "linclip_eval.__main__"}
 
 
@@ -49,8 +51,15 @@ def test_the_reference_of_keys_is_that_of_the_code():
     assert (REPOSITORY / "docs" / "configuration.md").read_text() == reference()
 
 
+def test_the_picture_of_the_architecture_is_that_of_the_code():
+    written = (REPOSITORY / "docs" / "architecture.md").read_text()
+    assert drawing() in written, "make architecture"
+    for rooms in LAYERS:
+        assert ", ".join(f"`{room}`" for room in rooms) in written, "make architecture"
+
+
 def test_messages_are_those_of_the_code():
-    sources = [*(REPOSITORY / "ds_linclip").rglob("*.py"), *(REPOSITORY / "launch").glob("*.py")]
+    sources = [*(REPOSITORY / "ds_linclip").rglob("*.py"), *(REPOSITORY / "launch").rglob("*.py")]
     said = "\n".join(text for source in sources for text in texts_of(source))
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
     ours, _, _ = page.partition("## Said by others")
@@ -105,19 +114,23 @@ def test_commands_exist_with_their_options(page):
             overrides = [word for word in given if re.match(r"[a-z_.]+=", word)]
             if "..." not in command and config.endswith(".yaml"):
                 load_config(REPOSITORY / config, overrides)
-        check_options(command, words, scripts)
+        check_options(command, words)
 
 
-def check_options(command: str, words: list[str], scripts: list[str]) -> None:
-    """Every option of the program itself is in its help."""
+def check_options(command: str, words: list[str]) -> None:
+    """Check that a program of the project exists, and has every option in its help."""
+    modules = [
+        word for word in words if re.match(r"(linclip_launch|benchmarks|experiments)\.", word)
+    ]
     if words[0] in PROGRAMS:
         module, first = PROGRAMS[words[0]], 1
-    elif scripts and scripts[0].endswith(".py"):
-        module, first = Path(scripts[0]).stem, words.index(scripts[0]) + 1
+    elif modules:
+        module, first = modules[0], words.index(modules[0]) + 1
+        assert find_spec(module), command
     else:
         return
     given = words[first:]
-    has_subcommands = words[0] in PROGRAMS or module == "eval"
+    has_subcommands = words[0] in PROGRAMS or module == "linclip_launch.eval"
     if has_subcommands and not (given and re.fullmatch(r"[a-z-]+", given[0])):
         return  # `linclip-eval COMMAND`
     depth = has_subcommands * (1 + (given[:1] == ["make-shards"]))

@@ -10,19 +10,19 @@ from ds_linclip.process.import_gc import quick_start
 
 __all__ = ["main"]
 
-#: Command -> module of this package with its ``main``, and what it does.
+#: Command -> module of linclip_eval.commands with its ``main``, and what it does.
 _COMMANDS = {
-    "zero-shot": ("zero_shot_command", "classify images by the names of their classes"),
-    "retrieval": ("retrieval_command", "find texts of images and images of texts"),
-    "probe": ("probe_command", "linear probe and nearest neighbours on frozen features"),
+    "zero-shot": ("zero_shot", "classify images by the names of their classes"),
+    "retrieval": ("retrieval", "find texts of images and images of texts"),
+    "probe": ("probe", "linear probe and nearest neighbours on frozen features"),
     "resolution": (
-        "resolution_command",
+        "resolution",
         "zero-shot accuracy and cost over image sizes and domains",
     ),
-    "runtime": ("runtime_command", "time and memory over the number of tokens"),
-    "scaling-laws": ("scaling_laws_command", "loss and error over compute, from run folders"),
-    "diagnostics": ("diagnostics_command", "what attention does, layer by layer"),
-    "report": ("report_command", "one page of the results of the others"),
+    "runtime": ("runtime", "time and memory over the number of tokens"),
+    "scaling-laws": ("scaling_laws", "loss and error over compute, from run folders"),
+    "diagnostics": ("diagnostics", "what attention does, layer by layer"),
+    "report": ("report", "one page of the results of the others"),
 }
 
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     name, _ = _COMMANDS[options.command]
     with quick_start():
-        command = importlib.import_module(f"linclip_eval.{name}")
+        command = importlib.import_module(f"linclip_eval.commands.{name}")
     try:
         command.main(options.arguments)
     except (ValueError, OSError) as error:

@@ -14,7 +14,16 @@ from pathlib import Path
 
 from helpers import REPOSITORY
 
-__all__ = ["LAYERS", "PACKAGES", "Import", "imported_names", "imports", "layer_of", "modules"]
+__all__ = [
+    "LAYERS",
+    "PACKAGES",
+    "Import",
+    "drawing",
+    "imported_names",
+    "imports",
+    "layer_of",
+    "modules",
+]
 
 #: Package -> folder it lies in.
 PACKAGES = {
