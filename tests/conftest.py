@@ -1,4 +1,4 @@
-"""Shared by all tests: the embedded dataset, written once, and a way to start ranks for real."""
+"""Fixtures of all tests: the embedded dataset, launchers with gloo ranks, a browser."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded dataset, written by the command that users run."""
+    """Write the embedded dataset with the command that users run; return its folder."""
     folder = tmp_path_factory.mktemp("data") / "embedded"
     command = [Path(sys.executable).parent / "ds-linclip", "make-shards", "digits", folder]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
@@ -32,7 +32,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def embedded_overrides(digits: Path) -> list[str]:
-    """Overrides that point the embedded config at the dataset of this test run."""
+    """Return overrides that point the embedded config at the dataset of this test run."""
     return [f"data.train=['{digits}/train/{{00000..00007}}.tar']", f"eval.data={digits}/test"]
 
 

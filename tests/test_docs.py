@@ -1,4 +1,4 @@
-"""What the documentation says is so: keys, messages, links, commands."""
+"""The documentation is true: config keys, messages, links, commands, the picture of the code."""
 
 import ast
 import contextlib
@@ -25,7 +25,7 @@ PROGRAMS = {"ds-linclip": "ds_linclip.__main__", "linclip-eval": "linclip_eval._
 
 
 def commands_of(page: Path) -> list[str]:
-    """Commands of this project in blocks and in running text, on a line each."""
+    """Return the project's commands in the blocks and the running text of a page."""
     text = page.read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -36,7 +36,7 @@ def commands_of(page: Path) -> list[str]:
 
 @cache
 def help_of(module: str, *command: str) -> str:
-    """What ``--help`` says, without a start of Python."""
+    """Return the output of ``--help``, without starting a process."""
     out, argv = io.StringIO(), sys.argv
     sys.argv = [module, *command, "--help"]
     try:
@@ -47,18 +47,18 @@ def help_of(module: str, *command: str) -> str:
     return out.getvalue()
 
 
-def test_the_reference_of_keys_is_that_of_the_code():
+def test_configuration_page_is_generated_from_the_code():
     assert (REPOSITORY / "docs" / "configuration.md").read_text() == reference()
 
 
-def test_the_picture_of_the_architecture_is_that_of_the_code():
+def test_architecture_page_is_generated_from_the_code():
     written = (REPOSITORY / "docs" / "architecture.md").read_text()
     assert drawing() in written, "make architecture"
     for rooms in LAYERS:
         assert ", ".join(f"`{room}`" for room in rooms) in written, "make architecture"
 
 
-def test_messages_are_those_of_the_code():
+def test_troubleshooting_quotes_messages_of_the_code():
     sources = [*(REPOSITORY / "ds_linclip").rglob("*.py"), *(REPOSITORY / "launch").rglob("*.py")]
     said = "\n".join(text for source in sources for text in texts_of(source))
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
@@ -71,7 +71,7 @@ def test_messages_are_those_of_the_code():
 
 
 def texts_of(source: Path) -> list[str]:
-    """The strings of a module, what is filled in left out."""
+    """Return the strings of a module, without the fields of f-strings."""
     texts = []
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.JoinedStr):
@@ -83,7 +83,7 @@ def texts_of(source: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in target:

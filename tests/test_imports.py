@@ -1,5 +1,6 @@
 """The import rule: every module imports its own folder and lower layers only; and what follows."""
 
+import ast
 import sys
 import tomllib
 from collections import defaultdict
@@ -162,6 +163,17 @@ def test_every_imported_package_is_declared():
             if not names & {canonicalize_name(each) for each in distributions.get(top, [top])}:
                 missing.add(f"{module} imports {top}")
     assert not missing, "\n".join(sorted(missing))
+
+
+def test_no_test_needs_a_browser_library_to_be_collected():
+    for file in (REPOSITORY / "tests").rglob("*.py"):
+        names = [
+            name
+            for node in ast.parse(file.read_text("utf-8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in imported_names("tests", ast.unparse(node))
+        ]
+        assert not [name for name in names if is_within(name, "selenium")], file
 
 
 def test_relative_imports_are_resolved():

@@ -1,4 +1,4 @@
-"""What tests of several hosts share."""
+"""Fixtures of tests on two hosts."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""torch.compile of the blocks: the same losses. Slow: inductor starts cold in every rank."""
+"""torch.compile of the blocks gives the same losses; slow: inductor starts cold in every rank."""
 
 import pytest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-#: With each of the axes; the rest of the table is slow.
+#: Every axis is in one of them; the rest of the table is slow.
 LINEAR = ["single", "dp2-zero2-micro2", "tp2-pp2-micro2", "cp2-dp2-zero3"]
 SOFTMAX = ["single", "tp2-pp2-dp2-zero1-micro2"]
 

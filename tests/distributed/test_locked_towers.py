@@ -1,4 +1,4 @@
-"""Training from a folder with locked towers in parallel layouts, and going on from a checkpoint."""
+"""Training with locked towers from a hub folder in parallel layouts, and resuming it."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from helpers import EMBEDDED
 from helpers.forked_ranks import train_in_ranks
 
 pytestmark = pytest.mark.distributed
-#: Ranks and overrides.
+#: Number of ranks and overrides of each layout.
 LAYOUTS = {
     "single": (1, []),
     "micro2": (1, ["train.micro_batch_size=16"]),
@@ -55,7 +55,7 @@ CASES = [
 
 
 def write_folder(path: Path) -> None:
-    """Weights away from their initial values, in a folder of open_clip."""
+    """Write a hub folder whose weights differ from every initial value."""
     mesh = Mesh.create(ParallelConfig(device="cpu"))
     torch.manual_seed(7)
     model = CLIP(load_config(EMBEDDED).model, mesh)
@@ -94,7 +94,7 @@ def train(folder, embedded_overrides, tmp_path):
     return train
 
 
-#: By what is locked: made when first asked for.
+#: Runs by what is locked, trained when they are first needed.
 _SINGLE: dict[str, tuple[dict[int, float], dict[str, Tensor]]] = {}
 
 
@@ -124,7 +124,7 @@ def test_locked_weights_stay_bit_for_bit_and_the_rest_is_trained(stored, train, 
     ],
 )
 def test_resumed_run_finds_its_locked_towers(stored, train, tmp_path, before, after):
-    """Also where the folder that it started from is gone."""
+    """The hub folder that the run started from may be gone."""
     overrides, is_locked = LOCKED["image"]
     form = [*overrides, f"zero.stage={3 if 'zero3' in before else 1}", "train.micro_batch_size=16"]
     whole_losses, whole = train(before, *form, name="whole")

@@ -1,4 +1,4 @@
-"""Two ranks: memory against the plan, and training with what is offloaded; see memory_job.py."""
+"""Memory of two ranks against the plan, and training with offloading; see memory_job.py."""
 
 import json
 import subprocess
@@ -29,13 +29,13 @@ def memory(job):
     return json.loads((job / "memory.json").read_text())
 
 
-def test_what_lives_between_steps_is_what_is_planned(job):
+def test_memory_between_steps_is_as_planned(job):
     for name, ranks in memory(job).items():
         for kept, planned, _, _ in ranks:
             assert kept == pytest.approx(planned, rel=0.01), name
 
 
-def test_the_fullest_moment_of_a_step_is_as_planned_and_lower_where_more_is_sharded(job):
+def test_peak_memory_is_as_planned_and_lower_where_more_is_sharded(job):
     """Of the rank that has most. All that the allocator gives out counts, and so small a model has
     more of it under ZeRO-3 than under ZeRO-2: gloo copies a bucket once more to scatter it."""
     fullest: list[int] = []

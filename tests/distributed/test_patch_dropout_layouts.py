@@ -1,4 +1,4 @@
-"""Training with patch dropout: every layout looks at the same patches."""
+"""Training with patch dropout: every layout keeps the same patches."""
 
 import pytest
 

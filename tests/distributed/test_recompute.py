@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients, less memory, and nothing costly done twice."""
+"""Activation checkpointing: the same gradients, less memory, and no expensive operation twice."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def measures(tmp_path_factory) -> dict[str, dict[tuple[str, bool, str], dict[str
 
 @pytest.mark.parametrize(("axes", "kind", "drop"), CASES)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_gradients_are_those_without_bit_for_bit(measures, axes, kind, drop, recompute):
+def test_gradients_equal_those_without_bit_for_bit(measures, axes, kind, drop, recompute):
     expected = measures[axes][kind, drop, "none"]["gradients"]
     for name, gradient in measures[axes][kind, drop, recompute]["gradients"].items():
         assert torch.equal(gradient, expected[name]), name
@@ -41,7 +41,7 @@ def test_gradients_are_those_without_bit_for_bit(measures, axes, kind, drop, rec
 
 
 @pytest.mark.parametrize(("axes", "kind", "drop"), CASES)
-def test_less_is_held_for_the_backward(measures, axes, kind, drop):
+def test_backward_needs_less_memory(measures, axes, kind, drop):
     none, selective, full = (
         measures[axes][kind, drop, recompute]["held"] for recompute in ("none", "selective", "full")
     )

@@ -1,4 +1,4 @@
-"""Memory of real steps against the plan, activations included; see step_memory_job.py."""
+"""Memory of real steps against the plan, with activations; see step_memory_job.py."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ SLOW = [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("names", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
-def test_a_step_takes_the_memory_that_is_planned(tmp_path, names):
+def test_peak_memory_of_a_step_is_as_planned(tmp_path, names):
     done = subprocess.run(
         [sys.executable, "-m", "helpers.step_memory_job", str(tmp_path), *names],
         env=job_environment(OMP_NUM_THREADS="1"),

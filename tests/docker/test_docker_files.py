@@ -1,4 +1,4 @@
-"""What can be told of docker/ without building anything: the lock file and the compose file."""
+"""The lock file and the compose file of docker/, checked without building anything."""
 
 import os
 import re
@@ -16,18 +16,18 @@ from packaging.utils import canonicalize_name
 from helpers import REPOSITORY
 
 DOCKER = REPOSITORY / "docker"
-#: Of the image, as far as requirements look at it.
+#: Environment markers of the image.
 IMAGE = {"python_version": "3.11", "python_full_version": "3.11.2", "sys_platform": "linux"}
 
 
 def pins(path: Path) -> dict[str, str]:
-    """Versions by name."""
+    """Return the pinned version of every package."""
     found = re.findall(r"^([\w.-]+)==([\w.]+)", path.read_text(), re.MULTILINE)
     return {str(canonicalize_name(name)): version for name, version in found}
 
 
 def needed() -> dict[str, list[Requirement]]:
-    """All that the project with its extra s3 requires, and what that requires, and so on."""
+    """Return the requirements of the project with its extra s3, direct and indirect."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     todo = [*project["dependencies"], *project["optional-dependencies"]["s3"]]
     found: dict[str, list[Requirement]] = {}
@@ -51,7 +51,7 @@ def needed() -> dict[str, list[Requirement]]:
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the image has Python 3.11")
-def test_lock_file_is_what_pyproject_needs_in_the_versions_of_constraints():
+def test_lock_file_holds_what_pyproject_needs_in_the_versions_of_constraints():
     locked, constraints = pins(DOCKER / "requirements.lock"), pins(REPOSITORY / "constraints.txt")
     wanted = needed()
     assert locked.keys() == wanted.keys(), "call make lock"
@@ -64,7 +64,7 @@ def test_lock_file_is_what_pyproject_needs_in_the_versions_of_constraints():
 
 
 def services(*files: str) -> dict:
-    """Of compose files, merged."""
+    """Return the merged services of compose files."""
     options = [option for file in files for option in ("--file", str(DOCKER / file))]
     shown = subprocess.run(
         [Path(sys.executable).with_name("podman-compose"), "--dry-run", *options, "config"],

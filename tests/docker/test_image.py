@@ -42,7 +42,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"missing: {', '.join(missing)}"),
 ]
 
-#: Makes steps of the embedded experiment small, and goes on with them until it is stopped.
+#: The embedded experiment with small steps, continued until it is stopped.
 SMALL = [
     *("eval.data=null", "model.vision.layers=1", "model.text.layers=1", "optim.warmup_steps=2"),
     *("model.vision.image_size=16", "train.global_batch_size=16", "data.num_workers=0"),
@@ -78,7 +78,7 @@ class Engine:
         }
 
     def __call__(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command, to its end."""
+        """Run a command and wait for its end."""
         command = [str(argument) for argument in arguments]
         done = subprocess.run(
             command, env=self.environment, cwd=REPOSITORY, text=True, capture_output=True
@@ -90,7 +90,7 @@ class Engine:
         return done
 
     def healthy(self, container: str) -> tuple[bool, str]:
-        """What the image's own health check says."""
+        """Return whether the image's health check passes, and its output."""
         done = self("podman", "healthcheck", "run", container, check=False)
         log = self("podman", "inspect", "--format", "{{json .State.Health.Log}}", container).stdout
         said = [check["Output"] for check in json.loads(log) or []]
@@ -110,11 +110,11 @@ class Engine:
             time.sleep(1)
 
     def wait(self, container: str) -> int:
-        """The exit code of a container, at its end."""
+        """Wait for the end of a container; return its exit code."""
         return int(self("podman", "wait", container).stdout)
 
     def volume(self, name: str) -> Path:
-        """Where a volume's files are."""
+        """Return the folder of a volume's files."""
         return self.folder / "volumes" / name / "_data"
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ def engine() -> Iterator[Engine]:
 
 
 def build_base(engine: Engine) -> str:
-    """A Debian of the release that the Dockerfile names, which trusts whom this machine trusts."""
+    """Make an image of the Dockerfile's Debian release, with this machine's certificates."""
     text = (REPOSITORY / "docker" / "Dockerfile").read_text()
     named = re.search(r"^ARG BASE_IMAGE=debian:(\w+)-slim@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
     assert named, "the base image must be named by its digest"
@@ -163,7 +163,7 @@ def starts(run: Path) -> list[dict]:
 
 
 def newest(run: Path) -> str:
-    """The checkpoint saved last."""
+    """Return the newest checkpoint."""
     return max(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
@@ -253,7 +253,7 @@ def test_compose_trains_on_two_nodes_with_tensorboard(engine: Engine):
         engine(*compose, "down", "--volumes", "--timeout", 0, check=False)
 
 
-def test_sshd_nodes_train_for_one_that_logs_in_to_them(engine: Engine):
+def test_nodes_with_sshd_train_for_a_node_that_logs_in(engine: Engine):
     keys = engine.folder / "keys"
     keys.mkdir()
     engine("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / "ssh_key")

@@ -1,4 +1,4 @@
-"""The embedded run, whole: it learns to read digits from captions alone, and in time."""
+"""The whole embedded run learns to read digits from captions, in the time that README states."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The commands a user types, run for real: train, evaluate, resume, and what mistakes get."""
+"""The commands a user types, run for real: train, evaluate, resume, and errors in the input."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ SHORT = ["train.steps=12", "optim.warmup_steps=2", "checkpoint.every_steps=6", "
 
 @pytest.fixture
 def in_this_process(monkeypatch, capsys):
-    """Run ``linclip_launch.SCRIPT`` without a start of Python: exit code, out, err."""
+    """Return a function that runs ``linclip_launch.SCRIPT`` here: exit code, out, err."""
 
     def run(script, *arguments):
         monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
@@ -32,7 +32,7 @@ def in_this_process(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def finished(deepspeed_cpu, embedded_overrides, tmp_path_factory):
-    """A short run of two ranks, and what it printed."""
+    """Train for a few steps on two ranks; return the run folder and the finished launcher."""
     output = tmp_path_factory.mktemp("runs")
     done = deepspeed_cpu(
         TRAIN, EMBEDDED, *embedded_overrides, f"output_dir={output}", "name=short", *SHORT
@@ -69,10 +69,10 @@ def test_tensorboard_holds_scalars_and_pictures(finished):
     assert len(picture.encoded_image_string) > 10_000
 
 
-def test_dry_run_of_launched_ranks_tells_what_the_run_then_does(
+def test_dry_run_of_launched_ranks_predicts_the_run(
     finished, deepspeed_cpu, embedded_overrides, tmp_path
 ):
-    """Samples from the files beside the shards; the size of a checkpoint is that on disk."""
+    """The number of samples and the size of a checkpoint are those of the real run."""
     run, _ = finished
     options = [f"output_dir={tmp_path}", "--dry-run", "--device", "cpu"]
     done = deepspeed_cpu(TRAIN, EMBEDDED, *embedded_overrides, *options)
@@ -110,10 +110,10 @@ def test_eval_script_repeats_the_score_of_training(finished):
     assert len((folder / "per_class.csv").read_text().splitlines()) == 11
 
 
-def test_finished_run_is_scored_again_and_not_trained(
+def test_finished_run_is_evaluated_again_but_not_trained(
     finished, in_this_process, embedded_overrides
 ):
-    """By one rank; two have trained."""
+    """One rank evaluates what two ranks have trained."""
     run, first = finished
     before = sorted((run / "checkpoints").rglob("*"))
     code, out, err = in_this_process(
@@ -145,7 +145,7 @@ def test_damaged_checkpoints_are_refused(finished, in_this_process, embedded_ove
 
 
 def times_of_files(run):
-    """All but the lock's, which names the last process that held the folder."""
+    """Return the content of all files but the lock, which names the last process that held it."""
     files = (path for path in run.rglob("*") if path.is_file() and path.name != "lock")
     return {path: path.stat().st_mtime_ns for path in files}
 
@@ -158,7 +158,7 @@ def write_unusable_shard(folder):
 
 @pytest.fixture(scope="module")
 def failed(start_deepspeed_cpu, digits, embedded_overrides, tmp_path_factory):
-    """Runs that must fail, started together: what each printed, and its folder."""
+    """Start runs that must fail, all together; return the output and the folder of each."""
     folders = {
         name: tmp_path_factory.mktemp(name) for name in ("unusable", "dirty", "no_gpu", "wild")
     }
@@ -187,7 +187,7 @@ def failed(start_deepspeed_cpu, digits, embedded_overrides, tmp_path_factory):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_mistake_found_by_ranks_stops_all_with_one_message(failed):
+def test_error_found_by_ranks_stops_all_with_one_message(failed):
     code, out, err, folder = failed["no_gpu"]
     assert code == 2
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -230,7 +230,7 @@ def test_too_many_bad_samples_end_the_run(failed):
         ("data.train=['{folder}/no-{00..03}.tar']", r"error: data\.train \(/.*/no-.* no file"),
     ],
 )
-def test_mistake_in_the_config_exits_with_two_and_one_line(
+def test_error_in_the_config_exits_with_two_and_one_line(
     in_this_process, embedded_overrides, override, message, tmp_path
 ):
     override = override.replace("{folder}", str(tmp_path))
@@ -253,7 +253,7 @@ def test_eval_of_an_incomplete_run_folder_names_what_is_missing(in_this_process,
     assert "Traceback" not in err
 
 
-def test_training_that_diverges_ends_with_a_code_of_its_own(failed):
+def test_training_that_diverges_exits_with_its_own_code(failed):
     code, _, err, folder = failed["wild"]
     assert code == 3
     errors = [line for line in err.splitlines() if line.startswith("error: ")]

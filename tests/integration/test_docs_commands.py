@@ -1,4 +1,4 @@
-"""The commands of the documentation, run as they stand there on small stand-ins for big data."""
+"""The commands of the documentation, run as written on small replacements of large data."""
 
 import os
 import re
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 #: docs/experiments.md has the commands of measurements, hours of them.
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.name != "experiments.md"]
-#: What a block says that cannot be run here; and what stands for commands that take long.
+#: Marks a block that cannot be run here; replacements of commands that take long.
 NEEDS = re.compile(r"^# needs (a cluster|\d+ GPUs|docker|the web)", re.IGNORECASE | re.MULTILINE)
 INSTEAD = [
     (re.compile(r"^deepspeed (?:--\S+ \S+ )*linclip_launch.train (.*)$", re.MULTILINE),
@@ -42,7 +42,7 @@ def runnable_blocks(page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands read: data sets in ``volumes``, pictures, weights, runs."""
+    """Make what the commands read: data sets in ``volumes``, pictures, weights, runs."""
     place = tmp_path_factory.mktemp("stand-ins")
     scenes = place / "scenes"
     make_scenes(scenes, num_shards=1, samples_per_shard=8, image_size=40, num_test=4)

@@ -11,7 +11,7 @@ from helpers import REPOSITORY, job_environment
 
 CONFIGS = REPOSITORY / "ds_configs" / "train"
 LARGE = [str(CONFIGS / "vit_l16.yaml"), "--dry-run", "--num-samples", "407332084"]
-#: Of layers enough to tell stages apart; planned in a moment.
+#: A model with enough layers to tell stages apart, planned in a moment.
 SMALL = [
     *(str(CONFIGS / "embedded.yaml"), "--dry-run", "parallel.device=cuda"),
     *("--num-samples", "1437", "--device", "h100"),
@@ -68,7 +68,7 @@ def cells(line):
 
 
 def table(out):
-    """The rows of the plan, as mappings."""
+    """Return the rows of the plan as mappings."""
     header, _, *rows = (line for line in out.splitlines() if " | " in line)
     return [dict(zip(cells(header), cells(row), strict=True)) for row in rows]
 
@@ -108,7 +108,7 @@ def test_every_distinct_rank_has_a_row(found):
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_what_cannot_run_is_told_in_one_line(found, name):
+def test_plan_that_cannot_run_is_refused_in_one_line(found, name):
     code, _, err = found[name]
     assert code == 2
     errors = [line for line in err.splitlines() if line.startswith("error: ")]

@@ -1,4 +1,4 @@
-"""Training from shards behind real servers: the bits of a run from local files."""
+"""Training from shards behind real servers gives the bits of a run from local files."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def records(run: Path) -> list[dict[str, float]]:
 
 
 class FlakyFiles(SimpleHTTPRequestHandler):
-    """A folder, from a server that fails every third request for a tar, in turn 503 and cut."""
+    """Serves a folder; every third request for a tar fails, in turn with 503 and by a cut body."""
 
     asked: Counter[str]
     lock = threading.Lock()
@@ -67,7 +67,7 @@ class FlakyFiles(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def http_server(digits) -> Iterator[tuple[str, Counter[str]]]:
-    """URL of the shards, and how often each was asked for."""
+    """Yield the URL of the shards and the number of requests for each."""
     asked: Counter[str] = Counter()
     handler = type("Handler", (FlakyFiles,), {"asked": asked})
     server = ThreadingHTTPServer(
@@ -80,7 +80,7 @@ def http_server(digits) -> Iterator[tuple[str, Counter[str]]]:
 
 @pytest.fixture(scope="module")
 def s3_url(digits) -> Iterator[str]:
-    """URL of the shards in a bucket; where it is and who may read it is in the environment."""
+    """Yield the URL of the shards in a bucket; endpoint and credentials are in the environment."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -108,7 +108,7 @@ def s3_url(digits) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def job(deepspeed_cpu, embedded_overrides, http_server, s3_url, tmp_path_factory):
-    """Folder of three runs of two ranks, and what they printed."""
+    """Train three runs of two ranks; return their folder and output."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [["name=local"]]
     for name, url in (("http", http_server[0]), ("s3", s3_url)):
@@ -126,7 +126,7 @@ def test_remote_run_equals_the_local_one(job, store):
     assert ours[-1]["data/skipped_samples"] == 0
 
 
-def test_ranks_share_what_a_failing_server_gave(job, http_server):
+def test_ranks_share_the_copies_of_a_failing_server(job, http_server):
     folder, done = job
     assert re.search(r"HTTP status 503|announced|ClientPayloadError", done.stderr)
     assert not list((folder / "http.d").glob("*.partial"))
@@ -135,7 +135,7 @@ def test_ranks_share_what_a_failing_server_gave(job, http_server):
 
 
 def test_absent_credentials_end_the_run(s3_url, embedded_overrides, tmp_path, monkeypatch):
-    """In a process of its own, which has no client of the store yet."""
+    """A process of its own has no client of the store yet."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     overrides = [*embedded_overrides, *RUN, f"output_dir={tmp_path}", f"data.train=['{s3_url}']"]
