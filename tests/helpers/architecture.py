@@ -7,7 +7,7 @@ that page too.
 import argparse
 import ast
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,17 +168,25 @@ def figures() -> dict[str, str]:
     return found
 
 
+def _implied(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Return the arrows from a to c for which others lead from a over b to c."""
+    reached = set(arrows)
+    while more := {(a, d) for a, b in reached for c, d in arrows if b == c} - reached:
+        reached |= more
+    return {(a, c) for a, c in arrows for b, d in reached if d == c and (a, b) in reached}
+
+
 def drawing() -> str:
     """Return a Mermaid chart: rooms of ds_linclip by layer, the other packages as one box each."""
 
     def box(module: str) -> str:
         return _room(module) if module.startswith("ds_linclip.") else module.split(".")[0]
 
-    arrows = Counter(
+    arrows = {
         (box(each.importer), box(each.imported))
         for each in imports()
         if box(each.importer) != box(each.imported) and box(each.imported) != "ds_linclip"
-    )
+    }
     by_layer = defaultdict(set)
     for module in modules():
         layer = layer_of(module)
@@ -190,11 +198,9 @@ def drawing() -> str:
         for name in sorted(by_layer[layer] - drawn):
             drawn.add(name)
             lines.append(f'    {name.replace(".", "_")}["{name.removeprefix("ds_linclip.")}"]')
-    for (importer, imported), count in sorted(arrows.items()):
+    for importer, imported in sorted(arrows - _implied(arrows)):
         if importer in drawn and imported in drawn:
-            arrow = "-->" if count < 5 else "==>"
-            names = (importer.replace(".", "_"), imported.replace(".", "_"))
-            lines.append(f"    {names[0]} {arrow} {names[1]}")
+            lines.append(f"    {importer.replace('.', '_')} --> {imported.replace('.', '_')}")
     return "\n".join(lines)
 
 
@@ -208,7 +214,7 @@ def page() -> str:
     return (
         "# Architecture\n\n"
         "Drawn from the imports of the code by `make architecture`. An arrow leads from a folder\n"
-        "to one that it imports; a thick arrow stands for five imports or more.\n\n"
+        "to one that it imports; arrows that follow from others are left out.\n\n"
         f"```mermaid\n{drawing()}\n```\n\n"
         "## Layers\n\n"
         "A module imports its own folder and lower layers only; `tests/test_imports.py` checks\n"
