@@ -1,4 +1,4 @@
-"""The public operator: checked arguments, and registered custom operators that compute.
+"""The public operator: it checks its arguments and calls a custom operator that computes.
 
 torch.compile, autograd, activation checkpointing and autocast see two opaque operators,
 ``linclip::linear_attention`` and ``linclip::linear_attention_backward``.
@@ -9,7 +9,6 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from linclip_kernels.linear_attention import torch_backend
 from linclip_kernels.linear_attention.quadratic_map import attend_quadratic
 from linclip_kernels.linear_attention.validation import (
     Backend,
@@ -18,11 +17,13 @@ from linclip_kernels.linear_attention.validation import (
     check_choice,
     check_state,
     check_tensors,
+    implementation,
+    refuse_second_derivative,
     state_dtype,
     takes_triton,
     without_autocast,
 )
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = ["linear_attention"]
 
@@ -77,7 +78,7 @@ def linear_attention(
     return_state: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend in time and memory linear in the number of tokens.
+    """Compute attention in time and memory linear in the number of tokens.
 
     With n keys in view of a row (all of its sequence, or those up to the row when causal, and those
     of the initial state), f the score of a query and a key, q and k of unit length:
@@ -88,8 +89,8 @@ def linear_attention(
 
         sum over keys of (1, phi(k)) (v, 1)^T   [F + 1, Dv + 1]
 
-    whose last entry of the first row is the number of keys. States of disjoint keys add: over ranks
-    that hold parts of a sequence, or from one call to the next of a stream.
+    whose last entry of the first row is the number of keys. States of disjoint keys add up: over
+    ranks that hold parts of a sequence, or over successive calls on a stream.
 
     Args:
         q, k: [B, N, H, D], float32, bfloat16, float16 or (torch only) float64; any strides, so that
@@ -97,24 +98,24 @@ def linear_attention(
             to its dtype, as by torch's own attention.
         v: [B, N, H, Dv], dtype and device of q.
         causal: Row i sees keys 1 to i.
-        normalized: Divide by the sum of scores, held above 1e-6 per key. Where it is held no
-            gradient passes through it. An affine row with one key and no initial state returns that
-            key's value.
-        qk_norm: Scale the rows of q and k by (|x|^2 + 1e-6)^-1/2. Without it the caller keeps
-            |q.k| <= 1 with the affine map.
+        normalized: Divide by the sum of scores, clamped to at least 1e-6 per key. Where it is
+            clamped no gradient passes through it. With the affine map, a row with one key and no
+            initial state returns that key's value.
+        qk_norm: Scale the rows of q and k by (|x|^2 + 1e-6)^-1/2. Without it, and with the affine
+            map, the caller must ensure |q.k| <= 1.
         feature_map: The score f of x = q.k: "affine", 1 + x; "quadratic", 1 + x + x^2 / 2; or
-            phi(q).phi(k) with phi "relu", "softplus" or "identity", each entry by itself; the last
-            is the way in for features computed by the caller, a learned map for example.
-        score_scale: Factor of the unnormalised form.
-        length_exponent: Power of 1/n in the unnormalised form.
-        cu_seqlens: Boundaries [S + 1] of S sequences that lie one behind the other in N; B is 1.
-            Integers from 0 to N in ascending order, read on the host: on the CPU this costs
-            nothing, a CUDA tensor is waited for.
+            phi(q).phi(k) with phi "relu", "softplus" or "identity", applied elementwise; use
+            "identity" for features that the caller has computed, a learned map for example.
+        score_scale: Factor of o in Eq. 7.
+        length_exponent: Power of 1/n in Eq. 7.
+        cu_seqlens: Boundaries [S + 1] of S sequences that are concatenated along N; B is 1.
+            Integers from 0 to N in ascending order, read on the host: with a CUDA tensor the host
+            waits for the device.
         initial_state: State [S, H, F + 1, Dv + 1] of keys that come before the sequence, float32
             (float64 for float64 inputs). S = B without cu_seqlens, F = D except for the quadratic
             map, where F = D + D (D // 2 + 1). Its number of keys is not differentiated. A state of
-            zeros is one: what is said of a single key holds for None alone.
-        return_state: Return the state of all keys too, the initial ones included.
+            zeros also counts as an initial state: the rule for a row with one key does not apply.
+        return_state: Also return the state of all keys, the initial ones included.
         backend: "triton", "torch", or "auto": Triton for CUDA tensors, torch otherwise.
 
     Returns:
@@ -122,9 +123,10 @@ def linear_attention(
         differentiated once.
 
     Raises:
-        ValueError: shapes, dtypes, devices or boundaries that do not fit, N = 0, or a backend that
-            cannot take these tensors.
-        RuntimeError: on a second derivative, and for cu_seqlens while a CUDA graph is captured.
+        ValueError: Shapes, dtypes, devices or boundaries are invalid, N is 0, or the backend does
+            not support these tensors.
+        RuntimeError: A second derivative is requested, or cu_seqlens is given while a CUDA graph
+            is captured.
 
     Source: arXiv 2604.10064, Eq. 4 and Eq. 7.
     """
@@ -132,20 +134,20 @@ def linear_attention(
     check_choice("feature_map", feature_map, FeatureMap)
     check_tensors(q=q, k=k, v=v)
     _check_sequences(q, v, cu_seqlens, initial_state, feature_map)
-    form = Form(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    variant = Variant(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
     use_triton = takes_triton(backend, q, {"q.shape[-1]": q.shape[3], "v.shape[-1]": v.shape[3]})
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, form: Form
+        q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, variant: Variant
     ) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, initial, cu_seqlens, *form, return_state, use_triton)
+        return _forward(q, k, v, initial, cu_seqlens, *variant, return_state, use_triton)
 
     if feature_map == "quadratic":
         out, state = attend_quadratic(
-            attend, q, k, v, initial_state, form, return_state=return_state
+            attend, q, k, v, initial_state, variant, return_state=return_state
         )
     else:
-        out, state = attend(q, k, v, initial_state, form)
+        out, state = attend(q, k, v, initial_state, variant)
     return (out, state) if return_state else out
 
 
@@ -165,19 +167,14 @@ def _forward(
     return_state: bool,
     use_triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o, and the state if it is asked for or wanted by the backward; otherwise an empty tensor."""
-    form = Form(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    """Return o, and the state if it is requested or needed by the backward, or an empty tensor."""
+    variant = Variant(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
     boundaries = _boundaries(cu_seqlens, q.shape[1])
     keep_state = _keep_state(q, cu_seqlens, initial, causal, return_state, use_triton)
     with without_autocast(q.device):
-        if use_triton:
-            # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
-            from linclip_kernels.linear_attention.triton_backend import backend
-
-            implementation = backend.forward
-        else:
-            implementation = torch_backend.forward
-        out, state = implementation(q, k, v, initial, boundaries, form, return_state=keep_state)
+        out, state = implementation(use_triton).forward(
+            q, k, v, initial, boundaries, variant, return_state=keep_state
+        )
     return out, q.new_empty(0, dtype=state_dtype(q)) if state is None else state
 
 
@@ -199,18 +196,14 @@ def _backward(
     length_exponent: float,
     use_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the initial state, the last empty if there is none."""
-    form = Form(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    """Return the gradients of q, k, v and the initial state, the last empty if there is none."""
+    variant = Variant(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
     boundaries = _boundaries(cu_seqlens, q.shape[1])
-    inputs = (q, k, v, initial, boundaries, form)
+    kept = None if state is None or not state.numel() else state
     with without_autocast(q.device):
-        if use_triton:
-            from linclip_kernels.linear_attention.triton_backend import backend
-
-            kept = None if state is None or not state.numel() else state
-            d_q, d_k, d_v, d_initial = backend.backward(*inputs, kept, grad, grad_state)
-        else:
-            d_q, d_k, d_v, d_initial = torch_backend.backward(*inputs, grad, grad_state)
+        d_q, d_k, d_v, d_initial = implementation(use_triton).backward(
+            q, k, v, initial, boundaries, variant, kept, grad, grad_state
+        )
     return d_q, d_k, d_v, d_q.new_empty(0) if d_initial is None else d_initial
 
 
@@ -233,9 +226,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, initial: Any, *_: Any) -> Any:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.return_state, ctx.use_triton = inputs
-    *tensors, ctx.form = *tensors[:5], tensors[5:]
+    *tensors, ctx.variant = *tensors[:5], tensors[5:]
     # A state that the backward does not read may be changed in place, by an all-reduce for example.
-    is_read = ctx.use_triton and not ctx.form[0]
+    is_read = ctx.use_triton and not ctx.variant[0]
     ctx.save_for_backward(*tensors, output[1] if is_read else None)
     ctx.set_materialize_grads(False)
 
@@ -244,16 +237,12 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> 
     if not ctx.return_state:
         grad_state = None
     inputs = ctx.saved_tensors
-    d_q, d_k, d_v, d_initial = _backward(*inputs, grad, grad_state, *ctx.form, ctx.use_triton)
+    d_q, d_k, d_v, d_initial = _backward(*inputs, grad, grad_state, *ctx.variant, ctx.use_triton)
     return d_q, d_k, d_v, d_initial if inputs[3] is not None else None, *(None,) * 9
 
 
-def _refuse_second_derivative(*_: Any) -> None:
-    raise RuntimeError("linear_attention can be differentiated once; its gradients cannot")
-
-
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse_second_derivative)
+_backward.register_autograd(refuse_second_derivative)
 
 
 def _keep_state(
@@ -264,10 +253,10 @@ def _keep_state(
     return_state: bool,
     use_triton: bool,
 ) -> bool:
-    """Whether the forward writes the state of all keys.
+    """Return whether the forward writes the state of all keys.
 
-    The bidirectional kernels' backward reads it, but in short sequences it would be as large as
-    their tensors, and is computed again.
+    The backward of the bidirectional kernels reads it. In short sequences the state would be as
+    large as q, k and v, and the backward computes it again.
     """
     short = cu_seqlens is None and q.shape[1] < 8 * q.shape[3]
     return return_state or (use_triton and not causal and (initial is not None or not short))
@@ -299,7 +288,7 @@ def _check_sequences(
 
 
 def _boundaries(cu_seqlens: Tensor | None, num_tokens: int) -> list[int] | None:
-    """Checked where the values are known: inside the operator, also when it is compiled."""
+    """Read and check boundaries: inside the operator, where values exist also when compiled."""
     if cu_seqlens is None:
         return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

@@ -2,7 +2,7 @@
 
 x^2 / 2 is an inner product of features, the products of pairs of entries: of every entry with the
 one d places further on, round the end, for d up to D / 2. They are too many for one state in
-registers, and enter in blocks: o is the sum of the affine form, 1 + x, and of one product form per
+registers, and enter in blocks: o is the sum of the affine variant, 1 + x, and of one product variant per
 block. Any map that is given as features can be built in this way.
 
 Source: second-order Taylor attention as in QT-ViT and FAST.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from linclip_kernels.linear_attention.variant import NORM_EPS, Form
+from linclip_kernels.linear_attention.variant import NORM_EPS, Variant
 
 __all__ = [
     "apply_quadratic_state",
@@ -35,33 +35,33 @@ def num_quadratic_features(key_dim: int) -> int:
 
 
 def attend_quadratic(
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, Form], tuple[Tensor, Tensor]],
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, Variant], tuple[Tensor, Tensor]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     initial: Tensor | None,
-    form: Form,
+    variant: Variant,
     *,
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attend with a form whose feature map is quadratic.
+    """Attend with a variant whose feature map is quadratic.
 
     Args:
-        attend: (q, k, v, initial state, form) -> (o, state) for the narrow feature maps.
+        attend: (q, k, v, initial state, variant) -> (o, state) for the narrow feature maps.
         q, k: [B, N, H, D].
         v: [B, N, H, Dv].
         initial: [S, H, F + 1, Dv + 1] with the F features of :func:`num_quadratic_features`.
-        form: Which form.
+        variant: Which variant.
         return_state: Whether ``attend`` gives states.
 
     Returns:
         o [B, N, H, Dv] and the state [S, H, F + 1, Dv + 1], meaningless without ``return_state``.
     """
-    if form.qk_norm:
+    if variant.qk_norm:
         q, k = _unit_rows(q), _unit_rows(k)
     value_dim, dtype = v.shape[-1], v.dtype
-    narrow = _narrowed(form)
-    if form.normalized:
+    narrow = _narrowed(variant)
+    if variant.normalized:
         v = torch.cat([v, v.new_ones(*v.shape[:-1], NUM_ONES)], dim=-1)
         initial = None if initial is None else _with_ones(initial)
     blocks = _blocks(q.shape[-1])
@@ -74,29 +74,29 @@ def attend_quadratic(
         def attend_to_pairs(
             q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, block: range = block
         ) -> tuple[Tensor, Tensor]:
-            form = narrow._replace(feature_map="identity")
-            return attend(_pairs(q, block), _pairs(k, block), v, begin, form)
+            variant = narrow._replace(feature_map="identity")
+            return attend(_pairs(q, block), _pairs(k, block), v, begin, variant)
 
         share, state = _without_features(attend_to_pairs, q, k, v, begin)
         out = out + share
         states.append(state)
-    if form.normalized:
+    if variant.normalized:
         out = out[..., :value_dim] / out[..., -1:]
     return out.to(dtype), _join_states(states, value_dim) if return_state else states[0]
 
 
 def sum_quadratic_keys(
-    sum_keys: Callable[[Tensor, Tensor, Form], Tensor], k: Tensor, v: Tensor, form: Form
+    sum_keys: Callable[[Tensor, Tensor, Variant], Tensor], k: Tensor, v: Tensor, variant: Variant
 ) -> Tensor:
-    """The state [B, H, F + 1, Dv + 1] of all keys, for a form whose feature map is quadratic.
+    """The state [B, H, F + 1, Dv + 1] of all keys, for a variant whose feature map is quadratic.
 
     Args:
-        sum_keys: (k, v, form) -> state for the narrow feature maps.
+        sum_keys: (k, v, variant) -> state for the narrow feature maps.
         k: [B, N, H, D].
         v: [B, N, H, Dv].
-        form: Which form.
+        variant: Which variant.
     """
-    k, narrow = _unit_rows(k) if form.qk_norm else k, _narrowed(form)
+    k, narrow = _unit_rows(k) if variant.qk_norm else k, _narrowed(variant)
     states = [sum_keys(k, v, narrow._replace(feature_map="affine"))]
     for block in _blocks(k.shape[-1]):
 
@@ -108,19 +108,22 @@ def sum_quadratic_keys(
 
 
 def apply_quadratic_state(
-    apply_state: Callable[[Tensor, Tensor, Form], Tensor], q: Tensor, state: Tensor, form: Form
+    apply_state: Callable[[Tensor, Tensor, Variant], Tensor],
+    q: Tensor,
+    state: Tensor,
+    variant: Variant,
 ) -> Tensor:
     """o [B, N, H, Dv] of queries that all see one state, for the quadratic feature map.
 
     Args:
-        apply_state: (q, state, form) -> o for the narrow feature maps.
+        apply_state: (q, state, variant) -> o for the narrow feature maps.
         q: [B, N, H, D].
         state: [B, H, F + 1, Dv + 1].
-        form: Which form.
+        variant: Which variant.
     """
     value_dim, dtype = state.shape[-1] - 1, q.dtype
-    q, narrow = _unit_rows(q) if form.qk_norm else q, _narrowed(form)
-    state = _with_ones(state) if form.normalized else state
+    q, narrow = _unit_rows(q) if variant.qk_norm else q, _narrowed(variant)
+    state = _with_ones(state) if variant.normalized else state
     blocks = _blocks(q.shape[-1])
     first, *others = _split_state(state, q.shape[-1], blocks)
     assert first is not None
@@ -131,19 +134,19 @@ def apply_quadratic_state(
             return apply_state(_pairs(q, block), part, narrow._replace(feature_map="identity"))
 
         out = out + _without_features(apply_to_pairs, q, part)
-    if form.normalized:
+    if variant.normalized:
         out = out[..., :value_dim] / out[..., -1:]
     return out.to(dtype)
 
 
-def _narrowed(form: Form) -> Form:
-    """The form of the parts, but for their feature maps.
+def _narrowed(variant: Variant) -> Variant:
+    """The variant of the parts, but for their feature maps.
 
     Eq. 4 is the quotient of two parts of the mean over keys of (score v, score): columns of v and
     ones behind them. Scores are at least 1/2.
     """
-    narrow = form._replace(qk_norm=False, normalized=False)
-    return narrow._replace(score_scale=1.0, length_exponent=1.0) if form.normalized else narrow
+    narrow = variant._replace(qk_norm=False, normalized=False)
+    return narrow._replace(score_scale=1.0, length_exponent=1.0) if variant.normalized else narrow
 
 
 def _with_ones(state: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linclip_kernels.linear_attention.variant import DENOMINATOR_EPS, NORM_EPS, Form
+from linclip_kernels.linear_attention.variant import DENOMINATOR_EPS, NORM_EPS, Variant
 
 __all__ = ["ATOL", "attend", "linear_attention_reference", "relative_rms"]
 
@@ -33,29 +33,29 @@ def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) 
 
     Source: arXiv 2604.10064, Eq. 4 (normalized) and Eq. 7.
     """
-    return attend(q.double(), k.double(), v.double(), Form(**options))
+    return attend(q.double(), k.double(), v.double(), Variant(**options))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, form: Form) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> Tensor:
     """The definition in the dtype of the inputs; only what depends on n alone is float64 first."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
-    if form.qk_norm:
+    if variant.qk_norm:
         q, k = (x * (x.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt() for x in (q, k))
-    scores = _scores(q, k, form.feature_map)  # [B, H, N, N]
+    scores = _scores(q, k, variant.feature_map)  # [B, H, N, N]
     num_queries, num_tokens = scores.shape[-2:]
     num_keys = scores.new_full((num_queries, 1), num_tokens, dtype=torch.float64)
-    if form.causal:
+    if variant.causal:
         scores = scores.tril()
         num_keys = torch.ones_like(num_keys).cumsum(0)
-    if form.normalized:
+    if variant.normalized:
         # clamp passes no gradient to the sum where it holds it back.
         floor = (DENOMINATOR_EPS * num_keys).to(scores)
         weights = scores / scores.sum(-1, keepdim=True).clamp(min=floor)
-        if form.frees_single_key:
+        if variant.fixes_single_key:
             only_key = torch.eye(1, num_tokens).to(scores)
             weights = torch.where(num_keys == 1, only_key, weights)
     else:
-        weights = scores * (form.score_scale * num_keys**-form.length_exponent).to(scores)
+        weights = scores * (variant.score_scale * num_keys**-variant.length_exponent).to(scores)
     return (weights @ v).transpose(1, 2)  # [B, N, H, Dv]
 
 

@@ -1,8 +1,8 @@
 """The bidirectional operator in two halves: the state of the keys, and the queries that see it.
 
-Between the halves the state can be added up over processes that hold parts of the keys, or be kept
-for other queries. As in operator.py, each half is a registered custom operator with a backward of
-its own, ``linclip::linear_attention_state`` and ``linclip::linear_attention_from_state``.
+Between the halves the state can be summed over processes that hold parts of the keys, or be kept
+for other queries. As in op.py, each half is a registered custom operator with its own backward,
+``linclip::linear_attention_state`` and ``linclip::linear_attention_from_state``.
 """
 
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linclip_kernels.linear_attention import torch_backend
 from linclip_kernels.linear_attention.quadratic_map import apply_quadratic_state, sum_quadratic_keys
 from linclip_kernels.linear_attention.validation import (
     Backend,
@@ -19,11 +18,13 @@ from linclip_kernels.linear_attention.validation import (
     check_choice,
     check_state,
     check_tensors,
+    implementation,
+    refuse_second_derivative,
     state_dtype,
     takes_triton,
     without_autocast,
 )
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = ["linear_attention_from_state", "linear_attention_state"]
 
@@ -39,17 +40,17 @@ def linear_attention_state(
     """Sum (1, phi(k)) (v, 1)^T over all keys: the state that :func:`linear_attention` returns.
 
     Args:
-        k: [B, N, H, D] as in :func:`linear_attention`. N = 0 gives a state of zeros.
+        k: [B, N, H, D], dtypes and strides as in :func:`linear_attention`. N = 0 gives zeros.
         v: [B, N, H, Dv], dtype and device of k.
-        qk_norm, feature_map, backend: As in :func:`linear_attention`.
+        qk_norm, feature_map, backend: The arguments of :func:`linear_attention`.
 
     Returns:
         [B, H, F + 1, Dv + 1], float32 (float64 for float64 inputs). It can be differentiated once,
-        and may be changed in place. Its last entry of the first row is the number of keys.
+        and may be changed in place. The last entry of its first row is the number of keys.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot take them.
-        RuntimeError: on a second derivative.
+        ValueError: Shapes, dtypes or devices are invalid, or the backend does not support them.
+        RuntimeError: A second derivative is requested.
 
     Source: README.md beside this file, "The state".
     """
@@ -58,14 +59,14 @@ def linear_attention_state(
     check_tensors(k=k, v=v, may_be_empty=True)
     dims = {"k.shape[-1]": k.shape[3], "v.shape[-1]": v.shape[3]}
     use_triton = takes_triton(backend, k, dims)
-    form = Form(qk_norm=qk_norm, feature_map=feature_map)
+    variant = Variant(qk_norm=qk_norm, feature_map=feature_map)
 
-    def sum_keys(k: Tensor, v: Tensor, form: Form) -> Tensor:
-        return _sum_keys(k, v, form.qk_norm, form.feature_map, use_triton)
+    def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
+        return _sum_keys(k, v, variant.qk_norm, variant.feature_map, use_triton)
 
     if feature_map == "quadratic":
-        return sum_quadratic_keys(sum_keys, k, v, form)
-    return sum_keys(k, v, form)
+        return sum_quadratic_keys(sum_keys, k, v, variant)
+    return sum_keys(k, v, variant)
 
 
 def linear_attention_from_state(
@@ -79,26 +80,27 @@ def linear_attention_from_state(
     length_exponent: float = 0.0,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Attend to the keys of a state, every query to all of them.
+    """Compute attention of queries to all keys of a state.
 
-    With ``state = linear_attention_state(k, v)`` this is ``linear_attention(q, k, v)`` to rounding,
-    in value and gradients, also with a single key. The number of queries is free: cross-attention,
-    or some of the queries of a sequence whose keys are on many ranks.
+    With ``state = linear_attention_state(k, v)`` the output and gradients are those of
+    ``linear_attention(q, k, v)`` up to rounding, also with a single key. There may be any number of
+    queries: for cross-attention, or some of the queries of a sequence whose keys are on many ranks.
 
     Args:
-        q: [B, N, H, D] as in :func:`linear_attention`, cast under autocast; N may be 0.
-        state: [B, H, F + 1, Dv + 1] of :func:`linear_attention_state`, or a sum of such, with the
-            same qk_norm and feature map. Its number of keys is not differentiated; if that is 0,
-            Eq. 4 and a length factor give NaN.
-        normalized, qk_norm, feature_map, score_scale, length_exponent, backend: As in
+        q: [B, N, H, D], dtypes and strides as in :func:`linear_attention`, cast under autocast. N
+            may be 0.
+        state: [B, H, F + 1, Dv + 1] from :func:`linear_attention_state`, or a sum of such states,
+            with the same qk_norm and feature map. Its number of keys is not differentiated; if it
+            is 0, Eq. 4 and a length factor give NaN.
+        normalized, qk_norm, feature_map, score_scale, length_exponent, backend: The arguments of
             :func:`linear_attention`.
 
     Returns:
         o [B, N, H, Dv], contiguous, in the dtype of q. It can be differentiated once.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot take them.
-        RuntimeError: on a second derivative.
+        ValueError: Shapes, dtypes or devices are invalid, or the backend does not support them.
+        RuntimeError: A second derivative is requested.
 
     Source: arXiv 2604.10064, Eq. 4 (normalized) and Eq. 7.
     """
@@ -108,30 +110,30 @@ def linear_attention_from_state(
     check_state("state", state, q, feature_map, num_sequences=q.shape[0])
     dims = {"q.shape[-1]": q.shape[3], "state.shape[-1] - 1": state.shape[3] - 1}
     use_triton = takes_triton(backend, q, dims)
-    form = Form(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    variant = Variant(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
 
-    def apply_state(q: Tensor, state: Tensor, form: Form) -> Tensor:
-        return _apply_state(q, state, *form[1:], use_triton)
+    def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
+        return _apply_state(q, state, *variant[1:], use_triton)
 
     if feature_map == "quadratic":
-        return apply_quadratic_state(apply_state, q, state, form)
-    return apply_state(q, state, form)
+        return apply_quadratic_state(apply_state, q, state, variant)
+    return apply_state(q, state, variant)
 
 
 @torch.library.custom_op("linclip::linear_attention_state", mutates_args=())
 def _sum_keys(k: Tensor, v: Tensor, qk_norm: bool, feature_map: str, use_triton: bool) -> Tensor:
-    form = Form(qk_norm=qk_norm, feature_map=feature_map)
+    variant = Variant(qk_norm=qk_norm, feature_map=feature_map)
     with without_autocast(k.device):
-        return _implementation(use_triton).sum_keys(k, v, form)
+        return implementation(use_triton).sum_keys(k, v, variant)
 
 
 @torch.library.custom_op("linclip::linear_attention_state_backward", mutates_args=())
 def _sum_keys_backward(
     k: Tensor, v: Tensor, grad_state: Tensor, qk_norm: bool, feature_map: str, use_triton: bool
 ) -> tuple[Tensor, Tensor]:
-    form = Form(qk_norm=qk_norm, feature_map=feature_map)
+    variant = Variant(qk_norm=qk_norm, feature_map=feature_map)
     with without_autocast(k.device):
-        return _implementation(use_triton).sum_keys_backward(k, v, form, grad_state)
+        return implementation(use_triton).sum_keys_backward(k, v, variant, grad_state)
 
 
 @torch.library.custom_op("linclip::linear_attention_from_state", mutates_args=())
@@ -145,9 +147,9 @@ def _apply_state(
     length_exponent: float,
     use_triton: bool,
 ) -> Tensor:
-    form = Form(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    variant = Variant(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
     with without_autocast(q.device):
-        return _implementation(use_triton).apply_state(q, state, form)
+        return implementation(use_triton).apply_state(q, state, variant)
 
 
 @torch.library.custom_op("linclip::linear_attention_from_state_backward", mutates_args=())
@@ -162,18 +164,9 @@ def _apply_state_backward(
     length_exponent: float,
     use_triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    form = Form(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    variant = Variant(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
     with without_autocast(q.device):
-        return _implementation(use_triton).apply_state_backward(q, state, form, grad)
-
-
-def _implementation(use_triton: bool) -> Any:
-    if not use_triton:
-        return torch_backend
-    # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
-    from linclip_kernels.linear_attention.triton_backend import backend
-
-    return backend
+        return implementation(use_triton).apply_state_backward(q, state, variant, grad)
 
 
 @_sum_keys.register_fake
@@ -206,11 +199,7 @@ def _differentiate_apply(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *_apply_state_backward(*ctx.saved_tensors, grad, *ctx.options), *(None,) * 6
 
 
-def _refuse_second_derivative(*_: Any) -> None:
-    raise RuntimeError("linear_attention can be differentiated once; its gradients cannot")
-
-
 _sum_keys.register_autograd(_differentiate_sum, setup_context=_save_inputs)
 _apply_state.register_autograd(_differentiate_apply, setup_context=_save_inputs)
-_sum_keys_backward.register_autograd(_refuse_second_derivative)
-_apply_state_backward.register_autograd(_refuse_second_derivative)
+_sum_keys_backward.register_autograd(refuse_second_derivative)
+_apply_state_backward.register_autograd(refuse_second_derivative)

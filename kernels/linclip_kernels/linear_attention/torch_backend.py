@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linclip_kernels.linear_attention.variant import DENOMINATOR_EPS, NORM_EPS, Form
+from linclip_kernels.linear_attention.variant import DENOMINATOR_EPS, NORM_EPS, Variant
 
 __all__ = [
     "apply_state",
@@ -42,27 +42,28 @@ def forward(
     v: Tensor,
     initial: Tensor | None,
     boundaries: list[int] | None,
-    form: Form,
+    variant: Variant,
     *,
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend; arguments are not checked.
+    """Compute the output and, with return_state, the state; arguments are not checked.
 
     Args:
         q, k: [B, N, H, D].
         v: [B, N, H, Dv].
-        initial: State [S, H, D + 1, Dv + 1] of earlier keys, one per sequence.
+        initial: The state [S, H, D + 1, Dv + 1] of earlier keys, one per sequence.
         boundaries: Where the S sequences begin and end; None: S = B sequences of N tokens.
-        form: Which form.
+        variant: The variant to compute.
+        return_state: Whether to compute the state.
 
     Returns:
-        o [B, N, H, Dv] in v.dtype, and with return_state the state [S, H, D + 1, Dv + 1].
+        o [B, N, H, Dv] in v.dtype, and the state [S, H, D + 1, Dv + 1] or None.
     """
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    states, order = [], _Causal if form.causal else _Bidirectional
+    states, order = [], _Causal if variant.causal else _Bidirectional
     for tokens, sequences in _sequences(q, boundaries):
         begin = None if initial is None else initial[sequences]
-        run = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
+        run = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, variant)
         run.forward(out[:, tokens])
         if return_state:
             states.append(run.state())
@@ -75,18 +76,28 @@ def backward(
     v: Tensor,
     initial: Tensor | None,
     boundaries: list[int] | None,
-    form: Form,
+    variant: Variant,
+    _state: Tensor | None,
     grad: Tensor | None,
     grad_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the initial state, from those of o and the state (None: zero)."""
+    """Compute the gradients of q, k, v and the initial state.
+
+    Args:
+        q, k, v, initial, boundaries, variant: The arguments of :func:`forward`.
+        grad: The gradient of o [B, N, H, Dv]; None: zero.
+        grad_state: The gradient of the state [S, H, D + 1, Dv + 1]; None: zero.
+
+    Returns:
+        dq and dk [B, N, H, D], dv [B, N, H, Dv], and [S, H, D + 1, Dv + 1].
+    """
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    d_states, order = [], _Causal if form.causal else _Bidirectional
+    d_states, order = [], _Causal if variant.causal else _Bidirectional
     grad = torch.zeros_like(v) if grad is None else grad
     for tokens, sequences in _sequences(q, boundaries):
         begin = None if initial is None else initial[sequences]
         end = None if grad_state is None else grad_state[sequences]
-        run = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, form)
+        run = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, variant)
         gradients = d_q[:, tokens], d_k[:, tokens], d_v[:, tokens]
         d_state = run.backward(grad[:, tokens], end, gradients)
         d_state[..., 0, -1] = 0  # the number of keys is not differentiated
@@ -94,35 +105,35 @@ def backward(
     return d_q, d_k, d_v, torch.cat(d_states)
 
 
-def sum_keys(k: Tensor, v: Tensor, form: Form) -> Tensor:
+def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
     """The state of all keys, [B, H, D + 1, Dv + 1], of which there may be none."""
-    return _KeySide(k, v, form).state()
+    return _KeySide(k, v, variant).state()
 
 
 def sum_keys_backward(
-    k: Tensor, v: Tensor, form: Form, grad_state: Tensor
+    k: Tensor, v: Tensor, variant: Variant, grad_state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k and v from that of their state."""
     d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    _KeySide(k, v, form).backward(grad_state, d_k, d_v)
+    _KeySide(k, v, variant).backward(grad_state, d_k, d_v)
     return d_k, d_v
 
 
-def apply_state(q: Tensor, state: Tensor, form: Form) -> Tensor:
+def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
     """o [B, N, H, Dv] of queries that all see the keys of ``state`` [B, H, D + 1, Dv + 1]."""
     shape = *q.shape[:-1], state.shape[-1] - 1
     out = torch.empty(shape, dtype=q.dtype, device=q.device)
-    _QuerySide(q, state, form).forward(out)
+    _QuerySide(q, state, variant).forward(out)
     return out
 
 
 def apply_state_backward(
-    q: Tensor, state: Tensor, form: Form, grad: Tensor
+    q: Tensor, state: Tensor, variant: Variant, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and of the state from that of o."""
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_state = state.new_zeros(state.shape)
-    _QuerySide(q, state, form).backward(grad, d_q, d_state)
+    _QuerySide(q, state, variant).backward(grad, d_q, d_state)
     d_state[..., 0, -1] = 0  # the number of keys is not differentiated
     return d_q, d_state
 
@@ -139,12 +150,14 @@ def _sequences(q: Tensor, boundaries: list[int] | None) -> Iterator[tuple[slice,
 class _Bidirectional:
     """Sequences of equal length whose rows all see the same state."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, form: Form) -> None:
-        self.keys = _KeySide(k, v, form)
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, variant: Variant
+    ) -> None:
+        self.keys = _KeySide(k, v, variant)
         self.seen = self.keys.state()  # [B, H, D + 1, Dv + 1]
         if initial is not None:
             self.seen += initial
-        self.queries = _QuerySide(q, self.seen, form, frees_single_key=initial is None)
+        self.queries = _QuerySide(q, self.seen, variant, fixes_single_key=initial is None)
 
     def forward(self, out: Tensor) -> None:
         """Write o into ``out`` [B, N, H, Dv]."""
@@ -168,11 +181,11 @@ class _Bidirectional:
 class _KeySide:
     """Keys and values of sequences of equal length, piece by piece."""
 
-    def __init__(self, k: Tensor, v: Tensor, form: Form) -> None:
+    def __init__(self, k: Tensor, v: Tensor, variant: Variant) -> None:
         self.pieces = pieces = _pieces(k)
         # One piece keeps its keys, of several each is made again. A function that held self would
         # keep them until the garbage collector came.
-        self.keys = lru_cache(maxsize=1)(lambda i: _Keys(k, v, pieces[i], form))
+        self.keys = lru_cache(maxsize=1)(lambda i: _Keys(k, v, pieces[i], variant))
 
     def state(self) -> Tensor:
         """The state of all keys, [B, H, D + 1, Dv + 1]."""
@@ -193,17 +206,17 @@ class _QuerySide:
     """Queries of sequences of equal length that all see one state, piece by piece.
 
     Args:
-        frees_single_key: Whether a state of one key is one where the form sets that key's weight.
+        fixes_single_key: Whether a state of one key is one where the variant sets that key's weight.
     """
 
     def __init__(
-        self, q: Tensor, seen: Tensor, form: Form, *, frees_single_key: bool = True
+        self, q: Tensor, seen: Tensor, variant: Variant, *, fixes_single_key: bool = True
     ) -> None:
-        self.q, self.seen, self.form = q, seen, form
+        self.q, self.seen, self.variant = q, seen, variant
         self.pieces = _pieces(q)
         self.num_keys = seen[:, :1, :1, -1:]  # [B, 1, 1, 1]
         self.single: Rows | None = None
-        if frees_single_key and form.frees_single_key:
+        if fixes_single_key and variant.fixes_single_key:
             is_single = self.num_keys.flatten() == 1
             if not is_single.is_meta and is_single.any():
                 self.single = (is_single,)
@@ -218,20 +231,22 @@ class _QuerySide:
         """Write dq [B, N, H, D], and add to the gradient of the state."""
         for piece in self.pieces:
             queries = self._queries(piece)
-            y = queries.phi @ self.seen if self.form.normalized else None
+            y = queries.phi @ self.seen if self.variant.normalized else None
             d_y = queries.outputs_backward(_by_head(grad[:, piece]), y)
             _put(queries.backward(d_y @ self.seen[..., 1:, :].mT), d_q[:, piece])
             d_state += queries.phi.mT @ d_y
 
     def _queries(self, piece: slice) -> "_Queries":
-        return _Queries(self.q, piece, self.num_keys, self.single, self.form)
+        return _Queries(self.q, piece, self.num_keys, self.single, self.variant)
 
 
 class _Causal:
     """Sequences of equal length; a piece continues from the state of those before it."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, form: Form) -> None:
-        self.q, self.k, self.v, self.initial, self.form = q, k, v, initial, form
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, variant: Variant
+    ) -> None:
+        self.q, self.k, self.v, self.initial, self.variant = q, k, v, initial, variant
         self.pieces = _pieces(q)
 
     def forward(self, out: Tensor) -> None:
@@ -253,11 +268,11 @@ class _Causal:
         """Write dq, dk, dv [B, N, H, *]; returns the gradient of the initial state."""
         states, d_state = [self.initial], grad_state
         for piece in self.pieces[:-1]:
-            own, before = _Keys(self.k, self.v, piece, self.form).state(), states[-1]
+            own, before = _Keys(self.k, self.v, piece, self.variant).state(), states[-1]
             states.append(own if before is None else own + before)
         for piece, state in zip(reversed(self.pieces), reversed(states), strict=True):
             part = self._part(piece, state)
-            y = part.y() if self.form.normalized else None
+            y = part.y() if self.variant.normalized else None
             d_y = part.queries.outputs_backward(_by_head(grad[:, piece]), y)
             d_phi_q, d_phi_k, d_v, d_state = part.backward(d_y, d_state)
             shares = part.queries.backward(d_phi_q), part.keys.backward(d_phi_k), d_v
@@ -268,9 +283,9 @@ class _Causal:
 
     def _part(self, piece: slice, state: Tensor | None) -> "_CausalPiece":
         num_keys = 1 if state is None else state[:, :1, :1, -1:] + 1  # of the first row
-        single = _FIRST_ROW if state is None and self.form.frees_single_key else None
-        queries = _Queries(self.q, piece, num_keys, single, self.form)
-        return _CausalPiece(queries, _Keys(self.k, self.v, piece, self.form), state)
+        single = _FIRST_ROW if state is None and self.variant.fixes_single_key else None
+        queries = _Queries(self.q, piece, num_keys, single, self.variant)
+        return _CausalPiece(queries, _Keys(self.k, self.v, piece, self.variant), state)
 
 
 class _CausalPiece:
@@ -329,28 +344,28 @@ class _CausalPiece:
 class _Rows:
     """Rows of q or k, and their features with the constant: ``phi`` [B, H, N, D + 1]."""
 
-    def __init__(self, x: Tensor, constant: float, form: Form) -> None:
-        self.form, self.x = form, _by_head(x)
+    def __init__(self, x: Tensor, constant: float, variant: Variant) -> None:
+        self.variant, self.x = variant, _by_head(x)
         self.phi = self.x.new_empty(*self.x.shape[:-1], self.x.shape[-1] + 1)
         self.phi[..., 0], hat = constant, self.phi[..., 1:]
-        if form.qk_norm:
+        if variant.qk_norm:
             square = torch.linalg.vecdot(self.x, self.x)
             self.inverse = square.add_(NORM_EPS).rsqrt_().unsqueeze(-1)  # [B, H, N, 1]
             torch.mul(self.x, self.inverse, out=hat)
         else:
             hat.copy_(self.x)
-        if form.feature_map == "relu":
+        if variant.feature_map == "relu":
             hat.relu_()
-        elif form.feature_map == "softplus":
+        elif variant.feature_map == "softplus":
             hat.copy_(F.softplus(hat))
 
     def backward(self, grad: Tensor) -> Tensor:
         """Gradient of the rows from that of phi without its constant [B, H, N, D]."""
-        if self.form.feature_map == "relu":
+        if self.variant.feature_map == "relu":
             grad = grad * (self.x > 0)
-        elif self.form.feature_map == "softplus":
+        elif self.variant.feature_map == "softplus":
             grad = grad * -torch.expm1(-self.phi[..., 1:])  # of log(1 + e^x), from its value
-        if not self.form.qk_norm:
+        if not self.variant.qk_norm:
             return grad
         along = torch.linalg.vecdot(self.x, grad).unsqueeze(-1) * self.inverse.square()
         return torch.addcmul(grad, self.x, along, value=-1).mul_(self.inverse)
@@ -359,8 +374,8 @@ class _Rows:
 class _Keys(_Rows):
     """A piece of k, and of v with a one behind it: ``v`` [B, H, N, Dv + 1]."""
 
-    def __init__(self, k: Tensor, v: Tensor, piece: slice, form: Form) -> None:
-        super().__init__(k[:, piece], 1.0, form)
+    def __init__(self, k: Tensor, v: Tensor, piece: slice, variant: Variant) -> None:
+        super().__init__(k[:, piece], 1.0, variant)
         self.v = _append(_by_head(v[:, piece]), 1.0)
 
     def state(self) -> Tensor:
@@ -376,9 +391,14 @@ class _Queries(_Rows):
     """
 
     def __init__(
-        self, q: Tensor, piece: slice, num_keys: float | Tensor, single: Rows | None, form: Form
+        self,
+        q: Tensor,
+        piece: slice,
+        num_keys: float | Tensor,
+        single: Rows | None,
+        variant: Variant,
     ) -> None:
-        super().__init__(q[:, piece], float(form.has_constant), form)
+        super().__init__(q[:, piece], float(variant.has_constant), variant)
         self.num_keys = num_keys
         self.single = single
         if single is not None:
@@ -389,7 +409,7 @@ class _Queries(_Rows):
         return y[..., :-1].mul_(self._scale(y)[0])
 
     def outputs_backward(self, grad: Tensor, y: Tensor | None) -> Tensor:
-        """Gradient of y; y itself is wanted in the normalised form."""
+        """Gradient of y; y itself is wanted in the normalised variant."""
         scale, free = self._scale(y)
         if y is None:
             return _append(grad * scale, 0.0)
@@ -403,17 +423,17 @@ class _Queries(_Rows):
 
     def _scale(self, y: Tensor | None) -> tuple[Tensor | float, Tensor | bool]:
         """Factor of every row's numerator, and where no clamp holds its denominator."""
-        form, num_keys = self.form, self.num_keys
-        if not form.normalized and not form.has_length_factor:
-            return form.score_scale, True
-        if form.causal:
+        variant, num_keys = self.variant, self.num_keys
+        if not variant.normalized and not variant.has_length_factor:
+            return variant.score_scale, True
+        if variant.causal:
             place = torch.arange(self.x.shape[2], dtype=self.x.dtype, device=self.x.device)
             num_keys = place.unsqueeze(-1) + num_keys
-        if form.normalized:
+        if variant.normalized:
             assert y is not None
             floor, denominator = DENOMINATOR_EPS * num_keys, y[..., -1:]
             return denominator.clamp(min=floor).reciprocal(), denominator >= floor
-        return form.score_scale * num_keys**-form.length_exponent, True
+        return variant.score_scale * num_keys**-variant.length_exponent, True
 
 
 def _pieces(q: Tensor) -> list[slice]:

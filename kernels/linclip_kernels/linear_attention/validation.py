@@ -1,4 +1,4 @@
-"""What the public functions ask of their arguments, and how autocast changes them."""
+"""Checks of the public functions' arguments, casts under autocast, and the choice of backend."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from linclip_kernels.linear_attention import torch_backend
 from linclip_kernels.linear_attention.quadratic_map import num_quadratic_features
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "check_choice",
     "check_state",
     "check_tensors",
+    "implementation",
+    "refuse_second_derivative",
     "state_dtype",
     "takes_triton",
     "without_autocast",
@@ -28,12 +31,12 @@ MAX_TOKENS = 2**24
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the state for queries or keys ``x``."""
+    """Return the dtype of the state for queries or keys ``x``."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As torch's own attention does it: all in autocast's dtype where it is on."""
+    """Cast all tensors to autocast's dtype where it is on, as torch's own attention does."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
@@ -42,21 +45,24 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Where an operator works in the dtypes it chooses; the meta device knows no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Return a context without autocast, in which an operator chooses its dtypes itself."""
+    if device.type == "meta":  # it has no autocast
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
-    """Hold an argument to a Literal type."""
+    """Check that an argument is one of the values of a Literal type."""
     if value not in get_args(choices):
         raise ValueError(f"{name} ({value!r}) must be one of {', '.join(get_args(choices))}")
 
 
 def check_tensors(*, may_be_empty: bool = False, **tensors: Tensor) -> None:
-    """Hold q, k, v, or some of them, to [B, N, H, D] with B, N, H, dtype and device in common.
+    """Check that q, k, v, or some of them, are [B, N, H, D] with the same B, N, H, dtype, device.
 
     Args:
         may_be_empty: Whether N can be 0.
+        tensors: The tensors, by the names that messages use.
     """
     first, x = next(iter(tensors.items()))
     for name, y in tensors.items():
@@ -89,9 +95,14 @@ def check_state(
     num_sequences: int,
     value_dim: int | None = None,
 ) -> None:
-    """Hold a state to [S, H, F + 1, Dv + 1] as it belongs to q [B, N, H, D].
+    """Check that a state is [S, H, F + 1, Dv + 1] with the H, dtype and device of q.
 
     Args:
+        name: The name of the state in messages.
+        state: The state.
+        q: [B, N, H, D].
+        feature_map: The map that gives F from D.
+        num_sequences: S.
         value_dim: Dv; None: any.
     """
     key_dim = q.shape[3]
@@ -109,11 +120,12 @@ def check_state(
 
 
 def takes_triton(backend: str, x: Tensor, dims: dict[str, int]) -> bool:
-    """Whether the backend that is asked for is Triton; then its kernels must take the tensors.
+    """Return whether to use Triton, after a check that its kernels support the tensors.
 
     Args:
+        backend: "auto", "torch" or "triton".
         x: Any of the tensors, which are equal in dtype and device.
-        dims: Widths of keys and values, by what the caller knows them as.
+        dims: Widths of keys and values, by the names that messages use.
     """
     check_choice("backend", backend, Backend)
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
@@ -132,3 +144,18 @@ def takes_triton(backend: str, x: Tensor, dims: dict[str, int]) -> bool:
             "TRITON_INTERPRET=1 runs the kernels on the CPU"
         )
     return True
+
+
+def implementation(use_triton: bool) -> Any:
+    """Return the module that computes: torch_backend, or triton_backend.backend."""
+    if not use_triton:
+        return torch_backend
+    # Imported here: compiling decorators, and TRITON_INTERPRET, act at import.
+    from linclip_kernels.linear_attention.triton_backend import backend
+
+    return backend
+
+
+def refuse_second_derivative(*_: Any) -> None:
+    """Raise the error of a backward operator that is differentiated."""
+    raise RuntimeError("linear_attention can be differentiated once; its gradients cannot")

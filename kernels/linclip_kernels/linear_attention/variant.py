@@ -1,8 +1,8 @@
-"""Which form of linear attention is meant, as one value."""
+"""The variant of linear attention to compute, as one value."""
 
 from typing import NamedTuple
 
-__all__ = ["DENOMINATOR_EPS", "NORM_EPS", "Form"]
+__all__ = ["DENOMINATOR_EPS", "NORM_EPS", "Variant"]
 
 #: Added to |q|^2 and |k|^2 before the inverse square root.
 NORM_EPS = 1e-6
@@ -10,7 +10,7 @@ NORM_EPS = 1e-6
 DENOMINATOR_EPS = 1e-6
 
 
-class Form(NamedTuple):
+class Variant(NamedTuple):
     """The arguments of :func:`linclip_kernels.linear_attention` that choose the formula."""
 
     causal: bool = False
@@ -26,10 +26,11 @@ class Form(NamedTuple):
         return self.feature_map == "affine"
 
     @property
-    def frees_single_key(self) -> bool:
-        """Whether the weight of a row's only key, score / score, must be set: 1 + q.k may be 0."""
+    def fixes_single_key(self) -> bool:
+        """Whether the weight of a row's only key, score / score, is set to 1: 1 + q.k may be 0."""
         return self.normalized and self.feature_map == "affine"
 
     @property
     def has_length_factor(self) -> bool:
+        """Whether rows are scaled by a power of their number of keys."""
         return not self.normalized and self.length_exponent != 0

@@ -1,4 +1,4 @@
-"""Linear attention in Triton, forward and backward: either order, wide values in blocks.
+"""Linear attention in Triton, forward and backward, for bidirectional and causal order.
 
 Every column of v is a problem of its own once the scores are known. Values wider than one program's
 state are computed block by block; the shares of dq and dk are added in float32.
@@ -6,7 +6,6 @@ state are computed block by block; the shares of dq and dk are added in float32.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +13,13 @@ from torch import Tensor
 from linclip_kernels.linear_attention.triton_backend import bidirectional, causal
 from linclip_kernels.linear_attention.triton_backend.partition import (
     Call,
-    Split,
+    Partition,
+    RowFactor,
     max_value_block,
+    partition_tokens,
     run,
-    score_arguments,
-    split_tokens,
 )
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = [
     "apply_state",
@@ -38,31 +37,33 @@ def forward(
     v: Tensor,
     initial: Tensor | None,
     boundaries: list[int] | None,
-    form: Form,
+    variant: Variant,
     *,
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend; arguments are not checked.
+    """Compute the output and, with return_state, the state; arguments are not checked.
 
     Args:
         q, k: [B, N, H, D].
         v: [B, N, H, Dv].
-        initial: State [S, H, D + 1, Dv + 1] of earlier keys, one per sequence.
+        initial: The state [S, H, D + 1, Dv + 1] of earlier keys, one per sequence.
         boundaries: Where the S sequences begin and end; None: S = B sequences of N tokens.
-        form: Which form.
+        variant: The variant to compute.
+        return_state: Whether to compute the state.
 
     Returns:
-        o [B, N, H, Dv] in v.dtype, and with return_state the state [S, H, D + 1, Dv + 1].
+        o [B, N, H, Dv] in v.dtype, and the state [S, H, D + 1, Dv + 1] or None.
     """
-    plans = causal if form.causal else bidirectional
+    plans = causal if variant.causal else bidirectional
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     states: list[Tensor] = []
     for columns in _value_blocks(q, v.shape[-1]):
-        call = _call(q, k, v, initial, boundaries, form, columns, backward=False)
-        state = call.split.empty_states(call.split.num_sequences) if return_state else None
-        run(plans.plan_forward(call, out[..., columns], state), q.device)
-        if state is not None:
+        call = _call(q, k, v, initial, boundaries, variant, columns, backward=False)
+        partition, state = call.partition, None
+        if return_state:
+            state = partition.empty_states(partition.num_sequences)
             states.append(state)
+        run(plans.plan_forward(call, out[..., columns], state), q.device)
     return out, _join(states) if return_state else None
 
 
@@ -72,24 +73,30 @@ def backward(
     v: Tensor,
     initial: Tensor | None,
     boundaries: list[int] | None,
-    form: Form,
+    variant: Variant,
     state: Tensor | None,
     grad: Tensor | None,
     grad_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the initial state, from those of o and the state (None: zero).
+    """Compute the gradients of q, k, v and the initial state.
 
     Args:
-        state: What the forward has returned, or None.
+        q, k, v, initial, boundaries, variant: The arguments of :func:`forward`.
+        state: The state that the forward has returned, or None.
+        grad: The gradient of o [B, N, H, Dv]; None: zero.
+        grad_state: The gradient of the state [S, H, D + 1, Dv + 1]; None: zero.
+
+    Returns:
+        dq and dk [B, N, H, D], dv [B, N, H, Dv], and [S, H, D + 1, Dv + 1] or None.
     """
-    plans = causal if form.causal else bidirectional
+    plans = causal if variant.causal else bidirectional
     grad = torch.zeros_like(v) if grad is None else grad
     blocks = _value_blocks(q, v.shape[-1])
-    d_q, d_k = _Shares(q, blocks), _Shares(k, blocks)
+    d_q, d_k = _GradientSum(q, blocks), _GradientSum(k, blocks)
     d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_states: list[Tensor] = []
     for columns in blocks:
-        call = _call(q, k, v, initial, boundaries, form, columns, backward=True)
+        call = _call(q, k, v, initial, boundaries, variant, columns, backward=True)
         kept = None if state is None else _columns(state, columns)
         end = None if grad_state is None else _gradient_columns(grad_state, columns)
         with d_q.share() as d_q_share, d_k.share() as d_k_share:
@@ -102,67 +109,65 @@ def backward(
     return d_q.sum(), d_k.sum(), d_v, d_initial
 
 
-def sum_keys(k: Tensor, v: Tensor, form: Form) -> Tensor:
-    """The state of all keys, [B, H, D + 1, Dv + 1], of which there may be none."""
+def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
+    """Return the state of all keys, [B, H, D + 1, Dv + 1]; there may be none."""
     batch, num_tokens, heads, key_dim = k.shape
     if num_tokens == 0:
         return k.new_zeros(batch, heads, key_dim + 1, v.shape[-1] + 1, dtype=torch.float32)
     states: list[Tensor] = []
     for columns in _value_blocks(k, v.shape[-1]):
-        split = split_tokens(k, columns.stop - columns.start, form, backward=False)
-        states.append(split.empty_states(batch))
-        run(bidirectional.plan_state(k, v[..., columns], states[-1], split, form), k.device)
+        call = _call(None, k, v, None, None, variant, columns, backward=False)
+        states.append(call.partition.empty_states(batch))
+        run(bidirectional.plan_state(call, states[-1]), k.device)
     return _join(states)
 
 
 def sum_keys_backward(
-    k: Tensor, v: Tensor, form: Form, grad_state: Tensor
+    k: Tensor, v: Tensor, variant: Variant, grad_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v from that of their state."""
+    """Return the gradients of k and v from that of their state."""
     if k.shape[1] == 0:
         return k.new_empty(k.shape), v.new_empty(v.shape)
     blocks = _value_blocks(k, v.shape[-1])
-    d_k, d_v = _Shares(k, blocks), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    d_k, d_v = _GradientSum(k, blocks), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for columns in blocks:
-        split = split_tokens(k, columns.stop - columns.start, form, backward=True)
-        arguments = score_arguments(split, form, 1.0, None)
+        call = _call(None, k, v, None, None, variant, columns, backward=True)
         end = _gradient_columns(grad_state, columns)
         with d_k.share() as share:
-            tensors = k, v[..., columns], end, share, d_v[..., columns]
-            run([bidirectional.plan_state_backward(*tensors, split, arguments)], k.device)
+            launch = bidirectional.plan_state_backward(call, end, share, d_v[..., columns])
+            run([launch], k.device)
     return d_k.sum(), d_v
 
 
-def apply_state(q: Tensor, state: Tensor, form: Form) -> Tensor:
-    """o [B, N, H, Dv] of queries that all see the keys of ``state`` [B, H, D + 1, Dv + 1]."""
+def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
+    """Return o [B, N, H, Dv] of queries that all see ``state`` [B, H, D + 1, Dv + 1]."""
     out = torch.empty(*q.shape[:-1], state.shape[-1] - 1, dtype=q.dtype, device=q.device)
     if q.shape[1] == 0:
         return out
     for columns in _value_blocks(q, out.shape[-1]):
-        split, arguments = _query_arguments(q, state, columns, form, backward=False)
-        tensors = q, _columns(state, columns), out[..., columns]
-        run([bidirectional.plan_apply(*tensors, split, arguments)], q.device)
+        call = _query_call(q, state, variant, columns, backward=False)
+        run([bidirectional.plan_apply(call, _columns(state, columns), out[..., columns])], q.device)
     return out
 
 
 def apply_state_backward(
-    q: Tensor, state: Tensor, form: Form, grad: Tensor
+    q: Tensor, state: Tensor, variant: Variant, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of q and of the state from that of o."""
+    """Return the gradients of q and of the state from that of o."""
     if q.shape[1] == 0:
         return q.new_empty(q.shape), state.new_zeros(state.shape)
     blocks = _value_blocks(q, grad.shape[-1])
-    d_q, d_states = _Shares(q, blocks), []
+    d_q, d_states = _GradientSum(q, blocks), []
     for columns in blocks:
-        split, arguments = _query_arguments(q, state, columns, form, backward=True)
-        d_states.append(split.empty_states(split.num_sequences))
+        call = _query_call(q, state, variant, columns, backward=True)
+        d_states.append(call.partition.empty_states(q.shape[0]))
         with d_q.share() as share:
-            tensors = q, _columns(state, columns), grad[..., columns], share, d_states[-1]
-            run(bidirectional.plan_apply_backward(*tensors, split, arguments), q.device)
+            tensors = _columns(state, columns), grad[..., columns], share, d_states[-1]
+            run(bidirectional.plan_apply_backward(call, *tensors), q.device)
     return d_q.sum(), _join_gradients(d_states)
 
 
-class _Shares:
+class _GradientSum:
     """A gradient of q or k to which every block of values adds; in float32 if there are several."""
 
     def __init__(self, x: Tensor, blocks: list[slice]) -> None:
@@ -171,7 +176,7 @@ class _Shares:
 
     @contextmanager
     def share(self) -> Iterator[Tensor]:
-        """Room for the next share, which is to be filled inside."""
+        """Give an empty tensor, to be filled with one block's share, and add it at the end."""
         share = torch.empty(self.x.shape, dtype=self.dtype, device=self.x.device)
         yield share
         self.total = share if self.total is None else self.total.add_(share)
@@ -182,32 +187,32 @@ class _Shares:
 
 
 def _call(
-    q: Tensor,
+    q: Tensor | None,
     k: Tensor,
     v: Tensor,
     initial: Tensor | None,
     boundaries: list[int] | None,
-    form: Form,
+    variant: Variant,
     columns: slice,
     *,
     backward: bool,
 ) -> Call:
     v, initial = v[..., columns], None if initial is None else _columns(initial, columns)
-    split = split_tokens(q, v.shape[-1], form, boundaries, backward=backward)
-    return Call(q, k, v, initial, split, form, *_factor(initial, split, form))
+    partition = partition_tokens(k, v.shape[-1], variant, boundaries, backward=backward)
+    return Call(q, k, v, initial, partition, _row_factor(initial, partition))
 
 
-def _query_arguments(
-    q: Tensor, state: Tensor, columns: slice, form: Form, *, backward: bool
-) -> tuple[Split, dict[str, Any]]:
-    """The split of queries that see a given state, and what their kernels take."""
-    split = split_tokens(q, columns.stop - columns.start, form, backward=backward)
-    scale, factor = float(form.score_scale), None
-    if form.has_length_factor:
+def _query_call(
+    q: Tensor, state: Tensor, variant: Variant, columns: slice, *, backward: bool
+) -> Call:
+    """Return the call of queries that see a given state."""
+    value_dim = columns.stop - columns.start
+    partition = partition_tokens(q, value_dim, variant, backward=backward)
+    factors = None
+    if variant.has_length_factor:
         num_keys = state[:, 0, 0, -1:].double()  # [B, 1]
-        factors = (num_keys**-form.length_exponent).float()
-        factor = factors.expand(-1, split.num_tokens).contiguous()
-    return split, score_arguments(split, form, scale, factor)
+        factors = _factors(num_keys, partition)
+    return Call(q, None, None, None, partition, RowFactor(float(variant.score_scale), factors))
 
 
 def _value_blocks(q: Tensor, value_dim: int) -> list[slice]:
@@ -216,14 +221,14 @@ def _value_blocks(q: Tensor, value_dim: int) -> list[slice]:
 
 
 def _columns(state: Tensor, columns: slice) -> Tensor:
-    """The state of a block of values: its columns, and the last one, contiguous."""
+    """Return the state of a block of values: its columns, and the last one, contiguous."""
     if columns.start == 0 and columns.stop == state.shape[-1] - 1:
         return state.contiguous()
     return torch.cat([state[..., columns], state[..., -1:]], dim=-1)
 
 
 def _gradient_columns(grad_state: Tensor, columns: slice) -> Tensor:
-    """The same of a state's gradient, that of z to the first block alone."""
+    """Return the same of a state's gradient; that of z goes to the first block alone."""
     part = _columns(grad_state, columns)
     if columns.start != 0:
         part[..., 1:, -1] = 0
@@ -231,14 +236,14 @@ def _gradient_columns(grad_state: Tensor, columns: slice) -> Tensor:
 
 
 def _join(states: list[Tensor]) -> Tensor:
-    """The inverse."""
+    """Return the state of all values from those of the blocks."""
     if len(states) == 1:
         return states[0]
     return torch.cat([*(x[..., :-1] for x in states), states[0][..., -1:]], dim=-1)
 
 
 def _join_gradients(states: list[Tensor]) -> Tensor:
-    """The inverse for gradients: those of z are shares, and the number of keys has none."""
+    """Return the same for gradients: those of z add up, and the number of keys has none."""
     joined = _join(states)
     for other in states[1:]:
         joined[..., -1] += other[..., -1]
@@ -246,24 +251,31 @@ def _join_gradients(states: list[Tensor]) -> Tensor:
     return joined
 
 
-def _factor(initial: Tensor | None, split: Split, form: Form) -> tuple[float, Tensor | None]:
-    """Scale of all rows of the unnormalised form, and a table [B, N] of single factors."""
-    if not form.has_length_factor:
-        return float(form.score_scale), None
-    if not form.causal and initial is None and split.boundaries is None:
-        return form.score_scale * split.num_tokens**-form.length_exponent, None
-    place = torch.arange(split.num_tokens, dtype=torch.float64, device=split.device)
-    if split.boundaries is None:
-        num_keys = (place + 1 if form.causal else 0 * place + split.num_tokens).view(1, -1)
+def _row_factor(initial: Tensor | None, partition: Partition) -> RowFactor:
+    """Return the factor of the rows of an unnormalised variant."""
+    variant, boundaries = partition.variant, partition.boundaries
+    if not variant.has_length_factor:
+        return RowFactor(float(variant.score_scale), None)
+    if not variant.causal and initial is None and boundaries is None:
+        length_factor = partition.num_tokens**-variant.length_exponent
+        return RowFactor(variant.score_scale * length_factor, None)
+    place = torch.arange(partition.num_tokens, dtype=torch.float64, device=partition.device)
+    if boundaries is None:
+        num_keys = (place + 1 if variant.causal else 0 * place + partition.num_tokens).view(1, -1)
         if initial is not None:
             num_keys = num_keys + initial[:, 0, 0, -1:]
     else:
-        starts = split.to_device(split.boundaries)
-        lengths, size = starts.diff(), split.num_tokens
-        first = (starts[:-1] - 1 if form.causal else -lengths).double()
+        starts = partition.to_device(boundaries)
+        lengths, size = starts.diff(), partition.num_tokens
+        first = (starts[:-1] - 1 if variant.causal else -lengths).double()
         if initial is not None:
             first = first - initial[:, 0, 0, -1]
         num_keys = -first.repeat_interleave(lengths, output_size=size)
-        num_keys = (num_keys + place if form.causal else num_keys).view(1, -1)
-    factors = (num_keys**-form.length_exponent).float()
-    return float(form.score_scale), factors.expand(split.batch, -1).contiguous()
+        num_keys = (num_keys + place if variant.causal else num_keys).view(1, -1)
+    return RowFactor(float(variant.score_scale), _factors(num_keys, partition))
+
+
+def _factors(num_keys: Tensor, partition: Partition) -> Tensor:
+    """Return the length factors [B, N] of rows with so many keys in view [B or 1, N or 1]."""
+    factors = (num_keys**-partition.variant.length_exponent).float()
+    return factors.expand(partition.batch, partition.num_tokens).contiguous()

@@ -1,4 +1,4 @@
-"""How the work of one call is cut into programs, and kernel launches as values."""
+"""The partition of one call into programs, and kernel launches as values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +10,19 @@ import torch
 import triton
 from torch import Tensor
 
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = [
     "Call",
     "Chip",
     "Launch",
-    "Split",
+    "Partition",
     "max_value_block",
+    "partition_tokens",
     "run",
-    "score_arguments",
-    "split_tokens",
 ]
 
-#: Tokens of one part. The upper bound caps what a single accumulator adds up.
+#: Tokens of one part. The upper bound limits how many terms a single accumulator adds up.
 MIN_PART, MAX_PART = 512, 4096
 #: Tokens of a causal part: within it the cost is quadratic, between parts there are states to move.
 CAUSAL_PART = 256
@@ -31,7 +30,7 @@ CAUSAL_PART = 256
 
 @dataclass(frozen=True)
 class Chip:
-    """What of a GPU decides how work is cut; the default stands in for one (the interpreter)."""
+    """The properties of a GPU that the partition depends on; by default those of an H100."""
 
     num_sms: int = 132
     capability: int = 90
@@ -43,6 +42,7 @@ class Chip:
 
     @staticmethod
     def of(device: torch.device) -> "Chip":
+        """Return the chip of a CUDA device, the default chip for any other device."""
         if device.type != "cuda":
             return Chip()
         properties = torch.cuda.get_device_properties(device)
@@ -61,7 +61,7 @@ class Launch:
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """Run the launches in their order on the device of their tensors; on meta tensors, none."""
+    """Run the launches in order on the device of their tensors; on the meta device do nothing."""
     if device.type == "meta":
         return
     with torch.cuda.device(device if device.type == "cuda" else -1):
@@ -71,14 +71,46 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
             )
 
 
+class Meta(NamedTuple):
+    """The compile-time constants of a kernel."""
+
+    D: int
+    DV: int
+    BLOCK_N: int  # tokens of a tile
+    BLOCK_D: int
+    BLOCK_DV: int
+    ROWS_D: int  # rows of a tile of keys that a program loads with one instruction
+    ROWS_DV: int  # the same of a tile of values
+    QK_NORM: bool
+    FEATURE_MAP: str
+    HAS_CONSTANT: bool
+    NORMALIZED: bool = False
+    FIX_SINGLE_KEY: bool = False
+
+
+class Schedule(NamedTuple):
+    """What a program needs, beside lengths, to find its part."""
+
+    p_table: Tensor | None
+    num_heads: int
+
+
+class RowFactor(NamedTuple):
+    """The factor of every row of an unnormalised variant: one number times a table [B, N]."""
+
+    scale: float
+    p_table: Tensor | None
+
+
 @dataclass(frozen=True)
-class Split:
+class Partition:
     """The programs of one call: each works on one head and one part of one sequence.
 
-    Parts are numbered through, sequence by sequence. Without boundaries all B sequences have N
-    tokens and the same number of parts; with boundaries a table says where each part lies.
+    Parts are numbered consecutively, sequence by sequence. Without boundaries all B sequences have
+    N tokens and the same number of parts; with boundaries a table says where each part lies.
     """
 
+    variant: Variant
     batch: int
     num_tokens: int  # N
     heads: int
@@ -95,7 +127,7 @@ class Split:
 
     @cached_property
     def parts_of_sequences(self) -> list[int]:
-        """Parts of every sequence; an empty sequence has none."""
+        """The number of parts of every sequence; an empty sequence has none."""
         if self.boundaries is None:
             return [triton.cdiv(self.num_tokens, self.part)] * self.batch
         return [triton.cdiv(end - begin, self.part) for begin, end in pairwise(self.boundaries)]
@@ -109,16 +141,12 @@ class Split:
         """Whether every sequence is one part, so that a program sees all of its tokens."""
         return all(num_parts == 1 for num_parts in self.parts_of_sequences)
 
-    @property
-    def grid(self) -> tuple[int]:
-        return (sum(self.parts_of_sequences) * self.heads,)
-
     def empty_states(self, num_states: int) -> Tensor:
         shape = num_states, self.heads, self.key_dim + 1, self.value_dim + 1
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def empty_parts(self) -> Tensor:
-        """Room for the state of every part."""
+        """Return room for the state of every part."""
         return self.empty_states(sum(self.parts_of_sequences))
 
     @cached_property
@@ -135,100 +163,79 @@ class Split:
 
     @cached_property
     def first_parts(self) -> Tensor | None:
-        """Number of the first part of every sequence, and the number of parts behind them."""
+        """The number of the first part of every sequence, and the total number of parts."""
         if self.boundaries is None:
             return None
         counts = torch.tensor([0, *self.parts_of_sequences])
         return self.to_device(counts.cumsum(0).tolist())
 
     def to_device(self, values: Sequence[Any]) -> Tensor:
-        """Integers from the host, without waiting for the device."""
+        """Copy integers from the host without waiting for the device."""
         pinned = self.device.type == "cuda"
         host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
         return host.to(self.device, non_blocking=True)
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """What every kernel over tokens takes."""
-        return {
-            "p_table": self.table,
-            "num_tokens": self.num_tokens,
-            "num_heads": self.heads,
-            "num_parts": self.parts_of_sequences[0],
-            "part": self.part,
-            "D": self.key_dim,
-            "DV": self.value_dim,
-            "BLOCK_N": self.block_tokens,
-            "BLOCK_D": self.block_key,
-            "BLOCK_DV": self.block_value,
-            "ROWS_D": self._rows_at_once(self.block_key),
-            "ROWS_DV": self._rows_at_once(self.block_value),
-        }
+    def meta(self) -> Meta:
+        """The constants of kernels that compute no scores."""
+        return Meta(
+            D=self.key_dim,
+            DV=self.value_dim,
+            BLOCK_N=self.block_tokens,
+            BLOCK_D=self.block_key,
+            BLOCK_DV=self.block_value,
+            ROWS_D=self._rows_at_once(self.block_key),
+            ROWS_DV=self._rows_at_once(self.block_value),
+            QK_NORM=self.variant.qk_norm,
+            FEATURE_MAP=self.variant.feature_map,
+            HAS_CONSTANT=self.variant.has_constant,
+        )
 
     def _rows_at_once(self, columns: int) -> int:
-        """Rows of a tile that a program loads with one instruction of 16 bytes per thread."""
+        """Return how many rows a program loads with one instruction of 16 bytes per thread."""
         row_bytes = columns * (2 if self.dtype == torch.bfloat16 else 4)
         return max(1, min(self.block_tokens, self.num_warps * 32 * 16 // row_bytes))
 
+    def launch(self, kernel: Any, arguments: dict[str, Any]) -> Launch:
+        """Return the launch of a kernel over tokens, one program per part and head."""
+        common = {
+            "schedule": Schedule(self.table, self.heads),
+            "num_tokens": self.num_tokens,
+            "num_parts": self.parts_of_sequences[0],
+            "part": self.part,
+        }
+        grid = (sum(self.parts_of_sequences) * self.heads,)
+        return Launch(kernel, grid, arguments | common, self.num_warps)
+
 
 class Call(NamedTuple):
-    """What the launches of a forward and of a backward start from."""
+    """The inputs of one call, or of one of the halves of it, which lacks q or k and v."""
 
-    q: Tensor  # [B, N, H, D]
-    k: Tensor  # [B, N, H, D]
-    v: Tensor  # [B, N, H, Dv]
+    q: Tensor | None  # [B, N, H, D]
+    k: Tensor | None  # [B, N, H, D]
+    v: Tensor | None  # [B, N, H, Dv]
     initial: Tensor | None  # state [S, H, D + 1, Dv + 1]
-    split: Split
-    form: Form
-    scale: float  # of all rows of the unnormalised form
-    factor: Tensor | None  # of single ones, [B, N]
+    partition: Partition
+    factor: RowFactor
 
     @property
     def is_whole(self) -> bool:
-        """Whether programs see all there is to see in one launch."""
-        return self.split.is_whole and self.initial is None
+        """Whether one launch computes everything: no other part and no state comes in."""
+        return self.partition.is_whole and self.initial is None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What every kernel that knows scores takes."""
-        return score_arguments(
-            self.split,
-            self.form,
-            self.scale,
-            self.factor,
-            frees_single_key=self.initial is None,
+        """The arguments of every kernel that computes scores."""
+        variant = self.partition.variant
+        meta = self.partition.meta._replace(
+            NORMALIZED=variant.normalized,
+            FIX_SINGLE_KEY=variant.fixes_single_key and self.initial is None,
         )
-
-
-def score_arguments(
-    split: Split,
-    form: Form,
-    scale: float,
-    factor: Tensor | None,
-    *,
-    frees_single_key: bool = True,
-) -> dict[str, Any]:
-    """What every kernel that knows scores takes.
-
-    Args:
-        scale: Of all rows of the unnormalised form.
-        factor: Of single ones, [B, N].
-        frees_single_key: Whether a sequence of one key is one where the form sets its weight.
-    """
-    return {
-        **split.arguments,
-        "scale": scale,
-        "p_factor": factor,
-        "NORMALIZED": form.normalized,
-        "QK_NORM": form.qk_norm,
-        "FEATURE_MAP": form.feature_map,
-        "HAS_CONSTANT": form.has_constant,
-        "FREE_SINGLE_KEY": form.frees_single_key and frees_single_key,
-    }
+        return {"factor": self.factor, "META": meta}
 
 
 def max_value_block(q: Tensor, chip: Chip | None = None) -> int:
-    """Columns of v whose state one program holds; wider values are computed block by block."""
+    """Return how many columns of v one program's state holds; wider values are split in blocks."""
     chip = chip or Chip.of(q.device)
     block_key = max(16, triton.next_power_of_2(q.shape[-1]))
     room = 2**12 if q.dtype == torch.bfloat16 else 2**11
@@ -237,42 +244,43 @@ def max_value_block(q: Tensor, chip: Chip | None = None) -> int:
     return min(128, max(16, room // block_key))
 
 
-def split_tokens(
+def partition_tokens(
     q: Tensor,
     value_dim: int,
-    form: Form,
+    variant: Variant,
     boundaries: list[int] | None = None,
     *,
     backward: bool,
     chip: Chip | None = None,
-) -> Split:
+) -> Partition:
     """Choose parts and blocks from (B, H, N, D), the dtype and the chip.
 
     Bidirectional: one part per sequence if that gives about four programs per multiprocessor;
-    otherwise as many parts as are wanted for that, of 512 to 4096 tokens. Causal: parts of 256.
+    otherwise as many parts as reach that number, of 512 to 4096 tokens each. Causal: parts of 256.
 
     Args:
         q: Queries or keys, [B, N, H, D].
         value_dim: Width of the values, at most :func:`max_value_block`.
-        form: Which form.
+        variant: The variant to compute.
         boundaries: Boundaries of the sequences; None: B sequences of N tokens.
-        backward: Whether the split is for the backward, which holds more in registers.
-        chip: None: that of q.
+        backward: Whether to partition the backward, which needs more registers.
+        chip: The GPU to partition for; None: that of q.
     """
     chip = chip or Chip.of(q.device)
     batch, num_tokens, heads, key_dim = q.shape
     block_key, block_value = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
-    # The largest blocks whose tiles and states fit into registers (resources.py tells).
+    # The largest blocks whose tiles and states fit into registers, as resources.py reports them.
     words = max(block_key, block_value) * (1 if q.dtype == torch.bfloat16 else 2)
-    block_tokens = 32 if form.causal or backward else 64
+    block_tokens = 32 if variant.causal or backward else 64
     block_tokens = max(16, min(block_tokens, block_tokens * 64 // words))
-    needs_more = form.normalized and not form.causal and not chip.is_large
-    if backward and (needs_more or form.feature_map in ("relu", "softplus")):
+    needs_more = variant.normalized and not variant.causal and not chip.is_large
+    if backward and (needs_more or variant.feature_map in ("relu", "softplus")):
         block_tokens = 16
     parts_per_batch = triton.cdiv(4 * chip.num_sms, batch * heads)
     part = min(max(triton.cdiv(num_tokens, parts_per_batch), MIN_PART), MAX_PART)
-    part = CAUSAL_PART if form.causal else part
-    return Split(
+    part = CAUSAL_PART if variant.causal else part
+    return Partition(
+        variant=variant,
         batch=batch,
         num_tokens=num_tokens,
         heads=heads,

@@ -1,127 +1,161 @@
 # mypy: allow-untyped-defs
 # ruff: noqa: RET505 (Triton needs the else where a branch is chosen at compile time)
-"""What the bidirectional and the causal Triton kernels share: tiles, features, states.
+"""The parts that bidirectional and causal Triton kernels share: tiles, features, states.
 
 A state is the float32 matrix [D + 1, DV + 1] of the public operator: w in its first row, the number
 of keys behind it, S below w and z behind S. A program works on one head and one part of the tokens
 of one sequence; tokens are counted from the beginning of the sequence.
+
+A kernel takes a tensor as a View and its compile-time constants as one Meta. Sums start from
+tl.full(..., 0.0, ...), because tl.zeros does not accept fields of a named tuple as sizes.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from linclip_kernels.linear_attention import variant as forms
-from linclip_kernels.linear_attention.triton_backend.partition import Launch, Split
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention import variant
+from linclip_kernels.linear_attention.triton_backend.partition import Launch, Partition
 
-__all__ = ["combine_states", "sum_states"]
+__all__ = ["combine_states", "sum_states", "views"]
 
-NORM_EPS = tl.constexpr(forms.NORM_EPS)
-DENOMINATOR_EPS = tl.constexpr(forms.DENOMINATOR_EPS)
+NORM_EPS = tl.constexpr(variant.NORM_EPS)
+DENOMINATOR_EPS = tl.constexpr(variant.DENOMINATOR_EPS)
 # The interpreter keeps bfloat16 as 16-bit integers, and its dot would multiply those.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-#: Arguments whose value must not lead to another compilation.
+#: Arguments whose value must not lead to another compilation. Triton does not look for them inside
+#: tuples, so that they are plain arguments.
 LENGTHS = ["num_tokens", "num_parts", "part"]
 
 
+class View(NamedTuple):
+    """A tensor [B, N, H, *] as kernels take it, or one head of it after :func:`at_head`."""
+
+    p: Any
+    strides: Any
+
+
+class Place(NamedTuple):
+    """Where a program works."""
+
+    i_part: Any  # part, numbered over all sequences
+    i_s: Any  # sequence
+    i_b: Any  # batch entry
+    i_h: Any  # head
+    offset: Any  # first token of the sequence in the batch entry
+    length: Any  # tokens of the sequence
+    first: Any  # first token of the part
+    end: Any  # end of the part
+    num_tokens: Any  # of the batch entry
+    num_heads: Any
+
+
+def views(**tensors: Tensor | None) -> dict[str, View | None]:
+    """Return kernel arguments: the tensors, each with its strides."""
+    return {name: None if x is None else View(x, x.stride()) for name, x in tensors.items()}
+
+
 def sum_states(
-    x: Tensor, y: Tensor, rows: Tensor | None, states: Tensor, split: Split, form: Form
+    x: Tensor, y: Tensor, rows: Tensor | None, states: Tensor, partition: Partition
 ) -> Launch:
-    """Sum every part's state of phi(x) and y into ``states``.
+    """Return the launch that sums every part's state of phi(x) and y into ``states``.
 
     Args:
         x: [B, N, H, D].
         y: [B, N, H, Dv].
-        rows: Scale and e of every row, [B, H, 2, N]; None: ones.
+        rows: The scale and e of every row, [B, H, 2, N]; None: ones.
         states: [parts, H, D + 1, Dv + 1].
+        partition: The programs.
     """
-    arguments = {
-        "p_x": x,
-        "p_y": y,
-        "p_rows": rows,
-        "p_states": states,
-        "stride_x": x.stride(),
-        "stride_y": y.stride(),
-        **split.arguments,
-        "QK_NORM": form.qk_norm,
-        "FEATURE_MAP": form.feature_map,
-        "HAS_CONSTANT": form.has_constant,
-    }
-    return Launch(_sum_states_kernel, split.grid, arguments, split.num_warps)
+    tensors = {"p_rows": rows, "p_states": states, "META": partition.meta}
+    return partition.launch(_sum_states_kernel, views(x=x, y=y) | tensors)
 
 
 def combine_states(
     parts: Tensor,
-    split: Split,
+    partition: Partition,
     *,
     start: Tensor | None,
     before: Tensor | None = None,
     total: Tensor | None = None,
     reverse: bool = False,
 ) -> Launch:
-    """Add up the states of every sequence's parts in their order (or the reverse), compensated.
+    """Return the launch that adds up the states of every sequence's parts, with compensation.
 
     Args:
         parts: [parts, H, D + 1, Dv + 1].
-        start: [S, H, D + 1, Dv + 1], added in front.
-        before: Gets what lies before every part; may be ``parts``.
-        total: Gets the sum, [S, H, D + 1, Dv + 1].
+        partition: The programs, which tell the sequence of a part.
+        start: [S, H, D + 1, Dv + 1], added first.
+        before: Receives the sum of all that comes before each part; may be ``parts``.
+        total: Receives the sum of all, [S, H, D + 1, Dv + 1].
+        reverse: Add the parts from the last to the first.
     """
     size, block = parts[0, 0].numel(), 256
     arguments = {
         "p_parts": parts,
-        "p_first_parts": split.first_parts,
+        "p_first_parts": partition.first_parts,
         "p_start": start,
         "p_before": before,
         "p_total": total,
         "size": size,
-        "num_heads": split.heads,
-        "num_parts": split.parts_of_sequences[0],
+        "num_heads": partition.heads,
+        "num_parts": partition.parts_of_sequences[0],
         "REVERSE": reverse,
         "BLOCK": block,
     }
-    grid = split.num_sequences * split.heads, triton.cdiv(size, block)
+    grid = partition.num_sequences * partition.heads, triton.cdiv(size, block)
     return Launch(_combine_states_kernel, grid, arguments)
 
 
 @triton.jit
-def program_place(p_table, num_tokens, num_heads, num_parts, part):
-    """Where this program works.
-
-    (part, sequence, head, batch, first token of the sequence in the batch, its length, first token
-    and end of the part)
-    """
+def program_place(schedule, num_tokens, num_parts, part):
+    """Return where this program works, as a Place."""
+    num_heads = schedule.num_heads
     i_part = (tl.program_id(0) // num_heads).to(tl.int64)
     i_h = (tl.program_id(0) % num_heads).to(tl.int64)
-    if p_table is None:
+    if schedule.p_table is None:
         i_s = i_part // num_parts
+        i_b, offset, length = i_s, i_s * 0, num_tokens
         first = (i_part % num_parts).to(tl.int32) * part
-        end = tl.minimum(first + part, num_tokens)
-        return i_part, i_s, i_h, i_s, i_s * 0, num_tokens, first, end
     else:
-        i_s, offset = tl.load(p_table + i_part * 4), tl.load(p_table + i_part * 4 + 1)
-        length = tl.load(p_table + i_part * 4 + 2).to(tl.int32)
-        first = tl.load(p_table + i_part * 4 + 3).to(tl.int32)
-        return i_part, i_s, i_h, i_s * 0, offset, length, first, tl.minimum(first + part, length)
+        p = schedule.p_table + i_part * 4
+        i_s, offset, length = tl.load(p), tl.load(p + 1), tl.load(p + 2).to(tl.int32)
+        i_b, first = i_s * 0, tl.load(p + 3).to(tl.int32)
+    return Place(
+        i_part=i_part,
+        i_s=i_s,
+        i_b=i_b,
+        i_h=i_h,
+        offset=offset,
+        length=length,
+        first=first,
+        end=tl.minimum(first + part, length),
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+    )
 
 
 @triton.jit
-def at_head(p_x, stride, i_b, i_h, offset):
-    return p_x + i_b * stride[0] + offset * stride[1] + i_h * stride[2]
+def at_head(x, place):
+    """Return the View of the program's sequence and head."""
+    s = x.strides
+    return View(x.p + place.i_b * s[0] + place.offset * s[1] + place.i_h * s[2], s)
 
 
 @triton.jit
-def load_tile(p_x, stride, i_n, i_d, length, DIM: tl.constexpr):
-    """Rows i_n, columns i_d of one head; zero outside. float16 is widened, for its short range."""
-    p = p_x + i_n.to(tl.int64)[:, None] * stride[1] + i_d.to(tl.int64)[None, :] * stride[3]
-    x = tl.load(p, mask=(i_n < length)[:, None] & (i_d < DIM)[None, :], other=0.0)
-    return x if x.dtype != tl.float16 else x.to(tl.float32)
+def load_tile(x, i_n, place, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Load rows i_n of one head; zero outside. float16 is widened, for its short range."""
+    i_d = tl.arange(0, BLOCK)
+    p = x.p + i_n.to(tl.int64)[:, None] * x.strides[1] + i_d.to(tl.int64)[None, :] * x.strides[3]
+    b_x = tl.load(p, mask=(i_n < place.length)[:, None] & (i_d < DIM)[None, :], other=0.0)
+    return b_x if b_x.dtype != tl.float16 else b_x.to(tl.float32)
 
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 rounded to dtype; the interpreter alone would cut bits off."""
+    """Round float32 to dtype; the interpreter alone would cut bits off."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -130,28 +164,29 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_tile(p_x, stride, x, i_n, i_d, length, DIM: tl.constexpr):
-    p = p_x + i_n.to(tl.int64)[:, None] * stride[1] + i_d.to(tl.int64)[None, :] * stride[3]
-    mask = (i_n < length)[:, None] & (i_d < DIM)[None, :]
-    tl.store(p, narrow(x, p_x.dtype.element_ty), mask=mask)
+def store_tile(x, b_x, i_n, place, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    i_d = tl.arange(0, BLOCK)
+    p = x.p + i_n.to(tl.int64)[:, None] * x.strides[1] + i_d.to(tl.int64)[None, :] * x.strides[3]
+    mask = (i_n < place.length)[:, None] & (i_d < DIM)[None, :]
+    tl.store(p, narrow(b_x, x.p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def features(
-    b_x, i_n, i_d, length, D: tl.constexpr, QK_NORM: tl.constexpr, FEATURE_MAP: tl.constexpr
-):
-    """phi(x-hat) = a * factor[:, None] with a in the dtype of x, and the inverse norm of x.
+def features(b_x, i_n, place, META: tl.constexpr):
+    """Return a, factor and the inverse norm of x, with phi(x-hat) = a * factor[:, None].
 
-    x and its positive part enter the dot products unrounded, and are scaled afterwards.
+    a has the dtype of x: x and its positive part enter the dot products unrounded, and are scaled
+    afterwards.
     """
     x = b_x.to(tl.float32)
     inverse = tl.full([x.shape[0]], 1.0, tl.float32)
-    if QK_NORM:
+    if META.QK_NORM:
         inverse = tl.rsqrt(tl.sum(x * x, axis=1) + NORM_EPS)
-    if FEATURE_MAP == "relu":
+    if META.FEATURE_MAP == "relu":
         return narrow(tl.where(x < 0, 0.0, x), b_x.dtype), inverse, inverse
-    elif FEATURE_MAP == "softplus":
-        inside = (i_n < length)[:, None] & (i_d < D)[None, :]
+    elif META.FEATURE_MAP == "softplus":
+        i_d = tl.arange(0, META.BLOCK_D)
+        inside = (i_n < place.length)[:, None] & (i_d < META.D)[None, :]
         x = x * inverse[:, None]
         small = tl.exp(-tl.abs(x))
         grown = 1.0 + small
@@ -164,14 +199,14 @@ def features(
 
 
 @triton.jit
-def features_backward(b_dphi, b_x, inverse, QK_NORM: tl.constexpr, FEATURE_MAP: tl.constexpr):
-    """Gradient of x from that of phi(x-hat)."""
+def features_backward(b_dphi, b_x, inverse, META: tl.constexpr):
+    """Return the gradient of x from that of phi(x-hat)."""
     x = b_x.to(tl.float32)
-    if FEATURE_MAP == "relu":
+    if META.FEATURE_MAP == "relu":
         b_dphi = tl.where(x > 0, b_dphi, 0.0 * x)
-    elif FEATURE_MAP == "softplus":
+    elif META.FEATURE_MAP == "softplus":
         b_dphi = b_dphi / (1.0 + tl.exp(-x * inverse[:, None]))
-    if QK_NORM:
+    if META.QK_NORM:
         along = tl.sum(x * b_dphi, axis=1) * inverse * inverse
         return (b_dphi - x * along[:, None]) * inverse[:, None]
     else:
@@ -179,15 +214,16 @@ def features_backward(b_dphi, b_x, inverse, QK_NORM: tl.constexpr, FEATURE_MAP: 
 
 
 @triton.jit
-def row_scale(b_denominator, b_num_keys, p_factor, i_n, length, scale, NORMALIZED: tl.constexpr):
-    """Factor of every row's numerator, and where no clamp holds its denominator."""
-    if NORMALIZED:
+def row_scale(b_denominator, b_num_keys, factor, i_n, place, META: tl.constexpr):
+    """Return the factor of every row's numerator, and where the denominator is not clamped."""
+    if META.NORMALIZED:
         floor = DENOMINATOR_EPS * b_num_keys
         return 1.0 / tl.maximum(b_denominator, floor), b_denominator >= floor
-    elif p_factor is not None:
-        return scale * tl.load(p_factor + i_n, mask=i_n < length, other=0.0), i_n >= 0
+    elif factor.p_table is not None:
+        p = factor.p_table + (place.i_b * place.num_tokens + place.offset)
+        return factor.scale * tl.load(p + i_n, mask=i_n < place.length, other=0.0), i_n >= 0
     else:
-        return b_denominator * 0.0 + scale, i_n >= 0
+        return b_denominator * 0.0 + factor.scale, i_n >= 0
 
 
 @triton.jit
@@ -214,7 +250,7 @@ def dot_state(a, state):
 
 @triton.jit
 def fold_rows(x, ROWS: tl.constexpr):
-    """[BLOCK_N, *] -> sums of every ROWS-th row [ROWS, *], added up where the rows already lie."""
+    """Sum every ROWS-th row of [BLOCK_N, *] to [ROWS, *], added up where the rows already lie."""
     if x.shape[0] <= ROWS:
         return x
     else:
@@ -222,148 +258,88 @@ def fold_rows(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_state(p_state, i_row, i_d, i_v, D: tl.constexpr, DV: tl.constexpr):
-    """S [BLOCK_D, BLOCK_DV], w [BLOCK_DV], z [BLOCK_D] and the number of keys."""
-    p = p_state + i_row * (D + 1) * (DV + 1)
-    p_rows = p + (i_d + 1) * (DV + 1)
-    inside = (i_d < D)[:, None] & (i_v < DV)[None, :]
+def load_state(p_states, i, place, META: tl.constexpr):
+    """Return S [BLOCK_D, BLOCK_DV], w [BLOCK_DV], z [BLOCK_D] and the number of keys.
+
+    i is the number of a sequence or a part, whichever the states are of.
+    """
+    i_d, i_v = tl.arange(0, META.BLOCK_D), tl.arange(0, META.BLOCK_DV)
+    p = p_states + (i * place.num_heads + place.i_h) * (META.D + 1) * (META.DV + 1)
+    p_rows = p + (i_d + 1) * (META.DV + 1)
+    inside = (i_d < META.D)[:, None] & (i_v < META.DV)[None, :]
     b_s = tl.load(p_rows[:, None] + i_v[None, :], mask=inside, other=0.0)
-    b_w = tl.load(p + i_v, mask=i_v < DV, other=0.0)
-    b_z = tl.load(p_rows + DV, mask=i_d < D, other=0.0)
-    return b_s, b_w, b_z, tl.load(p + DV)
+    b_w = tl.load(p + i_v, mask=i_v < META.DV, other=0.0)
+    b_z = tl.load(p_rows + META.DV, mask=i_d < META.D, other=0.0)
+    return b_s, b_w, b_z, tl.load(p + META.DV)
 
 
 @triton.jit
-def store_state(
-    p_state, i_row, b_s, b_w, b_z, num_keys, i_d, i_v, D: tl.constexpr, DV: tl.constexpr
-):
-    p = p_state + i_row * (D + 1) * (DV + 1)
-    p_rows = p + (i_d + 1) * (DV + 1)
-    inside = (i_d < D)[:, None] & (i_v < DV)[None, :]
+def store_state(p_states, i, place, b_s, b_w, b_z, num_keys, META: tl.constexpr):
+    i_d, i_v = tl.arange(0, META.BLOCK_D), tl.arange(0, META.BLOCK_DV)
+    p = p_states + (i * place.num_heads + place.i_h) * (META.D + 1) * (META.DV + 1)
+    p_rows = p + (i_d + 1) * (META.DV + 1)
+    inside = (i_d < META.D)[:, None] & (i_v < META.DV)[None, :]
     tl.store(p_rows[:, None] + i_v[None, :], b_s, mask=inside)
-    tl.store(p + i_v, b_w, mask=i_v < DV)
-    tl.store(p_rows + DV, b_z, mask=i_d < D)
-    tl.store(p + DV, num_keys)
+    tl.store(p + i_v, b_w, mask=i_v < META.DV)
+    tl.store(p_rows + META.DV, b_z, mask=i_d < META.D)
+    tl.store(p + META.DV, num_keys)
 
 
 @triton.jit
-def sum_tokens(
-    p_x,
-    p_y,
-    p_rows,
-    stride_x,
-    stride_y,
-    num_tokens,
-    first,
-    end,
-    length,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    QK_NORM: tl.constexpr,
-    FEATURE_MAP: tl.constexpr,
-    HAS_CONSTANT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    ROWS_D: tl.constexpr,
-    ROWS_DV: tl.constexpr,
-):
-    """The state of tokens first to end of one head."""
-    i_d, i_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    b_s = tl.zeros([BLOCK_D, BLOCK_DV], tl.float32)
-    b_ws, b_zs = tl.zeros([ROWS_DV, BLOCK_DV], tl.float32), tl.zeros([ROWS_D, BLOCK_D], tl.float32)
-    for start in range(first, end, BLOCK_N):
-        i_n = start + tl.arange(0, BLOCK_N)
-        b_x = load_tile(p_x, stride_x, i_n, i_d, length, D)  # [BLOCK_N, BLOCK_D]
-        b_y = load_tile(p_y, stride_y, i_n, i_v, length, DV)  # [BLOCK_N, BLOCK_DV]
-        b_a, b_factor, _inverse = features(b_x, i_n, i_d, length, D, QK_NORM, FEATURE_MAP)
+def sum_tokens(x, y, p_rows, place, META: tl.constexpr):
+    """Return S, w and z of the part's tokens of one head."""
+    b_s = tl.full([META.BLOCK_D, META.BLOCK_DV], 0.0, tl.float32)
+    b_ws = tl.full([META.ROWS_DV, META.BLOCK_DV], 0.0, tl.float32)
+    b_zs = tl.full([META.ROWS_D, META.BLOCK_D], 0.0, tl.float32)
+    for start in range(place.first, place.end, META.BLOCK_N):
+        i_n = start + tl.arange(0, META.BLOCK_N)
+        b_x = load_tile(x, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_y = load_tile(y, i_n, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_a, b_factor, _inverse = features(b_x, i_n, place, META)
         b_phi = b_a.to(tl.float32) * b_factor[:, None]
         if p_rows is None:
-            b_ws += fold_rows(b_y.to(tl.float32), ROWS_DV)
-            b_zs += fold_rows(b_phi, ROWS_D)
+            b_ws += fold_rows(b_y.to(tl.float32), META.ROWS_DV)
+            b_zs += fold_rows(b_phi, META.ROWS_D)
         else:
-            b_scale, b_e = load_rows(p_rows, num_tokens, i_n, length)
-            if HAS_CONSTANT:
-                b_ws += fold_rows(b_y.to(tl.float32) * b_scale[:, None], ROWS_DV)
-            b_zs += fold_rows(b_phi * b_e[:, None], ROWS_D)
+            b_scale, b_e = load_rows(p_rows, i_n, place)
+            if META.HAS_CONSTANT:
+                b_ws += fold_rows(b_y.to(tl.float32) * b_scale[:, None], META.ROWS_DV)
+            b_zs += fold_rows(b_phi * b_e[:, None], META.ROWS_D)
             b_phi *= b_scale[:, None]
         b_s += dot(tl.trans(narrow(b_phi, b_y.dtype)), b_y)
-    b_w, b_z = tl.sum(b_ws, axis=0), tl.sum(b_zs, axis=0)
-    return b_s, b_w, b_z
+    return b_s, tl.sum(b_ws, axis=0), tl.sum(b_zs, axis=0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _sum_states_kernel(
-    p_x,
-    p_y,
-    p_rows,
-    p_states,
-    p_table,
-    stride_x,
-    stride_y,
-    num_tokens,
-    num_heads,
-    num_parts,
-    part,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    QK_NORM: tl.constexpr,
-    FEATURE_MAP: tl.constexpr,
-    HAS_CONSTANT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    ROWS_D: tl.constexpr,
-    ROWS_DV: tl.constexpr,
+    x, y, p_rows, p_states, schedule, num_tokens, num_parts, part, META: tl.constexpr
 ):
-    i_part, _i_s, i_h, i_b, offset, length, first, end = program_place(
-        p_table, num_tokens, num_heads, num_parts, part
-    )
-    p_x, p_y = at_head(p_x, stride_x, i_b, i_h, offset), at_head(p_y, stride_y, i_b, i_h, offset)
-    if p_rows is not None:
-        p_rows = rows_at_head(p_rows, i_b, i_h, offset, num_tokens, num_heads)
-    b_s, b_w, b_z = sum_tokens(
-        p_x,
-        p_y,
-        p_rows,
-        stride_x,
-        stride_y,
-        num_tokens,
-        first,
-        end,
-        length,
-        D,
-        DV,
-        QK_NORM,
-        FEATURE_MAP,
-        HAS_CONSTANT,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_DV,
-        ROWS_D,
-        ROWS_DV,
-    )
-    i_d, i_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    num_keys = (end - first).to(tl.float32)
-    store_state(p_states, i_part * num_heads + i_h, b_s, b_w, b_z, num_keys, i_d, i_v, D, DV)
+    place = program_place(schedule, num_tokens, num_parts, part)
+    b_s, b_w, b_z = sum_tokens(at_head(x, place), at_head(y, place), p_rows, place, META)
+    num_keys = (place.end - place.first).to(tl.float32)
+    store_state(p_states, place.i_part, place, b_s, b_w, b_z, num_keys, META)
 
 
 @triton.jit
-def rows_at_head(p_rows, i_b, i_h, offset, num_tokens, num_heads):
-    return p_rows + (i_b * num_heads + i_h) * 2 * num_tokens + offset
+def rows_at_head(p_rows, place):
+    """Return the pointer to the scales of one head in [B, H, 2, N]."""
+    i_row = (place.i_b * place.num_heads + place.i_h) * 2
+    return p_rows + i_row * place.num_tokens + place.offset
 
 
 @triton.jit
-def load_rows(p_rows, num_tokens, i_n, length):
-    """Scale and e of the rows i_n."""
-    scale = tl.load(p_rows + i_n, mask=i_n < length, other=0.0)
-    return scale, tl.load(p_rows + num_tokens + i_n, mask=i_n < length, other=0.0)
+def load_rows(p_rows, i_n, place):
+    """Return the scale and e of the rows i_n."""
+    p = rows_at_head(p_rows, place)
+    b_scale = tl.load(p + i_n, mask=i_n < place.length, other=0.0)
+    return b_scale, tl.load(p + place.num_tokens + i_n, mask=i_n < place.length, other=0.0)
 
 
 @triton.jit
-def store_rows(p_rows, num_tokens, b_scale, b_e, i_n, length):
-    tl.store(p_rows + i_n, b_scale, mask=i_n < length)
-    tl.store(p_rows + num_tokens + i_n, b_e, mask=i_n < length)
+def store_rows(p_rows, b_scale, b_e, i_n, place):
+    p = rows_at_head(p_rows, place)
+    tl.store(p + i_n, b_scale, mask=i_n < place.length)
+    tl.store(p + place.num_tokens + i_n, b_e, mask=i_n < place.length)
 
 
 @triton.jit(do_not_specialize=["num_parts"])

@@ -1,4 +1,4 @@
-"""What every kernel takes from the chip, read from cubins compiled here; no GPU is needed.
+"""The chip's resources that every kernel uses, read from cubins compiled here without a GPU.
 
 python -m linclip_kernels.linear_attention.triton_backend.resources
 """
@@ -25,10 +25,11 @@ from linclip_kernels.linear_attention.triton_backend.partition import (
     Call,
     Chip,
     Launch,
+    RowFactor,
     max_value_block,
-    split_tokens,
+    partition_tokens,
 )
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = ["Case", "Usage", "cases", "compile_launch", "measure"]
 
@@ -42,39 +43,42 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Case:
     """A forward and a backward as they are launched for one kind of input."""
 
-    form: Form
+    variant: Variant
     num_tokens: int
     dtype: str = "bf16"
     dim: int = 64
     heads: int = 2  # few, so that long sequences have several parts
 
     def __str__(self) -> str:
-        order = "causal" if self.form.causal else "bidirectional"
-        equation = "Eq. 4" if self.form.normalized else "Eq. 7"
+        order = "causal" if self.variant.causal else "bidirectional"
+        equation = "Eq. 4" if self.variant.normalized else "Eq. 7"
         name = f"{order} {equation} {self.dtype} D={self.dim} N={self.num_tokens} H={self.heads}"
-        return name if self.form.feature_map == "affine" else f"{name} {self.form.feature_map}"
+        return (
+            name if self.variant.feature_map == "affine" else f"{name} {self.variant.feature_map}"
+        )
 
     def launches(self, capability: int) -> list[Launch]:
-        """On views of a packed [B, N, H, 3, D]."""
+        """Return the launches of a forward and a backward on views of a packed [B, N, H, 3, D]."""
         shape, chip = (1, self.num_tokens, self.heads, 3, self.dim), Chip(capability=capability)
         q, k, v = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").unbind(3)
         v = v[..., : max_value_block(q, chip)]
-        plans, form = causal if self.form.causal else bidirectional, self.form
-        factor = torch.empty(1, self.num_tokens) if form.has_length_factor else None
+        plans, variant = causal if self.variant.causal else bidirectional, self.variant
+        factors = torch.empty(1, self.num_tokens) if variant.has_length_factor else None
         out, gradients = torch.empty_like(v), tuple(map(torch.empty_like, (q, k, v)))
-        split = split_tokens(q, v.shape[-1], form, backward=False, chip=chip)
-        keeps_state = not form.causal and self.num_tokens >= 8 * self.dim
-        state = split.empty_states(1) if keeps_state else None
-        forward = plans.plan_forward(Call(q, k, v, None, split, form, 0.5, factor), out, state)
-        split = split_tokens(q, v.shape[-1], form, backward=True, chip=chip)
-        call = Call(q, k, v, None, split, form, 0.5, factor)
+        partition = partition_tokens(q, v.shape[-1], variant, backward=False, chip=chip)
+        call = Call(q, k, v, None, partition, RowFactor(0.5, factors))
+        keeps_state = not variant.causal and self.num_tokens >= 8 * self.dim
+        state = partition.empty_states(1) if keeps_state else None
+        forward = plans.plan_forward(call, out, state)
+        partition = partition_tokens(q, v.shape[-1], variant, backward=True, chip=chip)
+        call = call._replace(partition=partition)
         _, backward = plans.plan_backward(call, state, out, None, gradients)
         return forward + backward
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One compiled kernel."""
+    """The resources that one compiled kernel uses."""
 
     case: Case
     kernel: str
@@ -86,7 +90,7 @@ class Usage:
 
     @property
     def blocks_per_sm(self) -> int:
-        """As many as registers, shared memory and warps of a multiprocessor allow."""
+        """How many registers, shared memory and warps of a multiprocessor allow."""
         registers = self.num_warps * 256 * -(-32 * self.registers // 256)
         return min(
             BLOCKS_PER_SM,
@@ -102,13 +106,13 @@ class Usage:
 
 
 def cases() -> Iterator[Case]:
-    """What training uses at short and long lengths, then other widths, dtypes and feature maps."""
+    """Yield what training uses, short and long, then other widths, dtypes and feature maps."""
     for is_causal, normalized in product((False, True), (False, True)):
-        form = Form(causal=is_causal, normalized=normalized)
+        variant = Variant(causal=is_causal, normalized=normalized)
         for num_tokens in (77 if is_causal else 197, 4096):
-            yield Case(form, num_tokens)
+            yield Case(variant, num_tokens)
         if not is_causal:  # one part, and a state that is kept for the backward
-            yield Case(form, 577, heads=1024)
+            yield Case(variant, 577, heads=1024)
     for is_causal, (dtype, dim) in product(
         (False, True),
         [
@@ -121,18 +125,25 @@ def cases() -> Iterator[Case]:
             ("fp32", 256),
         ],
     ):
-        yield Case(Form(causal=is_causal, normalized=True), 4096, dtype, dim)
+        yield Case(Variant(causal=is_causal, normalized=True), 4096, dtype, dim)
     for is_causal, feature_map in product((False, True), ("relu", "softplus")):
-        form = Form(causal=is_causal, normalized=True, feature_map=feature_map)
-        yield Case(form, 4096)
-    yield Case(Form(causal=True, length_exponent=0.5), 4096)
+        variant = Variant(causal=is_causal, normalized=True, feature_map=feature_map)
+        yield Case(variant, 4096)
+    yield Case(Variant(causal=True, length_exponent=0.5), 4096)
 
 
 def measure(case: Case, capability: int) -> list[Usage]:
-    """Compile the kernels of a case for a compute capability (80, 90, 100) and read the cubins.
+    """Compile the kernels of a case and read their cubins.
+
+    Args:
+        case: The inputs.
+        capability: The compute capability, 80, 90 or 100.
+
+    Returns:
+        One Usage per kernel.
 
     Raises:
-        RuntimeError: cuobjdump does not tell the usage of a kernel.
+        RuntimeError: cuobjdump does not report the usage of a kernel.
     """
     usages: dict[str, Usage] = {}
     for launch in case.launches(capability):
@@ -143,7 +154,7 @@ def measure(case: Case, capability: int) -> list[Usage]:
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         match = re.search(r"REG:(\d+) STACK:(\d+)", text)
         if match is None:
-            raise RuntimeError(f"cuobjdump says nothing of registers: {text!r}")
+            raise RuntimeError(f"cuobjdump reports no registers: {text!r}")
         name = _name(launch)
         usages[name] = Usage(
             case=case,
@@ -160,9 +171,9 @@ def measure(case: Case, capability: int) -> list[Usage]:
 def _name(launch: Launch) -> str:
     name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
     arguments = launch.arguments
-    if name == "backward" and arguments["p_dk"] is None:
+    if name == "backward" and arguments["dk"] is None:
         return "backward, queries"
-    if name == "backward" and arguments["p_dq"] is None:
+    if name == "backward" and arguments["dq"] is None:
         return "backward, keys"
     if name == "sum_states" and arguments["p_rows"] is not None:
         return "sum_states, weighted"
@@ -170,7 +181,7 @@ def _name(launch: Launch) -> str:
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
-    """Compile with the very signature and specialisation that the launch would have."""
+    """Compile with exactly the signature and specialisation that the launch would have."""
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     kernel = launch.kernel
