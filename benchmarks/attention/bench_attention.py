@@ -38,7 +38,7 @@ from benchmarks.attention.timing import (
 from ds_linclip.provenance import commit_of, device_name, folder_name
 from linclip_kernels import linear_attention, linear_attention_reference
 from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.variant import Variant
 
 TOKENS = (77, 197, 577, 1025, 4096, 16_384, 65_536, 262_144, 2**20, 2**22)
 NOT_INSTALLED = "not installed"
@@ -121,7 +121,7 @@ def check_forms(device: str, tokens: list[int]) -> list[Check]:
 
 
 def _definition(q: Tensor, k: Tensor, v: Tensor, **form: Any) -> Tensor:
-    return attend(q, k, v, Form(**form))
+    return attend(q, k, v, Variant(**form))
 
 
 def _corners(x: Tensor) -> Tensor:

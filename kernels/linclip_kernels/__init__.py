@@ -1,4 +1,4 @@
-"""Linear attention: one function, its two halves, several ways to compute it."""
+"""Linear attention: the operator, its two halves, and the definition they are tested against."""
 
 from linclip_kernels.linear_attention.op import linear_attention
 from linclip_kernels.linear_attention.reference import linear_attention_reference

@@ -1,4 +1,4 @@
-"""What the tests of the operator share: inputs, checks, and the one error rule.
+"""Inputs, checks and the error rule that all tests of the operator share.
 
 err(implementation) <= 2 * err(the definition in the same dtype) + ATOL[dtype]
 
@@ -19,9 +19,9 @@ from linclip_kernels import (
     linear_attention_state,
 )
 from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.variant import Variant
 
-FORMS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "eq7": {},
     "eq4": {"normalized": True},
     "causal-eq7": {"causal": True},
@@ -33,8 +33,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "eq7-raw": {"qk_norm": False},
     "causal-eq7-raw": {"causal": True, "qk_norm": False},
 }
-#: Every feature map but the default one, in forms that use it differently.
-MAP_FORMS: dict[str, dict[str, Any]] = {
+#: Every feature map but the default one, in variants that use it differently.
+MAP_VARIANTS: dict[str, dict[str, Any]] = {
     "eq4-relu": {"feature_map": "relu", "normalized": True},
     "causal-eq7-relu": {"feature_map": "relu", "causal": True},
     "eq7-softplus": {"feature_map": "softplus"},
@@ -56,10 +56,10 @@ def make_inputs(
     qk_norm: bool = True,
     seed: int = 0,
 ) -> tuple[list[Tensor], Tensor]:
-    """q, k, v that require gradients and an output gradient, for shape (B, N, H, D, Dv).
+    """Return q, k, v that require gradients, and an output gradient, for shape (B, N, H, D, Dv).
 
-    packed: q, k, v are views of one [B, N, H, 3, D]. Without qk_norm the rows of q and k are short,
-    as the operator asks of its caller.
+    With packed, q, k, v are views of one [B, N, H, 3, D]. Without qk_norm the rows of q and k are
+    short, as the operator requires.
     """
     batch, num_tokens, heads, key_dim, value_dim = shape
     generator = torch.Generator().manual_seed(seed)
@@ -81,7 +81,7 @@ def make_inputs(
             draw(*rows, value_dim),
         ]
         inputs = [x.to(device, dtype) for x in inputs]
-    # A gradient that comes from a permuted tensor, as it may in a model.
+    # The gradient is a permuted tensor, as it may be in a model.
     grad = draw(batch, heads, num_tokens, value_dim).transpose(1, 2).to(device, dtype)
     return [x.detach().requires_grad_() for x in inputs], grad
 
@@ -89,7 +89,7 @@ def make_inputs(
 def with_gradients(
     function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, **options: Any
 ) -> list[Tensor]:
-    """Output, dq, dk, dv."""
+    """Return the output, dq, dk, dv."""
     out = function(*inputs, **options)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
@@ -102,11 +102,11 @@ def check_against_definition(
     function: Callable[..., Tensor] = linear_attention,
     **options: Any,
 ) -> None:
-    """Hold output and gradients of the operator, or its halves, to the rule of this module."""
+    """Check output and gradients of the operator, or its halves, by the rule of this module."""
     dtype = inputs[0].dtype
     exact = [x.detach().double().requires_grad_() for x in inputs]
     truth = with_gradients(linear_attention_reference, exact, grad.double(), **options)
-    rough = with_gradients(lambda q, k, v: attend(q, k, v, Form(**options)), inputs, grad)
+    rough = with_gradients(lambda q, k, v: attend(q, k, v, Variant(**options)), inputs, grad)
     found = with_gradients(function, inputs, grad, backend=backend, **options)
     for name, value, by_plain, true in zip(
         ("o", "dq", "dk", "dv"), found, rough, truth, strict=True
@@ -118,7 +118,7 @@ def check_against_definition(
 
 
 def from_state(q: Tensor, k: Tensor, v: Tensor, *, parts: int = 1, **options: Any) -> Tensor:
-    """The two halves of the operator; the keys in some parts whose states are added."""
+    """Call the two halves of the operator; the states of the parts of the keys are added."""
     shared = {name: options[name] for name in ("qk_norm", "feature_map") if name in options}
     shared["backend"] = options["backend"]
     cut = [x.tensor_split(parts, dim=1) for x in (k, v)]
@@ -137,7 +137,7 @@ def check_halves_against_definition(
     parts: int = 1,
     **options: Any,
 ) -> None:
-    """Hold the state, and queries that see it, to the rule; shape is (B, keys, H, D, Dv)."""
+    """Check the state, and queries that see it, by the rule; shape is (B, keys, H, D, Dv)."""
     batch, _, heads, key_dim, value_dim = shape
     scale = options.get("qk_norm", True)
     (_, k, v), _ = make_inputs(shape, dtype, device=device, qk_norm=scale)
@@ -148,7 +148,7 @@ def check_halves_against_definition(
 
 
 def check_single_key_state(backend: str, device: str) -> None:
-    """Eq. 4 with one key: its value exactly, for any query; nothing to q, k of parts without it."""
+    """Eq. 4 with one key gives exactly its value, for any query, and no gradient to q and k."""
     (q, _, _), grad = make_inputs((2, 3, 2, 16, 16), torch.float32, device=device)
     (_, _, v), _ = make_inputs((2, 1, 2, 16, 16), torch.float32, device=device)
     k = (-q[:, :1].detach()).requires_grad_()
@@ -160,17 +160,17 @@ def check_single_key_state(backend: str, device: str) -> None:
     torch.testing.assert_close(d_v, grad.sum(1, keepdim=True))
 
 
-def check_empty_halves(form: dict[str, Any], backend: str, device: str) -> None:
+def check_empty_halves(variant: dict[str, Any], backend: str, device: str) -> None:
     """No keys give a state of zeros, no queries an empty output; gradients are zero or empty."""
     inputs, grad = make_inputs((2, 0, 2, 16, 24), torch.float32, device=device)
-    shared = {name: form[name] for name in ("qk_norm", "feature_map") if name in form}
+    shared = {name: variant[name] for name in ("qk_norm", "feature_map") if name in variant}
     state = linear_attention_state(*inputs[1:], backend=backend, **shared)
     assert state.dtype == torch.float32
     assert not state.any()
     d_k, d_v = torch.autograd.grad(state, inputs[1:], torch.ones_like(state))
     assert (d_k.shape, d_v.shape) == (inputs[1].shape, inputs[2].shape)
     seen = torch.ones_like(state).requires_grad_()
-    out = linear_attention_from_state(inputs[0], seen, backend=backend, **form)
+    out = linear_attention_from_state(inputs[0], seen, backend=backend, **variant)
     assert out.shape == inputs[2].shape
     d_q, d_state = torch.autograd.grad(out, [inputs[0], seen], grad)
     assert d_q.shape == inputs[0].shape
@@ -178,26 +178,28 @@ def check_empty_halves(form: dict[str, Any], backend: str, device: str) -> None:
 
 
 def check_collapsed_keys(
-    form: dict[str, Any], dtype: torch.dtype, backend: str, device: str
+    variant: dict[str, Any], dtype: torch.dtype, backend: str, device: str
 ) -> None:
     """Keys collapsed to minus the query's direction: the denominator of Eq. 4 reaches zero."""
     inputs, grad = make_inputs((1, 70, 1, 32, 32), dtype, device=device)
     direction = 10 * inputs[0][:, :1].detach()
     q = direction.expand_as(inputs[0]).clone().requires_grad_()
     k = (-direction).expand_as(inputs[1]).clone().requires_grad_()
-    found = with_gradients(linear_attention, [q, k, inputs[2]], grad, backend=backend, **form)
+    found = with_gradients(linear_attention, [q, k, inputs[2]], grad, backend=backend, **variant)
     for value in found:
         assert value.isfinite().all()
-    if form.get("causal"):
+    if variant.get("causal"):
         assert torch.equal(found[0][:, 0], inputs[2][:, 0])  # one key: its value, exactly
         assert not found[1][:, 0].any()  # and no gradient to q
 
 
-def check_single_key(form: dict[str, Any], backend: str, device: str) -> None:
-    """Eq. 4 with one key of score zero: its value exactly, and no gradient to q and k."""
+def check_single_key(variant: dict[str, Any], backend: str, device: str) -> None:
+    """Eq. 4 with one key of score zero gives exactly its value, and no gradient to q and k."""
     (q, _, v), grad = make_inputs((2, 1, 2, 16, 16), torch.float32, device=device)
     k = (-q.detach()).requires_grad_()
-    out, d_q, d_k, d_v = with_gradients(linear_attention, [q, k, v], grad, backend=backend, **form)
+    out, d_q, d_k, d_v = with_gradients(
+        linear_attention, [q, k, v], grad, backend=backend, **variant
+    )
     assert torch.equal(out, v)
     assert not d_q.any()
     assert not d_k.any()
@@ -205,12 +207,12 @@ def check_single_key(form: dict[str, Any], backend: str, device: str) -> None:
 
 
 def check_nan_stays_where_the_formula_puts_it(
-    form: dict[str, Any], backend: str, device: str
+    variant: dict[str, Any], backend: str, device: str
 ) -> None:
     """A NaN in one entry of q, k or v reaches what depends on it, and nothing else."""
     row, head, column = 5, 1, 3
     earlier, this, later = slice(0, row), slice(row, row + 1), slice(row + 1, None)
-    causal, normalized = form.get("causal", False), form.get("normalized", False)
+    causal, normalized = variant.get("causal", False), variant.get("normalized", False)
     # Rows of o, dq, dk, dv that must stay clean.
     others = [earlier, later]
     before = [earlier] if causal else []
@@ -221,12 +223,12 @@ def check_nan_stays_where_the_formula_puts_it(
         "v": (before, before, [] if normalized else others, [earlier, this, later]),
     }
     inputs, grad = make_inputs((2, 40, 2, 32, 32), torch.float32, device=device)
-    clean = with_gradients(linear_attention, inputs, grad, backend=backend, **form)
+    clean = with_gradients(linear_attention, inputs, grad, backend=backend, **variant)
     for name, x, rows in zip("qkv", inputs, clean_rows.values(), strict=True):
         poisoned = [y.detach().clone().requires_grad_() for y in inputs]
         with torch.no_grad():
             poisoned["qkv".index(name)][0, row, head, column] = float("nan")
-        dirty = with_gradients(linear_attention, poisoned, grad, backend=backend, **form)
+        dirty = with_gradients(linear_attention, poisoned, grad, backend=backend, **variant)
         assert dirty[0][0, row, head, column].isnan(), name
         for expected, found, row_sets in zip(clean, dirty, rows, strict=True):
             assert torch.equal(expected[1], found[1])
@@ -243,8 +245,8 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def check_states_carry_on(
-    form: dict[str, Any],
+def check_pieces_match_whole(
+    variant: dict[str, Any],
     backend: str,
     device: str,
     cut: int,
@@ -252,7 +254,7 @@ def check_states_carry_on(
     dims: tuple[int, int] = (16, 24),
     heads: int = 2,
 ) -> None:
-    """A sequence in two pieces that hand over states is the sequence in one piece.
+    """A sequence computed in two pieces, with their states, matches the sequence in one piece.
 
     Causal: the second piece continues the first. Bidirectional: each piece gets the other's state,
     as ranks do that hold parts of one sequence.
@@ -261,27 +263,27 @@ def check_states_carry_on(
 
     def in_two_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pieces = [[x[:, :cut] for x in (q, k, v)], [x[:, cut:] for x in (q, k, v)]]
-        options = {**form, "backend": backend}
+        options = {**variant, "backend": backend}
         states = [linear_attention(*x, return_state=True, **options)[1] for x in pieces]
-        others: list[Tensor | None] = [None if form.get("causal") else states[1], states[0]]
+        others: list[Tensor | None] = [None if variant.get("causal") else states[1], states[0]]
         rows = [
             linear_attention(*x, initial_state=state, **options)
             for x, state in zip(pieces, others, strict=True)
         ]
         return torch.cat(rows, 1)
 
-    whole = with_gradients(linear_attention, inputs, grad, backend=backend, **form)
+    whole = with_gradients(linear_attention, inputs, grad, backend=backend, **variant)
     found = with_gradients(in_two_pieces, inputs, grad)
     for value, expected in zip(found, whole, strict=True):
         error = relative_rms(value, expected.double())
         assert error <= 20 * ATOL[torch.float32], f"relative RMS {error:.2e}"
 
 
-def check_sequences_stand_alone(
-    form: dict[str, Any], backend: str, device: str, lengths: list[int]
+def check_sequences_are_independent(
+    variant: dict[str, Any], backend: str, device: str, lengths: list[int]
 ) -> None:
-    """Sequences behind each other in one batch entry are computed as if each stood alone."""
-    options = {**form, "backend": backend, "return_state": True}
+    """Sequences concatenated in one batch entry are computed as if each were alone."""
+    options = {**variant, "backend": backend, "return_state": True}
     boundaries = torch.tensor([0, *lengths]).cumsum(0)
     inputs, grad = make_inputs((1, sum(lengths), 2, 16, 24), torch.float32, device=device)
     together, states = linear_attention(*inputs, cu_seqlens=boundaries, **options)
@@ -301,16 +303,18 @@ def check_sequences_stand_alone(
     assert not states[empty].any()
 
 
-def check_small_features(form: dict[str, Any], backend: str, device: str) -> None:
-    """softplus of rows far below zero, not normalised: e^x, of which no digit may be lost."""
+def check_small_features(variant: dict[str, Any], backend: str, device: str) -> None:
+    """softplus of rows far below zero, not normalised, is e^x, and must keep all its digits."""
     (q, k, v), grad = make_inputs((1, 50, 1, 32, 32), torch.float32, device=device)
     inputs = [(q.detach() + 5).requires_grad_(), (k.detach() - 16).requires_grad_(), v]
-    options = {"feature_map": "softplus", "qk_norm": False, **form}
+    options = {"feature_map": "softplus", "qk_norm": False, **variant}
     check_against_definition(inputs, grad, backend, **options)
 
 
-def check_cancelling_sums(form: dict[str, Any], backend: str, device: str, num_tokens: int) -> None:
-    """bfloat16 where the state's leading digits cancel, so that its low half counts.
+def check_cancelling_sums(
+    variant: dict[str, Any], backend: str, device: str, num_tokens: int
+) -> None:
+    """bfloat16 where the state's leading digits cancel, so that its low half matters.
 
     The keys lie near minus the queries, scores near 0, and the values have a large common mean.
     """
@@ -320,13 +324,13 @@ def check_cancelling_sums(form: dict[str, Any], backend: str, device: str, num_t
     k = -direction + k.detach() * 0.3
     v = 4 + v.detach()
     inputs = [x.bfloat16().requires_grad_() for x in (q, k, v)]
-    check_against_definition(inputs, grad.bfloat16(), backend, **form)
+    check_against_definition(inputs, grad.bfloat16(), backend, **variant)
 
 
 def check_later_tokens_do_not_matter(
-    form: dict[str, Any], backend: str, device: str, num_tokens: int
+    variant: dict[str, Any], backend: str, device: str, num_tokens: int
 ) -> None:
-    """Causal: other q, k, v from some token on leave all earlier outputs bitwise the same."""
+    """Causal: changing q, k, v from some token on leaves all earlier outputs bitwise the same."""
     inputs, _ = make_inputs((1, num_tokens, 2, 32, 32), torch.float32, device=device)
     others, _ = make_inputs((1, num_tokens, 2, 32, 32), torch.float32, device=device, seed=1)
     cut = num_tokens // 2 + 3
@@ -334,7 +338,7 @@ def check_later_tokens_do_not_matter(
         mixed = [
             torch.cat([x[:, :cut], y[:, cut:]], 1) for x, y in zip(inputs, others, strict=True)
         ]
-        out = linear_attention(*inputs, backend=backend, **form)
-        changed = linear_attention(*mixed, backend=backend, **form)
+        out = linear_attention(*inputs, backend=backend, **variant)
+        changed = linear_attention(*mixed, backend=backend, **variant)
     assert torch.equal(out[:, :cut], changed[:, :cut])
     assert not torch.equal(out[:, cut:], changed[:, cut:])

@@ -1,4 +1,4 @@
-"""The torch form and the public function against the definition."""
+"""The torch backend and the public function against the definition."""
 
 import gc
 import itertools
@@ -13,26 +13,26 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from helpers.kernel_checks import (
-    FORMS,
-    MAP_FORMS,
+    MAP_VARIANTS,
+    VARIANTS,
     check_against_definition,
     check_cancelling_sums,
     check_collapsed_keys,
     check_later_tokens_do_not_matter,
     check_nan_stays_where_the_formula_puts_it,
-    check_sequences_stand_alone,
+    check_pieces_match_whole,
+    check_sequences_are_independent,
     check_single_key,
     check_small_features,
-    check_states_carry_on,
     make_inputs,
     relative_rms,
     with_gradients,
 )
 from linclip_kernels import linear_attention, linear_attention_reference
 from linclip_kernels.linear_attention import torch_backend
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.variant import Variant
 
-CAUSAL = {name: form for name, form in FORMS.items() if form.get("causal")}
+CAUSAL = {name: variant for name, variant in VARIANTS.items() if variant.get("causal")}
 LENGTHS = (1, 2, 15, 63, 77, 197, 500, 577, 1025)
 DIMS = (32, 60, 64, 80, 96, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,137 +43,139 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("form", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
 @pytest.mark.parametrize(("num_tokens", "dtype", "dim"), SHAPES)
-def test_torch_form_matches_definition(
-    num_tokens: int, dtype: torch.dtype, dim: int, form: str
+def test_torch_backend_matches_definition(
+    num_tokens: int, dtype: torch.dtype, dim: int, variant: str
 ) -> None:
     inputs, grad = make_inputs((1, num_tokens, 2, dim, dim), dtype)
-    check_against_definition(inputs, grad, "torch", **FORMS[form])
+    check_against_definition(inputs, grad, "torch", **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("value_dim", [24, 96])
-def test_torch_form_with_other_value_width(form: str, value_dim: int) -> None:
-    qk_norm = FORMS[form].get("qk_norm", True)
+def test_torch_backend_with_other_value_width(variant: str, value_dim: int) -> None:
+    qk_norm = VARIANTS[variant].get("qk_norm", True)
     inputs, grad = make_inputs((2, 150, 2, 48, value_dim), torch.float32, qk_norm=qk_norm)
-    check_against_definition(inputs, grad, "torch", **FORMS[form])
+    check_against_definition(inputs, grad, "torch", **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_torch_form_reads_packed_views(form: str) -> None:
-    qk_norm = FORMS[form].get("qk_norm", True)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_torch_backend_reads_packed_views(variant: str) -> None:
+    qk_norm = VARIANTS[variant].get("qk_norm", True)
     inputs, grad = make_inputs((2, 65, 3, 32, 32), torch.float32, packed=True, qk_norm=qk_norm)
     assert not inputs[0].is_contiguous()
-    check_against_definition(inputs, grad, "torch", **FORMS[form])
+    check_against_definition(inputs, grad, "torch", **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_tokens", [1, 5, 130])  # 130: several causal tiles, the last one short
-def test_gradcheck(form: str, num_tokens: int) -> None:
-    qk_norm = FORMS[form].get("qk_norm", True)
+def test_gradcheck(variant: str, num_tokens: int) -> None:
+    qk_norm = VARIANTS[variant].get("qk_norm", True)
     inputs, _ = make_inputs((1, num_tokens, 1, 2, 1), torch.float64, qk_norm=qk_norm)
     torch.autograd.gradcheck(
-        lambda q, k, v: linear_attention(q, k, v, **FORMS[form]), inputs, fast_mode=num_tokens > 5
+        lambda q, k, v: linear_attention(q, k, v, **VARIANTS[variant]),
+        inputs,
+        fast_mode=num_tokens > 5,
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_float64_is_computed_in_float64(form: str) -> None:
-    qk_norm = FORMS[form].get("qk_norm", True)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float64_is_computed_in_float64(variant: str) -> None:
+    qk_norm = VARIANTS[variant].get("qk_norm", True)
     inputs, grad = make_inputs((2, 150, 2, 16, 24), torch.float64, qk_norm=qk_norm)
-    found = with_gradients(linear_attention, inputs, grad, **FORMS[form])
-    truth = with_gradients(linear_attention_reference, inputs, grad, **FORMS[form])
+    found = with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
+    truth = with_gradients(linear_attention_reference, inputs, grad, **VARIANTS[variant])
     assert max(map(relative_rms, found, truth)) < 1e-13
 
 
-@pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
-def test_clamped_denominator_passes_no_gradient(form: str) -> None:
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
+def test_clamped_denominator_passes_no_gradient(variant: str) -> None:
     inputs, grad = make_inputs((1, 20, 1, 8, 8), torch.float64)
     direction = 10 * inputs[0][:, :1].detach()
     q = direction.expand_as(inputs[0]).clone().requires_grad_()
     k = (-direction).expand_as(inputs[1]).clone().requires_grad_()
     inputs = [q, k, inputs[2]]
-    found = with_gradients(linear_attention, inputs, grad, **FORMS[form])
-    truth = with_gradients(linear_attention_reference, inputs, grad, **FORMS[form])
+    found = with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
+    truth = with_gradients(linear_attention_reference, inputs, grad, **VARIANTS[variant])
     assert max(map(relative_rms, found, truth)) < 1e-6  # 1 - |q|^2 keeps few of its digits
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_second_derivative_is_refused(form: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_second_derivative_is_refused(variant: str) -> None:
     (q, k, v), grad = make_inputs((1, 9, 1, 16, 16), torch.float32)
-    out = linear_attention(q, k, v, **FORMS[form])
+    out = linear_attention(q, k, v, **VARIANTS[variant])
     (d_q,) = torch.autograd.grad(out, q, grad.requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         d_q.sum().backward()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_tokens", [77, 300])
-def test_same_bits_twice(form: str, num_tokens: int) -> None:
+def test_same_bits_twice(variant: str, num_tokens: int) -> None:
     inputs, grad = make_inputs((2, num_tokens, 2, 32, 32), torch.float32)
-    first = with_gradients(linear_attention, inputs, grad, **FORMS[form])
-    second = with_gradients(linear_attention, inputs, grad, **FORMS[form])
+    first = with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
+    second = with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_nan_stays_where_the_formula_puts_it(form: str) -> None:
-    check_nan_stays_where_the_formula_puts_it(FORMS[form], "torch", "cpu")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nan_stays_where_the_formula_puts_it(variant: str) -> None:
+    check_nan_stays_where_the_formula_puts_it(VARIANTS[variant], "torch", "cpu")
 
 
-@pytest.mark.parametrize("form", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
-def test_cancelling_sums(form: str) -> None:
-    check_cancelling_sums(FORMS[form], "torch", "cpu", 2000)
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+def test_cancelling_sums(variant: str) -> None:
+    check_cancelling_sums(VARIANTS[variant], "torch", "cpu", 2000)
 
 
-@pytest.mark.parametrize("form", MAP_FORMS)
+@pytest.mark.parametrize("variant", MAP_VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_tokens", [2, 77, 300])
-def test_feature_maps_match_definition(form: str, dtype: torch.dtype, num_tokens: int) -> None:
+def test_feature_maps_match_definition(variant: str, dtype: torch.dtype, num_tokens: int) -> None:
     inputs, grad = make_inputs((2, num_tokens, 2, 20, 40), dtype)
-    if not MAP_FORMS[form].get("qk_norm", True):
+    if not MAP_VARIANTS[variant].get("qk_norm", True):
         inputs = [(x * 0.2 if i < 2 else x).detach().requires_grad_() for i, x in enumerate(inputs)]
-    check_against_definition(inputs, grad, "torch", **MAP_FORMS[form])
+    check_against_definition(inputs, grad, "torch", **MAP_VARIANTS[variant])
 
 
-@pytest.mark.parametrize("form", [*FORMS, *MAP_FORMS])
+@pytest.mark.parametrize("variant", [*VARIANTS, *MAP_VARIANTS])
 @pytest.mark.parametrize(("cut", "num_tokens"), [(1, 2), (70, 210)])
-def test_states_carry_on(form: str, cut: int, num_tokens: int) -> None:
-    forms = {**FORMS, **MAP_FORMS}
-    check_states_carry_on(forms[form], "torch", "cpu", cut, num_tokens)
+def test_pieces_match_whole(variant: str, cut: int, num_tokens: int) -> None:
+    variants = {**VARIANTS, **MAP_VARIANTS}
+    check_pieces_match_whole(variants[variant], "torch", "cpu", cut, num_tokens)
 
 
-@pytest.mark.parametrize("form", [*FORMS, *MAP_FORMS])
-def test_sequences_stand_alone(form: str) -> None:
-    forms = {**FORMS, **MAP_FORMS}
+@pytest.mark.parametrize("variant", [*VARIANTS, *MAP_VARIANTS])
+def test_sequences_are_independent(variant: str) -> None:
+    variants = {**VARIANTS, **MAP_VARIANTS}
     lengths = [1, 0, 150, 40, 0]
-    check_sequences_stand_alone(forms[form], "torch", "cpu", lengths)
+    check_sequences_are_independent(variants[variant], "torch", "cpu", lengths)
 
 
-@pytest.mark.parametrize("form", [*FORMS, *MAP_FORMS])
-def test_long_sequences_are_cut_into_pieces(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**FORMS, **MAP_FORMS}[form]
+@pytest.mark.parametrize("variant", [*VARIANTS, *MAP_VARIANTS])
+def test_long_sequences_are_cut_into_pieces(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**VARIANTS, **MAP_VARIANTS}[variant]
     monkeypatch.setattr(torch_backend, "MIN_PIECE", 40)
     monkeypatch.setattr(torch_backend, "PIECE_ROWS", 1)
     inputs, grad = make_inputs((1, 150, 2, 20, 24), torch.float32)
     if not options.get("qk_norm", True):
         inputs = [(x * 0.2 if i < 2 else x).detach().requires_grad_() for i, x in enumerate(inputs)]
     check_against_definition(inputs, grad, "torch", **options)
-    check_states_carry_on(options, "torch", "cpu", 70, 210)
-    check_sequences_stand_alone(options, "torch", "cpu", [1, 0, 150, 40])
+    check_pieces_match_whole(options, "torch", "cpu", 70, 210)
+    check_sequences_are_independent(options, "torch", "cpu", [1, 0, 150, 40])
 
 
-@pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
-def test_small_features_keep_their_digits(form: str) -> None:
-    check_small_features(FORMS[form], "torch", "cpu")
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
+def test_small_features_keep_their_digits(variant: str) -> None:
+    check_small_features(VARIANTS[variant], "torch", "cpu")
 
 
-@pytest.mark.parametrize("form", ["eq7", "causal-eq4"])
-def test_returned_state_may_be_changed_in_place(form: str) -> None:
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4"])
+def test_returned_state_may_be_changed_in_place(variant: str) -> None:
     inputs, grad = make_inputs((1, 30, 2, 16, 16), torch.float32)
-    expected = with_gradients(linear_attention, inputs, grad, **FORMS[form])
-    out, state = linear_attention(*inputs, return_state=True, **FORMS[form])
+    expected = with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
+    out, state = linear_attention(*inputs, return_state=True, **VARIANTS[variant])
     with torch.no_grad():
         state += 1  # as an all-reduce would
     found = [out, *torch.autograd.grad(out, inputs, grad)]
@@ -211,15 +213,15 @@ def test_states_add() -> None:
     assert (whole[:, :, 0, -1] == 90).all()
 
 
-@pytest.mark.parametrize("form", ["eq7", "causal-eq4", "eq4-quadratic"])
-def test_gradcheck_of_states(form: str) -> None:
-    options = {**FORMS, **MAP_FORMS}[form]
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
+def test_gradcheck_of_states(variant: str) -> None:
+    options = {**VARIANTS, **MAP_VARIANTS}[variant]
     inputs, _ = make_inputs((2, 6, 1, 3, 2), torch.float64)
     _, state = linear_attention(*inputs, return_state=True, **options)
     number = state[..., :1, -1:].detach().clone()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        # The number of keys is no variable.
+        # The number of keys is not differentiated.
         first = torch.cat([sums[..., :1, :-1], number], dim=-1)
         initial = torch.cat([first, sums[..., 1:, :]], dim=-2)
         return linear_attention(q, k, v, initial_state=initial, return_state=True, **options)
@@ -227,28 +229,28 @@ def test_gradcheck_of_states(form: str) -> None:
     torch.autograd.gradcheck(attend, [*inputs, state.detach().requires_grad_()])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_nothing_waits_for_the_garbage_collector(form: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_waits_for_the_garbage_collector(variant: str) -> None:
     inputs, grad = make_inputs((1, 40, 2, 16, 16), torch.float32)
 
     def tensors() -> int:
         return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
-    with_gradients(linear_attention, inputs, grad, **FORMS[form])
+    with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
     gc.collect()
     gc.disable()
     try:
         before = tensors()
-        with_gradients(linear_attention, inputs, grad, **FORMS[form])
+        with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
         assert tensors() == before
     finally:
         gc.enable()
 
 
-@pytest.mark.parametrize("form", ["eq7", "causal-eq4", "eq4-quadratic"])
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(form: str, use_reentrant: bool) -> None:
-    options = {**FORMS, **MAP_FORMS}[form]
+def test_activation_checkpointing(variant: str, use_reentrant: bool) -> None:
+    options = {**VARIANTS, **MAP_VARIANTS}[variant]
     inputs, grad = make_inputs((1, 150, 2, 32, 32), torch.float32)
     plain = with_gradients(linear_attention, inputs, grad, **options)
 
@@ -260,9 +262,9 @@ def test_activation_checkpointing(form: str, use_reentrant: bool) -> None:
     assert all(map(torch.equal, plain, (out, *(x.grad for x in inputs))))
 
 
-@pytest.mark.parametrize("form", ["eq7", "causal-eq4", "eq4-quadratic"])
-def test_compiles_to_one_graph_for_all_lengths(form: str) -> None:
-    options = {**FORMS, **MAP_FORMS}[form]
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
+def test_compiles_to_one_graph_for_all_lengths(variant: str) -> None:
+    options = {**VARIANTS, **MAP_VARIANTS}[variant]
     graphs = 0
 
     def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -286,31 +288,31 @@ def test_compiles_to_one_graph_for_all_lengths(form: str) -> None:
 
 def test_operators_are_registered_as_torch_wants_them() -> None:
     (q, k, v), _ = make_inputs((1, 20, 2, 16, 16), torch.float32)
-    options = Form(causal=True, normalized=True)
+    options = Variant(causal=True, normalized=True)
     arguments = (q, k, v, None, torch.tensor([0, 5, 20]), *options, True, False)
     torch.library.opcheck(torch.ops.linclip.linear_attention, arguments)
 
 
-@pytest.mark.parametrize("form", CAUSAL)
+@pytest.mark.parametrize("variant", CAUSAL)
 @pytest.mark.parametrize("num_tokens", [77, 300])
-def test_later_tokens_do_not_matter(form: str, num_tokens: int) -> None:
-    check_later_tokens_do_not_matter(CAUSAL[form], "torch", "cpu", num_tokens)
+def test_later_tokens_do_not_matter(variant: str, num_tokens: int) -> None:
+    check_later_tokens_do_not_matter(CAUSAL[variant], "torch", "cpu", num_tokens)
 
 
-@pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_collapsed_keys_stay_finite(form: str, dtype: torch.dtype) -> None:
-    check_collapsed_keys(FORMS[form], dtype, "torch", "cpu")
+def test_collapsed_keys_stay_finite(variant: str, dtype: torch.dtype) -> None:
+    check_collapsed_keys(VARIANTS[variant], dtype, "torch", "cpu")
 
 
-@pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
-def test_single_key_returns_its_value(form: str) -> None:
-    check_single_key(FORMS[form], "torch", "cpu")
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
+def test_single_key_returns_its_value(variant: str) -> None:
+    check_single_key(VARIANTS[variant], "torch", "cpu")
 
 
-@pytest.mark.parametrize("form", ["eq7", "causal-eq4", "eq4-quadratic"])
-def test_autocast_casts_as_torch_attention_does(form: str) -> None:
-    options = {**FORMS, **MAP_FORMS}[form]
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
+def test_autocast_casts_as_torch_attention_does(variant: str) -> None:
+    options = {**VARIANTS, **MAP_VARIANTS}[variant]
     (q, k, v), grad = make_inputs((1, 150, 2, 32, 32), torch.float32)
     low = [x.bfloat16().detach().requires_grad_() for x in (q, k, v)]
     expected = with_gradients(linear_attention, low, grad.bfloat16(), **options)

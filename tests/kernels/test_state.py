@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from helpers.kernel_checks import (
-    FORMS,
-    MAP_FORMS,
+    MAP_VARIANTS,
+    VARIANTS,
     check_empty_halves,
     check_halves_against_definition,
     check_single_key_state,
@@ -24,33 +24,35 @@ from linclip_kernels import linear_attention, linear_attention_from_state, linea
 from linclip_kernels.linear_attention import torch_backend
 
 BIDIRECTIONAL = {
-    name: form for name, form in {**FORMS, **MAP_FORMS}.items() if not form.get("causal")
+    name: variant
+    for name, variant in {**VARIANTS, **MAP_VARIANTS}.items()
+    if not variant.get("causal")
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Where the halves are put together, the torch form is chosen here.
+#: The halves one after the other, computed by the torch backend.
 halves = partial(from_state, backend="torch")
 
 
-@pytest.mark.parametrize("form", BIDIRECTIONAL)
+@pytest.mark.parametrize("variant", BIDIRECTIONAL)
 @pytest.mark.parametrize(
     ("num_keys", "num_queries", "dtype"),
     [(77, 300, DTYPES[0]), (197, 5, DTYPES[1]), (2, 1, DTYPES[2])],
 )
 @pytest.mark.parametrize("parts", [1, 3])
 def test_halves_match_definition(
-    form: str, num_keys: int, num_queries: int, dtype: torch.dtype, parts: int
+    variant: str, num_keys: int, num_queries: int, dtype: torch.dtype, parts: int
 ) -> None:
-    """Parts of the keys as ranks hold them: 3 of 2 keys leave one rank without."""
-    shape, options = (2, num_keys, 2, 20, 40), BIDIRECTIONAL[form]
+    """Parts of the keys as ranks hold them: of 3 ranks with 2 keys, one has none."""
+    shape, options = (2, num_keys, 2, 20, 40), BIDIRECTIONAL[variant]
     check_halves_against_definition(
         shape, num_queries, dtype, "torch", "cpu", parts=parts, **options
     )
 
 
-@pytest.mark.parametrize("form", BIDIRECTIONAL)
+@pytest.mark.parametrize("variant", BIDIRECTIONAL)
 @pytest.mark.parametrize("num_tokens", [1, 2, 150])
-def test_halves_are_the_whole_operator(form: str, num_tokens: int) -> None:
-    options = BIDIRECTIONAL[form]
+def test_halves_match_whole_operator(variant: str, num_tokens: int) -> None:
+    options = BIDIRECTIONAL[variant]
     qk_norm = options.get("qk_norm", True)
     inputs, grad = make_inputs((2, num_tokens, 2, 16, 24), torch.float64, qk_norm=qk_norm)
     whole = with_gradients(linear_attention, inputs, grad, **options)
@@ -65,17 +67,19 @@ def test_halves_are_the_whole_operator(form: str, num_tokens: int) -> None:
     )
 
 
-@pytest.mark.parametrize("form", BIDIRECTIONAL)
-def test_long_sequences_are_cut_into_pieces(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variant", BIDIRECTIONAL)
+def test_long_sequences_are_cut_into_pieces(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_backend, "MIN_PIECE", 40)
     monkeypatch.setattr(torch_backend, "PIECE_ROWS", 1)
     shape = 1, 150, 2, 20, 24
-    check_halves_against_definition(shape, 90, torch.float32, "torch", "cpu", **BIDIRECTIONAL[form])
+    check_halves_against_definition(
+        shape, 90, torch.float32, "torch", "cpu", **BIDIRECTIONAL[variant]
+    )
 
 
-@pytest.mark.parametrize("form", ["eq7", "eq4", "eq4-relu", "eq4-quadratic"])
-def test_gradcheck(form: str) -> None:
-    options = BIDIRECTIONAL[form]
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "eq4-relu", "eq4-quadratic"])
+def test_gradcheck(variant: str) -> None:
+    options = BIDIRECTIONAL[variant]
     (_, k, v), _ = make_inputs((2, 6, 1, 3, 2), torch.float64)
     (q, _, _), _ = make_inputs((2, 4, 1, 3, 2), torch.float64, seed=1)
     shared = {name: options[name] for name in ("qk_norm", "feature_map") if name in options}
@@ -83,7 +87,7 @@ def test_gradcheck(form: str) -> None:
     number = state[..., :1, -1:].clone()
 
     def attend(q: Tensor, sums: Tensor) -> Tensor:
-        # The number of keys is no variable.
+        # The number of keys is not differentiated.
         first = torch.cat([sums[..., :1, :-1], number], dim=-1)
         return linear_attention_from_state(q, torch.cat([first, sums[..., 1:, :]], -2), **options)
 
@@ -91,9 +95,9 @@ def test_gradcheck(form: str) -> None:
     torch.autograd.gradcheck(attend, [q, state.requires_grad_()])
 
 
-@pytest.mark.parametrize("form", BIDIRECTIONAL)
-def test_empty_halves(form: str) -> None:
-    check_empty_halves(BIDIRECTIONAL[form], "torch", "cpu")
+@pytest.mark.parametrize("variant", BIDIRECTIONAL)
+def test_empty_halves(variant: str) -> None:
+    check_empty_halves(BIDIRECTIONAL[variant], "torch", "cpu")
 
 
 def test_state_of_a_single_key() -> None:
@@ -119,9 +123,9 @@ def test_state_may_be_changed_in_place() -> None:
     assert all(map(torch.equal, torch.autograd.grad(state, inputs[1:], grad), expected))
 
 
-@pytest.mark.parametrize("form", ["eq4", "eq7-quadratic"])
-def test_compiles_to_one_graph_for_all_lengths(form: str) -> None:
-    options = BIDIRECTIONAL[form]
+@pytest.mark.parametrize("variant", ["eq4", "eq7-quadratic"])
+def test_compiles_to_one_graph_for_all_lengths(variant: str) -> None:
+    options = BIDIRECTIONAL[variant]
     graphs = 0
 
     def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -160,9 +164,9 @@ def test_second_derivative_is_refused() -> None:
             d_x.sum().backward(retain_graph=True)
 
 
-@pytest.mark.parametrize("form", ["eq7", "eq4-quadratic"])
-def test_autocast_casts_as_torch_attention_does(form: str) -> None:
-    options = BIDIRECTIONAL[form]
+@pytest.mark.parametrize("variant", ["eq7", "eq4-quadratic"])
+def test_autocast_casts_as_torch_attention_does(variant: str) -> None:
+    options = BIDIRECTIONAL[variant]
     (q, k, v), grad = make_inputs((1, 150, 2, 32, 32), torch.float32)
     low = [x.bfloat16().detach().requires_grad_() for x in (q, k, v)]
     expected = with_gradients(halves, low, grad.bfloat16(), **options)

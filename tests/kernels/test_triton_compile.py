@@ -9,8 +9,9 @@ from linclip_kernels.linear_attention.triton_backend import bidirectional, causa
 from linclip_kernels.linear_attention.triton_backend.partition import (
     Call,
     Chip,
+    RowFactor,
     max_value_block,
-    split_tokens,
+    partition_tokens,
 )
 from linclip_kernels.linear_attention.triton_backend.resources import (
     SHARED_MEMORY,
@@ -19,9 +20,9 @@ from linclip_kernels.linear_attention.triton_backend.resources import (
     compile_launch,
     measure,
 )
-from linclip_kernels.linear_attention.variant import Form
+from linclip_kernels.linear_attention.variant import Variant
 
-#: Bytes per thread; the assembler keeps that little outside registers where it gains a block by it.
+#: Bytes per thread that the assembler may keep outside registers to fit another block.
 NEGLIGIBLE_STACK = 16
 
 
@@ -38,8 +39,8 @@ def test_training_kernels_fit_into_registers(capability: int) -> None:
     """What CLIP towers launch in training: bfloat16, heads of 64, all of Eq. 4 and Eq. 7."""
     training = [case for case in cases() if case.dtype == "bf16" and case.dim == 64]
     if capability < 90:  # for compute capability 8.0, the default feature map
-        training = [case for case in training if case.form.feature_map == "affine"]
-    assert {case.form.causal for case in training} == {False, True}
+        training = [case for case in training if case.variant.feature_map == "affine"]
+    assert {case.variant.causal for case in training} == {False, True}
     check([(case, capability) for case in training])
 
 
@@ -53,8 +54,8 @@ def test_other_kernels_fit_into_registers(capability: int) -> None:
 def test_widest_kernels_compile() -> None:
     """Heads of 256 do not fit into registers, but compile and have room in shared memory."""
     for case in (
-        Case(Form(normalized=True), 4096, "fp32", 256),
-        Case(Form(True, True), 77, "bf16", 256),
+        Case(Variant(normalized=True), 4096, "fp32", 256),
+        Case(Variant(True, True), 77, "bf16", 256),
     ):
         assert all(usage.blocks_per_sm >= 1 for usage in measure(case, 90))
 
@@ -63,15 +64,15 @@ def test_widest_kernels_compile() -> None:
 @pytest.mark.parametrize(("heads", "boundaries"), [(1, [0, 1]), (3, [0, 5, 5, 900])])
 def test_sequences_with_states_compile(heads: int, boundaries: list[int], is_causal: bool) -> None:
     """Tables, initial states and gradients of states; one head, which Triton specialises."""
-    form = Form(is_causal, normalized=heads == 1, length_exponent=0.5)
+    variant = Variant(is_causal, normalized=heads == 1, length_exponent=0.5)
     qkv = torch.empty(1, boundaries[-1], heads, 3, 60, dtype=torch.bfloat16, device="meta")
     q, k, v = qkv.unbind(3)
-    factor = torch.empty(1, boundaries[-1], device="meta")
+    factors = torch.empty(1, boundaries[-1], device="meta")
     plans = causal if is_causal else bidirectional
     for backward in (False, True):
-        split = split_tokens(q, 60, form, boundaries, backward=backward, chip=Chip())
-        state = split.empty_states(split.num_sequences)
-        call = Call(q, k, v, state, split, form, 0.5, factor)
+        partition = partition_tokens(q, 60, variant, boundaries, backward=backward, chip=Chip())
+        state = partition.empty_states(partition.num_sequences)
+        call = Call(q, k, v, state, partition, RowFactor(0.5, factors))
         if backward:
             gradients = tuple(map(torch.empty_like, (q, k, v)))
             _, launches = plans.plan_backward(call, state, torch.empty_like(v), state, gradients)
@@ -93,8 +94,10 @@ def test_parts_are_whole_blocks(
         q = torch.empty(1, num_tokens, heads, dim, dtype=dtype, device="meta")
         chip = Chip(capability=capability)
         value_dim = min(dim, max_value_block(q, chip))
-        split = split_tokens(q, value_dim, Form(is_causal, True), backward=backward, chip=chip)
-        (num_parts,) = split.parts_of_sequences
-        assert split.part % split.block_tokens == 0
-        assert split.part <= 4096
-        assert (num_parts - 1) * split.part < num_tokens <= num_parts * split.part
+        partition = partition_tokens(
+            q, value_dim, Variant(is_causal, True), backward=backward, chip=chip
+        )
+        (num_parts,) = partition.parts_of_sequences
+        assert partition.part % partition.block_tokens == 0
+        assert partition.part <= 4096
+        assert (num_parts - 1) * partition.part < num_tokens <= num_parts * partition.part

@@ -1,11 +1,11 @@
-"""The Triton kernels on a CUDA device: the interpreter's cases, and what only a device can hold."""
+"""The Triton kernels on a CUDA device: the interpreter's cases, and those that need a device."""
 
 import pytest
 import torch
 from triton_cases import *  # noqa: F403
 
 from helpers.kernel_checks import (
-    FORMS,
+    VARIANTS,
     check_against_definition,
     make_inputs,
     relative_rms,
@@ -19,29 +19,29 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("form", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_four_thousand_tokens(form: str, dtype: torch.dtype) -> None:
+def test_four_thousand_tokens(variant: str, dtype: torch.dtype) -> None:
     inputs, grad = make_inputs((1, 4096, 4, 64, 64), dtype, device="cuda")
-    check_against_definition(inputs, grad, "triton", **FORMS[form])
+    check_against_definition(inputs, grad, "triton", **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("form", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
 @pytest.mark.parametrize("num_tokens", [77, 197, 2000])
-def test_cuda_graph_replays_new_inputs(form: str, num_tokens: int) -> None:
+def test_cuda_graph_replays_new_inputs(variant: str, num_tokens: int) -> None:
     inputs, grad = make_inputs((2, num_tokens, 3, 64, 64), torch.bfloat16, device="cuda")
     others, _ = make_inputs((2, num_tokens, 3, 64, 64), torch.bfloat16, device="cuda", seed=1)
     for _ in range(3):  # compiled and warm before the capture
-        with_gradients(linear_attention, inputs, grad, **FORMS[form])
+        with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = with_gradients(linear_attention, inputs, grad, **FORMS[form])
+        captured = with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
     with torch.no_grad():
         for x, other in zip(inputs, others, strict=True):
             x.copy_(other)
     graph.replay()
     torch.cuda.synchronize()
-    expected = with_gradients(linear_attention, inputs, grad, **FORMS[form])
+    expected = with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
     assert all(map(torch.equal, captured, expected))
 
 
@@ -54,10 +54,10 @@ def test_cuda_graph_refuses_boundaries() -> None:
         linear_attention(q, k, v, cu_seqlens=torch.tensor([0, 77]))
 
 
-@pytest.mark.parametrize("form", ["eq7", "causal-eq4"])
-def test_inductor_compiles_around_the_operator(form: str) -> None:
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4"])
+def test_inductor_compiles_around_the_operator(variant: str) -> None:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return linear_attention(q, k, v, **FORMS[form]).square()
+        return linear_attention(q, k, v, **VARIANTS[variant]).square()
 
     inputs, grad = make_inputs((2, 197, 3, 64, 64), torch.bfloat16, device="cuda")
     plain = with_gradients(attend, inputs, grad)
@@ -66,13 +66,13 @@ def test_inductor_compiles_around_the_operator(form: str) -> None:
         assert relative_rms(value, expected.double()) < 1e-2
 
 
-@pytest.mark.parametrize("form", ["eq7", "causal-eq7"])
-def test_offsets_beyond_32_bits(form: str) -> None:
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq7"])
+def test_offsets_beyond_32_bits(variant: str) -> None:
     """A packed qkv of more than 2^31 elements: the last head against the same head alone."""
     num_tokens, heads, dim = 720_000, 16, 64
     qkv = torch.randn(1, num_tokens, heads, 3, dim, dtype=torch.bfloat16, device="cuda")
     assert qkv.numel() > 2**31
-    options = {**FORMS[form], "length_exponent": 1.0}
+    options = {**VARIANTS[variant], "length_exponent": 1.0}
     qkv.requires_grad_()
     out = linear_attention(*qkv.unbind(3), **options)
     out[:, :, -1].square().mean().backward()

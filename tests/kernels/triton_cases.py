@@ -3,8 +3,8 @@
 Not collected by its name: test_triton_interpreter.py runs it in a process of its own, for Triton
 reads TRITON_INTERPRET when kernels are defined, and test_triton_gpu.py runs it on the chip.
 
-The interpreter is slow. What is not marked slow has every kernel, flag, width and dtype once, with
-several blocks and several parts; what is marked has them in all combinations.
+The interpreter is slow. The tests that are not marked slow cover every kernel, flag, width and
+dtype once, with several blocks and several parts; those marked slow cover all combinations.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ import torch
 import triton
 
 from helpers.kernel_checks import (
-    FORMS,
-    MAP_FORMS,
+    MAP_VARIANTS,
+    VARIANTS,
     check_against_definition,
     check_cancelling_sums,
     check_collapsed_keys,
@@ -24,18 +24,18 @@ from helpers.kernel_checks import (
     check_halves_against_definition,
     check_later_tokens_do_not_matter,
     check_nan_stays_where_the_formula_puts_it,
-    check_sequences_stand_alone,
+    check_pieces_match_whole,
+    check_sequences_are_independent,
     check_single_key,
     check_single_key_state,
     check_small_features,
-    check_states_carry_on,
     make_inputs,
     with_gradients,
 )
 from linclip_kernels import linear_attention
 
-#: (N, D, Dv), dtype: every length and width, short and long of a block. Several parts: causal from
-#: 257 tokens on, bidirectional from 513 tokens on.
+#: (N, D, Dv), dtype: every length and width, below and above a block. There are several parts from
+#: 257 tokens on if causal, otherwise from 513 tokens on.
 SHAPES = [
     ((1, 32, 32), torch.float32),
     ((2, 64, 64), torch.bfloat16),
@@ -52,18 +52,18 @@ SHAPES = [
     ((500, 96, 32), torch.bfloat16),
     ((577, 32, 32), torch.float16),
 ]
-#: Of these, the ones at which the unnormalised forms run by default: they differ in one flag.
+#: Those at which the unnormalised variants run by default: they differ from the others in one flag.
 FEW_SHAPES = [(1, 32, 32), (15, 60, 60), (63, 80, 64), (77, 64, 64), (500, 96, 32)]
-#: These forms only, to save time.
+#: Long sequences and wide values, for one variant each to save time.
 LONG_SHAPES = [
     ("eq7", (1100, 32, 32), torch.bfloat16),
     ("eq4", (1025, 16, 144), torch.float32),
     pytest.param("causal-eq7", (300, 16, 256), torch.float32, marks=pytest.mark.slow),
     ("causal-eq4", (270, 16, 144), torch.bfloat16),
 ]
-MAIN_FORMS = ["eq7", "eq4", "causal-eq7", "causal-eq4"]
-STATE_FORMS = [*MAIN_FORMS, "eq7-alpha", "causal-eq7-alpha"]
-CAUSAL_FORMS = [name for name, form in FORMS.items() if form.get("causal")]
+MAIN_VARIANTS = ["eq7", "eq4", "causal-eq7", "causal-eq4"]
+STATE_VARIANTS = [*MAIN_VARIANTS, "eq7-alpha", "causal-eq7-alpha"]
+CAUSAL_VARIANTS = [name for name, variant in VARIANTS.items() if variant.get("causal")]
 
 
 def case(*values: Any, slow: bool) -> Any:
@@ -86,95 +86,100 @@ def poisoned_buffers(device: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("form", "shape", "dtype"),
+    ("variant", "shape", "dtype"),
     [
-        case(form, shape, dtype, slow="eq7" in form and shape not in FEW_SHAPES)
-        for form in MAIN_FORMS
+        case(variant, shape, dtype, slow="eq7" in variant and shape not in FEW_SHAPES)
+        for variant in MAIN_VARIANTS
         for shape, dtype in SHAPES
-        if shape[0] <= 256 or "causal" not in form
+        if shape[0] <= 256 or "causal" not in variant
     ],
 )
 def test_kernels_match_definition(
-    form: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+    variant: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
 ) -> None:
     num_tokens, key_dim, value_dim = shape
     inputs, grad = make_inputs((1, num_tokens, 1, key_dim, value_dim), dtype, device=device)
-    check_against_definition(inputs, grad, "triton", **FORMS[form])
+    check_against_definition(inputs, grad, "triton", **VARIANTS[variant])
 
 
-@pytest.mark.parametrize(("form", "shape", "dtype"), LONG_SHAPES)
+@pytest.mark.parametrize(("variant", "shape", "dtype"), LONG_SHAPES)
 def test_long_sequences_and_wide_values_match_definition(
-    form: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+    variant: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
 ) -> None:
     num_tokens, key_dim, value_dim = shape
     inputs, grad = make_inputs((1, num_tokens, 1, key_dim, value_dim), dtype, device=device)
-    check_against_definition(inputs, grad, "triton", **FORMS[form])
+    check_against_definition(inputs, grad, "triton", **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, case(torch.bfloat16, slow=True)])
-def test_kernels_read_packed_views(form: str, dtype: torch.dtype, device: str) -> None:
-    qk_norm = FORMS[form].get("qk_norm", True)
+def test_kernels_read_packed_views(variant: str, dtype: torch.dtype, device: str) -> None:
+    qk_norm = VARIANTS[variant].get("qk_norm", True)
     inputs, grad = make_inputs(
         (2, 77, 2, 32, 32), dtype, device=device, packed=True, qk_norm=qk_norm
     )
     assert not inputs[0].is_contiguous()
-    check_against_definition(inputs, grad, "triton", **FORMS[form])
+    check_against_definition(inputs, grad, "triton", **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("form", MAIN_FORMS)
-def test_kernels_read_expanded_gradient(form: str, device: str) -> None:
+@pytest.mark.parametrize("variant", MAIN_VARIANTS)
+def test_kernels_read_expanded_gradient(variant: str, device: str) -> None:
     inputs, grad = make_inputs((1, 50, 2, 32, 32), torch.float32, device=device)
-    check_against_definition(inputs, grad[:1, :1, :1, :1].expand_as(grad), "triton", **FORMS[form])
+    check_against_definition(
+        inputs, grad[:1, :1, :1, :1].expand_as(grad), "triton", **VARIANTS[variant]
+    )
 
 
 @pytest.mark.slow  # the interpreter runs one program after the other: this is for the device
-@pytest.mark.parametrize("form", MAIN_FORMS)
-def test_same_bits_twice(form: str, device: str) -> None:
-    num_tokens = 300 if "causal" in form else 1030
+@pytest.mark.parametrize("variant", MAIN_VARIANTS)
+def test_same_bits_twice(variant: str, device: str) -> None:
+    num_tokens = 300 if "causal" in variant else 1030
     inputs, grad = make_inputs((1, num_tokens, 1, 32, 32), torch.bfloat16, device=device)
-    first = with_gradients(linear_attention, inputs, grad, backend="triton", **FORMS[form])
-    second = with_gradients(linear_attention, inputs, grad, backend="triton", **FORMS[form])
+    first = with_gradients(linear_attention, inputs, grad, backend="triton", **VARIANTS[variant])
+    second = with_gradients(linear_attention, inputs, grad, backend="triton", **VARIANTS[variant])
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("form", MAP_FORMS)
-def test_feature_maps_match_definition(form: str, device: str) -> None:
-    dtype = torch.bfloat16 if "softplus" in form else torch.float32
+@pytest.mark.parametrize("variant", MAP_VARIANTS)
+def test_feature_maps_match_definition(variant: str, device: str) -> None:
+    dtype = torch.bfloat16 if "softplus" in variant else torch.float32
     inputs, grad = make_inputs((1, 80, 1, 20, 40), dtype, device=device)
     with torch.no_grad():
-        for x in inputs[:2] if "raw" in form or "7-quad" in form else ():
+        for x in inputs[:2] if "raw" in variant or "7-quad" in variant else ():
             x *= 0.2
-    check_against_definition(inputs, grad, "triton", **MAP_FORMS[form])
+    check_against_definition(inputs, grad, "triton", **MAP_VARIANTS[variant])
 
 
-@pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
-def test_small_features_keep_their_digits(form: str, device: str) -> None:
-    check_small_features(FORMS[form], "triton", device)
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
+def test_small_features_keep_their_digits(variant: str, device: str) -> None:
+    check_small_features(VARIANTS[variant], "triton", device)
 
 
-@pytest.mark.parametrize("form", ["eq4-relu", "causal-eq4-softplus"])
-def test_sequences_with_other_features_stand_alone(form: str, device: str) -> None:
-    check_sequences_stand_alone(MAP_FORMS[form], "triton", device, [1, 0, 40])
+@pytest.mark.parametrize("variant", ["eq4-relu", "causal-eq4-softplus"])
+def test_sequences_with_other_features_are_independent(variant: str, device: str) -> None:
+    check_sequences_are_independent(MAP_VARIANTS[variant], "triton", device, [1, 0, 40])
 
 
 @pytest.mark.parametrize(
-    ("form", "several_parts"),
+    ("variant", "several_parts"),
     [
-        *(case(form, False, slow="eq4" not in form) for form in STATE_FORMS),
-        *(case(form, True, slow=form not in ("eq4", "causal-eq7-alpha")) for form in STATE_FORMS),
+        *(case(variant, False, slow="eq4" not in variant) for variant in STATE_VARIANTS),
+        *(
+            case(variant, True, slow=variant not in ("eq4", "causal-eq7-alpha"))
+            for variant in STATE_VARIANTS
+        ),
     ],
 )
-def test_states_carry_on(form: str, several_parts: bool, device: str) -> None:
-    cut, num_tokens = (260, 275) if "causal" in form else (520, 560)
+def test_pieces_match_whole(variant: str, several_parts: bool, device: str) -> None:
+    cut, num_tokens = (260, 275) if "causal" in variant else (520, 560)
     if several_parts:
-        check_states_carry_on(FORMS[form], "triton", device, cut, num_tokens, heads=1)
+        check_pieces_match_whole(VARIANTS[variant], "triton", device, cut, num_tokens, heads=1)
     else:  # and values in two blocks
-        check_states_carry_on(FORMS[form], "triton", device, 1, 20, dims=(64, 40))
+        check_pieces_match_whole(VARIANTS[variant], "triton", device, 1, 20, dims=(64, 40))
 
 
 @pytest.mark.parametrize(
-    ("form", "num_keys", "num_queries", "dims", "dtype"),
+    ("variant", "num_keys", "num_queries", "dims", "dtype"),
     [
         ("eq7", 40, 600, (32, 32), torch.bfloat16),
         ("eq4", 600, 40, (16, 144), torch.float32),
@@ -184,20 +189,20 @@ def test_states_carry_on(form: str, several_parts: bool, device: str) -> None:
     ],
 )
 def test_halves_match_definition(
-    form: str,
+    variant: str,
     num_keys: int,
     num_queries: int,
     dims: tuple[int, int],
     dtype: torch.dtype,
     device: str,
 ) -> None:
-    shape, options = (1, num_keys, 1, *dims), {**FORMS, **MAP_FORMS}[form]
+    shape, options = (1, num_keys, 1, *dims), {**VARIANTS, **MAP_VARIANTS}[variant]
     check_halves_against_definition(shape, num_queries, dtype, "triton", device, **options)
 
 
-@pytest.mark.parametrize("form", ["eq7", "eq4", "eq4-quadratic"])
-def test_empty_halves(form: str, device: str) -> None:
-    check_empty_halves({**FORMS, **MAP_FORMS}[form], "triton", device)
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "eq4-quadratic"])
+def test_empty_halves(variant: str, device: str) -> None:
+    check_empty_halves({**VARIANTS, **MAP_VARIANTS}[variant], "triton", device)
 
 
 def test_state_of_a_single_key(device: str) -> None:
@@ -205,47 +210,49 @@ def test_state_of_a_single_key(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "lengths"),
+    ("variant", "lengths"),
     [
-        *(case(f, [20, 1, 33], slow=f in ("eq7", "causal-eq7")) for f in STATE_FORMS),
-        *(case(f, [1, 0, 270, 0], slow="eq4" not in f) for f in STATE_FORMS),
+        *(case(f, [20, 1, 33], slow=f in ("eq7", "causal-eq7")) for f in STATE_VARIANTS),
+        *(case(f, [1, 0, 270, 0], slow="eq4" not in f) for f in STATE_VARIANTS),
     ],
 )
-def test_sequences_stand_alone(form: str, lengths: list[int], device: str) -> None:
-    check_sequences_stand_alone(FORMS[form], "triton", device, lengths)
+def test_sequences_are_independent(variant: str, lengths: list[int], device: str) -> None:
+    check_sequences_are_independent(VARIANTS[variant], "triton", device, lengths)
 
 
-@pytest.mark.parametrize("form", [case(form, slow="eq7" in form) for form in MAIN_FORMS])
-def test_cancelling_sums(form: str, device: str) -> None:
-    num_tokens = 600 if "causal" in form else 2000
-    check_cancelling_sums(FORMS[form], "triton", device, num_tokens)
+@pytest.mark.parametrize(
+    "variant", [case(variant, slow="eq7" in variant) for variant in MAIN_VARIANTS]
+)
+def test_cancelling_sums(variant: str, device: str) -> None:
+    num_tokens = 600 if "causal" in variant else 2000
+    check_cancelling_sums(VARIANTS[variant], "triton", device, num_tokens)
 
 
-@pytest.mark.parametrize("form", MAIN_FORMS)
-def test_nan_stays_where_the_formula_puts_it(form: str, device: str) -> None:
-    check_nan_stays_where_the_formula_puts_it(FORMS[form], "triton", device)
+@pytest.mark.parametrize("variant", MAIN_VARIANTS)
+def test_nan_stays_where_the_formula_puts_it(variant: str, device: str) -> None:
+    check_nan_stays_where_the_formula_puts_it(VARIANTS[variant], "triton", device)
 
 
-@pytest.mark.parametrize("form", CAUSAL_FORMS)
-def test_later_tokens_do_not_matter(form: str, device: str) -> None:
-    check_later_tokens_do_not_matter(FORMS[form], "triton", device, 77)
+@pytest.mark.parametrize("variant", CAUSAL_VARIANTS)
+def test_later_tokens_do_not_matter(variant: str, device: str) -> None:
+    check_later_tokens_do_not_matter(VARIANTS[variant], "triton", device, 77)
 
 
-@pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_collapsed_keys_stay_finite(form: str, dtype: torch.dtype, device: str) -> None:
-    check_collapsed_keys(FORMS[form], dtype, "triton", device)
+def test_collapsed_keys_stay_finite(variant: str, dtype: torch.dtype, device: str) -> None:
+    check_collapsed_keys(VARIANTS[variant], dtype, "triton", device)
 
 
-@pytest.mark.parametrize("form", ["eq4", "causal-eq4"])
-def test_single_key_returns_its_value(form: str, device: str) -> None:
-    check_single_key(FORMS[form], "triton", device)
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
+def test_single_key_returns_its_value(variant: str, device: str) -> None:
+    check_single_key(VARIANTS[variant], "triton", device)
 
 
-@pytest.mark.parametrize("form", MAIN_FORMS)
-def test_second_derivative_is_refused(form: str, device: str) -> None:
+@pytest.mark.parametrize("variant", MAIN_VARIANTS)
+def test_second_derivative_is_refused(variant: str, device: str) -> None:
     (q, k, v), grad = make_inputs((1, 9, 1, 16, 16), torch.float32, device=device)
-    out = linear_attention(q, k, v, backend="triton", **FORMS[form])
+    out = linear_attention(q, k, v, backend="triton", **VARIANTS[variant])
     (d_q,) = torch.autograd.grad(out, q, grad.requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         d_q.sum().backward()

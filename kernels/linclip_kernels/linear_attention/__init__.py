@@ -1,1 +1,1 @@
-"""The forms of linear attention; use :func:`linclip_kernels.linear_attention`."""
+"""Variants of linear attention; use :func:`linclip_kernels.linear_attention`."""

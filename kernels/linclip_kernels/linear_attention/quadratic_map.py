@@ -1,9 +1,9 @@
-"""The quadratic feature map, 1 + x + x^2 / 2 on x = q.k, out of narrower feature maps.
+"""The quadratic feature map, 1 + x + x^2 / 2 on x = q.k, composed of narrower feature maps.
 
 x^2 / 2 is an inner product of features, the products of pairs of entries: of every entry with the
-one d places further on, round the end, for d up to D / 2. They are too many for one state in
-registers, and enter in blocks: o is the sum of the affine variant, 1 + x, and of one product variant per
-block. Any map that is given as features can be built in this way.
+one d places further on, cyclically, for d up to D / 2. They are too many for one state in
+registers, and are processed in blocks: o is the sum of the affine variant, 1 + x, and of one
+identity variant per block. Any map that is given as features can be composed in this way.
 
 Source: second-order Taylor attention as in QT-ViT and FAST.
 """
@@ -24,13 +24,14 @@ __all__ = [
     "sum_quadratic_keys",
 ]
 
-#: Widest block of pairs (or D, if that is wider), and the ones behind v that give the denominator.
+#: Widest block of pairs (or D, if that is wider), and how many ones are appended to v to give the
+#: denominator.
 MAX_BLOCK = 128
 NUM_ONES = 16
 
 
 def num_quadratic_features(key_dim: int) -> int:
-    """Features of the state beside the constant: x itself and the pairs of its entries."""
+    """Return the number of features: x itself and the products of pairs of its entries."""
     return key_dim + key_dim * (key_dim // 2 + 1)
 
 
@@ -44,15 +45,15 @@ def attend_quadratic(
     *,
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attend with a variant whose feature map is quadratic.
+    """Compute attention with the quadratic feature map.
 
     Args:
-        attend: (q, k, v, initial state, variant) -> (o, state) for the narrow feature maps.
+        attend: (q, k, v, initial state, variant) -> (o, state) with the narrow feature maps.
         q, k: [B, N, H, D].
         v: [B, N, H, Dv].
         initial: [S, H, F + 1, Dv + 1] with the F features of :func:`num_quadratic_features`.
-        variant: Which variant.
-        return_state: Whether ``attend`` gives states.
+        variant: The variant to compute.
+        return_state: Whether ``attend`` returns states.
 
     Returns:
         o [B, N, H, Dv] and the state [S, H, F + 1, Dv + 1], meaningless without ``return_state``.
@@ -88,13 +89,13 @@ def attend_quadratic(
 def sum_quadratic_keys(
     sum_keys: Callable[[Tensor, Tensor, Variant], Tensor], k: Tensor, v: Tensor, variant: Variant
 ) -> Tensor:
-    """The state [B, H, F + 1, Dv + 1] of all keys, for a variant whose feature map is quadratic.
+    """Return the state [B, H, F + 1, Dv + 1] of all keys with the quadratic feature map.
 
     Args:
-        sum_keys: (k, v, variant) -> state for the narrow feature maps.
+        sum_keys: (k, v, variant) -> state with the narrow feature maps.
         k: [B, N, H, D].
         v: [B, N, H, Dv].
-        variant: Which variant.
+        variant: The variant to compute.
     """
     k, narrow = _unit_rows(k) if variant.qk_norm else k, _narrowed(variant)
     states = [sum_keys(k, v, narrow._replace(feature_map="affine"))]
@@ -113,13 +114,13 @@ def apply_quadratic_state(
     state: Tensor,
     variant: Variant,
 ) -> Tensor:
-    """o [B, N, H, Dv] of queries that all see one state, for the quadratic feature map.
+    """Return o [B, N, H, Dv] of queries that all see one state, with the quadratic feature map.
 
     Args:
-        apply_state: (q, state, variant) -> o for the narrow feature maps.
+        apply_state: (q, state, variant) -> o with the narrow feature maps.
         q: [B, N, H, D].
         state: [B, H, F + 1, Dv + 1].
-        variant: Which variant.
+        variant: The variant to compute.
     """
     value_dim, dtype = state.shape[-1] - 1, q.dtype
     q, narrow = _unit_rows(q) if variant.qk_norm else q, _narrowed(variant)
@@ -140,29 +141,29 @@ def apply_quadratic_state(
 
 
 def _narrowed(variant: Variant) -> Variant:
-    """The variant of the parts, but for their feature maps.
+    """Return the variant of the summands, except for its feature map.
 
     Eq. 4 is the quotient of two parts of the mean over keys of (score v, score): columns of v and
-    ones behind them. Scores are at least 1/2.
+    appended ones. Scores are at least 1/2.
     """
     narrow = variant._replace(qk_norm=False, normalized=False)
     return narrow._replace(score_scale=1.0, length_exponent=1.0) if variant.normalized else narrow
 
 
 def _with_ones(state: Tensor) -> Tensor:
-    """The state of values with ones behind them."""
+    """Return the state of values with ones appended."""
     ones = state[..., -1:].expand(-1, -1, -1, NUM_ONES + 1)
     return torch.cat([state[..., :-1], ones], dim=-1)
 
 
 def _blocks(key_dim: int) -> list[range]:
-    """Distances between the entries of a pair, in blocks."""
+    """Return the distances between the entries of a pair, in blocks."""
     distances, at_once = range(key_dim // 2 + 1), max(1, MAX_BLOCK // key_dim)
     return [distances[i : i + at_once] for i in range(0, len(distances), at_once)]
 
 
 def _without_features(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-    """Call; features are made again in the backward: kept, they would be D / 2 times q and k."""
+    """Call a function whose features, D / 2 times q and k, the backward recomputes."""
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -176,7 +177,7 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _pairs(x: Tensor, distances: range) -> Tensor:
-    """Products of pairs of entries, such that phi(q).phi(k) over all distances is (q.k)^2 / 2."""
+    """Return products of pairs such that phi(q).phi(k) over all distances is (q.k)^2 / 2."""
     products = []
     for d in distances:
         # At distance 0 a pair should count half; at D / 2 every pair comes twice.
@@ -186,7 +187,7 @@ def _pairs(x: Tensor, distances: range) -> Tensor:
 
 
 def _split_state(state: Tensor | None, key_dim: int, blocks: list[range]) -> list[Tensor | None]:
-    """One state for the keys themselves and one per block; each has the sums of v in front."""
+    """Return a state for the keys themselves and one per block; the sums of v are in each."""
     sizes = [key_dim * len(block) for block in ([0], *blocks)]
     if state is None:
         return [None] * len(sizes)
@@ -195,6 +196,6 @@ def _split_state(state: Tensor | None, key_dim: int, blocks: list[range]) -> lis
 
 
 def _join_states(states: list[Tensor], value_dim: int) -> Tensor:
-    """The inverse, without the ones behind v."""
+    """Return one state from those of :func:`_split_state`, without the ones appended to v."""
     rows = torch.cat([states[0], *(state[:, :, 1:] for state in states[1:])], dim=2)
     return torch.cat([rows[..., :value_dim], rows[..., -1:]], dim=-1)

@@ -1,7 +1,7 @@
 """The definition of linear attention: quadratic, in float64, differentiated by autograd.
 
-Everything else in this package is measured against this file. It is written to be read, not to be
-fast, and it needs N x N memory.
+Every other implementation in this package is tested against this file. It is written to be read,
+not to be fast, and it needs N x N memory.
 """
 
 from typing import Any
@@ -20,13 +20,13 @@ ATOL = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch
 
 
 def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Linear attention by its definition: an N x N matrix of scores, float64.
+    """Compute linear attention by its definition: an N x N matrix of scores, in float64.
 
     Args:
         q, k: [B, N, H, D]; unless causal, q may have another N than k and v.
         v: [B, N, H, Dv].
-        options: causal, normalized, qk_norm, feature_map, score_scale, length_exponent: as in
-            :func:`linclip_kernels.linear_attention`.
+        options: causal, normalized, qk_norm, feature_map, score_scale and length_exponent, the
+            arguments of :func:`linclip_kernels.linear_attention`.
 
     Returns:
         [B, N, H, Dv] in float64.
@@ -37,7 +37,16 @@ def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> Tensor:
-    """The definition in the dtype of the inputs; only what depends on n alone is float64 first."""
+    """Compute the definition in the dtype of the inputs, with the factors of n in float64.
+
+    Args:
+        q, k: [B, N, H, D]; unless causal, q may have another N than k and v.
+        v: [B, N, H, Dv].
+        variant: The variant to compute.
+
+    Returns:
+        [B, N, H, Dv].
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
     if variant.qk_norm:
         q, k = (x * (x.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt() for x in (q, k))
@@ -48,7 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> Tensor:
         scores = scores.tril()
         num_keys = torch.ones_like(num_keys).cumsum(0)
     if variant.normalized:
-        # clamp passes no gradient to the sum where it holds it back.
+        # clamp passes no gradient to the sum where it changes it.
         floor = (DENOMINATOR_EPS * num_keys).to(scores)
         weights = scores / scores.sum(-1, keepdim=True).clamp(min=floor)
         if variant.fixes_single_key:
@@ -60,7 +69,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> Tensor:
 
 
 def relative_rms(value: Tensor, truth: Tensor) -> float:
-    """RMS of the difference over RMS of the truth; just the RMS where the truth is zero."""
+    """Return RMS(value - truth) / RMS(truth), or RMS(value) where the truth is zero."""
     difference = (value.double() - truth).square().mean().sqrt()
     size = truth.square().mean().sqrt()
     return (difference / size if size > 0 else difference).item()

@@ -1,9 +1,9 @@
 """Linear attention in O(N) torch operations with a hand-derived backward: the CPU path.
 
-float64 is computed in float64, everything else in float32. Queries and keys carry a constant
-feature in front, values a one behind, so that one matrix, the state, holds all sums over tokens and
-one product gives numerator and denominator. Long sequences are worked through in pieces, so that
-temporaries stay small. The derivation is in README.md beside this file.
+float64 is computed in float64, everything else in float32. A constant feature precedes those of
+queries and keys, and a one follows values, so that one matrix, the state, holds all sums over
+tokens and one product gives numerator and denominator. Long sequences are computed in pieces, so
+that temporaries stay small. The derivation is in README.md beside this file.
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,15 @@ __all__ = [
     "sum_keys_backward",
 ]
 
-#: An index of rows.
+#: An index into the rows of [B, H, N, *].
 Rows = tuple[slice | Tensor, ...]
-#: Rows (tokens of all heads) of a piece, so that temporaries stay in a core's cache; fewest tokens.
+#: Rows (tokens of all heads) of a piece, so that temporaries fit a core's cache, but at least so
+#: many tokens.
 PIECE_ROWS, MIN_PIECE = 2**12, 512
-#: Up to this many tokens are one masked causal tile; longer sequences are cut into tiles of 64.
+#: Up to this many tokens are one masked causal tile; longer sequences are split into tiles of 64.
 ONE_TILE = 128
 TILE = 64
-#: Index of the rows of [B, H, N, *] that see one key alone where nothing lies before a sequence.
+#: Index of the rows of [B, H, N, *] that see a single key where no state precedes a sequence.
 _FIRST_ROW = slice(None), slice(None), slice(1)
 
 
@@ -106,21 +107,21 @@ def backward(
 
 
 def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
-    """The state of all keys, [B, H, D + 1, Dv + 1], of which there may be none."""
+    """Return the state of all keys, [B, H, D + 1, Dv + 1]; there may be none."""
     return _KeySide(k, v, variant).state()
 
 
 def sum_keys_backward(
     k: Tensor, v: Tensor, variant: Variant, grad_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v from that of their state."""
+    """Return the gradients of k and v from that of their state."""
     d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     _KeySide(k, v, variant).backward(grad_state, d_k, d_v)
     return d_k, d_v
 
 
 def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
-    """o [B, N, H, Dv] of queries that all see the keys of ``state`` [B, H, D + 1, Dv + 1]."""
+    """Return o [B, N, H, Dv] of queries that all see ``state`` [B, H, D + 1, Dv + 1]."""
     shape = *q.shape[:-1], state.shape[-1] - 1
     out = torch.empty(shape, dtype=q.dtype, device=q.device)
     _QuerySide(q, state, variant).forward(out)
@@ -130,7 +131,7 @@ def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
 def apply_state_backward(
     q: Tensor, state: Tensor, variant: Variant, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of q and of the state from that of o."""
+    """Return the gradients of q and of the state from that of o."""
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_state = state.new_zeros(state.shape)
     _QuerySide(q, state, variant).backward(grad, d_q, d_state)
@@ -139,7 +140,7 @@ def apply_state_backward(
 
 
 def _sequences(q: Tensor, boundaries: list[int] | None) -> Iterator[tuple[slice, slice]]:
-    """Tokens and states that belong together."""
+    """Yield tokens that are computed together, and the rows of their states."""
     if boundaries is None:
         yield slice(0, q.shape[1]), slice(0, q.shape[0])
     else:
@@ -164,13 +165,13 @@ class _Bidirectional:
         self.queries.forward(out)
 
     def state(self) -> Tensor:
-        """The state of all keys, [B, H, D + 1, Dv + 1]."""
+        """Return the state of all keys, [B, H, D + 1, Dv + 1]."""
         return self.seen
 
     def backward(
         self, grad: Tensor, grad_state: Tensor | None, gradients: tuple[Tensor, ...]
     ) -> Tensor:
-        """Write dq, dk, dv [B, N, H, *]; returns the gradient of the initial state."""
+        """Write dq, dk, dv [B, N, H, *] and return the gradient of the initial state."""
         d_q, d_k, d_v = gradients
         d_state = torch.zeros_like(self.seen) if grad_state is None else grad_state.clone()
         self.queries.backward(grad, d_q, d_state)
@@ -183,12 +184,12 @@ class _KeySide:
 
     def __init__(self, k: Tensor, v: Tensor, variant: Variant) -> None:
         self.pieces = pieces = _pieces(k)
-        # One piece keeps its keys, of several each is made again. A function that held self would
-        # keep them until the garbage collector came.
+        # The keys of a single piece are kept, those of several are recomputed. A function that
+        # referred to self would keep them until the garbage collector runs.
         self.keys = lru_cache(maxsize=1)(lambda i: _Keys(k, v, pieces[i], variant))
 
     def state(self) -> Tensor:
-        """The state of all keys, [B, H, D + 1, Dv + 1]."""
+        """Return the state of all keys, [B, H, D + 1, Dv + 1]."""
         state = self.keys(0).state()
         for i in range(1, len(self.pieces)):
             state += self.keys(i).state()
@@ -206,7 +207,7 @@ class _QuerySide:
     """Queries of sequences of equal length that all see one state, piece by piece.
 
     Args:
-        fixes_single_key: Whether a state of one key is one where the variant sets that key's weight.
+        fixes_single_key: Whether the weight of a state's only key may be set to 1.
     """
 
     def __init__(
@@ -258,14 +259,14 @@ class _Causal:
         self.last = part
 
     def state(self) -> Tensor:
-        """After the forward, the state of all keys, [B, H, D + 1, Dv + 1]."""
+        """Return the state of all keys, [B, H, D + 1, Dv + 1], after the forward."""
         assert self.last is not None
         return self.last.state()
 
     def backward(
         self, grad: Tensor, grad_state: Tensor | None, gradients: tuple[Tensor, ...]
     ) -> Tensor:
-        """Write dq, dk, dv [B, N, H, *]; returns the gradient of the initial state."""
+        """Write dq, dk, dv [B, N, H, *] and return the gradient of the initial state."""
         states, d_state = [self.initial], grad_state
         for piece in self.pieces[:-1]:
             own, before = _Keys(self.k, self.v, piece, self.variant).state(), states[-1]
@@ -301,7 +302,7 @@ class _CausalPiece:
             self.seen = _running_sum(self.k[:, :, :-1].mT @ self.v[:, :, :-1], initial)
 
     def y(self) -> Tensor:
-        """Numerator and denominator of every row, [B, H, N, Dv + 1]."""
+        """Return numerator and denominator of every row, [B, H, N, Dv + 1]."""
         y = _masked_product(self.scores, self.v)
         if self.seen is not None:
             y += self.q @ self.seen
@@ -312,7 +313,7 @@ class _CausalPiece:
         return last if self.seen is None else last + self.seen[:, :, -1]
 
     def backward(self, d_y: Tensor, grad_state: Tensor | None) -> tuple[Tensor, ...]:
-        """Gradients of phi(q), phi(k), v and the state before the piece."""
+        """Return the gradients of phi(q), phi(k), v and the state before the piece."""
         d_y = self._tiles(d_y)
         d_scores = (d_y @ self.v.mT).tril_()
         d_q = _masked_product(d_scores, self.k[..., 1:])
@@ -329,7 +330,7 @@ class _CausalPiece:
         return self._whole(d_q), self._whole(d_k), self._whole(d_v), d_state[:, :, 0]
 
     def _tiles(self, x: Tensor) -> Tensor:
-        """[B, H, N, *] -> [B, H, T, tile, *], the last tile filled up with zeros."""
+        """[B, H, N, *] -> [B, H, T, tile, *], the last tile padded with zeros."""
         tile = max(1, self.num_tokens) if self.num_tokens <= ONE_TILE else TILE
         num_tiles = max(1, -(-self.num_tokens // tile))
         if num_tiles * tile != self.num_tokens:
@@ -360,7 +361,7 @@ class _Rows:
             hat.copy_(F.softplus(hat))
 
     def backward(self, grad: Tensor) -> Tensor:
-        """Gradient of the rows from that of phi without its constant [B, H, N, D]."""
+        """Return the gradient of the rows from that of phi without its constant [B, H, N, D]."""
         if self.variant.feature_map == "relu":
             grad = grad * (self.x > 0)
         elif self.variant.feature_map == "softplus":
@@ -372,7 +373,7 @@ class _Rows:
 
 
 class _Keys(_Rows):
-    """A piece of k, and of v with a one behind it: ``v`` [B, H, N, Dv + 1]."""
+    """A piece of k, and of v with a one appended: ``v`` [B, H, N, Dv + 1]."""
 
     def __init__(self, k: Tensor, v: Tensor, piece: slice, variant: Variant) -> None:
         super().__init__(k[:, piece], 1.0, variant)
@@ -405,15 +406,15 @@ class _Queries(_Rows):
             self.phi[(*single, ..., slice(1, None))] = 0  # the score is the constant
 
     def outputs(self, y: Tensor) -> Tensor:
-        """o [B, H, N, Dv] from numerator and denominator [B, H, N, Dv + 1]."""
+        """Return o [B, H, N, Dv] from numerator and denominator [B, H, N, Dv + 1]."""
         return y[..., :-1].mul_(self._scale(y)[0])
 
     def outputs_backward(self, grad: Tensor, y: Tensor | None) -> Tensor:
-        """Gradient of y; y itself is wanted in the normalised variant."""
-        scale, free = self._scale(y)
+        """Return the gradient of y; the normalised variant needs y itself."""
+        scale, unclamped = self._scale(y)
         if y is None:
             return _append(grad * scale, 0.0)
-        e = -(grad * y[..., :-1]).sum(-1, keepdim=True) * scale * scale * free
+        e = -(grad * y[..., :-1]).sum(-1, keepdim=True) * scale * scale * unclamped
         return _append(grad * scale, e)
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -422,7 +423,7 @@ class _Queries(_Rows):
         return super().backward(grad)
 
     def _scale(self, y: Tensor | None) -> tuple[Tensor | float, Tensor | bool]:
-        """Factor of every row's numerator, and where no clamp holds its denominator."""
+        """Return the factor of every row's numerator, and where its denominator is unclamped."""
         variant, num_keys = self.variant, self.num_keys
         if not variant.normalized and not variant.has_length_factor:
             return variant.score_scale, True
@@ -437,7 +438,7 @@ class _Queries(_Rows):
 
 
 def _pieces(q: Tensor) -> list[slice]:
-    """Tokens of q [B, N, H, D] in runs of about equal length."""
+    """Split the tokens of q [B, N, H, D] into slices of about equal length."""
     batch, num_tokens, heads, _ = q.shape
     most = max(MIN_PIECE, PIECE_ROWS // (batch * heads))
     count = max(1, -(-num_tokens // most))
@@ -446,7 +447,7 @@ def _pieces(q: Tensor) -> list[slice]:
 
 
 def _running_sum(states: Tensor, start: Tensor | None) -> Tensor:
-    """The sums of the first 0, 1, ... T - 1 of T - 1 states, and of the one at the start."""
+    """Return the sums of the first 0, 1, ... T - 1 of T - 1 states, all with ``start`` added."""
     if start is None:
         return F.pad(states.cumsum(2), (0, 0, 0, 0, 1, 0))
     return torch.cat([start.unsqueeze(2), states], dim=2).cumsum(2)
@@ -459,7 +460,7 @@ def _by_head(x: Tensor) -> Tensor:
 
 
 def _put(x: Tensor, out: Tensor) -> None:
-    """[B, H, N, D] into ``out`` [B, N, H, D]."""
+    """Copy [B, H, N, D] into ``out`` [B, N, H, D]."""
     out.copy_(x.transpose(1, 2))
 
 
@@ -470,7 +471,7 @@ def _append(x: Tensor, last: Tensor | float) -> Tensor:
 
 
 def _masked_product(mask: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:
-    """mask @ rows for a lower triangular mask, whose zeros keep out NaN and infinity too."""
+    """Return mask @ rows for a lower triangular mask, whose zeros keep out NaN and infinity too."""
     mask = mask.mT if transposed else mask
     product = mask @ rows
     if product.is_meta or product.sum().isfinite():

@@ -174,7 +174,6 @@ def _forward_kernel(
 ):
     """Without p_state, sum the keys first, and write their state to p_save if there is one."""
     place = program_place(schedule, num_tokens, num_parts, part)
-    q, out = at_head(q, place), at_head(out, place)
     if p_state is None:
         b_s, b_w, b_z = sum_tokens(at_head(k, place), at_head(v, place), None, place, META)
         num_keys = place.length.to(tl.float32)
@@ -182,6 +181,8 @@ def _forward_kernel(
             store_state(p_save, place.i_s, place, b_s, b_w, b_z, num_keys, META)
     else:
         b_s, b_w, b_z, num_keys = load_state(p_state, place.i_s, place, META)
+    # Not earlier: the pointers would take registers from the sum.
+    q, out = at_head(q, place), at_head(out, place)
     for start in range(place.first, place.end, META.BLOCK_N):
         i_n = start + tl.arange(0, META.BLOCK_N)
         b_q = load_tile(q, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
