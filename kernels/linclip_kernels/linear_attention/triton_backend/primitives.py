@@ -2,8 +2,8 @@
 # ruff: noqa: RET505 (Triton needs the else where a branch is chosen at compile time)
 """The parts that bidirectional and causal Triton kernels share: tiles, features, states.
 
-A state is the float32 matrix [D + 1, DV + 1] of the public operator: w in its first row, the number
-of keys behind it, S below w and z behind S. A program works on one head and one part of the tokens
+A state is the float32 matrix [D + 1, DV + 1] of the public operator: its first row is w and the
+number of keys, its other rows are S and z. A program works on one head and one part of the tokens
 of one sequence; tokens are counted from the beginning of the sequence.
 
 A kernel takes a tensor as a View and its compile-time constants as one Meta. Sums start from
