@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_linclip.data.remote.filesystem import Storage
+from ds_linclip.data.remote import Storage
 from helpers.misbehaving_server import MisbehavingServer
 from helpers.stored_content import make_storage
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_linclip.config import CacheConfig, NetworkConfig
-from ds_linclip.data.remote.filesystem import Storage
+from ds_linclip.data.remote import Storage
 
 CONTENT = os.urandom(3_000_000)
 OTHER = os.urandom(3_000_000)
@@ -22,7 +22,7 @@ def make_storage(folder: Path, **network: Any) -> Storage:
 
 
 def content_of(storage: Storage, url: str, *, again: bool = False) -> bytes:
-    with storage.open_again(url) if again else storage.open(url) as file:
+    with storage.open(url, refetch=again) as file:
         return os.pread(file.fileno(), 2**30, 0)
 
 

@@ -12,11 +12,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from ds_linclip.data.remote.filesystem import (
-    RemoteError,
-    Storage,
-    check_url,
-)
+from ds_linclip.data.remote import Storage, check_url
+from ds_linclip.data.remote.backends import RemoteError
 from helpers.misbehaving_server import FtpServer, MisbehavingServer, status, whole
 from helpers.stored_content import CONTENT, HALF, OTHER, content_of
 

@@ -15,7 +15,8 @@ import pytest
 
 from ds_linclip.config import CacheConfig, NetworkConfig
 from ds_linclip.data.remote.cache import CacheError
-from ds_linclip.data.remote.filesystem import RemoteError, Storage
+from ds_linclip.data.remote import Storage
+from ds_linclip.data.remote.backends import RemoteError
 from helpers.misbehaving_server import Answer, Handler, MisbehavingServer, status, whole
 
 MB = 1_000_000

@@ -11,14 +11,9 @@ from typing import Any
 import pytest
 
 from ds_linclip.config import CacheConfig, NetworkConfig
-from ds_linclip.data.remote.filesystem import (
-    CacheError,
-    RemoteError,
-    Storage,
-    check_url,
-    is_remote,
-    shown,
-)
+from ds_linclip.data.remote import Storage, check_url, is_remote, redact
+from ds_linclip.data.remote.backends import RemoteError
+from ds_linclip.data.remote.cache import CacheError
 from helpers.misbehaving_server import MisbehavingServer, status, whole
 from helpers.stored_content import CONTENT, HALF, OTHER, content_of, copies, make_storage
 
@@ -174,7 +169,7 @@ def test_credentials_that_a_proxy_refuses_are_no_absent_file(
     ],
 )
 def test_what_may_be_secret_is_not_shown(url: str, expected: str) -> None:
-    assert shown(url) == expected
+    assert redact(url) == expected
 
 
 def test_a_host_that_cannot_be_one_is_named_at_once(storage: Storage) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_linclip.data.remote.filesystem import Storage
+from ds_linclip.data.remote import Storage
 from helpers.misbehaving_server import MisbehavingServer, endless_zeros, status, whole
 from helpers.stored_content import CONTENT, content_of, copies, make_storage, wait_for
 
