@@ -63,19 +63,18 @@ class DiskCache:
 
     def open(self, url: str) -> BinaryIO | None:
         """Open a whole copy, None if there is none; it is not evicted until it is closed."""
-        with self._local_errors():
+        with self._local_errors(), ExitStack() as until_returned:
             try:
-                copy = open(self._path(url), "rb")
-            except FileNotFoundError:
-                return None
-            with suppress(BlockingIOError):  # it is being evicted
+                copy = until_returned.enter_context(open(self._path(url), "rb"))
                 fcntl.flock(copy, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                if os.fstat(copy.fileno()).st_nlink > 0:
-                    with suppress(PermissionError):  # another user's copy
-                        os.utime(copy.fileno())
-                    return copy
-            copy.close()
-            return None
+            except (FileNotFoundError, BlockingIOError):  # the latter: it is being evicted
+                return None
+            if os.fstat(copy.fileno()).st_nlink == 0:
+                return None
+            with suppress(PermissionError):  # another user's copy
+                os.utime(copy.fileno())
+            until_returned.pop_all()
+            return copy
 
     @contextmanager
     def locked(self, url: str, *, wait: bool = True) -> Iterator[None]:
