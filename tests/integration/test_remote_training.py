@@ -129,7 +129,7 @@ def test_remote_run_equals_the_local_one(job, store):
 def test_ranks_share_the_copies_of_a_failing_server(job, http_server):
     folder, done = job
     assert re.search(r"HTTP status 503|announced|ClientPayloadError", done.stderr)
-    assert not list((folder / "http.d").glob("*.partial"))
+    assert not list((folder / "http.d").glob("*.tmp"))
     # The ranks share the copies: 8 are fetched, each rank looks once, and a third of all fails.
     assert http_server[1].total() <= 18
 
