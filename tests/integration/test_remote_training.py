@@ -139,7 +139,14 @@ def test_absent_credentials_end_the_run(s3_url, embedded_overrides, tmp_path, mo
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     overrides = [*embedded_overrides, *RUN, f"output_dir={tmp_path}", f"data.train=['{s3_url}']"]
-    command = [sys.executable, TRAIN, EMBEDDED, *overrides, f"data.cache.dir={tmp_path / 'cache'}"]
+    command = [
+        sys.executable,
+        "-m",
+        TRAIN,
+        EMBEDDED,
+        *overrides,
+        f"data.cache.dir={tmp_path / 'cache'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -145,7 +145,7 @@ def test_absent_s3_credentials_are_named(
 
 
 @pytest.mark.parametrize("wait", [0.0, 60.0])
-def test_s3_bodies_that_break_or_stall_are_resumed(
+def test_s3_bodies_that_break_or_stall_are_retried(
     bucket: str,
     server: MisbehavingServer,
     storage: Storage,
