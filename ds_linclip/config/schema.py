@@ -167,7 +167,7 @@ class NetworkConfig:
     connect_timeout: float = 10.0
     #: Seconds without a byte after which a transfer counts as stalled.
     read_timeout: float = 30.0
-    #: Tries without any progress before a shard counts as unreachable, which ends the run.
+    #: Failed tries after which a shard counts as unreachable, which ends the run.
     max_tries: int = 10
     #: Upper bound of the pause before the second try, in seconds; every further try doubles it.
     backoff: float = 0.5

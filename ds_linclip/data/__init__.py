@@ -3,7 +3,7 @@
 from ds_linclip.data.eval.dataset import LabelledBatch, LabelledData
 from ds_linclip.data.loader import Batch, TrainData
 from ds_linclip.data.quality_report import DataReport
-from ds_linclip.data.remote.filesystem import Storage
+from ds_linclip.data.remote import Storage
 from ds_linclip.data.sample_reader import DataError
 from ds_linclip.data.shard_index import find_shards
 from ds_linclip.data.transforms import EvalTransform

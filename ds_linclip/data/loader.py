@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ds_linclip.config import Config
-from ds_linclip.data.remote.filesystem import Storage, is_remote, shown
+from ds_linclip.data.remote import Storage, is_remote, redact
 from ds_linclip.data.sample_order import GroupSizes, SampleOrder
 from ds_linclip.data.sample_reader import DataError, SampleReader, ShardProblem
 from ds_linclip.data.shard_index import ShardGroup, raise_file_limit
@@ -334,7 +334,7 @@ def _joined(parts: Sequence[_Part], normalize: Normalizer, device: torch.device)
 
 def _names_digest(urls: Sequence[str]) -> str:
     """Digest of the shards' names and folders; what is above these may change."""
-    names = ["/".join(shown(url).split("/")[-2:]) for url in urls]
+    names = ["/".join(redact(url).split("/")[-2:]) for url in urls]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
@@ -345,8 +345,8 @@ def _check_visible(urls: Sequence[str], storage: Storage) -> None:
         if any(storage.exists(url) for url in asked):
             return
     except OSError as error:
-        raise ValueError(f"data.train ({shown(asked[0])}) cannot be reached: {error}") from error
-    raise ValueError(f"data.train ({shown(asked[0])}) must be visible to every rank")
+        raise ValueError(f"data.train ({redact(asked[0])}) cannot be reached: {error}") from error
+    raise ValueError(f"data.train ({redact(asked[0])}) must be visible to every rank")
 
 
 def _check_shared_memory(config: Config, local_size: int) -> None:

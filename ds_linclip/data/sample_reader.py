@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ds_linclip.data.remote.filesystem import Storage, shown
+from ds_linclip.data.remote import Storage, redact
 from ds_linclip.data.shard_index import Shard, ShardGroup
 from ds_linclip.data.tar_index import BadSample, OpenShard
 from ds_linclip.data.transforms import (
@@ -164,7 +164,7 @@ class SampleReader:
             text = shard.read(index, "text", max_bytes=MAX_TEXT_BYTES)
             content = shard.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
         except OSError as error:
-            url = shown(self._shards[number].url)
+            url = redact(self._shards[number].url)
             raise DataError(f"data.train ({url}) cannot be read: {error}") from error
         caption = decode_text(text)
         image = self._transform(content, image_size, position)
@@ -178,7 +178,7 @@ class SampleReader:
             yield number, [(index + i) % size for i in range(min(_TRIES_PER_SHARD, size))]
 
     def _all_bad(self, shard: int, index: int, tried: int, cause: str | None) -> str:
-        url = shown(self._shards[shard].url)
+        url = redact(self._shards[shard].url)
         return (
             f"data.train ({url}) must hold usable samples: from sample {index} on, {tried} "
             f"candidates in a row are bad (data.max_bad_in_a_row is {self._max_bad_in_a_row}, the "
@@ -221,12 +221,12 @@ def open_and_judge(
     Raises:
         OSError: when it cannot be reached.
     """
-    found = _open(shard.url, storage, anew=False)
+    found = _open(shard.url, storage, refetch=False)
     if isinstance(found, BadSample) or found.cut:
         if isinstance(found, OpenShard):
             found.close()
-        found = _open(shard.url, storage, anew=True)
-    name = shown(shard.url)
+        found = _open(shard.url, storage, refetch=True)
+    name = redact(shard.url)
     if isinstance(found, BadSample):
         return found, [ShardProblem(name, found.cause, 0, shard.num_samples)]
     problems = []
@@ -241,9 +241,9 @@ def open_and_judge(
     return found, problems
 
 
-def _open(url: str, storage: Storage, *, anew: bool) -> OpenShard | BadSample:
+def _open(url: str, storage: Storage, *, refetch: bool) -> OpenShard | BadSample:
     try:
-        return OpenShard(storage.open_again(url) if anew else storage.open(url), url)
+        return OpenShard(storage.open(url, refetch=refetch), url)
     except FileNotFoundError:
         return BadSample("shard_missing", whole_shard=True)
     except BadSample as error:

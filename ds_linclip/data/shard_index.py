@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
 from ds_linclip.config import Source
-from ds_linclip.data.remote.filesystem import Storage, check_url, is_remote, shown
+from ds_linclip.data.remote import Storage, check_url, is_remote, redact
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
 __all__ = ["Shard", "ShardGroup", "expand", "find_shards", "raise_file_limit"]
@@ -83,7 +83,7 @@ def find_shards(
     """
     found: list[list[Shard]] = []
     for source in sources:
-        name = f"data.train ({shown(source.shards)})"
+        name = f"data.train ({redact(source.shards)})"
         try:
             found.append(_Sizes(source, storage, name).shards(count_headers=count_headers))
         except OSError as error:
@@ -173,7 +173,7 @@ class _Sizes:
             if stats not in (None, counts[url]):
                 raise ValueError(
                     f"{self._name}: sizes.json ({counts[url]}) must equal what _stats.json says "
-                    f"({stats}) of {shown(url)}"
+                    f"({stats}) of {redact(url)}"
                 )
         ask = [url for url in self._urls if url not in counts]
         if ask and self._source.num_samples is not None:
@@ -206,7 +206,7 @@ class _Sizes:
             status = pq.read_table(io.BytesIO(content), columns=["status"])["status"]
         except (pa.ArrowException, KeyError) as error:
             raise ValueError(
-                f"{self._name}: {shown(stem)}.parquet must be readable: {error}"
+                f"{self._name}: {redact(stem)}.parquet must be readable: {error}"
             ) from error
         return status.to_pylist().count("success")
 
@@ -218,10 +218,10 @@ class _Sizes:
             values = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{self._name}: {shown(url)} must be readable JSON: {error}"
+                f"{self._name}: {redact(url)} must be readable JSON: {error}"
             ) from error
         if not isinstance(values, dict):
-            raise ValueError(f"{self._name}: {shown(url)} must hold an object with numbers")
+            raise ValueError(f"{self._name}: {redact(url)} must hold an object with numbers")
         return values
 
     def _read(self, url: str) -> bytes | None:
@@ -231,7 +231,7 @@ class _Sizes:
     def _as_count(self, value: object, url: str) -> int:
         if not isinstance(value, int) or value < 0:
             raise ValueError(
-                f"{self._name}: {shown(url)} must hold numbers of samples; it has {value!r}"
+                f"{self._name}: {redact(url)} must hold numbers of samples; it has {value!r}"
             )
         return value
 
@@ -241,12 +241,12 @@ class _Sizes:
         if missing:
             raise ValueError(
                 f"{self._name} must name existing files: {len(missing)} of {len(self._urls)} are "
-                f"missing, first {shown(missing[0])}"
+                f"missing, first {redact(missing[0])}"
             )
 
     def _check_few(self, unknown: Sequence[str]) -> None:
         """Headers are counted for a few local shards only."""
-        what = f"{len(unknown)} of {len(self._urls)} shards (first: {shown(unknown[0])})"
+        what = f"{len(unknown)} of {len(self._urls)} shards (first: {redact(unknown[0])})"
         if any(map(is_remote, unknown)):
             raise ValueError(
                 f"{self._name}: {what} must have sizes.json, _stats.json or a parquet file beside "
@@ -304,7 +304,7 @@ def _check_distinct(urls: Sequence[str]) -> None:
     repeated = [url for url, times in Counter(urls).items() if times > 1]
     if repeated:
         raise ValueError(
-            f"data.train ({shown(repeated[0])}) must come once, not {urls.count(repeated[0])} "
+            f"data.train ({redact(repeated[0])}) must come once, not {urls.count(repeated[0])} "
             "times; upsampling makes samples come more often"
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_linclip.config import Attention, Config
-from ds_linclip.data.remote.backends import shown
+from ds_linclip.data.remote import redact
 
 __all__ = ["model_card"]
 
@@ -126,7 +126,7 @@ def _words(attention: Attention) -> str:
 def _training(config: Config, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     train, optim, init, step = config.train, config.optim, config.init, manifest["step"]
     layout = manifest["layout"]
-    yield "data", ", ".join(shown(source.shards) for source in config.data.train)
+    yield "data", ", ".join(redact(source.shards) for source in config.data.train)
     yield "steps", f"{step} of {train.steps}"
     yield "global batch", f"{train.global_batch_size} pairs; {step * train.global_batch_size} seen"
     yield "loss", config.loss.kind
@@ -164,7 +164,7 @@ def _metrics(config: Config, path: Path, step: int, weights: str) -> Iterator[st
     if "train/loss" in found:
         yield "The training loss is that of one batch."
     if any(tag.startswith("eval/") for tag in found):
-        data = "the run's held-out data" if config.eval.data is None else shown(config.eval.data)
+        data = "the run's held-out data" if config.eval.data is None else redact(config.eval.data)
         average = ", with the running average of the weights" if config.optim.ema_decay else ""
         other = ", which this folder does not hold" if average and weights == "raw" else ""
         yield f"Evaluation is on {data}{average}{other}."

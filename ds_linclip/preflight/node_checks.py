@@ -14,7 +14,7 @@ import torch
 
 from ds_linclip.config import Config
 from ds_linclip.data import Storage, find_shards
-from ds_linclip.data.remote.filesystem import shown
+from ds_linclip.data.remote import redact
 from ds_linclip.data.shard_index import expand
 from ds_linclip.model.flops import num_parameters, num_state_values
 from ds_linclip.parallel.mesh import select_device
@@ -156,15 +156,15 @@ def open_first_shards(config: Config) -> float:
     storage = Storage(config.data.cache, config.data.network)
     slowest = 0.0
     for source in config.data.train:
-        name = f"data.train ({shown(source.shards)})"
+        name = f"data.train ({redact(source.shards)})"
         url = expand(source.shards, name)[0]
         begun = time.perf_counter()
         try:
             tarfile.TarInfo.frombuf(storage.head(url)[:512], "utf-8", "replace")
         except tarfile.TarError as error:
-            raise ValueError(f"{name}: {shown(url)} is no tar: {error}") from error
+            raise ValueError(f"{name}: {redact(url)} is no tar: {error}") from error
         except OSError as error:
-            raise ValueError(f"{name}: {shown(url)} cannot be opened: {error}") from error
+            raise ValueError(f"{name}: {redact(url)} cannot be opened: {error}") from error
         slowest = max(slowest, time.perf_counter() - begun)
     storage.check([source.shards for source in config.data.train])
     return slowest

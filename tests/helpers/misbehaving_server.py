@@ -1,7 +1,7 @@
-"""Servers on the loopback whose answers are scripted: HTTP path by path, FTP by connection."""
+"""Scripted servers on the loopback interface: HTTP by path, FTP by connection."""
 
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,16 +9,8 @@ from itertools import chain, repeat
 from socket import create_server
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from threading import Lock, Thread
-from typing import NamedTuple
 
 Answer = Callable[["Handler"], None]
-
-
-class Request(NamedTuple):
-    """What the server saw: first byte asked for (None without Range) and If-Range."""
-
-    start: int | None
-    if_range: str | None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -26,10 +18,6 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
-        self.start = int(first) if first else None
-        self.end = int(last) + 1 if last else None
-        self.server.note(self.path, Request(self.start, self.headers.get("If-Range")))
         try:
             self.server.next_answer(self.path)(self)
         except (BrokenPipeError, ConnectionResetError):
@@ -48,73 +36,75 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class MisbehavingServer(ThreadingHTTPServer):
-    """Answers each path with its script, the last answer again and again; else 404."""
+    """Gives each path the answers of its script, repeating the last one; 404 without a script."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.scripts: dict[str, list[Answer]] = {}
-        self.requests: dict[str, list[Request]] = defaultdict(list)
+        self.num_requests: Counter[str] = Counter()
+        self._scripts: dict[str, list[Answer]] = {}
         self._lock = Lock()
         Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def url(self, path: str, *script: Answer) -> str:
-        self.scripts[path] = list(script)
+        """Return the URL of a path that answers by this script from now on."""
+        self._scripts[path] = list(script)
         return f"http://127.0.0.1:{self.server_address[1]}{path}"
-
-    def note(self, path: str, request: Request) -> None:
-        with self._lock:
-            self.requests[path].append(request)
 
     def next_answer(self, path: str) -> Answer:
         with self._lock:
-            script = self.scripts.get(path) or [status(404)]
+            self.num_requests[path] += 1
+            script = self._scripts.get(path) or [status(404)]
             return script.pop(0) if len(script) > 1 else script[0]
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # clients that hang up
 
 
-def status(code: int, **headers: object) -> Answer:
-    """An answer without content."""
-    return lambda handler: handler.head(code, Content_Length=0, **headers)
+def status(code: int) -> Answer:
+    """Return an answer without content."""
+    return lambda handler: handler.head(code, Content_Length=0)
+
+
+def delayed(answer: Answer, seconds: float) -> Answer:
+    """Return an answer that begins after some seconds."""
+
+    def wait_and_answer(handler: Handler) -> None:
+        time.sleep(seconds)
+        answer(handler)
+
+    return wait_and_answer
 
 
 def whole(
     content: bytes,
     *,
-    etag: str | None = '"1"',
-    ranges: bool = True,
-    if_range: bool = True,
+    etag: str = '"1"',
     send: int | None = None,
     wait: float = 0.0,
     seconds: float = 0.0,
 ) -> Answer:
-    """The content, or what a Range asks of it.
+    """Return an answer with the content, or with the range that is requested.
 
     Args:
-        ranges: Whether Range is heeded.
-        if_range: Whether If-Range is heeded.
+        content: The whole body.
+        etag: Version of the content.
         send: Bytes of the body sent before the connection is closed.
         wait: Seconds of silence after them.
         seconds: Time that the whole body takes.
     """
 
     def answer(handler: Handler) -> None:
-        start, end, code, headers = 0, len(content), 200, {}
-        if etag:
-            headers["ETag"] = etag
-        asked_for_this = not if_range or handler.headers.get("If-Range") in (None, etag)
-        if ranges and handler.start is not None and asked_for_this:
-            start, end, code = handler.start, min(handler.end or end, end), 206
-            if start >= len(content):
-                return handler.head(416, Content_Length=0)
-            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        first, _, last = handler.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        start, end = int(first or 0), min(int(last or len(content)) + 1, len(content))
         body = content[start:end]
-        handler.head(code, Content_Length=len(body), **headers)
+        headers = {"ETag": etag, "Content_Length": len(body)}
+        if first:
+            headers["Content_Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        handler.head(206 if first else 200, **headers)
         if handler.command == "HEAD":
-            return None
+            return
         for piece in range(0, len(body[:send]), 2**16):
             handler.wfile.write(body[:send][piece : piece + 2**16])
             time.sleep(seconds * 2**16 / len(body))
@@ -122,13 +112,12 @@ def whole(
             handler.wfile.flush()
             time.sleep(wait)
             handler.close_connection = True
-        return None
 
     return answer
 
 
 def endless_zeros(size: int) -> Answer:
-    """A large body that the server does not hold either."""
+    """Return an answer with a large body that the server does not hold in memory either."""
 
     def answer(handler: Handler) -> None:
         handler.head(200, Content_Length=size)
@@ -143,7 +132,7 @@ class FtpHandler(StreamRequestHandler):
     server: "FtpServer"
 
     def handle(self) -> None:
-        """One control connection, which ends with a transfer that is cut."""
+        """Serve a control connection until it ends or a transfer is cut."""
         with self.server.lock:
             self.server.num_connections += 1
             greeting, send = next(self.server.script)
@@ -179,11 +168,11 @@ class FtpHandler(StreamRequestHandler):
 
 
 class FtpServer(ThreadingTCPServer):
-    """Holds one file, ``0.tar``.
+    """Serves one file, ``0.tar``.
 
     Args:
-        script: For each connection in turn its greeting and the bytes after which a transfer is
-            cut, None for none; the last one again and again.
+        script: For each connection its greeting and the bytes after which a transfer is
+            cut (None: never); the last one is repeated.
     """
 
     daemon_threads = True

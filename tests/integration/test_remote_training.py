@@ -129,7 +129,7 @@ def test_remote_run_equals_the_local_one(job, store):
 def test_ranks_share_the_copies_of_a_failing_server(job, http_server):
     folder, done = job
     assert re.search(r"HTTP status 503|announced|ClientPayloadError", done.stderr)
-    assert not list((folder / "http.d").glob("*.partial"))
+    assert not list((folder / "http.d").glob("*.tmp"))
     # The ranks share the copies: 8 are fetched, each rank looks once, and a third of all fails.
     assert http_server[1].total() <= 18
 
@@ -139,7 +139,14 @@ def test_absent_credentials_end_the_run(s3_url, embedded_overrides, tmp_path, mo
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     overrides = [*embedded_overrides, *RUN, f"output_dir={tmp_path}", f"data.train=['{s3_url}']"]
-    command = [sys.executable, TRAIN, EMBEDDED, *overrides, f"data.cache.dir={tmp_path / 'cache'}"]
+    command = [
+        sys.executable,
+        "-m",
+        TRAIN,
+        EMBEDDED,
+        *overrides,
+        f"data.cache.dir={tmp_path / 'cache'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

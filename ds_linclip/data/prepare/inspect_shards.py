@@ -24,7 +24,7 @@ from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data.prepare.inspection_figure import draw_inspection
 from ds_linclip.data.prepare.inspection_report import CONTEXT_LENGTH, Findings, summarise, to_text
 from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
-from ds_linclip.data.remote.filesystem import Storage, is_remote, shown
+from ds_linclip.data.remote import Storage, is_remote, redact
 from ds_linclip.data.sample_reader import ShardProblem, open_and_judge
 from ds_linclip.data.shard_index import Shard, find_shards
 from ds_linclip.data.tar_index import BadSample, OpenShard
@@ -236,7 +236,7 @@ class _SizesFiles:
 
 def _local_path(url: str) -> Path:
     if is_remote(url):
-        raise ValueError(f"write_sizes needs local shards; {shown(url)} is remote")
+        raise ValueError(f"write_sizes needs local shards; {redact(url)} is remote")
     scheme, mark, path = url.partition("://")
     return Path(path if mark and scheme.lower() in ("file", "local") else url)
 

@@ -1,366 +1,259 @@
-"""How bytes come out of a store: HTTP, or what fsspec has a file system for; one try at a time.
+"""Remote files, opened through fsspec for every scheme and retried with growing pauses.
 
-HTTP bodies are streamed over fsspec's session; what other stores hold is read in blocks through
-their fsspec file system. Whatever their libraries raise comes out as one of three: no such file, no
-use in trying again, or a try that broke off.
+What the libraries behind fsspec raise has no common base class. Here it becomes one of three: the
+file does not exist, an error that no retry can fix, or a failure that may pass.
 """
 
 import errno
+import ftplib
+import logging
+import random
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import fsspec
-from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from ds_linclip.config import NetworkConfig
+from ds_linclip.data.remote.urls import redact, scheme_of
 
-__all__ = [
-    "Body",
-    "BrokenOff",
-    "FileSystemStore",
-    "HttpStore",
-    "RefusedError",
-    "RemoteError",
-    "Version",
-    "shown",
-]
+__all__ = ["RefusedError", "RemoteError", "RemoteFiles", "RemoteNotFoundError", "Source"]
 
-_HTTP_BLOCK = 2**20  # bytes read at once
-_FILE_BLOCK = 2**22  # the file system reads another one ahead: a request per 8 MiB
+logger = logging.getLogger(__name__)
 
-_REFUSED = {401, 403}
-#: Of the statuses that blame the request, those that another try may heal.
-_PASSING = {408, 409, 412, 416, 425, 429}
+_Result = TypeVar("_Result")
+_HTTP_BUFFER = 2**20  # bytes
+_BLOCK = 2**22  # bytes; fsspec reads another one ahead, so a request fetches 8 MiB
+
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}
-_WRONG_REQUEST = {
-    "ParamValidationError",
-    "UnknownEndpointError",
-    "ProfileNotFound",
-    "error_perm",  # ftplib: the server says that it is final
-}
+#: botocore's errors about the request itself; the package need not be installed.
+_WRONG_REQUEST = {"ParamValidationError", "UnknownEndpointError", "ProfileNotFound"}
+_PERMANENT = (
+    aiohttp.InvalidURL,
+    aiohttp.TooManyRedirects,
+    aiohttp.ClientConnectorCertificateError,
+    ftplib.error_perm,
+    UnicodeError,  # an impossible host name
+)
+#: HTTP statuses below 500 that may pass.
+_TRANSIENT_STATUSES = {408, 409, 412, 416, 425, 429}
 
 
 class RemoteError(OSError):
-    """A remote file cannot be had, though nothing says that it does not exist."""
+    """A remote file cannot be read."""
+
+
+class RemoteNotFoundError(RemoteError, FileNotFoundError):
+    """A remote file does not exist."""
 
 
 class RefusedError(RemoteError):
-    """The store refuses this file to these credentials; some answer so for absent files."""
+    """The server refuses a file to these credentials; some answer so for files that are absent."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Version:
-    """What tells one content of a remote file from another.
+class _TransientError(Exception):
+    """An attempt failed; the next one may succeed."""
+
+
+class Source:
+    """An open remote file.
 
     Attributes:
-        size: In bytes, if announced.
-        etag: As the store names it.
-        modified: Time of the last change, as the store writes it.
+        size: Bytes, None if the server does not say.
     """
 
-    size: int | None = None
-    etag: str | None = None
-    modified: str | None = None
+    def __init__(self, url: str, file: Any, size: int | None) -> None:
+        self.size = size
+        self._url, self._file = url, file
 
-    @property
-    def resumable(self) -> bool:
-        """Whether bytes of it can be told from those of a later content."""
-        return self.size is not None and (self.etag or self.modified) is not None
-
-    def agrees(self, other: "Version") -> bool:
-        """Nothing that both tell differs."""
-        pairs = (
-            (self.size, other.size),
-            (self.etag, other.etag),
-            (self.modified, other.modified),
-        )
-        return all(mine == theirs for mine, theirs in pairs if None not in (mine, theirs))
-
-
-def shown(url: str) -> str:
-    """The URL without what may be secret: user and password, query, fragment; paths as they are,
-    but for bytes that no encoding knows."""
-    url = url.encode(errors="backslashreplace").decode()
-    if "://" not in url:
-        return url
-    return re.sub(r"(?<=://)[^/?#]*@", "", url).partition("?")[0].partition("#")[0]
+    def blocks(self, max_bytes: int | None = None) -> Iterator[bytes]:
+        """Yield the content, the first ``max_bytes`` of it if given, in pieces of up to 4 MiB."""
+        position = 0
+        while max_bytes is None or position < max_bytes:
+            length = _BLOCK if max_bytes is None else min(_BLOCK, max_bytes - position)
+            with _translated_errors(self._url):
+                block: bytes = self._file.read(length)
+            if not block:
+                break
+            position += len(block)
+            yield block
+        if self.size is not None and position != self.size and position != max_bytes:
+            raise _TransientError(f"{position} bytes came, {self.size} were announced")
 
 
-class BrokenOff(Exception):
-    """A try failed; another may not."""
+class RemoteFiles:
+    """Opens remote files for one process; its threads may share it.
 
-    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
-
-
-class _HttpStatus(OSError):
-    """An answer without a body of ours."""
-
-    def __init__(self, status: int, retry_after: str | None) -> None:
-        super().__init__(f"HTTP status {status}")
-        self.status = status
-        seconds = retry_after or ""  # or a date, which is not heeded
-        self.retry_after = float(seconds) if seconds.isdecimal() else 0.0
-
-
-@dataclass(frozen=True)
-class Body:
-    version: Version
-    offset: int
-    read: Callable[[], bytes]
-    close: Callable[[], None]
-
-
-class HttpStore:
-    """HTTP and HTTPS, streamed; proxies are those of the environment, redirects are followed."""
+    A forked process needs an object of its own, and must keep its parent's: closing the parent's
+    connections would also remove them from the parent's event loop.
+    """
 
     def __init__(self, network: NetworkConfig) -> None:
-        timeout = aiohttp.ClientTimeout(
-            connect=network.connect_timeout,
-            sock_connect=network.connect_timeout,
-            sock_read=network.read_timeout,
-        )
-        client = {"timeout": timeout, "trust_env": True}
-        # Not in fsspec's own cache of instances: a forked process empties that, and closing the
-        # parent's connections there takes them out of the parent's event loop too.
-        self._filesystem = fsspec.filesystem("http", client_kwargs=client, skip_instance_cache=True)
-
-    def open(self, url: str, have: Version | None, position: int) -> Body:
-        """The body from ``position`` on if what ``have`` tells still holds, else from 0 on."""
-        headers = {"Accept-Encoding": "identity"}
-        if have is not None and have.resumable and position > 0:
-            wanted = {"Range": f"bytes={position}-"}
-            # Weak tags do not promise the same bytes.
-            strong = have.etag if have.etag and not have.etag.startswith("W/") else None
-            if strong or have.modified:
-                wanted["If-Range"] = strong or have.modified or ""
-            response = self._get(url, headers | wanted, (200, 206, 416))
-            if response.status == 200:
-                return self._body(url, response, _version(response), 0)
-            start, size = _content_range(response)
-            version = _version(response, size)
-            if response.status == 206 and start == position and have.agrees(version):
-                return self._body(url, response, have, position)
-            self._release(response)
-        response = self._get(url, headers, (200,))
-        return self._body(url, response, _version(response), 0)
-
-    def _get(
-        self, url: str, headers: dict[str, str], accepted: tuple[int, ...]
-    ) -> aiohttp.ClientResponse:
-        async def get() -> aiohttp.ClientResponse:
-            session = await self._filesystem.set_session()
-            answer = await session.get(self._filesystem.encode_url(url), headers=headers)
-            assert isinstance(answer, aiohttp.ClientResponse)
-            return answer
-
-        with _library_call(url):
-            response: aiohttp.ClientResponse = sync(self._filesystem.loop, get)
-        if response.status not in accepted:
-            self._release(response)
-            status = _HttpStatus(response.status, response.headers.get("Retry-After"))
-            raise _judge(status, url) from None
-        return response
-
-    def _body(
-        self, url: str, response: aiohttp.ClientResponse, version: Version, offset: int
-    ) -> Body:
-        async def take() -> bytes:
-            block = bytearray()
-            while len(block) < _HTTP_BLOCK:
-                try:
-                    piece = await response.content.read(_HTTP_BLOCK - len(block))
-                except (OSError, aiohttp.ClientError):
-                    if not block:
-                        raise
-                    break  # what came before counts; the next call raises it again
-                if not piece:
-                    break
-                block += piece
-            return bytes(block)
-
-        def read() -> bytes:
-            with _library_call(url):
-                block = sync(self._filesystem.loop, take)
-            assert isinstance(block, bytes)
-            return block
-
-        return Body(version, offset, read, lambda: self._release(response))
-
-    def _release(self, response: aiohttp.ClientResponse) -> None:
-        """Keep the connection if the body has come to its end, else close it."""
-        self._filesystem.loop.call_soon_threadsafe(response.release)
-
-
-class FileSystemStore:
-    """What fsspec has a file system for, read in blocks."""
-
-    def __init__(self, scheme: str, network: NetworkConfig) -> None:
-        self._options = _options(scheme, network)
-        self._kind = fsspec.get_filesystem_class(scheme)
-        self._held: dict[int, Any] = {}
-
-    def open(self, url: str, have: Version | None, position: int) -> Body:
-        """The body from ``position`` on if what ``have`` tells still holds, else from 0 on."""
-        with self._call(url):
-            filesystem, path = url_to_fs(url, **self._options)
-        if self._kind.async_impl:
-            self._held[id(filesystem)] = filesystem  # in a forked process too; see HttpStore
-        if hasattr(filesystem, "retries"):
-            filesystem.retries = 1  # the pauses between tries are ours
-        with self._call(url):
-            filesystem.invalidate_cache()
-            file = filesystem.open(path, "rb", block_size=_FILE_BLOCK)
-            facts = getattr(file, "details", None) or filesystem.info(path)
-        if facts.get("type") == "directory":
-            raise _absent(url)
-        version = Version(
-            size=facts.get("size"),
-            etag=_first(facts, "ETag", "etag"),
-            modified=_first(facts, "LastModified", "last_modified", "mtime", "modified"),
-        )
-        same = have is not None and have.resumable and have == version
-        offset = position if same else 0
-
-        def read() -> bytes:
-            with self._call(url):
-                block: bytes = file.read(_FILE_BLOCK)
-            return block
-
-        def close() -> None:
-            # What has been read stays read.
-            with suppress(BrokenOff, OSError), self._call(url):
-                file.close()
-
-        with self._call(url):
-            file.seek(offset)
-        return Body(version, offset, read, close)
+        self._network = network
+        self._lock = threading.Lock()
+        self._filesystems: dict[str, Any] = {}
 
     @contextmanager
-    def _call(self, url: str) -> Iterator[None]:
+    def open(self, url: str) -> Iterator[Source]:
+        """Open a file for one attempt to read it, to be called within :meth:`retry`."""
+        with _translated_errors(url):
+            filesystem = self._filesystem(url)
+            if scheme_of(url) in ("http", "https"):
+                # A stream: one GET. A size, here any, saves a HEAD, which signed URLs refuse.
+                file = filesystem.open(url, block_size=0, size=1)
+                encoded = file.r.headers.get("Content-Encoding", "identity") != "identity"
+                size = None if encoded else file.r.content_length
+            else:
+                file = filesystem.open(url, block_size=_BLOCK)
+                details = getattr(file, "details", None) or filesystem.info(url)
+                if details.get("type") == "directory":
+                    raise IsADirectoryError
+                size = details.get("size")
         try:
-            with _library_call(url):
-                yield
-        except BrokenOff:
-            if not self._kind.async_impl:
-                # Those keep one connection, and keep it when it is dead.
-                self._kind.clear_instance_cache()
-            raise
+            yield Source(url, file, size)
+        finally:
+            # What has been read stays read.
+            with suppress(_TransientError, RemoteError), _translated_errors(url):
+                file.close()
+
+    def start_of(self, url: str, num_bytes: int) -> bytes:
+        """Return the first bytes of a file, or all if it is shorter.
+
+        Raises:
+            RemoteError: see :meth:`retry`.
+        """
+
+        def attempt() -> bytes:
+            with self.open(url) as source:
+                return b"".join(source.blocks(num_bytes))
+
+        return self.retry(url, attempt, self._network.max_tries)
+
+    def retry(self, url: str, attempt: Callable[[], _Result], max_tries: int) -> _Result:
+        """Call ``attempt`` until it succeeds, with pauses that grow exponentially, fully jittered.
+
+        Raises:
+            RemoteNotFoundError: at once; the file does not exist.
+            RefusedError: at once; the credentials are refused.
+            RemoteError: at once if no retry can succeed, else after ``max_tries`` attempts.
+        """
+        num_tries = 0
+        while True:
+            try:
+                return attempt()
+            except _TransientError as error:
+                num_tries += 1
+                if num_tries >= max_tries:
+                    raise RemoteError(
+                        f"{redact(url)} cannot be fetched: {num_tries} tries failed, the last: "
+                        f"{error}"
+                    ) from None
+                network = self._network
+                longest = min(network.max_backoff, network.backoff * 2.0 ** min(num_tries - 1, 64))
+                pause = random.SystemRandom().uniform(0, longest)
+                logger.warning(
+                    "%s: %s; retry %d of %d in %.1f s",
+                    *(redact(url), error, num_tries, max_tries - 1, pause),
+                )
+                time.sleep(pause)
+
+    def _filesystem(self, url: str) -> Any:
+        """Return an fsspec file system that is not in fsspec's own cache, which a fork empties."""
+        options = {**self._options(scheme_of(url)), "skip_instance_cache": True}
+        if not fsspec.get_filesystem_class(scheme_of(url)).async_impl:
+            # These hold one connection, which only one thread may use, and keep it when it is dead.
+            return url_to_fs(url, **options)[0]
+        server = "/".join(url.split("/")[:3])
+        with self._lock:
+            if server not in self._filesystems:
+                filesystem = url_to_fs(url, **options)[0]
+                if scheme_of(url) in ("s3", "s3a"):
+                    filesystem.retries = 2  # of a block: resumes a body that was cut
+                self._filesystems[server] = filesystem
+            return self._filesystems[server]
+
+    def _options(self, scheme: str) -> dict[str, Any]:
+        """Return the time-outs as each file system names them."""
+        connect, read = self._network.connect_timeout, self._network.read_timeout
+        timeout = aiohttp.ClientTimeout(connect=connect, sock_connect=connect, sock_read=read)
+        if scheme in ("http", "https"):
+            client = {
+                "timeout": timeout,
+                "trust_env": True,  # proxies
+                "raise_for_status": True,  # or fsspec leaves the connection of an error open
+                "read_bufsize": _HTTP_BUFFER,
+                "headers": {"Accept-Encoding": "identity"},
+            }
+            return {"client_kwargs": client}
+        if scheme in ("s3", "s3a"):
+            config = {
+                "connect_timeout": connect,
+                "read_timeout": read,
+                "retries": {"total_max_attempts": 1},
+            }
+            return {"config_kwargs": config, "use_listings_cache": False}
+        if scheme in ("gs", "gcs"):
+            return {"requests_timeout": timeout}
+        return {}
 
 
 @contextmanager
-def _library_call(url: str) -> Iterator[None]:
-    """Around calls of fsspec and what is behind it, and nothing of ours."""
+def _translated_errors(url: str) -> Iterator[None]:
+    """Translate errors of fsspec and the libraries behind it; contains no code of ours."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - what those libraries raise has no common base
-        raise _judge(error, url) from None
+        raise _translated(error, url) from None
 
 
-def _options(scheme: str, network: NetworkConfig) -> dict[str, Any]:
-    """Timeouts in the words of each file system; others have none, or their own."""
-    if scheme == "s3":
-        config = {
-            "connect_timeout": network.connect_timeout,
-            "read_timeout": network.read_timeout,
-            "retries": {"total_max_attempts": 1},
-        }
-        return {"config_kwargs": config, "use_listings_cache": False}
-    if scheme == "gs":
-        timeout = aiohttp.ClientTimeout(
-            connect=network.connect_timeout, sock_read=network.read_timeout
-        )
-        return {"requests_timeout": timeout}
-    return {}
-
-
-def _judge(error: Exception, url: str) -> Exception:
-    """What a failed try means: no such file, no use in trying, or another try."""
-    name, status = type(error).__name__, _status(error)
+def _translated(error: Exception, url: str) -> Exception:
+    name, status, reason = type(error).__name__, _status(error), _reason(error)
     if isinstance(error, (FileNotFoundError, IsADirectoryError)) or status in (404, 410):
-        return _absent(url)
-    gcs_refuses = str(error).startswith("Forbidden")
-    if isinstance(error, PermissionError) or status in _REFUSED or gcs_refuses:
-        return RefusedError(_credentials(error, url))
+        return RemoteNotFoundError(errno.ENOENT, "no such remote file", redact(url))
+    forbidden = str(error).startswith("Forbidden")  # gcsfs
+    if isinstance(error, PermissionError) or status in (401, 403) or forbidden:
+        return RefusedError(_credentials(url, reason))
     if status == 407 or name in _NO_CREDENTIALS:
-        return RemoteError(_credentials(error, url))
-    passing = status is None or status >= 500 or status in _PASSING
-    final = isinstance(
-        error,
-        (
-            aiohttp.InvalidURL,
-            aiohttp.TooManyRedirects,
-            aiohttp.ClientConnectorCertificateError,
-            UnicodeError,  # a host that cannot be one
-        ),
-    )
-    if final or name in _WRONG_REQUEST or not (passing or isinstance(error, TimeoutError)):
-        return RemoteError(f"{shown(url)} cannot be fetched: {_reason(error)}")
-    return BrokenOff(_reason(error), getattr(error, "retry_after", 0.0))
+        return RemoteError(_credentials(url, reason))
+    rejected = status is not None and 300 <= status < 500 and status not in _TRANSIENT_STATUSES
+    rejected = rejected and not isinstance(error, TimeoutError)
+    if rejected or isinstance(error, _PERMANENT) or name in _WRONG_REQUEST:
+        return RemoteError(f"{redact(url)} cannot be fetched: {reason}")
+    return _TransientError(reason)
 
 
-def _absent(url: str) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, "no such remote file", shown(url))
-
-
-def _credentials(error: Exception, url: str) -> str:
+def _credentials(url: str, reason: str) -> str:
     return (
-        f"{shown(url)}: credentials are absent or refused ({_reason(error)}); stores that "
-        "do not let them list also answer so for a file that does not exist"
+        f"{redact(url)}: credentials are absent or refused ({reason}); servers that do not allow "
+        "listing also answer so for a file that does not exist"
     )
 
 
 def _status(error: Exception) -> int | None:
-    """HTTP status behind an error, where the library tells it."""
-    if isinstance(error, _HttpStatus):
-        return error.status
+    """Return the HTTP status behind an error where its library tells it."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        # An answer that is not HTTP gets status 400 and has a cause.
+        return error.status if error.__cause__ is None else None
     for source in (error, error.__cause__):
         response = getattr(source, "response", None)
         if isinstance(response, dict):  # botocore
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
-    if isinstance(error, aiohttp.ClientError):
-        return None  # an answer that is no HTTP has status 400 here
     code = getattr(error, "status_code", None) or getattr(error, "code", None)  # azure, gcsfs
     return int(code) if isinstance(code, (int, str)) and str(code).isdigit() else None
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, _HttpStatus):
-        return str(error)
+def _reason(error: BaseException) -> str:
+    """Return an error as one line without secrets."""
+    if isinstance(error, aiohttp.ClientResponseError) and error.__cause__ is None:
+        return f"HTTP status {error.status}"
     if isinstance(error, IndexError) and isinstance(error.__context__, TimeoutError):
-        error = error.__context__  # s3fs reads the message of a time-out, which has none
+        error = error.__context__  # s3fs reads the first argument of a time-out, which has none
     if isinstance(error, TimeoutError) and not str(error):
-        return "no byte within read_timeout"
-    text = re.sub(r"\w+://[^\s'\"]+", lambda match: shown(match[0]), str(error))
+        error = error.__cause__ or TimeoutError("no byte within read_timeout")
+    text = re.sub(r"\w+://[^\s'\"]+", lambda match: redact(match[0]), str(error))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _version(response: aiohttp.ClientResponse, size: int | None = None) -> Version:
-    length = response.headers.get("Content-Length", "")
-    if size is None and response.status == 200 and length.isdigit():
-        size = int(length)
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        return Version()  # compressed on the way: neither the size nor an offset means the file's
-    return Version(
-        size=size,
-        etag=response.headers.get("ETag"),
-        modified=response.headers.get("Last-Modified"),
-    )
-
-
-def _content_range(response: aiohttp.ClientResponse) -> tuple[int | None, int | None]:
-    """First byte and size of the whole file."""
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if found is None:
-        return None, None
-    return int(found[1]), int(found[2]) if found[2] != "*" else None
-
-
-def _first(facts: dict[str, Any], *names: str) -> str | None:
-    return next((str(facts[name]) for name in names if facts.get(name)), None)

@@ -1,183 +1,239 @@
-"""Local copies of remote files, shared by all threads and processes that use one folder.
+"""Copies of remote files in a folder on the local disk, shared by all processes that use it.
 
-A copy that is there is taken as it is: whether the remote file has changed since is not asked.
+A copy appears when it is whole, by a rename. A shared flock on a file, held while it is written or
+open, keeps it from being evicted; the kernel releases it when its process ends, however that ends,
+so what a killed process left half-written is evicted like an old copy. A lock file per copy lets
+one process fetch it while the others wait.
 """
 
+import errno
+import fcntl
 import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import BinaryIO
 
-from ds_linclip.data.remote.backends import RemoteError, Version, shown
-from ds_linclip.data.remote.cache_dir import CacheError, CacheFolder, Failure, Record
-from ds_linclip.data.remote.download import Sink
+from filelock import FileLock, Timeout
+
+from ds_linclip.data.remote.backends import RemoteError
+from ds_linclip.data.remote.urls import redact
+from ds_linclip.process.atomic import atomic_file
 
 __all__ = ["CacheError", "DiskCache"]
 
+#: A copy, or the temporary file of one that is being written.
+_FILE = re.compile(r"(\.?)[0-9a-f]{16}-[\w.-]+", re.ASCII)
+_LOCK, _FETCHED_TWICE = ".lock", ".fetched-twice"
+_GIB = 2**30
+_WAIT = 0.2  # seconds between two attempts to find room
+_MAX_WAITS = 10  # while no file is being written: one that has just come is open for a moment
+
+
+class CacheError(OSError):
+    """The cache folder cannot take another copy."""
+
 
 class DiskCache:
-    """The copies in one folder. Holds no state but the two settings.
+    """A bounded folder of copies, of which the least recently used are evicted.
+
+    The object holds no state but its settings, so processes and threads may each have their own.
 
     Args:
-        folder: On a local disk; made when there is none.
-        max_gib: Largest size of all copies together, with those on their way.
+        folder: On a local disk; created when needed.
+        max_gib: Largest total size of all copies, including those being written.
     """
 
     def __init__(self, folder: str, max_gib: float) -> None:
-        self._folder = CacheFolder(folder, max_gib)
+        self._folder = Path(folder)
+        self._max_gib = max_gib
+        self._max_bytes = int(max_gib * _GIB)
 
     def check(self) -> None:
-        """Make the folder and try whether it can be written.
+        """Create the folder and check that it is writable.
 
         Raises:
             CacheError: naming ``data.cache.dir`` and what is wrong.
         """
-        self._folder.make()
-        self._folder.check()
+        with self._local_errors(), self._folder_locked():
+            pass
 
-    def open(
-        self, url: str, fetch: Callable[[Sink], None], *, anew: bool = False, ahead: bool = False
-    ) -> BinaryIO:
-        """The copy of a file, fetched first when there is none; nobody drops it while it is open.
+    def open(self, url: str) -> BinaryIO | None:
+        """Open a whole copy, None if there is none; it is not evicted until it is closed."""
+        with self._local_errors(), ExitStack() as until_returned:
+            try:
+                copy = until_returned.enter_context(open(self._path(url), "rb"))
+                fcntl.flock(copy, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except (FileNotFoundError, BlockingIOError):  # the latter: it is being evicted
+                return None
+            if os.fstat(copy.fileno()).st_nlink == 0:
+                return None
+            with suppress(PermissionError):  # another user's copy
+                os.utime(copy.fileno())
+            until_returned.pop_all()
+            return copy
 
-        Args:
-            url: Names the file; equal URLs share a copy.
-            fetch: Brings the whole file into the sink it is given, or raises. Those who wait for
-                it meanwhile get what it raised.
-            anew: Whether to drop the copy that is there, unless that was done before and the same
-                content came again.
-            ahead: Nobody needs it yet: wait for nothing, neither for another one who fetches it
-                (BlockingIOError) nor for room that others may give back, and let those who need
-                it try for themselves.
+    @contextmanager
+    def locked(self, url: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold the right to fetch a file: one process or thread at a time.
 
         Raises:
-            CacheError: no room (naming ``data.cache.max_gib``), or the folder or its disk is at
-                fault (naming ``data.cache.dir``).
+            filelock.Timeout: another one holds it, and ``wait`` is False.
+            CacheError: the folder is not writable.
         """
-        name, folder = _name_of(url), self._folder
-        folder.make()
-        if not anew:
-            with folder.local_errors():
-                found = folder.open_copy(name)
-            if found is not None:
-                return found
-        with folder.entry_locked(name, url, wait=not ahead) as lock:
-            with folder.local_errors():
-                found, record = folder.open_copy(name), Record.read(lock)
-                if found is not None:
-                    if not anew or record.confirmed:
-                        return found
-                    found.close()
-                doubted = record.version if found is not None or record.confirmed else None
-                folder.drop_copy(name)
-                if anew:
-                    folder.drop_partial(name)
-            self._fetch(name, lock, url, fetch, ahead, doubted)
-            with folder.local_errors():
-                found = folder.open_copy(name)
-            if found is None:
-                raise CacheError(
-                    f"data.cache.dir ({folder.path}) must keep its files: the copy of "
-                    f"{shown(url)} is gone at once"
-                )
-            return found
-
-    def _fetch(
-        self,
-        name: str,
-        lock: int,
-        url: str,
-        fetch: Callable[[Sink], None],
-        ahead: bool,
-        doubted: Version | None,
-    ) -> None:
-        folder = self._folder
-        with folder.local_errors():
-            partial = _Partial(folder, name, lock, url, wait=not ahead)
+        path = self._path(url, _LOCK)
+        with self._local_errors():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)
+            lock.acquire(blocking=wait)
         try:
-            fetch(partial)
-            partial.finish(doubted)
-        except OSError as error:
-            absent, remote = isinstance(error, FileNotFoundError), isinstance(error, RemoteError)
-            with folder.local_errors():
-                if absent or (remote and not ahead):
-                    failure = Failure(time.time(), absent, error.strerror or str(error))
-                    replace(Record.read(lock), failure=failure).write(lock)
-                # Bytes of a file that may come yet are gone on with by the next one to ask.
-                if not remote or partial.position == 0:
-                    folder.drop_traces(name)
-            raise
+            yield
         finally:
-            partial.close()
+            # Those who wait for the removed file notice, or at worst fetch a second time.
+            path.unlink(missing_ok=True)
+            lock.release()
 
+    def store(
+        self, url: str, size: int | None, blocks: Iterable[bytes], *, wait: bool = True
+    ) -> BinaryIO:
+        """Write a copy and open it; call it while holding :meth:`locked`.
 
-class _Partial:
-    """The sink of one entry: its partial file, within what is reserved for it."""
+        Args:
+            url: The remote file.
+            size: Bytes, if they are known beforehand.
+            blocks: Its content.
+            wait: Whether to wait for room while other processes are writing copies.
 
-    def __init__(self, folder: CacheFolder, name: str, lock: int, url: str, wait: bool) -> None:
-        self.version: Version | None = None
-        self.position = 0
-        self._folder, self._name, self._lock = folder, name, lock
-        self._url, self._wait = url, wait
-        self._reserved = 0
-        self._file: BinaryIO | None = None
-        path, record = folder.partial(name), Record.read(lock)
-        if record.version.resumable and os.path.exists(path):
-            self.version = record.version
-            self.position = os.path.getsize(path)
-            self._reserved = record.reserved
-        else:
-            folder.drop_partial(name)
+        Raises:
+            CacheError: no room (naming ``data.cache.max_gib``), a full disk, or a folder that is
+                not writable (naming ``data.cache.dir``).
+        """
+        path = self._path(url)
+        # The temporary file stays locked until the copy is open.
+        with self._local_errors(), ExitStack() as until_open:
+            with atomic_file(path, durable=True) as partial:
+                reserved = size or 0
+                file = until_open.enter_context(self._reserve(url, partial, reserved, wait=wait))
+                for block in blocks:
+                    end = file.tell() + len(block)
+                    if end > reserved:  # the size was not announced
+                        self._reserve(url, partial, end, wait=False).close()
+                        reserved = end
+                    file.write(block)
+                file.flush()
+            copy = self.open(url)
+            if copy is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            return copy
 
-    def start(self, version: Version, offset: int) -> None:
-        with self._folder.local_errors():
-            self.close()
-            if offset == 0 and (self._reserved == 0 or version != self.version):
-                self._folder.drop_partial(self._name)
-                self._reserved = 0
-                self._reserve(version, version.size or 0, wait=self._wait)
-            self.version, self.position = version, offset
-            self._file = open(self._folder.partial(self._name), "r+b", buffering=0)  # noqa: SIM115
-            self._file.truncate(offset)
-            self._file.seek(offset)
+    def evict(self, url: str) -> None:
+        """Remove a copy; processes that have it open can still read it."""
+        with self._local_errors():
+            self._path(url).unlink(missing_ok=True)
+            self._path(url, _FETCHED_TWICE).unlink(missing_ok=True)
 
-    def write(self, block: bytes) -> None:
-        assert self._file is not None
-        assert self.version is not None
-        end = self.position + len(block)
-        with self._folder.local_errors():
-            if end > self._reserved:  # of unknown size
-                self._reserve(self.version, end, wait=False)
-            rest = memoryview(block)
-            while rest:
-                written = self._file.write(rest)
-                rest = rest[written:]
-                self.position += written
+    def mark_fetched_twice(self, url: str) -> None:
+        """Remember that a damaged copy was replaced, and that it need not be replaced again."""
+        with self._local_errors():
+            self._path(url, _FETCHED_TWICE).touch()
 
-    def finish(self, doubted: Version | None) -> None:
-        """It is whole; the same content as one that was doubted is what the source has."""
-        self.close()
-        come = self.version or Version()
-        final = Version(size=self.position, etag=come.etag, modified=come.modified)
-        with self._folder.local_errors():
-            self._folder.commit(self._name, self._lock, final, confirmed=final == doubted)
+    def was_fetched_twice(self, url: str) -> bool:
+        """Return whether the present copy replaced a damaged one."""
+        return self._path(url, _FETCHED_TWICE).exists()
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def _reserve(self, url: str, partial: Path, size: int, *, wait: bool) -> BinaryIO:
+        """Make room for a temporary file and open it, locked and of its final size, all a hole.
 
-    def _reserve(self, version: Version, size: int, *, wait: bool) -> None:
-        self._folder.reserve(self._name, self._lock, self._url, version, size, wait=wait)
-        self._reserved = size
+        The size tells other processes how much it will take. A process that waits here has no file
+        yet, so two never wait for each other.
+        """
+        waits = 0
+        while True:
+            with self._folder_locked():
+                in_use, being_written = self._make_room(size, partial)
+                if in_use + size <= self._max_bytes:
+                    partial.touch()
+                    file = open(partial, "r+b")  # noqa: SIM115 - the caller closes it
+                    fcntl.flock(file, fcntl.LOCK_SH)
+                    file.truncate(size)
+                    return file
+            waits = 0 if being_written else waits + 1
+            if size > self._max_bytes or not wait or waits >= _MAX_WAITS:
+                raise CacheError(
+                    f"data.cache.max_gib ({self._max_gib}) must be at least what is in use at "
+                    f"once: {in_use / _GIB:.3f} GiB are, {redact(url)} has {size / _GIB:.3f} GiB"
+                )
+            time.sleep(_WAIT)
 
+    def _make_room(self, size: int, partial: Path) -> tuple[int, bool]:
+        """Evict the least recently used files until ``size`` more bytes fit.
 
-def _name_of(url: str) -> str:
-    """A file name of its own for every URL, readable at its end."""
-    last = re.sub(r"[^\w.-]", "_", shown(url).rpartition("/")[2], flags=re.ASCII)[-80:]
-    if last.endswith((".partial", ".lock")):
-        last += "_"
-    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{last or 'file'}"
+        Returns:
+            The bytes that remain, and whether some of them are still being written.
+        """
+        files = []
+        for path in self._folder.iterdir():
+            match = _FILE.fullmatch(path.name)
+            if match is None or path == partial or path.suffix in (_LOCK, _FETCHED_TWICE):
+                continue
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                files.append((status.st_mtime_ns, path, status.st_size, bool(match[1])))
+        in_use, being_written = sum(file_size for _, _, file_size, _ in files), False
+        for _, path, file_size, is_partial in sorted(files):
+            if in_use + size <= self._max_bytes:
+                break
+            if self._evict_unless_open(path):
+                in_use -= file_size
+            else:
+                being_written |= is_partial
+        return in_use, being_written
+
+    def _evict_unless_open(self, path: Path) -> bool:
+        try:
+            with open(path, "rb") as file:
+                # Held until the name is gone: who opens it meanwhile sees that.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+                path.with_name(path.name + _FETCHED_TWICE).unlink(missing_ok=True)
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:
+            pass
+        return True
+
+    def _path(self, url: str, suffix: str = "") -> Path:
+        """Return a path of its own for every URL, readable at its end."""
+        name = re.sub(r"[^\w.-]", "_", redact(url).rpartition("/")[2], flags=re.ASCII)[-80:]
+        if name.endswith((_LOCK, _FETCHED_TWICE)):
+            name += "_"
+        digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+        return self._folder / f"{digest}-{name or 'file'}{suffix}"
+
+    @contextmanager
+    def _folder_locked(self) -> Iterator[None]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._folder / "shard-cache.lock"):
+            yield
+
+    @contextmanager
+    def _local_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (CacheError, RemoteError, Timeout):
+            raise
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CacheError(
+                    f"data.cache.max_gib ({self._max_gib}) must be less than what is free on the "
+                    f"disk of data.cache.dir ({self._folder}), which is full: {error}"
+                ) from error
+            raise CacheError(
+                f"data.cache.dir ({self._folder}) must be a folder on a local disk that can be "
+                f"written: {error}"
+            ) from error

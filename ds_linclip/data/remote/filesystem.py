@@ -1,110 +1,78 @@
-"""Where the files that a user names lie: local paths, and URLs behind a cache on the local disk."""
+"""Files that a user names: local paths, and URLs read through a cache on the local disk."""
 
-import difflib
-import errno
 import logging
 import os
 import queue
-import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import BinaryIO
 
-import fsspec
-
 from ds_linclip.config import CacheConfig, NetworkConfig
-from ds_linclip.data.remote.backends import RemoteError, shown
+from ds_linclip.data.remote.backends import RefusedError, RemoteFiles
 from ds_linclip.data.remote.cache import CacheError, DiskCache
-from ds_linclip.data.remote.download import Remote
+from ds_linclip.data.remote.urls import is_remote, local_path, redact
 
-__all__ = ["CacheError", "RemoteError", "Storage", "check_url", "is_remote", "shown"]
+__all__ = ["Storage"]
 
 logger = logging.getLogger(__name__)
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_LOCAL = ("file", "local")
-#: What fsspec knows that is no store of its own: wrappers, archives, and what lives in a process.
-_NOT_STORES = {
-    "async_wrapper",
-    "asynclocal",
-    "asyncwrapper",
-    "blockcache",
-    "cached",
-    "data",
-    "dir",
-    "filecache",
-    "generic",
-    "libarchive",
-    "memory",
-    "pyscript",
-    "reference",
-    "simplecache",
-    "tar",
-    "zip",
-}
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _MAX_SIDE_FILE_BYTES = 2**28
 
 
 class Storage:
-    """Where files named by the user lie: local paths, or URLs of fsspec through a disk cache.
+    """Opens local paths where they are, and remote files through copies on the local disk.
 
-    May be pickled, and used after a fork and by several threads: transfers and their threads are
-    made anew by every process that needs them.
+    It may be pickled, used after a fork and by several threads: every process opens its own
+    connections and starts its own threads.
 
     Args:
-        cache: Where copies of remote files go, and how many.
-        network: Timeouts, tries and parallel transfers.
+        cache: Folder of the copies and their total size.
+        network: Time-outs, number of tries and of parallel downloads.
     """
 
     def __init__(self, cache: CacheConfig, network: NetworkConfig) -> None:
-        self._cache = cache
+        self._cache_config = cache
         self._network = network
-        self._copies = None if cache.dir is None else DiskCache(cache.dir, cache.max_gib)
-        # By process; a forked one leaves its parent's alone, see HttpStore in stores.py.
+        #: By process; a forked one leaves its parent's alone, see :class:`RemoteFiles`.
         self._processes: dict[int, _Process] = {}
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[CacheConfig, NetworkConfig]]:
-        return Storage, (self._cache, self._network)
+        return Storage, (self._cache_config, self._network)
 
     def check(self, urls: Sequence[str]) -> None:
-        """Find out before the first shard whether copies can be kept.
+        """Check before the first shard is read that copies of remote files can be kept.
 
         Raises:
-            ValueError: naming ``data.cache.dir``: some URL is remote, and it is None or cannot be
-                written.
+            ValueError: naming ``data.cache.dir``: a URL is remote, and the folder is None or not
+                writable.
         """
         remote = next(filter(is_remote, urls), None)
         if remote is not None:
             try:
-                self._disk_cache(remote).check()
+                self._cache(remote).check()
             except CacheError as error:
                 raise ValueError(str(error)) from error
 
-    def open(self, url: str) -> BinaryIO:
-        """A whole local file, open for ``os.pread``; while it is open it is not evicted.
+    def open(self, url: str, *, refetch: bool = False) -> BinaryIO:
+        """Open a whole file on the local disk for ``os.pread``; it stays while it is open.
 
-        A remote file is fetched first when there is no copy of it; whoever fetches it, others wait
-        for that, and share its failure.
+        A remote file that has no copy is fetched first, by one process while others wait.
+
+        Args:
+            url: Path or URL.
+            refetch: The copy turned out to be damaged: fetch it once more. A copy that was fetched
+                twice is opened as it is: it is damaged at its source.
 
         Raises:
             FileNotFoundError: there is no such file.
-            OSError: of a local path, such as PermissionError: the machine is at fault, not the
-                data.
-            RemoteError: refused or absent credentials, or out of reach after all tries.
-            CacheError: no room within ``data.cache.max_gib``, a full disk, a folder that cannot be
-                written.
-            ValueError: ``data.cache.dir`` is None and the file remote.
+            RemoteError: refused or absent credentials, or every try failed.
+            CacheError: no room within ``data.cache.max_gib``, a full disk, a folder that is not
+                writable.
+            OSError: another error of the local file system.
+            ValueError: the file is remote and ``data.cache.dir`` is None.
         """
-        return self._open(url)
-
-    def open_again(self, url: str) -> BinaryIO:
-        """As :meth:`open`, after the copy turned out damaged: a remote file is fetched anew.
-
-        Unless that was done before, and the same content came again: it is so at its source.
-        """
-        return self._open(url, anew=True)
+        return self._open(url, refetch=refetch)
 
     def read(
         self,
@@ -113,168 +81,140 @@ class Storage:
         *,
         refused_is_absent: bool = False,
     ) -> bytes | None:
-        """A small file in memory, without the cache; None when there is none.
+        """Return the content of a small file, None if it does not exist; the cache is not used.
 
         Args:
-            url: Names the file.
-            max_bytes: Its largest size.
-            refused_is_absent: Whether it counts as none when a store refuses the credentials: so
-                answer some for a file that does not exist, or was not signed for.
+            url: Path or URL.
+            max_bytes: Largest size.
+            refused_is_absent: Whether a file counts as absent when the server refuses the
+                credentials: some answer so for a file that does not exist or is not signed for.
 
         Raises:
-            ValueError: it has more than ``max_bytes``.
-            OSError: as :meth:`open`.
+            ValueError: the file is larger than ``max_bytes``.
+            OSError: see :meth:`open`.
         """
-        if is_remote(url):
-            remote = self._process().remote
-            return remote.read(url, max_bytes, refused_is_absent=refused_is_absent)
         try:
-            with open(_local_path(url), "rb") as file:
-                content = file.read(max_bytes + 1)
+            content = self._start_of(url, max_bytes + 1)
         except FileNotFoundError:
             return None
+        except RefusedError:
+            if refused_is_absent:
+                return None
+            raise
         if len(content) > max_bytes:
-            raise ValueError(f"{url} must have at most {max_bytes} bytes")
+            raise ValueError(f"{redact(url)} must have at most {max_bytes} bytes")
         return content
 
-    def exists(self, url: str) -> bool:
-        """Whether there is such a file, asked of where it lies, not of the cache.
-
-        Raises:
-            RemoteError: as :meth:`open`.
-        """
-        if is_remote(url):
-            return self._process().remote.exists(url)
-        return os.path.isfile(_local_path(url))
-
     def head(self, url: str) -> bytes:
-        """The first bytes of a file, 512 at least where it has them, from where it lies.
+        """Return the first 512 bytes of a file from its source.
 
         Raises:
             FileNotFoundError: there is no such file.
-            OSError: as :meth:`open`.
+            OSError: see :meth:`open`.
+        """
+        return self._start_of(url, 512)
+
+    def exists(self, url: str) -> bool:
+        """Return whether a file exists at its source.
+
+        Raises:
+            RemoteError: see :meth:`open`.
         """
         if not is_remote(url):
-            with open(_local_path(url), "rb") as file:
-                return file.read(512)
-        found = self._process().remote.head(url)
-        if found is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(url))
-        return found
+            return os.path.isfile(local_path(url))
+        try:
+            self._start_of(url, 0)
+        except FileNotFoundError:
+            return False
+        return True
 
     def prefetch(self, urls: Sequence[str]) -> None:
-        """Start fetching remote files in the background, ``network.downloads`` at once per process.
+        """Start to fetch remote files in the background, ``network.downloads`` at once per process.
 
-        A file for which there is no room, or that does not come at the first try, is passed over:
-        :meth:`open` meets the error again.
+        A file that finds no room, or whose first try fails, is skipped: :meth:`open` reports it.
         """
         remote = [url for url in urls if is_remote(url)]
         if remote:
-            self._disk_cache(remote[0])
-            self._process().prefetch(remote, partial(self._open, ahead=True))
+            self._cache(remote[0])
+            self._process().prefetch(remote)
 
-    def _open(self, url: str, *, anew: bool = False, ahead: bool = False) -> BinaryIO:
+    def _start_of(self, url: str, num_bytes: int) -> bytes:
+        if is_remote(url):
+            return self._process().remote.start_of(url, num_bytes)
+        with open(local_path(url), "rb") as file:
+            return file.read(num_bytes)
+
+    def _open(self, url: str, *, refetch: bool = False, ahead: bool = False) -> BinaryIO:
         if not is_remote(url):
-            return open(_local_path(url), "rb")
-        fetch = partial(self._process().remote.fetch, url, ahead=ahead)
-        return self._disk_cache(url).open(url, fetch, anew=anew, ahead=ahead)
+            return open(local_path(url), "rb")
+        cache, remote = self._cache(url), self._process().remote
+        copy = None if refetch else cache.open(url)
+        if copy is not None:
+            return copy
+        with cache.locked(url, wait=not ahead):
+            copy = cache.open(url)
+            if copy is not None and (not refetch or cache.was_fetched_twice(url)):
+                return copy
+            if copy is not None:
+                copy.close()
+            cache.evict(url)
 
-    def _disk_cache(self, url: str) -> DiskCache:
-        if self._copies is None:
+            def download() -> BinaryIO:
+                with remote.open(url) as source:
+                    return cache.store(url, source.size, source.blocks(), wait=not ahead)
+
+            copy = remote.retry(url, download, 1 if ahead else self._network.max_tries)
+            if refetch:
+                cache.mark_fetched_twice(url)
+            return copy
+
+    def _cache(self, url: str) -> DiskCache:
+        if self._cache_config.dir is None:
             raise ValueError(
                 "data.cache.dir (None) must name a folder on a local disk: data.train has remote "
-                f"shards (first: {shown(url)})"
+                f"shards (first: {redact(url)})"
             )
-        return self._copies
+        return DiskCache(self._cache_config.dir, self._cache_config.max_gib)
 
     def _process(self) -> "_Process":
         process = os.getpid()
         if process not in self._processes:
-            self._processes.setdefault(process, _Process(self._network))
+            fetch = partial(self._open, ahead=True)
+            self._processes.setdefault(process, _Process(self._network, fetch))
         return self._processes[process]
 
 
-def is_remote(url: str) -> bool:
-    """Whether it is a URL of something else than a local file."""
-    match = _SCHEME.match(url)
-    return match is not None and match[1].lower() not in _LOCAL
-
-
-def check_url(url: str) -> None:
-    """Refuse what is neither a local path nor a URL of a store that can be read here.
-
-    Raises:
-        ValueError: naming ``data.train``: a command, a chain of file systems, a scheme that fsspec
-            does not know, or one whose package is not installed.
-    """
-    name = f"data.train ({shown(url)})"
-    if url.startswith("pipe:"):
-        raise ValueError(f"{name} must be a path or a URL: commands are not run")
-    if re.match(r"\w+::", url) or re.search(r"::\w[\w+.-]*://", url):
-        raise ValueError(f"{name} must be a single URL, not a chain of file systems (::)")
-    if not is_remote(url):
-        return
-    match = _SCHEME.match(url)
-    assert match is not None
-    scheme = match[1].lower()
-    accepted = [known for known in fsspec.available_protocols() if known not in _NOT_STORES]
-    if scheme not in accepted:
-        near = difflib.get_close_matches(scheme, accepted, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(f'{each}://' for each in near)}?" if near else ""
-        raise ValueError(
-            f"{name} must be a local path or have a scheme that fsspec knows, such as https, s3, "
-            f"gs, az, hdfs or hf{hint}"
-        )
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        what = f"pip install 'ds_linclip[{extra}]'" if extra else str(error)
-        raise ValueError(
-            f"{name} needs a package that is not installed for {scheme}://: {what}"
-        ) from error
-
-
-def _local_path(url: str) -> str:
-    match = _SCHEME.match(url)
-    return url[match.end() :] if match is not None else url
-
-
 class _Process:
-    """What one process has open to remote stores, and its threads."""
+    """The connections of one process, and its threads, which end with it as by a kill."""
 
-    def __init__(self, network: NetworkConfig) -> None:
-        self.remote = Remote(network)
-        self._num_threads = network.downloads
+    def __init__(self, network: NetworkConfig, fetch: Callable[[str], BinaryIO]) -> None:
+        self.remote = RemoteFiles(network)
+        self._num_threads, self._fetch = network.downloads, fetch
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._queue: queue.SimpleQueue[tuple[str, Callable[[str], BinaryIO]]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._waiting: set[str] = set()
-        self._reported: set[type[Exception]] = set()
 
-    def prefetch(self, urls: Sequence[str], fetch: Callable[[str], BinaryIO]) -> None:
+    def prefetch(self, urls: Sequence[str]) -> None:
         with self._lock:
             for url in urls:
                 if url not in self._waiting:
                     self._waiting.add(url)
-                    self._queue.put((url, fetch))
+                    self._queue.put(url)
             while len(self._threads) < min(self._num_threads, len(self._waiting)):
-                # Daemons: the end of the process ends transfers, as a kill would.
                 thread = threading.Thread(target=self._work, daemon=True, name="shard-prefetch")
                 self._threads.append(thread)
                 thread.start()
 
     def _work(self) -> None:
         while True:
-            url, fetch = self._queue.get()
+            url = self._queue.get()
             try:
-                fetch(url).close()
+                self._fetch(url).close()
             except OSError:
-                pass  # open() meets it again, in a place that can report it
-            except Exception as error:  # noqa: BLE001 - a thread that ended would be missed by none
-                if type(error) not in self._reported:
-                    self._reported.add(type(error))
-                    logger.warning("%s is not fetched ahead: %s", shown(url), type(error).__name__)
+                pass  # reported when the file is opened
+            except Exception as error:  # noqa: BLE001 - nobody would notice that a thread ended
+                logger.warning("%s is not prefetched: %s", redact(url), type(error).__name__)
             finally:
                 with self._lock:
                     self._waiting.discard(url)

@@ -1,4 +1,4 @@
-"""Shards in S3 and behind FTP: what breaks goes on, what is wrong is named."""
+"""Shards in S3 and behind FTP: failures are retried, permanent errors are named."""
 
 import multiprocessing
 import os
@@ -12,13 +12,10 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from ds_linclip.data.remote.filesystem import (
-    RemoteError,
-    Storage,
-    check_url,
-)
+from ds_linclip.data.remote import Storage, check_url
+from ds_linclip.data.remote.backends import RemoteError
 from helpers.misbehaving_server import FtpServer, MisbehavingServer, status, whole
-from helpers.stored_content import CONTENT, HALF, OTHER, content_of
+from helpers.stored_content import CONTENT, HALF, content_of
 
 
 @pytest.fixture
@@ -35,7 +32,7 @@ def ftp_server() -> Iterator[Callable[..., FtpServer]]:
         server.server_close()
 
 
-def test_what_other_libraries_raise_is_tried_again(
+def test_errors_of_other_libraries_are_retried(
     storage: Storage, ftp_server: Callable[..., FtpServer]
 ) -> None:
     # Neither is an OSError: ftplib.error_temp, and EOFError on a connection that is dead.
@@ -50,11 +47,11 @@ def test_what_other_libraries_raise_is_tried_again(
 @pytest.mark.parametrize(
     ("greeting", "message", "num_tries"),
     [
-        ("421 too many users", "3 tries brought no progress, the last: error_temp: 421", 3),
+        ("421 too many users", "3 tries failed, the last: error_temp: 421", 3),
         ("530 no anonymous users", "cannot be fetched: error_perm: 530 no anonymous", 1),
     ],
 )
-def test_what_other_libraries_raise_is_named(
+def test_errors_of_other_libraries_are_named(
     storage: Storage,
     ftp_server: Callable[..., FtpServer],
     greeting: str,
@@ -100,10 +97,10 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> s
 def test_s3_files_are_opened_and_read(bucket: str, storage: Storage) -> None:
     check_url(f"{bucket}/a/00000.tar")
     assert content_of(storage, f"{bucket}/a/00000.tar") == CONTENT
-    assert content_of(storage, f"{bucket}/a/00000.tar", again=True) == CONTENT
+    assert content_of(storage, f"{bucket}/a/00000.tar", refetch=True) == CONTENT
     assert storage.read(f"{bucket}/a/00000_stats.json") == b"{}"
     assert storage.exists(f"{bucket}/a/00000.tar")
-    assert storage.head(f"{bucket}/a/00000.tar")[:512] == CONTENT[:512]
+    assert storage.head(f"{bucket}/a/00000.tar") == CONTENT[:512]
 
 
 @pytest.mark.parametrize("path", ["a/00001.tar", "a"])
@@ -128,7 +125,7 @@ def read_in_child(storage: Storage, url: str, results: "queue.Queue[str]") -> No
 
 
 def content_in_child(storage: Storage, url: str, ask: Any = open_in_child) -> str:
-    """Length of the content or the error, from a process that has no S3 client yet."""
+    """Return what a process without an S3 client reports: the content's length, or the error."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     child = context.Process(target=ask, args=(storage, url, results))
@@ -147,25 +144,8 @@ def test_absent_s3_credentials_are_named(
     assert "RemoteError: s3://shards/a/00000.tar: credentials are absent or refused" in message
 
 
-def test_s3_body_goes_on_where_a_killed_process_left_it(
-    bucket: str, storage: Storage, tmp_path: Path
-) -> None:
-    url = f"{bucket}/a/00000.tar"
-    content_of(storage, url)
-    (copy,) = [p for p in (tmp_path / "cache").iterdir() if p.name.endswith("-00000.tar")]
-    # What a kill in the middle leaves; its first bytes are changed to tell whether they are kept.
-    content = bytes(1000) + CONTENT[1000:]
-    copy.with_name(copy.name + ".partial").write_bytes(content[:HALF])
-    copy.unlink()
-    assert content_of(storage, url) == content
-    boto3.client("s3").put_object(Bucket="shards", Key="a/00000.tar", Body=OTHER)
-    copy.with_name(copy.name + ".partial").write_bytes(content[:HALF])
-    copy.unlink()
-    assert content_of(storage, url) == OTHER
-
-
 @pytest.mark.parametrize("wait", [0.0, 60.0])
-def test_s3_bodies_that_break_or_stall_go_on(
+def test_s3_bodies_that_break_or_stall_are_retried(
     bucket: str,
     server: MisbehavingServer,
     storage: Storage,
@@ -174,7 +154,7 @@ def test_s3_bodies_that_break_or_stall_go_on(
 ) -> None:
     content = os.urandom(12_000_000)
     broken = whole(content, send=HALF, wait=wait)
-    # In turn what HEAD and GET are answered.
+    # The answers to HEAD and GET in turn.
     script = (status(503), whole(content), broken, whole(content))
     endpoint = server.url("/shards/0.tar", *script).removesuffix("/shards/0.tar")
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
@@ -182,7 +162,7 @@ def test_s3_bodies_that_break_or_stall_go_on(
     assert content_in_child(storage, f"{bucket}/0.tar") == str(len(content))
     assert content_of(storage, f"{bucket}/0.tar") == content
     assert time.monotonic() - began < 30
-    assert len(server.requests["/shards/0.tar"]) < 10
+    assert server.num_requests["/shards/0.tar"] < 10
 
 
 def test_refused_s3_credentials_are_named_at_once(
@@ -193,4 +173,4 @@ def test_refused_s3_credentials_are_named_at_once(
     message = content_in_child(storage, f"{bucket}/0.tar")
     assert "RefusedError: s3://shards/0.tar: credentials are absent or refused" in message
     assert content_in_child(storage, f"{bucket}/0.tar", read_in_child) == "None"
-    assert len(server.requests["/shards/0.tar"]) == 2
+    assert server.num_requests["/shards/0.tar"] == 2

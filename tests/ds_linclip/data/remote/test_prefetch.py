@@ -1,4 +1,4 @@
-"""Remote shards fetched ahead, by several processes, and in little memory."""
+"""Remote shards fetched ahead, after a fork, and in little memory."""
 
 import logging
 import multiprocessing
@@ -8,48 +8,47 @@ from pathlib import Path
 
 import pytest
 
-from ds_linclip.data.remote.filesystem import Storage
+from ds_linclip.data.remote import Storage
 from helpers.misbehaving_server import MisbehavingServer, endless_zeros, status, whole
-from helpers.stored_content import CONTENT, content_of, copies, make_storage, wait_for
+from helpers.stored_content import CONTENT, cached_files, content_of, make_storage, wait_for
 
 
-def test_prefetched_files_are_there_before_they_are_asked_for(
+def test_prefetched_files_are_there_before_they_are_opened(
     server: MisbehavingServer, storage: Storage, tmp_path: Path
 ) -> None:
     urls = [server.url(f"/{i}.tar", whole(CONTENT, seconds=0.2)) for i in range(6)]
-    storage.check(urls)  # makes the folder
-    storage.prefetch([*urls, *urls, server.url("/none.tar", status(404))])
-    wait_for(lambda: len(copies(tmp_path)) == 6 and "partial" not in "".join(copies(tmp_path)))
-    wait_for(lambda: len(server.requests["/none.tar"]) == 1)
+    missing = server.url("/none.tar", status(404))
+    storage.prefetch([*urls, *urls, missing])
+    wait_for(lambda: [path.suffix for path in cached_files(tmp_path)] == [".tar"] * 6)
+    wait_for(lambda: server.num_requests["/none.tar"] == 1)
     assert [content_of(storage, url) for url in urls] == [CONTENT] * 6
-    assert [len(server.requests[f"/{i}.tar"]) for i in range(6)] == [1] * 6
+    assert [server.num_requests[f"/{i}.tar"] for i in range(6)] == [1] * 6
     with pytest.raises(FileNotFoundError):
-        storage.open(server.url("/none.tar", status(404)))
+        storage.open(missing)
 
 
-def test_prefetching_outlives_what_it_did_not_expect(
+def test_prefetching_survives_unexpected_errors(
     server: MisbehavingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage = make_storage(tmp_path, downloads=1)
     url = server.url("/0.tar", whole(CONTENT))
     with caplog.at_level(logging.WARNING):
-        # What no name can be made of: a half of a pair that no encoding knows.
-        storage.prefetch([*(f"http://u:secret@host/{i}\udc80.tar" for i in range(3)), url])
-        wait_for(lambda: len(copies(tmp_path)) == 1 if (tmp_path / "cache").exists() else False)
+        # Half of a surrogate pair, which has no encoding.
+        storage.prefetch(["http://u:secret@host/0\udc80.tar", url])
+        wait_for(lambda: [path.suffix for path in cached_files(tmp_path)] == [".tar"])
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "is not fetched ahead: UnicodeEncodeError" in caplog.text
+    assert "is not prefetched: UnicodeEncodeError" in caplog.text
     assert "secret" not in caplog.text
 
 
-def test_prefetching_tries_once(server: MisbehavingServer, tmp_path: Path) -> None:
-    storage = make_storage(tmp_path)
+def test_prefetching_tries_once(
+    server: MisbehavingServer, storage: Storage, tmp_path: Path
+) -> None:
     urls = [server.url("/0.tar", status(503)), server.url("/1.tar", whole(CONTENT))]
-    storage.check(urls)
     storage.prefetch(urls)
-    wait_for(lambda: len(copies(tmp_path)) == 1)
-    wait_for(lambda: len(server.requests["/0.tar"]) == 1)
+    wait_for(lambda: [path.suffix for path in cached_files(tmp_path)] == [".tar"])
     time.sleep(0.3)  # longer than all pauses
-    assert len(server.requests["/0.tar"]) == 1
+    assert server.num_requests["/0.tar"] == 1
     assert content_of(storage, server.url("/0.tar", status(503), whole(CONTENT))) == CONTENT
 
 
@@ -77,18 +76,18 @@ def test_used_before_and_after_a_fork(server: MisbehavingServer, storage: Storag
     assert storage.read(side) == b"{}"
     assert time.monotonic() - began < 0.9  # the connection was not lost to the child
     held.close()
-    assert [len(server.requests[f"/{i}.tar"]) for i in range(4)] == [1] * 4
+    assert [server.num_requests[f"/{i}.tar"] for i in range(4)] == [1] * 4
 
 
 def measure_fetch(storage: Storage, small: str, large: str, results: "queue.Queue[int]") -> None:
-    storage.open(small).close()  # libraries are loaded, buffers are there
+    storage.open(small).close()  # loads libraries and allocates buffers
     before = resident_peak()
     storage.open(large).close()
     results.put(resident_peak() - before)
 
 
 def resident_peak() -> int:
-    """Bytes; the kernel's high-water mark of this process."""
+    """Return the kernel's high-water mark of this process in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
