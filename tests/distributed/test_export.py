@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_linclip.checkpoint import load_weights
+from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import ParallelConfig, load_config
 from ds_linclip.interop import export_checkpoint
 from ds_linclip.interop.state_dict import WEIGHTS_FILE, export_folder, to_open_clip

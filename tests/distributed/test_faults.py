@@ -163,7 +163,7 @@ def test_no_space_for_one_rank_commits_on_none(whole, config, is_asynchronous):
     for end in ends(config):
         assert end.startswith("AgreedError: checkpoint ")
         assert "step-00000004 was not saved: [Errno 28] No space left on device" in end
-        assert "(rank 1 of 2)" in end
+        assert "(on rank 1 of 2)" in end
     assert steps_of(config) == [2]
     assert not list(folder_of(config).glob("*.tmp"))
     assert max(losses(config)) in ((4,) if not is_asynchronous else (4, 5, 6)), "seen at once"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_linclip.checkpoint import load_weights
+from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import Config, load_config
 from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.parallel.mesh import Mesh

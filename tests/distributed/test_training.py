@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from ds_linclip.checkpoint import CheckpointStore
+from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.parallel.mesh import Mesh
@@ -120,5 +120,5 @@ def test_checkpoint_of_another_run_is_refused(job, embedded_overrides, override,
     groups = find_shards(config.data.train, Storage(config.data.cache, config.data.network))
     data = TrainData(config, groups, dp_rank=0, dp_size=1)
     with pytest.raises(AgreedError, match=message):
-        CheckpointStore(config, Mesh.create(), data.identity).newest()
+        CheckpointManager(config, Mesh.create(), data.identity).newest()
     assert sorted(job.rglob("*")) == before

@@ -16,7 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ds_linclip.checkpoint import CheckpointStore
+from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Batch
 from ds_linclip.data.broadcast import feed
@@ -78,7 +78,7 @@ def steps_that_are_not_finite(config_file: str, overrides: list[str], folder: Pa
 
 def one_form(config: Config) -> dict[str, Any]:
     mesh = Mesh.create(config.parallel)
-    engine, checkpoints = make_engine(config, mesh), CheckpointStore(config, mesh, {})
+    engine, checkpoints = make_engine(config, mesh), CheckpointManager(config, mesh, {})
     steps = 0
     while steps - engine.skipped_steps < 2:  # fp16 has to find its loss scale first
         step(engine, config, mesh, steps)

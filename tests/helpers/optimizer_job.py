@@ -22,7 +22,7 @@ from ds_linclip.config import OptimConfig
 from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.lamb import Lamb
 from ds_linclip.engine.optim import build_optimizer, ema_decay, weight_decay_groups
-from ds_linclip.engine.zero_state import Piece, StateShards, fill_module
+from ds_linclip.engine.zero_state import ParameterPiece, RankState, fill_module
 from ds_linclip.parallel.mesh import Axis, Mesh
 
 STEPS = 11
@@ -274,12 +274,12 @@ def resume(mesh: Mesh, form: str, folder: Path) -> dict[str, float]:
 
 def save(engine: Any, mesh: Mesh, folder: Path) -> None:
     """As a checkpoint does, without what it is wrapped in."""
-    shards = StateShards(engine, engine.module, mesh)
+    state = RankState(engine, engine.module, mesh)
     pieces = [
-        (p.name, p.start, {k: t.clone() for k, t in p.tensors.items()}) for p in shards.held()
+        (p.name, p.start, {k: t.clone() for k, t in p.tensors.items()}) for p in state.pieces()
     ]
     folder.mkdir(exist_ok=True)
-    torch.save((pieces, shards.scalars()), folder / f"{mesh.rank}.pt")
+    torch.save((pieces, state.scalars()), folder / f"{mesh.rank}.pt")
     mesh.barrier()
 
 
@@ -292,13 +292,13 @@ def load(engine: Any, mesh: Mesh, folder: Path) -> None:
             for kind, tensor in tensors.items():
                 whole.setdefault((name, kind), {})[start] = tensor
     full = {key: torch.cat([parts[s] for s in sorted(parts)]) for key, parts in whole.items()}
-    shards = StateShards(engine, engine.module, mesh)
+    state = RankState(engine, engine.module, mesh)
     kinds = sorted({kind for _, kind in full} - {"weight"})
 
-    def read(piece: Piece, kind: str) -> Tensor:
+    def read(piece: ParameterPiece, kind: str) -> Tensor:
         return full[piece.name, kind][piece.start : piece.start + piece.numel]
 
-    shards.restore(read, kinds, saved[0][1])
+    state.restore(read, kinds, saved[0][1])
     fill_module(engine.optimizer)
 
 

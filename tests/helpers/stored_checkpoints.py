@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ds_linclip.checkpoint.directory import checkpoint_path
 from ds_linclip.checkpoint.sharded_safetensors import (
-    FileFacts,
-    PieceFacts,
+    FileRecord,
+    StoredPiece,
     sha256_of,
     write_manifest,
     write_shard,
@@ -76,12 +76,12 @@ def write_checkpoint(
                 facts = {"split_dim": dim, "tp_rank": tp_rank, "start": start}
                 file = f"rank-{rank:05d}.safetensors"
                 shared = {"shape": list(shape), "kinds": there, "file": file}
-                pieces.append(PieceFacts(name=name, numel=end - start, **facts, **shared))
+                pieces.append(StoredPiece(name=name, numel=end - start, **facts, **shared))
     files = {f"rank-{r:05d}.safetensors": tensors for r, tensors in enumerate(ranks)}
     written = {name: asdict(write_shard(path / name, files[name])) for name in files}
     save_config(config, path / "config.yaml")
     size = (path / "config.yaml").stat().st_size
-    written["config.yaml"] = asdict(FileFacts(size, str(sha256_of(path / "config.yaml"))))
+    written["config.yaml"] = asdict(FileRecord(size, str(sha256_of(path / "config.yaml"))))
     content = {
         "step": step,
         "layout": {"dp": shards, "tp": tp, "pp": 1, "cp": 1, "zero": 1},

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from ds_linclip.checkpoint import CheckpointStore, latest_checkpoint, load_weights
+from ds_linclip.checkpoint.loading import latest_checkpoint, load_weights
+from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, load_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
@@ -66,7 +67,7 @@ def test_damaged_checkpoint_is_set_aside_for_the_one_before(run, caplog):
     assert [json.loads(line)["step"] for line in undone] == [5, 6]
     assert (folder / "step-00000006.rejected" / damaged.name).exists()
     assert latest_checkpoint(run.run_dir) == folder / "step-00000006"
-    assert CheckpointStore(run, Mesh.create(), {}).newest() == folder / "step-00000006"
+    assert CheckpointManager(run, Mesh.create(), {}).newest() == folder / "step-00000006"
 
 
 def test_folder_without_a_valid_checkpoint_is_refused(run):

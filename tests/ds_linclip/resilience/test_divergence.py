@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from ds_linclip.checkpoint import CheckpointStore
+from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import load_config
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.resilience.divergence import Diverged, Health
+from ds_linclip.resilience.divergence import Diverged, DivergenceGuard
 
 EMBEDDED = "ds_configs/train/embedded.yaml"
 LOSS = torch.tensor(2.5)
@@ -18,15 +18,15 @@ NAN = torch.tensor(math.nan)
 
 @pytest.fixture
 def health_of(tmp_path):
-    def make(*overrides: str) -> Health:
+    def make(*overrides: str) -> DivergenceGuard:
         run = [f"output_dir={tmp_path}", "name=run"]
         config, mesh = load_config(EMBEDDED, [*run, *overrides]), Mesh.create()
-        return Health(config, mesh, CheckpointStore(config, mesh, {}))
+        return DivergenceGuard(config, mesh, CheckpointManager(config, mesh, {}))
 
     return make
 
 
-def steps(health: Health, first: int, skipped: str) -> None:
+def steps(health: DivergenceGuard, first: int, skipped: str) -> None:
     """``+``: taken, ``-``: skipped, ``s``: skipped while the loss scale may be lowered."""
     for step, kind in enumerate(skipped, start=first):
         loss = LOSS if kind == "+" else NAN
