@@ -24,7 +24,7 @@ from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
 from ds_linclip.model.patch_dropout import kept_patches
-from ds_linclip.monitoring import open_listeners
+from ds_linclip.monitoring import open_sinks
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import describe, plan_rank
@@ -119,7 +119,7 @@ class Trainer:
         mesh.agree(lambda: check_machine(config))
         mesh.agree(lambda: deepspeed_config(config, mesh))
         folder = resources.enter_context(RunFolder.hold(config, mesh))
-        listeners = resources.enter_context(open_listeners(config, mesh, phases))
+        listeners = resources.enter_context(open_sinks(config, mesh, phases))
         phases.enter("building the model")
         self._checkpoints = CheckpointManager(config, mesh, self._data.identity)
         resources.callback(self._checkpoints.close)
