@@ -6,7 +6,6 @@ import getpass
 import json
 import logging
 import os
-import platform
 import socket
 import sys
 import time
@@ -18,13 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from ds_linclip.config import Config, save_config
 from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.atomic import atomic_file, write_atomically
-from ds_linclip.provenance import software
+from ds_linclip.provenance import device_name, software
 
 __all__ = ["RunFolder"]
 
@@ -212,9 +209,7 @@ def _now() -> str:
 
 def _facts(config: Config, mesh: Mesh, resume_from: Path | None) -> dict[str, Any]:
     """Return the record of this start; a collective of all ranks."""
-    gpu = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else None
-    device = gpu or platform.processor() or platform.machine()
-    places = mesh.gather_all((socket.gethostname(), device))
+    places = mesh.gather_all((socket.gethostname(), device_name(mesh.device.type)))
     return {
         "time": _now(),
         "resumed_from": None if resume_from is None else resume_from.name,
@@ -224,7 +219,7 @@ def _facts(config: Config, mesh: Mesh, resume_from: Path | None) -> dict[str, An
         "hosts": Counter(host for host, _ in places),
         "devices": Counter(name for _, name in places),
         "world_size": mesh.world_size,
-        "layout": {axis: getattr(mesh, axis).size for axis in ("dp", "tp", "pp", "cp")},
+        "layout": mesh.axis_sizes,
         "config": asdict(config),
         "deepspeed_config": deepspeed_config(config, mesh),
     }

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_linclip.checkpoint.directory import (
@@ -21,7 +20,7 @@ from ds_linclip.checkpoint.directory import (
     set_aside,
 )
 from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, read_manifest, sha256_of
-from ds_linclip.checkpoint.writer import CheckpointWriter, shard_name
+from ds_linclip.checkpoint.writer import CheckpointWriter
 from ds_linclip.config import Config
 from ds_linclip.engine.engine import Engine
 from ds_linclip.engine.zero_state import ParameterPiece
@@ -65,8 +64,7 @@ class CheckpointManager:
             **{f"init.{k}": v for k, v in asdict(config.init).items() if k.startswith("lock_")},
         }
         self._identity = json.loads(json.dumps(identity))  # as it is read back
-        self._layout = {axis: getattr(mesh, axis).size for axis in ("dp", "tp", "pp", "cp")}
-        self._layout["zero"] = config.zero.stage
+        self._layout = {**mesh.axis_sizes, "zero": config.zero.stage}
         self._writer = CheckpointWriter(self.directory, config, mesh)
         self._last_step = -1
         self._saved_at = time.monotonic()
@@ -183,8 +181,6 @@ class CheckpointManager:
 
         kinds = {kind for name in files.names for kind in files.kinds(name)} - {"weight"}
         engine.load(read, sorted(kinds), manifest["state"])
-        if manifest["layout"] == self._layout:
-            self._load_rng(files)
         if self._mesh.rank == 0:
             set_aside(self.directory, newer_than=path)
         self._mesh.barrier()
@@ -196,15 +192,6 @@ class CheckpointManager:
         if self._mesh.rank == 0:
             remove_leftovers(self.directory)
         self._mesh.barrier()
-
-    def _load_rng(self, files: CheckpointReader) -> None:
-        """Restore the generators, although no step draws from them at present."""
-        name = shard_name(self._mesh.rank)
-        if (state := files.tensor(name, "rng/cpu")) is not None:
-            torch.set_rng_state(state)
-        state = files.tensor(name, "rng/cuda")
-        if state is not None and self._mesh.device.type == "cuda":
-            torch.cuda.set_rng_state(state)
 
     def _problem_of(self, path: Path) -> str | None:
         """Return why the checkpoint is unusable, or None; every rank hashes its share of files."""

@@ -216,12 +216,6 @@ class CheckpointReader:
         parts = [self._stored(name, kind, r, 0, numel).view(*first.shape) for r in ranks]
         return parts[0] if first.split_dim is None else torch.cat(parts, first.split_dim)
 
-    def tensor(self, file: str, name: str) -> Tensor | None:
-        """Return a tensor by the name it has in a file; None if file or tensor do not exist."""
-        if file not in self.manifest["files"] or name not in self._file(file).keys():  # noqa: SIM118
-            return None
-        return self._file(file).get_tensor(name)
-
     def _stored(self, name: str, kind: str, tp_rank: int, start: int, numel: int) -> Tensor:
         """Assemble elements from the pieces of one tensor-parallel rank, whichever rank saved
         them."""

@@ -34,14 +34,9 @@ from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.atomic import sync, write_atomically
 from ds_linclip.process.consensus import AgreedError, agree, gather
 
-__all__ = ["CheckpointWriter", "shard_name"]
+__all__ = ["CheckpointWriter"]
 
 logger = logging.getLogger(__name__)
-
-
-def shard_name(rank: int) -> str:
-    """Return the name of a rank's file within a checkpoint."""
-    return f"rank-{rank:05d}.safetensors"
 
 
 class CheckpointWriter:
@@ -57,6 +52,7 @@ class CheckpointWriter:
         self._directory = directory
         self._config = config
         self._mesh = mesh
+        self._file_name = f"rank-{mesh.rank:05d}.safetensors"
         self._group = mesh.new_cpu_group()
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -90,14 +86,12 @@ class CheckpointWriter:
                         start=piece.start,
                         numel=piece.numel,
                         kinds=list(piece.tensors),
-                        file=shard_name(self._mesh.rank),
+                        file=self._file_name,
                     )
                 )
                 for kind, tensor in piece.tensors.items():
                     self._copy(f"{kind}/{piece.name}", tensor)
-        self._copy("rng/cpu", torch.get_rng_state())
         if self._mesh.device.type == "cuda":
-            self._copy("rng/cuda", torch.cuda.get_rng_state())
             torch.cuda.current_stream().synchronize()
         self._failure = None
         self._thread = threading.Thread(
@@ -136,11 +130,10 @@ class CheckpointWriter:
         started = time.perf_counter()
         final = checkpoint_path(self._directory, step)
         staging = final.with_suffix(".tmp")
-        name = shard_name(self._mesh.rank)
 
         def write() -> FileRecord:
             staging.mkdir(parents=True, exist_ok=True)
-            return write_shard(staging / name, self._buffers)
+            return write_shard(staging / self._file_name, self._buffers)
 
         def commit() -> None:
             if self._mesh.rank == 0:
@@ -152,7 +145,7 @@ class CheckpointWriter:
 
         try:
             file = agree(write, self._group, errors=(OSError,))
-            ranks = gather((name, file, pieces), self._group)
+            ranks = gather((self._file_name, file, pieces), self._group)
             agree(commit, self._group, errors=(OSError, ValueError, AssertionError))
         except AgreedError:
             if self._mesh.rank == 0:

@@ -113,7 +113,8 @@ def slowest(times: Sequence[float]) -> tuple[int, float]:
 
 
 def _seconds(start: _Mark, end: _Mark) -> float:
-    if isinstance(start, float):
-        assert isinstance(end, float)
-        return end - start
-    return start.elapsed_time(end) / 1e3
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return start.elapsed_time(end) / 1e3
+    assert isinstance(start, float)
+    assert isinstance(end, float)
+    return end - start

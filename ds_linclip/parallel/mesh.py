@@ -151,6 +151,11 @@ class Mesh:
         )
 
     @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The number of ranks on every axis, by the axis's name."""
+        return {axis: getattr(self, axis).size for axis in ("dp", "tp", "pp", "cp")}
+
+    @property
     def is_first_of_its_data(self) -> bool:
         """Whether this is the first of the ranks that process the same samples."""
         return self.tp.rank == self.cp.rank == self.pp.rank == 0
