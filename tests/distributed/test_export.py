@@ -1,4 +1,4 @@
-"""Exports of runs that were trained on several ranks, on the side of open_clip."""
+"""Exports of runs that were trained on several ranks, loaded by open_clip."""
 
 from pathlib import Path
 

@@ -75,7 +75,7 @@ def test_error_of_one_rank_is_raised_on_all(job):
         assert seen == {"message": "disk (full) must have room (on rank 1 of 2)", "value": rank}
 
 
-def test_logit_scale_stays_in_its_bounds_and_comes_back(job):
+def test_logit_scale_stays_within_its_bounds(job):
     for seen in results(job, "scale"):
         reached = seen["up"].index(100.0)
         assert seen["up"][reached:] == [100.0] * (25 - reached)
@@ -83,7 +83,7 @@ def test_logit_scale_stays_in_its_bounds_and_comes_back(job):
         assert min(seen["down"]) < 50.0
 
 
-def test_run_folder_says_what_the_run_was(job):
+def test_run_folder_describes_the_run(job):
     run = job / "bf16_zero2_whole"
     assert load_config(run / "config.yaml").train.precision == "bf16"
     assert json.loads((run / "deepspeed.json").read_text())["bf16"] == {"enabled": True}

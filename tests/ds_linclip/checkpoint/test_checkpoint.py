@@ -1,4 +1,4 @@
-"""Checkpoints on one rank: what is kept, what is refused, what is taken instead."""
+"""Checkpoints on one rank: which are kept, refused or used instead of a damaged one."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def losses(config: Config) -> list[tuple[int, float]]:
     return [(record["step"], record["train/loss"]) for record in map(json.loads, lines)]
 
 
-def test_damaged_checkpoint_is_set_aside_for_the_one_before(run, caplog):
+def test_damaged_checkpoint_is_set_aside_for_the_previous_one(run, caplog):
     folder = run.run_dir / "checkpoints"
     assert sorted(p.name for p in folder.glob("step-*")) == ["step-00000004", "step-00000006"]
     assert (folder / "latest").read_text() == "step-00000006"
@@ -95,7 +95,7 @@ def test_weights_that_cannot_be_read_are_named(run):
 
 
 @pytest.mark.parametrize("step", ["write_manifest", "prune"])
-def test_failure_before_the_commit_ends_the_run_and_after_it_is_told(
+def test_failure_ends_the_run_before_the_commit_and_is_logged_after_it(
     run, monkeypatch, caplog, step
 ):
     newest = run.run_dir / "checkpoints" / "step-00000006"
@@ -116,8 +116,8 @@ def test_failure_before_the_commit_ends_the_run_and_after_it_is_told(
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, 4), (4, None)])
-def test_bf16_goes_on_with_other_micro_batches(embedded_overrides, tmp_path, before, after):
-    """With accumulation DeepSpeed has another optimizer for bf16, without a loss scale."""
+def test_bf16_resumes_with_other_micro_batches(embedded_overrides, tmp_path, before, after):
+    """DeepSpeed uses another optimizer for bf16 with accumulation, without a loss scale."""
     overrides = [*embedded_overrides, *SMALL, f"output_dir={tmp_path}", "train.precision=bf16"]
     config = load_config("ds_configs/train/embedded.yaml", [*overrides, "name=run"])
     config.train.micro_batch_size = before
