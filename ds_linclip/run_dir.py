@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,31 +95,61 @@ class RunFolder:
         """Lock the folder and return the open lock file.
 
         Raises:
-            ValueError: saying why the folder cannot be used.
+            ValueError: when the folder cannot be used.
         """
-        try:
-            self._check_content()
-            self.path.mkdir(parents=True, exist_ok=True)
-            path = self.path / _LOCK
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
-        except OSError as error:
-            raise ValueError(self._unwritable(error)) from error
-        try:
-            _lock(file, path)
-            file.seek(0)
-            file.truncate()
-            file.write(_holder() + "\n")
-            file.flush()
-        except OSError as error:
-            file.close()
-            raise ValueError(self._unwritable(error)) from error
-        except _FolderInUseError as error:
-            file.close()
-            raise ValueError(
-                f"run folder ({self.path}) is in use by {error}: stop that run, or choose another "
-                "name or output_dir"
-            ) from error
+        with ExitStack() as on_error:
+            try:
+                self._check_content()
+                self.path.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+                file = on_error.enter_context(os.fdopen(descriptor, "r+"))
+                self._lock(file)
+                file.seek(0)
+                file.truncate()
+                file.write(_holder() + "\n")
+                file.flush()
+            except OSError as error:
+                raise ValueError(self._unwritable(error)) from error
+            on_error.pop_all()
         return file
+
+    def _lock(self, file: IO[str]) -> None:
+        """Lock a file, unless its file system has no locks.
+
+        A holder on another host may be dead without the file server's knowledge, until its lease
+        ends: a run that is started again after the loss of a node waits for that.
+
+        Raises:
+            ValueError: when another process holds the lock.
+            OSError: when the file cannot be locked or read.
+        """
+        deadline = time.monotonic() + _LEASE
+        is_waiting = False
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    logger.warning(
+                        "%s cannot be locked here (%s): nothing keeps a second run out of it",
+                        *(self.path, error.strerror),
+                    )
+                    return
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            is_here = holder.startswith(f"host {socket.gethostname()},")
+            if is_here or time.monotonic() >= deadline:
+                raise ValueError(
+                    f"run folder ({self.path}) is in use by {holder}: stop that run, or choose "
+                    "another name or output_dir"
+                )
+            if not is_waiting:
+                logger.warning("waiting %.0f s for %s to release %s", _LEASE, holder, self.path)
+                is_waiting = True
+            time.sleep(1)
 
     def _check_content(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -152,47 +182,6 @@ class RunFolder:
 
     def _unwritable(self, error: OSError) -> str:
         return f"output_dir ({self._config.output_dir}) cannot be written: {error}"
-
-
-class _FolderInUseError(Exception):
-    """Another process holds the lock; the message says which."""
-
-
-def _lock(file: IO[str], path: Path) -> None:
-    """Lock a file, unless its file system has no locks.
-
-    A holder on another host may be dead without the file server's knowledge, until its lease ends:
-    a run that is started again after the loss of a node waits for that.
-
-    Raises:
-        _FolderInUseError: when another process holds the lock.
-        OSError: when the file cannot be locked or read.
-    """
-    deadline = time.monotonic() + _LEASE
-    is_waiting = False
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                logger.warning(
-                    "%s cannot be locked here (%s): nothing keeps a second run out of this folder",
-                    path,
-                    error.strerror,
-                )
-                return
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        is_here = holder.startswith(f"host {socket.gethostname()},")
-        if is_here or time.monotonic() >= deadline:
-            raise _FolderInUseError(holder)
-        if not is_waiting:
-            logger.warning("waiting %.0f s for %s to release %s", _LEASE, holder, path)
-            is_waiting = True
-        time.sleep(1)
 
 
 def _holder() -> str:

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -128,3 +130,9 @@ def test_bf16_resumes_with_other_micro_batches(embedded_overrides, tmp_path, bef
     train(config, Mesh.create())
     assert [step for step, _ in losses(config)] == [1, 2, 3, 4, 5, 6]
     assert dict(losses(config)) == pytest.approx(dict(whole), rel=1e-2)
+
+
+def test_folder_of_checkpoints_is_read_without_torch():
+    """The supervisor reads it, and must hold neither gigabytes nor a GPU."""
+    program = "import sys, ds_linclip.checkpoint.directory; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
