@@ -54,12 +54,15 @@ def weight_kind(files: CheckpointReader, name: str) -> str:
     return "ema" if "ema" in files.kinds(name) else "weight"
 
 
-def check_files(files: CheckpointReader, names: Collection[str] | None = None) -> None:
-    """Check files of a checkpoint against its manifest, with a progress bar if it takes seconds.
+def check_files(
+    files: CheckpointReader, names: Collection[str] | None = None, *, show_progress: bool = True
+) -> None:
+    """Check files of a checkpoint against its manifest.
 
     Args:
         files: The checkpoint.
         names: The files to check; None: all.
+        show_progress: Whether to show a progress bar if it takes seconds.
 
     Raises:
         ValueError: naming the first file that differs, and what to do.
@@ -73,7 +76,13 @@ def check_files(files: CheckpointReader, names: Collection[str] | None = None) -
             raise _mismatch(files.path / name, listed[name]["sha256"], problem)
     size = sum(listed[name]["size"] for name in names)
     with tqdm(
-        desc="checksums", total=size, unit="B", unit_scale=True, delay=2, leave=False
+        desc="checksums",
+        total=size,
+        unit="B",
+        unit_scale=True,
+        delay=2,
+        leave=False,
+        disable=not show_progress,
     ) as progress:
         for name in names:
             if sha256_of(files.path / name, progress.update) != listed[name]["sha256"]:

@@ -3,7 +3,6 @@
 import json
 import logging
 import time
-from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +18,8 @@ from ds_linclip.checkpoint.directory import (
     remove_leftovers,
     set_aside,
 )
-from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, read_manifest, sha256_of
+from ds_linclip.checkpoint.loading import check_files
+from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, read_manifest
 from ds_linclip.checkpoint.writer import CheckpointWriter
 from ds_linclip.config import Config
 from ds_linclip.engine.engine import Engine
@@ -194,20 +194,14 @@ class CheckpointManager:
         self._mesh.barrier()
 
     def _problem_of(self, path: Path) -> str | None:
-        """Return why the checkpoint is unusable, or None; every rank hashes its share of files."""
+        """Return why the checkpoint is unusable, or None; every rank checks its share of files."""
+        mesh = self._mesh
         try:
-            expected = self._mesh.from_rank_zero(lambda: read_manifest(path)["files"])
+            reader = CheckpointReader(path, mesh.from_rank_zero(lambda: read_manifest(path)))
+            share = sorted(reader.manifest["files"])[mesh.rank :: mesh.world_size]
+            mesh.agree(lambda: check_files(reader, share, show_progress=mesh.rank == 0))
         except ValueError as error:
             return str(error)
-        share = sorted(expected)[self._mesh.rank :: self._mesh.world_size]
-        mine = {name: sha256_of(path / name) for name in share}
-        found = dict(ChainMap(*self._mesh.gather_all(mine)))
-        for name, file in expected.items():
-            if found[name] is None:
-                return f"{path / name} cannot be read"
-            if found[name] != file["sha256"]:
-                digest = file["sha256"][:12]
-                return f"{path / name} does not match its checksum (sha256 {digest}...)"
         return None
 
     def _check_same_run(self, path: Path) -> None:

@@ -63,7 +63,7 @@ def test_damaged_checkpoint_is_set_aside_for_the_previous_one(run, caplog):
     with caplog.at_level(logging.WARNING):
         train(run, Mesh.create())
 
-    assert f"{damaged} does not match its checksum" in caplog.text
+    assert f"{damaged}) does not match its checksum" in caplog.text
     assert losses(run) == first, "steps 5 and 6 are repeated exactly"
     undone = (run.run_dir / "metrics_undone.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in undone] == [5, 6]
@@ -78,7 +78,7 @@ def test_folder_without_a_valid_checkpoint_is_refused(run):
     (folder / "step-00000004" / SHARD).write_bytes(b"")
     before = sorted(run.run_dir.rglob("*"))
     with pytest.raises(
-        AgreedError, match=r"no valid .*manifest\.json.*00000\.safetensors does not"
+        AgreedError, match=r"no valid .*manifest\.json.*00000\.safetensors\) does not"
     ):
         train(run, Mesh.create())
     assert sorted(run.run_dir.rglob("*")) == before
