@@ -27,7 +27,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks import REPOSITORY
-from ds_linclip.checkpoint import CheckpointStore
+from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.engine import Engine
 from ds_linclip.engine.initialize import initialize_engine
@@ -89,10 +89,10 @@ def save_and_load(folder: Path) -> None:
     engine, batch = make_engine(config, mesh), make_batch()
     steps = [timed(mesh, lambda: engine.step(batch, lr=1e-4)) for _ in range(REPETITIONS + 1)]
     config.checkpoint.asynchronous = False
-    sync = CheckpointStore(config, mesh, {})
+    sync = CheckpointManager(config, mesh, {})
     synchronous = [timed(mesh, lambda n=n: sync.save(engine, n, {})) for n in range(4)]
     config.checkpoint.asynchronous = True
-    store = CheckpointStore(config, mesh, {})
+    store = CheckpointManager(config, mesh, {})
     waits, beside = [], []
     for number in range(10, 10 + REPETITIONS + 1):
         waits.append(timed(mesh, lambda n=number: store.save(engine, n, {})))
@@ -129,7 +129,7 @@ def load_on_one(folder: Path) -> None:
     """One rank loads what two have saved."""
     mesh, config = Mesh.create(), make_config(folder)
     engine = make_engine(config, mesh)
-    store = CheckpointStore(config, mesh, {})
+    store = CheckpointManager(config, mesh, {})
     newest = store.newest()
     assert newest is not None
     theirs, universal = engine.deepspeed_engine, folder / "universal"

@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ds_linclip.checkpoint import latest_checkpoint, load_weights
+from ds_linclip.checkpoint.loading import latest_checkpoint, load_weights
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST
 from ds_linclip.data import EvalTransform
 from ds_linclip.interop.state_dict import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ds_linclip.checkpoint import CheckpointStore
+from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.data.broadcast import feed
@@ -24,14 +24,19 @@ from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
 from ds_linclip.model.patch_dropout import kept_patches
-from ds_linclip.monitoring import open_listeners
+from ds_linclip.monitoring import open_sinks
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import describe, plan_rank
 from ds_linclip.process.consensus import AgreedError
 from ds_linclip.process.phase import Progress
-from ds_linclip.resilience.divergence import Diverged, Health
-from ds_linclip.resilience.preemption import Exchange, Preempted, Requests, Signals
+from ds_linclip.resilience.divergence import Diverged, DivergenceGuard
+from ds_linclip.resilience.preemption import (
+    Preempted,
+    PreemptionSignals,
+    RequestReducer,
+    RunRequests,
+)
 from ds_linclip.run_dir import RunFolder
 
 __all__ = ["Evaluator", "TrainResult", "Trainer", "train"]
@@ -109,14 +114,14 @@ class Trainer:
         resources: ExitStack,
     ) -> None:
         self._config, self._mesh, self._evaluator, self._phases = config, mesh, evaluate, phases
-        self._signals = resources.enter_context(Signals().caught())
+        self._signals = resources.enter_context(PreemptionSignals().caught())
         self._data = _open_data(config, mesh)
         mesh.agree(lambda: check_machine(config))
         mesh.agree(lambda: deepspeed_config(config, mesh))
         folder = resources.enter_context(RunFolder.hold(config, mesh))
-        listeners = resources.enter_context(open_listeners(config, mesh, phases))
+        listeners = resources.enter_context(open_sinks(config, mesh, phases))
         phases.enter("building the model")
-        self._checkpoints = CheckpointStore(config, mesh, self._data.identity)
+        self._checkpoints = CheckpointManager(config, mesh, self._data.identity)
         resources.callback(self._checkpoints.close)
         resume_from = self._checkpoints.newest()
         folder.record_start(resume_from)
@@ -127,20 +132,20 @@ class Trainer:
         optimizer = build_optimizer(self._model, config.optim)
         self._engine = initialize_engine(self._model, optimizer, config, mesh)
         self._report = DataReport(config.data.max_bad_samples)
-        self._health = Health(config, mesh, self._checkpoints)
+        self._divergence = DivergenceGuard(config, mesh, self._checkpoints)
         self.step = 0
         if resume_from:
             phases.enter("loading a checkpoint")
             self.step, state = self._checkpoints.load(self._engine, resume_from)
             self._report.load_state(state)
-            self._health.load_state(state["health"])
+            self._divergence.load_state(state["health"])
         self._writer = MetricWriter(config, mesh, self._engine.monitor, listeners)
         if mesh.rank == 0:
             logger.info(
                 "%s\n%s", f"resumed from {resume_from}" if self.step else "from step 0", plan
             )
         self._writer.begin(self.step, plan)
-        self._exchange = Exchange(mesh)
+        self._request_reducer = RequestReducer(mesh)
         self._save_requested = False
         self._meter = StepMeter(config, mesh)
         self._engine.on_features += [
@@ -194,7 +199,7 @@ class Trainer:
         self._report.add(batch)
 
         self._phases.enter("computing features")
-        inputs = _model_inputs(batch, config, self._mesh, done + self._health.skipped_batches)
+        inputs = _model_inputs(batch, config, self._mesh, done + self._divergence.skipped_batches)
         loss = self._engine.step(
             inputs,
             lr=learning_rate(done, config.train.steps, config.optim),
@@ -206,7 +211,7 @@ class Trainer:
         num_tokens = self._model.num_tokens(batch.images, batch.texts)
         self._meter.step_done(self.step, samples=len(batch.texts), tokens=num_tokens)
         self._bar.update()
-        self._health.step_done(
+        self._divergence.step_done(
             self.step,
             loss,
             was_skipped=self._engine.was_skipped,
@@ -224,19 +229,21 @@ class Trainer:
         Not on schedule while steps are skipped: copies of the same weights would replace older
         ones.
         """
-        every = 0 if self._health.is_skipping else self._config.checkpoint.every_steps
+        every = 0 if self._divergence.is_skipping else self._config.checkpoint.every_steps
         return self._save_requested or self._is_due(every)
 
-    def _receive_requests(self) -> Requests:
+    def _receive_requests(self) -> RunRequests:
         """Share with all ranks what this one was asked to do; return what any rank was asked.
 
         Raises:
             AgreedError: when a save has failed on any rank.
         """
         save, leave = self._signals.take()
-        save |= not self._health.is_skipping and self._checkpoints.is_due_by_clock()
+        save |= not self._divergence.is_skipping and self._checkpoints.is_due_by_clock()
         failed = self._checkpoints.has_failed
-        requests = self._exchange(Requests(save=save, leave=leave, has_failed=failed))
+        requests = self._request_reducer.reduce(
+            RunRequests(save=save, leave=leave, has_failed=failed)
+        )
         if requests.has_failed:
             self._checkpoints.wait()
             raise AgreedError(f"another rank takes {self._checkpoints.last} for not saved")
@@ -255,7 +262,7 @@ class Trainer:
     def _log(self, loss: Tensor) -> Mapping[str, float]:
         """Write the scalars of the step and return them."""
         engine = self._engine
-        values = self._meter.read(loss) | self._report.scalars() | self._health.scalars()
+        values = self._meter.read(loss) | self._report.scalars() | self._divergence.scalars()
         values |= {
             "train/lr": learning_rate(self.step - 1, self._config.train.steps, self._config.optim),
             "train/logit_scale": engine.objective.logit_scale.item(),
@@ -274,8 +281,8 @@ class Trainer:
         Raises:
             Diverged: when the loss is not finite, or jumped once too often.
         """
-        self._health.check_loss(self.step, loss)
-        return self._health.is_spike(self.step, loss)
+        self._divergence.check_loss(self.step, loss)
+        return self._divergence.is_spike(self.step, loss)
 
     def _rewind(self) -> None:
         """Load the newest checkpoint and continue behind the batches that were used since."""
@@ -286,13 +293,13 @@ class Trainer:
                 f"the loss jumped at step {self.step}, before there is a checkpoint to go back to"
             )
         to_step, _ = self._checkpoints.load(self._engine, path)
-        self._health.rewound(self.step, to_step)
+        self._divergence.rewound(self.step, to_step)
         self.step = to_step
         self._open_batches()
 
     def _open_batches(self) -> None:
         """Open the data at ``step``, and remove what was recorded after it."""
-        skipped = self._health.skipped_batches
+        skipped = self._divergence.skipped_batches
         self._batches = feed(self._data, self._config, self._mesh, self.step, skipped)
         self._sample_log = SampleLog(self._config, self._mesh, self.step, skipped)
         self._writer.cut_back(self.step)
@@ -302,7 +309,7 @@ class Trainer:
     def _save(self) -> None:
         """Start to save what the run needs to resume from here."""
         self._phases.enter("saving")
-        state = self._report.state() | {"health": self._health.state()}
+        state = self._report.state() | {"health": self._divergence.state()}
         self._checkpoints.save(self._engine, self.step, state)
         self._save_requested = False
         self._meter.restart()
@@ -323,7 +330,7 @@ class Trainer:
     def _finish(self) -> None:
         """Wait until nothing is under way any more."""
         self._phases.enter("saving")
-        self._exchange.close()
+        self._request_reducer.close()
         self._checkpoints.wait()
         self._writer.end()
 

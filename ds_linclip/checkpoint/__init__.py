@@ -1,7 +1,5 @@
-"""Checkpoints that are either whole or not there, and that any layout can load."""
+"""Checkpoints that are committed whole or not at all, and that any parallel layout can load.
 
-from ds_linclip.checkpoint.loading import latest_checkpoint, load_weights
-from ds_linclip.checkpoint.manager import CheckpointStore
-from ds_linclip.checkpoint.sharded_safetensors import ShardFiles
-
-__all__ = ["CheckpointStore", "ShardFiles", "latest_checkpoint", "load_weights"]
+The package imports nothing, so that :mod:`ds_linclip.checkpoint.directory` can be imported without
+torch: the supervisor needs it.
+"""

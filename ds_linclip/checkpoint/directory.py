@@ -1,7 +1,4 @@
-"""The folder of checkpoints: which are there, which stay, which go.
-
-Outside the package that reads and writes them: the supervisor needs this, and no torch.
-"""
+"""The folder of a run's checkpoints: listing, pruning and setting aside; imports no torch."""
 
 import itertools
 import logging
@@ -15,12 +12,12 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Folder of the checkpoint after ``step`` optimizer steps."""
+    """Return the folder of the checkpoint after ``step`` optimizer steps."""
     return directory / f"step-{step:08d}"
 
 
 def committed(directory: Path) -> list[Path]:
-    """Checkpoints that were committed, oldest first.
+    """Return the committed checkpoints, oldest first.
 
     Raises:
         ValueError: when the folder cannot be read.
@@ -35,25 +32,30 @@ def committed(directory: Path) -> list[Path]:
 
 
 def prune(directory: Path, *, keep_last: int, keep_every_steps: int) -> None:
-    """Remove all but the newest ``keep_last`` and those at multiples of ``keep_every_steps`` (0:
-    none). What cannot be removed is reported and stays."""
+    """Remove old checkpoints; one that cannot be removed is logged and stays.
+
+    Args:
+        directory: The folder of all checkpoints.
+        keep_last: How many of the newest to keep.
+        keep_every_steps: Also keep those at multiples of this number of steps; 0: none.
+    """
     for path in committed(directory)[:-keep_last]:
         if keep_every_steps and step_of(path) % keep_every_steps == 0:
             continue
-        try:  # first from the list, then from the disk
+        try:  # renamed first, so that a checkpoint is never seen incomplete
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))
         except OSError as error:
             logger.warning("old checkpoint not removed: %s", error)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what saves and removals that were cut off have left."""
+    """Remove what interrupted saves and removals have left."""
     for path in directory.glob("step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(directory: Path, newer_than: Path) -> None:
-    """Rename checkpoints that a resumed run will write again to ``step-N.rejected``."""
+    """Rename checkpoints newer than the one resumed from to ``step-N.rejected``."""
     for path in committed(directory):
         if step_of(path) > step_of(newer_than):
             rejected = path.with_suffix(".rejected")
@@ -62,5 +64,5 @@ def set_aside(directory: Path, newer_than: Path) -> None:
 
 
 def step_of(path: Path) -> int:
-    """Optimizer steps done when a committed checkpoint was saved."""
+    """Return the number of optimizer steps done when a committed checkpoint was saved."""
     return int(path.name.removeprefix("step-"))

@@ -1,4 +1,4 @@
-"""The model of a checkpoint, for those who do not train."""
+"""Loading the model of a checkpoint without an engine, and checking a checkpoint's files."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from ds_linclip.checkpoint.directory import committed
-from ds_linclip.checkpoint.sharded_safetensors import ShardFiles, sha256_of
+from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, sha256_of
 from ds_linclip.config import load_config
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
@@ -16,7 +16,7 @@ __all__ = ["check_files", "latest_checkpoint", "load_weights", "weight_kind"]
 
 
 def latest_checkpoint(run_dir: Path) -> Path:
-    """The newest checkpoint of a run folder.
+    """Return the newest checkpoint of a run folder.
 
     Raises:
         ValueError: when the folder holds none.
@@ -28,12 +28,16 @@ def latest_checkpoint(run_dir: Path) -> Path:
 
 
 def load_weights(checkpoint: Path, mesh: Mesh) -> CLIP:
-    """The model of a checkpoint as evaluation sees it, in fp32, whatever the layout that saved it.
+    """Return the model of a checkpoint in fp32, with averaged weights if there are any.
+
+    Args:
+        checkpoint: The folder of a checkpoint, saved by any layout.
+        mesh: The ranks among which tensor parallelism splits the model.
 
     Raises:
-        ValueError: when a file is missing or not what the manifest says.
+        ValueError: when a file is missing or differs from the manifest.
     """
-    files = ShardFiles(checkpoint)
+    files = CheckpointReader(checkpoint)
     check_files(files)
     config = load_config(checkpoint / "config.yaml")
     model = CLIP(config.model, mesh, loss=config.loss.kind)
@@ -45,20 +49,23 @@ def load_weights(checkpoint: Path, mesh: Mesh) -> CLIP:
     return model
 
 
-def weight_kind(files: ShardFiles, name: str) -> str:
-    """What of a parameter evaluation sees: its running average, where there is one."""
+def weight_kind(files: CheckpointReader, name: str) -> str:
+    """Return the kind of a parameter that evaluation uses: its running average if there is one."""
     return "ema" if "ema" in files.kinds(name) else "weight"
 
 
-def check_files(files: ShardFiles, names: Collection[str] | None = None) -> None:
-    """Check files of a checkpoint against its manifest; what takes seconds shows its progress.
+def check_files(
+    files: CheckpointReader, names: Collection[str] | None = None, *, show_progress: bool = True
+) -> None:
+    """Check files of a checkpoint against its manifest.
 
     Args:
         files: The checkpoint.
-        names: Those to check; None: all.
+        names: The files to check; None: all.
+        show_progress: Whether to show a progress bar if it takes seconds.
 
     Raises:
-        ValueError: naming the first one that differs, and what to do.
+        ValueError: naming the first file that differs, and what to do.
     """
     listed = files.manifest["files"]
     names = listed if names is None else names
@@ -69,7 +76,13 @@ def check_files(files: ShardFiles, names: Collection[str] | None = None) -> None
             raise _mismatch(files.path / name, listed[name]["sha256"], problem)
     size = sum(listed[name]["size"] for name in names)
     with tqdm(
-        desc="checksums", total=size, unit="B", unit_scale=True, delay=2, leave=False
+        desc="checksums",
+        total=size,
+        unit="B",
+        unit_scale=True,
+        delay=2,
+        leave=False,
+        disable=not show_progress,
     ) as progress:
         for name in names:
             if sha256_of(files.path / name, progress.update) != listed[name]["sha256"]:

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: which to go on from, when one is refused, loading and saving."""
+"""The checkpoints of one run: saving, choosing which one to resume from, loading."""
 
 import json
 import logging
@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_linclip.checkpoint.directory import (
@@ -20,41 +18,43 @@ from ds_linclip.checkpoint.directory import (
     remove_leftovers,
     set_aside,
 )
-from ds_linclip.checkpoint.sharded_safetensors import ShardFiles, read_manifest, sha256_of
-from ds_linclip.checkpoint.writer import CheckpointWriter, shard_name
+from ds_linclip.checkpoint.loading import check_files
+from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, read_manifest
+from ds_linclip.checkpoint.writer import CheckpointWriter
 from ds_linclip.config import Config
 from ds_linclip.engine.engine import Engine
-from ds_linclip.engine.zero_state import Piece
+from ds_linclip.engine.zero_state import ParameterPiece
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
 
-__all__ = ["CheckpointStore"]
+__all__ = ["CheckpointManager"]
 
 logger = logging.getLogger(__name__)
 
-#: Settings of ``train`` that change how a step is computed, not what it computes.
-_FREE = ("micro_batch_size", "activation_checkpointing", "compile")
+#: Settings of ``train`` that change how a step is computed but not its result.
+_MAY_CHANGE = ("micro_batch_size", "activation_checkpointing", "compile")
 _VERSIONS = ("torch", "triton", "deepspeed", "megatron-core")
 
 
-class CheckpointStore:
-    """The checkpoints of one run folder; every method is called by all ranks together.
+class CheckpointManager:
+    """The checkpoints of one run folder; every method is a collective of all ranks.
+
+    A checkpoint belongs to its run: what determines the weights after a step (model, optimizer,
+    schedule, batch, order of the data) must be unchanged, or the checkpoint is refused. The layout
+    (ranks on every axis, ZeRO stage) may change: every rank reads the pieces it needs, whichever
+    rank saved them.
 
     Args:
-        config: the run's.
-        mesh: the ranks that save and load.
-        data_identity: what fixes the data, by name in messages.
-
-    A checkpoint belongs to its run: what fixes the weights after a step (model, optimizer,
-    schedule, batch, order of the data) must be what it was, or it is refused. The layout (ranks on
-    every axis, ZeRO stage) may change: every rank reads what it needs from whoever saved it.
+        config: The run's configuration.
+        mesh: The ranks that save and load.
+        data_identity: The settings that determine the order of the data, by their names.
     """
 
     def __init__(self, config: Config, mesh: Mesh, data_identity: Mapping[str, Any]) -> None:
         self.directory = config.run_dir / "checkpoints"
         self._config = config
         self._mesh = mesh
-        train = {k: v for k, v in asdict(config.train).items() if k not in _FREE}
+        train = {k: v for k, v in asdict(config.train).items() if k not in _MAY_CHANGE}
         identity = {
             "loss.kind": config.loss.kind,
             **data_identity,
@@ -63,26 +63,27 @@ class CheckpointStore:
             **_flatten(asdict(config.model), "model"),
             **{f"init.{k}": v for k, v in asdict(config.init).items() if k.startswith("lock_")},
         }
-        self._identity = json.loads(json.dumps(identity))  # as it will be read back
-        self._layout = {axis: getattr(mesh, axis).size for axis in ("dp", "tp", "pp", "cp")}
-        self._layout["zero"] = config.zero.stage
+        self._identity = json.loads(json.dumps(identity))  # as it is read back
+        self._layout = {**mesh.axis_sizes, "zero": config.zero.stage}
         self._writer = CheckpointWriter(self.directory, config, mesh)
         self._last_step = -1
         self._saved_at = time.monotonic()
 
     @property
     def last(self) -> Path:
-        """The checkpoint that was saved last."""
+        """The path of the last saved checkpoint."""
         return checkpoint_path(self.directory, self._last_step)
 
     @property
     def has_failed(self) -> bool:
-        """Whether a save is known, on this rank, to have failed; :meth:`wait` then raises."""
+        """Whether the last save is known, on this rank, to have failed; if so, `wait` raises."""
         return self._writer.has_failed
 
     def is_due_by_clock(self) -> bool:
-        """Whether rank 0 finds that ``checkpoint.every_minutes`` have passed since the last save,
-        or since it found so last: it asks once."""
+        """Whether ``checkpoint.every_minutes`` have passed since the last save or the last True.
+
+        Only rank 0 reads its clock; on the other ranks the answer is False.
+        """
         minutes = self._config.checkpoint.every_minutes
         now = time.monotonic()
         if self._mesh.rank != 0 or minutes == 0 or now - self._saved_at < 60 * minutes:
@@ -91,15 +92,15 @@ class CheckpointStore:
         return True
 
     def save(self, engine: Engine, step: int, data_state: Mapping[str, Any]) -> None:
-        """Save the run as ``step-N``; with ``checkpoint.asynchronous``, only begin to.
+        """Save the run as ``step-N``; with ``checkpoint.asynchronous``, only start to.
 
         Args:
-            engine: The run's.
-            step: optimizer steps done.
-            data_state: what :meth:`load` gives back; small, plain data, the same on all ranks.
+            engine: The engine whose state is saved.
+            step: Optimizer steps done.
+            data_state: Small, plain data, the same on all ranks; :meth:`load` returns it.
 
         Raises:
-            AgreedError: when this save, or the one before, failed; older checkpoints stay.
+            AgreedError: when this save or the previous one failed; older checkpoints stay.
         """
         if step == self._last_step:
             return
@@ -109,36 +110,36 @@ class CheckpointStore:
             "layout": self._layout,
             "run": self._identity,
             "data": data_state,
-            "state": engine.shards.scalars(),
+            "state": engine.state.scalars(),
             "versions": {name: version(name) for name in _VERSIONS},
         }
-        self._writer.start(engine.shards, step, facts)
+        self._writer.start(engine.state, step, facts)
         self._last_step, self._saved_at = step, time.monotonic()
         if not self._config.checkpoint.asynchronous:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until what was saved last is committed.
+        """Wait until the last save is committed.
 
         Raises:
             AgreedError: when it failed; older checkpoints stay.
         """
-        problem = self._writer.wait()
-        if problem is not None:
+        failure = self._writer.wait()
+        if failure is not None:
             raise AgreedError(
-                f"checkpoint {self.last} was not saved: {problem}; older ones are untouched: mend "
+                f"checkpoint {self.last} was not saved: {failure}; older ones are untouched: fix "
                 "this and start again"
             )
 
     def close(self) -> None:
-        """Let what is being saved come to its end, be it good or bad."""
+        """Wait for the last save, whether it succeeds or fails."""
         self._writer.wait()
 
     def newest(self) -> Path | None:
-        """The newest valid checkpoint of the run folder; None when it holds none.
+        """Return the newest valid checkpoint of the run folder; None when it has none.
 
         Raises:
-            AgreedError: when checkpoints are there but none is valid, when the newest was made by
+            AgreedError: when there are checkpoints but none is valid, when the newest was made with
                 another model or data, or when ``checkpoint.resume`` is ``never``.
         """
         self.wait()
@@ -165,23 +166,21 @@ class CheckpointStore:
         )
 
     def load(self, engine: Engine, path: Path) -> tuple[int, dict[str, Any]]:
-        """Load a checkpoint that :meth:`newest` chose; returns its step and data state.
+        """Load a checkpoint returned by :meth:`newest`; return its step and data state.
 
-        Newer folders, all rejected by :meth:`newest`, are set aside as ``step-N.rejected``.
+        Newer folders, all rejected by :meth:`newest`, are renamed to ``step-N.rejected``.
         """
         manifest = self._mesh.from_rank_zero(lambda: read_manifest(path))
-        files, tp = ShardFiles(path, manifest), self._mesh.tp
+        files, tp = CheckpointReader(path, manifest), self._mesh.tp
         if self._mesh.rank == 0 and manifest["layout"] != self._layout:
             logger.info("%s: from %s to %s", path.name, manifest["layout"], self._layout)
 
-        def read(piece: Piece, kind: str) -> Tensor:
+        def read(piece: ParameterPiece, kind: str) -> Tensor:
             place = {"tp_rank": tp.rank, "tp_size": tp.size}
             return files.read(piece.name, kind, start=piece.start, numel=piece.numel, **place)
 
         kinds = {kind for name in files.names for kind in files.kinds(name)} - {"weight"}
         engine.load(read, sorted(kinds), manifest["state"])
-        if manifest["layout"] == self._layout:
-            self._load_rng(files)
         if self._mesh.rank == 0:
             set_aside(self.directory, newer_than=path)
         self._mesh.barrier()
@@ -189,38 +188,20 @@ class CheckpointStore:
         return manifest["step"], manifest["data"]
 
     def remove_leftovers(self) -> None:
-        """Remove what an interrupted save has left; before the first save of a run."""
+        """Remove what interrupted saves have left; call it before the first save."""
         if self._mesh.rank == 0:
             remove_leftovers(self.directory)
         self._mesh.barrier()
 
-    def _load_rng(self, files: ShardFiles) -> None:
-        """Nothing in a step draws random numbers today; what will, goes on where it was."""
-        name = shard_name(self._mesh.rank)
-        if (state := files.tensor(name, "rng/cpu")) is not None:
-            torch.set_rng_state(state)
-        state = files.tensor(name, "rng/cuda")
-        if state is not None and self._mesh.device.type == "cuda":
-            torch.cuda.set_rng_state(state)
-
     def _problem_of(self, path: Path) -> str | None:
-        """What makes the checkpoint unusable, in words; the same answer on all ranks."""
+        """Return why the checkpoint is unusable, or None; every rank checks its share of files."""
+        mesh = self._mesh
         try:
-            expected = self._mesh.from_rank_zero(lambda: read_manifest(path)["files"])
+            reader = CheckpointReader(path, mesh.from_rank_zero(lambda: read_manifest(path)))
+            share = sorted(reader.manifest["files"])[mesh.rank :: mesh.world_size]
+            mesh.agree(lambda: check_files(reader, share, show_progress=mesh.rank == 0))
         except ValueError as error:
             return str(error)
-        share = sorted(expected)[self._mesh.rank :: self._mesh.world_size]
-        mine = {name: sha256_of(path / name) for name in share}
-        everyone = [mine] * self._mesh.world_size
-        if self._mesh.world_size > 1:
-            dist.all_gather_object(everyone, mine)
-        found = {name: digest for share in everyone for name, digest in share.items()}
-        for name, facts in expected.items():
-            if found[name] is None:
-                return f"{path / name} cannot be read"
-            if found[name] != facts["sha256"]:
-                digest = facts["sha256"][:12]
-                return f"{path / name} does not match its checksum (sha256 {digest}...)"
         return None
 
     def _check_same_run(self, path: Path) -> None:

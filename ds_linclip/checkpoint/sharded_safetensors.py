@@ -1,13 +1,12 @@
 """The files of a checkpoint: one safetensors file per rank, and a manifest that lists them all.
 
-Nothing in them is ever unpickled. A rank's file holds flat pieces of parameters, as ``kind/name``;
-the manifest says where in the parameters they belong, so that any layout finds what it needs.
+Nothing is pickled. A rank's file holds flat pieces of parameters, named ``kind/parameter``; the
+manifest says where in the parameters they belong, so that any layout finds what it needs.
 """
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,19 +16,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ds_linclip.process.atomic import sync, write_atomically
+
 __all__ = [
-    "FileFacts",
-    "PieceFacts",
-    "ShardFiles",
-    "TensorFacts",
+    "CheckpointReader",
+    "FileRecord",
+    "StoredPiece",
+    "TensorSpec",
     "sha256_of",
-    "sync_directory",
     "write_shard",
     "write_tensors",
 ]
 
 MANIFEST = "manifest.json"
-#: Names of the safetensors format.
+#: Names of dtypes in the safetensors format.
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -43,16 +43,16 @@ _CHUNK = 2**24
 
 
 @dataclass(frozen=True)
-class FileFacts:
-    """What a file must be."""
+class FileRecord:
+    """Size in bytes and hash of a file, as the manifest states them."""
 
     size: int
     sha256: str
 
 
 @dataclass(frozen=True)
-class TensorFacts:
-    """What a tensor in a file is, before it is there."""
+class TensorSpec:
+    """Dtype and shape of a tensor that is to be written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -63,75 +63,87 @@ class TensorFacts:
 
 
 @dataclass(frozen=True)
-class PieceFacts:
-    """Where a piece belongs that a rank has saved."""
+class StoredPiece:
+    """Consecutive elements of a parameter that a rank has saved, as the manifest describes them.
+
+    Attributes:
+        name: The parameter's name in the whole model.
+        shape: The parameter's shape on the rank that saved it, before ZeRO divided it.
+        split_dim: The dimension that tensor parallelism split, if any.
+        tp_rank: The tensor-parallel rank that saved it; 0 for an unsplit parameter.
+        start: First element in the flattened parameter of that shape.
+        numel: Number of elements.
+        kinds: "weight" and the names of the optimizer's state.
+        file: The name of the file.
+    """
 
     name: str
-    #: Of the parameter on the rank that saved it, and the dimension that tensor parallelism split.
     shape: Sequence[int]
     split_dim: int | None
     tp_rank: int
     start: int
     numel: int
-    #: "weight" and the names of the optimizer's state.
     kinds: Sequence[str]
     file: str
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileFacts:
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write CPU tensors as a safetensors file; see :func:`write_tensors`."""
-    layout = {name: TensorFacts(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    layout = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     return write_tensors(path, layout, tensors.values())
 
 
 def write_tensors(
-    path: Path, layout: Mapping[str, TensorFacts], tensors: Iterable[Tensor]
-) -> FileFacts:
+    path: Path, layout: Mapping[str, TensorSpec], tensors: Iterable[Tensor]
+) -> FileRecord:
     """Write a safetensors file tensor by tensor, hash it on the way, and wait for the disk.
 
-    ``safetensors.torch.save_file`` would hold every byte of all of them, twice.
+    ``safetensors.torch.save_file`` would hold all tensors in memory, twice.
 
     Args:
         path: The file.
-        layout: What every tensor will be, in the order of the file.
-        tensors: On the CPU, in that order; each is let go before the next one is asked for.
+        layout: The tensors by name, in the order of the file.
+        tensors: The tensors on the CPU, in that order; each is freed before the next is requested.
+
+    Returns:
+        The file's size and hash.
 
     Raises:
         OSError: when the file cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, facts in layout.items():
-        start, end = end, end + facts.num_bytes
+    for name, spec in layout.items():
+        start, end = end, end + spec.num_bytes
         header[name] = {
-            "dtype": _DTYPES[facts.dtype],
-            "shape": list(facts.shape),
+            "dtype": _DTYPES[spec.dtype],
+            "shape": list(spec.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, coming = hashlib.sha256(), iter(tensors)
+    digest, remaining = hashlib.sha256(), iter(tensors)
     try:
         with path.open("wb") as file:
             _append(file, digest, len(text).to_bytes(8, "little") + text)
-            for facts in layout.values():
-                _append(file, digest, _bytes(next(coming), facts))
-            file.flush()
-            os.fsync(file.fileno())
+            for spec in layout.values():
+                _append(file, digest, _bytes(next(remaining), spec))
             size = file.tell()
+        sync(path)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk has no name
-    return FileFacts(size, digest.hexdigest())
+        # The error of a full disk does not name the file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return FileRecord(size, digest.hexdigest())
 
 
-class ShardFiles:
+class CheckpointReader:
     """A committed checkpoint, read piece by piece.
 
     Args:
-        path: Its folder.
-        manifest: What its manifest holds, if that was read already.
+        path: The folder of the checkpoint.
+        manifest: The content of its manifest, if that was read already.
 
     Raises:
         ValueError: when the manifest cannot be read, or is of another format.
@@ -142,11 +154,11 @@ class ShardFiles:
     def __init__(self, path: Path, manifest: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.manifest = read_manifest(path) if manifest is None else manifest
-        self._pieces: dict[str, list[PieceFacts]] = {}
+        self._pieces: dict[str, list[StoredPiece]] = {}
         try:
             self.tp_size: int = self.manifest["layout"]["tp"]
             for entry in self.manifest["pieces"]:
-                piece = PieceFacts(**entry)
+                piece = StoredPiece(**entry)
                 self._pieces.setdefault(piece.name, []).append(piece)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / MANIFEST} is damaged: {error!r}") from error
@@ -154,15 +166,15 @@ class ShardFiles:
 
     @property
     def names(self) -> list[str]:
-        """Parameters of the whole model."""
+        """The names of the whole model's parameters."""
         return list(self._pieces)
 
     def kinds(self, name: str) -> Sequence[str]:
-        """What was saved of a parameter: "weight" and, where it is trained, optimizer state."""
+        """Return what was saved of a parameter: "weight" and, if trained, optimizer state."""
         return self._pieces[name][0].kinds
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole parameter."""
+        """Return the shape of the whole parameter."""
         first = self._pieces[name][0]
         shape = list(first.shape)
         if first.split_dim is not None:
@@ -171,13 +183,21 @@ class ShardFiles:
 
     @property
     def file_names(self) -> list[str]:
-        """Files that hold the parameters."""
+        """The names of the files that hold the parameters."""
         return sorted({piece.file for pieces in self._pieces.values() for piece in pieces})
 
     def read(
         self, name: str, kind: str, *, tp_rank: int, tp_size: int, start: int, numel: int
     ) -> Tensor:
-        """Consecutive elements [numel] of what a tensor-parallel rank holds of a parameter.
+        """Return consecutive elements [numel] of a parameter or its optimizer state.
+
+        Args:
+            name: The parameter's name.
+            kind: One of :meth:`kinds`.
+            tp_rank: The tensor-parallel rank that needs them.
+            tp_size: The number of tensor-parallel ranks of the layout that loads.
+            start: First element in what that rank holds of the flattened parameter.
+            numel: Number of elements.
 
         Raises:
             ValueError: when the checkpoint lacks some of them.
@@ -189,21 +209,16 @@ class ShardFiles:
         return mine.reshape(-1)[start : start + numel]
 
     def full(self, name: str, kind: str) -> Tensor:
-        """The whole parameter, or what the optimizer keeps for it, in its shape."""
+        """Return a whole parameter, or one kind of its optimizer state, in its shape."""
         first = self._pieces[name][0]
         ranks = range(1 if first.split_dim is None else self.tp_size)
         numel = math.prod(first.shape)
         parts = [self._stored(name, kind, r, 0, numel).view(*first.shape) for r in ranks]
         return parts[0] if first.split_dim is None else torch.cat(parts, first.split_dim)
 
-    def tensor(self, file: str, name: str) -> Tensor | None:
-        """Another tensor of a rank's file, if file and tensor are there."""
-        if file not in self.manifest["files"] or name not in self._file(file).keys():  # noqa: SIM118
-            return None
-        return self._file(file).get_tensor(name)
-
     def _stored(self, name: str, kind: str, tp_rank: int, start: int, numel: int) -> Tensor:
-        """Put together from pieces of one tensor-parallel rank, whoever saved them."""
+        """Assemble elements from the pieces of one tensor-parallel rank, whichever rank saved
+        them."""
         result: Tensor | None = None
         missing = numel
         for piece in self._pieces[name]:
@@ -230,10 +245,10 @@ class ShardFiles:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """Return the content of a checkpoint's manifest.
 
     Raises:
-        ValueError: when it cannot be read, or is of another format.
+        ValueError: when it cannot be read, is damaged, or is of another format.
     """
     manifest = path / MANIFEST
     try:
@@ -243,9 +258,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{manifest} cannot be read: it holds no JSON object")
     found = content.get("format", "none")
-    if found != ShardFiles.FORMAT:
+    if found != CheckpointReader.FORMAT:
         raise ValueError(
-            f"{manifest}: format ({found}) must be {ShardFiles.FORMAT}: another version of "
+            f"{manifest}: format ({found}) must be {CheckpointReader.FORMAT}: another version of "
             "ds_linclip has written it, and that version reads it"
         )
     if content.pop("sha256", None) != _digest_of(content):
@@ -253,42 +268,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_manifest(path: Path, content: Mapping[str, Any], pieces: Sequence[PieceFacts]) -> None:
-    """Write the manifest that makes a folder complete.
+def write_manifest(path: Path, content: Mapping[str, Any], pieces: Sequence[StoredPiece]) -> None:
+    """Write the manifest and wait until all names in the folder are on the disk.
 
     Raises:
         OSError: when it cannot be written.
     """
-    whole = {"format": ShardFiles.FORMAT, **content, "pieces": [asdict(p) for p in pieces]}
-    write_synced(path / MANIFEST, json.dumps({**whole, "sha256": _digest_of(whole)}))
+    whole = {"format": CheckpointReader.FORMAT, **content, "pieces": [asdict(p) for p in pieces]}
+    text = json.dumps({**whole, "sha256": _digest_of(whole)})
+    write_atomically(path / MANIFEST, text, durable=True)
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the names in a folder have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def sha256_of(path: Path, on_read: Callable[[int], object] | None = None) -> str | None:
-    """Hash of a file; None when it cannot be read.
+    """Return the hash of a file; None when it cannot be read.
 
     Args:
         path: The file.
-        on_read: Told the number of bytes after every part that was read.
+        on_read: Called with the number of bytes after every part that was read.
     """
     digest, part = hashlib.sha256(), bytearray(2**20)
     try:
@@ -309,8 +309,8 @@ def _append(file: BinaryIO, digest: Any, content: bytes | memoryview) -> None:
         file.write(chunk)
 
 
-def _bytes(tensor: Tensor, facts: TensorFacts) -> bytes | memoryview:
-    assert (tensor.dtype, tuple(tensor.shape)) == (facts.dtype, facts.shape)
+def _bytes(tensor: Tensor, spec: TensorSpec) -> bytes | memoryview:
+    assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape)
     if not tensor.numel():
         return b""
     content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()

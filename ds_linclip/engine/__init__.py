@@ -1,1 +1,1 @@
-"""DeepSpeed engines: optimizer steps with and without a pipeline, ZeRO state, averages."""
+"""DeepSpeed engines: optimizer steps with or without a pipeline, ZeRO state, weight averages."""

@@ -1,5 +1,8 @@
-"""DeepSpeed's dictionary, generated from our config: batch, precision, clipping and ZeRO are set
-there once; what is DeepSpeed's alone comes from a JSON file."""
+"""DeepSpeed's configuration dictionary, generated from the training config.
+
+Batch, precision, clipping and ZeRO are set in the training config only; settings that only
+DeepSpeed has come from the JSON file of ``zero.deepspeed_config``.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +18,7 @@ from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["check_machine", "deepspeed_config", "monitor_config"]
 
-#: What the file may set and DeepSpeed's engine sees.
+#: Keys of the file that are passed to DeepSpeed's engine.
 _FILE_MAY_SET = {
     "zero_optimization",
     "prescale_gradients",
@@ -23,23 +26,24 @@ _FILE_MAY_SET = {
     "flops_profiler",
     "wall_clock_breakdown",
 }
-#: What the file may set of the monitors, which are ours: the engine would write curves of its own.
+#: Keys of the file that configure our own monitor. They are not passed to the engine, which would
+#: write curves of its own.
 _MONITORS = {"comet", "csv_monitor"}
 
-#: Elements of a bucket, unless the file says otherwise; DeepSpeed's own 5e8 is more than a whole
-#: CLIP model, and allocated whether filled or not. The token embedding fits in.
+#: Default sizes of communication buckets, in elements. DeepSpeed's own default of 5e8 is more than
+#: a whole CLIP model and allocated whether filled or not; the token embedding fits into ours.
 _BUCKETS = {"reduce_bucket_size": 30_000_000, "allgather_bucket_size": 30_000_000}
 
-#: ZeRO-3, unless the file says otherwise. By DeepSpeed's own defaults every layer fetches a third
-#: of a CLIP model ahead, until a billion parameters are there, and keeps what is needed again: the
-#: whole model is on every rank.
+#: Defaults for ZeRO-3. With DeepSpeed's own every layer prefetches a third of a CLIP model, up to a
+#: billion parameters, and keeps what is needed again: the whole model would be on every rank.
 _STAGE_3 = {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 10_000_000,
     "stage3_max_live_parameters": 30_000_000,
 }
 
-#: fp16: doubled after a thousand good steps; the second step in them that overflows halves it.
+#: The loss scale of fp16: doubled after a thousand finite steps; the second overflow within them
+#: halves it.
 _LOSS_SCALE = {
     "loss_scale": 0,  # dynamic
     "initial_scale_power": 16,
@@ -50,7 +54,7 @@ _LOSS_SCALE = {
 
 
 def check_machine(config: Config) -> None:
-    """Check that this machine can do what the config asks of it.
+    """Check that this machine supports the precision and the offloading of the config.
 
     Raises:
         ValueError: when DeepSpeed does not support the precision on this device, or cannot read and
@@ -77,7 +81,7 @@ def check_machine(config: Config) -> None:
 
 
 def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` is given.
+    """Return the ``config`` argument of ``deepspeed.initialize``.
 
     Raises:
         ValueError: when the batch does not divide over the ranks, when the file of
@@ -89,7 +93,7 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     num_micro_batches = config.num_micro_batches(mesh.dp.size)
     is_accumulated = num_micro_batches > 1
     generated: dict[str, Any] = {
-        # Context-parallel ranks count as data-parallel ones: they share batches, not gradients.
+        # To DeepSpeed context-parallel ranks are data-parallel: same batch, different gradients.
         "train_batch_size": local * mesh.replicas.size,
         "train_micro_batch_size_per_gpu": local // num_micro_batches,
         "gradient_accumulation_steps": num_micro_batches,
@@ -99,7 +103,7 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "zero_optimization": _zero(config, mesh),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # Several micro-batches are added up in fp32, and so over ranks.
+        # Gradients of several micro-batches are summed in fp32, also over ranks.
         "data_types": {"grad_accum_dtype": "fp32" if is_accumulated else None},
         "communication_data_type": "fp32" if is_accumulated else None,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
@@ -121,10 +125,10 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def monitor_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's dictionary of monitors: TensorBoard as we set it, others from the file.
+    """Return DeepSpeed's monitor settings: TensorBoard from ``log``, others from the file.
 
     Raises:
-        ValueError: as :func:`deepspeed_config`, for the file.
+        ValueError: when the file cannot be read or sets a key it must not set.
     """
     board = {
         "enabled": config.log.tensorboard,
@@ -136,11 +140,8 @@ def monitor_config(config: Config) -> dict[str, Any]:
 
 def _zero(config: Config, mesh: Mesh) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.zero.stage}
-    for name, target in (
-        ("offload_optimizer", config.zero.offload_optimizer),
-        ("offload_param", config.zero.offload_param),
-    ):
-        if target != "none":
+    for name in ("offload_optimizer", "offload_param"):
+        if (target := getattr(config.zero, name)) != "none":
             zero[name] = {"device": target, "pin_memory": mesh.device.type == "cuda"}
             if target == "nvme":
                 zero[name]["nvme_path"] = config.zero.nvme_path
@@ -161,16 +162,14 @@ def _read(config: Config) -> dict[str, Any]:
     may_set = _FILE_MAY_SET | _MONITORS
     for key in content.keys() - may_set:
         raise ValueError(f"{where} must not set {key}: only {', '.join(sorted(may_set))} are read")
-    owned = {"stage", "offload_optimizer", "offload_param"} & content.get(
-        "zero_optimization", {}
-    ).keys()
-    if content.get("zero_optimization", {}).get("round_robin_gradients"):
+    zero = content.get("zero_optimization", {})
+    if zero.get("round_robin_gradients"):
         raise ValueError(
             f"{where}: zero_optimization.round_robin_gradients (true) must be false: DeepSpeed "
             "then loses track of which optimizer state belongs to which parameter"
         )
-    for key in owned:
+    for key in {"stage", "offload_optimizer", "offload_param"} & zero.keys():
         raise ValueError(
-            f"{where} must not set zero_optimization.{key}: the training config owns zero.{key}"
+            f"{where} must not set zero_optimization.{key}: set zero.{key} in the training config"
         )
     return content

@@ -1,4 +1,4 @@
-"""The running average of the weights: sharded, saved and restored as the optimizer's state is."""
+"""The running average of the weights: sharded, saved and restored like the optimizer's state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,33 +15,34 @@ _KEY = "ema"
 
 
 def track_ema(optimizer: optim.Optimizer) -> None:
-    """Let ``optimizer`` keep the average of what it updates; before ``deepspeed.initialize``.
+    """Have ``optimizer`` keep a running average of its weights; before ``deepspeed.initialize``.
 
-    The average is in fp32 like the weights that DeepSpeed's optimizer owns: 4 bytes per parameter,
-    divided by the ranks from ZeRO-1 on. The first step starts it, every further one moves it by
-    ``1 - group["ema_decay"]``, which the training loop sets before the step as it does ``lr``. A
-    step that is skipped for an overflow leaves the average alone.
+    The average is in fp32 like the master weights: 4 bytes per parameter, divided over the ranks
+    from ZeRO-1 on. The first step starts it; every further step moves it by
+    ``1 - group["ema_decay"]``, which the engine sets before the step together with ``lr``. A step
+    that is skipped because its gradient is not finite leaves the average as it is.
     """
     optimizer.register_step_post_hook(_update)
 
 
 @contextmanager
 def ema_weights(engine: Any) -> Iterator[None]:
-    """The averages in place of the weights of ``engine.module``; every rank calls it together.
+    """Put the averages in the place of the weights of ``engine.module``; a collective of all ranks.
 
-    Before the first step there is no average and the weights stay. Needs no extra memory: weights
-    and averages change places in the optimizer, and DeepSpeed fills the module from there, as it
-    does after a step; bit for bit the same again afterwards. No training step within. An exception
-    leaves the averages there: it may be one rank's alone, and changing back takes all of them.
+    Before the first step there is no average and the weights stay. No extra memory is needed:
+    weights and averages are swapped in the optimizer, and DeepSpeed fills the module from there, as
+    after a step. Afterwards the weights are the same bit for bit. No training step may be taken in
+    this context. When an exception leaves it the averages stay, since only one rank may have raised
+    it and swapping back is a collective.
     """
-    _exchange(engine.optimizer)
+    _swap(engine.optimizer)
     yield
-    _exchange(engine.optimizer)
+    _swap(engine.optimizer)
 
 
 @torch.no_grad()
 def _update(optimizer: optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    """Runs for every group (ZeRO-1 and 2) or sub-group (ZeRO-3): only what was updated is there."""
+    """Move the averages of the weights just updated; under ZeRO-3, those of one sub-group."""
     for group in optimizer.param_groups:
         for weights in group["params"]:
             state = optimizer.state.get(weights)
@@ -53,7 +54,7 @@ def _update(optimizer: optim.Optimizer, _args: Any, _kwargs: Any) -> None:
                 state[_KEY] = weights.detach().clone()
 
 
-def _exchange(zero: Any) -> None:
+def _swap(zero: Any) -> None:
     states = getattr(zero, "optimizer", zero).state
     for weights, state in states.items():
         if _KEY in state:

@@ -1,4 +1,4 @@
-"""One optimizer step of the contrastive objective under DeepSpeed, and the state it changes."""
+"""One optimizer step of contrastive training under DeepSpeed, and the state that it changes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +16,10 @@ from ds_linclip.config import Config
 from ds_linclip.engine.deepspeed_config import deepspeed_config, monitor_config
 from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.lamb import Lamb
-from ds_linclip.engine.zero_state import Piece, StateShards, fill_module
+from ds_linclip.engine.zero_state import ParameterPiece, RankState, fill_module
 from ds_linclip.loss.grad_cache import Objective, surrogate
 from ds_linclip.model import CLIP
-from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.mesh import Mesh, prepare_for_deepspeed
 
 __all__ = ["Engine", "Inputs", "PlainEngine"]
 
@@ -28,13 +28,14 @@ Inputs = tuple[Tensor, ...]
 
 
 class Engine(ABC):
-    """Takes optimizer steps, shows and loads its state. All ranks call every method together.
+    """Takes optimizer steps, and saves and restores their state; a collective of all ranks.
 
     Attributes:
-        monitor: Where scalars and figures go: DeepSpeed's TensorBoard and others.
-        objective: The loss, with its latest logit scale.
-        shards: What this rank holds of the state, to be saved.
-        on_features: Called in turn in every step when this rank's own forward is done, before it
+        deepspeed_engine: The object that ``deepspeed.initialize`` returns.
+        monitor: DeepSpeed's monitor, which writes scalars to TensorBoard and other back ends.
+        objective: The contrastive loss; it holds the logit scale of the last step.
+        state: The part of the training state that this rank holds.
+        on_features: Functions that every step calls when this rank's own forward is done, before it
             needs other ranks' features.
     """
 
@@ -46,96 +47,90 @@ class Engine(ABC):
         generated = deepspeed_config(config, mesh)
         if config.optim.ema_decay:
             track_ema(optimizer)
-        self._engine, _, _, _ = deepspeed.initialize(
+        prepare_for_deepspeed()
+        self.deepspeed_engine, _, _, _ = deepspeed.initialize(
             model=self._module(model),
             optimizer=optimizer,
             config=generated,
             mpu=mesh.mpu() if mesh.pp.size == 1 else None,
             dist_init_required=False,
         )
+        mesh.set_timeouts()
         if isinstance(optimizer, Lamb):
-            optimizer.attach(self._engine, mesh)
-        if config.train.precision == "fp16":  # when to give up is for the training loop to say
-            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
-        self.shards = StateShards(self._engine, model, mesh)
+            optimizer.attach(self.deepspeed_engine, mesh)
+        if config.train.precision == "fp16":  # the divergence guard decides when to give up
+            self.deepspeed_engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+        self.state = RankState(self.deepspeed_engine, model, mesh)
         self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])
         self.on_features: list[Callable[[], None]] = []
 
     def step(self, batch: Inputs, *, lr: float, ema_decay: float = 0.0) -> Tensor:
-        """One optimizer step on this rank's part of the global batch.
+        """Take one optimizer step on this rank's part of the global batch.
 
         Args:
             batch: Images [B, 3, H, W], texts [B, L] and perhaps patches [B, K].
             lr: Learning rate of this step.
-            ema_decay: Share of the old running average of the weights that is kept, if there is
-                one.
+            ema_decay: Weight of the old running average of the weights, if there is one.
 
         Returns:
             The loss [] of this rank's rows.
         """
-        for group in self._engine.optimizer.param_groups:
+        for group in self.deepspeed_engine.optimizer.param_groups:
             group |= {"lr": lr, "ema_decay": ema_decay}
         parts = zip(*(tensor.chunk(self._num_micro_batches) for tensor in batch), strict=True)
         return self._step(list(parts))
 
-    def _features_ready(self) -> None:
-        for listener in self.on_features:
-            listener()
-
-    @property
-    def deepspeed_engine(self) -> Any:
-        """What ``deepspeed.initialize`` has made, for this package to look into."""
-        return self._engine
-
     @property
     def grad_norm(self) -> float:
-        """Norm of the last step's gradient over all parameters, before clipping."""
-        return float(self._engine.get_global_grad_norm())
+        """The norm of the last step's gradient over all parameters, before clipping."""
+        return float(self.deepspeed_engine.get_global_grad_norm())
 
     @property
     def skipped_steps(self) -> int:
-        """Steps of the run, as far as its checkpoints go back, that were not taken because a
-        gradient was not finite."""
-        return int(self._engine.skipped_steps)
+        """The number of steps of the run, including those before a resume, that were skipped
+        because a gradient was not finite."""
+        return int(self.deepspeed_engine.skipped_steps)
 
     @property
     def was_skipped(self) -> bool:
-        """Whether the last step was not taken because its gradient was not finite."""
-        return not self._engine.was_step_applied()
+        """Whether the last step was skipped because its gradient was not finite."""
+        return not self.deepspeed_engine.was_step_applied()
 
     @property
     def can_lower_loss_scale(self) -> bool:
-        """Whether a gradient that is not finite may be so for fp16's loss scale alone."""
+        """Whether the loss scale of fp16 may be the cause of a gradient that is not finite."""
         if self._config.train.precision != "fp16":
             return False
-        scaler = self._engine.optimizer.loss_scaler
+        scaler = self.deepspeed_engine.optimizer.loss_scaler
         return bool(scaler.cur_scale > scaler.min_scale)
 
     def load(
         self,
-        read: Callable[[Piece, str], Tensor],
+        read: Callable[[ParameterPiece, str], Tensor],
         kinds: Sequence[str],
         scalars: Mapping[str, Any],
     ) -> None:
-        """Put saved state in the place of the present one, as :meth:`StateShards.restore`.
+        """Replace the training state by a saved one; for arguments see :meth:`RankState.restore`.
 
         Raises:
             AgreedError: when a rank cannot read what it needs.
         """
-        restore = partial(self.shards.restore, read, kinds, scalars)
+        restore = partial(self.state.restore, read, kinds, scalars)
         self._mesh.agree(restore, errors=(ValueError, OSError))
-        fill_module(self._engine.optimizer)
+        fill_module(self.deepspeed_engine.optimizer)
 
     @contextmanager
     def evaluation_model(self) -> Iterator[CLIP]:
-        """The whole model (this rank's heads of it), in eval mode, without gradients.
+        """Yield all layers of the model (this rank's heads), in eval mode, without gradients.
 
-        It has the running average of the weights, where there is one. Where this rank trains a part
-        of the layers, or ZeRO-3 a part of each weight, it is a copy that lives as long as the
-        context.
+        The weights are the running averages, if there are any. Where this rank trains only some of
+        the layers, or under ZeRO-3 only a part of each weight, the model is a copy that lives as
+        long as the context.
         """
-        averages = ema_weights(self._engine) if self._config.optim.ema_decay else nullcontext()
+        averages = (
+            ema_weights(self.deepspeed_engine) if self._config.optim.ema_decay else nullcontext()
+        )
         with torch.no_grad(), averages:
             model = self._whole_model()
             model.eval()
@@ -144,7 +139,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _module(self, model: CLIP) -> nn.Module:
-        """What DeepSpeed is given."""
+        """Return the module that DeepSpeed wraps."""
 
     @abstractmethod
     def _step(self, micro_batches: Sequence[Inputs]) -> Tensor: ...
@@ -152,8 +147,12 @@ class Engine(ABC):
     @abstractmethod
     def _whole_model(self) -> CLIP: ...
 
+    def _features_ready(self) -> None:
+        for listener in self.on_features:
+            listener()
+
     def _empty_model(self) -> CLIP:
-        """All layers, whatever their weights, in the dtype of training."""
+        """Return a model of all layers with arbitrary weights, in the dtype of training."""
         with torch.random.fork_rng(devices=[]):
             model = CLIP(self._config.model, self._mesh, loss=self._config.loss.kind)
         return model.to(next(self._model.parameters()).dtype)
@@ -166,17 +165,18 @@ class PlainEngine(Engine):
         return model
 
     def _step(self, micro_batches: Sequence[Inputs]) -> Tensor:
-        # A single micro-batch needs no second forward: its graph waits for the loss.
+        # A single micro-batch needs no second forward: its graph is kept until the loss is there.
         is_single = len(micro_batches) == 1
         with torch.set_grad_enabled(is_single):
-            outputs = [self._engine(*inputs) for inputs in micro_batches]
+            outputs = [self.deepspeed_engine(*inputs) for inputs in micro_batches]
         self._features_ready()
         loss, gradients = self.objective(outputs)
         for number, inputs in enumerate(micro_batches):
-            output = outputs[0] if is_single else self._engine(*inputs)
-            # DeepSpeed takes the mean over micro-batches; the gradients are those of a sum.
-            self._engine.backward(len(micro_batches) * surrogate(output, gradients[number]))
-            self._engine.step()
+            output = outputs[0] if is_single else self.deepspeed_engine(*inputs)
+            # DeepSpeed averages over micro-batches; the gradients are those of a sum.
+            scaled = len(micro_batches) * surrogate(output, gradients[number])
+            self.deepspeed_engine.backward(scaled)
+            self.deepspeed_engine.step()
         return loss
 
     def _whole_model(self) -> CLIP:

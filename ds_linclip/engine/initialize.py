@@ -1,4 +1,4 @@
-"""The one place where ``deepspeed.initialize`` gets a model: with a pipeline or without."""
+"""The choice between the engines with and without a pipeline."""
 
 from torch import optim
 
@@ -14,14 +14,16 @@ __all__ = ["initialize_engine"]
 def initialize_engine(
     model: CLIP, optimizer: optim.Optimizer, config: Config, mesh: Mesh
 ) -> Engine:
-    """Hand model and optimizer to ``deepspeed.initialize``.
+    """Create the engine that trains ``model``; a collective of all ranks.
 
     Args:
         model: The whole model, or with pipeline parallelism this rank's stage of it.
-        optimizer, config, mesh: Of the run.
+        optimizer: The optimizer of the model's parameters.
+        config: The run's configuration.
+        mesh: The ranks and their layout.
 
     Raises:
-        ValueError: as :func:`deepspeed_config`.
+        ValueError: for the reasons of :func:`~ds_linclip.engine.deepspeed_config.deepspeed_config`.
     """
     kind = PipelineEngine if mesh.pp.size > 1 else PlainEngine
     return kind(model, optimizer, config, mesh)

@@ -1,5 +1,4 @@
-"""LAMB whose trust ratios are those of whole parameters, however ZeRO and tensor parallelism split
-them."""
+"""LAMB with trust ratios of whole parameters, however ZeRO and tensor parallelism split them."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,24 +17,30 @@ __all__ = ["Lamb"]
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a tensor of the optimizer holds: slices of it, each with its parameter's number."""
+    """The parameters that a tensor of the optimizer holds parts of.
 
-    pieces: Sequence[tuple[int, slice]]
-    #: For every parameter, whether tensor parallelism splits it.
+    Attributes:
+        parts: The index of each parameter with elements here, and their position in the tensor.
+        is_split: For every parameter, whether tensor parallelism splits it.
+    """
+
+    parts: Sequence[tuple[int, slice]]
     is_split: Sequence[bool]
 
 
 class Lamb(optim.Optimizer):
     """LAMB (arXiv 1904.00962, Algorithm 2, with bias correction), exact also under ZeRO.
 
-    A parameter's trust ratio is that of the whole parameter: where ZeRO leaves this rank pieces of
-    it in a flat tensor, or tensor parallelism splits it, the squared norms are summed over the
-    ranks. As in timm and NVIDIA's LAMB, groups without weight decay take a plain Adam step;
-    clipping is not done here.
+    Where this rank has only a part of a parameter, because of ZeRO or tensor parallelism, squared
+    norms are summed over the ranks, so that the trust ratio is that of the whole parameter. As in
+    timm's and NVIDIA's LAMB, groups without weight decay take a plain Adam step. Gradients are not
+    clipped here.
 
     Args:
-        params: parameter groups.
-        lr, betas, eps: as in Adam.
+        params: Parameter groups.
+        lr: Learning rate.
+        betas: Decays of the two moments, as in Adam.
+        eps: Added to the denominator, as in Adam.
     """
 
     def __init__(
@@ -47,16 +52,16 @@ class Lamb(optim.Optimizer):
         self._mesh: Mesh | None = None
 
     def attach(self, engine: Any, mesh: Mesh) -> None:
-        """Learn where ZeRO keeps the parameters; once, right after ``deepspeed.initialize``.
+        """Read where ZeRO keeps the parameters; call it once, after ``deepspeed.initialize``.
 
         Args:
-            engine: DeepSpeed's, at any ZeRO stage.
-            mesh: the ranks that share the parameters.
+            engine: DeepSpeed's engine, at any ZeRO stage.
+            mesh: The ranks that share the parameters.
         """
         self._layouts = {
             flat.tensor: _Layout(
-                pieces=[(fragment.index, fragment.slice) for fragment in flat.fragments],
-                is_split=_is_split(flat.parameters),
+                [(fragment.index, fragment.span) for fragment in flat.fragments],
+                _is_split(flat.parameters),
             )
             for flat in flat_tensors(engine.optimizer, mesh.replicas.rank)
         }
@@ -92,7 +97,7 @@ class Lamb(optim.Optimizer):
         layout = self._layouts[p]
         weights, updates = p.view(-1), update.view(-1)
         squares = p.new_zeros(2, len(layout.is_split))
-        for index, where in layout.pieces:
+        for index, where in layout.parts:
             squares[0, index] = weights[where].square().sum()
             squares[1, index] = updates[where].square().sum()
         if self._mesh is not None:
@@ -100,12 +105,12 @@ class Lamb(optim.Optimizer):
         weight_norm, update_norm = squares.sqrt()
         usable = (weight_norm > 0) & (update_norm > 0)
         ratio = torch.where(usable, weight_norm / update_norm, 1.0)
-        for index, where in layout.pieces:
+        for index, where in layout.parts:
             updates[where].mul_(ratio[index])
 
 
 def _sum_over_ranks(squares: Tensor, layout: _Layout, mesh: Mesh) -> Tensor:
-    on_device = squares.to(mesh.device)  # with offload they are not, and nccl wants them there
+    on_device = squares.to(mesh.device)  # offloaded state is on the CPU, where nccl cannot send
     dist.all_reduce(on_device, group=mesh.replicas.group)
     if mesh.tp.size > 1:
         total = on_device.clone()

@@ -1,4 +1,4 @@
-"""Optimizers with weight-decay groups; learning rate and EMA decay as functions of the step."""
+"""Optimizers with weight-decay groups, and the schedules of learning rate and EMA decay."""
 
 import math
 from typing import Any
@@ -12,10 +12,10 @@ __all__ = ["build_optimizer", "ema_decay", "learning_rate", "weight_decay_groups
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
-    """The optimizer of ``config`` over the trainable parameters, in :func:`weight_decay_groups`.
+    """Return the optimizer of ``config`` over the trainable parameters.
 
     AdamW is torch's (fused), Lion is timm's (arXiv 2302.06675; it has no eps), LAMB is
-    :class:`Lamb`, which must be told of DeepSpeed's partitions before its first step.
+    :class:`Lamb`, whose ``attach`` must be called before its first step.
     """
     groups = weight_decay_groups(model, config.weight_decay)
     betas = (config.beta1, config.beta2)
@@ -29,9 +29,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices are decayed; vectors are not.
+    """Return two parameter groups: matrices with weight decay, vectors without.
 
-    The vectors are norms, biases, the class embedding and the logit scale: open_clip's rule.
+    The vectors are norms, biases, the class embedding and the logit scale, as in open_clip.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -46,11 +46,12 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Linear warm-up to ``config.lr``, then half a cosine to zero.
+    """Return the learning rate: linear warm-up to ``config.lr``, then half a cosine to zero.
 
     Args:
-        step: the step about to be taken, 0-based.
-        steps: steps of the whole run.
+        step: The step about to be taken, 0-based.
+        steps: The number of steps of the whole run.
+        config: The peak and the number of warm-up steps.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -59,13 +60,13 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def ema_decay(step: int, decay: float) -> float:
-    """Weight of the old average of the weights when a step has been taken: ``decay``, once warm.
+    """Return the weight of the old average in the update after a step: ``decay`` after a warm-up.
 
     The warm-up is TensorFlow's and torch_ema's, ``(1 + step) / (10 + step)``: the average spans
     about the last tenth of the steps until ``decay`` is reached, 0.9999 after 90 thousand.
 
     Args:
-        step: the step about to be taken, 0-based.
-        decay: the final value.
+        step: The step about to be taken, 0-based.
+        decay: The final value.
     """
     return min(decay, (1 + step) / (10 + step))

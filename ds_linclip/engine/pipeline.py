@@ -1,4 +1,4 @@
-"""Pipeline parallelism: micro-batches run through stages that hold consecutive layers."""
+"""Pipeline parallelism: each stage holds consecutive layers, through which micro-batches pass."""
 
 import io
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ds_linclip.engine.engine import Engine, Inputs
 from ds_linclip.loss.grad_cache import surrogate
 from ds_linclip.model import CLIP
+from ds_linclip.process.consensus import gather
 
 __all__ = ["PipelineEngine", "Stage"]
 
@@ -27,29 +28,29 @@ class PipelineEngine(Engine):
             num_pp=mesh.pp.size, num_mp=mesh.tp.size, num_dp=mesh.replicas.size
         )
         place = topology.get_coord(mesh.rank)
-        # DeepSpeed makes groups of its own: they must be megatron's.
+        # DeepSpeed creates process groups of its own, which must equal megatron's.
         assert (place.pipe, place.data, place.model) == (
             mesh.pp.rank,
             mesh.replicas.rank,
             mesh.tp.rank,
         )
-        layers: list[Any] = [LayerSpec(nn.Identity)] * mesh.pp.size  # others' are never built
+        # The other stages' layers are never built.
+        layers: list[Any] = [LayerSpec(nn.Identity)] * mesh.pp.size
         layers[mesh.pp.rank] = Stage(model)
-        mesh.prepare_for_deepspeed()
         with redirect_stdout(io.StringIO()):
             return PipelineModule(
                 layers, topology=topology, loss_fn=surrogate, partition_method="uniform"
             )
 
     def _step(self, micro_batches: Sequence[Inputs]) -> Tensor:
-        engine = self._engine
+        engine = self.deepspeed_engine
         shapes = [tensor.shape for tensor in micro_batches[0]]
         if shapes != getattr(self, "_shapes", shapes):
             engine.reset_activation_shape()
         self._shapes = shapes
 
         nothing: list[tuple[Tensor, ...]] = [()] * len(micro_batches)
-        # As eval_batch does, which waits besides for all ranks at a barrier.
+        # The same as DeepSpeed's eval_batch, without its barrier of all ranks.
         engine.set_dataiterator(iter(zip(micro_batches, nothing, strict=True)))
         engine.total_loss, engine._compute_loss = None, False
         with torch.no_grad():
@@ -58,7 +59,7 @@ class PipelineEngine(Engine):
         loss, gradients = torch.zeros((), device=self._mesh.device), nothing
         if engine.is_last_stage():
             loss, found = self.objective([tuple(output) for output in engine.fwd_outputs])
-            # DeepSpeed takes the mean over micro-batches; the gradients are those of a sum.
+            # DeepSpeed averages over micro-batches; the gradients are those of a sum.
             gradients = [tuple(len(found) * part for part in parts) for parts in found]
         engine.train_batch(iter(zip(micro_batches, gradients, strict=True)))
         shared = torch.stack([loss, self.objective.logit_scale.to(loss)])
@@ -72,9 +73,7 @@ class PipelineEngine(Engine):
         pp = self._mesh.pp
         whole = dict(model.named_parameters())
         mine = {name: p for name, p in self._model.named_parameters() if name in whole}
-        names: list[list[str]] = [[]] * pp.size
-        dist.all_gather_object(names, list(mine), group=pp.group)
-        for stage, held in enumerate(names):
+        for stage, held in enumerate(gather(list(mine), pp.group)):
             for name in held:
                 if stage == pp.rank:
                     whole[name].copy_(mine[name])
@@ -83,10 +82,10 @@ class PipelineEngine(Engine):
 
 
 class Stage(nn.Module):
-    """A part of the model as a layer of DeepSpeed's pipeline: tuple in, tuple out.
+    """One stage's layers as a single layer of DeepSpeed's pipeline; inputs and outputs are tuples.
 
-    DeepSpeed takes every real tensor between stages to have a gradient, and every stage's input to
-    need one, pixels included. Locked towers have neither.
+    DeepSpeed expects a gradient for every floating-point tensor between stages and for every
+    stage's input, pixels included. Locked towers give none, so zeros stand in for them.
     """
 
     def __init__(self, model: CLIP) -> None:
@@ -114,7 +113,7 @@ class Stage(nn.Module):
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Hands ``x`` on, and gives zeros to tensors that nothing depends on."""
+    """Returns ``x`` unchanged; in the backward, gives zero gradients to ``others``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pipeline stages: which units of the model each one holds."""
+"""The units of the model that each pipeline stage holds."""
 
 from ds_linclip.config import Config
 from ds_linclip.model.flops import block_flops
@@ -8,10 +8,10 @@ __all__ = ["stage_units"]
 
 
 def stage_units(config: Config, pp: Axis) -> range:
-    """The units of :class:`~ds_linclip.model.CLIP` that this rank's pipeline stage holds.
+    """Return the units of :class:`~ds_linclip.model.CLIP` that this rank's pipeline stage holds.
 
-    Stages are consecutive blocks, balanced by their estimated floating-point operations per pair;
-    the embedding and the head of a tower go with its first and its last block.
+    Stages are consecutive blocks, balanced by estimated floating-point operations per pair. The
+    embedding of a tower belongs to the stage of its first block, the head to that of its last.
     """
     bounds = _balanced(_block_costs(config), pp.size)
     units_of_block: list[range] = []
@@ -26,7 +26,7 @@ def stage_units(config: Config, pp: Axis) -> range:
 
 
 def _block_costs(config: Config) -> list[float]:
-    """Floating-point operations of every block per pair, image tower first."""
+    """Return the floating-point operations of every block per pair, image tower first."""
     vision, text = config.model.vision, config.model.text
     num_image = 1 + vision.num_kept_patches_at(config.image_size_at(0))
     image, words = block_flops(vision, num_image), block_flops(text, text.context_length)
@@ -34,9 +34,12 @@ def _block_costs(config: Config) -> list[float]:
 
 
 def _balanced(costs: list[float], num_parts: int) -> list[int]:
-    """Bounds of consecutive, non-empty parts whose dearest is as cheap as can be."""
+    """Return the bounds of consecutive, non-empty parts that minimize the most expensive part.
+
+    Dynamic programming over the number of parts.
+    """
     num = len(costs)
-    # best[n]: the cost of the dearest part, and the bounds, of the first n in the parts so far.
+    # best[n]: for the first n blocks, the cost of the most expensive part and the bounds.
     best: list[tuple[float, list[int]]] = [(sum(costs[:n]), [0, n]) for n in range(num + 1)]
     for parts in range(2, num_parts + 1):
         best = [

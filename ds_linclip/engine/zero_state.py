@@ -1,8 +1,8 @@
-"""What one rank holds of the weights and of the optimizer's state, by the names of the model.
+"""The weights and optimizer state that one rank holds, by the model's parameter names.
 
-DeepSpeed flattens parameters, divides the result over the ranks and updates the pieces. Here every
-piece gets back the name of its parameter and its place in it, so that what one layout saves, any
-other can load.
+DeepSpeed flattens the parameters and divides the result over the ranks. Here every part of a flat
+tensor is mapped back to the name of its parameter and its position in it, so that any layout can
+load what another one saved.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,54 +15,62 @@ from torch import Tensor, nn
 
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["FlatTensor", "Piece", "StateShards", "fill_module", "flat_tensors"]
+__all__ = ["FlatTensor", "ParameterPiece", "RankState", "fill_module", "flat_tensors"]
 
-#: State of fp16's dynamic loss scale. In bf16 and fp32 some of DeepSpeed's optimizers have a scale
-#: of 1, others none.
+#: Attributes of fp16's dynamic loss scaler. In bf16 and fp32 some of DeepSpeed's optimizers have a
+#: constant scale of 1, others none.
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Consecutive elements of a flattened parameter within a :class:`FlatTensor`."""
+    """Consecutive elements of a flattened parameter within a :class:`FlatTensor`.
 
-    #: Number of the parameter in ``FlatTensor.parameters``.
+    Attributes:
+        index: The parameter's index in ``FlatTensor.parameters``.
+        start: First element in the parameter.
+        span: Its position in the flat tensor.
+    """
+
     index: int
-    #: First element, in the parameter and in the flat tensor.
     start: int
-    offset: int
-    numel: int
-
-    @property
-    def slice(self) -> slice:
-        """Its place in the flat tensor."""
-        return slice(self.offset, self.offset + self.numel)
+    span: slice
 
 
 @dataclass(frozen=True)
 class FlatTensor:
-    """A tensor that the optimizer inside DeepSpeed's updates."""
+    """A tensor that the optimizer inside DeepSpeed's updates.
+
+    Attributes:
+        tensor: The elements on this rank; what no fragment covers is padding.
+        parameters: All parameters that are in it on any rank.
+        fragments: What this rank has of them.
+    """
 
     tensor: Tensor
-    #: All that are in it on any rank.
     parameters: Sequence[nn.Parameter]
-    #: What this rank has of them; the rest is padding.
     fragments: Sequence[Fragment]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of one parameter, or of what tensor parallelism leaves of it here."""
+class ParameterPiece:
+    """Consecutive elements of one parameter and its optimizer state on this rank.
+
+    Attributes:
+        name: The parameter's name in the whole model.
+        shape: The parameter's shape on this rank, before ZeRO divides it.
+        split_dim: The dimension that tensor parallelism splits, if any.
+        start: First element in the flattened parameter of that shape.
+        tensors: By kind ("weight" and the optimizer's names), flat views of what training updates.
+        is_saved_here: Whether this rank saves it: unsplit parameters are the same on all
+            tensor-parallel ranks.
+    """
 
     name: str
-    #: Of the parameter on this rank, and the dimension that tensor parallelism splits.
     shape: tuple[int, ...]
     split_dim: int | None
-    #: First of its elements in the flattened parameter.
     start: int
-    #: By kind, "weight" and the names of the optimizer: flat views into what training works on.
     tensors: Mapping[str, Tensor] = field(repr=False)
-    #: Whether this rank is the one to save it: tensor-parallel ranks all hold what is not split.
     is_saved_here: bool
 
     @property
@@ -71,20 +79,20 @@ class Piece:
 
 
 def flat_tensors(zero: Any, replica: int) -> Iterator[FlatTensor]:
-    """The tensors of DeepSpeed's optimizer ``zero`` on the data-parallel rank ``replica``."""
+    """Yield the tensors of DeepSpeed's optimizer ``zero`` on the data-parallel rank ``replica``."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3: every rank has a part of each
         for flat, params in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             fragments, offset = [], 0
             for index, p in enumerate(params):
                 start, used = _partition(p, replica)
-                fragments.append(Fragment(index, start, offset, used))
+                fragments.append(Fragment(index, start, slice(offset, offset + used)))
                 offset += p.partition_numel()
             yield FlatTensor(flat, params, fragments)
         return
     groups = getattr(zero, "bit16_groups", None) or getattr(zero, "bf16_groups", None)
     if groups is None:  # torch's own optimizer
         for p in (p for group in zero.param_groups for p in group["params"]):
-            yield FlatTensor(p, [p], [Fragment(0, 0, 0, p.numel())])
+            yield FlatTensor(p, [p], [Fragment(0, 0, slice(0, p.numel()))])
         return
     for params, group in zip(groups, zero.param_groups, strict=True):
         (flat,) = group["params"]
@@ -92,18 +100,18 @@ def flat_tensors(zero: Any, replica: int) -> Iterator[FlatTensor]:
         for index, p in enumerate(params):
             if (link := p._hp_mapping) is not None:
                 here = link.get_hp_fragment_address()
-                start = link.lp_fragment_address.start
-                fragments.append(Fragment(index, start, here.start, here.numel))
+                part = slice(here.start, here.start + here.numel)
+                fragments.append(Fragment(index, link.lp_fragment_address.start, part))
         yield FlatTensor(flat, params, fragments)
 
 
-class StateShards:
-    """The state of a run that this rank alone can tell.
+class RankState:
+    """The part of the training state that this rank holds.
 
     Args:
-        engine: DeepSpeed's, at ZeRO stage 1, 2 or 3.
-        model: What this rank trains of the model; its names are those of the whole.
-        mesh: The ranks that share it.
+        engine: DeepSpeed's engine, at ZeRO stage 1, 2 or 3.
+        model: The layers that this rank trains, with the parameter names of the whole model.
+        mesh: The ranks that share the model.
     """
 
     def __init__(self, engine: Any, model: nn.Module, mesh: Mesh) -> None:
@@ -111,8 +119,11 @@ class StateShards:
         self._model = model
         self._mesh = mesh
 
-    def held(self) -> Iterator[Piece]:
-        """Everything this rank trains or, locked, keeps. Use each piece before the next one."""
+    def pieces(self) -> Iterator[ParameterPiece]:
+        """Yield everything this rank trains, and the locked weights it keeps.
+
+        A piece's tensors are valid until the next one is requested.
+        """
         names = {
             p: name
             for name, p in self._model.named_parameters()
@@ -121,24 +132,26 @@ class StateShards:
         zero = self._engine.optimizer
         for number, flat in enumerate(flat_tensors(zero, self._mesh.replicas.rank)):
             with _in_memory(zero, number):
-                state = _states(zero).get(flat.tensor, {})
-                like = {k: v for k, v in state.items() if _is_like(v, flat.tensor)}
+                whole = {"weight": flat.tensor.detach()}
+                for kind, value in zero.optimizer.state.get(flat.tensor, {}).items():
+                    if isinstance(value, Tensor) and value.shape == flat.tensor.shape:
+                        whole[kind] = value
                 for fragment in flat.fragments:
                     p = flat.parameters[fragment.index]
-                    if p in names and fragment.numel:
-                        whole = {"weight": flat.tensor.detach(), **like}
-                        tensors = {kind: tensor[fragment.slice] for kind, tensor in whole.items()}
+                    tensors = {kind: tensor[fragment.span] for kind, tensor in whole.items()}
+                    if p in names and tensors["weight"].numel():
                         yield self._piece(names[p], p, fragment.start, tensors)
         for p, name in names.items():
             if not p.requires_grad:
                 yield self._locked_piece(name, p)
 
     def scalars(self) -> dict[str, Any]:
-        """What is the same on all ranks, as plain data: counters of optimizer and loss scale."""
+        """Return what is equal on all ranks, as plain data: the counters of optimizer and loss
+        scaler."""
         zero = self._engine.optimizer
         counters: dict[str, Any] = {}
         for flat in flat_tensors(zero, self._mesh.replicas.rank):
-            for name, value in _states(zero).get(flat.tensor, {}).items():
+            for name, value in zero.optimizer.state.get(flat.tensor, {}).items():
                 if isinstance(value, Tensor) and value.ndim == 0:
                     counters[name] = {"tensor": value.item(), "dtype": str(value.dtype)}
                 elif isinstance(value, int | float):
@@ -153,29 +166,29 @@ class StateShards:
     @torch.no_grad()
     def restore(
         self,
-        read: Callable[[Piece, str], Tensor],
+        read: Callable[[ParameterPiece, str], Tensor],
         kinds: Sequence[str],
         scalars: Mapping[str, Any],
     ) -> None:
-        """Put saved state in the place of the present one; :func:`fill_module` then shows it.
+        """Replace the present state by a saved one; :func:`fill_module` must be called afterwards.
 
         Args:
-            read: Gives the elements of a piece, of one kind.
-            kinds: Of the optimizer's state, those that were saved.
-            scalars: What :meth:`scalars` gave.
+            read: Returns the saved elements of a piece, given the kind.
+            kinds: The kinds of optimizer state that were saved.
+            scalars: The saved result of :meth:`scalars`.
         """
-        zero, rank = self._engine.optimizer, self._mesh.replicas.rank
-        for number, flat in enumerate(flat_tensors(zero, rank)):
+        zero = self._engine.optimizer
+        for number, flat in enumerate(flat_tensors(zero, self._mesh.replicas.rank)):
             with _in_memory(zero, number):
-                state = _states(zero)[flat.tensor]
+                state = zero.optimizer.state[flat.tensor]
                 for stale in state.keys() - set(kinds) - set(scalars["optimizer"]):
-                    del state[stale]  # nothing was trained yet when this was saved
+                    del state[stale]  # the saved run had not taken a step
                 for kind in kinds:
                     if kind not in state:
                         state[kind] = torch.zeros_like(flat.tensor, requires_grad=False)
                 for name, value in scalars["optimizer"].items():
                     state[name] = _scalar(value, flat.tensor.device)
-        for piece in self.held():
+        for piece in self.pieces():
             for kind, tensor in piece.tensors.items():
                 tensor.copy_(read(piece, kind))
         if (scaler := getattr(zero, "loss_scaler", None)) is not None:
@@ -183,7 +196,7 @@ class StateShards:
                 setattr(scaler, name, value)
         self._engine.skipped_steps = scalars["skipped_steps"]
 
-    def _locked_piece(self, name: str, p: Any) -> Piece:
+    def _locked_piece(self, name: str, p: Any) -> ParameterPiece:
         replica = self._mesh.replicas.rank
         if not hasattr(p, "ds_tensor"):  # every data-parallel rank has all of it
             weight = {"weight": p.detach().view(-1)}
@@ -199,9 +212,9 @@ class StateShards:
         tensors: Mapping[str, Tensor],
         *,
         is_first: bool = True,
-    ) -> Piece:
+    ) -> ParameterPiece:
         is_split = getattr(p, "tensor_model_parallel", False)
-        return Piece(
+        return ParameterPiece(
             name=name,
             shape=tuple(getattr(p, "ds_shape", p.shape)),
             split_dim=getattr(p, "partition_dim") if is_split else None,  # noqa: B009 - megatron's
@@ -226,18 +239,9 @@ def fill_module(zero: Any) -> None:
 
 
 def _partition(p: Any, replica: int) -> tuple[int, int]:
-    """First element and number of elements that ZeRO-3 leaves a rank, without padding."""
+    """Return the first element and the number of elements, without padding, of a ZeRO-3 part."""
     part = p.partition_numel()
     return part * replica, min(part, max(0, p.ds_numel - part * replica))
-
-
-def _states(zero: Any) -> Any:
-    """State of the optimizer inside, by tensor."""
-    return zero.optimizer.state
-
-
-def _is_like(value: Any, tensor: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == tensor.shape
 
 
 def _scalar(saved: Any, device: torch.device) -> Any:
@@ -249,7 +253,7 @@ def _scalar(saved: Any, device: torch.device) -> Any:
 
 @contextmanager
 def _in_memory(zero: Any, number: int) -> Iterator[None]:
-    """Bring a flat tensor and its state back for as long as the context, should they be on NVMe."""
+    """Load a flat tensor and its state while in the context, if they are offloaded to NVMe."""
     is_away = getattr(zero, "_swappable_optimizer_subgroup", lambda _: False)(number)
     if is_away:
         zero._optimizer_states_and_gradient_swap_in(number)

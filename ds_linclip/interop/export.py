@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_linclip.checkpoint.directory import checkpoint_path, committed
 from ds_linclip.checkpoint.loading import check_files, latest_checkpoint, weight_kind
-from ds_linclip.checkpoint.sharded_safetensors import MANIFEST, ShardFiles, write_synced
+from ds_linclip.checkpoint.sharded_safetensors import MANIFEST, CheckpointReader
 from ds_linclip.config import load_config
 from ds_linclip.interop.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
 from ds_linclip.interop.key_mapping import (
@@ -29,6 +29,7 @@ from ds_linclip.interop.key_mapping import (
     to_open_clip_layout,
 )
 from ds_linclip.interop.model_card import model_card
+from ds_linclip.process.atomic import write_atomically
 from ds_linclip.process.exit_codes import ExitCode
 
 __all__ = ["Exported", "export_checkpoint", "main"]
@@ -70,7 +71,7 @@ def export_checkpoint(
     """
     checkpoint = _find(source, step)
     with new_folder(output) as folder:
-        files = ShardFiles(checkpoint)
+        files = CheckpointReader(checkpoint)
         check_files(files, [*files.file_names, "config.yaml"])
         config = load_config(checkpoint / "config.yaml")
         has_average = any("ema" in files.kinds(name) for name in files.names)
@@ -113,7 +114,7 @@ def export_checkpoint(
             weights=chosen,
             dtype=dtype,
         )
-        write_synced(folder / "README.md", card)
+        write_atomically(folder / "README.md", card, durable=True)
     return exported
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ds_linclip.checkpoint.sharded_safetensors import (
-    TensorFacts,
-    sync_directory,
-    write_synced,
+    TensorSpec,
     write_tensors,
 )
 from ds_linclip.config import ModelConfig
 from ds_linclip.interop.state_dict import CONFIG_FILE, WEIGHTS_FILE, open_clip_config
+from ds_linclip.process.atomic import sync, write_atomically
 
 __all__ = ["DTYPES", "layout_of", "new_folder", "write_hub_folder"]
 
@@ -42,16 +41,16 @@ def new_folder(output: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        sync_directory(staging)
+        sync(staging)
         staging.rename(output)
-        sync_directory(output.parent)
+        sync(output.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def layout_of(
     shapes: Mapping[str, tuple[int, ...]], dtype: Callable[[str], torch.dtype]
-) -> dict[str, TensorFacts]:
+) -> dict[str, TensorSpec]:
     """The order of a weights file, which follows from what is in it: wide types first, so that
     every tensor is aligned, then by name.
 
@@ -61,7 +60,7 @@ def layout_of(
             logarithm, and bf16 would change the temperature by a percent.
     """
     layout = {
-        key: TensorFacts(dtype(key) if shape else torch.float32, shape)
+        key: TensorSpec(dtype(key) if shape else torch.float32, shape)
         for key, shape in shapes.items()
     }
     order = sorted(layout, key=lambda key: (-layout[key].dtype.itemsize, key))
@@ -71,7 +70,7 @@ def layout_of(
 def write_hub_folder(
     folder: Path,
     config: ModelConfig,
-    layout: Mapping[str, TensorFacts],
+    layout: Mapping[str, TensorSpec],
     read: Callable[[str], Tensor],
 ) -> None:
     """Write config and weights; no more than one tensor is held at a time.
@@ -87,7 +86,7 @@ def write_hub_folder(
         OSError: when a file cannot be written.
     """
     content = open_clip_config(config, with_bias="logit_bias" in layout)
-    write_synced(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n", durable=True)
     size = sum(facts.num_bytes for facts in layout.values())
     with tqdm(
         desc="weights", total=size, unit="B", unit_scale=True, delay=2, leave=False
@@ -101,7 +100,7 @@ def write_hub_folder(
         write_tensors(folder / WEIGHTS_FILE, layout, converted())
 
 
-def _convert(key: str, value: Tensor, facts: TensorFacts) -> Tensor:
+def _convert(key: str, value: Tensor, facts: TensorSpec) -> Tensor:
     largest = torch.finfo(facts.dtype).max
     if torch.finfo(value.dtype).max > largest and value.numel():
         low, high = value.aminmax()

@@ -1,7 +1,7 @@
-"""Who is told how a run goes: TensorBoard's dashboards, Prometheus, Weights & Biases, Trackio."""
+"""Scalars of a run, and where they go: TensorBoard, Prometheus, Weights & Biases, Trackio."""
 
-from ds_linclip.monitoring.scalars import SCALARS, Listener, Scalar
-from ds_linclip.monitoring.sinks import open_listeners
+from ds_linclip.monitoring.scalars import SCALARS, Scalar, ScalarSink
+from ds_linclip.monitoring.sinks import open_sinks
 from ds_linclip.monitoring.tensorboard import begin_session, end_session
 
-__all__ = ["SCALARS", "Listener", "Scalar", "begin_session", "end_session", "open_listeners"]
+__all__ = ["SCALARS", "Scalar", "ScalarSink", "begin_session", "end_session", "open_sinks"]

@@ -1,8 +1,7 @@
-"""What a run tells about itself: scalars, figures, and the sums they are made from."""
+"""Measuring and recording: step times and rates, scalars, figures, the keys of samples."""
 
 import json
 import math
-import os
 import resource
 import statistics
 import time
@@ -15,31 +14,38 @@ from torch import Tensor
 
 from ds_linclip.config import Config
 from ds_linclip.model.flops import step_flops
-from ds_linclip.monitoring import Listener, begin_session, end_session
-from ds_linclip.monitoring.stragglers import OwnTimes
+from ds_linclip.monitoring import ScalarSink, begin_session, end_session
+from ds_linclip.monitoring.stragglers import StragglerDetector
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.planner.device_specs import known_device
+from ds_linclip.planner.device_specs import device_spec
+from ds_linclip.process.atomic import atomic_file
 
 __all__ = ["MetricWriter", "SampleLog", "StepMeter", "peak_memory_gib"]
 
 
 class MetricWriter:
-    """Writes on rank 0; the other ranks call it for nothing.
+    """Records scalars and figures on rank 0; on the other ranks every method does nothing.
 
-    Scalars go through ``engine.monitor`` (TensorBoard and whatever else DeepSpeed is told to feed),
-    to ``listeners`` and, one JSON object per call, into ``<run folder>/metrics.jsonl`` (null: not
-    finite). File and TensorBoard tell of every step once: what came after the step that training
-    goes on from is taken out (:meth:`cut_back`).
+    Scalars go to ``<run folder>/metrics.jsonl``, one JSON object per call (null: not finite), to
+    TensorBoard and the other back ends of ``monitor``, and to ``sinks``. In the file and in
+    TensorBoard every step is there once: :meth:`cut_back` removes what was recorded after the step
+    from which training resumes.
+
+    Args:
+        config: The run's configuration.
+        mesh: The ranks that train together.
+        monitor: DeepSpeed's monitor, or None.
+        sinks: Further receivers of scalars.
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, monitor: Any, listeners: Sequence[Listener] = ()
+        self, config: Config, mesh: Mesh, monitor: Any, sinks: Sequence[ScalarSink] = ()
     ) -> None:
         self._config = config
         self._mesh = mesh
         self._is_writer = mesh.rank == 0
         self._monitor = monitor
-        self._listeners = listeners
+        self._sinks = sinks
         self._path = config.run_dir / "metrics.jsonl"
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -50,47 +56,46 @@ class MetricWriter:
         record = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
-        for listener in self._listeners:
-            listener(step, values)
+        for sink in self._sinks:
+            sink(step, values)
 
     def begin(self, step: int, plan: str) -> None:
-        """Show in TensorBoard what the run is, which goes on from ``step``; ``plan``: Markdown."""
+        """Write config, hyperparameters and ``plan`` (Markdown) to TensorBoard at the start."""
         if (board := self._board()) is not None:
             begin_session(board, self._config, self._mesh.world_size, plan, step)
 
     def end(self) -> None:
-        """Show in TensorBoard that the run has come to its last step."""
+        """Mark the run as finished in TensorBoard."""
         if (board := self._board()) is not None:
             end_session(board, self._config, self._mesh.world_size)
 
     def cut_back(self, step: int) -> None:
-        """Take out what was recorded after ``step``, from which training goes on.
+        """Remove what was recorded after ``step``, from which training resumes.
 
-        The lines go into ``metrics_undone.jsonl``; TensorBoard hides its points. A line that a kill
-        tore is dropped: whatever comes next starts on a line of its own.
+        The lines are moved to ``metrics_undone.jsonl``; TensorBoard hides its points. A line that a
+        kill has cut off is dropped.
         """
         if not self._is_writer:
             return
         board = self._board()
         if board is not None and board.file_writer is not None:
-            from tensorboard.compat.proto import event_pb2  # where there is a board, there is this
+            from tensorboard.compat.proto import event_pb2  # installed if there is a board
 
             purge = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             board.file_writer.add_event(event_pb2.Event(step=step + 1, session_log=purge))
         if not self._path.exists():
             return
-        kept = self._path.with_suffix(".tmp")
         undone = self._path.with_name("metrics_undone.jsonl")
         with (
             self._path.open(errors="replace") as lines,
-            kept.open("w") as before,
+            atomic_file(self._path) as partial,
+            partial.open("w") as before,
             undone.open("a") as after,
         ):
             for line in lines:
                 recorded = _step_of(line)
                 if recorded is not None:
                     (before if recorded <= step else after).write(line)
-        os.replace(kept, self._path)
         if undone.stat().st_size == 0:
             undone.unlink()
 
@@ -101,17 +106,22 @@ class MetricWriter:
             board.flush()
 
     def _board(self) -> Any:
-        """TensorBoard's writer, on rank 0 if there is one."""
+        """Return TensorBoard's writer on rank 0, if there is one."""
         monitor = getattr(self._monitor, "tb_monitor", None) if self._is_writer else None
         return None if monitor is None else monitor.summary_writer
 
 
 class SampleLog:
-    """Which samples every step saw: one JSON object per step and data-parallel rank.
+    """Records which samples every step used: one JSON object per step and data-parallel rank.
 
-    Does nothing unless ``log.sample_keys`` is set. Steps that are done again after a resume or a
-    rewind stand twice; ``start``, the step that training went on from, and ``skipped_batches``,
-    what it had left out by then, tell them apart.
+    Does nothing unless ``log.sample_keys`` is set. Steps that are repeated after a resume or a
+    rewind appear twice, with different ``start`` and ``skipped_batches``.
+
+    Args:
+        config: The run's configuration.
+        mesh: The ranks that train together.
+        start: The step from which training started or resumed.
+        skipped_batches: Global batches that rewinds have left out by then.
     """
 
     def __init__(self, config: Config, mesh: Mesh, start: int, skipped_batches: int = 0) -> None:
@@ -127,25 +137,25 @@ class SampleLog:
             self._path = folder / f"rank-{mesh.dp.rank:05d}.jsonl"
 
     def write(self, step: int, keys: Sequence[str]) -> None:
-        """Note the keys of this rank's part of the batch that made ``step``."""
+        """Record the keys of this rank's part of the batch of ``step``."""
         if self._path is not None:
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **self._facts, "keys": keys}) + "\n")
 
 
 class StepMeter:
-    """Sums over the steps between two logging steps; reads the device only when asked.
+    """Measures the steps between two logging steps; only :meth:`read` waits for the device.
 
     Args:
-        config: When to name a slow rank, what a step costs, what a device can do.
-        mesh: The ranks.
+        config: The run's configuration.
+        mesh: The ranks that train together.
     """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config = config
         self._mesh = mesh
         self._peak_tflops = _peak_tflops(config, mesh.device)
-        self._own_times = OwnTimes(mesh, config.watchdog.slow_rank_ratio)
+        self._stragglers = StragglerDetector(mesh, config.watchdog.slow_rank_ratio)
         self.restart()
 
     def restart(self) -> None:
@@ -153,28 +163,31 @@ class StepMeter:
         self._started = time.perf_counter()
         self._waited = self._flops = 0.0
         self._steps = self._samples = self._tokens = 0
-        self._own_times.restart()
+        self._stragglers.restart()
 
     def waited(self, seconds: float) -> None:
         """Add time spent waiting for data."""
         self._waited += seconds
-        self._own_times.data_ready(seconds)
+        self._stragglers.data_ready(seconds)
 
     def features_ready(self) -> None:
-        """This rank's own part of a step is done: from here on it waits for others."""
-        self._own_times.features_ready()
+        """Mark the end of this rank's own part of a step, before it waits for others."""
+        self._stragglers.features_ready()
 
     def step_done(self, step: int, *, samples: int, tokens: int) -> None:
-        """Count a step: this rank's samples and tokens, all ranks' operations."""
+        """Add a step with this rank's samples and tokens."""
         self._steps += 1
         self._flops += step_flops(self._config, step - 1)
         self._samples += samples
         self._tokens += tokens
 
     def read(self, loss: Tensor) -> dict[str, float]:
-        """Values of the interval over all data ranks; the loss is that of its last step.
+        """Return the values of the interval over all ranks, by tag; a collective of all ranks.
 
-        Waiting for data is that of the rank that waited longest: the others wait for it.
+        The wait for data is that of the rank that waited longest, as the others wait for it.
+
+        Args:
+            loss: The loss [] of this rank's rows in the last step.
         """
         mine = (loss.item(), self._waited)
         losses, waits = zip(*self._mesh.gather(mine), strict=True)
@@ -192,22 +205,22 @@ class StepMeter:
             "perf/model_tflops_per_device": tflops,
             **mfu,
             "perf/peak_memory_gib": peak_memory_gib(loss.device),
-            **self._own_times.read(seconds / steps),
+            **self._stragglers.read(seconds / steps),
         }
 
 
 def _peak_tflops(config: Config, device: torch.device) -> float | None:
-    """Of one device, where it is known."""
+    """Return the peak of one device in TFLOP/s, or None if it is not known."""
     if config.log.peak_tflops is not None:
         return config.log.peak_tflops
     if device.type != "cuda" or config.train.precision == "fp32":
         return None
-    known = known_device(torch.cuda.get_device_name(device))
+    known = device_spec(torch.cuda.get_device_name(device))
     return None if known is None else known.bf16_flops / 1e12
 
 
 def _step_of(line: str) -> int | None:
-    """Of a whole record; None for a line that was torn."""
+    """Return the step of a record; None for an incomplete line."""
     try:
         record = json.loads(line) if line.endswith("\n") else {}
     except ValueError:
@@ -217,7 +230,7 @@ def _step_of(line: str) -> int | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB: of the GPU's allocator, or resident on a CPU."""
+    """Return this process's peak memory in GiB: of the GPU's allocator, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

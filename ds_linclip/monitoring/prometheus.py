@@ -1,4 +1,4 @@
-"""A text endpoint for Prometheus to read."""
+"""An HTTP endpoint that Prometheus scrapes."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,18 +9,18 @@ from prometheus_client.registry import Collector
 
 from ds_linclip.checkpoint.directory import committed, step_of
 from ds_linclip.config import Config
-from ds_linclip.monitoring.scalars import SCALARS, Listener, Scalar
+from ds_linclip.monitoring.scalars import SCALARS, Scalar, ScalarSink
 from ds_linclip.process.phase import Progress
 
 __all__ = ["prometheus_endpoint"]
 
 
 @contextmanager
-def prometheus_endpoint(config: Config, phases: Progress) -> Iterator[Listener]:
-    """Answer on ``log.prometheus_port`` of every address of this host; gives its listener.
+def prometheus_endpoint(config: Config, phases: Progress) -> Iterator[ScalarSink]:
+    """Serve metrics on ``log.prometheus_port`` of all addresses of this host; yield its sink.
 
-    A thread answers, with what it was told last and where the run is at that moment: nothing in the
-    training waits for it.
+    A thread answers with the last scalars and with the phase of the run at that moment; training
+    never waits for it.
 
     Raises:
         ValueError: when nothing can listen on the port.
@@ -36,7 +36,7 @@ def prometheus_endpoint(config: Config, phases: Progress) -> Iterator[Listener]:
             f"log.prometheus_port ({port}) cannot be listened on: {error.strerror}; choose another"
         ) from error
     try:
-        yield collector.hear
+        yield collector.update
     finally:
         server.shutdown()
         server.server_close()
@@ -44,15 +44,15 @@ def prometheus_endpoint(config: Config, phases: Progress) -> Iterator[Listener]:
 
 
 class _RunCollector(Collector):
-    """The metrics of a run, made when they are asked for."""
+    """The metrics of a run, created at every scrape."""
 
     def __init__(self, config: Config, phases: Progress) -> None:
         self._config = config
         self._phases = phases
         self._values: Mapping[str, float] = {}
 
-    def hear(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep the newest values by their tags: one assignment, other threads read at any time."""
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Store new values in one assignment, as other threads read at any time."""
         self._values = {**self._values, **values}
 
     def collect(self) -> Iterator[Metric]:
@@ -70,7 +70,7 @@ class _RunCollector(Collector):
         yield phase
         yield GaugeMetricFamily("linclip_step", "the step that is being made", place.step)
         yield GaugeMetricFamily("linclip_planned_steps", "the last step", self._config.train.steps)
-        yield from _of_last_checkpoint(self._config)
+        yield from _checkpoint_metrics(self._config)
 
 
 def _family(scalar: Scalar, values: Mapping[str, float]) -> Metric:
@@ -83,12 +83,12 @@ def _family(scalar: Scalar, values: Mapping[str, float]) -> Metric:
     return family
 
 
-def _of_last_checkpoint(config: Config) -> Iterator[Metric]:
-    """Looked up in the run folder, where it stands once it is committed."""
+def _checkpoint_metrics(config: Config) -> Iterator[Metric]:
+    """Yield the step and the time of the newest committed checkpoint in the run folder."""
     try:
         path = committed(config.run_dir / "checkpoints")[-1]
         saved = path.stat().st_mtime
-    except (IndexError, OSError, ValueError):  # none yet, or just being removed
+    except (IndexError, OSError, ValueError):  # there is none, or it is being removed
         return
     yield GaugeMetricFamily("linclip_checkpoint_step", "that of the newest one", step_of(path))
     yield GaugeMetricFamily(

@@ -1,12 +1,12 @@
-"""Every scalar that a run writes: its meaning, the chart it is drawn in, its Prometheus name."""
+"""The scalars that a run writes: their meanings, charts and Prometheus names."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["SCALARS", "Listener", "Scalar"]
+__all__ = ["SCALARS", "Scalar", "ScalarSink"]
 
-#: Told the values measured after a number of steps, by their tags.
-Listener = Callable[[int, Mapping[str, float]], None]
+#: A function that receives a step and the values measured after it, by tag.
+ScalarSink = Callable[[int, Mapping[str, float]], None]
 
 _LOSS, _SPEED = "Loss", "Throughput and MFU"
 _DATA, _PARALLEL, _EVALUATION = "Data health", "Parallel efficiency", "Evaluation"
@@ -17,11 +17,12 @@ class Scalar:
     """One scalar, or a family of them.
 
     Attributes:
-        tag: TensorBoard's; of a family, what stands before the cause: "data/skipped/".
+        tag: The tag in TensorBoard; of a family, the part before the cause: "data/skipped/".
         meaning: One line, with the unit.
-        dashboard, chart: Where it is drawn; scalars of the same chart share it.
-        metric: Prometheus' name, in base units; a counter's ends in "_total".
-        factor: From the tag's unit to Prometheus' base unit.
+        dashboard: The TensorBoard dashboard that shows it.
+        chart: The chart on that dashboard; several scalars may share one.
+        metric: The name in Prometheus, in base units; that of a counter ends in "_total".
+        factor: Converts the tag's unit to the base unit.
     """
 
     tag: str
@@ -36,7 +37,8 @@ class Scalar:
         return self.tag.endswith("/")
 
     def cause(self, tag: str) -> str | None:
-        """What of a family a tag is, "" for a scalar's own tag; None for any other tag."""
+        """Return the cause that a tag of the family names, "" for the scalar's own tag, or None for
+        any other tag."""
         if self.is_family and tag.startswith(self.tag):
             return tag.removeprefix(self.tag)
         return "" if tag == self.tag else None

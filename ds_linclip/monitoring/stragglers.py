@@ -1,4 +1,4 @@
-"""Finds the rank that all others wait for."""
+"""Detection of the rank that all others wait for."""
 
 import logging
 import socket
@@ -10,30 +10,32 @@ import torch
 
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["OwnTimes"]
+__all__ = ["StragglerDetector"]
 
 logger = logging.getLogger(__name__)
 
-#: A lag of less than this share of a step is not worth a warning, however slow the rank.
+#: A lag of less than this share of a step causes no warning, however slow the rank.
 _NOTABLE_SHARE = 0.1
+#: A point in time: seconds on a CPU, an event on a GPU.
+_Mark = float | torch.cuda.Event
 
 
-class OwnTimes:
-    """Each rank's own time per step: what it spends before it first waits for all others.
+class StragglerDetector:
+    """Compares the ranks' own times per step: what each spends before it first waits for others.
 
-    That is its wait for data and the forward of its part of the batch, up to the exchange of
-    features. Afterwards ranks wait for each other in every collective, and all look equally slow.
-    On a GPU two events per step mark the forward, and are read when somebody asks; nothing waits
-    for the device.
+    A rank's own time is its wait for data and the forward of its part of the batch, up to the
+    gathering of features. Afterwards ranks wait for each other in every collective, and all seem
+    equally slow. On a GPU two events per step mark the forward; they are read only by :meth:`read`,
+    so that no step waits for the device.
 
-    What blurs it: ranks that share their samples wait for each other within the forward (layers of
-    tensor- and context-parallel peers, weights under ZeRO-3, the stages of a pipeline), so that a
-    slow one makes its peers look slow too, and with ``parallel.pp`` the whole pipeline is measured.
-    A rank that is slow only in its backward or in the optimizer is not found.
+    Limits: ranks that share their samples wait for each other within the forward (layers of tensor-
+    and context-parallel peers, weights under ZeRO-3, the stages of a pipeline), so that a slow rank
+    makes its peers seem slow too, and with ``parallel.pp`` the whole pipeline is measured. A rank
+    that is slow only in its backward or in the optimizer is not detected.
 
     Args:
         mesh: The ranks to compare.
-        bound: Own time over that of the median rank from which a rank is named; 0: never.
+        bound: The ratio of a rank's own time to the median rank's above which to warn; 0: never.
     """
 
     def __init__(self, mesh: Mesh, bound: float) -> None:
@@ -44,34 +46,32 @@ class OwnTimes:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the steps so far."""
+        """Discard the steps so far."""
         self._waits: list[float] = []
-        self._marks: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
-        self._began: float | torch.cuda.Event | None = None
+        self._marks: list[tuple[_Mark, _Mark]] = []
+        self._started: _Mark | None = None
 
     def data_ready(self, waited: float) -> None:
-        """Begin the forward of a step, after a wait of some seconds."""
+        """Mark the start of a step's forward, after a wait for data of so many seconds."""
         self._waits.append(waited)
-        self._began = self._mark()
+        self._started = self._mark()
 
     def features_ready(self) -> None:
-        """The forward is done; the others' features are needed next."""
-        if self._began is not None:
-            self._marks.append((self._began, self._mark()))
-            self._began = None
+        """Mark the end of the forward; other ranks' features are needed next."""
+        if self._started is not None:
+            self._marks.append((self._started, self._mark()))
+            self._started = None
 
     def read(self, seconds_per_step: float) -> dict[str, float]:
-        """Which rank is slowest since the restart, how much slower than the median rank, and the
-        mean over the largest time.
+        """Return the slowest rank since the restart and its ratio to the median, by tag.
 
         A rank's time is the median of its steps, so that a compilation or a single late batch does
         not count. With an even number of ranks the median rank is the lower of the middle two. Rank
-        0 warns when the same rank exceeds the bound for the second time running, and its lag is a
-        notable part of a step. Called by all ranks together, after the device has done the last
-        step.
+        0 warns when the same rank exceeds the bound twice in a row and its lag is a notable part of
+        a step. All ranks call this together, after the device has finished the last step.
 
         Args:
-            seconds_per_step: Wall time.
+            seconds_per_step: Wall time of a step.
         """
         mine = (self._own_time(), socket.gethostname())
         times, hosts = zip(*self._mesh.gather_all(mine), strict=True)
@@ -91,7 +91,7 @@ class OwnTimes:
             "perf/load_balance": statistics.fmean(times) / times[rank] if times[rank] > 0 else 1.0,
         }
 
-    def _mark(self) -> float | torch.cuda.Event:
+    def _mark(self) -> _Mark:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -99,22 +99,22 @@ class OwnTimes:
         return event
 
     def _own_time(self) -> float:
-        """Seconds of the median step; 0 without a step."""
+        """Return the seconds of the median step; 0 without a step."""
         steps = zip(self._waits, self._marks, strict=False)
         seconds = [waited + _seconds(*marks) for waited, marks in steps]
         return statistics.median(seconds) if seconds else 0.0
 
 
 def slowest(times: Sequence[float]) -> tuple[int, float]:
-    """The slowest rank and its time over that of the median rank (1 when that took no time)."""
+    """Return the slowest rank and the ratio of its time to the median rank's (1 if that is 0)."""
     rank = max(range(len(times)), key=lambda each: times[each])
     median = statistics.median_low(times)
     return rank, times[rank] / median if median > 0 else 1.0
 
 
-def _seconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(begin, torch.cuda.Event):
-        assert isinstance(end, torch.cuda.Event)
-        return begin.elapsed_time(end) / 1e3
-    assert not isinstance(end, torch.cuda.Event)
-    return end - begin
+def _seconds(start: _Mark, end: _Mark) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return start.elapsed_time(end) / 1e3
+    assert isinstance(start, float)
+    assert isinstance(end, float)
+    return end - start

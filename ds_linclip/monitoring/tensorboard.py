@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run beside its scalars: dashboards, hyperparameters, text."""
+"""TensorBoard's dashboards, hyperparameters and text of a run."""
 
 import re
 from collections import defaultdict
@@ -9,7 +9,7 @@ from ds_linclip.monitoring.scalars import SCALARS
 
 __all__ = ["begin_session", "dashboards", "end_session"]
 
-#: Fields that runs are compared by.
+#: Fields of the config by which TensorBoard compares runs.
 _HYPERPARAMETERS = (
     *("model.embed_dim", "model.vision.image_size", "model.vision.patch_size"),
     *("model.vision.width", "model.vision.layers", "model.vision.patch_dropout"),
@@ -26,14 +26,14 @@ _SCORES = ("eval/zeroshot_top1", "eval/zeroshot_top5")
 
 
 def begin_session(board: Any, config: Config, world_size: int, plan: str, step: int) -> None:
-    """Show what the run is: dashboards, hyperparameters with results so far, config and plan.
+    """Write dashboards, hyperparameters, config and parallel plan at the start of a run.
 
     Args:
-        board: torch's SummaryWriter.
-        config: The resolved one.
-        world_size: Ranks of this start.
-        plan: The parallel plan, as Markdown.
-        step: That it goes on from.
+        board: A ``torch.utils.tensorboard.SummaryWriter``.
+        config: The resolved config.
+        world_size: The number of ranks.
+        plan: The parallel plan, in Markdown.
+        step: The step from which the run starts or resumes.
     """
     board.add_custom_scalars(dashboards())
     experiment, start, _ = _hparams(config, world_size)
@@ -45,14 +45,14 @@ def begin_session(board: Any, config: Config, world_size: int, plan: str, step: 
 
 
 def end_session(board: Any, config: Config, world_size: int) -> None:
-    """Note that the run has come to its last step."""
+    """Mark the run as finished."""
     *_, end = _hparams(config, world_size)
     board.file_writer.add_summary(end)
     board.flush()
 
 
 def dashboards() -> dict[str, dict[str, list]]:
-    """Layout of the Custom Scalars page: dashboard -> chart -> its scalars, as expressions."""
+    """Return the layout of the Custom Scalars page: dashboard -> chart -> expressions for tags."""
     layout: dict[str, dict[str, list]] = defaultdict(dict)
     for scalar in SCALARS:
         expression = f"^{re.escape(scalar.tag)}{'' if scalar.is_family else '$'}"
@@ -62,7 +62,7 @@ def dashboards() -> dict[str, dict[str, list]]:
 
 
 def _hparams(config: Config, world_size: int) -> tuple[Any, Any, Any]:
-    from torch.utils.tensorboard.summary import hparams  # where there is a board, there is this
+    from torch.utils.tensorboard.summary import hparams  # installed if there is a board
 
     values = {name: _shown(config, name) for name in _HYPERPARAMETERS}
     tags = _RESULTS + (_SCORES if config.eval.data else ())

@@ -1,7 +1,7 @@
 """Experiment trackers: Weights & Biases and Trackio.
 
-Not by DeepSpeed's monitor: it knows no Trackio, and gives Weights & Biases neither the config nor a
-name, one call for every value, and no end.
+DeepSpeed's monitor is not used for them: it has no Trackio, and for Weights & Biases it sets
+neither config nor name, makes a call for every value, and never finishes the run.
 """
 
 import importlib
@@ -12,16 +12,16 @@ from dataclasses import asdict
 from typing import Any
 
 from ds_linclip.config import Config
-from ds_linclip.monitoring.scalars import Listener
+from ds_linclip.monitoring.scalars import ScalarSink
 
 __all__ = ["trackio_run", "wandb_run"]
 
 
 @contextmanager
-def wandb_run(config: Config) -> Iterator[Listener]:
-    """A run of the project ``log.wandb``; gives its listener.
+def wandb_run(config: Config) -> Iterator[ScalarSink]:
+    """Open a run of the Weights & Biases project ``log.wandb``; yield its sink.
 
-    Every start of training is a run of its own, in a group by the name of the training run.
+    Every start of training is a run of its own, in a group with the name of the training run.
 
     Raises:
         ValueError: when wandb is not installed, not logged in, or cannot be reached.
@@ -34,7 +34,7 @@ def wandb_run(config: Config) -> Iterator[Listener]:
                 f"log.wandb ({config.log.wandb}) needs an account: run wandb login, or set "
                 "WANDB_MODE=offline"
             )
-        run = wandb.init(dir=config.run_dir, **_facts(config, config.log.wandb))
+        run = wandb.init(dir=config.run_dir, **_settings(config, config.log.wandb))
     except wandb.Error as error:
         raise _unusable("wandb", config.log.wandb, error) from error
     has_failed = True
@@ -46,15 +46,15 @@ def wandb_run(config: Config) -> Iterator[Listener]:
 
 
 @contextmanager
-def trackio_run(config: Config) -> Iterator[Listener]:
-    """A run of the project ``log.trackio``, in Trackio's own folder; as :func:`wandb_run`.
+def trackio_run(config: Config) -> Iterator[ScalarSink]:
+    """Open a run of the project ``log.trackio``, in Trackio's own folder; yield its sink.
 
     Raises:
         ValueError: when trackio is not installed or cannot write.
     """
     trackio = _import("trackio", config.log.trackio)
     try:
-        run = trackio.init(embed=False, **_facts(config, config.log.trackio))
+        run = trackio.init(embed=False, **_settings(config, config.log.trackio))
     except (OSError, ValueError, sqlite3.Error) as error:
         raise _unusable("trackio", config.log.trackio, error) from error
     try:
@@ -77,7 +77,7 @@ def _unusable(name: str, project: str | None, error: Exception) -> ValueError:
     return ValueError(f"log.{name} ({project}) cannot be used: {' '.join(str(error).split())}")
 
 
-def _facts(config: Config, project: str | None) -> dict[str, Any]:
+def _settings(config: Config, project: str | None) -> dict[str, Any]:
     return {
         "project": project,
         "name": config.name,

@@ -1,8 +1,8 @@
-"""Process groups, layers and the engine: the only importers of deepspeed and megatron.core."""
+"""Process groups and tensor- and context-parallel layers, over megatron.core and DeepSpeed."""
 
 import warnings
 
 with warnings.catch_warnings():
-    # megatron reports, module by module, which of NVIDIA's optional libraries it does without.
+    # Each of megatron's modules warns about the optional NVIDIA libraries that are not installed.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     import megatron.core.tensor_parallel  # noqa: F401

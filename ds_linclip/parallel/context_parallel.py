@@ -1,8 +1,8 @@
-"""What ranks tell each other when the tokens of one image are split over them: context parallelism.
+"""Context parallelism: communication between ranks that hold different tokens of the same images.
 
-Every rank of a context group holds consecutive tokens of the same images, and all parameters. What
-a token does by itself needs no one else. Bidirectional linear attention needs the sum of one state
-per layer, whose size does not depend on the number of tokens:
+Every rank of a context group holds consecutive tokens of the same images, and all parameters.
+Operations on single tokens need no communication. Bidirectional linear attention needs the sum of
+one state per layer, whose size does not depend on the number of tokens:
 
     state = sum_over_ranks(linear_attention_state(k, v), group)
     o = linear_attention_from_state(q, state)
@@ -11,10 +11,10 @@ The loss is the mean, over all data and context ranks, of the value that each ra
 engine averages gradients over the same ranks. The functions here are linear, and the backward of
 each is its adjoint with respect to the sum over all ranks: <f(x), g> = <x, f'(g)>, both summed over
 ranks. So a rank's backward gives the gradient, with respect to its own copy of the parameters, of
-the sum of all ranks' values, and the average over copies is the gradient of the loss: no factor is
-left to care about.
+the sum of all ranks' values, and the average over copies is the gradient of the loss: no further
+factor is needed.
 
-Every rank must take part in every call, and in its backward: a rank without tokens keeps its empty
+Every rank must take part in every call and in its backward: a rank without tokens keeps its empty
 tensors in the graph.
 """
 
@@ -28,16 +28,16 @@ __all__ = ["first_token", "sum_over_ranks", "token_slice"]
 
 
 def token_slice(num_tokens: int, rank: int, size: int) -> slice:
-    """Which tokens a rank holds: consecutive ones, in numbers that differ by one at most.
+    """Return the consecutive tokens that a rank holds; ranks differ by one token at most.
 
     Args:
-        num_tokens: Tokens of an image; those that are left over go to the first ranks, so that rank
-            0 has the first token, and ranks may have none.
-        rank: Of this process in its context group.
-        size: Ranks of the context group.
+        num_tokens: Tokens of an image. The first ranks have the larger shares, so that rank 0 has
+            the first token; later ranks may have none.
+        rank: This process's rank in its context group.
+        size: The number of ranks of the context group.
 
     Raises:
-        ValueError: when there is no such rank.
+        ValueError: when ``rank`` is not in the group.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank ({rank}) must be in 0..size - 1 ({size - 1})")
@@ -47,10 +47,10 @@ def token_slice(num_tokens: int, rank: int, size: int) -> slice:
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of all ranks' ``x`` on every rank; one all-reduce forward and one backward.
+    """Return the sum of all ranks' ``x``: one all-reduce in the forward and one in the backward.
 
     Args:
-        x: Any shape, the same on all ranks. It must need a gradient on all of them or on none.
+        x: A tensor of the same shape on all ranks, which requires a gradient on all or on none.
         group: The context group; with one rank, or None, ``x`` itself is returned.
     """
     if group is None or group.size() == 1:
@@ -59,18 +59,18 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def first_token(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The first token of the images, which rank 0 holds, on every rank.
+    """Return the first token of the images, which rank 0 holds, on every rank.
 
     Args:
         x: This rank's tokens [B, n, W]; n differs between ranks, and is at least 1 on rank 0.
         group: The context group; with one rank, or None, the token is taken from ``x``.
 
     Returns:
-        [B, W]. Its gradients of all ranks are added up on rank 0.
+        The token [B, W]. In the backward its gradients are summed over ranks on rank 0.
     """
     if group is None or group.size() == 1:
         return x[:, 0]
-    # Elsewhere the sum of no tokens: zeros that are part of the graph.
+    # On other ranks this is the sum of no tokens: zeros that are part of the graph.
     own = x[:, : int(group.rank() == 0)].sum(1)
     return _FromFirstRank.apply(own, group)
 

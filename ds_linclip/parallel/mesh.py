@@ -1,29 +1,35 @@
-"""The process groups of one run, made once and passed on as one object.
+"""The process groups of one run, created once and passed on as one object.
 
-Only this package imports megatron's ``parallel_state``; everyone else asks the :class:`Mesh`.
+Only this package imports megatron's ``parallel_state``; all other code uses :class:`Mesh`.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed import distributed_c10d
 
 from ds_linclip.config import ParallelConfig, check_ranks
 from ds_linclip.process import consensus
 
-__all__ = ["Axis", "Mesh", "select_device"]
+__all__ = ["DEFAULT_TIMEOUT", "Axis", "Mesh", "prepare_for_deepspeed", "select_device"]
 
 T = TypeVar("T")
+
+#: Time-out of collectives, unless the caller of :meth:`Mesh.create` chooses another.
+DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """This process's place on one axis of the mesh."""
+    """This process's position on one axis of the mesh, and the process group of the axis."""
 
     rank: int
     size: int
@@ -32,18 +38,24 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands: its device and its place on every axis.
+    """The device of this process and its position on every parallel axis.
 
-    Ranks are numbered tensor first, then context, data, pipeline. Peers on all axes but data see
-    the same samples; contrastive negatives come from the data axis only.
+    Ranks are numbered along the tensor axis first, then context, data and pipeline. Ranks that
+    differ on any axis but the data axis process the same samples; contrastive negatives come from
+    the data axis only.
 
     Attributes:
         device: This rank's GPU, or the CPU.
-        rank, world_size: Of this process, of all.
-        dp, tp, pp, cp: The axes.
-        replicas: Ranks that hold the same weights and get different gradients, data x context:
-            gradients are averaged over them, and ZeRO splits its state over them.
-        peers: Ranks of one pipeline stage that see the same samples, tensor x context.
+        rank: This process's number among all ranks.
+        world_size: The number of ranks.
+        dp: The data-parallel axis.
+        tp: The tensor-parallel axis.
+        pp: The pipeline-parallel axis.
+        cp: The context-parallel axis.
+        replicas: The data x context axis: ranks with the same weights and different gradients.
+            Gradients are averaged over it, and ZeRO splits its state over it.
+        peers: The tensor x context axis: ranks of one pipeline stage that process the same samples.
+        timeout: How long a collective may wait before its backend gives up.
     """
 
     device: torch.device
@@ -55,14 +67,22 @@ class Mesh:
     cp: Axis
     replicas: Axis
     peers: Axis
+    timeout: timedelta
 
     @classmethod
-    def create(cls, config: ParallelConfig | None = None) -> "Mesh":
-        """Start torch.distributed and the groups of all axes, or reuse those already there.
+    def create(
+        cls, config: ParallelConfig | None = None, timeout: timedelta = DEFAULT_TIMEOUT
+    ) -> "Mesh":
+        """Start torch.distributed and the groups of all axes, or reuse those that exist.
 
         A process started by a launcher (``RANK`` and ``WORLD_SIZE`` in the environment) joins the
         others: nccl between GPUs, gloo between CPUs. Any other process becomes a world of one,
-        without touching the network.
+        without using the network.
+
+        Args:
+            config: The sizes of the axes and the device; None: the defaults.
+            timeout: The time-out of every process group. It must be passed because defaults differ:
+                10 minutes with DeepSpeed and for nccl, 30 with megatron and for gloo.
 
         Raises:
             ValueError: when the axes do not multiply to the number of ranks, or when there are
@@ -75,40 +95,47 @@ class Mesh:
         else:
             world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
         check_ranks(config, world_size)
-        _order_launches(config)
+        _order_kernel_launches(config)
         device = select_device(config)
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             if launched:
-                _join_launched_group(backend)
+                import deepspeed  # takes seconds
+
+                prepare_for_deepspeed()
+                deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
             else:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return cls._with_axes(config, device)
+                dist.init_process_group(
+                    backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+                )
+        mesh = cls._with_axes(config, device, timeout)
+        mesh.set_timeouts()
+        return mesh
 
     @classmethod
     @contextmanager
     def planned(
         cls, config: ParallelConfig, device: torch.device, rank: int, world_size: int
     ) -> Iterator["Mesh"]:
-        """A rank's place among others that do not exist, for as long as the context.
+        """Yield the mesh of one rank of a world whose other ranks do not exist.
 
-        Its groups, of torch's fake backend, have sizes and ranks; nothing is sent.
+        Its groups use torch's fake backend: they have sizes and ranks, but nothing is sent.
 
         Raises:
             ValueError: when the axes do not multiply to the number of ranks.
         """
         check_ranks(config, world_size)
-        _order_launches(config)
+        _order_kernel_launches(config)
         dist.init_process_group("fake", rank=rank, world_size=world_size)
-        mesh = cls._with_axes(config, device)
+        mesh = cls._with_axes(config, device, DEFAULT_TIMEOUT)
         try:
             yield mesh
         finally:
             mesh.close()
 
     @classmethod
-    def _with_axes(cls, config: ParallelConfig, device: torch.device) -> "Mesh":
-        _split_axes(config)
+    def _with_axes(cls, config: ParallelConfig, device: torch.device, timeout: timedelta) -> "Mesh":
+        _create_axes(config, timeout)
         state = parallel_state
         return cls(
             device=device,
@@ -120,12 +147,37 @@ class Mesh:
             cp=_axis(state.get_context_parallel_group()),
             replicas=_axis(state.get_data_parallel_group(with_context_parallel=True)),
             peers=_axis(state.get_tensor_and_context_parallel_group()),
+            timeout=timeout,
         )
 
     @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The number of ranks on every axis, by the axis's name."""
+        return {axis: getattr(self, axis).size for axis in ("dp", "tp", "pp", "cp")}
+
+    @property
     def is_first_of_its_data(self) -> bool:
-        """Whether this is the first of the ranks that see the same samples."""
+        """Whether this is the first of the ranks that process the same samples."""
         return self.tp.rank == self.cp.rank == self.pp.rank == 0
+
+    def set_timeouts(self) -> None:
+        """Set the mesh's time-out on every process group that this process belongs to.
+
+        DeepSpeed creates groups of its own with torch's default: call this after
+        ``deepspeed.initialize``.
+        """
+        for group in distributed_c10d._world.pg_map:
+            group.set_timeout(self.timeout)
+
+    def new_cpu_group(self) -> dist.ProcessGroup | None:
+        """Return a gloo group of all ranks with connections of its own; None in a world of one.
+
+        Collectives on it may run in another thread while training uses the other groups. All ranks
+        must create their groups in the same order.
+        """
+        if self.world_size == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=self.timeout)
 
     def agree(
         self, work: Callable[[], T], errors: tuple[type[Exception], ...] = (ValueError,)
@@ -155,39 +207,47 @@ class Mesh:
             dist.barrier()
 
     def close(self) -> None:
-        """End the process groups; the last thing a process does with its mesh."""
+        """Destroy the process groups; the mesh must not be used afterwards."""
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def prepare_for_deepspeed(self) -> None:
-        """What DeepSpeed finds in its surroundings; call it right before anything of DeepSpeed."""
-        _switch_off_shared_memory_op()
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, even in a world of one
-
     def mpu(self) -> Any:
-        """What ``deepspeed.initialize`` takes as ``mpu`` of an engine without a pipeline."""
-        self.prepare_for_deepspeed()
+        """Return the ``mpu`` argument of ``deepspeed.initialize`` for an engine without pipeline.
+
+        DeepSpeed reads the process groups of all axes from this object.
+        """
         return _DeepSpeedGroups()
 
 
+def prepare_for_deepspeed() -> None:
+    """Set what DeepSpeed reads from its environment; call it before any other DeepSpeed function.
+
+    DeepSpeed's CPU all-reduce is switched off, as compiling it takes minutes the first time.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")  # required even in a world of one
+
+
 def select_device(config: ParallelConfig) -> torch.device:
-    """This rank's own GPU, or the CPU. Where there are GPUs, "auto" never falls back to the CPU
-    unless DeepSpeed is told to (``DS_ACCELERATOR=cpu``).
+    """Return this rank's own GPU, or the CPU.
+
+    Where there are GPUs, "auto" selects the CPU only if ``DS_ACCELERATOR=cpu`` is set.
 
     Raises:
         ValueError: when there are fewer GPUs than ranks on this node.
     """
     launched = _is_launched()
     num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
-    asked_of_deepspeed = os.environ.get("DS_ACCELERATOR")
     if config.device == "cpu" or (
-        config.device == "auto" and (num_gpus == 0 or asked_of_deepspeed == "cpu")
+        config.device == "auto" and (num_gpus == 0 or os.environ.get("DS_ACCELERATOR") == "cpu")
     ):
-        # DeepSpeed otherwise looks for itself, and would take a GPU that is to stay unused.
+        # DeepSpeed selects a device by itself, and would use a GPU that must stay unused.
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
-    # The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+    # The deepspeed launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
     local_size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
     needed = int(local_size or 1) if launched else 1
     if num_gpus < needed:
@@ -201,8 +261,10 @@ def select_device(config: ParallelConfig) -> torch.device:
 
 
 class _DeepSpeedGroups:
-    """megatron's ``parallel_state`` as DeepSpeed asks it: data parallel is all that averages
-    gradients, the context axis included."""
+    """megatron's ``parallel_state`` with the functions that DeepSpeed expects of an ``mpu``.
+
+    To DeepSpeed the data-parallel group is the one that averages gradients: data x context.
+    """
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
@@ -229,9 +291,9 @@ class _DeepSpeedGroups:
         return parallel_state.get_tensor_model_parallel_group()
 
 
-def _order_launches(config: ParallelConfig) -> None:
-    """megatron overlaps the sum of an input's gradient with that of the weight, which needs kernels
-    to start in the order of their launches."""
+def _order_kernel_launches(config: ParallelConfig) -> None:
+    """Have kernels start in the order of their launches: megatron overlaps the reduction of an
+    input's gradient with the weight's gradient. Call this before CUDA is initialized."""
     if config.tp > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
@@ -244,22 +306,8 @@ def _is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _join_launched_group(backend: str) -> None:
-    import deepspeed
-
-    _switch_off_shared_memory_op()
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
-
-
-def _switch_off_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling its CPU all-reduce, which takes minutes the first time."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _split_axes(config: ParallelConfig) -> None:
-    """megatron's groups; made anew where those that stand were split otherwise."""
+def _create_axes(config: ParallelConfig, timeout: timedelta) -> None:
+    """Create megatron's groups; existing ones are replaced if their sizes differ."""
     if parallel_state.model_parallel_is_initialized():
         sizes = (
             parallel_state.get_tensor_model_parallel_world_size(),
@@ -273,5 +321,6 @@ def _split_axes(config: ParallelConfig) -> None:
         tensor_model_parallel_size=config.tp,
         context_parallel_size=config.cp,
         pipeline_model_parallel_size=config.pp,
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
         create_gloo_process_groups=False,
     )

@@ -1,4 +1,4 @@
-"""Ranks on this machine without a launcher, for checks and measurements: a second per start."""
+"""Ranks on this machine without a launcher, for tests and measurements; they start in a second."""
 
 import gc
 import logging
@@ -17,12 +17,18 @@ __all__ = ["run_ranks"]
 
 
 def run_ranks(world_size: int, fn: Callable[..., object], *arguments: Any) -> None:
-    """Run ``fn(*arguments)``, which can be pickled, in processes that find each other.
+    """Run ``fn(*arguments)`` in several processes that can join one process group.
 
-    They are forks of a server that has imported everything; each uses one thread.
+    They are forks of a server that has imported everything; each uses one thread. If one fails, the
+    others are killed.
+
+    Args:
+        world_size: The number of processes.
+        fn: A function of a module; it and its arguments must be picklable.
+        arguments: The arguments of ``fn``.
 
     Raises:
-        RuntimeError: when a rank fails; the others are ended.
+        RuntimeError: when a rank fails.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,8 +58,8 @@ def _rank(
     rank: int, world_size: int, port: int, fn: Callable[..., object], *arguments: Any
 ) -> None:
     end_with_parent()
-    gc.freeze()  # what the server has imported
-    multiprocessing.set_start_method(None, force=True)  # of data workers: as in any process
+    gc.freeze()  # excludes what the server has imported from collections
+    multiprocessing.set_start_method(None, force=True)  # data workers start as in any process
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

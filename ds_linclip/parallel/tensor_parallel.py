@@ -1,8 +1,8 @@
-"""Tensor-parallel layers: thin constructors over megatron.core, the only way the model gets them.
+"""Tensor-parallel layers: constructors over megatron.core that the model uses.
 
 Every layer draws its full, unsplit weight from torch's default CPU generator and keeps its own
-part, so the weights depend on the seed alone and not on the number of tensor-parallel ranks. The
-parameters are made on the CPU; move the finished model.
+part, so the weights depend on the seed alone and not on the number of tensor-parallel ranks.
+Parameters are created on the CPU; move the finished model to the device.
 """
 
 from collections.abc import Callable
@@ -34,11 +34,15 @@ def column_parallel(
     bias_init: Init | None = None,
     bias: bool = True,
 ) -> nn.Module:
-    """Linear layer whose output features are split: ``x[..., in] -> y[..., out / tp]``.
+    """Return a linear layer with split output features: ``x[..., in] -> y[..., out / tp]``.
 
     Args:
-        init: run on the full weight [out, in].
-        bias_init: run on the full bias [out]; None leaves it zero.
+        mesh: The ranks that share the layer.
+        in_features: Input features.
+        out_features: Output features of all tensor-parallel ranks together.
+        init: Initializes the full weight [out, in].
+        bias_init: Initializes the full bias [out]; None: zeros.
+        bias: Whether the layer has a bias.
     """
     layer = _ColumnParallel(
         in_features,
@@ -63,12 +67,17 @@ def row_parallel(
     bias_init: Init | None = None,
     bias: bool = True,
 ) -> nn.Module:
-    """Linear layer whose input features are split: ``x[..., in / tp] -> y[..., out]``, y summed
-    over the tensor-parallel ranks and the bias added once.
+    """Return a linear layer with split input features: ``x[..., in / tp] -> y[..., out]``.
+
+    The output is summed over the tensor-parallel ranks, and the bias added once.
 
     Args:
-        init: run on the full weight [out, in].
-        bias_init: run on the bias [out]; None leaves it zero.
+        mesh: The ranks that share the layer.
+        in_features: Input features of all tensor-parallel ranks together.
+        out_features: Output features.
+        init: Initializes the full weight [out, in].
+        bias_init: Initializes the bias [out]; None: zeros.
+        bias: Whether the layer has a bias.
     """
     layer = _RowParallel(
         in_features,
@@ -87,10 +96,13 @@ def row_parallel(
 
 
 def vocab_parallel_embedding(mesh: Mesh, num_embeddings: int, dim: int, *, init: Init) -> nn.Module:
-    """Embedding whose rows are split: ``ids [...] int64 -> [..., dim]``.
+    """Return an embedding with split rows: ``ids [...] int64 -> [..., dim]``.
 
     Args:
-        init: run on the full table [num_embeddings, dim].
+        mesh: The ranks that share the table.
+        num_embeddings: Rows of the full table.
+        dim: Columns of the table.
+        init: Initializes the full table [num_embeddings, dim].
 
     Raises:
         ValueError: when ``num_embeddings`` does not divide by the tensor-parallel size.
@@ -102,8 +114,15 @@ def vocab_parallel_embedding(mesh: Mesh, num_embeddings: int, dim: int, *, init:
 
 
 def head_rms_norm(mesh: Mesh, heads: int, head_dim: int) -> nn.Module:
-    """RMSNorm over the channels of each head, with a gain per head and channel, split by heads:
-    ``x [..., heads / tp, head_dim] -> `` the same shape. The gain starts at one.
+    """Return an RMSNorm over the channels of each head, split by heads.
+
+    It maps ``x [..., heads / tp, head_dim]`` to the same shape, with a gain for each head and
+    channel, initially one.
+
+    Args:
+        mesh: The ranks that share the layer.
+        heads: The number of heads on all tensor-parallel ranks together.
+        head_dim: Channels of a head.
 
     Raises:
         ValueError: when ``heads`` does not divide by the tensor-parallel size.
@@ -131,7 +150,7 @@ class _RowParallel(RowParallelLinear):
 
 
 class _HeadRMSNorm(nn.Module):
-    """A vector of gains, not a matrix: optimizers tell norms from weights by that."""
+    """Its gain is a vector, not a matrix: optimizers apply weight decay to matrices only."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -151,8 +170,8 @@ def _config(mesh: Mesh) -> ModelParallelConfig:
         perform_initialization=True,
         gradient_accumulation_fusion=False,
         params_dtype=torch.float32,
-        # Embedding gradients on a GPU are summed in no fixed order otherwise; on a CPU they
-        # always are, and the deterministic path is slower there.
+        # Otherwise embedding gradients on a GPU are summed in no fixed order; on a CPU the order is
+        # fixed anyway, and the deterministic path is slower.
         deterministic_mode=mesh.device.type == "cuda",
     )
 

@@ -1,11 +1,10 @@
-"""What activations take on a rank: a step is taken on meta tensors, which have no memory, and the
-bytes of those that are alive at the same time are counted.
+"""Activation memory of a rank, measured by a step on meta tensors, which take no memory.
 
-It is the code of training that runs (model, checkpointing, loss, autograd), so that what is counted
-is what a real step makes and keeps: the batch, what autograd saves, what layers and operators need
-for a moment, the loss with the features of all ranks, gradients until DeepSpeed has taken them. Of
-torch's own kernels what they need inside is not seen (cuBLAS workspaces, for example); the
-linear-attention operators are run from inside, as Triton or torch would run.
+The code of training runs (model, checkpointing, loss, autograd), and the bytes of tensors that are
+alive at the same time are counted: the batch, what autograd saves, temporaries of layers and
+operators, the loss with the features of all ranks, gradients until DeepSpeed takes them. Memory
+inside torch's own kernels is not seen (cuBLAS workspaces, for example); the linear-attention
+operators are traced through their Triton or torch implementation.
 """
 
 import weakref
@@ -37,20 +36,20 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of what is alive beside weights, optimizer state and what DeepSpeed holds.
+    """Bytes of tensors beside weights, optimizer state and DeepSpeed's buffers.
 
     Attributes:
-        moments: Numbers of parameters whose gradients DeepSpeed has taken, and the most bytes while
-            it was so many; the first from the start of the step to the first gradient.
-        rest: Bytes that are left when the backward is done: the batch, features.
+        peaks: The step in phases that each end when DeepSpeed takes a parameter's gradient: the
+            number of elements whose gradients were taken before, and the peak bytes in the phase.
+        rest: Bytes left after the backward: the batch, features.
     """
 
-    moments: Sequence[tuple[int, int]]
+    peaks: Sequence[tuple[int, int]]
     rest: int
 
 
 def meta_model(config: Config, mesh: Mesh) -> CLIP:
-    """This rank's part of the model as it is trained, without memory."""
+    """Return this rank's part of the model as it is trained, on the meta device."""
     with _META, torch.random.fork_rng(devices=[]):
         model = CLIP(
             config.model,
@@ -65,22 +64,23 @@ def meta_model(config: Config, mesh: Mesh) -> CLIP:
 
 
 def trace_activations(config: Config, mesh: Mesh, model: CLIP) -> Activations:
-    """Take a step of :class:`~ds_linclip.engine.engine.Engine` without memory.
+    """Return the memory of a step of :class:`~ds_linclip.engine.engine.Engine`.
 
-    Of several micro-batches one is run, or as many as a pipeline's stage has in flight; images are
-    of the largest size that the run will see.
+    Of several micro-batches one is run, or as many as a pipeline's stage has in flight; images have
+    the largest size that the run will use.
 
     Args:
-        config, mesh: Of the run.
-        model: From :func:`meta_model`.
+        config: The run's configuration.
+        mesh: The layout, possibly from :meth:`~ds_linclip.parallel.mesh.Mesh.planned`.
+        model: The result of :func:`meta_model`.
     """
     live = _LiveBytes(parameter.untyped_storage() for parameter in model.parameters())
-    moments: list[tuple[int, int]] = []
+    peaks: list[tuple[int, int]] = []
     taken = 0
 
     def take(parameter: Tensor) -> None:
         nonlocal taken
-        moments.append((taken, live.most_since()))
+        peaks.append((taken, live.take_peak()))
         taken += parameter.numel()
         parameter.grad = None
 
@@ -89,16 +89,16 @@ def trace_activations(config: Config, mesh: Mesh, model: CLIP) -> Activations:
     step = _pipeline_step if mesh.pp.size > 1 else _plain_step
     with _META, live:
         kept = step(config, mesh, model)
-        moments.append((taken, live.most_since()))
+        peaks.append((taken, live.take_peak()))
         rest = live.now
     del kept
     for hook in hooks:
         hook.remove()
-    return Activations(moments, rest)
+    return Activations(peaks, rest)
 
 
 def _plain_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
-    """As :class:`~ds_linclip.engine.engine.PlainEngine`; returns what outlives the backward."""
+    """Take a step like ``PlainEngine``; return what outlives the backward."""
     num, batch = config.num_micro_batches(mesh.dp.size), _batch(config, mesh)
     first = tuple(tensor.chunk(num)[0] for tensor in batch)
     with torch.set_grad_enabled(num == 1):
@@ -111,13 +111,13 @@ def _plain_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
 
 
 def _pipeline_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
-    """As :class:`~ds_linclip.engine.engine.PipelineEngine`."""
+    """Take a step like ``PipelineEngine``; return what outlives the backward."""
     num, stage = config.num_micro_batches(mesh.dp.size), Stage(model)
     batch = _batch(config, mesh) if mesh.pp.rank == 0 else ()
-    received = _from_stage_before(config, mesh, model, num)
+    received = _received_buffers(config, mesh, model, num)
 
     def inputs() -> tuple[Tensor, ...]:
-        """DeepSpeed makes copies of what it loads and of what it receives."""
+        """Return copies, as DeepSpeed copies what it loads and what it receives."""
         if mesh.pp.rank == 0:
             return tuple(tensor.chunk(num)[0].clone() for tensor in batch)
         copies = (tensor.clone() for tensor in received)
@@ -138,13 +138,13 @@ def _pipeline_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
 
 
 def _repeated(outputs: tuple[Tensor, ...], num: int) -> list[tuple[Tensor, ...]]:
-    """Outputs of ``num`` micro-batches, given those of the first."""
+    """Return outputs of ``num`` micro-batches, given those of the first."""
     more = ((*map(torch.empty_like, outputs[:2]), *outputs[2:]) for _ in range(num - 1))
     return [outputs, *more]
 
 
 def _batch(config: Config, mesh: Mesh) -> tuple[Tensor, ...]:
-    """This rank's images and texts and, with patch dropout, the patches to look at."""
+    """Return this rank's images and texts and, with patch dropout, the patches to keep."""
     vision, local = config.model.vision, config.train.global_batch_size // mesh.dp.size
     size = config.largest_image_size
     images = torch.empty(local, 3, *size)
@@ -154,8 +154,8 @@ def _batch(config: Config, mesh: Mesh) -> tuple[Tensor, ...]:
     return images, texts, torch.empty(local, vision.num_kept_patches_at(size), dtype=torch.int64)
 
 
-def _from_stage_before(config: Config, mesh: Mesh, model: CLIP, num: int) -> tuple[Tensor, ...]:
-    """Buffers that a later stage receives a micro-batch in: what the units before it give."""
+def _received_buffers(config: Config, mesh: Mesh, model: CLIP, num: int) -> tuple[Tensor, ...]:
+    """Return the buffers in which a later pipeline stage receives a micro-batch."""
     if mesh.pp.rank == 0:
         return ()
     vision, text = config.model.vision, config.model.text
@@ -175,27 +175,26 @@ def _from_stage_before(config: Config, mesh: Mesh, model: CLIP, num: int) -> tup
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, while they live.
+    """Counts the bytes of storages that operators allocate, until they are freed.
 
     Args:
         known: Storages that are not counted.
 
     Attributes:
-        now: Bytes.
+        now: Bytes that are alive.
     """
 
     def __init__(self, known: Any) -> None:
         super().__init__()
-        self.now, self._most = 0, 0
+        self.now, self._peak = 0, 0
         self._alive: dict[int, Any] = {storage._cdata: storage for storage in known}
-        #: What an operator that is written in Python needs inside, by its arguments.
+        #: Bytes that a custom operator allocates inside, by its arguments.
         self._inside: dict[Any, int] = {}
 
-    def most_since(self) -> int:
-        """Most bytes since the last call; what an operator's caller has let go meanwhile is gone
-        when the next one runs."""
-        most, self._most = max(self._most, self.now), 0
-        return most
+    def take_peak(self) -> int:
+        """Return the peak since the last call."""
+        peak, self._peak = max(self._peak, self.now), 0
+        return peak
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -214,14 +213,14 @@ class _LiveBytes(TorchDispatchMode):
     def _run_inside(self, operator: Any, func: Any, args: Any, kwargs: Any) -> Any:
         key = func, *map(_signature, tree_leaves((args, kwargs)))
         if key in self._inside:
-            self._most = max(self._most, self.now + self._inside[key])
+            self._peak = max(self._peak, self.now + self._inside[key])
             return func(*args, **kwargs)
-        before, begun = self._most, self.now
-        self._most = begun
+        before, at_start = self._peak, self.now
+        self._peak = at_start
         with self:
             result = operator._init_fn(*args, **kwargs)
-        self._inside[key] = self._most - begun
-        self._most = max(self._most, before)
+        self._inside[key] = self._peak - at_start
+        self._peak = max(self._peak, before)
         return result
 
     def _add(self, storage: Any) -> None:
@@ -235,7 +234,7 @@ class _LiveBytes(TorchDispatchMode):
 
         self._alive[key] = weakref.ref(storage, remove)
         self.now += size
-        self._most = max(self._most, self.now)
+        self._peak = max(self._peak, self.now)
 
 
 def _signature(argument: Any) -> Any:

@@ -1,19 +1,20 @@
-"""What accelerators can do at best, by the name that torch calls them."""
+"""Peak operation rates and memory sizes of accelerators, by torch's name of the device."""
 
 from dataclasses import dataclass
 
-__all__ = ["Device", "known_device"]
+__all__ = ["DeviceSpec", "device_spec"]
 
 
 @dataclass(frozen=True)
-class Device:
-    """The data sheet of an accelerator.
+class DeviceSpec:
+    """Figures of an accelerator's data sheet.
 
     Attributes:
-        bf16_flops: Peak of dense matrix products in bfloat16 (float16 has the same) with fp32 sums,
-            in operations per second; data sheets print the double, "with sparsity".
-        fp32_flops: In fp32 as torch computes them by default, without TF32; None: not looked up.
-        memory_gib: As nvidia-smi shows it; None: not looked up.
+        bf16_flops: Peak rate of dense matrix products in bfloat16 (the same in float16) with fp32
+            accumulation, in operations per second; data sheets print the double, "with sparsity".
+        fp32_flops: Peak rate in fp32 without TF32, as torch computes by default; None: not in this
+            table.
+        memory_gib: Memory in GiB as nvidia-smi shows it; None: not in this table.
     """
 
     bf16_flops: float
@@ -21,31 +22,31 @@ class Device:
     memory_gib: float | None = None
 
 
-#: By ``torch.cuda.get_device_name``, whole: a slice of a GPU (MIG) has a longer name. From the data
-#: sheets at nvidia.com/en-us/data-center/<name>: a100, a10 (products/a10-gpu), a30, a40, l4, l40,
-#: l40s, h100, h200, grace-hopper-superchip, dgx-b200 (eight of them), gb200-nvl72 (72).
-_DEVICES = {
-    "NVIDIA A10": Device(125e12),
-    "NVIDIA A30": Device(165e12),
-    "NVIDIA A40": Device(149.7e12),
-    "NVIDIA A100-PCIE-40GB": Device(312e12),
-    "NVIDIA A100-SXM4-40GB": Device(312e12, fp32_flops=19.5e12, memory_gib=40.0),
-    "NVIDIA A100 80GB PCIe": Device(312e12),
-    "NVIDIA A100-SXM4-80GB": Device(312e12, fp32_flops=19.5e12, memory_gib=80.0),
-    "NVIDIA L4": Device(121e12),
-    "NVIDIA L40": Device(181e12),
-    "NVIDIA L40S": Device(362e12),
-    "NVIDIA H100 PCIe": Device(756e12),
-    "NVIDIA H100 NVL": Device(835e12),
-    "NVIDIA H100 80GB HBM3": Device(989e12, fp32_flops=66.9e12, memory_gib=79.6),
-    "NVIDIA H200": Device(989e12, fp32_flops=66.9e12, memory_gib=140.4),
-    "NVIDIA H200 NVL": Device(835e12),
-    "NVIDIA GH200 480GB": Device(989e12),
-    "NVIDIA B200": Device(2250e12),
-    "NVIDIA GB200": Device(2500e12),
+#: By the whole of ``torch.cuda.get_device_name``; a slice of a GPU (MIG) has a longer name. Source:
+#: the data sheets at nvidia.com/en-us/data-center/<name>: a100, a10 (products/a10-gpu), a30, a40,
+#: l4, l40, l40s, h100, h200, grace-hopper-superchip, dgx-b200 (eight of them), gb200-nvl72 (72).
+_SPECS = {
+    "NVIDIA A10": DeviceSpec(125e12),
+    "NVIDIA A30": DeviceSpec(165e12),
+    "NVIDIA A40": DeviceSpec(149.7e12),
+    "NVIDIA A100-PCIE-40GB": DeviceSpec(312e12),
+    "NVIDIA A100-SXM4-40GB": DeviceSpec(312e12, fp32_flops=19.5e12, memory_gib=40.0),
+    "NVIDIA A100 80GB PCIe": DeviceSpec(312e12),
+    "NVIDIA A100-SXM4-80GB": DeviceSpec(312e12, fp32_flops=19.5e12, memory_gib=80.0),
+    "NVIDIA L4": DeviceSpec(121e12),
+    "NVIDIA L40": DeviceSpec(181e12),
+    "NVIDIA L40S": DeviceSpec(362e12),
+    "NVIDIA H100 PCIe": DeviceSpec(756e12),
+    "NVIDIA H100 NVL": DeviceSpec(835e12),
+    "NVIDIA H100 80GB HBM3": DeviceSpec(989e12, fp32_flops=66.9e12, memory_gib=79.6),
+    "NVIDIA H200": DeviceSpec(989e12, fp32_flops=66.9e12, memory_gib=140.4),
+    "NVIDIA H200 NVL": DeviceSpec(835e12),
+    "NVIDIA GH200 480GB": DeviceSpec(989e12),
+    "NVIDIA B200": DeviceSpec(2250e12),
+    "NVIDIA GB200": DeviceSpec(2500e12),
 }
 
 
-def known_device(name: str) -> Device | None:
-    """The data sheet of the device that torch calls so; None for one that is not in the table."""
-    return _DEVICES.get(name)
+def device_spec(name: str) -> DeviceSpec | None:
+    """Return the figures of a device by torch's name; None if the table does not have it."""
+    return _SPECS.get(name)

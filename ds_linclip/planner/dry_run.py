@@ -1,4 +1,4 @@
-"""What a run would need: layout, memory, data, time and disk, told before anything is started."""
+"""The dry run: layout, memory, data, time and disk space of a run, without starting it."""
 
 import math
 from collections.abc import Sequence
@@ -11,20 +11,19 @@ from ds_linclip.data import Storage, find_shards
 from ds_linclip.model.flops import forward_flops, num_state_values, step_flops, training_flops
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.activations import meta_model
-from ds_linclip.planner.device_specs import known_device
+from ds_linclip.planner.device_specs import device_spec
 from ds_linclip.planner.memory_model import value_bytes
 from ds_linclip.planner.plan import RankPlan, describe, plan_rank
 
 __all__ = ["DEVICES", "DryRun", "Target", "dry_run"]
 
 GIB = 2**30
-#: Kept free on a GPU for what the plan does not count: the CUDA context, buffers of NCCL, cuBLAS,
-#: fragments. A guess: no run on a GPU has been measured.
+#: Memory kept free on a GPU for what the plan does not count: the CUDA context, NCCL's buffers,
+#: cuBLAS, fragmentation. A guess: no run on a GPU has been measured.
 _RESERVE_GIB = 4.0
-#: Share of the peak that contrastive training is taken to reach, recomputed operations counted. A
-#: guess as well.
+#: Assumed share of the peak rate, recomputed operations included. A guess as well.
 _MFU = 0.35
-#: What --device calls them -> as torch does.
+#: Values of --device, with torch's names of the devices.
 DEVICES = {
     "h100": "NVIDIA H100 80GB HBM3",
     "h200": "NVIDIA H200",
@@ -36,14 +35,15 @@ DEVICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The machines that a run is meant for.
+    """The machines that a run is planned for.
 
     Attributes:
-        num_devices: One rank on each.
-        device: Of :data:`DEVICES`; None: a GPU, or the CPU if the config says so.
-        memory_gib, peak_tflops: Of one device, in the place of what the table says.
-        mfu: Share of the peak that is reached, recomputed operations counted.
-        num_samples: In an epoch, where the shards cannot be asked.
+        num_devices: Number of devices, with one rank on each.
+        device: A key of :data:`DEVICES`; None: a GPU, or the CPU if the config says so.
+        memory_gib: Memory of one device, instead of the table's.
+        peak_tflops: Peak rate of one device, instead of the table's.
+        mfu: Share of the peak that is reached, recomputed operations included.
+        num_samples: Samples in an epoch, if the shards cannot be read.
     """
 
     num_devices: int
@@ -56,11 +56,11 @@ class Target:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would need.
+    """The result of a dry run.
 
     Attributes:
-        text: All of it, in Markdown.
-        problem: Why it cannot run there, or None.
+        text: The whole plan, in Markdown.
+        problem: Why the run does not fit the devices, or None.
     """
 
     text: str
@@ -68,19 +68,23 @@ class DryRun:
 
 
 def dry_run(config: Config, target: Target) -> DryRun:
-    """Plan a run on machines that need not be there.
+    """Plan a run for machines that need not be available.
+
+    Args:
+        config: The run's configuration.
+        target: The machines.
 
     Raises:
-        ValueError: when the target is none, or the config does not fit its number of devices.
+        ValueError: when the target is invalid, or the config does not fit the number of devices.
     """
     _check(target)
     is_cpu = (target.device or config.parallel.device) == "cpu"
-    sheet = known_device(DEVICES[target.device or "cpu"] or "")
+    spec = device_spec(DEVICES[target.device or "cpu"] or "")
     peak, memory = target.peak_tflops, target.memory_gib
-    if sheet is not None:
-        flops = sheet.fp32_flops if config.train.precision == "fp32" else sheet.bf16_flops
+    if spec is not None:
+        flops = spec.fp32_flops if config.train.precision == "fp32" else spec.bf16_flops
         peak = peak or (flops and flops / 1e12)
-        memory = memory or sheet.memory_gib
+        memory = memory or spec.memory_gib
     reserve = 0.0 if is_cpu else _RESERVE_GIB
     limit = memory and memory - reserve
     device = torch.device("cpu" if is_cpu else "cuda")
@@ -129,8 +133,10 @@ def _sizes(parallel: ParallelConfig) -> tuple[int, int, int]:
 
 
 def _plan_all(config: Config, num_devices: int, device: torch.device) -> tuple[list[RankPlan], str]:
-    """The plans of all ranks, and the table of them. Ranks of one stage that hold the same tokens
-    have the same one: the first of them is planned."""
+    """Return the plans of all ranks and their table.
+
+    Ranks of one pipeline stage with the same tokens have the same plan; it is made once.
+    """
     tp, cp, pp = _sizes(config.parallel)
     found: dict[tuple[int, int], RankPlan] = {}
     stage = num_devices // pp
@@ -183,18 +189,19 @@ def _time_rows(
     config: Config, dp_size: int, num_devices: int, peak: float | None, mfu: float
 ) -> list[tuple[str, str]]:
     num, pp = config.num_micro_batches(dp_size), config.parallel.pp
-    batch, of_model = config.train.global_batch_size, step_flops(config, 0)
+    batch, model_flops = config.train.global_batch_size, step_flops(config, 0)
     forward = batch * forward_flops(config.model, config.image_size_at(0))
-    again = forward * ((num > 1 or pp > 1) + (config.train.activation_checkpointing == "full"))
-    operations = of_model + again
-    row = f"{operations / 1e15:.3g} PFLOP, {again / 1e15:.3g} of them done again"
+    passes = (num > 1 or pp > 1) + (config.train.activation_checkpointing == "full")
+    recomputed = forward * passes
+    operations = model_flops + recomputed
+    row = f"{operations / 1e15:.3g} PFLOP, {recomputed / 1e15:.3g} of them recomputed"
     if peak is None:
         return [("step", f"{row}; the device's speed is not known (--device, --peak-tflops)")]
     # A pipeline waits for its first and its last micro-batch.
     bubble = (num + pp - 1) / num
     rate = num_devices * peak * 1e12 * mfu / bubble
     seconds = operations / rate
-    whole = training_flops(config) * operations / of_model / rate
+    whole = training_flops(config) * operations / model_flops / rate
     waits = f", of which a pipeline waits {1 - 1 / bubble:.0%}" if pp > 1 else ""
     return [
         (
@@ -215,10 +222,10 @@ def _checkpoint_row(config: Config) -> str:
             for p in meta_model(whole, mesh).parameters()
         )
     kept, every = config.checkpoint.keep_last, config.checkpoint.keep_every_steps
-    for_ever = config.train.steps // every if every else 0
+    permanent = config.train.steps // every if every else 0
     return (
-        f"{size / GIB:.3g} GiB on disk; the newest {kept} and {for_ever} for ever: "
-        f"{(kept + for_ever) * size / GIB:.3g} GiB"
+        f"{size / GIB:.3g} GiB on disk; the newest {kept} and {permanent} permanent ones: "
+        f"{(kept + permanent) * size / GIB:.3g} GiB"
     )
 
 

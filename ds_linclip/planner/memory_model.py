@@ -1,5 +1,8 @@
-"""What a rank's memory holds in a step: weights, gradients, optimizer state and buckets for
-communication as DeepSpeed 0.19.8 allocates them, and activations beside them."""
+"""A model of a rank's memory in a step.
+
+Weights, gradients, optimizer state and communication buckets are counted as DeepSpeed 0.19.8
+allocates them, with the activations beside them.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from ds_linclip.planner.activations import Activations
 
 __all__ = ["PERSISTENT_BELOW", "StepMemory", "gradient_bytes", "value_bytes"]
 
-#: Tensors as large as its part that an optimizer needs for a moment: torch's fused AdamW none.
+#: Temporaries of the optimizer's step, in tensors as large as the rank's part of the weights.
 _MOMENTARY = {"adamw": 0, "lamb": 2, "lion": 1}
 _FP32 = 4
 #: ZeRO-3 keeps smaller parameters whole on every rank (DeepSpeed's default).
@@ -22,26 +25,25 @@ PERSISTENT_BELOW = 100_000
 
 
 def value_bytes(config: Config) -> int:
-    """Of a weight or an activation."""
+    """Return the bytes of a weight or an activation."""
     return 4 if config.train.precision == "fp32" else 2
 
 
 def gradient_bytes(config: Config, mesh: Mesh) -> int:
-    """Of a gradient as it is summed."""
+    """Return the bytes of a gradient as it is summed."""
     return _FP32 if config.num_micro_batches(mesh.dp.size) > 1 else value_bytes(config)
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a rank.
+    """The bytes that a rank needs.
 
-    Not counted: what one of torch's kernels needs inside, the padding of partitions, and what is
-    offloaded.
+    Not counted: memory inside torch's kernels, the padding of partitions, and what is offloaded.
 
     Attributes:
-        fullest: "weights", "gradients", "optimizer" (master weights, moments, average), "buckets"
-            (DeepSpeed's for communication) and "activations" when there is most of all together.
-        kept: Of all of them between steps.
+        fullest: Bytes at the peak of a step by kind: "weights", "gradients", "optimizer" (master
+            weights, moments, average), "buckets" (for communication) and "activations".
+        kept: Bytes between steps, all kinds together.
     """
 
     fullest: dict[str, int]
@@ -55,17 +57,17 @@ class StepMemory:
         parameters: Iterable[nn.Parameter],
         activations: Activations,
     ) -> "StepMemory":
-        """Of a rank with these parameters."""
+        """Return the memory of a rank with these parameters and activations."""
         rank = _Zero(config, mesh, list(parameters))
         moments = [
-            rank.backward(taken) | {"activations": size} for taken, size in activations.moments
+            rank.backward(taken) | {"activations": size} for taken, size in activations.peaks
         ]
         moments += [each | {"activations": activations.rest} for each in rank.after_backward()]
         return cls(max(moments, key=lambda moment: sum(moment.values())), rank.kept)
 
 
 class _Zero:
-    """What DeepSpeed holds, stage by stage."""
+    """The memory that DeepSpeed allocates at the ZeRO stage of the config."""
 
     def __init__(self, config: Config, mesh: Mesh, parameters: list[nn.Parameter]) -> None:
         replicas, self.stage = mesh.replicas.size, config.zero.stage
@@ -78,10 +80,10 @@ class _Zero:
         self.bucket = zero["reduce_bucket_size"]
         is_offloaded = config.zero.offload_optimizer != "none"
         self.optimizer = 0 if is_offloaded else _FP32 * num_state_values(config.optim) * part
-        self.in_fp32 = 0 if is_offloaded else _FP32 * part  # what the optimizer is given
+        self.in_fp32 = 0 if is_offloaded else _FP32 * part  # gradients for the optimizer
         self.momentary = _MOMENTARY[config.optim.kind] * self.in_fp32
         self.in_step = self.value * sum(sizes)
-        #: DeepSpeed's BF16_Optimizer.
+        #: Whether DeepSpeed uses its BF16_Optimizer, which keeps all gradients in fp32.
         self.sums_all = (
             self.stage == 1
             and config.train.precision == "bf16"
@@ -89,12 +91,12 @@ class _Zero:
             and not is_offloaded
         )
         compact = self.stage == 2 and self.is_accumulated and self.value < _FP32
-        #: Without overlap, stage 1 averages when all gradients are there.
+        #: Without overlap, stage 1 averages gradients after the whole backward.
         self.is_late = not zero.get("overlap_comm")
         of_bucket = self.gradient if self.stage == 1 else self.value
         self.buckets = of_bucket * self.bucket * (2 - self.is_late)
-        #: A copy of a full bucket, or of a gradient that is larger, on its way; in bf16 first
-        #: where it is sent in fp32, and once more where gloo scatters it.
+        #: The copy of a full bucket, or of a larger gradient, that is being sent: in bf16 too if it
+        #: is sent in fp32, and once more where gloo scatters it.
         largest = max(p.numel() for p in parameters if p.requires_grad)
         is_cast = self.stage > 1 and self.value < self.gradient
         is_copied = self.stage == 3 and mesh.device.type == "cpu"
@@ -105,27 +107,29 @@ class _Zero:
         self.replicas = replicas
         self.kept = self.in_step + self.optimizer
         if self.stage == 3:
-            # Gradients of the partition stay, as the bucket does. Small weights are whole but in
-            # the step; the limit of live ones is that of the others.
+            # The partition's gradients and the bucket stay allocated. Small weights are always
+            # whole; the limit of live parameters is for the others.
             limit = zero.get("stage3_param_persistence_threshold", PERSISTENT_BELOW)
             small = sum(size for size in sizes if size <= limit)
             parts = sum(-(-size // replicas) for size in sizes)
             here = self.value * (parts * (config.zero.offload_param == "none") + small)
             self.kept = here + self.optimizer + self.gradient * part + self.value * self.bucket
             live = min(zero["stage3_max_live_parameters"], sum(sizes) - small)
-            live = max(live, *sizes)  # the limit is for what is fetched ahead
+            live = max(live, *sizes)  # the limit concerns prefetching only
             self.in_step = here + self.value * live
         elif self.sums_all:
             self.kept += _FP32 * self.trained
 
     def backward(self, taken: int) -> dict[str, int]:
-        """When it has the gradients of so many parameters of a micro-batch, which is not the first
-        of several."""
+        """Return bytes by kind after ``taken`` elements' gradients of a micro-batch were taken.
+
+        Of several micro-batches it is not the first.
+        """
         if self.stage == 3:
             sent = self.sent * (taken >= min(self.bucket, self.trained))
             return self._held(self.averaged, self.value * self.bucket + sent)
         if self.sums_all:
-            # All gradients in fp32 stay, those in bf16 do until the end of the step.
+            # All gradients in fp32 stay allocated, those in bf16 until the end of the step.
             return self._held((_FP32 + self.value) * self.trained, 0)
         if self.stage == 1 and (self.is_late or self.is_accumulated):
             there = self.trained if self.is_accumulated else taken
@@ -133,26 +137,30 @@ class _Zero:
         return self._sending(taken)
 
     def after_backward(self) -> list[dict[str, int]]:
-        """When late gradients are averaged, and in the optimizer's step."""
+        """Return bytes by kind when gradients are averaged late, and in the optimizer's step."""
         if self.stage == 3:
             gradients = self.averaged + self.in_fp32 + self.momentary
             return [self._held(gradients, self.value * self.bucket)]
         if self.sums_all:
-            copy = _FP32 * self.trained * (self.replicas > 1)  # is sent
+            copy = _FP32 * self.trained * (self.replicas > 1)  # that is sent
             return [self._held((_FP32 + self.value) * self.trained, max(copy, self.momentary))]
-        flat = self.averaged * (self.value < _FP32)  # before it is in fp32
+        flat = self.averaged * (self.value < _FP32)  # before the cast to fp32
         gradients = 0 if self.is_compact else self.averaged + flat
         moments = [self._held(self.in_fp32 + max(gradients, self.momentary), 0)]
         if self.stage == 1 and self.is_late:
-            # Full buckets take the place of gradients.
+            # Full buckets replace gradients.
             moments.append(self._sending(self.trained, left=self.trained))
         return moments
 
     def _sending(self, taken: int, left: int = 0) -> dict[str, int]:
-        """While a bucket is on its way; ``left``: gradients before the first one was filled.
+        """Return bytes by kind while a bucket is sent.
 
-        Averaged gradients of the partition are the sum over micro-batches and, when the first
-        bucket is back, those of this one.
+        Averaged gradients of the partition are the sum over micro-batches and, after the first
+        bucket was received, those of this micro-batch.
+
+        Args:
+            taken: Elements whose gradients were taken.
+            left: Elements whose gradients existed before the first bucket was filled.
         """
         summed = self.averaged * (self.stage == 2 and self.is_accumulated)
         is_full = taken >= min(self.bucket, self.trained)

@@ -1,4 +1,4 @@
-"""The parallel plan: what lies where, how many bytes it takes, and what a step communicates."""
+"""The parallel plan: the layers, memory and communication of every rank."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank holds and communicates.
+    """The layers, memory and communication of one rank.
 
     Attributes:
-        units: Names of the layers held, first and last.
-        num_parameters: Of these layers, on this tensor-parallel rank.
-        memory: Bytes by kind at the fullest moment of a step, as
-            :class:`~ds_linclip.planner.memory_model.StepMemory` counts them.
-        kept: Bytes of all of them that stay between steps.
-        traffic: Bytes of a step by axis, as :class:`~benchmarks.layouts.traffic.TrafficMeter`
-            counts them: "tp", "cp", "pp", "dp" (features for the loss) and "zero".
+        units: The first and the last layer.
+        num_parameters: Parameters of these layers on this tensor-parallel rank.
+        memory: Bytes by kind at the fullest moment of a step; see
+            :class:`~ds_linclip.planner.memory_model.StepMemory`.
+        kept: Bytes between steps, all kinds together.
+        traffic: Bytes communicated in a step by axis: "tp", "cp", "pp", "dp" (features for the
+            loss) and "zero".
     """
 
     units: str
@@ -44,10 +44,11 @@ class RankPlan:
 
 
 def plan_rank(config: Config, mesh: Mesh) -> RankPlan:
-    """The plan of this rank: traffic at the image size of the first step, memory at the largest.
+    """Return the plan of this rank: traffic at the first step's image size, memory at the largest.
 
     Args:
-        config, mesh: Of the run, or of one that is only thought of.
+        config: The run's configuration.
+        mesh: The layout, possibly from :meth:`~ds_linclip.parallel.mesh.Mesh.planned`.
     """
     model = meta_model(config, mesh)
     units = stage_units(config, mesh.pp)
@@ -71,7 +72,7 @@ def plan_rank(config: Config, mesh: Mesh) -> RankPlan:
 
 
 def describe(config: Config, mesh: Mesh, plans: Sequence[RankPlan]) -> str:
-    """The plans of all ranks, in their order, as a Markdown table: one row per distinct one."""
+    """Return a Markdown table of the plans of all ranks, with one row for each distinct plan."""
     ranks_of: dict[str, list[int]] = {}
     for rank, each in enumerate(plans):
         memory = (*each.memory.values(), sum(each.memory.values()), each.kept)
@@ -100,7 +101,7 @@ def describe(config: Config, mesh: Mesh, plans: Sequence[RankPlan]) -> str:
 
 
 class _Traffic:
-    """Bytes of one step of one rank, axis by axis."""
+    """The bytes that one rank communicates in a step, axis by axis."""
 
     def __init__(self, config: Config, mesh: Mesh, units: range) -> None:
         self.config, self.mesh, self.units = config, mesh, units
@@ -117,7 +118,7 @@ class _Traffic:
         self.text_tokens = self._bytes(text.context_length, text.width)
 
     def tensor(self) -> int:
-        """Sums behind row-parallel layers, and of gradients behind column-parallel ones."""
+        """All-reduces after row-parallel layers, and of gradients before column-parallel ones."""
         image, text = self._num_blocks()
         recomputed = self.config.train.activation_checkpointing == "full"
         sums = 2 * self.forwards + 2 + recomputed
@@ -137,7 +138,7 @@ class _Traffic:
         return states + has_head * self._bytes(1, vision.width) * (self.forwards + 1)
 
     def pipeline(self) -> int:
-        """Activations to the next stage, gradients to the one before."""
+        """Activations sent to the next stage, gradients sent to the previous one."""
         if self.mesh.pp.size == 1:
             return 0
         text_ids = self.local_batch * self.config.model.text.context_length * 8
@@ -149,12 +150,12 @@ class _Traffic:
         return total
 
     def loss(self) -> int:
-        """Features of the whole data axis, and for softmax two numbers per pair."""
+        """Features of the whole data axis, and two numbers per pair for the softmax loss."""
         per_pair = 2 * self.config.model.embed_dim + 2 * (self.config.loss.kind == "softmax")
         return self.mesh.dp.size * self.local_batch * per_pair * _FP32
 
     def zero(self, model: CLIP) -> int:
-        """Gradients that are averaged, and weights that are gathered, over data x context."""
+        """Gradients averaged and weights gathered over the data x context axis."""
         stage, replicas = self.config.zero.stage, self.mesh.replicas.size
         trained = [p for p in model.parameters() if p.requires_grad]
         reduced = gradient_bytes(self.config, self.mesh) * sum(p.numel() for p in trained)
@@ -174,7 +175,7 @@ class _Traffic:
         return reduced + self.value_bytes * (passes * large + small)
 
     def _gathered(self, trained: Iterable, multiple: int) -> int:
-        """Weights after a step: two groups, each filled up to a multiple."""
+        """Weights gathered after a step: two parameter groups, each padded to a multiple."""
         decayed, kept = 0, 0
         for parameter in trained:
             if parameter.ndim < 2:
@@ -217,7 +218,7 @@ def _unit_name(config: Config, unit: int) -> str:
 
 
 def _shown(ranks: list[int]) -> str:
-    """Ranks, runs of them shortened: 0-3, 8."""
+    """Return ranks as text, with consecutive ones shortened: 0-3, 8."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and runs[-1][-1] == rank - 1:

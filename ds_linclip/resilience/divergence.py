@@ -1,4 +1,4 @@
-"""Whether training is still going somewhere: steps skipped in a row, losses that jump."""
+"""Detection of divergence: steps skipped in a row, losses that are not finite, loss spikes."""
 
 import logging
 import math
@@ -8,59 +8,62 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_linclip.checkpoint import CheckpointStore, latest_checkpoint
+from ds_linclip.checkpoint.loading import latest_checkpoint
+from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
 
-__all__ = ["Diverged", "Health"]
+__all__ = ["Diverged", "DivergenceGuard"]
 
 logger = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
-    """Training cannot go on by itself; raised on all ranks after the same step."""
+    """Training cannot continue by itself; raised on all ranks after the same step."""
 
 
-class Health:
-    """Judges every step and every logged loss; all ranks call every method together.
+class DivergenceGuard:
+    """Checks every step and every logged loss; all ranks call every method together.
 
-    All ranks come to the same judgement: whether a step was skipped they know from DeepSpeed, which
-    has added up the gradient's norm over them, and a logged loss is rank 0's word.
+    All ranks reach the same verdict: DeepSpeed sums the gradient norm over the ranks before it
+    skips a step, and rank 0's logged loss decides.
 
     Args:
-        config, mesh: of the run.
-        checkpoints: those of the run; the end waits for what is still being saved, and names it.
+        config: The run's configuration.
+        mesh: The ranks that train together.
+        checkpoints: The run's checkpoints; before :class:`Diverged` is raised, the save under way
+            is finished, and the message names the newest checkpoint.
 
     Attributes:
-        skipped_batches: global batches of the data order that the run has left out: the batch of
+        skipped_batches: Global batches of the data order that rewinds have left out: the batch of
             step s is number ``s - 1 + skipped_batches``.
-        is_skipping: whether the last step was skipped; the weights are those of an earlier one.
+        is_skipping: Whether the last step was skipped; the weights are those of an earlier one.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, checkpoints: CheckpointStore) -> None:
+    def __init__(self, config: Config, mesh: Mesh, checkpoints: CheckpointManager) -> None:
         self.skipped_batches = 0
         self._config = config
         self._mesh = mesh
         self._checkpoints = checkpoints
         self._rewinds = 0
         self._losses: deque[float] = deque(maxlen=config.health.spike_window)
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.is_skipping = False
         self._first_skipped = 0
-        self._streak = 0  # skipped steps in a row that count
+        self._streak = 0  # skipped steps in a row, without excused ones
         self._last_good: tuple[int, Tensor] | None = None
 
     def step_done(self, step: int, loss: Tensor, *, was_skipped: bool, is_excused: bool) -> None:
-        """Judge a step; does not wait for the device unless training ends.
+        """Check a step; this does not wait for the device unless training ends.
 
         Args:
-            step: the step that is done.
-            loss: its loss on this rank, [].
-            was_skipped: its gradient was not finite and the weights stay as they were.
-            is_excused: the loss scale may be to blame.
+            step: The step just taken.
+            loss: Its loss [] on this rank.
+            was_skipped: Whether its gradient was not finite, so that the weights are unchanged.
+            is_excused: Whether fp16's loss scale may be the cause.
 
         Raises:
             Diverged: after ``health.max_skipped_steps`` in a row.
@@ -81,29 +84,29 @@ class Health:
                 "those before it%s",
                 step,
                 reason,
-                self._where_samples_are(),
+                self._samples_hint(),
             )
         if self._streak >= self._config.health.max_skipped_steps:
-            raise Diverged(self._end_of_skipping(step))
+            raise Diverged(self._too_many_skipped(step))
 
     def check_loss(self, step: int, loss: float) -> None:
-        """Judge a logged loss by itself.
+        """Check that a logged loss is finite.
 
         Raises:
-            Diverged: when it is not finite although its step was taken: the gradient does not say
-                what the loss says, and weights may be anything.
+            Diverged: when it is not although its step was taken: loss and gradient contradict each
+                other, and the weights cannot be trusted.
         """
         if not math.isfinite(loss) and not self.is_skipping:
             raise Diverged(
                 f"the loss of step {step} is {loss} although its gradient was finite and its step "
-                f"was taken. {self._saved()}"
+                f"was taken. {self._checkpoint_hint()}"
             )
 
     def is_spike(self, step: int, loss: float) -> bool:
-        """Whether a logged loss is more than ``health.spike_factor`` times the median before it.
+        """Whether a logged loss exceeds ``health.spike_factor`` times the median of the last ones.
 
         Raises:
-            Diverged: when it is and ``health.max_rewinds`` are used up.
+            Diverged: when it does and ``health.max_rewinds`` are used up.
         """
         health = self._config.health
         if health.spike_factor == 0:
@@ -116,50 +119,47 @@ class Health:
         if loss <= health.spike_factor * median:
             self._losses.append(loss)
             return False
-        told = (
+        spike = (
             f"the loss of step {step} ({loss:.4f}) is more than health.spike_factor "
             f"({health.spike_factor}) times the median of the {len(self._losses)} logged before it "
             f"({median:.4f})"
         )
         if self._rewinds >= health.max_rewinds:
             raise Diverged(
-                f"{told}, and health.max_rewinds ({health.max_rewinds}) are used up. "
-                f"{self._saved()}"
+                f"{spike}, and health.max_rewinds ({health.max_rewinds}) are used up. "
+                f"{self._checkpoint_hint()}"
             )
         if self._mesh.rank == 0:
-            logger.warning("%s", told)
+            logger.warning("%s", spike)
         return True
 
     def rewound(self, step: int, to_step: int) -> None:
-        """Note that training goes on from a checkpoint, without the batches since.
+        """Record that training continues from a checkpoint, without the batches used since.
 
         Args:
-            step: the step at which the loss had jumped.
-            to_step: the checkpoint's.
+            step: The step of the loss spike.
+            to_step: The step of the checkpoint.
         """
-        self.skipped_batches += step - to_step
+        left_out = step - to_step
+        self.skipped_batches += left_out
         self._rewinds += 1
-        self._begin()
+        self._reset()
         if self._mesh.rank == 0:
             logger.warning(
                 "rewound from step %d to step %d; the %d batches since are left out "
                 "(rewind %d of at most %d)",
-                step,
-                to_step,
-                step - to_step,
-                self._rewinds,
-                self._config.health.max_rewinds,
+                *(step, to_step, left_out, self._rewinds, self._config.health.max_rewinds),
             )
 
     def scalars(self) -> dict[str, float]:
-        """By TensorBoard tag."""
+        """Return values to log, by TensorBoard tag."""
         return {
             "train/rewinds": self._rewinds,
             "train/skipped_batches": self.skipped_batches,
         }
 
     def state(self) -> dict[str, Any]:
-        """Plain data, for a checkpoint."""
+        """Return what a checkpoint must hold, as plain data."""
         return {
             "skipped_batches": self.skipped_batches,
             "rewinds": self._rewinds,
@@ -167,14 +167,14 @@ class Health:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._begin()
+        """Restore the result of :meth:`state`."""
+        self._reset()
         self.skipped_batches = state["skipped_batches"]
         self._rewinds = state["rewinds"]
         self._losses.clear()
         self._losses.extend(state["losses"])
 
-    def _end_of_skipping(self, step: int) -> str:
+    def _too_many_skipped(self, step: int) -> str:
         last = "no step was taken before"
         if self._last_good is not None:
             good_step, loss = self._last_good
@@ -183,10 +183,11 @@ class Health:
         return (
             f"steps {self._first_skipped} to {step} were all skipped, as their gradients were not "
             f"finite (health.max_skipped_steps {self._config.health.max_skipped_steps}); {last}. "
-            f"The weights have stayed those of step {self._first_skipped - 1}. {self._saved()}"
+            f"The weights have stayed those of step {self._first_skipped - 1}. "
+            f"{self._checkpoint_hint()}"
         )
 
-    def _saved(self) -> str:
+    def _checkpoint_hint(self) -> str:
         failed = ""
         try:
             self._checkpoints.wait()
@@ -196,9 +197,9 @@ class Health:
             newest = f"the newest checkpoint is {latest_checkpoint(self._config.run_dir)}"
         except ValueError:
             newest = "there is no checkpoint"
-        return f"Nothing more is saved; {newest}{failed}{self._where_samples_are()}"
+        return f"Nothing more is saved; {newest}{failed}{self._samples_hint()}"
 
-    def _where_samples_are(self) -> str:
+    def _samples_hint(self) -> str:
         if not self._config.log.sample_keys:
             return ""
         return f"; the keys of its samples are in {self._config.run_dir / 'samples'}"

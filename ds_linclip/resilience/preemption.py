@@ -1,6 +1,8 @@
-"""What one rank is asked and all must do at the same step: signals, the clock, a failed save."""
+"""Requests that reach one rank and that all ranks must follow after the same step.
 
-import logging
+They come from signals, from the clock, and from a save that has failed.
+"""
+
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,71 +14,74 @@ import torch.distributed as dist
 
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["Exchange", "Preempted", "Requests", "Signals"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Preempted", "PreemptionSignals", "RequestReducer", "RunRequests"]
 
 
 class Preempted(Exception):
-    """All ranks were asked to leave, and have saved the step that they stand at."""
+    """All ranks were requested to leave, and have saved their last step."""
 
 
 @dataclass(frozen=True)
-class Requests:
-    """What to do after a step."""
+class RunRequests:
+    """What to do after a step.
 
-    #: Save a checkpoint.
+    Attributes:
+        save: Save a checkpoint.
+        leave: Save a checkpoint and end.
+        has_failed: End, because an earlier save has failed.
+    """
+
     save: bool = False
-    #: Save a checkpoint and end.
     leave: bool = False
-    #: A save that was begun earlier has failed.
     has_failed: bool = False
 
 
-class Exchange:
-    """Lets all ranks hear of each other's requests after the same step.
+class RequestReducer:
+    """Combines the requests of all ranks, so that all of them act after the same step.
 
-    Every rank brings its own to every step. What comes back is what any rank brought to the step
-    before: the exchange runs beside the step, on connections of its own, and nothing waits for it.
+    The result of a step's reduction is available one step later: it runs in the background, on
+    connections of its own, and no step waits for it.
 
     Args:
-        mesh: The ranks.
+        mesh: The ranks; all of them create the reducer together.
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._group = dist.new_group(backend="gloo") if mesh.world_size > 1 else None
-        self._flags = torch.zeros(len(astuple(Requests())), dtype=torch.uint8)
+        self._group = mesh.new_cpu_group()
+        self._flags = torch.zeros(len(astuple(RunRequests())), dtype=torch.uint8)
         self._pending: dist.Work | None = None
 
-    def __call__(self, mine: Requests) -> Requests:
-        """What any rank asked for one step ago; in a world of one, now."""
-        if self._pending is not None:
-            self._pending.wait()
-        heard = Requests(*self._flags.bool().tolist())
-        self._flags = torch.tensor(astuple(mine), dtype=torch.uint8)
+    def reduce(self, requests: RunRequests) -> RunRequests:
+        """Submit this rank's requests; return what any rank submitted one step ago.
+
+        All ranks call this after every step. In a world of one, ``requests`` itself is returned.
+        """
         if self._group is None:
-            return mine
+            return requests
+        self.close()
+        reduced = RunRequests(*self._flags.bool().tolist())
+        self._flags = torch.tensor(astuple(requests), dtype=torch.uint8)
         self._pending = dist.all_reduce(
             self._flags, dist.ReduceOp.MAX, group=self._group, async_op=True
         )
-        return heard
+        return reduced
 
     def close(self) -> None:
-        """Wait for what is under way; every rank has come to the same step."""
+        """Wait for the reduction that is under way."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
 
 
-class Signals:
-    """Notes SIGTERM (save and leave) and SIGUSR1 (save and go on) until they are taken."""
+class PreemptionSignals:
+    """Records SIGTERM (save and leave) and SIGUSR1 (save and continue)."""
 
     def __init__(self) -> None:
         self._save = self._leave = False
 
     @contextmanager
-    def caught(self) -> Iterator["Signals"]:
-        """Catch the signals for as long as the context; of the main thread only."""
+    def caught(self) -> Iterator["PreemptionSignals"]:
+        """Catch the signals while in the context; must be entered by the main thread."""
         actions = {signal.SIGTERM: self._on_leave, signal.SIGUSR1: self._on_save}
         before = {number: signal.signal(number, action) for number, action in actions.items()}
         try:
@@ -84,11 +89,11 @@ class Signals:
         finally:
             for number, action in before.items():
                 signal.signal(number, action)
-            if self._leave:  # under way: once more must not cut it short
+            if self._leave:  # another SIGTERM must not cut the end of the run short
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def take(self) -> tuple[bool, bool]:
-        """Whether to save, and whether to leave, has been asked since this was last called."""
+        """Return whether to save and whether to leave; a request to save is returned once."""
         taken, self._save = (self._save, self._leave), False
         return taken
 
@@ -96,5 +101,5 @@ class Signals:
         self._save = True
 
     def _on_leave(self, number: int, frame: FrameType | None) -> None:
-        # Once more changes nothing: launcher and scheduler may both send it to every process.
+        # More than one changes nothing: launcher and scheduler may both signal every process.
         self._leave = True

@@ -1,8 +1,8 @@
-"""Ends a run that hangs, with the stacks of all ranks and the name of the one that is behind.
+"""Ends a run that hangs, after writing the stacks of all ranks and naming the one that is behind.
 
-Every rank has a thread that looks at the phase its training loop is in. It runs while the loop
-waits in a collective, in a file system or in a data worker. Ranks tell each other through files in
-the run folder, which all of them see: torch's store lives in rank 0, and would hang with it.
+Every rank has a thread that watches the phase of its training loop. It runs while the loop waits in
+a collective, in a file system or for a data worker. Ranks communicate through files in the run
+folder, which all of them see: torch's store is part of rank 0 and would hang with it.
 """
 
 import faulthandler
@@ -16,45 +16,55 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from ds_linclip.config import Config
-from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.config import Config, WatchdogConfig
+from ds_linclip.parallel.mesh import DEFAULT_TIMEOUT, Mesh
+from ds_linclip.process.atomic import write_atomically
 from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.process.phase import Progress
 
-__all__ = ["summarize", "watched"]
+__all__ = ["collective_timeout", "summarize", "watched"]
 
 logger = logging.getLogger(__name__)
 
-#: Facts about a rank: run, rank, host, pid, those of its Place, seconds in that, state.
+#: What is known of a rank: run, rank, host, pid, the fields of its Place, seconds in that, state.
 _Facts = dict[str, Any]
+
+
+def collective_timeout(config: WatchdogConfig) -> timedelta:
+    """Return the time-out to give to process groups: at least 30 minutes.
+
+    It exceeds the watchdog's by ten minutes, in which all ranks have written their stacks and left:
+    a collective that times out first ends the process without naming the rank at fault.
+    """
+    return max(DEFAULT_TIMEOUT, timedelta(seconds=config.timeout_seconds, minutes=10))
 
 
 @contextmanager
 def watched(config: Config, mesh: Mesh) -> Iterator[Progress]:
-    """While in this context, a rank that stays in one phase for too long ends all ranks.
+    """Yield the :class:`Progress` of the training loop, and end all ranks if one stays in a phase.
 
-    The phase is that of the :class:`Progress` that is handed out; before the training loop enters
-    the first one, when the run folder is not yet known to be this run's, nothing is watched.
+    Before the loop enters its first phase nothing is watched, as the run folder may still belong to
+    another run.
 
     Once a phase has lasted ``watchdog.timeout_seconds`` on any rank, every rank writes the stacks
-    of its threads into ``<run folder>/hang/<start of the run>/rank-N.txt``; a rank that cannot is
-    looked up in ``/proc`` by another one of its host, and woken if it was stopped. One rank says
-    on stderr, and in ``summary.txt``, which rank is behind. Then all leave with ``ExitCode.HUNG``.
+    of its threads into ``<run folder>/hang/<start of the run>/rank-N.txt``. For a rank that cannot,
+    another rank of its host writes what ``/proc`` shows, and wakes it if it was stopped. One rank
+    says on stderr and in ``summary.txt`` which rank is behind. Then all end with
+    ``ExitCode.HUNG``.
 
-    The time must exceed the longest phase of a healthy run: building the model, loading a
+    The time-out must exceed the longest phase of a healthy run: building the model, loading a
     checkpoint, the first step with its compilation, a save, an evaluation, a wait for data with all
-    its retries. It should be below the 30 minutes after which process
-    groups give up on a collective with less to say. Time in which the whole process was stopped
-    (Slurm suspends jobs so) does not count. A run folder that does not answer hangs the watchdog
-    too.
+    its retries. Process groups must have the longer time-out of :func:`collective_timeout`. Time in
+    which the whole process was stopped (Slurm suspends jobs so) does not count. If the run folder's
+    file system hangs, so does the watchdog, and only process groups end the run.
 
     Args:
-        config: Its ``watchdog.timeout_seconds``; 0 watches nothing.
-        mesh: Called by all of its ranks together.
+        config: The run's configuration; with ``watchdog.timeout_seconds`` 0 nothing is watched.
+        mesh: The ranks, all of which call this together.
     """
     progress = Progress()
     if config.watchdog.timeout_seconds == 0:
@@ -76,12 +86,12 @@ def watched(config: Config, mesh: Mesh) -> Iterator[Progress]:
 
 
 class _Watchdog(threading.Thread):
-    """Looks at one rank's progress and at the other ranks' files.
+    """Watches this rank's progress, and the other ranks' files.
 
     Args:
-        progress: Of this rank.
-        run_dir: Where ``watchdog/`` (signs of life) and ``hang/`` (what was found) are.
-        run: Name of this start of the run, the same on all ranks.
+        progress: The progress of this rank's training loop.
+        run_dir: The run folder; ``watchdog/`` in it holds heartbeats, ``hang/`` reports.
+        run: The name of this start of the run, the same on all ranks.
         place: Rank and world size.
         timeout: Seconds.
     """
@@ -92,7 +102,7 @@ class _Watchdog(threading.Thread):
         super().__init__(name="watchdog", daemon=True)
         self._progress = progress
         self._run = run
-        self._signs = run_dir / "watchdog"
+        self._heartbeats = run_dir / "watchdog"
         self._reports = run_dir / "hang" / run
         self._rank, self._world_size = place
         self._timeout = timeout
@@ -103,57 +113,55 @@ class _Watchdog(threading.Thread):
         self._stacks: TextIO | None = None
 
     def run(self) -> None:
-        stuck, entered, looked = 0.0, 0, time.monotonic()
+        in_phase, entered, polled = 0.0, 0, time.monotonic()
         while not self._closing.wait(self._poll):
             now = time.monotonic()
-            # A longer gap is time in which this process did not run.
-            stuck += min(now - looked, 2 * self._poll)
-            looked = now
+            # A longer gap is time in which this process was stopped.
+            in_phase += min(now - polled, 2 * self._poll)
+            polled = now
             place = self._progress.place
             if place.entered == 0:
                 continue
             if place.entered > entered:
-                stuck, entered = 0.0, place.entered
+                in_phase, entered = 0.0, place.entered
             try:
                 self._arm_timer()
-                self._give_sign()
-            except OSError as error:  # a full disk, say, is for saving to complain about
+                write_atomically(self._heartbeat_of(self._rank), json.dumps(self._facts()))
+            except OSError as error:  # for example a full disk, which ends the run at its next save
                 logger.warning("no sign of life written: %s", error)
-            if stuck > self._timeout and not self._reports.exists():
-                self._declare()
-            elif self._reports.exists():
+            if self._reports.exists():
                 self._follow()
+            elif in_phase > self._timeout:
+                self._declare()
 
     def close(self) -> None:
-        """Stop watching; a report that has begun is brought to its end."""
+        """Stop watching; a report that was started is finished first."""
         self._closing.set()
         self.join()
         faulthandler.cancel_dump_traceback_later()
         if self._stacks is not None:
             self._stacks.close()
-            for path in (self._sign_of(self._rank), self._stacks_of(self._rank)):
+            for path in (self._heartbeat_of(self._rank), self._stacks_of(self._rank)):
                 path.unlink(missing_ok=True)
-            with suppress(OSError):  # other ranks are still in it
-                self._signs.rmdir()
+            with suppress(OSError):  # other ranks still use it
+                self._heartbeats.rmdir()
 
-    def _sign_of(self, rank: int) -> Path:
-        return self._signs / f"rank-{rank:05d}.json"
+    def _heartbeat_of(self, rank: int) -> Path:
+        return self._heartbeats / f"rank-{rank:05d}.json"
 
     def _stacks_of(self, rank: int) -> Path:
-        return self._signs / f"rank-{rank:05d}.stacks"
+        return self._heartbeats / f"rank-{rank:05d}.stacks"
 
     def _report_of(self, rank: int) -> Path:
         return self._reports / f"rank-{rank:05d}.txt"
 
     def _arm_timer(self) -> None:
-        """Have C code write the stacks should the loop keep Python from running this thread."""
+        """Restart a timer in C that writes the stacks if C code in the training loop keeps Python
+        from running this thread."""
         if self._stacks is None:
-            self._signs.mkdir(parents=True, exist_ok=True)
+            self._heartbeats.mkdir(parents=True, exist_ok=True)
             self._stacks = self._stacks_of(self._rank).open("w")
         faulthandler.dump_traceback_later(self._timeout, file=self._stacks)
-
-    def _give_sign(self) -> None:
-        _replace(self._sign_of(self._rank), json.dumps(self._facts()))
 
     def _facts(self) -> _Facts:
         place = self._progress.place._asdict()
@@ -161,37 +169,34 @@ class _Watchdog(threading.Thread):
         return {**me, **place, "seconds": time.time() - place["since"], "state": "running"}
 
     def _declare(self) -> None:
-        """Be the first to say that the run hangs, collect all reports, name the culprit."""
+        """Be the first to declare a hang: collect all reports and name the rank that is behind."""
         try:
             self._reports.parent.mkdir(exist_ok=True)
             self._reports.mkdir()
         except FileExistsError:
             self._follow()
         except OSError:
-            pass  # told below, when the report cannot be written either
-        with self._leaving():
-            self._report_own()
-            self._wait(self._all_reported, self._grace)
-            self._report_neighbours()
+            pass  # reported below, when writing the report fails too
+        with self._ending():
+            self._write_reports()
             self._wait(self._all_reported, self._grace)
             summary = summarize([self._found(rank) for rank in range(self._world_size)])
             line = f"{summary}; stacks: {self._reports}\n"
-            # One write, or those of several ranks mix. The run's logger may wait for a lock.
-            sys.stderr.write(f"\nerror: {line}")  # not behind a progress bar
+            # A single write, as those of several ranks would mix; not through the logger, whose
+            # lock another thread may hold. It starts a new line, after a progress bar.
+            sys.stderr.write(f"\nerror: {line}")
             sys.stderr.flush()
-            _replace(self._reports / "summary.txt", line)
-            time.sleep(2 * self._poll)  # for those that were woken to write their stacks
+            write_atomically(self._reports / "summary.txt", line)
+            time.sleep(2 * self._poll)  # for ranks that were woken to write their stacks
 
     def _follow(self) -> None:
-        """Write this rank's stacks and leave after the rank that says what was found."""
-        with self._leaving():
-            self._report_own()
-            self._wait(self._all_reported, self._grace)
-            self._report_neighbours()
+        """Write this rank's stacks, and end after the rank that declared the hang."""
+        with self._ending():
+            self._write_reports()
             self._wait((self._reports / "summary.txt").exists, 2 * self._grace)
 
     @contextmanager
-    def _leaving(self) -> Iterator[None]:
+    def _ending(self) -> Iterator[None]:
         """End the process after this context, whatever happens in it."""
         try:
             yield
@@ -210,16 +215,15 @@ class _Watchdog(threading.Thread):
     def _all_reported(self) -> bool:
         return all(_is_written(self._report_of(rank)) for rank in range(self._world_size))
 
-    def _report_own(self) -> None:
+    def _write_reports(self) -> None:
+        """Write this rank's report and, after a while, those of ranks of this host that cannot."""
         path = self._report_of(self._rank)
         _write_first(path, json.dumps(self._facts()) + "\n")
         with path.open("a") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-
-    def _report_neighbours(self) -> None:
-        """For ranks of this host that cannot write: what the kernel knows; wake stopped ones."""
+        self._wait(self._all_reported, self._grace)
         for rank in range(self._world_size):
-            facts = self._read(self._sign_of(rank))
+            facts = self._read(self._heartbeat_of(rank))
             path = self._report_of(rank)
             if path.exists() or facts.get("host") != self._host:
                 continue
@@ -234,30 +238,30 @@ class _Watchdog(threading.Thread):
                 os.kill(facts["pid"], signal.SIGCONT)
 
     def _found(self, rank: int) -> _Facts:
-        """What is known of a rank: from its report, else from its last sign of life."""
+        """Return what is known of a rank, from its report or else from its last heartbeat."""
         path = self._report_of(rank)
         if _is_written(path):
             return json.loads(path.read_text().splitlines()[0])
-        facts = self._read(self._sign_of(rank))
+        facts = self._read(self._heartbeat_of(rank))
         seconds = time.time() - facts.get("since", time.time())
         return {"rank": rank, **facts, "seconds": seconds, "state": "silent"}
 
-    def _read(self, sign: Path) -> _Facts:
-        """A rank's last sign of life in this start of the run; empty without one."""
+    def _read(self, heartbeat: Path) -> _Facts:
+        """Return a rank's last heartbeat in this start of the run, or nothing."""
         try:
-            facts = json.loads(sign.read_text())
+            facts = json.loads(heartbeat.read_text())
         except (FileNotFoundError, ValueError):
             return {}
         return facts if facts["run"] == self._run else {}
 
 
 def summarize(found: Sequence[_Facts]) -> str:
-    """Which ranks are behind, in one line.
+    """Return one line that names the ranks that are behind.
 
-    Those that do not run are; else those that have entered fewest phases.
+    These are the ranks that do not run or, if all run, those that have entered the fewest phases.
 
     Args:
-        found: Facts of every rank, in rank order.
+        found: What is known of every rank, in rank order.
     """
     culprits = [facts for facts in found if facts["state"] != "running"]
     if not culprits:
@@ -283,7 +287,7 @@ def _where(facts: Mapping[str, Any]) -> str:
 
 
 def _process_state(pid: int) -> str:
-    """What the kernel says of a process of this host."""
+    """Return the state of a process of this host, as the kernel sees it."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -297,17 +301,10 @@ def _is_written(path: Path) -> bool:
 
 
 def _write_first(path: Path, text: str) -> bool:
-    """Write a file unless another rank has begun to; whether it was this one."""
+    """Write a file unless another rank has created it; return whether this rank did."""
     try:
         with path.open("x") as file:
             file.write(text)
     except FileExistsError:
         return False
     return True
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is whole whenever somebody reads it."""
-    staging = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    staging.write_text(text)
-    staging.replace(path)

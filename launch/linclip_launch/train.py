@@ -27,7 +27,7 @@ with quick_start():
     from ds_linclip.process.parent_death import end_with_parent
     from ds_linclip.resilience.divergence import Diverged
     from ds_linclip.resilience.preemption import Preempted
-    from ds_linclip.resilience.watchdog import watched
+    from ds_linclip.resilience.watchdog import collective_timeout, watched
     from ds_linclip.trainer import TrainResult, train
     from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
@@ -50,7 +50,7 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             return _dry_run(config, arguments)
-        mesh = Mesh.create(config.parallel)
+        mesh = Mesh.create(config.parallel, collective_timeout(config.watchdog))
     except ValueError as error:
         return _fail_before_start(error)
     try:

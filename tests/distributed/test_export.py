@@ -1,4 +1,4 @@
-"""Exports of runs that were trained on several ranks, on the side of open_clip."""
+"""Exports of runs that were trained on several ranks, loaded by open_clip."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_linclip.checkpoint import load_weights
+from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import ParallelConfig, load_config
 from ds_linclip.interop import export_checkpoint
 from ds_linclip.interop.state_dict import WEIGHTS_FILE, export_folder, to_open_clip

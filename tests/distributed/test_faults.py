@@ -1,6 +1,6 @@
-"""Saves that are killed, starved or refused, signals, damaged files: nothing that was good is lost.
+"""Killed saves, full disks, signals, damaged files: no valid checkpoint is lost.
 
-Two ranks each, forked; real files, real signals. test_supervise.py and test_watchdog.py have the
+Two forked ranks each, with real files and signals. test_supervise.py and test_watchdog.py have the
 faults of whole jobs.
 """
 
@@ -98,7 +98,7 @@ def losses(config: Config) -> dict[int, float]:
 
 
 def assert_all_valid(config: Config, whole: Config) -> None:
-    """What is there as a checkpoint is that of the uninterrupted run, to the last bit."""
+    """Check that every checkpoint equals that of the uninterrupted run bit for bit."""
     assert steps_of(config)
     for step in steps_of(config):
         for name in (f"step-{step:08d}/rank-{rank:05d}.safetensors" for rank in (0, 1)):
@@ -110,8 +110,8 @@ def assert_all_valid(config: Config, whole: Config) -> None:
             assert all(found[key].equal(expected[key]) for key in found)
 
 
-def assert_goes_on(config: Config, whole: Config) -> None:
-    """The next start takes the newest valid checkpoint and makes of it what the whole run made."""
+def assert_resumes(config: Config, whole: Config) -> None:
+    """Check that the next start resumes from the newest checkpoint and repeats the whole run."""
     in_ranks(config)
     assert losses(config) == losses(whole)
     assert steps_of(config)[-1] == STEPS
@@ -121,7 +121,7 @@ def assert_goes_on(config: Config, whole: Config) -> None:
 
 @pytest.mark.parametrize("share", [4, pytest.param(None, marks=pytest.mark.slow)])
 def test_kill_at_any_moment_of_a_save(whole, embedded_overrides, tmp_path, share):
-    """Every kind of call that a save makes is a moment to die at, before it is made."""
+    """Ranks are killed just before calls of every kind that a save makes."""
     overrides = [*embedded_overrides, "checkpoint.keep_last=1"]
     calls = calls_of_second_save(config_of(tmp_path / "count", overrides))
     moments = [(0, call) for call in moments_of(calls[0])]
@@ -134,12 +134,12 @@ def test_kill_at_any_moment_of_a_save(whole, embedded_overrides, tmp_path, share
         assert steps_of(config) in ([2], [2, 4], [4]), (rank, call, calls[rank][call])
         assert_all_valid(config, whole)
         outcomes.add(max(steps_of(config)))
-        assert_goes_on(config, whole)
+        assert_resumes(config, whole)
     assert outcomes == {2, 4}, "kills before and after the commit"
 
 
 def moments_of(calls: list[str]) -> list[int]:
-    """First and last of every run of the same call."""
+    """Return the first and the last of consecutive calls of the same function."""
     edges = {0, len(calls) - 1}
     for index in range(1, len(calls)):
         if calls[index] != calls[index - 1]:
@@ -148,7 +148,7 @@ def moments_of(calls: list[str]) -> list[int]:
 
 
 def fill_the_disk(config: Config, mesh: Mesh, step: int) -> None:
-    """The file that rank 1 is to write at step 4 has no room."""
+    """Leave no disk space for the file that rank 1 writes at step 4."""
     if step == 3 and mesh.rank == 1:
         staging = folder_of(config) / "step-00000004.tmp"
         staging.mkdir()
@@ -163,11 +163,11 @@ def test_no_space_for_one_rank_commits_on_none(whole, config, is_asynchronous):
     for end in ends(config):
         assert end.startswith("AgreedError: checkpoint ")
         assert "step-00000004 was not saved: [Errno 28] No space left on device" in end
-        assert "(rank 1 of 2)" in end
+        assert "(on rank 1 of 2)" in end
     assert steps_of(config) == [2]
     assert not list(folder_of(config).glob("*.tmp"))
     assert max(losses(config)) in ((4,) if not is_asynchronous else (4, 5, 6)), "seen at once"
-    assert_goes_on(config, whole)
+    assert_resumes(config, whole)
 
 
 def fail_alone(config: Config, mesh: Mesh, step: int) -> None:
@@ -178,14 +178,14 @@ def fail_alone(config: Config, mesh: Mesh, step: int) -> None:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_evaluation_that_fails_on_one_rank_ends_that_rank(config, stage):
-    """With averages in place of the weights, which all ranks together would change back."""
+    """Averages replace the weights during evaluation; swapping them back is a collective."""
     config.optim.ema_decay, config.zero.stage = 0.5, stage
     with pytest.raises(RuntimeError, match="a rank of 2 failed"):
         in_ranks(config, fail_alone)
 
 
 def refuse_removal(config: Config, mesh: Mesh, step: int) -> None:
-    """The name that the oldest checkpoint gets before it is removed is taken."""
+    """Occupy the name that the oldest checkpoint gets before it is removed."""
     if step == 3 and mesh.rank == 0:
         while not (folder_of(config) / "step-00000002").exists():  # it is saved beside training
             time.sleep(0.01)
@@ -194,7 +194,7 @@ def refuse_removal(config: Config, mesh: Mesh, step: int) -> None:
     mesh.barrier()
 
 
-def test_checkpoint_that_cannot_be_removed_stays_and_training_goes_on(whole, config):
+def test_checkpoint_that_cannot_be_removed_stays_and_training_continues(whole, config):
     in_ranks(config, refuse_removal)
     assert losses(config) == losses(whole)
     assert steps_of(config) == [2, 6, 7]
@@ -202,7 +202,7 @@ def test_checkpoint_that_cannot_be_removed_stays_and_training_goes_on(whole, con
 
 
 def terminate_one(config: Config, mesh: Mesh, step: int) -> None:
-    """Step 4 is being saved at this moment."""
+    """Send SIGTERM while step 4 is being saved."""
     if step == 4 and mesh.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -225,7 +225,7 @@ def test_sigterm_to_one_rank_saves_the_same_step_on_all(whole, config):
 
 
 def test_sigterm_to_every_process_of_a_job(embedded_overrides, start_deepspeed_cpu, tmp_path):
-    """As a scheduler sends it: ranks and their data workers, under the launcher."""
+    """A scheduler signals ranks and their data workers, under the launcher."""
     slow = [*embedded_overrides, "data.num_workers=2", "train.steps=400", "model.vision.layers=4"]
     config = config_of(tmp_path / "run", [*slow, "checkpoint.every_steps=0"])
     save_config(config, tmp_path / "config.yaml")
@@ -249,22 +249,22 @@ def test_sigterm_to_every_process_of_a_job(embedded_overrides, start_deepspeed_c
     assert not psutil.wait_procs(ranks, timeout=10)[1]
 
 
-def ask_for_a_save(config: Config, mesh: Mesh, step: int) -> None:
+def request_a_save(config: Config, mesh: Mesh, step: int) -> None:
     if step == 2 and mesh.rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def test_sigusr1_saves_and_training_goes_on(whole, config):
+def test_sigusr1_saves_and_training_continues(whole, config):
     config.checkpoint.every_steps = 0
     config.checkpoint.keep_last = 9
-    in_ranks(config, ask_for_a_save)
+    in_ranks(config, request_a_save)
     first, last = steps_of(config)
     assert first in (3, 4)
     assert last == STEPS
     assert losses(config) == losses(whole)
 
 
-def test_clock_saves_too_and_some_checkpoints_are_for_ever(whole, config):
+def test_clock_saves_too_and_some_checkpoints_are_permanent(whole, config):
     config.checkpoint.every_steps = 0
     config.checkpoint.every_minutes = 1e-6
     config.checkpoint.keep_last = 1
@@ -275,7 +275,7 @@ def test_clock_saves_too_and_some_checkpoints_are_for_ever(whole, config):
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_damage_to_one_ranks_file_is_found_by_all(whole, config, harm):
+def test_damage_to_one_ranks_file_is_detected_by_all(whole, config, harm):
     shutil.copytree(whole.run_dir, config.run_dir)
     damaged = folder_of(config) / f"step-{STEPS:08d}" / "rank-00001.safetensors"
     content = bytearray(damaged.read_bytes())
@@ -284,6 +284,6 @@ def test_damage_to_one_ranks_file_is_found_by_all(whole, config, harm):
     if harm == "remove":
         damaged.unlink()
     (folder_of(config) / "latest").write_text({"flip": "", "cut": "step-7"}.get(harm, "step-1"))
-    assert_goes_on(config, whole)
+    assert_resumes(config, whole)
     assert (folder_of(config) / f"step-{STEPS:08d}.rejected").is_dir()
     assert (folder_of(config) / "latest").read_text() == f"step-{STEPS:08d}"

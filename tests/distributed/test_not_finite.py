@@ -1,4 +1,4 @@
-"""Batches and losses that go wrong, on two ranks: nothing is damaged, and nobody waits for ever."""
+"""Batches and losses that are not finite, on two ranks: no state is damaged, no rank hangs."""
 
 import json
 import math
@@ -25,7 +25,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """What every rank saw of every form."""
+    """Return what every rank measured, form by form."""
     folder = tmp_path_factory.mktemp("steps")
     overrides = [*SMALL, f"train.global_batch_size={job.BATCH}", "optim.ema_decay=0.9"]
     run_ranks(2, job.steps_that_are_not_finite, str(EMBEDDED), overrides, folder)
@@ -33,7 +33,7 @@ def steps(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", job.FORMS)
-def test_bad_pixel_leaves_everything_as_it_was_and_the_next_step_goes_on(steps, form):
+def test_bad_pixel_changes_no_state_and_the_next_step_is_taken(steps, form):
     for seen in (rank[form] for rank in steps):
         assert math.isnan(seen["loss_of_bad_step"])
         assert (seen["skips_before"] > 0) == form.startswith("fp16")
@@ -45,7 +45,7 @@ def test_bad_pixel_leaves_everything_as_it_was_and_the_next_step_goes_on(steps, 
 
 
 @pytest.mark.parametrize("form", job.FORMS)
-def test_running_engine_goes_back_to_a_checkpoint_bit_for_bit(steps, form):
+def test_running_engine_loads_a_checkpoint_bit_for_bit(steps, form):
     for seen in (rank[form] for rank in steps):
         assert seen["step_loaded"] == seen["steps_before"]
         assert seen["skips_loaded"] == seen["skips_before"]
@@ -65,7 +65,7 @@ def records(run: Path, file: str = "metrics.jsonl") -> dict[int, dict[str, float
     return {record["step"]: record for record in map(json.loads, lines)}
 
 
-def test_run_of_skipped_steps_ends_on_all_ranks_and_can_go_on(tmp_path, embedded_overrides):
+def test_skipped_steps_end_the_run_on_all_ranks_and_it_can_resume(tmp_path, embedded_overrides):
     overrides = [embedded_overrides[0], "train.steps=9", "health.max_skipped_steps=4"]
     config = config_of(tmp_path, "ended", *overrides)
     run_ranks(2, job.end_for_skipped_steps, config)
@@ -87,7 +87,7 @@ def test_run_of_skipped_steps_ends_on_all_ranks_and_can_go_on(tmp_path, embedded
 @pytest.mark.parametrize(
     "layout", [["zero.stage=3", "train.precision=bf16"], ["parallel.pp=2"]], ids=["zero3", "pp2"]
 )
-def test_spike_goes_back_and_leaves_the_batches_out(tmp_path, embedded_overrides, layout):
+def test_spike_rewinds_and_leaves_the_batches_out(tmp_path, embedded_overrides, layout):
     overrides = [embedded_overrides[0], "train.steps=8", "model.vision.patch_dropout=0.5"]
     spikes = ["health.spike_factor=3", "health.spike_window=3"]
     sizes = ["data.resolutions=[{image_size: 32}, {from_step: 5, image_size: 16}]"]
@@ -95,7 +95,7 @@ def test_spike_goes_back_and_leaves_the_batches_out(tmp_path, embedded_overrides
         config_of(tmp_path, name, *overrides, *spikes, *sizes, *layout)
         for name in ("whole", "again")
     )
-    run_ranks(2, job.go_back_for_a_spike, config, again, 4)  # the batch of step 5
+    run_ranks(2, job.rewind_after_a_spike, config, again, 4)  # the batch of step 5
 
     seen = records(config.run_dir)
     assert [seen[step]["train/rewinds"] for step in range(1, 9)] == [0] * 4 + [1] * 4
@@ -121,7 +121,7 @@ def test_spike_goes_back_and_leaves_the_batches_out(tmp_path, embedded_overrides
 
 
 def keys_of(config: Config, *, step: int, skipped_batches: int) -> list[str]:
-    """Of all data ranks in order."""
+    """Return the keys of all data ranks in order."""
     keys = []
     for log in sorted((config.run_dir / "samples").glob("rank-*.jsonl")):
         for record in map(json.loads, log.read_text().splitlines()):

@@ -26,7 +26,7 @@ def results(job, part):
 
 @pytest.mark.parametrize("form", FP32)
 @pytest.mark.parametrize("kind", ["adamw", "lion", "lamb"])
-def test_two_ranks_train_as_one_process_does(job, kind, form):
+def test_two_ranks_train_like_one_process(job, kind, form):
     for seen in results(job, f"{kind}_{form}"):
         assert seen["skipped"] == 1
         assert seen["weights"] < 1e-6
@@ -42,7 +42,7 @@ def test_trust_ratios_are_those_of_parameters_that_tensor_parallelism_splits(job
 
 
 @pytest.mark.parametrize("form", toy.FORMS)
-def test_averages_are_saved_and_go_on_bit_for_bit(job, form):
+def test_averages_are_saved_and_resumed_bit_for_bit(job, form):
     for seen in results(job, f"resume_{form}"):
         assert seen["weights"] == seen["averages"] == seen["restored"] == 0
         # The order of two roundings may differ, hardly ever across the border of a bf16 value.
@@ -51,7 +51,7 @@ def test_averages_are_saved_and_go_on_bit_for_bit(job, form):
 
 @pytest.mark.parametrize("loaded", ["fp32_zero1", "fp32_zero3"])
 @pytest.mark.parametrize("saved", ["fp32_zero1", "fp32_zero3", "fp32_zero2_offload"])
-def test_state_goes_on_with_another_stage_on_other_ranks(job, saved, loaded):
+def test_state_resumes_with_another_stage_on_other_ranks(job, saved, loaded):
     engine, mesh = toy.make_engine(Mesh.create(), "adamw", loaded), Mesh.create()
     toy.load(engine, mesh, job / saved)
     expected, averages = toy.train_in_one_process("adamw", 3)
@@ -66,7 +66,7 @@ def test_state_goes_on_with_another_stage_on_other_ranks(job, saved, loaded):
 
 
 @pytest.mark.parametrize("form", ["fp32_zero1", "fp32_zero3"])
-def test_state_of_before_the_first_step_takes_back_what_came_since(tmp_path, form):
+def test_state_from_before_the_first_step_replaces_later_state(tmp_path, form):
     engine, mesh = toy.make_engine(Mesh.create(), "adamw", form), Mesh.create()
     toy.save(engine, mesh, tmp_path)
     toy.train(engine, mesh, [0, 1])

@@ -1,4 +1,4 @@
-"""One run that goes on in one layout after the other: as if nothing had happened."""
+"""One run that is resumed in one layout after the other, with the losses of a whole run."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_linclip.checkpoint import load_weights
+from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import Config, load_config
 from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.parallel.mesh import Mesh
@@ -14,7 +14,7 @@ from helpers import EMBEDDED
 from helpers.forked_ranks import train_in_ranks
 
 STEPS = 10
-#: Ranks and layout; each but the last goes on for two steps from where the one before stood.
+#: Ranks and layout; each but the last resumes from the previous one and takes two steps.
 CHAIN = [
     (4, []),
     (4, ["parallel.tp=2"]),

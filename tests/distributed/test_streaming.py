@@ -32,7 +32,7 @@ STEPS = 2 * EPOCH
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list[object]:
-    """Command line of a tiny run over the shards, two workers per rank."""
+    """Return the command line of a tiny run over the shards, with two workers per rank."""
     folder = tmp_path_factory.mktemp("shards")
     for number, size in enumerate(SIZES):
         colours = [(number * 2, index * 9, 128) for index in range(size)]
@@ -73,7 +73,7 @@ def on_so_many_ranks(config: Config) -> None:
 
 
 def apart(one: dict[int, float], other: dict[int, float]) -> float:
-    """Largest relative difference of the loss over all steps."""
+    """Return the largest relative difference of the loss over all steps."""
     assert sorted(one) == sorted(other)
     return max(abs(other[step] / one[step] - 1) for step in one)
 
@@ -89,12 +89,12 @@ def apart(one: dict[int, float], other: dict[int, float]) -> float:
 def test_epoch_audit(
     precision, stage, rounding, ranks, arguments, start_deepspeed_cpu, deepspeed_cpu, tmp_path
 ):
-    """Some ranks, killed; more or fewer, killed; ... to the end: as if nothing had happened.
+    """A run that is killed and resumed on more or fewer ranks equals an uninterrupted one.
 
-    What a kill undid is done again by another number of ranks from the same checkpoint: the losses
-    agree but for rounding. So do those of all steps with a run that was never killed: in fp32
-    throughout; in bf16, where another number of ranks soon goes its own way, as closely as runs
-    do that were never killed and differ in their number of ranks alone.
+    Steps after a checkpoint are repeated by another number of ranks: their losses agree but for
+    rounding. The losses of all steps agree with those of a run that was never killed: in fp32 to
+    rounding; in bf16, where runs on different numbers of ranks soon diverge, as closely as two such
+    runs that were never killed.
     """
     form = [f"train.precision={precision}", f"zero.stage={stage}", f"output_dir={tmp_path}"]
     script, config, *overrides = [*arguments, *form]

@@ -1,4 +1,4 @@
-"""The gradient that a pipeline and micro-batches take is that of the batch in one piece."""
+"""With a pipeline or micro-batches the gradient is that of the whole batch."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def make_batch() -> tuple[Tensor, Tensor]:
 
 
 def in_one_piece() -> dict[str, Tensor]:
-    """By autograd alone, from the plain definition of the loss."""
+    """Return gradients by autograd, from the plain definition of the loss."""
     config = load_config(EMBEDDED, ["parallel.device=cpu"])
     torch.manual_seed(0)
     model = CLIP(config.model, Mesh.create(config.parallel))
@@ -39,7 +39,7 @@ def in_one_piece() -> dict[str, Tensor]:
 
 
 def by_the_engine(pp: int, micro_batches: int, file: Path) -> None:
-    """What one step of plain descent, without clipping, has moved the weights by."""
+    """Save the change of the weights by one step of gradient descent without clipping."""
     overrides = [
         f"train.global_batch_size={BATCH}",
         "train.precision=fp32",
@@ -62,7 +62,7 @@ def by_the_engine(pp: int, micro_batches: int, file: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("micro_batches", [1, 2, 8])
-def test_engines_take_the_gradient_of_the_whole_batch(tmp_path, pp, micro_batches):
+def test_engines_compute_the_gradient_of_the_whole_batch(tmp_path, pp, micro_batches):
     run_ranks(pp, by_the_engine, pp, micro_batches, tmp_path / "moved")
     expected, found = in_one_piece(), {}
     for stage in range(pp):

@@ -1,4 +1,4 @@
-"""Ranks that stop or stick while the others wait, and a rank that is slow, in real trainings."""
+"""Ranks that stop or hang while the others wait, and a rank that is slow, in real trainings."""
 
 import json
 import logging
@@ -50,8 +50,8 @@ def train_watched(config: Config, prepare: Callable[[Mesh], None] | None = None)
     mesh.close()
 
 
-def stick_in_step_4(mesh: Mesh) -> None:
-    """Rank 1 stays for ever where its features are computed."""
+def hang_in_step_4(mesh: Mesh) -> None:
+    """Have rank 1 hang in the forward of its fourth step."""
     seen = []
 
     def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -64,7 +64,7 @@ def stick_in_step_4(mesh: Mesh) -> None:
 
 
 def be_slow(mesh: Mesh) -> None:
-    """Rank 1 takes four times as long for its features."""
+    """Have the forward of rank 1 take four times as long."""
     delay = 0.6 if mesh.rank == 1 else 0.15
 
     def hook(module: torch.nn.Module, inputs: object) -> None:
@@ -76,19 +76,19 @@ def be_slow(mesh: Mesh) -> None:
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, "condition not met in time"
         time.sleep(0.02)
 
 
 def healthcheck(runs: Path, *options: str) -> tuple[int, str]:
-    """Exit code and line of the command."""
+    """Return exit code and output of the command."""
     command = [sys.executable, "-m", "linclip_launch.healthcheck", runs, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
 def reports(run: Path) -> tuple[str, list[dict], list[str]]:
-    """The summary; facts and stacks of both ranks."""
+    """Return the summary, and the facts and stacks of both ranks."""
     (folder,) = (run / "hang").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == [
         *("rank-00000.txt", "rank-00001.txt", "summary.txt")
@@ -99,7 +99,7 @@ def reports(run: Path) -> tuple[str, list[dict], list[str]]:
 
 
 def test_stopped_rank_is_found_and_named(overrides, tmp_path):
-    """SIGSTOP leaves a rank nothing it could do itself; the other one waits in a collective."""
+    """After SIGSTOP a rank can do nothing itself; the other one waits in a collective."""
     config = load_config(EMBEDDED, [*overrides, f"output_dir={tmp_path}"])
     run, stopped, checks = config.run_dir, {}, [healthcheck(tmp_path)]
 
@@ -140,10 +140,10 @@ def test_stopped_rank_is_found_and_named(overrides, tmp_path):
 
 
 @pytest.mark.slow
-def test_rank_that_sticks_is_named_by_its_phase(overrides, tmp_path):
+def test_rank_that_hangs_is_named_with_its_phase(overrides, tmp_path):
     config = load_config(EMBEDDED, [*overrides, f"output_dir={tmp_path}"])
     with pytest.raises(RuntimeError, match="a rank of 2 failed"):
-        run_ranks(2, train_watched, config, stick_in_step_4)
+        run_ranks(2, train_watched, config, hang_in_step_4)
     summary, facts, stacks = reports(config.run_dir)
     assert re.match(
         r"hang: rank 1 .* is behind: running, step 4, computing features for \d+ s; "
@@ -156,7 +156,7 @@ def test_rank_that_sticks_is_named_by_its_phase(overrides, tmp_path):
 
 
 def test_slow_rank_is_named_and_does_not_hang(overrides, tmp_path):
-    """Four times slower than the other one, which is no reason to end the run."""
+    """A rank that is four times slower does not end the run."""
     short = [f"output_dir={tmp_path}", "train.steps=8", "log.every_steps=4"]
     config = load_config(EMBEDDED, [*overrides, *short, "watchdog.timeout_seconds=4"])
     run_ranks(2, train_watched, config, be_slow)

@@ -1,4 +1,4 @@
-"""The run folder: who may work in it, and what it says of every start."""
+"""The run folder: the lock, the check of its content, and the record of every start."""
 
 import errno
 import fcntl
@@ -38,7 +38,7 @@ def content(folder) -> dict[str, tuple[bytes, int]]:
 
 
 def hold_until_killed(config: Config, ready: Connection) -> None:
-    """A run with a data worker, which a kill of the run leaves behind."""
+    """Hold the folder in a process with a child that outlives it."""
     with RunFolder.hold(config, Mesh.create()) as folder:
         folder.record_start(None)
         worker = os.fork()
@@ -69,7 +69,7 @@ def test_second_run_is_refused_until_the_first_is_killed(config, monkeypatch, ca
         assert f"pid {first.pid}, user " in message
         assert message.endswith("stop that run, or choose another name or output_dir")
         assert "\n" not in message
-        # Of another host, it may be dead: its lock is waited for.
+        # A run of another host may be dead: its lock is waited for.
         (config.run_dir / "lock").write_text("host elsewhere, pid 1, user ada, since yesterday")
         monkeypatch.setattr(run_dir, "_LEASE", 1.5)
         with pytest.raises(AgreedError, match="in use by host elsewhere, pid 1"):
@@ -86,7 +86,7 @@ def test_second_run_is_refused_until_the_first_is_killed(config, monkeypatch, ca
         first.kill()
 
 
-def test_run_that_fails_lets_go_of_its_folder(config):
+def test_run_that_fails_releases_its_folder(config):
     with pytest.raises(KeyError), RunFolder.hold(config, Mesh.create()):
         raise KeyError
     read, write = os.pipe()
@@ -101,7 +101,7 @@ def test_run_that_fails_lets_go_of_its_folder(config):
     os.close(read)
 
 
-def test_file_system_without_locks_is_told_of(config, monkeypatch, caplog):
+def test_file_system_without_locks_is_logged(config, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -125,7 +125,7 @@ def test_folder_of_something_else_is_refused(config):
 @pytest.mark.parametrize(
     "name", ["slurm-17.out", "lock", "hostfile", "config.yaml", "checkpoints/latest"]
 )
-def test_folder_of_a_run_or_with_its_logs_is_taken(config, name):
+def test_folder_of_a_run_or_with_its_logs_is_accepted(config, name):
     path = config.run_dir / name
     path.parent.mkdir(parents=True)
     path.touch()
@@ -133,7 +133,7 @@ def test_folder_of_a_run_or_with_its_logs_is_taken(config, name):
         pass
 
 
-def test_folder_that_cannot_be_made_is_named(config, tmp_path):
+def test_folder_that_cannot_be_created_is_named(config, tmp_path):
     (tmp_path / "run").write_text("a file")
     with (
         pytest.raises(AgreedError, match=r"run folder \(.*run\) is a file: choose another name"),
@@ -161,7 +161,7 @@ def test_full_disk_at_the_start_is_named(config, monkeypatch):
         folder.record_start(None)
 
 
-def test_every_start_is_written_down(config, caplog):
+def test_every_start_is_recorded(config, caplog):
     starts = config.run_dir / "starts.jsonl"
     with RunFolder.hold(config, Mesh.create()) as folder:
         folder.record_start(None)
@@ -184,7 +184,7 @@ def test_every_start_is_written_down(config, caplog):
     assert load_config(config.run_dir / "config.yaml") == config
 
 
-def test_metrics_tell_of_every_step_once(config):
+def test_metrics_have_every_step_once(config):
     config.run_dir.mkdir()
     path = config.run_dir / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval": 1}\n{"step": 3}\n{"step": 4, "t')
@@ -197,7 +197,7 @@ def test_metrics_tell_of_every_step_once(config):
 
 
 class Board:
-    """What MetricWriter needs of DeepSpeed's monitor."""
+    """The part of DeepSpeed's monitor that MetricWriter uses."""
 
     def __init__(self, folder: Path) -> None:
         self.tb_monitor = SimpleNamespace(summary_writer=SummaryWriter(str(folder)))
@@ -208,7 +208,7 @@ class Board:
         self.tb_monitor.summary_writer.flush()
 
 
-def test_tensorboard_hides_what_is_done_again(config):
+def test_tensorboard_hides_points_that_are_repeated(config):
     folder = config.run_dir / "tensorboard"
     for start, value in ((0, 1.0), (2, 2.0)):
         writer = MetricWriter(config, Mesh.create(), Board(folder))

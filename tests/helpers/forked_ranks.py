@@ -17,7 +17,7 @@ from ds_linclip.trainer import train
 
 
 def train_in_ranks(config: Config, world_size: int) -> tuple[dict[int, float], dict[str, Tensor]]:
-    """Losses by step, and the final weights under open_clip's names."""
+    """Train; return losses by step, and the final weights under open_clip's names."""
     run_ranks(world_size, _train, config)
     lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]

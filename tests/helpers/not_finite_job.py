@@ -1,4 +1,4 @@
-"""Runs on forked ranks: steps that are not finite, and trainings that end or go back for it.
+"""Runs on forked ranks: steps that are not finite, trainings that end or rewind because of them.
 
 See test_not_finite.py, which reads what is written here.
 """
@@ -16,7 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ds_linclip.checkpoint import CheckpointStore
+from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Batch
 from ds_linclip.data.broadcast import feed
@@ -61,13 +61,13 @@ WHERE_BAD = 7  # the row of the global batch with the bad pixel: the last rank's
 
 
 def steps_that_are_not_finite(config_file: str, overrides: list[str], folder: Path) -> None:
-    """Every form: two steps, save; one bad step; one good step; load; the good step again."""
+    """In every form: take two steps, save, take a bad and a good one, load, repeat the good one."""
     results = {}
     for name in FORMS:
         config = load_config(
             config_file, [*overrides, f"output_dir={folder}", f"name={name}", *FORMS[name]]
         )
-        # CPUs compute in fp16, if slowly; DeepSpeed does not think so.
+        # CPUs support fp16, although DeepSpeed denies it.
         with patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: True):
             results[name] = one_form(config)
     mesh = Mesh.create()
@@ -78,7 +78,7 @@ def steps_that_are_not_finite(config_file: str, overrides: list[str], folder: Pa
 
 def one_form(config: Config) -> dict[str, Any]:
     mesh = Mesh.create(config.parallel)
-    engine, checkpoints = make_engine(config, mesh), CheckpointStore(config, mesh, {})
+    engine, checkpoints = make_engine(config, mesh), CheckpointManager(config, mesh, {})
     steps = 0
     while steps - engine.skipped_steps < 2:  # fp16 has to find its loss scale first
         step(engine, config, mesh, steps)
@@ -131,7 +131,7 @@ def step(engine: Engine, config: Config, mesh: Mesh, number: int, *, is_bad: boo
 
 
 def state_of(engine: Engine) -> list[Tensor]:
-    """Copies of all that this rank holds: weights, master weights, optimizer state, averages."""
+    """Return copies of this rank's weights, master weights, optimizer state and averages."""
     deepspeed = engine.deepspeed_engine
     held = [getattr(p, "ds_tensor", p) for p in deepspeed.module.parameters()]
     for master, state in deepspeed.optimizer.optimizer.state.items():
@@ -141,13 +141,13 @@ def state_of(engine: Engine) -> list[Tensor]:
 
 
 def changed(before: list[Tensor], after: list[Tensor]) -> int:
-    """How many tensors are not what they were, bit for bit."""
+    """Return how many tensors differ in any bit."""
     assert len(before) == len(after)
     return sum(not a.equal(b) for a, b in zip(before, after, strict=True))
 
 
 def end_for_skipped_steps(config: Config) -> None:
-    """Every batch from the fifth on has a bad pixel on the last rank; then one run without."""
+    """Train with a bad pixel on the last rank from the fifth batch on; then resume without."""
     mesh = Mesh.create(config.parallel)
 
     def poisoned(*arguments: Any) -> Iterator[Batch]:
@@ -169,7 +169,7 @@ def end_for_skipped_steps(config: Config) -> None:
     mesh.close()
 
 
-def go_back_for_a_spike(whole: Config, again: Config, bad: int) -> None:
+def rewind_after_a_spike(whole: Config, again: Config, bad: int) -> None:
     """Train with a loss ten times too large on batch ``bad``, where a save is requested, too; then
     again from the last checkpoint but one."""
     mesh = Mesh.create(whole.parallel)

@@ -22,7 +22,7 @@ from ds_linclip.config import OptimConfig
 from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.lamb import Lamb
 from ds_linclip.engine.optim import build_optimizer, ema_decay, weight_decay_groups
-from ds_linclip.engine.zero_state import Piece, StateShards, fill_module
+from ds_linclip.engine.zero_state import ParameterPiece, RankState, fill_module
 from ds_linclip.parallel.mesh import Axis, Mesh
 
 STEPS = 11
@@ -66,7 +66,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 class Toy(nn.Module):
-    """Odd sizes: parameters are cut at both ends of a partition, and partitions are padded."""
+    """A model of odd sizes: partitions start and end within parameters, and are padded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def set_schedule(groups: list[dict[str, Any]], step: int) -> None:
 
 
 def train_in_one_process(kind: str, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights after the last step, and their averages, kept by hand."""
+    """Return the weights after the last step and their averages, computed by hand."""
     torch.manual_seed(0)
     model = Toy()
     if kind == "lamb":
@@ -194,7 +194,7 @@ def train_in_one_process(kind: str, steps: int) -> tuple[dict[str, Tensor], dict
 
 
 def lamb_on_split_parameters(mesh: Mesh) -> dict[str, float]:
-    """One matrix shared out over two tensor-parallel ranks, another that both have."""
+    """Update one matrix split over two tensor-parallel ranks, and another that both have."""
     generator = torch.Generator().manual_seed(0)
     split, both = torch.randn(2, 6, 4, generator=generator)
     gradients = torch.randn(STEPS, 2, 6, 4, generator=generator)
@@ -224,7 +224,7 @@ def lamb_on_split_parameters(mesh: Mesh) -> dict[str, float]:
 
 
 def module_weights(engine: Any) -> dict[str, Tensor]:
-    """A copy of what the forward pass sees, gathered under ZeRO-3."""
+    """Return a copy of the weights that the forward uses, gathered under ZeRO-3."""
     parameters = dict(engine.module.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
         return {name: p.detach().float().clone() for name, p in parameters.items()}
@@ -236,7 +236,7 @@ def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 
 def resume(mesh: Mesh, form: str, folder: Path) -> dict[str, float]:
-    """Three steps, a checkpoint, one more; and that one again, after the checkpoint was loaded.
+    """Take three steps, save, take one more, load, and repeat that one.
 
     In 16 bits there is no training in one process to compare with to the last digit: the averages
     are kept by hand from the fp32 weights that DeepSpeed shows.
@@ -273,18 +273,18 @@ def resume(mesh: Mesh, form: str, folder: Path) -> dict[str, float]:
 
 
 def save(engine: Any, mesh: Mesh, folder: Path) -> None:
-    """As a checkpoint does, without what it is wrapped in."""
-    shards = StateShards(engine, engine.module, mesh)
+    """Save the state like a checkpoint, in a simple file."""
+    state = RankState(engine, engine.module, mesh)
     pieces = [
-        (p.name, p.start, {k: t.clone() for k, t in p.tensors.items()}) for p in shards.held()
+        (p.name, p.start, {k: t.clone() for k, t in p.tensors.items()}) for p in state.pieces()
     ]
     folder.mkdir(exist_ok=True)
-    torch.save((pieces, shards.scalars()), folder / f"{mesh.rank}.pt")
+    torch.save((pieces, state.scalars()), folder / f"{mesh.rank}.pt")
     mesh.barrier()
 
 
 def load(engine: Any, mesh: Mesh, folder: Path) -> None:
-    """From whatever number of ranks saved it."""
+    """Load what any number of ranks saved."""
     saved = [torch.load(path) for path in sorted(folder.glob("*.pt"))]
     whole: dict[tuple[str, str], dict[int, Tensor]] = {}
     for pieces, _ in saved:
@@ -292,17 +292,17 @@ def load(engine: Any, mesh: Mesh, folder: Path) -> None:
             for kind, tensor in tensors.items():
                 whole.setdefault((name, kind), {})[start] = tensor
     full = {key: torch.cat([parts[s] for s in sorted(parts)]) for key, parts in whole.items()}
-    shards = StateShards(engine, engine.module, mesh)
+    state = RankState(engine, engine.module, mesh)
     kinds = sorted({kind for _, kind in full} - {"weight"})
 
-    def read(piece: Piece, kind: str) -> Tensor:
+    def read(piece: ParameterPiece, kind: str) -> Tensor:
         return full[piece.name, kind][piece.start : piece.start + piece.numel]
 
-    shards.restore(read, kinds, saved[0][1])
+    state.restore(read, kinds, saved[0][1])
     fill_module(engine.optimizer)
 
 
 def share_that_differs(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """By more than the last bits of an fp32 value."""
+    """Return the share of values that differ by more than the last bits of fp32."""
     far = torch.cat([((found[n] - expected[n]).abs() > 1e-6).flatten() for n in expected])
     return far.float().mean().item()

@@ -1,4 +1,4 @@
-"""Runs on every rank of test_recompute.py: one step, with all that it keeps and runs."""
+"""Runs on every rank of test_recompute.py: one step, its memory and its operators."""
 
 from collections import Counter
 from pathlib import Path
@@ -38,7 +38,7 @@ def small_config(kind: str, head_norm: bool = False) -> ModelConfig:
 
 
 class Watch(TorchDispatchMode):
-    """How often every costly operator runs, and what memory the results of all of them hold."""
+    """Counts the calls of costly operators and the memory that results of operators hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Watch(TorchDispatchMode):
 
 
 def measure(parallel: ParallelConfig, kind: str, recompute: str, *, drop: bool) -> dict[str, Any]:
-    """Gradients, bytes that are held when the forward is done, and operators of one step."""
+    """Return gradients, bytes held after the forward, and operators of one step."""
     mesh = Mesh.create(parallel)
     torch.manual_seed(0)
     model = CLIP(small_config(kind, head_norm=drop), mesh)

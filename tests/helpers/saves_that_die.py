@@ -22,18 +22,18 @@ _NAMES = {
 
 
 def calls_of_second_save(config: Config) -> list[list[str]]:
-    """For both ranks, the names of the calls of their second save."""
+    """Return for both ranks the names of the calls of their second save."""
     run_ranks(2, _train, config, None, -1)
     return [json.loads((config.run_dir / f"calls-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def die_in_second_save(config: Config, rank: int, call: int) -> None:
-    """Train on two ranks until ``rank`` is about to make that call; then nothing of it is left."""
+    """Train on two ranks and kill ``rank`` when it is about to make that call."""
     try:
         run_ranks(2, _train, config, rank, call)
     except RuntimeError:
         return
-    raise AssertionError(f"rank {rank} lives on after call {call} of its second save")
+    raise AssertionError(f"rank {rank} survives call {call} of its second save")
 
 
 def _train(config: Config, doomed: int | None, moment: int) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints written without training, in layouts that only many ranks would have."""
+"""Checkpoints written without training, in the layouts of many ranks."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ds_linclip.checkpoint.directory import checkpoint_path
 from ds_linclip.checkpoint.sharded_safetensors import (
-    FileFacts,
-    PieceFacts,
+    FileRecord,
+    StoredPiece,
     sha256_of,
     write_manifest,
     write_shard,
@@ -22,12 +22,12 @@ VERSIONS = {"torch": "2.11.0", "deepspeed": "0.19.8"}
 
 
 def random_weights(model: CLIP) -> dict[str, Tensor]:
-    """By our names, away from initial values."""
+    """Return weights unlike the initial ones, by our names."""
     return {name: 0.05 * torch.randn(p.shape) for name, p in model.named_parameters()}
 
 
 def split_dims(model: CLIP) -> dict[str, int | None]:
-    """What tensor parallelism splits of each parameter."""
+    """Return the dimension of each parameter that tensor parallelism splits."""
     return {
         name: p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
         for name, p in model.named_parameters()
@@ -43,16 +43,16 @@ def write_checkpoint(
     tp: int = 1,
     shards: int = 1,
 ) -> Path:
-    """A checkpoint of ``tp x shards`` ranks that share every parameter evenly, as ZeRO does.
+    """Write a checkpoint of ``tp x shards`` ranks that share every parameter evenly, as ZeRO does.
 
     Args:
-        config: The run's.
-        kinds: "weight", "ema", ..., and under each the whole parameters by our names; what lacks
-            another kind is locked.
-        split: From :func:`split_dims`.
-        step: The checkpoint's.
-        tp: Tensor-parallel ranks.
-        shards: Parts that each of these makes of what it holds.
+        config: The run's configuration.
+        kinds: The whole parameters by our names, for each of "weight", "ema", ...; a parameter that
+            has only a weight is locked.
+        split: The result of :func:`split_dims`.
+        step: The step of the checkpoint.
+        tp: The number of tensor-parallel ranks.
+        shards: The number of ranks that share what each of these holds.
     """
     path = checkpoint_path(config.run_dir / "checkpoints", step)
     path.mkdir(parents=True)
@@ -76,12 +76,12 @@ def write_checkpoint(
                 facts = {"split_dim": dim, "tp_rank": tp_rank, "start": start}
                 file = f"rank-{rank:05d}.safetensors"
                 shared = {"shape": list(shape), "kinds": there, "file": file}
-                pieces.append(PieceFacts(name=name, numel=end - start, **facts, **shared))
+                pieces.append(StoredPiece(name=name, numel=end - start, **facts, **shared))
     files = {f"rank-{r:05d}.safetensors": tensors for r, tensors in enumerate(ranks)}
     written = {name: asdict(write_shard(path / name, files[name])) for name in files}
     save_config(config, path / "config.yaml")
     size = (path / "config.yaml").stat().st_size
-    written["config.yaml"] = asdict(FileFacts(size, str(sha256_of(path / "config.yaml"))))
+    written["config.yaml"] = asdict(FileRecord(size, str(sha256_of(path / "config.yaml"))))
     content = {
         "step": step,
         "layout": {"dp": shards, "tp": tp, "pp": 1, "cp": 1, "zero": 1},

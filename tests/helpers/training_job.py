@@ -49,7 +49,7 @@ def main(folder: Path, config_file: str, overrides: list[str]) -> None:
     mesh = Mesh.create()
 
     def config(name: str, *more: str) -> Config:
-        # An epoch has 11 steps: the middle one is inside the second, and the run goes on after it.
+        # An epoch has 11 steps: the middle of the run is inside the second one.
         run = [f"output_dir={folder}", f"name={name}", f"train.steps={STEPS}", "log.every_steps=1"]
         plan = ["optim.warmup_steps=4", f"checkpoint.every_steps={MIDDLE}", "eval.data=null"]
         return load_config(config_file, [*overrides, *run, *plan, *more])
@@ -59,7 +59,7 @@ def main(folder: Path, config_file: str, overrides: list[str]) -> None:
         "loss": loss_against_one_process(mesh),
     }
     for name, form in FORMS.items():
-        # The first runs long enough to learn something; others only show that they go on.
+        # The first runs long enough to learn something; others only show that they resume.
         short = [] if name == "fp32_zero1" else SHORT
         whole = config(f"{name}_whole", *form, *short)
         of_form = Mesh.create(whole.parallel)
@@ -81,7 +81,7 @@ def main(folder: Path, config_file: str, overrides: list[str]) -> None:
 
 
 def agree(mesh: Mesh) -> dict[str, Any]:
-    """One rank fails: what does each rank see?"""
+    """Return what each rank receives when one rank fails."""
 
     def fail_on_rank_one() -> int:
         if mesh.rank == 1:
@@ -96,7 +96,7 @@ def agree(mesh: Mesh) -> dict[str, Any]:
 
 
 def loss_against_one_process(mesh: Mesh) -> dict[str, float]:
-    """Loss and gradients of two ranks against the whole batch in one piece, in float64."""
+    """Compare loss and gradients of two ranks with those of the whole batch, in float64."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, mesh.world_size * 6, 16, generator=generator, dtype=torch.float64)
     scale = torch.tensor(12.0, dtype=torch.float64)
@@ -122,7 +122,7 @@ def loss_against_one_process(mesh: Mesh) -> dict[str, float]:
 
 
 class Pulled(Objective):
-    """The logit scale as the loss, pulled at by every rank with a weight of its own."""
+    """A loss equal to the logit scale times a weight that differs between ranks."""
 
     weight = 1.0
 
@@ -131,7 +131,7 @@ class Pulled(Objective):
 
 
 def logit_scale_under_pressure(mesh: Mesh, config: Config) -> dict[str, list[float]]:
-    """The scale that the loss sees while the batch pushes it up hard, then down.
+    """Return the logit scale of every step while the loss increases it strongly, then decreases it.
 
     One rank's part of the batch always pulls the other way; the whole batch decides.
     """

@@ -139,7 +139,7 @@ def test_damaged_checkpoints_are_refused(finished, in_this_process, embedded_ove
     assert code == 2
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert re.search(r"no valid checkpoint .*rank-00001\.safetensors does not match", errors[0])
+    assert re.search(r"no valid checkpoint .*rank-00001\.safetensors\) does not match", errors[0])
     assert "Traceback" not in err
     assert times_of_files(run) == before
 

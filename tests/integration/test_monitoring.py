@@ -1,6 +1,6 @@
-"""Who is told of a run, for real: TensorBoard in a browser, Prometheus over HTTP, trackers.
+"""Real receivers of a run's scalars: TensorBoard in a browser, Prometheus over HTTP, trackers.
 
-Two forked ranks train on dirty shards, once told to everybody and once to nobody.
+Two forked ranks train on dirty shards, once with all receivers and once with none.
 """
 
 import importlib.util
@@ -70,7 +70,7 @@ def scrape(port: int) -> str:
 
 
 def train_and_scrape(config: Config) -> None:
-    """Rank 0 asks the endpoint in every evaluation; what it answered goes to scrapes.json."""
+    """Train; rank 0 scrapes the endpoint in every evaluation and saves the answers."""
     mesh = Mesh.create(config.parallel)
     score = HeldOutEvaluator.from_config(config, device=mesh.device, group=mesh.dp.group)
     port, scrapes = config.log.prometheus_port, []
@@ -96,17 +96,17 @@ def shards(digits, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(shards, digits, tmp_path_factory) -> Config:
-    asked = (f"log.prometheus_port={free_port()}", f"log.peak_tflops={PEAK_TFLOPS}")
-    config = config_of(tmp_path_factory.mktemp("runs"), "told", shards, digits, *asked)
+def monitored(shards, digits, tmp_path_factory) -> Config:
+    requested = (f"log.prometheus_port={free_port()}", f"log.peak_tflops={PEAK_TFLOPS}")
+    config = config_of(tmp_path_factory.mktemp("runs"), "monitored", shards, digits, *requested)
     run_ranks(2, train_and_scrape, config)
     return config
 
 
 @pytest.fixture(scope="module")
-def untold(told, shards, digits) -> Config:
-    output = Path(told.output_dir)
-    config = config_of(output, "untold", shards, digits, "log.tensorboard=false")
+def unmonitored(monitored, shards, digits) -> Config:
+    output = Path(monitored.output_dir)
+    config = config_of(output, "unmonitored", shards, digits, "log.tensorboard=false")
     run_ranks(2, train_and_scrape, config)
     return config
 
@@ -116,16 +116,16 @@ def records(config: Config) -> list[dict[str, Any]]:
 
 
 def families(text: str) -> dict[str, Any]:
-    """By the names of Prometheus' samples, which a counter's family leaves the "_total" out of."""
+    """Return families by the names of their samples; a counter's family lacks the "_total"."""
     found = text_string_to_metric_families(text)
     return {sample.name: family for family in found for sample in family.samples}
 
 
-def test_dashboards_show_every_scalar_and_no_other(told):
-    board = EventAccumulator(str(told.run_dir / "tensorboard"))
+def test_dashboards_show_every_scalar_and_no_other(monitored):
+    board = EventAccumulator(str(monitored.run_dir / "tensorboard"))
     board.Reload()
     tags = set(board.Tags()["scalars"])
-    assert tags == {tag for record in records(told) for tag in record if tag != "step"}
+    assert tags == {tag for record in records(monitored) for tag in record if tag != "step"}
     layout = dashboards()
     assert list(layout) == [
         *("Loss", "Throughput and MFU", "Data health", "Parallel efficiency", "Evaluation")
@@ -139,72 +139,72 @@ def test_dashboards_show_every_scalar_and_no_other(told):
     assert not tags
 
 
-def test_documentation_names_every_scalar_and_metric(told):
+def test_documentation_names_every_scalar_and_metric(monitored):
     text = (REPOSITORY / "docs" / "monitoring.md").read_text()
     for scalar in SCALARS:
         assert f"| `{scalar.tag}{'<cause>' * scalar.is_family}` |" in text
-    assert set(re.findall(r"`(linclip_\w+)", text)) == set(families(last_scrape(told)))
+    assert set(re.findall(r"`(linclip_\w+)", text)) == set(families(last_scrape(monitored)))
 
 
-def test_rates_are_those_of_the_models_operations(told):
-    last = [record for record in records(told) if "perf/mfu" in record][-1]
-    per_pair = step_flops(told, 0) / told.train.global_batch_size
+def test_rates_are_those_of_the_models_operations(monitored):
+    last = [record for record in records(monitored) if "perf/mfu" in record][-1]
+    per_pair = step_flops(monitored, 0) / monitored.train.global_batch_size
     rate = per_pair * last["perf/samples_per_second"] / 2 / 1e12
     assert last["perf/model_tflops_per_device"] == pytest.approx(rate)
     assert last["perf/mfu"] == pytest.approx(rate / PEAK_TFLOPS)
     assert 0.5 <= last["perf/load_balance"] <= 1
 
 
-def test_training_is_the_same_bit_for_bit_when_nobody_is_told(told, untold):
-    assert not (untold.run_dir / "tensorboard").exists()
-    assert len(records(told)) == len(records(untold)) == STEPS + 3
-    for one, other in zip(records(told), records(untold), strict=True):
+def test_training_is_the_same_bit_for_bit_without_monitoring(monitored, unmonitored):
+    assert not (unmonitored.run_dir / "tensorboard").exists()
+    assert len(records(monitored)) == len(records(unmonitored)) == STEPS + 3
+    for one, other in zip(records(monitored), records(unmonitored), strict=True):
         results = [tag for tag in one if not tag.startswith("perf/")]
         assert {tag: one[tag] for tag in results} == {tag: other[tag] for tag in results}
     for rank in (0, 1):
         file = f"checkpoints/step-{STEPS:08d}/rank-{rank:05d}.safetensors"
-        one, other = load_file(told.run_dir / file), load_file(untold.run_dir / file)
+        one, other = load_file(monitored.run_dir / file), load_file(unmonitored.run_dir / file)
         assert one.keys() == other.keys()
         assert all(one[name].equal(other[name]) for name in one)
 
 
-def last_scrape(told: Config) -> str:
-    return str(json.loads((told.run_dir / "scrapes.json").read_text())[-1])
+def last_scrape(monitored: Config) -> str:
+    return str(json.loads((monitored.run_dir / "scrapes.json").read_text())[-1])
 
 
-def test_prometheus_is_told_where_the_run_is(told):
-    scrapes = json.loads((told.run_dir / "scrapes.json").read_text())
+def test_prometheus_shows_the_progress_of_the_run(monitored):
+    scrapes = json.loads((monitored.run_dir / "scrapes.json").read_text())
     for number, text in enumerate(scrapes, 1):
         step, found = 2 * number, families(text)
-        logged = [record for record in records(told) if record["step"] <= step]
+        logged = [record for record in records(monitored) if record["step"] <= step]
         logged = [record for record in logged if record["step"] < step or "train/loss" in record]
         newest = {tag: value for record in logged for tag, value in record.items()}
         for scalar in SCALARS:
             values = [v for tag, v in newest.items() if scalar.cause(tag) is not None]
             assert bool(values) == (scalar.metric in found), scalar
-            told_of = [s.value for s in found[scalar.metric].samples] if values else []
-            assert told_of == pytest.approx([value * scalar.factor for value in values])
+            exported = [s.value for s in found[scalar.metric].samples] if values else []
+            assert exported == pytest.approx([value * scalar.factor for value in values])
         assert found["linclip_step"].samples[0].value == step
         assert found["linclip_planned_steps"].samples[0].value == STEPS
         (phase,) = found["linclip_phase_start_timestamp_seconds"].samples
         assert phase.labels == {"phase": "evaluating"}
         assert 0 <= time.time() - phase.value < 600
-        assert found["linclip_run_info"].samples[0].labels == {"run": "told"}
+        assert found["linclip_run_info"].samples[0].labels == {"run": "monitored"}
     assert families(scrapes[-1])["linclip_checkpoint_step"].samples[0].value in (STEPS - 2, STEPS)
     causes = families(scrapes[-1])["linclip_skipped_samples_by_cause_total"].samples
     assert {sample.labels["cause"] for sample in causes} >= {"text_empty"}
 
 
-def test_metrics_are_named_by_the_rules_of_prometheus(told):
+def test_metrics_are_named_by_the_rules_of_prometheus(monitored):
     """prometheus.io/docs/practices/naming: one prefix, base units, counters end in _total."""
-    for name, family in families(last_scrape(told)).items():
+    for name, family in families(last_scrape(monitored)).items():
         assert re.fullmatch(r"linclip(_[a-z0-9]+)+", name)
         assert (family.type == "counter") == name.endswith("_total")
         assert not re.search(r"_(gib|mib|tflops|ms|percent)(_|$)", name)
         assert family.documentation
 
 
-def test_grafana_dashboard_shows_every_metric_and_no_other(told):
+def test_grafana_dashboard_shows_every_metric_and_no_other(monitored):
     dashboard = json.loads((REPOSITORY / "launch" / "grafana.json").read_text())
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
@@ -213,11 +213,11 @@ def test_grafana_dashboard_shows_every_metric_and_no_other(told):
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         for target in panel["targets"]:
             used |= set(re.findall(r"linclip_\w+", target["expr"]))
-    assert used == set(families(last_scrape(told)))
+    assert used == set(families(last_scrape(monitored)))
 
 
 def try_to_train(configs: list[Config]) -> None:
-    """What keeps each from starting, as every rank is told: refusals-N.json."""
+    """Write the error that every rank gets from each config to refusals-N.json."""
     mesh = Mesh.create(configs[0].parallel)
     refusals = []
     for config in configs:
@@ -229,13 +229,14 @@ def try_to_train(configs: list[Config]) -> None:
     mesh.close()
 
 
-def test_what_cannot_be_had_is_told_before_the_start(shards, digits, tmp_path):
+def test_receiver_that_cannot_be_opened_is_named_before_the_start(shards, digits, tmp_path):
     absent = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is None]
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = taken.getsockname()[1]
-        asked = {"port": f"prometheus_port={port}"} | {name: f"{name}=p" for name in absent}
+        requested = {"port": f"prometheus_port={port}"} | {name: f"{name}=p" for name in absent}
         configs = [
-            config_of(tmp_path, name, shards, digits, f"log.{what}") for name, what in asked.items()
+            config_of(tmp_path, name, shards, digits, f"log.{what}")
+            for name, what in requested.items()
         ]
         run_ranks(2, try_to_train, configs)
     first, *others = ranks = json.loads((tmp_path / "refusals-0.json").read_text())
@@ -256,15 +257,15 @@ def test_what_cannot_be_had_is_told_before_the_start(shards, digits, tmp_path):
         ("log.peak_tflops=0", r"log\.peak_tflops \(0\.0\) must be greater than 0"),
     ],
 )
-def test_settings_that_cannot_be_are_named(override, message):
+def test_invalid_settings_are_named(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(EMBEDDED, [override])
 
 
 @pytest.fixture
-def tensorboard(told) -> Iterator[str]:
-    """A real server on the run's folder: its address."""
-    command = [Path(sys.executable).with_name("tensorboard"), "--logdir", told.run_dir]
+def tensorboard(monitored) -> Iterator[str]:
+    """Yield the address of a real server on the run's folder."""
+    command = [Path(sys.executable).with_name("tensorboard"), "--logdir", monitored.run_dir]
     command += ["--host", "127.0.0.1", "--port", "0", "--load_fast=false"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
@@ -276,7 +277,7 @@ def tensorboard(told) -> Iterator[str]:
 
 
 def find(browser: Any, tag: str, show: str) -> list[Any]:
-    """What ``show`` says of every ``node`` of a tag, those within shadow roots too."""
+    """Return ``show`` of every ``node`` of a tag, including those within shadow roots."""
     script = f"""
         const found = [];
         (function walk(node) {{
@@ -289,7 +290,7 @@ def find(browser: Any, tag: str, show: str) -> list[Any]:
     return list(browser.execute_script(script))
 
 
-def test_tensorboard_shows_it_all(told, tensorboard, browser, tmp_path):
+def test_tensorboard_shows_it_all(monitored, tensorboard, browser, tmp_path):
     def opened(page: str, tag: str, show: str, is_there: Any) -> list[Any]:
         """What a page shows once it is there, or after half a minute."""
         browser.get("about:blank")
@@ -309,7 +310,7 @@ def test_tensorboard_shows_it_all(told, tensorboard, browser, tmp_path):
     )
     layout = dashboards()
     written = Counter(
-        tag for record in records(told) for tag, value in record.items() if value is not None
+        tag for record in records(monitored) for tag, value in record.items() if value is not None
     )
     expected = []
     for _, expressions in (chart for charts in layout.values() for chart in charts.values()):
@@ -329,7 +330,7 @@ def test_tensorboard_shows_it_all(told, tensorboard, browser, tmp_path):
         lambda seen: "softmax" in seen,
     )
     assert {"loss.kind", "model.embed_dim", "train/loss", "eval/zeroshot_top1"} <= set(cells)
-    loss = [record["train/loss"] for record in records(told) if "train/loss" in record][-1]
+    loss = [record["train/loss"] for record in records(monitored) if "train/loss" in record][-1]
     assert f"{loss:.5g}" in cells
     names = {name.strip() for name in find(browser, "paper-checkbox", "node.textContent")}
     assert {"optim.lr", "train.global_batch_size", "zero.stage", "ranks"} <= names
@@ -338,7 +339,7 @@ def test_tensorboard_shows_it_all(told, tensorboard, browser, tmp_path):
         *("text", "tf-markdown-view", "node.shadowRoot ? node.shadowRoot.textContent : ''"),
         lambda seen: any("parameters, M" in text for text in seen),
     )
-    assert any(f"global_batch_size: {told.train.global_batch_size}" in text for text in texts)
+    assert any(f"global_batch_size: {monitored.train.global_batch_size}" in text for text in texts)
 
     groups = opened(
         *("scalars", "tf-category-paginated-view", "node.category.name"),
@@ -363,7 +364,7 @@ def missing(name: str) -> pytest.MarkDecorator:
 
 
 def wandb_records(path: Path) -> Iterator[bytes]:
-    """Of an offline run's file: LevelDB's log format, after seven bytes of wandb's own."""
+    """Yield the records of an offline run: LevelDB's log format after seven bytes of wandb's."""
     content, position, parts = path.read_bytes(), 7, b""
     while position + 7 <= len(content):
         left = 32768 - position % 32768
@@ -400,7 +401,7 @@ def test_weights_and_biases_gets_every_scalar(shards, digits, tmp_path):
 
 
 @missing("wandb")
-def test_weights_and_biases_without_an_account_is_told_before_the_start(
+def test_weights_and_biases_without_an_account_is_named_before_the_start(
     shards, digits, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,12 +1,15 @@
-"""Checkpoints on one rank: what is kept, what is refused, what is taken instead."""
+"""Checkpoints on one rank: which are kept, refused or used instead of a damaged one."""
 
 import json
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from ds_linclip.checkpoint import CheckpointStore, latest_checkpoint, load_weights
+from ds_linclip.checkpoint.loading import latest_checkpoint, load_weights
+from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, load_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
@@ -48,7 +51,7 @@ def losses(config: Config) -> list[tuple[int, float]]:
     return [(record["step"], record["train/loss"]) for record in map(json.loads, lines)]
 
 
-def test_damaged_checkpoint_is_set_aside_for_the_one_before(run, caplog):
+def test_damaged_checkpoint_is_set_aside_for_the_previous_one(run, caplog):
     folder = run.run_dir / "checkpoints"
     assert sorted(p.name for p in folder.glob("step-*")) == ["step-00000004", "step-00000006"]
     assert (folder / "latest").read_text() == "step-00000006"
@@ -60,13 +63,13 @@ def test_damaged_checkpoint_is_set_aside_for_the_one_before(run, caplog):
     with caplog.at_level(logging.WARNING):
         train(run, Mesh.create())
 
-    assert f"{damaged} does not match its checksum" in caplog.text
+    assert f"{damaged}) does not match its checksum" in caplog.text
     assert losses(run) == first, "steps 5 and 6 are repeated exactly"
     undone = (run.run_dir / "metrics_undone.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in undone] == [5, 6]
     assert (folder / "step-00000006.rejected" / damaged.name).exists()
     assert latest_checkpoint(run.run_dir) == folder / "step-00000006"
-    assert CheckpointStore(run, Mesh.create(), {}).newest() == folder / "step-00000006"
+    assert CheckpointManager(run, Mesh.create(), {}).newest() == folder / "step-00000006"
 
 
 def test_folder_without_a_valid_checkpoint_is_refused(run):
@@ -75,7 +78,7 @@ def test_folder_without_a_valid_checkpoint_is_refused(run):
     (folder / "step-00000004" / SHARD).write_bytes(b"")
     before = sorted(run.run_dir.rglob("*"))
     with pytest.raises(
-        AgreedError, match=r"no valid .*manifest\.json.*00000\.safetensors does not"
+        AgreedError, match=r"no valid .*manifest\.json.*00000\.safetensors\) does not"
     ):
         train(run, Mesh.create())
     assert sorted(run.run_dir.rglob("*")) == before
@@ -94,7 +97,7 @@ def test_weights_that_cannot_be_read_are_named(run):
 
 
 @pytest.mark.parametrize("step", ["write_manifest", "prune"])
-def test_failure_before_the_commit_ends_the_run_and_after_it_is_told(
+def test_failure_ends_the_run_before_the_commit_and_is_logged_after_it(
     run, monkeypatch, caplog, step
 ):
     newest = run.run_dir / "checkpoints" / "step-00000006"
@@ -115,8 +118,8 @@ def test_failure_before_the_commit_ends_the_run_and_after_it_is_told(
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, 4), (4, None)])
-def test_bf16_goes_on_with_other_micro_batches(embedded_overrides, tmp_path, before, after):
-    """With accumulation DeepSpeed has another optimizer for bf16, without a loss scale."""
+def test_bf16_resumes_with_other_micro_batches(embedded_overrides, tmp_path, before, after):
+    """DeepSpeed uses another optimizer for bf16 with accumulation, without a loss scale."""
     overrides = [*embedded_overrides, *SMALL, f"output_dir={tmp_path}", "train.precision=bf16"]
     config = load_config("ds_configs/train/embedded.yaml", [*overrides, "name=run"])
     config.train.micro_batch_size = before
@@ -127,3 +130,9 @@ def test_bf16_goes_on_with_other_micro_batches(embedded_overrides, tmp_path, bef
     train(config, Mesh.create())
     assert [step for step, _ in losses(config)] == [1, 2, 3, 4, 5, 6]
     assert dict(losses(config)) == pytest.approx(dict(whole), rel=1e-2)
+
+
+def test_folder_of_checkpoints_is_read_without_torch():
+    """The supervisor reads it, and must hold neither gigabytes nor a GPU."""
+    program = "import sys, ds_linclip.checkpoint.directory; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

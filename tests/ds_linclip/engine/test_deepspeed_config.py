@@ -1,4 +1,4 @@
-"""DeepSpeed's dictionary as we generate it, and what the machine must have for it."""
+"""The generated DeepSpeed configuration, and the checks of what the machine supports."""
 
 import json
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def accelerator(*, fp16: bool, bf16: bool) -> SimpleNamespace:
         ("bf16", False, r"^train\.precision \(bf16\) .* take train\.precision=fp32$"),
     ],
 )
-def test_precision_that_the_device_lacks_is_named(monkeypatch, precision, bf16, message):
+def test_unsupported_precision_is_named(monkeypatch, precision, bf16, message):
     monkeypatch.setattr(module, "get_accelerator", lambda: accelerator(fp16=False, bf16=bf16))
     with pytest.raises(ValueError, match=message):
         check_machine(load_config(EMBEDDED, [f"train.precision={precision}"]))
@@ -38,7 +38,7 @@ def test_precision_that_the_device_lacks_is_named(monkeypatch, precision, bf16, 
 
 
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
-def test_nvme_without_asynchronous_files_is_named(monkeypatch, name):
+def test_nvme_without_async_io_is_named(monkeypatch, name):
     config = load_config(EMBEDDED, [f"zero.{name}=nvme", "zero.stage=3", "zero.nvme_path=/nvme"])
     for compatible in (True, False):
         builder = SimpleNamespace(is_compatible=lambda compatible=compatible: compatible)
@@ -51,7 +51,7 @@ def test_nvme_without_asynchronous_files_is_named(monkeypatch, name):
                 check_machine(config)
 
 
-def test_buckets_are_of_a_clip_models_size_unless_the_file_says_otherwise(tmp_path):
+def test_default_bucket_sizes_and_those_of_the_file(tmp_path):
     mesh = Mesh.create()
     generated = deepspeed_config(load_config(EMBEDDED, ["zero.stage=3"]), mesh)
     zero = generated["zero_optimization"]
@@ -68,7 +68,7 @@ def test_host_memory_is_pinned_for_gpus_only():
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
 
 
-def test_loss_scale_of_fp16_is_stated():
+def test_fp16_has_a_dynamic_loss_scale():
     generated = deepspeed_config(load_config(EMBEDDED, ["train.precision=fp16"]), Mesh.create())
     assert generated["fp16"]["enabled"]
     assert generated["fp16"]["initial_scale_power"] == 16

@@ -1,6 +1,6 @@
 """Learning rate, EMA decay, weight-decay groups, the optimizers and the average of the weights.
 
-What ZeRO makes of them is in tests/distributed/test_optimizers.py.
+The optimizers under ZeRO are tested in tests/distributed/test_optimizers.py.
 """
 
 from types import SimpleNamespace
@@ -86,7 +86,7 @@ def test_optimizer_is_built_as_configured(kind, form):
         assert group.get("eps", 1e-7) == 1e-7
 
 
-def test_lamb_is_that_of_timm():
+def test_lamb_equals_timms():
     config = OptimConfig(kind="lamb", lr=0.02, weight_decay=0.3)
     model, other = small_model(), small_model()
     with torch.no_grad():  # no trust ratio without weights
@@ -123,7 +123,7 @@ def test_ema_decay_warms_up():
     assert ema_decay(891, 0.99) == ema_decay(10**6, 0.99) == 0.99
 
 
-def test_average_is_seen_in_evaluation_and_gone_afterwards():
+def test_averages_replace_the_weights_during_evaluation_only():
     model = small_model()
     optimizer = build_optimizer(model, OptimConfig(lr=0.05))
     track_ema(optimizer)
@@ -146,7 +146,7 @@ def test_average_is_seen_in_evaluation_and_gone_afterwards():
     assert all(p.equal(w) for p, w in zip(model.parameters(), weights, strict=True))
 
 
-def test_average_leaves_frozen_and_unused_parameters_alone():
+def test_frozen_and_unused_parameters_have_no_average():
     model = small_model()
     model[2].requires_grad_(False)
     unused = nn.Linear(2, 2)

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ds_linclip.checkpoint import load_weights
+from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import Config, ParallelConfig, load_config
 from ds_linclip.interop import export_checkpoint
 from ds_linclip.interop.export import main

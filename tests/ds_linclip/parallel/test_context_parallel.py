@@ -1,4 +1,4 @@
-"""Context parallelism: pieces that are each other's adjoints, and a tower that is split by them."""
+"""Context parallelism: adjoint forward and backward, and a tower whose tokens are split."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 class Tower(nn.Module):
-    """Two layers of attention between projections; its rank's tokens, or all without a group."""
+    """Two attention layers between projections, on this rank's tokens; on all without a group."""
 
     def __init__(
         self, num_tokens: int, form: dict[str, Any], group: dist.ProcessGroup | None
@@ -64,7 +64,7 @@ class Tower(nn.Module):
 def run_tower(
     case: str, samples: slice, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Features, tokens and gradients of the seed's tower; the loss is a mean over samples."""
+    """Return features, tokens and gradients of a tower from a fixed seed."""
     num_tokens, form = CASES[case]
     torch.manual_seed(0)
     tower = Tower(num_tokens, form, group).double()
@@ -76,7 +76,7 @@ def run_tower(
 
 
 def four_ranks(rank: int, folder: Path) -> None:
-    """One of four processes; the context groups of each size are neighbours."""
+    """Run one of four processes; context groups consist of neighbouring ranks."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE
@@ -102,7 +102,7 @@ def four_ranks(rank: int, folder: Path) -> None:
 
 
 def inner_products(function: Any, group: dist.ProcessGroup) -> tuple[float, float]:
-    """<f(x), g> and <x, f'(g)>, added up over the ranks of a group that hold 3 - rank tokens."""
+    """Return <f(x), g> and <x, f'(g)>, summed over ranks that hold 3 - rank tokens each."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64).requires_grad_()
     y = function(x)
@@ -152,7 +152,7 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_one_rank_is_free() -> None:
+def test_a_single_rank_needs_no_communication() -> None:
     x = torch.randn(2, 3, 4, requires_grad=True)
     assert sum_over_ranks(x, None) is x
     assert torch.equal(first_token(x, None), x[:, 0])

@@ -92,7 +92,7 @@ def test_agree_returns_the_result_or_raises_the_error(mesh: Mesh) -> None:
         mesh.agree(read)
 
 
-def test_mpu_answers_what_deepspeed_asks(mesh: Mesh) -> None:
+def test_mpu_has_what_deepspeed_needs(mesh: Mesh) -> None:
     mpu = mesh.mpu()
     assert mpu.get_data_parallel_group() is mesh.replicas.group
     assert mpu.get_data_parallel_world_size() == 1
@@ -101,7 +101,7 @@ def test_mpu_answers_what_deepspeed_asks(mesh: Mesh) -> None:
     assert not hasattr(mpu, "get_slice_parallel_rank")
 
 
-def test_layers_compute_what_torchs_layers_compute(mesh: Mesh) -> None:
+def test_layers_equal_torchs_layers(mesh: Mesh) -> None:
     normal = torch.nn.init.normal_
     x = torch.randn(2, 5, 6, requires_grad=True)
     for build in (column_parallel, row_parallel):
@@ -121,7 +121,7 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def run_model(mesh: Mesh) -> dict[str, Any]:
-    """Features, unsplit weights and unsplit gradients of the model that the seed gives."""
+    """Return features, unsplit weights and unsplit gradients of a model from a fixed seed."""
     torch.manual_seed(0)
     model = CLIP(CONFIG, mesh)
     weights = to_open_clip(model)
@@ -148,7 +148,7 @@ def run_model(mesh: Mesh) -> dict[str, Any]:
 
 
 def two_ranks(folder: Path) -> None:
-    """One of two launched processes: errors that travel, then tensor parallelism."""
+    """Run one of two launched processes: shared errors, then tensor parallelism."""
     mesh = Mesh.create(ParallelConfig(device="cpu", dp=2))
     layout: list[Any] = [(mesh.rank, mesh.dp.rank, mesh.dp.size, mesh.tp.size)]
 

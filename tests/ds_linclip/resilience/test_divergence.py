@@ -1,4 +1,4 @@
-"""Judgement of steps and losses, without training."""
+"""The divergence guard, without training."""
 
 import logging
 import math
@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from ds_linclip.checkpoint import CheckpointStore
+from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import load_config
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.resilience.divergence import Diverged, Health
+from ds_linclip.resilience.divergence import Diverged, DivergenceGuard
 
 EMBEDDED = "ds_configs/train/embedded.yaml"
 LOSS = torch.tensor(2.5)
@@ -17,27 +17,27 @@ NAN = torch.tensor(math.nan)
 
 
 @pytest.fixture
-def health_of(tmp_path):
-    def make(*overrides: str) -> Health:
+def make_guard(tmp_path):
+    def make(*overrides: str) -> DivergenceGuard:
         run = [f"output_dir={tmp_path}", "name=run"]
         config, mesh = load_config(EMBEDDED, [*run, *overrides]), Mesh.create()
-        return Health(config, mesh, CheckpointStore(config, mesh, {}))
+        return DivergenceGuard(config, mesh, CheckpointManager(config, mesh, {}))
 
     return make
 
 
-def steps(health: Health, first: int, skipped: str) -> None:
-    """``+``: taken, ``-``: skipped, ``s``: skipped while the loss scale may be lowered."""
+def steps(guard: DivergenceGuard, first: int, skipped: str) -> None:
+    """Report steps: ``+`` taken, ``-`` skipped, ``s`` skipped but excused by the loss scale."""
     for step, kind in enumerate(skipped, start=first):
         loss = LOSS if kind == "+" else NAN
-        health.step_done(step, loss, was_skipped=kind != "+", is_excused=kind == "s")
+        guard.step_done(step, loss, was_skipped=kind != "+", is_excused=kind == "s")
 
 
-def test_run_ends_after_skipped_steps_in_a_row(health_of):
-    health = health_of("health.max_skipped_steps=3", "log.sample_keys=true")
-    steps(health, 1, "+--+--++--")
+def test_run_ends_after_skipped_steps_in_a_row(make_guard):
+    guard = make_guard("health.max_skipped_steps=3", "log.sample_keys=true")
+    steps(guard, 1, "+--+--++--")
     with pytest.raises(Diverged) as ended:
-        steps(health, 11, "-")
+        steps(guard, 11, "-")
     message = str(ended.value)
     assert message.startswith("steps 9 to 11 were all skipped")
     assert "the last loss before was 2.5000 at step 8" in message
@@ -46,23 +46,23 @@ def test_run_ends_after_skipped_steps_in_a_row(health_of):
     assert "\n" not in message
 
 
-def test_newest_checkpoint_is_named(health_of, tmp_path):
+def test_newest_checkpoint_is_named(make_guard, tmp_path):
     (tmp_path / "run" / "checkpoints" / "step-00000004").mkdir(parents=True)
     with pytest.raises(Diverged, match=r"no step was taken .*newest checkpoint is .*step-00000004"):
-        steps(health_of("health.max_skipped_steps=1"), 5, "-")
+        steps(make_guard("health.max_skipped_steps=1"), 5, "-")
 
 
-def test_steps_that_lower_the_loss_scale_do_not_count(health_of):
-    health = health_of("health.max_skipped_steps=3")
-    steps(health, 1, "s" * 18 + "--+")
-    assert not health.is_skipping
+def test_steps_that_lower_the_loss_scale_do_not_count(make_guard):
+    guard = make_guard("health.max_skipped_steps=3")
+    steps(guard, 1, "s" * 18 + "--+")
+    assert not guard.is_skipping
     with pytest.raises(Diverged, match="steps 22 to 41 "):
-        steps(health, 22, "s" * 17 + "---")
+        steps(guard, 22, "s" * 17 + "---")
 
 
-def test_every_skipped_step_is_told_of_once(health_of, caplog):
+def test_every_skipped_step_is_logged_once(make_guard, caplog):
     with caplog.at_level(logging.WARNING):
-        steps(health_of(), 1, "+-+s")
+        steps(make_guard(), 1, "+-+s")
     assert [record.getMessage()[:14] for record in caplog.records] == [
         "step 2 skipped",
         "step 4 skipped",
@@ -70,41 +70,41 @@ def test_every_skipped_step_is_told_of_once(health_of, caplog):
     assert "loss scale" in caplog.records[1].getMessage()
 
 
-def test_loss_that_is_not_finite_cannot_pass_unnoticed(health_of):
-    health = health_of()
-    steps(health, 1, "+-")
-    health.check_loss(2, math.nan)  # its step was skipped
-    steps(health, 3, "+")
-    health.check_loss(3, 2.5)
-    steps(health, 4, "+")
+def test_loss_that_is_not_finite_ends_the_run(make_guard):
+    guard = make_guard()
+    steps(guard, 1, "+-")
+    guard.check_loss(2, math.nan)  # its step was skipped
+    steps(guard, 3, "+")
+    guard.check_loss(3, 2.5)
+    steps(guard, 4, "+")
     with pytest.raises(Diverged, match=r"loss of step 4 is nan although its gradient was finite"):
-        health.check_loss(4, math.nan)
+        guard.check_loss(4, math.nan)
 
 
-def test_spike_is_a_loss_far_above_the_median(health_of):
-    health = health_of("health.spike_factor=2", "health.spike_window=3")
-    assert not any(health.is_spike(n, loss) for n, loss in enumerate([1.0, 9.0, 1.2], start=1))
-    assert not health.is_spike(4, 2.3)
-    assert not health.is_spike(5, math.nan)  # a skipped step
-    assert health.is_spike(6, 4.7)  # the median of 9, 1.2 and 2.3 is 2.3
-    assert health.is_spike(6, 4.7), "a spike does not become part of the median"
+def test_spike_is_a_loss_far_above_the_median(make_guard):
+    guard = make_guard("health.spike_factor=2", "health.spike_window=3")
+    assert not any(guard.is_spike(n, loss) for n, loss in enumerate([1.0, 9.0, 1.2], start=1))
+    assert not guard.is_spike(4, 2.3)
+    assert not guard.is_spike(5, math.nan)  # a skipped step
+    assert guard.is_spike(6, 4.7)  # the median of 9, 1.2 and 2.3 is 2.3
+    assert guard.is_spike(6, 4.7), "a spike does not become part of the median"
 
 
-def test_without_a_factor_there_are_no_spikes(health_of):
-    health = health_of("health.spike_window=1")
-    assert not any(health.is_spike(n, 10.0**n) for n in range(9))
+def test_without_a_factor_there_are_no_spikes(make_guard):
+    guard = make_guard("health.spike_window=1")
+    assert not any(guard.is_spike(n, 10.0**n) for n in range(9))
 
 
-def test_rewinds_leave_batches_out_and_are_counted(health_of, caplog):
+def test_rewinds_leave_batches_out_and_are_counted(make_guard, caplog):
     spikes = ["health.spike_factor=2", "health.spike_window=2", "health.max_rewinds=2"]
-    health = health_of(*spikes)
+    guard = make_guard(*spikes)
     for step in (1, 2):
-        assert not health.is_spike(step, 1.0)
-    assert health.is_spike(10, 3.0)
-    health.rewound(10, 8)
-    assert health.skipped_batches == 2
-    resumed = health_of(*spikes)
-    resumed.load_state(health.state())
+        assert not guard.is_spike(step, 1.0)
+    assert guard.is_spike(10, 3.0)
+    guard.rewound(10, 8)
+    assert guard.skipped_batches == 2
+    resumed = make_guard(*spikes)
+    resumed.load_state(guard.state())
     assert resumed.scalars() == {"train/rewinds": 1, "train/skipped_batches": 2}
     assert resumed.is_spike(11, 3.0), "the window comes with the checkpoint"
     with caplog.at_level(logging.WARNING):
