@@ -1,4 +1,4 @@
-"""Zero-shot score during training: a task opened once, then asked as often as wanted."""
+"""Zero-shot accuracy during training: the task is opened once and scored repeatedly."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
@@ -21,15 +21,15 @@ class _Writer(Protocol):
 
 
 class HeldOutEvaluator:
-    """Scores models on one task; every rank of ``group`` calls it together.
+    """The held-out task of a run; every rank of ``group`` scores models on it together.
 
     Args:
-        task: Opened and checked before training, so that an evaluation hours later finds its data
-            in order.
-        context_length: Tokens of the model's text tower.
-        device: Where the model is.
-        group: Ranks that share the work; None: this process alone.
-        num_images: Predictions drawn at each call, by rank 0 of ``group``.
+        task: The task, opened and checked before training, so that bad data stop the run at its
+            start and not at the first evaluation.
+        context_length: The number of tokens of the model's text tower.
+        device: The device of the model.
+        group: The ranks that divide the work among themselves; None: this process alone.
+        num_images: The number of predictions that rank 0 of ``group`` draws at each call.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class HeldOutEvaluator:
     def from_config(
         cls, config: Config, *, device: torch.device, group: dist.ProcessGroup | None = None
     ) -> Self:
-        """The evaluator of ``config.eval``.
+        """Return the evaluator that ``config.eval`` describes.
 
         Raises:
-            ValueError: when ``eval.data`` is None, or as :meth:`ZeroShotTask.open`.
+            ValueError: when ``eval.data`` is None or the task cannot be opened.
         """
         if config.eval.data is None:
             raise ValueError("eval.data (None) must name a held-out folder")
@@ -76,7 +76,7 @@ class HeldOutEvaluator:
         )
 
     def score(self, model: Encoders) -> ZeroShotResult:
-        """Classify every held-out image; ``model`` is in eval mode, gradients are off."""
+        """Classify every held-out image with a model in eval mode."""
         return self._task.score(
             model,
             tokenizer=self._tokenizer,
@@ -86,10 +86,19 @@ class HeldOutEvaluator:
         )
 
     def __call__(self, model: Encoders, writer: _Writer, step: int) -> Mapping[str, float]:
-        """Score during training: draws the first predictions, returns scalars by their tags."""
+        """Score a model during training.
+
+        Args:
+            model: Its encoders, in eval mode.
+            writer: Receives a figure of the first predictions.
+            step: The training step.
+
+        Returns:
+            Top-1 and top-5 accuracy by their TensorBoard tags.
+        """
         result = self.score(model)
         if result.predictions:
-            # Imported by the one rank that draws: matplotlib takes each half a second.
+            # Only the rank that draws imports matplotlib, which takes half a second.
             from linclip_eval.zero_shot.figures import draw_predictions
 
             writer.figure(step, "eval/predictions", draw_predictions(result.predictions))
