@@ -1,6 +1,6 @@
-"""The picture of an inspection: captions, image sizes, bytes and what is wrong, one panel each.
+"""The figure of an inspection: captions, image sizes, file sizes and defects, one panel each.
 
-Drawn on a bare ``matplotlib.figure.Figure``: no window system, no global pyplot state.
+It is a bare ``matplotlib.figure.Figure``: no window system, no global pyplot state.
 """
 
 import math
@@ -89,11 +89,11 @@ def _draw_bytes(axes: Axes, size: Mapping[str, Any]) -> None:
 
 
 def _draw_causes(axes: Axes, causes: Mapping[str, Mapping[str, int]]) -> None:
-    _style(axes, "What is wrong", "samples (shards)", grid="x")
+    _style(axes, "Defects", "samples (shards)", grid="x")
     shown = sorted(causes.items(), key=lambda item: item[1]["samples"])[-_MAX_CAUSES:]
     if not shown:
         axes.annotate(
-            "nothing", (0.5, 0.5), xycoords="axes fraction", ha="center", color=_MUTED, fontsize=12
+            "none", (0.5, 0.5), xycoords="axes fraction", ha="center", color=_MUTED, fontsize=12
         )
         axes.set_xticks([])
         axes.set_yticks([])
@@ -134,7 +134,7 @@ def _fill(axes: Axes, distribution: Mapping[str, Any], colour: str, label: str =
 
 
 def _log_ticks(axes: Axes, form: Callable[[int], str]) -> None:
-    """Few ticks, whether the values span a factor of two or a million."""
+    """Set a few ticks, whether the values span a factor of two or a million."""
     axes.set_xscale("log", base=2)
     low, high = axes.get_xlim()
     doublings = math.log2(high / low)

@@ -239,7 +239,7 @@ def test_csv_row_with_broken_text_is_one_bad_sample(tmp_path: Path) -> None:
     assert "�.jpg" in [row["url"] for row in read_rows(tmp_path / "out")]
 
 
-def test_csv_row_with_endless_caption_is_one_bad_sample(tmp_path: Path) -> None:
+def test_csv_row_with_overlong_caption_is_one_bad_sample(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(picture(20, 20))
     rows = [["filepath", "title"], ["a.jpg", "good"], ["a.jpg", "word " * 200_000]]
     write_csv(tmp_path / "a.tsv", [*rows, ["x" * 200_000, "lost"], ["a.jpg", "good too"]])
@@ -263,7 +263,7 @@ def test_csv_row_with_endless_caption_is_one_bad_sample(tmp_path: Path) -> None:
         ("center_crop", (8, 24), (32, 32)),
     ],
 )
-def test_resize_modes_are_img2datasets(
+def test_resize_modes_are_those_of_img2dataset(
     tmp_path: Path, mode: ResizeMode, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     red_left = Image.new("RGB", size, "blue")
@@ -320,7 +320,7 @@ def test_side_too_long_for_libjpeg_is_one_bad_sample(
     assert counts == ({"success": 2} if usable else {"success": 1, "image_too_many_pixels": 1})
 
 
-def test_changed_files_are_not_taken_for_the_same_set(tmp_path: Path) -> None:
+def test_changed_files_are_another_set(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", 3)
     out = tmp_path / "out"
     assert make_pairs(out, folder_pairs(tmp_path / "images")) == {"success": 3}
@@ -332,7 +332,7 @@ def test_changed_files_are_not_taken_for_the_same_set(tmp_path: Path) -> None:
     assert bytes_of(out) == before
 
 
-def test_all_bad_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_only_bad_pairs_are_an_error_and_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(3):
         (tmp_path / "images" / f"{number}.jpg").write_bytes(b"broken")
@@ -343,7 +343,7 @@ def test_all_bad_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_file_that_may_not_be_read_is_counted(tmp_path: Path) -> None:
+def test_file_without_read_permission_is_counted(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", 2)
     (tmp_path / "images" / "cats" / "00.x.jpg").chmod(0)
     counts = make_pairs(tmp_path / "out", folder_pairs(tmp_path / "images"))
@@ -391,7 +391,7 @@ def test_command_reports_what_failed(tmp_path: Path) -> None:
         ("csv header.csv OUT", "source (header.csv) must hold rows"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_are_one_line_errors(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -412,7 +412,7 @@ def test_mistakes_are_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_command_ends_with_2_for_a_mistake(tmp_path: Path) -> None:
+def test_command_exits_with_2_for_a_mistake(tmp_path: Path) -> None:
     command = [str(COMMAND), "make-shards", "folder", str(tmp_path / "no"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
