@@ -121,14 +121,14 @@ def test_strength_is_searched_as_in_the_paper():
 
 
 def test_fit_that_reaches_the_limit_of_iterations_is_counted():
-    # One direction that hardly varies tells the classes apart. Three iterations are too few without
-    # a penalty, on any processor; a thousand may be enough, depending on how it rounds.
+    # Only a direction that hardly varies separates the classes. Ten iterations are far too few
+    # without a penalty; with a strong one, three or four suffice, depending on rounding.
     images = np.random.default_rng(0).normal(size=(400, 40)) * np.geomspace(1, 1e-4, 40)
     labels = (images[:, -1] > 0).astype(int)
     train, test = features_of(images, labels), features_of(images[:50], labels[:50])
-    result = linear_probe(train, test, max_iterations=3)
+    result = linear_probe(train, test, max_iterations=10)
     weakest, strongest = result.search[0], result.search[-1]
-    assert (weakest.converged, weakest.num_iterations) == (False, 3)
+    assert (weakest.converged, weakest.num_iterations) == (False, 10)
     assert strongest.converged
     assert result.num_unconverged == sum(not fit.converged for fit in result.search) + (
         not result.converged
