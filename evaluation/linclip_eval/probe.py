@@ -101,7 +101,7 @@ class LinearProbe:
     @property
     def num_unconverged(self) -> int:
         """The number of fits, the final one included, that did not converge."""
-        return sum(not fit.converged for fit in self.search) + (not self.converged)
+        return sum(not fit.converged for fit in (*self.search, self))
 
 
 def knn(
@@ -231,11 +231,13 @@ def _fit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(images, labels)
-    unconverged = [each for each in caught if issubclass(each.category, ConvergenceWarning)]
-    for each in caught:
-        if each not in unconverged:
-            warnings.warn(each.message, stacklevel=2)
-    return model, not unconverged
+    converged = True
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):
+            converged = False
+        else:
+            warnings.warn(warning.message, stacklevel=2)
+    return model, converged
 
 
 def _predict(

@@ -1,7 +1,7 @@
 """Held-out images with their classes, in batches that are the same on any number of ranks."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -60,11 +60,13 @@ class LabelledData:
         batch_size: Samples per batch; the last batch may be smaller.
         num_workers: Decoding processes.
         classes: Ids in the order of their labels; None: the folder is in clip_benchmark's layout.
-        split: The folder of tars to prefer to ``test``, in clip_benchmark's layout.
+        split: The folder of tars that is preferred to ``test``; tars in ``folder`` itself are
+            preferred to both.
         needs_classes: Whether a folder that names no classes is an error. Otherwise its images have
             the label 0, and only their captions matter.
-        strict: Whether a defect of the folder is an error. Otherwise it is counted, in ``findings``
-            and in the batches.
+        strict: Whether a defect of the folder is an error (except for a class of
+            ``classnames.txt`` without images). Otherwise it is counted, in ``findings`` and in the
+            batches.
 
     Attributes:
         classnames: The names or ids of the classes, in the order of their labels.
@@ -154,34 +156,35 @@ class _BatchDataset(Dataset[LabelledBatch | ValueError]):
 
     def __getitem__(self, number: int) -> LabelledBatch | ValueError:
         start = number * self.batch_size
-        samples = range(start, min(start + self.batch_size, len(self.images)))
-        pixels, captions, readable = [], [], []
-        reasons: dict[int, str] = {}
-        for sample in samples:
+        pixels: list[Tensor] = []
+        captions: list[str] = []
+        readable: dict[int, str] = {}  # number of a sample -> its key
+        unreadable: dict[int, tuple[str, str]] = {}  # number of a sample -> its key, the reason
+        for sample in range(start, min(start + self.batch_size, len(self.images))):
+            part, row = self.images.find(sample)
             try:
-                content, caption = self.images.read(sample)
+                content, caption = part.read(row)
                 pixels.append(self.transform(content))
             except (BadSample, OSError, ValueError) as error:
                 # A file system that does not answer is not a defect of the image.
                 if self.strict or isinstance(error, OSError):
                     # Returned, since an error raised in a worker arrives as a traceback.
-                    where = self.images.where(sample)
                     return ValueError(
-                        f"eval.data ({self.folder}): {where} must be readable: {error}"
+                        f"eval.data ({self.folder}): {part.where(row)} must be readable: {error}"
                     )
-                reasons[sample] = str(error)
+                unreadable[sample] = (part.key(row), str(error))
                 continue
             captions.append(caption)
-            readable.append(sample)
+            readable[sample] = part.key(row)
         return LabelledBatch(
             number=number,
             images=torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0),
             labels=self._labels(readable),
-            keys=[self.images.key(sample) for sample in readable],
+            keys=list(readable.values()),
             captions=captions,
-            unreadable_labels=self._labels(list(reasons)),
-            unreadable=[(self.images.key(sample), reason) for sample, reason in reasons.items()],
+            unreadable_labels=self._labels(unreadable),
+            unreadable=list(unreadable.values()),
         )
 
-    def _labels(self, samples: Sequence[int]) -> Tensor:
-        return torch.from_numpy(self.images.labels[samples].astype(np.int64))
+    def _labels(self, samples: Iterable[int]) -> Tensor:
+        return torch.from_numpy(self.images.labels[list(samples)].astype(np.int64))

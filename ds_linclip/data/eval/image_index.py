@@ -89,14 +89,7 @@ class LabelledImages:
     the files in them are in the order of their names.
 
     Args:
-        folder: A folder in one of the forms listed in this module.
-        classes: Ids in the order of their labels; None: ``classnames.txt`` has the classes.
-        split: The folder of tars that is preferred to ``test``; tars in ``folder`` itself are
-            preferred to both.
-        needs_classes: Whether a folder needs ``classnames.txt`` when ``classes`` is None. Otherwise
-            all images of a folder without it have the label 0.
-        strict: Whether findings are errors, except for classes of ``classnames.txt`` without
-            images.
+        folder, classes, split, needs_classes, strict: See :class:`LabelledData`.
 
     Attributes:
         classnames: The names or ids of the classes, in the order of their labels.
@@ -144,23 +137,14 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def key(self, number: int) -> str:
-        """Return the name of an image in its tar, or its path in the folder."""
-        part, row = self._find(number)
-        return part.key(row)
-
-    def where(self, number: int) -> str:
-        """Return the description of an image for messages."""
-        part, row = self._find(number)
-        return part.where(row)
-
-    def read(self, number: int) -> tuple[bytes, str]:
-        """Return image file and caption, see :meth:`LabelledPart.read`; one tar stays open."""
-        part, row = self._find(number)
+    def find(self, number: int) -> tuple[LabelledPart, int]:
+        """Return the part that holds an image, and its row there; other parts are closed."""
+        index = bisect_right(self._ends, number)
+        part = self._parts[index]
         if part is not self._current:
             self._current.close()
             self._current = part
-        return part.read(row)
+        return part, number - self._ends[index] + len(part.labels)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all keys and labels, in order."""
@@ -179,11 +163,6 @@ class LabelledImages:
         for part in self._parts:
             digest.update(part.version().encode())
         return digest.hexdigest()
-
-    def _find(self, number: int) -> tuple[LabelledPart, int]:
-        index = bisect_right(self._ends, number)
-        part = self._parts[index]
-        return part, number - self._ends[index] + len(part.labels)
 
     def _check(self, folder: Path, strict: bool, *, has_ids: bool) -> None:
         findings = self.findings

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -181,20 +181,13 @@ class _Inspector:
 
 
 def _note(findings: ShardFindings, problem: ShardProblem) -> None:
-    surplus = problem.found - problem.expected
-    is_surplus = problem.cause in ("shard_long", "keys_repeated")
-    num_samples = surplus if is_surplus else max(0, -surplus)
-    findings.samples_by_cause[problem.cause] += num_samples
+    missing = problem.expected - problem.found
+    if problem.cause in ("shard_long", "keys_repeated"):
+        missing = -missing  # samples beyond the expected ones
+    problem_samples = max(0, missing)
+    findings.samples_by_cause[problem.cause] += problem_samples
     findings.shards_by_cause[problem.cause] += 1
-    findings.problems.append(
-        {
-            "url": problem.url,
-            "cause": problem.cause,
-            "samples": num_samples,
-            "expected": problem.expected,
-            "found": problem.found,
-        }
-    )
+    findings.problems.append(asdict(problem) | {"samples": problem_samples})
 
 
 def _spread(length: int, limit: int | None) -> list[int]:

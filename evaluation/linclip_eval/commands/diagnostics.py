@@ -12,8 +12,7 @@ from ds_linclip.config import Attention
 from ds_linclip.data import LabelledData
 from ds_linclip.inference import LoadedModel, load_model
 from ds_linclip.model import CLIP
-from linclip_eval.commands.arguments import all_ranks, parse_sources
-from linclip_eval.commands.output import publish, write_csv
+from linclip_eval.commands import inputs, outputs
 from linclip_eval.diagnostics.figure import draw_diagnostics
 from linclip_eval.diagnostics.measure import LayerStatistic, diagnose
 from linclip_eval.results import markdown_table
@@ -53,12 +52,7 @@ There is one set of weights per model: differences say nothing about other seeds
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for bad input.
-        OSError: for a file that cannot be read or written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     parser = argparse.ArgumentParser(prog="linclip-eval diagnostics", description=__doc__)
     parser.add_argument(
         "models",
@@ -84,10 +78,10 @@ def main(arguments: Sequence[str]) -> None:
     for name, value in (("num-images", options.num_images), ("max-tokens", options.max_tokens)):
         if value < 1:
             raise ValueError(f"--{name} ({value}) must be at least 1")
-    sources = parse_sources(options.models, "models")
+    sources = inputs.parse_sources(options.models, "models")
     about: list[Sequence[object]] = []
     statistics: dict[str, list[LayerStatistic]] = {}
-    with all_ranks() as mesh:
+    with inputs.all_ranks() as mesh:
         if mesh.world_size > 1:
             raise ValueError(f"diagnostics ({mesh.world_size} processes) must run in one process")
         for name, source in sources.items():
@@ -105,14 +99,14 @@ def main(arguments: Sequence[str]) -> None:
             except ValueError as error:
                 raise ValueError(f"model ({source}): {error}") from error
             about.append((name, *_describe(model)))
-    write_csv(
+    outputs.write_csv(
         options.out / "layers.csv",
         ["model", *(field.name for field in fields(LayerStatistic))],
         ([name, *asdict(row).values()] for name, rows in statistics.items() for row in rows),
     )
     draw_diagnostics(statistics).savefig(options.out / "figure.png")
     header = ("model", "weights", "image tokens", "head widths", "vision", "text")
-    publish(
+    outputs.publish(
         options.out,
         command=("diagnostics", *arguments),
         title="Attention, layer by layer",

@@ -15,22 +15,7 @@ from matplotlib.figure import Figure
 
 from ds_linclip.data import LabelledData
 from ds_linclip.inference import LoadedModel
-from linclip_eval.commands.arguments import (
-    add_data_arguments,
-    add_model_arguments,
-    all_ranks,
-    model_from_arguments,
-    open_images,
-)
-from linclip_eval.commands.output import (
-    bullets,
-    describe,
-    describe_unreadable,
-    model_facts,
-    publish,
-    share_interval,
-    write_csv,
-)
+from linclip_eval.commands import inputs, outputs
 from linclip_eval.features import Features, extract_features
 from linclip_eval.plotting import LINEAR, MUTED, add_legend, dress, new_figure
 from linclip_eval.probe import Accuracy, LinearProbe, knn, linear_probe
@@ -54,15 +39,10 @@ class _Probes:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for bad input; on all ranks, until the images are embedded.
-        OSError: for a file that cannot be read or written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     options = _parser().parse_args(arguments)
-    with all_ranks() as mesh:
-        model = model_from_arguments(options, mesh)
+    with inputs.all_ranks() as mesh:
+        model = inputs.model_from_arguments(options, mesh)
         sets = mesh.agree(partial(_open, options, model), (ValueError, OSError))
         train, test = (
             extract_features(model.encode_image, data, device=model.device, group=mesh.dp.group)
@@ -83,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="linclip-eval probe", description=__doc__)
-    add_model_arguments(parser)
+    inputs.add_model_arguments(parser)
     parser.add_argument("--train", required=True, help="folder of labelled images to fit to")
     parser.add_argument("--test", required=True, help="folder of the same classes to score on")
     parser.add_argument(
@@ -102,15 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the choice of validation images; default: 0"
     )
-    add_data_arguments(parser)
+    inputs.add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     return parser
 
 
 def _open(options: argparse.Namespace, model: LoadedModel) -> tuple[LabelledData, LabelledData]:
     classes = imagenet_classes(options.classes, "lemma").ids if options.classes else None
-    train = open_images(options, options.train, model, classes=classes, split="train")
-    test = open_images(options, options.test, model, classes=classes)
+    train = inputs.open_images(options, options.train, model, classes=classes, split="train")
+    test = inputs.open_images(options, options.test, model, classes=classes)
     if train.fingerprint == test.fingerprint:
         raise ValueError(f"--train and --test ({options.test}) must be different images")
     if (most := max(options.num_neighbors)) > train.num_samples:
@@ -125,7 +105,7 @@ def _open(options: argparse.Namespace, model: LoadedModel) -> tuple[LabelledData
 def _write(out: Path, probes: _Probes, model: LoadedModel, arguments: Sequence[str]) -> None:
     probe, num_test = probes.linear_probe, probes.linear_probe.accuracy.num_samples
     search = [asdict(fit) for fit in probe.search]
-    write_csv(out / "search.csv", search[0], (fit.values() for fit in search))
+    outputs.write_csv(out / "search.csv", search[0], (fit.values() for fit in search))
     _draw(probe).savefig(out / "search.png")
     rows = [
         [
@@ -138,15 +118,15 @@ def _write(out: Path, probes: _Probes, model: LoadedModel, arguments: Sequence[s
             ("linear probe", probe.accuracy),
         )
     ]
-    publish(
+    outputs.publish(
         out,
         command=("probe", *arguments),
         title=f"Classifiers on frozen features: {model.title}",
         paragraphs=[
-            f"{describe(model)}, its image features frozen: learned from "
+            f"{outputs.describe(model)}, its image features frozen: learned from "
             f"{len(probes.train.images)} images, scored on {num_test}. 95 % intervals (Wilson) in "
             "brackets.",
-            bullets([*probes.findings, *_remarks(probes)]),
+            outputs.bullets([*probes.findings, *_remarks(probes)]),
             markdown_table(["", "top-1, %", "top-5, %", "mean per-class recall, %"], rows),
             "Neighbours vote as in arXiv 2104.14294. The linear probe is that of arXiv 2103.00020, "
             "A.3, but on the features after the projection into the space shared with texts; its "
@@ -155,7 +135,7 @@ def _write(out: Path, probes: _Probes, model: LoadedModel, arguments: Sequence[s
             "![Validation accuracy by L2 strength](search.png)",
         ],
         numbers={
-            **model_facts(model),
+            **outputs.model_facts(model),
             "num_train": len(probes.train.images),
             "num_test": num_test,
             **{
@@ -183,7 +163,7 @@ def _scores(accuracy: Accuracy) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for k in (1, 5):
         scores[f"top{k}"] = accuracy.topk(k)
-        scores[f"top{k}_interval"] = share_interval(accuracy.topk(k), accuracy.num_samples)
+        scores[f"top{k}_interval"] = outputs.share_interval(accuracy.topk(k), accuracy.num_samples)
     return scores | {"mean_per_class_recall": accuracy.mean_per_class_recall}
 
 
@@ -197,10 +177,10 @@ def _remarks(probes: _Probes) -> list[str]:
         remarks.append(f"fits of the linear probe that did not converge: {count}, {final}")
     if probe.strength in (probe.search[0].strength, probe.search[-1].strength):
         remarks.append("the L2 strength is at the end of its range: a better one may lie beyond")
-    remarks += describe_unreadable(
+    remarks += outputs.describe_unreadable(
         "training images that cannot be read, and are left out", probes.train.unreadable
     )
-    remarks += describe_unreadable(
+    remarks += outputs.describe_unreadable(
         "test images that cannot be read, and count as wrong", probes.test.unreadable
     )
     return remarks

@@ -16,14 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ds_linclip.inference import LoadedModel, load_model
-from linclip_eval.commands.arguments import (
-    add_precision_argument,
-    add_task_arguments,
-    all_ranks,
-    parse_sources,
-    score_task,
-)
-from linclip_eval.commands.output import publish, share_interval, write_csv
+from linclip_eval.commands import inputs, outputs
 from linclip_eval.plotting import COLOURS, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, percent
 
@@ -50,17 +43,12 @@ class _Score:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for bad input, on all ranks.
-        OSError: for a file that cannot be read or written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     parser = argparse.ArgumentParser(prog="linclip-eval resolution", description=__doc__)
     parser.add_argument(
         "models", nargs="+", help="models as for zero-shot, optionally labelled as LABEL=MODEL"
     )
-    add_precision_argument(parser)
+    inputs.add_precision_argument(parser)
     parser.add_argument(
         "--data",
         nargs="+",
@@ -70,19 +58,19 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=list(_SIZES), help="sides in pixels"
     )
-    add_task_arguments(parser)
+    inputs.add_task_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     options = parser.parse_args(arguments)
-    models = parse_sources(options.models, "models")
-    domains = parse_sources(options.data, "--data")
+    models = inputs.parse_sources(options.models, "models")
+    domains = inputs.parse_sources(options.data, "--data")
     scores = []
-    with all_ranks() as mesh:
+    with inputs.all_ranks() as mesh:
         for label, source in models.items():
             for size in sorted(set(options.sizes)):
                 model = load_model(source, mesh, precision=options.precision, image_size=size)
                 seconds = _seconds_per_image(model)
                 for domain, folder in domains.items():
-                    _, result = score_task(options, folder, model, mesh, options.out)
+                    _, result = inputs.score_task(options, folder, model, mesh, options.out)
                     scores.append(
                         _Score(
                             model=label,
@@ -117,7 +105,7 @@ def _write(
     out: Path, scores: Sequence[_Score], arguments: Sequence[str], device: torch.device
 ) -> None:
     rows = [asdict(score) for score in scores]
-    write_csv(
+    outputs.write_csv(
         out / "resolution.csv",
         (field.name for field in fields(_Score)),
         (row.values() for row in rows),
@@ -125,7 +113,7 @@ def _write(
     _draw(scores).savefig(out / "figure.png")
     num_samples = {score.domain: score.num_samples for score in scores}
     counts = ", ".join(f"{count} of {domain}" for domain, count in num_samples.items())
-    publish(
+    outputs.publish(
         out,
         command=("resolution", *arguments),
         title="Zero-shot accuracy and cost over image sizes",
@@ -197,5 +185,5 @@ def _draw(scores: Sequence[_Score]) -> Figure:
 
 def _error_bar(score: _Score) -> tuple[float, float]:
     """Return how far the interval reaches below and above the accuracy, in per cent."""
-    low, high = share_interval(score.top1, score.num_samples)
+    low, high = outputs.share_interval(score.top1, score.num_samples)
     return 100 * max(score.top1 - low, 0), 100 * max(high - score.top1, 0)

@@ -14,21 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ds_linclip.inference import LoadedModel
-from linclip_eval.commands.arguments import (
-    add_data_arguments,
-    add_model_arguments,
-    all_ranks,
-    model_from_arguments,
-    open_images,
-)
-from linclip_eval.commands.output import (
-    bullets,
-    describe,
-    describe_unreadable,
-    model_facts,
-    publish,
-    write_csv,
-)
+from linclip_eval.commands import inputs, outputs
 from linclip_eval.features import Features
 from linclip_eval.plotting import COLOURS, MUTED, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, percent
@@ -38,21 +24,16 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for bad input, on all ranks.
-        OSError: for a file that cannot be read or written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     parser = argparse.ArgumentParser(prog="linclip-eval retrieval", description=__doc__)
-    add_model_arguments(parser)
+    inputs.add_model_arguments(parser)
     parser.add_argument("--data", required=True, help="folder of images with captions")
-    add_data_arguments(parser)
+    inputs.add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     options = parser.parse_args(arguments)
-    with all_ranks() as mesh:
-        model = model_from_arguments(options, mesh)
-        open_data = partial(open_images, options, options.data, model, needs_classes=False)
+    with inputs.all_ranks() as mesh:
+        model = inputs.model_from_arguments(options, mesh)
+        open_data = partial(inputs.open_images, options, options.data, model, needs_classes=False)
         data = mesh.agree(open_data, (ValueError, OSError))
         result = retrieval(
             model.encode_image,
@@ -76,7 +57,7 @@ def _write(
     arguments: Sequence[str],
 ) -> None:
     features, metrics = result.features, result.metrics()
-    write_csv(out / "ranks.csv", ["direction", "key", "caption", "rank"], _ranks(result))
+    outputs.write_csv(out / "ranks.csv", ["direction", "key", "caption", "rank"], _ranks(result))
     _draw(result).savefig(out / "recall.png")
     # The captions of one image are not independent of each other: images are the trials.
     trials = {
@@ -94,19 +75,19 @@ def _write(
     ]
     header = ["", *(f"R@{k}, %" for k in RECALLS), "median rank", "mean rank"]
     num_repeated = sum(count for count in Counter(features.captions).values() if count > 1)
-    publish(
+    outputs.publish(
         out,
         command=("retrieval", *arguments),
         title=f"Retrieval of images and captions: {model.title}",
         paragraphs=[
-            f"{describe(model)} on {result.num_images} images with {result.num_captions} captions. "
-            "95 % intervals (Wilson) in brackets, with images as trials.",
-            bullets([*findings, *_remarks(features, num_repeated)]),
+            f"{outputs.describe(model)} on {result.num_images} images with {result.num_captions} "
+            "captions. 95 % intervals (Wilson) in brackets, with images as trials.",
+            outputs.bullets([*findings, *_remarks(features, num_repeated)]),
             markdown_table(header, rows),
             "![Recall at every k](recall.png)",
         ],
         numbers={
-            **model_facts(model),
+            **outputs.model_facts(model),
             "num_images": result.num_images,
             "num_captions": result.num_captions,
             "num_repeated_captions": num_repeated,
@@ -133,7 +114,7 @@ def _remarks(features: Features, num_repeated: int) -> list[str]:
             f"images without a caption, which count as not found: {len(missing)} ({missing[0]}, "
             "...)"
         )
-    remarks += describe_unreadable(
+    remarks += outputs.describe_unreadable(
         "images that cannot be read, which count as not found, and whose captions are left out",
         features.unreadable,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from linclip_eval.commands.output import bullets, publish, write_csv
+from linclip_eval.commands import outputs
 from linclip_eval.results import markdown_table
 from linclip_eval.scaling_laws.figure import draw_scaling_laws
 from linclip_eval.scaling_laws.power_law import Interval, SaturatingLaw, ScalingLaw
@@ -44,12 +44,7 @@ _RULES = """\
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for runs that cannot be read, are not finished or are not comparable.
-        OSError: for a file that cannot be written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     parser = argparse.ArgumentParser(prog="linclip-eval scaling-laws", description=__doc__)
     parser.add_argument(
         "runs",
@@ -76,15 +71,17 @@ def main(arguments: Sequence[str]) -> None:
         if len(found) == 2
     }
     rows = [run.row() for run in runs]
-    write_csv(options.out / "runs.csv", rows[0], (row.values() for row in rows))
+    outputs.write_csv(options.out / "runs.csv", rows[0], (row.values() for row in rows))
     draw_scaling_laws(runs, laws).savefig(options.out / "figure.png")
-    publish(
+    outputs.publish(
         options.out,
         command=("scaling-laws", *arguments),
         title="Scaling laws: softmax and linear attention",
         paragraphs=[
             _introduction(runs),
-            f"Skipped, {len(skipped)} not finished:\n\n{bullets(skipped)}" if skipped else "",
+            f"Skipped, {len(skipped)} not finished:\n\n{outputs.bullets(skipped)}"
+            if skipped
+            else "",
             options.note or "",
             _verdicts(comparisons),
             "![Loss and zero-shot error over compute](figure.png)",
@@ -194,7 +191,7 @@ def _verdicts(comparisons: Mapping[Quantity, LawComparison]) -> str:
                 f"{quantity} of softmax."
             )
         lines.append(line)
-    return bullets(lines)
+    return outputs.bullets(lines)
 
 
 def _law_table(laws: Laws) -> str:

@@ -14,21 +14,7 @@ from typing import Any
 
 from ds_linclip.config import load_config
 from ds_linclip.inference import LoadedModel
-from linclip_eval.commands.arguments import (
-    add_model_arguments,
-    add_task_arguments,
-    all_ranks,
-    model_from_arguments,
-    score_task,
-)
-from linclip_eval.commands.output import (
-    bullets,
-    describe,
-    model_facts,
-    publish,
-    share_interval,
-    write_csv,
-)
+from linclip_eval.commands import inputs, outputs
 from linclip_eval.results import markdown_table, percent
 from linclip_eval.zero_shot.evaluate import ZeroShotResult
 from linclip_eval.zero_shot.task import ZeroShotTask
@@ -39,26 +25,21 @@ _NUM_CONFUSIONS_SHOWN = 20
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for bad input, on all ranks.
-        OSError: for a file that cannot be read or written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     parser = argparse.ArgumentParser(prog="linclip-eval zero-shot", description=__doc__)
-    add_model_arguments(parser)
+    inputs.add_model_arguments(parser)
     parser.add_argument(
         "--data",
         help="folder of images: tars named by synsets, folders named by synsets, or webdataset "
         "shards; default: eval.data of the run, with its classes, names and templates",
     )
-    add_task_arguments(parser)
+    inputs.add_task_arguments(parser)
     parser.add_argument("--out", type=Path, help="default: a folder in the run folder")
     options = parser.parse_args(arguments)
-    with all_ranks() as mesh:
-        model = model_from_arguments(options, mesh)
+    with inputs.all_ranks() as mesh:
+        model = inputs.model_from_arguments(options, mesh)
         out = mesh.agree(partial(_complete, options, model), (ValueError, OSError))
-        task, result = score_task(options, options.data, model, mesh, out)
+        task, result = inputs.score_task(options, options.data, model, mesh, out)
         if mesh.rank == 0:
             _write(out, result, task, model, arguments)
 
@@ -80,7 +61,7 @@ def write_per_class_csv(result: ZeroShotResult, path: Path) -> None:
         confused = most_confused.get(label, ("", 0))
         rows.append([label, classes.ids[label], classes.title(label), samples, *scores, *confused])
     header = ["label", "class", "name", "num_samples", "top1", "top5", "top10"]
-    write_csv(path, [*header, "most_confused_with", "num_confused"], rows)
+    outputs.write_csv(path, [*header, "most_confused_with", "num_confused"], rows)
 
 
 def _complete(options: argparse.Namespace, model: LoadedModel) -> Path:
@@ -112,7 +93,7 @@ def _write(
     classes, count = result.classes, result.num_samples
     confusions = result.confusions()
     write_per_class_csv(result, out / "per_class.csv")
-    write_csv(
+    outputs.write_csv(
         out / "confusions.csv",
         ["class", "name", "taken_for", "name_of_taken_for", "num_images"],
         (
@@ -126,7 +107,7 @@ def _write(
         "hierarchical_top1": result.hierarchical_top1,
     }
     numbers: dict[str, Any] = {
-        **model_facts(model),
+        **outputs.model_facts(model),
         "classes": classes.name,
         "num_classes": len(classes),
         "num_classes_without_images": int((result.class_samples == 0).sum()),
@@ -137,7 +118,7 @@ def _write(
         "num_nonfinite": result.num_nonfinite,
         **shares,
         **{
-            f"{name}_interval": share_interval(share, count)
+            f"{name}_interval": outputs.share_interval(share, count)
             for name, share in shares.items()
             if share is not None
         },
@@ -158,13 +139,13 @@ def _write(
             5, ("top-1, WordNet ancestors count as right", percent(result.hierarchical_top1, count))
         )
     paragraphs = [
-        f"{describe(model)} on {count} images of "
+        f"{outputs.describe(model)} on {count} images of "
         f"{len(classes) - numbers['num_classes_without_images']} of {len(classes)} classes of "
         f"{classes.name}, {len(task.templates)} templates; "
         f"{numbers['num_classes_of_equal_texts']} classes share their texts with others, "
         f"{result.num_unreadable} images could not be read and {result.num_nonfinite} had "
         "logits that are not finite: both count as wrong.",
-        bullets(numbers["findings"]),
+        outputs.bullets(numbers["findings"]),
         markdown_table(("", "% (95 % interval)"), rows),
     ]
     if confusions:
@@ -176,7 +157,7 @@ def _write(
             "Most frequent confusions (all in `confusions.csv`, every class in `per_class.csv`):",
             markdown_table(("class", "taken for", "images"), shown, align="llr"),
         ]
-    publish(
+    outputs.publish(
         out,
         command=("zero-shot", *arguments),
         title=f"Zero-shot classification: {model.title}",

@@ -1,6 +1,8 @@
 """Zero-shot accuracy during training: the task is opened once and scored repeatedly."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import open_clip
@@ -20,10 +22,11 @@ class _Writer(Protocol):
     def figure(self, step: int, tag: str, figure: Any) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
 class HeldOutEvaluator:
     """The held-out task of a run; every rank of ``group`` scores models on it together.
 
-    Args:
+    Attributes:
         task: The task, opened and checked before training, so that bad data stop the run at its
             start and not at the first evaluation.
         context_length: The number of tokens of the model's text tower.
@@ -32,20 +35,15 @@ class HeldOutEvaluator:
         num_images: The number of predictions that rank 0 of ``group`` draws at each call.
     """
 
-    def __init__(
-        self,
-        task: ZeroShotTask,
-        *,
-        context_length: int,
-        device: torch.device,
-        group: dist.ProcessGroup | None = None,
-        num_images: int = 0,
-    ) -> None:
-        self._task = task
-        self._device = device
-        self._group = group
-        self._num_images = num_images if group is None or dist.get_rank(group) == 0 else 0
-        self._tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+    task: ZeroShotTask
+    context_length: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    num_images: int = 0
+
+    @cached_property
+    def _tokenizer(self) -> open_clip.SimpleTokenizer:
+        return open_clip.SimpleTokenizer(context_length=self.context_length)
 
     @classmethod
     def from_config(
@@ -68,7 +66,7 @@ class HeldOutEvaluator:
             templates=config.eval.templates,
         )
         return cls(
-            task,
+            task=task,
             context_length=config.model.text.context_length,
             device=device,
             group=group,
@@ -77,12 +75,13 @@ class HeldOutEvaluator:
 
     def score(self, model: Encoders) -> ZeroShotResult:
         """Classify every held-out image with a model in eval mode."""
-        return self._task.score(
+        draws = self.group is None or dist.get_rank(self.group) == 0
+        return self.task.score(
             model,
             tokenizer=self._tokenizer,
-            device=self._device,
-            group=self._group,
-            num_predictions=self._num_images,
+            device=self.device,
+            group=self.group,
+            num_predictions=self.num_images if draws else 0,
         )
 
     def __call__(self, model: Encoders, writer: _Writer, step: int) -> Mapping[str, float]:

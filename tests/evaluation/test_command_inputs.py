@@ -2,7 +2,7 @@
 
 import pytest
 
-from linclip_eval.commands.arguments import parse_sources
+from linclip_eval.commands.inputs import parse_sources
 
 
 def test_sources_are_labelled(tmp_path):
