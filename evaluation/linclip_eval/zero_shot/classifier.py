@@ -3,58 +3,23 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ds_linclip.process.atomic import atomic_file
 from linclip_eval.protocols import map_over_ranks, show_progress
+from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
 
-__all__ = ["ClassifierCache", "Template", "build_classifier", "parse_template"]
+__all__ = ["Template", "build_classifier", "parse_template"]
 
 Template = str | Callable[[str], str]
 #: Classes that one rank embeds together and that share a cache file. A forward never holds prompts
 #: of two chunks, so which rank embeds a chunk does not change a bit of the result.
 _CLASSES_PER_CHUNK = 64
 _PROMPTS_PER_FORWARD = 512
-
-
-@dataclass(frozen=True)
-class ClassifierCache:
-    """Class features on disk, named by the hash of the model and the prompts.
-
-    Attributes:
-        folder: The folder of the files; created when missing. Several jobs may share it.
-        fingerprint: A text that identifies model, weights and tokenizer.
-    """
-
-    folder: Path
-    fingerprint: str
-
-    def load_or_compute(
-        self, prompts: Sequence[Sequence[str]], compute: Callable[[Sequence[Sequence[str]]], Tensor]
-    ) -> Tensor:
-        """Return the features of classes with these prompts, computed if the cache has none.
-
-        Raises:
-            OSError: when the features cannot be written.
-        """
-        content = json.dumps([self.fingerprint, prompts]).encode()
-        path = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        try:
-            return load_file(path)["features"]
-        except (OSError, SafetensorError, KeyError):  # missing or damaged
-            features = compute(prompts)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as partial:
-            save_file({"features": features}, partial)
-        return features
 
 
 def parse_template(template: Template) -> Callable[[str], str]:
@@ -88,7 +53,8 @@ def build_classifier(
     tokenizer: Callable[[list[str]], Tensor],
     device: torch.device | str,
     group: ProcessGroup | None = None,
-    cache: ClassifierCache | None = None,
+    cache_dir: Path | None = None,
+    fingerprint: str = "",
 ) -> Tensor:
     """Embed every class as the mean of its prompts, as CLIP does (arXiv 2103.00020, 3.1.4).
 
@@ -101,14 +67,16 @@ def build_classifier(
         tokenizer: Maps prompts to token ids [B, L].
         device: The device of the model and of the result.
         group: The ranks that divide the classes among themselves; None: this process alone.
-        cache: Features found in it are not computed again, so an interrupted call can resume.
+        cache_dir: A folder of class features, from which an interrupted call resumes; several jobs
+            may share it. None: nothing is kept.
+        fingerprint: A text that identifies model, weights and tokenizer in ``cache_dir``.
 
     Returns:
         Classifier [E, C], float32, columns of length 1; the same on all ranks.
 
     Raises:
         ValueError: for no class, a class without a name, no template, a template without a place
-            for the name, or, on all ranks, a cache that one of them cannot write.
+            for the name, or, on all ranks, a ``cache_dir`` that one of them cannot write.
     """
     if not texts:
         raise ValueError("classes ([]) must hold at least one class")
@@ -120,15 +88,23 @@ def build_classifier(
         raise ValueError("templates ([]) must hold at least one template")
     make_prompts = [parse_template(template) for template in templates]
 
-    def embed(prompts: Sequence[Sequence[str]]) -> Tensor:
-        return _embed(prompts, encode_text, tokenizer, device)
+    def load_or_embed(prompts: Sequence[Sequence[str]]) -> Tensor:
+        if cache_dir is None:
+            return _embed(prompts, encode_text, tokenizer, device)
+        key = hashlib.sha256(json.dumps([fingerprint, prompts]).encode()).hexdigest()
+        path = cache_dir / f"{key}.safetensors"
+        features = load_tensor(path)
+        if features is None:
+            features = _embed(prompts, encode_text, tokenizer, device)
+            save_tensor(path, features)
+        return features
 
     def embed_chunks(chunks: Sequence[Sequence[Sequence[str]]]) -> Iterator[Tensor]:
         for classes in show_progress(
             chunks, len(chunks), title="classes", unit="chunk", group=group
         ):
             prompts = [[make(name) for name in names for make in make_prompts] for names in classes]
-            yield embed(prompts) if cache is None else cache.load_or_compute(prompts, embed)
+            yield load_or_embed(prompts)
 
     starts = range(0, len(texts), _CLASSES_PER_CHUNK)
     chunks = [texts[start : start + _CLASSES_PER_CHUNK] for start in starts]

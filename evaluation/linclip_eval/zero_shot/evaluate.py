@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -21,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ds_linclip.process.atomic import atomic_file
 from linclip_eval.protocols import ImageBatch, ImageSet, map_over_ranks, show_progress
 from linclip_eval.zero_shot.class_lists import ClassList, is_ancestor
+from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
 
 __all__ = ["Prediction", "ZeroShotResult", "stable_topk", "zero_shot"]
 
@@ -187,32 +186,33 @@ def zero_shot(
         raise ValueError("data (0 samples) must hold at least one sample")
     predictions: list[Prediction] = []
 
-    def classify(batch: ImageBatch) -> NDArray[np.int32]:
+    def classify(batch: ImageBatch) -> Tensor:
         _check_labels(batch, len(classes))
         logits = _logits(encode_image, classifier, batch.images)
         if missing := num_predictions - len(predictions):
             predictions.extend(_predictions(batch, logits[:missing], classes))
         return _labels_and_top(batch, logits)
 
-    def classify_parts(spans: Sequence[range]) -> Iterator[NDArray[np.int32]]:
-        kept = {span: _load_part(parts_dir, span) for span in spans}
-        missing = list(chain(*(span for span in spans if kept[span] is None)))
+    def classify_parts(spans: Sequence[range]) -> Iterator[Tensor]:
+        files = {span: _part_file(parts_dir, span) for span in spans} if parts_dir else {}
+        kept = {span: load_tensor(file) for span, file in files.items()}
+        missing = list(chain(*(span for span in spans if kept.get(span) is None)))
+        batches = data.batches(missing)
         batches = iter(
-            show_progress(
-                data.batches(missing), len(missing), title="images", unit="batch", group=group
-            )
+            show_progress(batches, len(missing), title="images", unit="batch", group=group)
         )
         for span in spans:
-            part = kept[span]
+            part = kept.get(span)
             if part is None:
-                part = np.concatenate([classify(batch) for batch in islice(batches, len(span))])
-                _save_part(parts_dir, span, part)
+                part = torch.cat([classify(batch) for batch in islice(batches, len(span))])
+                if parts_dir:
+                    save_tensor(files[span], part)
             yield part
 
     size = _BATCHES_PER_PART if parts_dir else 1
     starts = range(0, data.num_batches, size)
     spans = [range(start, min(start + size, data.num_batches)) for start in starts]
-    rows = np.concatenate(map_over_ranks(classify_parts, spans, group))
+    rows = torch.cat(map_over_ranks(classify_parts, spans, group)).numpy()
     result = ZeroShotResult(
         classes=classes, labels=rows[:, 0], top=rows[:, 1:], predictions=tuple(predictions)
     )
@@ -237,39 +237,18 @@ def stable_topk(logits: Tensor, k: int) -> Tensor:
     return labels
 
 
-def _labels_and_top(batch: ImageBatch, logits: Tensor) -> NDArray[np.int32]:
+def _labels_and_top(batch: ImageBatch, logits: Tensor) -> Tensor:
     """Return a row [1 + K] per image, unreadable ones last: true class, most likely classes."""
     k = min(_NUM_KEPT, logits.shape[1])
     top = stable_topk(logits, k)
     top[~logits.isfinite().all(dim=1)] = _NONFINITE
     unreadable = torch.full((len(batch.unreadable_labels), k), _UNREADABLE)
     labels = torch.cat([batch.labels, batch.unreadable_labels])
-    rows = torch.cat([labels[:, None], torch.cat([top.cpu(), unreadable])], dim=1)
-    return rows.numpy().astype(np.int32)
+    return torch.cat([labels[:, None], torch.cat([top.cpu(), unreadable])], dim=1).int()
 
 
 def _part_file(folder: Path, span: range) -> Path:
-    return folder / f"batches-{span.start:07d}-{span.stop:07d}.npz"
-
-
-def _load_part(folder: Path | None, span: range) -> NDArray[np.int32] | None:
-    """Return the rows of a span of batches, or None if they are missing or damaged."""
-    if folder is None:
-        return None
-    try:
-        with np.load(_part_file(folder, span), allow_pickle=False) as content:
-            rows: NDArray[np.int32] = content["rows"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return None
-    return rows
-
-
-def _save_part(folder: Path | None, span: range, rows: NDArray[np.int32]) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(_part_file(folder, span)) as partial, partial.open("wb") as file:
-        np.savez(file, rows=rows)
+    return folder / f"batches-{span.start:07d}-{span.stop:07d}.safetensors"
 
 
 def _check_labels(batch: ImageBatch, num_classes: int) -> None:

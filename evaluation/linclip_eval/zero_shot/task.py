@@ -14,12 +14,7 @@ from torch.distributed import ProcessGroup
 from ds_linclip.data import EvalTransform, LabelledData
 from ds_linclip.process.consensus import from_first_rank, require_equal
 from linclip_eval.zero_shot.class_lists import ClassList, NamePolicy, imagenet_classes
-from linclip_eval.zero_shot.classifier import (
-    ClassifierCache,
-    Template,
-    build_classifier,
-    parse_template,
-)
+from linclip_eval.zero_shot.classifier import Template, build_classifier, parse_template
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, zero_shot
 
 __all__ = ["Encoders", "ZeroShotTask"]
@@ -133,7 +128,8 @@ class ZeroShotTask:
             tokenizer=tokenizer,
             device=device,
             group=group,
-            cache=ClassifierCache(cache_dir / "classifier", fingerprint) if cache_dir else None,
+            cache_dir=cache_dir / "classifier" if cache_dir else None,
+            fingerprint=fingerprint,
         )
         require_equal(f"{fingerprint} {self.data.fingerprint}", "model and images", group)
         parts_dir = None

@@ -53,15 +53,14 @@ def test_results_are_written_and_cached(model, images, tmp_path, capsys):
         wrong = sum(int(row["num_images"]) for row in csv.DictReader(file))
     assert wrong == 12 - round(12 * report["top1"])
 
-    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
-    kept |= {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert len(kept) == 2
     assert run(model, images, out, "--templates", "simple") == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert run(model, images, out, "--templates", "simple", "--image-size", "24") == 0
-    assert len(list(out.rglob("*.npz"))) == 2  # not reused at another size
+    assert len(list(out.rglob("batches-*"))) == 2  # not reused at another size
     assert run(model, images, out, "--names", "definition") == 0
-    assert len(list(out.rglob("*.npz"))) == 3
+    assert len(list(out.rglob("batches-*"))) == 3
 
 
 def test_problems_are_errors_or_counted(model, images, tmp_path, capsys):
