@@ -11,7 +11,7 @@ import torch
 from linclip_eval.commands import outputs
 from linclip_eval.results import markdown_table
 from linclip_eval.scaling_laws.figure import draw_scaling_laws
-from linclip_eval.scaling_laws.power_law import Interval, SaturatingLaw, ScalingLaw
+from linclip_eval.scaling_laws.power_law import Interval, ScalingLaw
 from linclip_eval.scaling_laws.runs import (
     QUANTITIES,
     FinishedRun,
@@ -39,8 +39,7 @@ _RULES = """\
   point counts when no point with as much compute or less has a value as low.
 - Law: E = beta C^alpha, least squares in the logarithms over the frontier. Intervals: 95 %
   percentiles of bootstrap resamples, of settings and of seeds within each, frontier included; few
-  settings give rough ones.
-- Floor: c of E = a C^-b + c; identifiable when its interval excludes 0."""
+  settings give rough ones."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -154,7 +153,6 @@ def _law_numbers(law: ScalingLaw) -> dict[str, Any]:
             {"compute": float(c), "value": float(v)} for c, v in zip(compute, value, strict=True)
         ],
         "num_resamples": len(law.resampled),
-        "saturating": None if law.saturating is None else vars(law.saturating),
     }
 
 
@@ -202,13 +200,12 @@ def _law_table(laws: Laws) -> str:
             law.frontier.shape[1],
             _with_interval(law.alpha, law.alpha_interval, ".3f"),
             f"exp({law.log_beta:.2f})",
-            _floor(law.saturating),
         )
         for quantity, found in laws.items()
         for kind, law in found.items()
     ]
-    header = ("quantity", "attention", "frontier points", "alpha (95 %)", "beta", "floor (95 %)")
-    return markdown_table(header, rows, align="llrrrl")
+    header = ("quantity", "attention", "frontier points", "alpha (95 %)", "beta")
+    return markdown_table(header, rows, align="llrrr")
 
 
 def _setting_table(runs: Sequence[FinishedRun]) -> str:
@@ -232,13 +229,6 @@ def _setting_table(runs: Sequence[FinishedRun]) -> str:
         )
     header = ("attention", "parameters, M", "samples seen", "FLOPs", "seeds", *QUANTITIES)
     return markdown_table(header, rows)
-
-
-def _floor(floor: SaturatingLaw | None) -> str:
-    if floor is None:
-        return "not identifiable: too few points"
-    value = _with_interval(floor.floor, floor.floor_interval, ".3f")
-    return value if floor.is_identifiable else f"not identifiable: {value}"
 
 
 def _with_interval(value: float, interval: Interval, form: str) -> str:

@@ -8,18 +8,15 @@ within each. Drawing single runs instead would keep nearly every setting in ever
 miss how settings scatter around the line; on simulated studies such intervals are far too narrow.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import OptimizeWarning, curve_fit
 
 __all__ = [
     "Interval",
     "RunPoint",
-    "SaturatingLaw",
     "ScalingLaw",
     "fit_scaling_law",
     "percentile_interval",
@@ -29,11 +26,7 @@ Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 
 _NUM_RESAMPLES = 2000
-#: Resamples of the law with a floor, whose fit is iterative.
-_NUM_SATURATING_RESAMPLES = 200
 _MIN_POINTS = 3
-#: A floor below this share of the lowest value counts as zero, which the fit never quite reaches.
-_MIN_FLOOR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +45,6 @@ class RunPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaturatingLaw:
-    """A power law with a floor, E = a C^-exponent + floor.
-
-    Attributes:
-        exponent: The fitted exponent.
-        floor: The fitted floor.
-        floor_interval: The bootstrap interval of the floor.
-        is_identifiable: Whether the points show a floor: its interval excludes zero.
-    """
-
-    exponent: float
-    floor: float
-    floor_interval: Interval
-    is_identifiable: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class ScalingLaw:
     """A power law E = beta C^alpha, and the laws fitted to resampled runs.
 
@@ -77,15 +53,12 @@ class ScalingLaw:
         log_beta: The natural logarithm of the fitted factor.
         frontier: Compute and value [2, P] of the fitted points, by increasing compute.
         resampled: alpha and log_beta [R, 2] of the fits to resampled runs.
-        saturating: The law with a floor; None when the frontier, or that of most resamples, has no
-            more points than such a law has parameters, or no fit converges.
     """
 
     alpha: float
     log_beta: float
     frontier: Floats
     resampled: Floats
-    saturating: SaturatingLaw | None
 
     @property
     def alpha_interval(self) -> Interval:
@@ -134,15 +107,11 @@ def fit_scaling_law(points: Sequence[RunPoint], seed: int = 0) -> ScalingLaw:
     on_drawn = _on_lower_envelope(compute, drawn)
     ((alpha, log_beta),) = _lines(compute, means, on_frontier)
     lines = _lines(compute, drawn, on_drawn)
-    few = list(zip(drawn, on_drawn, strict=True))[:_NUM_SATURATING_RESAMPLES]
     return ScalingLaw(
         alpha=alpha,
         log_beta=log_beta,
         frontier=frontier,
         resampled=lines[np.isfinite(lines).all(axis=1)],
-        saturating=_fit_saturating(
-            frontier, [np.stack([compute, row])[:, chosen] for row, chosen in few]
-        ),
     )
 
 
@@ -203,39 +172,3 @@ def _lines(compute: Floats, values: Floats, chosen: NDArray[np.bool_]) -> Floats
     with np.errstate(invalid="ignore"):
         slope = (centred * y).sum(axis=1) / (centred**2).sum(axis=1)
     return np.stack([slope, level - slope * middle], axis=1)
-
-
-def _fit_saturating(frontier: Floats, resampled: Sequence[Floats]) -> SaturatingLaw | None:
-    law = _saturating(frontier)
-    floors = [found[1] for found in map(_saturating, resampled) if found is not None]
-    if law is None or 2 * len(floors) < len(resampled):
-        return None
-    exponent, floor = law
-    interval = percentile_interval(np.array(floors))
-    return SaturatingLaw(
-        exponent=exponent,
-        floor=floor,
-        floor_interval=interval,
-        is_identifiable=bool(interval[0] > _MIN_FLOOR * frontier[1].min()),
-    )
-
-
-def _saturating(frontier: Floats) -> tuple[float, float] | None:
-    """Return exponent and floor; None for too few points, or when the fit does not converge."""
-    if frontier.shape[1] <= 3:
-        return None
-    x, y = np.log(frontier)
-    x = x - x.mean()  # decorrelates the parameters
-    slope, level = np.polyfit(x, y, 1)
-
-    def logarithm(x: Floats, log_a: float, exponent: float, log_floor: float) -> Floats:
-        return np.logaddexp(log_a - exponent * x, log_floor)
-
-    start = (level, -slope, y.min() - np.log(2))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", OptimizeWarning)  # the covariance is not used
-            (_, exponent, log_floor), _ = curve_fit(logarithm, x, y, p0=start)
-    except RuntimeError:  # no convergence
-        return None
-    return float(exponent), float(np.exp(log_floor))

@@ -130,21 +130,3 @@ def test_value_without_a_logarithm_is_refused(value):
     bad = replace(points(-0.2)[0], value=value)
     with pytest.raises(ValueError, match=rf"value \({value}\) must be positive"):
         fit_scaling_law([*points(-0.2), bad])
-
-
-def test_floor_is_found_when_there_is_one():
-    found = fit_scaling_law(
-        [replace(point, value=point.value + 0.02) for point in points(-0.2, noise=0.002, seeds=2)]
-    ).saturating
-    assert found is not None
-    assert (found.exponent, found.floor) == pytest.approx((0.2, 0.02), rel=0.05)
-    low, high = found.floor_interval
-    assert low < 0.02 < high
-    assert found.is_identifiable
-
-
-def test_no_floor_is_claimed_without_evidence():
-    found = fit_scaling_law(points(-0.2, noise=0.05)).saturating
-    assert found is not None
-    assert not found.is_identifiable
-    assert fit_scaling_law(points(-0.2)[:3]).saturating is None
