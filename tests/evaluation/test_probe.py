@@ -61,8 +61,8 @@ def test_votes_by_hand():
     test = at_angles([9], [0])
     result = knn(train, test, num_neighbors=[1, 3, 4], device="cpu")
     votes = [math.exp(math.cos(math.radians(angle)) / 0.07) for angle in (9, 11, 13)]
-    assert votes[0] > max(votes[1:])  # so one neighbour says 0
-    assert votes[1] + votes[2] > votes[0]  # and three say 1
+    assert votes[0] > max(votes[1:])  # one neighbour votes for 0
+    assert votes[1] + votes[2] > votes[0]  # three vote for 1
     assert {k: of.ranks.tolist() for k, of in result.items()} == {1: [1], 3: [2], 4: [2]}
 
 

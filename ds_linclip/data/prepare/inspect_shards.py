@@ -62,8 +62,8 @@ def inspect_shards(
 
     Args:
         patterns: Shards, as in ``data.train``.
-        max_shards: How many shards to inspect, evenly spaced; None: all.
-        max_samples: How many samples to read, evenly spaced over and within shards; None: all.
+        max_shards: The number of shards to inspect, evenly spaced; None: all.
+        max_samples: The number of samples to read, evenly spaced; None: all.
         num_workers: Processes; the report does not depend on it, except for ``throughput``.
         decode: Whether to decode images; otherwise only their headers are checked.
         cache_dir: The folder for copies of remote shards.

@@ -34,7 +34,7 @@ class _Probes:
     #: Number of neighbours -> accuracy.
     knn: Mapping[int, Accuracy]
     linear_probe: LinearProbe
-    #: What is wrong with the folders, one line each.
+    #: Defects of the folders, one line each.
     findings: Sequence[str]
 
 

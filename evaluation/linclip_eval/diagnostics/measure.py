@@ -1,7 +1,7 @@
-"""How selective attention is in every layer of a model, and how similar its tokens become.
+"""Statistics of the attention and the tokens in every layer of a model.
 
 The weights are those that the layers use: :meth:`SelfAttention.attend` of the identity as values
-returns them, for softmax and every variant of linear attention alike.
+returns them, for softmax and for every variant of linear attention.
 """
 
 from collections import defaultdict

@@ -30,7 +30,7 @@ def parse_template(template: Template) -> Callable[[str], str]:
             or a callable, which is returned as it is.
 
     Raises:
-        ValueError: for a string that is no format string, or has no place for the name.
+        ValueError: for a string that is not a format string, or has no place for the name.
     """
     if callable(template):
         return template

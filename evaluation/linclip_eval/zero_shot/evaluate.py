@@ -167,7 +167,7 @@ def zero_shot(
         group: The ranks that divide the batches among themselves; None: this process alone.
         parts_dir: A folder for finished parts, from which an interrupted call resumes. It must
             belong to this model, classifier, data and batch size. None: nothing is kept.
-        num_predictions: How many of this rank's first images to keep for display.
+        num_predictions: The number of this rank's first images to keep for display.
 
     Returns:
         The same result on all ranks, except for ``predictions``.

@@ -112,7 +112,7 @@ class ZeroShotTask:
             tokenizer: Maps prompts to token ids [B, L].
             device: The device of the model.
             group: The ranks that divide the work among themselves; None: this process alone.
-            num_predictions: How many of this rank's first images to keep for display.
+            num_predictions: The number of this rank's first images to keep for display.
             cache_dir: A folder for class features and finished batches, from which an interrupted
                 call resumes; None: nothing is kept.
             fingerprint: A text that identifies the model in ``cache_dir``.

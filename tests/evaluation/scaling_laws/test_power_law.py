@@ -108,7 +108,7 @@ def test_resampling_is_the_same_every_time():
 
 def test_resamples_with_a_single_point_are_left_out():
     law = fit_scaling_law(points(-0.2)[:3])
-    # All three draws alike: 3 of 27 times.
+    # All three draws are the same setting in 3 of 27 cases.
     assert len(law.resampled) / 2000 == pytest.approx(24 / 27, abs=0.03)
     assert np.isfinite(law.resampled).all()
 

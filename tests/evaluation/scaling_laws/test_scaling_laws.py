@@ -179,7 +179,7 @@ def test_levels_are_not_compared_without_shared_compute(tmp_path):
 def test_command_writes_everything(study, runs, tmp_path, capsys):
     out = tmp_path / "out"
     folders = sorted(study.iterdir())
-    assert command(study, "--out", out, "--note", "Digits are no photographs.") == 0
+    assert command(study, "--out", out, "--note", "Digits are not photographs.") == 0
     with (out / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["folder"] for row in rows] == [str(folder) for folder in folders]
@@ -198,7 +198,7 @@ def test_command_writes_everything(study, runs, tmp_path, capsys):
     assert "**Loss: no difference seen** between the exponents" in summary
     assert "This does not prove equality" in summary
     assert "](figure.png)" in summary
-    assert "\n\nDigits are no photographs.\n\n" in summary
+    assert "\n\nDigits are not photographs.\n\n" in summary
     assert summary in capsys.readouterr().out
     assert (out / "figure.png").stat().st_size > 20_000
 

@@ -43,7 +43,7 @@ def test_number_of_repeated_names():
     assert sum(n for n in lemmas.values() if n > 1) == 3186
     assert lemmas[("queen",)] == 7
     definitions = imagenet_classes("imagenet-22k", "definition").texts
-    assert len(set(definitions)) == 21_840  # two gutta-percha trees are told apart by nothing
+    assert len(set(definitions)) == 21_840  # two gutta-percha trees have the same definition
 
 
 def test_hierarchy_is_that_of_wordnet():

@@ -254,7 +254,7 @@ def test_ancestors_of_the_class_count_in_the_hierarchy():
     assert (result.topk(1), result.hierarchical_top1) == (1 / 3, 2 / 3)
     taken_for_beagle = torch.tensor([[0.5, 0.9, 0.1]] * 3)
     result = score_fixed(taken_for_beagle, [0, 1, 2], classes)
-    assert result.hierarchical_top1 == 1 / 3  # a dog is no beagle
+    assert result.hierarchical_top1 == 1 / 3  # a dog is not always a beagle
 
 
 def test_unreadable_images_count_as_wrong(caplog):

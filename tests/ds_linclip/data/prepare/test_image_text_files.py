@@ -27,7 +27,7 @@ FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "
 
 
 def picture(width: int, height: int, *, form: str = "JPEG", seed: int = 0, **save: object) -> bytes:
-    """An image file whose pixels differ with the seed."""
+    """Return an image file whose pixels depend on the seed."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     buffer = io.BytesIO()
@@ -36,14 +36,14 @@ def picture(width: int, height: int, *, form: str = "JPEG", seed: int = 0, **sav
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The start of a PNG that claims a size."""
+    """Return the start of a PNG that claims a size."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return b"\x89PNG\r\n\x1a\n" + data + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
 
 
 def write_folder(folder: Path, count: int = 12) -> dict[str, bytes]:
-    """Sound pairs in two folders and all formats; returns the files by caption."""
+    """Write sound pairs in two folders and all formats; return the files by caption."""
     files = {}
     for number in range(count):
         suffix = list(FORMATS)[number % 5]
@@ -57,7 +57,7 @@ def write_folder(folder: Path, count: int = 12) -> dict[str, bytes]:
 
 
 def write_dirty_folder(folder: Path) -> Counter[str]:
-    """Two sound pairs and one or two of each failure; returns the counts."""
+    """Write two sound pairs and one or two of each failure; return the counts."""
     folder.mkdir(parents=True)
     sound = picture(20, 20)
     pairs: list[tuple[str, bytes, bytes | None, str]] = [
@@ -89,7 +89,7 @@ def write_csv(file: Path, rows: list[list[str]], separator: str = "\t") -> None:
 
 
 def read_set(out: Path) -> list[dict[str, bytes]]:
-    """All samples as plain webdataset finds them."""
+    """Return all samples as webdataset reads them."""
     urls = sorted(str(path) for path in out.glob("*.tar"))
     return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
 
@@ -172,7 +172,7 @@ def test_bad_pairs_are_counted_and_listed(tmp_path: Path) -> None:
     assert failed["cut.jpg"]["caption"] == "cut"
     assert failed["alone.jpg"]["status"] == "failed_to_download"
     assert failed["alone.jpg"]["caption"] is None
-    # Keys are places in the list: failures leave gaps.
+    # Keys number the pairs: failures leave gaps.
     assert [row["key"] for row in rows] == [f"0000{i // 7}{i % 7:04d}" for i in range(len(rows))]
     samples = read_set(tmp_path / "out")
     assert {sample["__key__"] for sample in samples} == {
@@ -181,7 +181,7 @@ def test_bad_pairs_are_counted_and_listed(tmp_path: Path) -> None:
     assert sorted("png" if "png" in sample else "jpg" for sample in samples) == [
         "jpg",
         "png",
-    ]  # named after what they are
+    ]  # named by their content
     total: Counter[str] = Counter()
     for path in (tmp_path / "out").glob("*_stats.json"):
         stats = json.loads(path.read_text())
