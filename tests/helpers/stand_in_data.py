@@ -71,7 +71,7 @@ class StandInData:
 
 
 def random_data(num_images: int, num_captions: Sequence[int], **options: object) -> StandInData:
-    """Return random 8 x 8 images of five classes; image i has ``num_captions[i % len]`` captions."""
+    """Return random images of five classes; image i has ``num_captions[i % len]`` captions."""
     generator = torch.Generator().manual_seed(1)
     images = 2 * torch.randn(num_images, 3, 8, 8, generator=generator)
     captions = []

@@ -404,6 +404,7 @@ def _write_results(folder: Path) -> None:
         "classifier": classifier_of(
             tiny_clip(), texts=many, group=group, cache_dir=folder / "classes"
         ),
+        "one class": classifier_of(tiny_clip(), texts=[("hen",)], group=group),
     }
     bad = samples()
     bad[2].labels[0] = 99  # the third batch is the third rank's
@@ -436,8 +437,10 @@ def test_three_ranks_give_the_result_of_one(three_ranks, one_rank):
 @pytest.mark.distributed
 def test_three_ranks_build_the_classifier_of_one(three_ranks):
     whole = classifier_of(tiny_clip(), texts=[(f"class {i}",) for i in range(150)])
+    alone = classifier_of(tiny_clip(), texts=[("hen",)])
     for answers in three_ranks:
         assert torch.equal(answers["classifier"], whole)
+        assert torch.equal(answers["one class"], alone)  # two ranks have nothing to embed
 
 
 @pytest.mark.distributed
