@@ -101,7 +101,7 @@ class LinearProbe:
     @property
     def num_unconverged(self) -> int:
         """The number of fits, the final one included, that did not converge."""
-        return sum(not fit.converged for fit in (*self.search, self))
+        return sum(not fit.converged for fit in self.search) + (not self.converged)
 
 
 def knn(

@@ -11,9 +11,7 @@ __all__ = ["write_once"]
 _RECORD = "dataset.json"
 
 
-def write_once(
-    out: Path, record: Mapping[str, str | int | None], write: Callable[[Path], None]
-) -> bool:
+def write_once(out: Path, record: Mapping[str, object], write: Callable[[Path], None]) -> bool:
     """Write a data set into a new folder, unless the folder holds the same data set already.
 
     Args:
@@ -41,7 +39,7 @@ def write_once(
     return True
 
 
-def _holds(out: Path, record: Mapping[str, str | int | None]) -> bool:
+def _holds(out: Path, record: Mapping[str, object]) -> bool:
     """Return whether ``out`` holds the data set; False when it is missing or empty."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False

@@ -12,8 +12,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,8 @@ def inspect_shards(
     if write_sizes:
         for pattern in patterns:
             _local_path(pattern)
-    inspect = _Inspector(decode, cache_dir)
     sources = [Source(shards=pattern) for pattern in patterns]
-    groups = find_shards(sources, inspect.storage(), count_headers=False)
+    groups = find_shards(sources, _storage(cache_dir), count_headers=False)
     listed = [shard for group in groups for shard in group.shards]
     sizes = _SizesFiles(listed if write_sizes else [])
     shards = [listed[i] for i in _spread(len(listed), max_shards)]
@@ -100,6 +99,7 @@ def inspect_shards(
         quotas = [end - start for start, end in pairwise(ends)]
     total = ShardFindings()
     start = time.perf_counter()
+    inspect = partial(_inspect, decode=decode, cache_dir=cache_dir)
     found = ordered_map(inspect, zip(shards, quotas, strict=True), num_workers=num_workers)
     with closing(found), tqdm(found, total=len(shards), unit="shard") as progress:
         for shard, findings in zip(shards, progress, strict=True):
@@ -120,64 +120,59 @@ def inspect_shards(
     }
 
 
-@dataclass(frozen=True)
-class _Inspector:
-    """A picklable function that inspects one shard, or an evenly spaced part of its samples."""
+def _inspect(
+    task: tuple[Shard, int | None], *, decode: bool, cache_dir: str | None
+) -> ShardFindings:
+    """Inspect a shard: all its samples, or as many as given, evenly spaced."""
+    shard, limit = task
+    opened, problems = open_and_judge(shard, _storage(cache_dir))
+    # Training reads no samples beyond the expected number.
+    expected = shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
+    findings = ShardFindings(expected=expected, unsized=int(not shard.exact))
+    for problem in problems:
+        _note(findings, problem)
+    if isinstance(opened, OpenShard):
+        with closing(opened):
+            findings.found = len(opened)
+            _read(opened, _spread(min(len(opened), expected), limit), findings, decode=decode)
+    return findings
 
-    decode: bool
-    cache_dir: str | None
 
-    def storage(self) -> Storage:
-        return _storage(self.cache_dir)
+def _read(
+    opened: OpenShard, indices: Sequence[int], findings: ShardFindings, *, decode: bool
+) -> None:
+    bad: Counter[str] = Counter()
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about defects that are counted here
+        for index in indices:
+            try:
+                _read_sample(opened, index, findings, decode=decode)
+            except BadSample as error:
+                bad[error.cause] += 1
+    findings.seconds = time.perf_counter() - start
+    findings.read = len(indices)
+    findings.samples_by_cause.update(bad)
+    findings.shards_by_cause.update(bad.keys())
 
-    def __call__(self, task: tuple[Shard, int | None]) -> ShardFindings:
-        shard, quota = task
-        opened, problems = open_and_judge(shard, self.storage())
-        # Training reads no samples beyond the expected number.
-        expected = (
-            shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
-        )
-        findings = ShardFindings(expected=expected, unsized=int(not shard.exact))
-        for problem in problems:
-            _note(findings, problem)
-        if isinstance(opened, OpenShard):
-            with closing(opened):
-                findings.found = len(opened)
-                self._read(opened, _spread(min(len(opened), expected), quota), findings)
-        return findings
 
-    def _read(self, opened: OpenShard, indices: Sequence[int], findings: ShardFindings) -> None:
-        bad: Counter[str] = Counter()
-        start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about defects that are counted here
-            for index in indices:
-                try:
-                    self._read_sample(opened, index, findings)
-                except BadSample as error:
-                    bad[error.cause] += 1
-        findings.seconds = time.perf_counter() - start
-        findings.read = len(indices)
-        findings.samples_by_cause.update(bad)
-        findings.shards_by_cause.update(bad.keys())
-
-    def _read_sample(self, opened: OpenShard, index: int, findings: ShardFindings) -> None:
-        """Read the text first, then the image, as training does: the first defect counts."""
-        text = opened.read(index, "text", max_bytes=MAX_TEXT_BYTES)
-        findings.bytes_read += len(text)
-        caption = decode_text(text)
-        content = opened.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
-        findings.bytes_read += len(content)
-        with open_image(content) as image:
-            size, kind, mode = image.size, image.format or "", image.mode
-        if self.decode:
-            decode_image(content)
-        findings.characters[len(caption)] += 1
-        findings.tokens[_tokenizer().count(caption)] += 1
-        findings.sizes[size] += 1
-        findings.image_bytes[len(content)] += 1
-        findings.formats[kind] += 1
-        findings.modes[mode] += 1
+def _read_sample(opened: OpenShard, index: int, findings: ShardFindings, *, decode: bool) -> None:
+    """Read the text first, then the image, as training does: the first defect counts."""
+    text = opened.read(index, "text", max_bytes=MAX_TEXT_BYTES)
+    findings.bytes_read += len(text)
+    caption = decode_text(text)
+    content = opened.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
+    findings.bytes_read += len(content)
+    with open_image(content) as image:
+        size, kind, mode = image.size, image.format or "", image.mode
+    if decode:
+        decode_image(content)
+    findings.characters[len(caption)] += 1
+    findings.tokens[_tokenizer().count(caption)] += 1
+    findings.sizes[size] += 1
+    findings.image_bytes[len(content)] += 1
+    findings.formats[kind] += 1
+    findings.modes[mode] += 1
 
 
 def _note(findings: ShardFindings, problem: ShardProblem) -> None:

@@ -8,7 +8,7 @@ import argparse
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -122,8 +122,7 @@ def make_scenes(
         with tqdm(total=num_shards * samples_per_shard, desc="scenes", unit="image") as progress:
             for number in range(num_shards):
                 first = number * samples_per_shard
-                indices = range(first, first + samples_per_shard)
-                samples = map(scene, indices)
+                samples = map(scene, range(first, first + samples_per_shard))
                 progress.update(write_train_shard(folder / "train", number, samples).total())
         for split in ("test", "test_unseen") if num_test else ():
             write_labelled_folder(
@@ -197,7 +196,9 @@ def make_pairs(
 
     def write(folder: Path) -> None:
         load = PairLoader(pairs.root, resize, image_size or 0)
-        loaded = ordered_map(load, _in_order(pairs, order), num_workers=num_workers)
+        captions = pairs.captions or [None] * len(order)
+        items = ((pairs.images[i], captions[i], pairs.captions is None) for i in order)
+        loaded = ordered_map(load, items, num_workers=num_workers)
         with closing(loaded), tqdm(loaded, total=len(order), unit="image") as progress:
             samples = iter(progress)
             for number in range(num_shards):
@@ -326,12 +327,6 @@ def _add_pair_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes; default: one per core",
     )
-
-
-def _in_order(pairs: PairSet, order: list[int]) -> Iterator[tuple[str, str | None, bool]]:
-    for index in order:
-        caption = pairs.captions[index] if pairs.captions is not None else None
-        yield pairs.images[index], caption, pairs.captions is None
 
 
 def _check_at_least(minimum: int, **numbers: int) -> None:

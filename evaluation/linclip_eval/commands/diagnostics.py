@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -99,11 +99,8 @@ def main(arguments: Sequence[str]) -> None:
             except ValueError as error:
                 raise ValueError(f"model ({source}): {error}") from error
             about.append((name, *_describe(model)))
-    outputs.write_csv(
-        options.out / "layers.csv",
-        ["model", *(field.name for field in fields(LayerStatistic))],
-        ([name, *asdict(row).values()] for name, rows in statistics.items() for row in rows),
-    )
+    table = [{"model": name, **asdict(row)} for name, rows in statistics.items() for row in rows]
+    outputs.write_csv(options.out / "layers.csv", table[0], (row.values() for row in table))
     draw_diagnostics(statistics).savefig(options.out / "figure.png")
     header = ("model", "weights", "image tokens", "head widths", "vision", "text")
     outputs.publish(

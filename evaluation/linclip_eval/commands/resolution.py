@@ -8,9 +8,10 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -105,11 +106,7 @@ def _write(
     out: Path, scores: Sequence[_Score], arguments: Sequence[str], device: torch.device
 ) -> None:
     rows = [asdict(score) for score in scores]
-    outputs.write_csv(
-        out / "resolution.csv",
-        (field.name for field in fields(_Score)),
-        (row.values() for row in rows),
-    )
+    outputs.write_csv(out / "resolution.csv", rows[0], (row.values() for row in rows))
     _draw(scores).savefig(out / "figure.png")
     num_samples = {score.domain: score.num_samples for score in scores}
     counts = ", ".join(f"{count} of {domain}" for domain, count in num_samples.items())
@@ -148,6 +145,7 @@ def _draw(scores: Sequence[_Score]) -> Figure:
     *panels, cost = (figure.add_subplot(rows, 2, place) for place in places)
     models = dict.fromkeys(score.model for score in scores)
     for model, colour in zip(models, cycle(COLOURS), strict=False):
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": colour, "label": model}
         for axes, domain in zip(panels, domains, strict=True):
             line = [s for s in scores if (s.model, s.domain) == (model, domain)]
             low, high = zip(*(_error_bar(score) for score in line), strict=True)
@@ -155,20 +153,14 @@ def _draw(scores: Sequence[_Score]) -> Figure:
                 [score.size for score in line],
                 [100 * score.top1 for score in line],
                 yerr=(low, high),
-                marker="o",
-                markersize=4,
                 capsize=2,
-                color=colour,
-                label=model,
+                **style,
             )
         line = [s for s in scores if (s.model, s.domain) == (model, domains[0])]
         cost.plot(
             [score.size for score in line],
             [1000 * score.seconds_per_image for score in line],
-            marker="o",
-            markersize=4,
-            color=colour,
-            label=model,
+            **style,
         )
     cost.set_yscale("log")
     sizes = sorted({score.size for score in scores})
