@@ -1,13 +1,23 @@
-"""The model that is evaluated: this project's or open_clip's, behind one pair of encoders."""
+"""Load a trained model and encode images and texts with it.
+
+::
+
+    model = load_model("runs/my_run")
+    images = torch.stack([model.transform(path.read_bytes()) for path in paths])
+    image_features = F.normalize(model.encode_image(images), dim=-1)  # [B, E]
+    texts = model.tokenizer(["a photo of a dog", "a photo of a cat"])
+    text_features = F.normalize(model.encode_text(texts), dim=-1)  # [2, E]
+    similarities = image_features @ text_features.T
+"""
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import open_clip
 import torch
@@ -27,28 +37,28 @@ from ds_linclip.interop.state_dict import (
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["PRECISIONS", "EvalModel", "load_model"]
+__all__ = ["PRECISIONS", "LoadedModel", "Precision", "load_model"]
 
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
-#: Dtypes of weights and images.
+#: Precision -> dtype of weights and images.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalModel:
-    """A model in eval mode, without gradients, and how its inputs are made.
+class LoadedModel:
+    """A model in eval mode, with the transform and the tokenizer that its inputs need.
 
     Attributes:
-        name: What the user called it; of a run folder, with its checkpoint.
+        name: The source of the model; for a run folder, its newest checkpoint.
         module: ds_linclip's CLIP, or a model of open_clip.
-        image_size: (height, width) in pixels that ``transform`` gives.
-        tokenizer: Texts to token ids [B, context_length] int64.
-        transform: Image file to [3, height, width].
-        dtype: Of the weights.
-        device: Where they are.
-        fingerprint: SHA-256 of architecture, weights and dtype, by which results are kept apart.
+        image_size: The (height, width), in pixels, of the images that ``transform`` returns.
+        tokenizer: Maps a list of texts to token ids [B, context_length], int64.
+        transform: Maps the bytes of an image file to an image [3, height, width], normalised.
+        dtype: The dtype of the weights.
+        device: The device of the weights.
+        fingerprint: SHA-256 of architecture, weights and dtype; it identifies cached results.
     """
 
     name: str
@@ -62,113 +72,126 @@ class EvalModel:
 
     @property
     def title(self) -> str:
-        """The name in short: of a run folder, or the last part of a path."""
+        """A short name: that of the run folder, or the last part of the source."""
         path = Path(self.name)
         return path.parents[1].name if path.parent.name == "checkpoints" else path.name
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """Features [B, E] of images [B, 3, H, W] from any device; not normalised."""
+        """Return the features [B, E], not normalised, of images [B, 3, H, W] from any device."""
         images = images.to(self.device, self.dtype, non_blocking=True)
-        features: Tensor = self._encoder("encode_image")(images)
-        return features
+        return self._encode("encode_image", images)
 
     @torch.no_grad()
     def encode_text(self, texts: Tensor) -> Tensor:
-        """Features [B, E] of token ids [B, L] from any device; not normalised."""
-        features: Tensor = self._encoder("encode_text")(texts.to(self.device, non_blocking=True))
-        return features
+        """Return the features [B, E], not normalised, of token ids [B, L] from any device."""
+        return self._encode("encode_text", texts.to(self.device, non_blocking=True))
 
-    def _encoder(self, name: str) -> Callable[[Tensor], Tensor]:
-        encoder: Callable[[Tensor], Tensor] = getattr(self.module, name)
-        return encoder
+    def _encode(self, encoder: str, inputs: Tensor) -> Tensor:
+        features: Tensor = getattr(self.module, encoder)(inputs)
+        return features
 
 
 def load_model(
     source: str | Path,
-    mesh: Mesh,
+    mesh: Mesh | None = None,
     *,
     precision: Precision = "fp32",
     image_size: int | None = None,
-) -> EvalModel:
-    """Open a model for evaluation, whole on every rank; all ranks of ``mesh`` call it together.
+) -> LoadedModel:
+    """Load a model for inference, whole on every rank.
 
     Args:
-        source: A run folder (its newest checkpoint), one of its checkpoints, a hub folder of this
-            project or of open_clip, or open_clip's ``NAME:TAG``. ``NAME`` alone has random weights,
-            the same ones every time.
-        mesh: Where to put it; no tensor or pipeline parallelism.
-        precision: Dtype of weights and images.
-        image_size: Side in pixels to run at, with the positions resampled; None: the model's own.
+        source: A run folder (its newest checkpoint is taken), a checkpoint, a hub folder of this
+            project or of open_clip, or open_clip's ``NAME:TAG``. A ``NAME`` alone has random
+            weights, the same ones every time.
+        mesh: The ranks that load the model together, without tensor, context or pipeline
+            parallelism; None: the processes of the launcher, or this process alone.
+        precision: The dtype of weights and images.
+        image_size: The side of the images in pixels; position embeddings are resampled to it. None:
+            the size that the model was trained on.
 
     Raises:
-        ValueError: when there is no such model, it cannot be read, or the image size does not fit.
+        ValueError: on all ranks, when there is no such model, it cannot be read, or the image size
+            does not fit.
     """
+    mesh = mesh or Mesh.create()
     if mesh.tp.size * mesh.pp.size * mesh.cp.size > 1:
-        raise ValueError("parallel (tp, pp, cp) must be 1: evaluation takes whole models")
-    # One rank chooses: a run that goes on may have a newer checkpoint a moment later.
+        raise ValueError("parallel (tp, pp, cp) must be 1: inference takes whole models")
+    # One rank resolves the name: an unfinished run may save a newer checkpoint in between.
     name = mesh.from_rank_zero(partial(_resolve, str(source)))
-    opened = partial(_open, name, mesh, PRECISIONS[precision], image_size)
-    return mesh.agree(opened, errors=(ValueError, OSError))
+    load = partial(_load, name, mesh, PRECISIONS[precision], image_size)
+    return mesh.agree(load, errors=(ValueError, OSError))
 
 
 def _resolve(source: str) -> str:
-    """Of a run folder its newest checkpoint; anything else is what it is."""
+    """Return the newest checkpoint of a run folder; any other source is returned as it is."""
     folder = Path(source)
     if not folder.is_dir() or any((folder / name).exists() for name in (CONFIG_FILE, MANIFEST)):
         return source
     return str(latest_checkpoint(folder))
 
 
-def _open(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None) -> EvalModel:
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """A model of either origin before it is moved and cast; ``architecture`` describes it."""
+
+    module: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    preprocess: PreprocessCfg
+    architecture: str
+
+
+def _load(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None) -> LoadedModel:
+    parts = _load_parts(name, mesh, side)
+    module = parts.module.to(mesh.device, dtype).eval().requires_grad_(False)
+    _, height, width = parts.preprocess.input_size
+    return LoadedModel(
+        name=name,
+        module=module,
+        image_size=(height, width),
+        tokenizer=parts.tokenizer,
+        transform=EvalTransform(parts.preprocess),
+        dtype=dtype,
+        device=mesh.device,
+        fingerprint=_fingerprint(module, parts.architecture),
+    )
+
+
+def _load_parts(name: str, mesh: Mesh, side: int | None) -> _Parts:
     folder = Path(name)
     if not folder.is_dir():
-        return _from_open_clip(name, mesh, dtype, side)
+        return _from_open_clip(name, side)
     if (folder / MANIFEST).exists():
-        return _from_ours(load_weights(folder, mesh), name, dtype, side, {})
+        return _from_clip(load_weights(folder, mesh), side, {})
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         read_config(folder)
     except ValueError as error:
-        logger.info("%s: left to open_clip: %s", folder, error)
-        return _from_open_clip(f"local-dir:{folder}", mesh, dtype, side)
+        logger.info("%s: loaded by open_clip: %s", folder, error)
+        return _from_open_clip(f"local-dir:{folder}", side)
     if not (folder / WEIGHTS_FILE).exists():
-        return _from_open_clip(f"local-dir:{folder}", mesh, dtype, side)
-    preprocess = content.get("preprocess_cfg") or {}
-    return _from_ours(load_folder(folder, mesh), name, dtype, side, preprocess)
+        return _from_open_clip(f"local-dir:{folder}", side)
+    return _from_clip(load_folder(folder, mesh), side, content.get("preprocess_cfg") or {})
 
 
-def _from_ours(
-    module: CLIP,
-    name: str,
-    dtype: torch.dtype,
-    side: int | None,
-    preprocess: Mapping[str, Any],
-) -> EvalModel:
+def _from_clip(module: CLIP, side: int | None, preprocess: dict[str, object]) -> _Parts:
     vision, text = module.config.vision, module.config.text
     image_size = vision.image_size if side is None else (side, side)
     if any(length % vision.patch_size or length < 1 for length in image_size):
         raise ValueError(
             f"image_size ({side}) must be a positive multiple of patch_size ({vision.patch_size})"
         )
-    module = module.to(dtype).eval().requires_grad_(False)
-    return EvalModel(
-        name=name,
+    merged = merge_preprocess_dict(PreprocessCfg(), {**preprocess, "size": image_size})
+    return _Parts(
         module=module,
-        image_size=image_size,
         tokenizer=open_clip.SimpleTokenizer(context_length=text.context_length),
-        transform=EvalTransform(
-            PreprocessCfg(
-                **merge_preprocess_dict(PreprocessCfg(), {**preprocess, "size": image_size})
-            )
-        ),
-        dtype=dtype,
-        device=module.mesh.device,
-        fingerprint=_fingerprint(module, repr(module.config)),
+        preprocess=PreprocessCfg(**merged),
+        architecture=repr(module.config),
     )
 
 
-def _from_open_clip(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None) -> EvalModel:
+def _from_open_clip(name: str, side: int | None) -> _Parts:
     architecture, _, tag = name.partition(":")
     is_folder = architecture == "local-dir"
     if not is_folder and architecture not in open_clip.list_models():
@@ -176,7 +199,7 @@ def _from_open_clip(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None)
             f"model ({name}) must be a run folder, a hub folder, or NAME[:TAG] of open_clip"
         )
     try:
-        # Random weights where there is no tag; those of the caller stay as they are.
+        # A model without a tag has random weights; the caller's generator stays as it is.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = open_clip.create_model(
@@ -189,30 +212,23 @@ def _from_open_clip(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None)
         tokenizer = open_clip.get_tokenizer(name if is_folder else architecture)
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError, SafetensorError) as error:
         raise ValueError(f"model ({name}): open_clip cannot open it: {error}") from error
-    module = module.to(mesh.device, dtype).eval().requires_grad_(False)
     if is_folder:
-        architecture_config = (Path(tag) / CONFIG_FILE).read_text(encoding="utf-8")
+        description = (Path(tag) / CONFIG_FILE).read_text(encoding="utf-8")
     else:
-        architecture_config = repr(open_clip.get_model_config(architecture))
-    preprocess = PreprocessCfg(**module.visual.preprocess_cfg)
-    _, height, width = preprocess.input_size
-    return EvalModel(
-        name=name,
+        description = repr(open_clip.get_model_config(architecture))
+    return _Parts(
         module=module,
-        image_size=(height, width),
         tokenizer=tokenizer,
-        transform=EvalTransform(preprocess),
-        dtype=dtype,
-        device=mesh.device,
-        fingerprint=_fingerprint(module, architecture_config),
+        preprocess=PreprocessCfg(**module.visual.preprocess_cfg),
+        architecture=description,
     )
 
 
 def _fingerprint(module: nn.Module, architecture: str) -> str:
-    """Weights alone do not tell models apart: attention has none of its own."""
+    """Hash weights and architecture: models with different attention may share their weights."""
     digest = hashlib.sha256(architecture.encode())
     for name, value in sorted(module.state_dict().items()):
-        if not isinstance(value, Tensor):  # Megatron's layers carry an extra state of their own
+        if not isinstance(value, Tensor):  # the extra state of Megatron's layers
             continue
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

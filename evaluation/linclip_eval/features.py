@@ -1,27 +1,22 @@
-"""A data set as a model sees it, and how near its images and captions are to each other.
+"""Features of a whole data set, the cosines between them, and ranks by cosine.
 
-A batch holds the same samples however many ranks there are, and which rank embeds it changes
-nothing: features, and every score made of them, are the same on any number of ranks, to the last
-bit.
+A batch holds the same samples on any number of ranks, and it does not matter which rank embeds it:
+features, and every score computed from them, are bit-identical on any number of ranks.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from operator import itemgetter
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from tqdm import tqdm
 
-from ds_linclip.process.consensus import agree
-from linclip_eval.protocols import ImageBatch, ImageSet
+from linclip_eval.protocols import ImageBatch, ImageSet, map_over_ranks, show_progress
 
 __all__ = ["Features", "best_ranks", "extract_features", "similarities"]
 
@@ -34,18 +29,18 @@ _SIMILARITIES_AT_ONCE = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What the encoders make of a data set, in the order of the data.
+    """Image and caption features of a data set, in the order of the data.
 
     Attributes:
-        images: [N, E] float32, of length 1; NaN where the model gave no finite numbers.
+        images: [N, E] float32, rows of length 1; NaN where the model returned non-finite numbers.
         labels: [N] int64 class numbers.
-        keys: Of the N images.
-        texts: [T, E] float32, likewise; those of an image come one after the other.
-        captions: What they are features of.
-        owners: [T] int64: the image that each belongs to.
-        unreadable: Key and reason of every image that could not be decoded. Its captions are
-            unknown.
-        unreadable_labels: [U] int64, of those.
+        keys: The keys of the N images.
+        texts: [T, E] float32, likewise; the captions of an image follow each other.
+        captions: The T captions behind ``texts``.
+        owners: [T] int64, the index of the image that each caption belongs to.
+        unreadable: The key and the reason of each of the U images that could not be decoded. Their
+            captions are unknown.
+        unreadable_labels: [U] int64, the class numbers of these images.
     """
 
     images: NDArray[np.float32]
@@ -59,15 +54,14 @@ class Features:
 
     @property
     def uncaptioned(self) -> tuple[str, ...]:
-        """Keys of the images that none of the captions belongs to."""
+        """The keys of the images that have no caption."""
         captioned = set(self.owners.tolist())
         return tuple(key for image, key in enumerate(self.keys) if image not in captioned)
 
     @property
     def num_nonfinite(self) -> int:
-        """Images and captions whose features are NaN."""
-        rows = (self.images, self.texts)
-        return sum(int((~np.isfinite(of).all(axis=1)).sum()) for of in rows)
+        """The number of images and captions whose features are NaN."""
+        return sum(int((~np.isfinite(f).all(axis=1)).sum()) for f in (self.images, self.texts))
 
 
 def extract_features(
@@ -81,49 +75,32 @@ def extract_features(
     """Embed every image of a data set once, and its captions.
 
     Args:
-        encode_image: images [B, 3, H, W] to image features [B, E], normalised or not. With
-            ``group`` it must not itself communicate over that group.
-        data: the same on every rank.
-        device: where images go.
-        embed_texts: captions to text features [B, E], likewise; None: captions are left out.
-        group: the ranks that share out the batches, each batch to one of them.
+        encode_image: Maps images [B, 3, H, W] to image features [B, E], normalised or not. It must
+            not communicate over ``group``.
+        data: The images, the same on every rank.
+        device: The device that images are copied to.
+        embed_texts: Maps captions to text features [B, E], likewise; None: captions are left out.
+        group: The ranks that divide the batches among themselves; None: this process alone.
 
     Returns:
-        The same on all ranks.
+        The same features on all ranks.
 
     Raises:
-        ValueError: for data without a single image that can be read, or that refuse one; with
-            ``group``, on all of its ranks if on one.
-        OSError: from ``data``, likewise.
+        ValueError: on all ranks, for data without a readable image, or when reading them raised
+            ValueError or OSError on one rank.
     """
-    rank, world_size = (
-        (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    )
 
-    def rank_share() -> list[tuple[int, Features]]:
-        numbers = range(rank, data.num_batches, world_size)
-        progress = tqdm(
-            data.batches(numbers),
-            "images",
-            len(numbers),
-            unit="batch",
-            delay=5,
-            leave=False,
-            disable=rank > 0,
-        )
-        return [
-            (batch.number, _embed(batch, encode_image, embed_texts, device)) for batch in progress
-        ]
+    def embed_batches(numbers: Sequence[int]) -> Iterator[Features]:
+        batches = data.batches(numbers)
+        for batch in show_progress(
+            batches, len(numbers), title="images", unit="batch", group=group
+        ):
+            yield _embed(batch, encode_image, embed_texts, device)
 
-    share = agree(rank_share, group, errors=(ValueError, OSError))
-    shares = [share]
-    if group is not None:
-        shares *= world_size
-        dist.all_gather_object(shares, share, group=group)
-    parts = [part for _, part in sorted(chain(*shares), key=itemgetter(0))]
+    parts = map_over_ranks(embed_batches, range(data.num_batches), group)
     if not any(len(part.images) for part in parts):
         raise ValueError("data (0 readable images) must hold at least one image that can be read")
-    return _joined(parts)
+    return _join(parts)
 
 
 def similarities(
@@ -133,20 +110,20 @@ def similarities(
     device: torch.device | str,
     at_once: int = _SIMILARITIES_AT_ONCE,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Cosines between features, for some of the queries at a time.
+    """Yield the cosines between queries and candidates, a block of queries at a time.
 
-    Features are rounded to 24 binary digits behind the point, about their own precision; their
-    products in float64 have no error at all. So neither the size of the pieces nor the device
-    changes a bit, and equal features have equal cosines: ties are where they should be.
+    Features are first rounded to 24 binary digits, about the precision that they have; their dot
+    products in float64 are then exact. Neither the block size nor the device changes a bit, and
+    equal features have equal cosines, so ties are exact.
 
     Args:
-        queries: [Q, E], of length 1.
-        candidates: [M, E], of length 1.
-        device: where to compute.
-        at_once: about as many cosines are held.
+        queries: [Q, E], rows of length 1.
+        candidates: [M, E], rows of length 1.
+        device: The device that computes.
+        at_once: The approximate number of cosines in a block.
 
     Yields:
-        A slice of the queries, and their cosines [B, M] float64 on ``device``; -inf where one of
+        A slice of the queries and their cosines [B, M], float64 on ``device``; -inf where one of
         the two features is NaN.
     """
     columns = _on_grid(candidates, device).T  # [E, M]
@@ -156,24 +133,24 @@ def similarities(
         yield rows, (_on_grid(queries[rows], device) @ columns).nan_to_num_(nan=-math.inf)
 
 
-def best_ranks(scores: Tensor, right: Tensor) -> Tensor:
-    """Place of the best right candidate of every query, when candidates are sorted by score.
+def best_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
+    """Return the rank of every query's best relevant candidate, sorted by descending score.
 
-    Of equal scores the candidate with the lower number goes first.
+    Of equal scores the candidate with the lower index comes first.
 
     Args:
-        scores: [B, M], higher is better; -inf: never found.
-        right: [B, M] bool: the candidates that are right, any number of them.
+        scores: [B, M], higher is better; -inf marks candidates that are never retrieved.
+        relevant: [B, M] bool, any number of candidates per query.
 
     Returns:
-        [B] int64, from 1; M + 1 where no right candidate can be found.
+        [B] int64 ranks from 1; M + 1 where no relevant candidate is retrieved.
     """
     num_candidates = scores.shape[1]
-    of_right = scores.masked_fill(~right, -math.inf)
-    place = of_right.argmax(dim=1, keepdim=True)  # the first of equals
-    best = of_right.gather(1, place)
-    numbers = torch.arange(num_candidates, device=scores.device)
-    ahead = (scores > best) | ((scores == best) & (numbers < place))
+    relevant_scores = scores.masked_fill(~relevant, -math.inf)
+    index = relevant_scores.argmax(dim=1, keepdim=True)  # the first of equal scores
+    best = relevant_scores.gather(1, index)
+    indices = torch.arange(num_candidates, device=scores.device)
+    ahead = (scores > best) | ((scores == best) & (indices < index))
     ranks = 1 + ahead.sum(dim=1)
     return ranks.masked_fill(best[:, 0] == -math.inf, num_candidates + 1)
 
@@ -191,15 +168,15 @@ def _embed(
             texts = [line.strip() for line in lines.splitlines() if line.strip()]
             captions += texts
             owners += [image] * len(texts)
-    pieces = [
+    chunks = [
         captions[i : i + _TEXTS_PER_FORWARD] for i in range(0, len(captions), _TEXTS_PER_FORWARD)
     ]
     images = batch.images.to(device, non_blocking=True)
     return Features(
-        images=_normalised([encode_image(images)] if len(images) else []),
+        images=_normalise([encode_image(images)] if len(images) else []),
         labels=batch.labels.numpy(),
         keys=tuple(batch.keys),
-        texts=_normalised([embed_texts(piece) for piece in pieces] if embed_texts else []),
+        texts=_normalise([embed_texts(chunk) for chunk in chunks] if embed_texts else []),
         captions=tuple(captions),
         owners=np.array(owners, np.int64),
         unreadable=tuple(batch.unreadable),
@@ -207,7 +184,7 @@ def _embed(
     )
 
 
-def _normalised(features: Sequence[Tensor]) -> NDArray[np.float32]:
+def _normalise(features: Sequence[Tensor]) -> NDArray[np.float32]:
     if not features:
         return np.empty((0, 0), np.float32)
     rows: NDArray[np.float32] = F.normalize(torch.cat(list(features)).float(), dim=-1).cpu().numpy()
@@ -215,25 +192,23 @@ def _normalised(features: Sequence[Tensor]) -> NDArray[np.float32]:
     return rows
 
 
-def _joined(parts: Sequence[Features]) -> Features:
+def _join(parts: Sequence[Features]) -> Features:
     starts = accumulate((len(part.images) for part in parts), initial=0)
+    owners = [part.owners + start for part, start in zip(parts, starts, strict=False)]
     return Features(
-        images=_stacked([part.images for part in parts]),
+        images=_stack([part.images for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
         keys=tuple(chain(*(part.keys for part in parts))),
-        texts=_stacked([part.texts for part in parts]),
+        texts=_stack([part.texts for part in parts]),
         captions=tuple(chain(*(part.captions for part in parts))),
-        owners=np.concatenate(
-            [part.owners + start for part, start in zip(parts, starts, strict=False)]
-        ),
+        owners=np.concatenate(owners),
         unreadable=tuple(chain(*(part.unreadable for part in parts))),
         unreadable_labels=np.concatenate([part.unreadable_labels for part in parts]),
     )
 
 
-def _stacked(blocks: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Without those that have no rows, and so no width."""
-    filled = [block for block in blocks if len(block)]
+def _stack(blocks: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    filled = [block for block in blocks if len(block)]  # an empty block has no width
     return np.concatenate(filled) if filled else np.empty((0, 0), np.float32)
 
 

@@ -1,6 +1,6 @@
 """Classifiers on frozen image features: nearest neighbours and a linear probe.
 
-Both see features of length 1 as ``encode_image`` gives them.
+Both take the features of ``encode_image``, normalised to length 1.
 """
 
 import math
@@ -18,27 +18,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from linclip_eval.features import Features, best_ranks, similarities
-from linclip_eval.zero_shot.evaluate import likeliest
+from linclip_eval.zero_shot.evaluate import stable_topk
 
 __all__ = ["Accuracy", "LinearProbe", "ProbeFit", "knn", "linear_probe"]
 
 _TEMPERATURE = 0.07
 _VALIDATION_SHARE = 0.2
-#: The strengths are 1e-6 to 1e6 in eight steps per decade; the search starts with every sixteenth.
+#: L2 strengths from 1e-6 to 1e6, eight per decade; the search starts with every sixteenth.
 _STEPS_PER_DECADE, _LAST_STEP, _FIRST_STRIDE = 8, 96, 16
 _IMAGES_AT_ONCE = 4096
-#: Of nearest neighbours, images x classes at a time.
+#: The largest number of images x classes whose votes are counted at once.
 _MAX_VOTES = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Where a classifier puts the true classes of the test images.
+    """The ranks that a classifier gives to the true classes of the test images.
 
     Attributes:
         labels: [N] true classes.
-        ranks: [N] place of the true class among all classes, from 1; one more than there are where
-            the classifier cannot give it, or the image cannot be read.
+        ranks: [N] rank of the true class among all classes, from 1. It is larger than the number of
+            classes when the classifier does not know the class or the image cannot be read.
     """
 
     labels: NDArray[np.int64]
@@ -46,15 +46,16 @@ class Accuracy:
 
     @property
     def num_samples(self) -> int:
+        """The number of test images, unreadable ones included."""
         return len(self.labels)
 
     def topk(self, k: int) -> float:
-        """Share of the images whose class is among the k likeliest."""
+        """Return the share of images whose class is among the k most likely."""
         return float((self.ranks <= k).mean())
 
     @property
     def mean_per_class_recall(self) -> float:
-        """Mean top-1 accuracy of the classes that have test images, each with the same weight."""
+        """Top-1 accuracy averaged over the classes that have test images, with equal weights."""
         samples = np.bincount(self.labels)
         hits = np.bincount(self.labels[self.ranks == 1], minlength=len(samples))
         seen = samples > 0
@@ -63,14 +64,14 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeFit:
-    """One fit of the search for a strength.
+    """One fit in the search for the L2 strength.
 
     Attributes:
-        strength: lambda of the penalty lambda / 2 |W|^2 beside the cross-entropy, summed over the
-            images: 1 / C of scikit-learn.
-        validation_top1: Accuracy on the training images that were held back.
-        num_iterations: Of L-BFGS.
-        converged: Whether it ended by itself.
+        strength: The lambda of the penalty lambda / 2 |W|^2, added to the cross-entropy summed over
+            the images: 1 / C in scikit-learn.
+        validation_top1: Accuracy on the held-out part of the training images.
+        num_iterations: The number of L-BFGS iterations.
+        converged: Whether L-BFGS converged before its limit of iterations.
     """
 
     strength: float
@@ -81,14 +82,14 @@ class ProbeFit:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """The linear probe, fitted with the best strength.
+    """The linear probe, fitted with the best L2 strength.
 
     Attributes:
-        accuracy: On the test images.
-        strength: As of :class:`ProbeFit`.
-        num_iterations: Of the last fit, on all training images.
-        converged: Whether that ended by itself.
-        search: The fits that the strength was chosen by, weakest first.
+        accuracy: Its accuracy on the test images.
+        strength: The chosen strength, see :class:`ProbeFit`.
+        num_iterations: The number of L-BFGS iterations of the final fit, on all training images.
+        converged: Whether the final fit converged.
+        search: The fits among which the strength was chosen, by increasing strength.
     """
 
     accuracy: Accuracy
@@ -99,7 +100,7 @@ class LinearProbe:
 
     @property
     def num_unconverged(self) -> int:
-        """How many of the fits, the last one included, were cut off."""
+        """The number of fits, the final one included, that did not converge."""
         return sum(not fit.converged for fit in self.search) + (not self.converged)
 
 
@@ -112,19 +113,19 @@ def knn(
 ) -> dict[int, Accuracy]:
     """Classify test images by their nearest training images, as DINO (arXiv 2104.14294, 4.1).
 
-    Every neighbour gives its class exp(cosine / 0.07) votes. A class without votes is never right.
-    Of equal cosines the earlier image goes first, of equal votes the lower class.
+    Every neighbour gives its class exp(cosine / 0.07) votes. A class without votes is never
+    predicted. Of equal cosines the earlier image comes first, of equal votes the lower class.
 
     Args:
-        train, test: Features by the same model.
-        num_neighbors: A classifier for each.
-        device: Where cosines are computed.
+        train, test: Features from the same model.
+        num_neighbors: The numbers of neighbours k, one classifier for each.
+        device: The device that computes cosines.
 
     Returns:
-        Number of neighbours -> accuracy.
+        The accuracy for each number of neighbours.
 
     Raises:
-        ValueError: for more neighbours than training images, or features that are not finite.
+        ValueError: when a k is not in [1, number of training images], or features are not finite.
     """
     for k in num_neighbors:
         if not 1 <= k <= len(train.images):
@@ -136,7 +137,7 @@ def knn(
     num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
     ranks = {k: np.empty(len(test.images), np.int64) for k in num_neighbors}
     for rows, cosines in similarities(test.images, train.images, device=device):
-        neighbors = likeliest(cosines, max(num_neighbors))
+        neighbors = stable_topk(cosines, max(num_neighbors))
         # Counted on the CPU, where votes are added in the same order every time.
         votes = (cosines.gather(1, neighbors).cpu() / _TEMPERATURE).exp()
         classes = train_labels[neighbors.cpu()]
@@ -146,25 +147,26 @@ def knn(
             scores = votes.new_zeros(len(votes[part]), num_classes)
             scores.scatter_add_(1, classes[part, :k], votes[part, :k])
             scores.masked_fill_(scores == 0, -math.inf)
-            ranks[k][rows][part] = _ranks_of(scores, test.labels[rows][part])
+            ranks[k][rows][part] = _true_class_ranks(scores, test.labels[rows][part])
     return {k: _accuracy(test, found) for k, found in ranks.items()}
 
 
 def linear_probe(
     train: Features, test: Features, *, seed: int = 0, max_iterations: int = 1000
 ) -> LinearProbe:
-    """Multinomial logistic regression, as CLIP's linear probe (arXiv 2103.00020, A.3).
+    """Fit a multinomial logistic regression, as CLIP's linear probe (arXiv 2103.00020, A.3).
 
-    scikit-learn's L-BFGS, in float64, on features that are not standardised. A random fifth of the
-    training images is held back, and the L2 strength with the best accuracy on it is chosen, the
-    larger of equals; the last fit is on all training images. The search is that of A.3: every
-    second decade from 1e-6 to 1e6, then twice as fine around the best, down to eight steps per
-    decade. Unlike A.3, the features are those behind the projection into the space shared with
+    The fit is scikit-learn's L-BFGS in float64, on features that are not standardised. A random
+    fifth of the training images is held out, and the L2 strength with the best accuracy on it is
+    chosen, the larger of equals; the final fit uses all training images. The search is that of A.3:
+    every second decade from 1e-6 to 1e6, then twice as fine around the best, down to eight steps
+    per decade. Unlike A.3, the features are those after the projection into the space shared with
     texts.
+
     Args:
-        train, test: Features by the same model.
-        seed: Chooses the images that are held back.
-        max_iterations: Limit of every fit; a fit that reaches it counts as not converged.
+        train, test: Features from the same model.
+        seed: The seed of the choice of held-out images.
+        max_iterations: The limit of every fit; a fit that reaches it counts as not converged.
 
     Raises:
         ValueError: for training images of one class only, or features that are not finite.
@@ -173,14 +175,14 @@ def linear_probe(
     if len(np.unique(train.labels)) < 2:
         raise ValueError(f"training images ({len(train.labels)}) must be of two classes or more")
     order = np.random.default_rng(seed).permutation(len(train.labels))
-    num_held_back = max(1, round(_VALIDATION_SHARE * len(order)))
-    held_back, rest = order[:num_held_back], order[num_held_back:]
+    num_validation = max(1, round(_VALIDATION_SHARE * len(order)))
+    validation, rest = order[:num_validation], order[num_validation:]
     images, labels = train.images.astype(np.float64), train.labels
     progress = tqdm(desc="linear probe", unit="fit", delay=5, leave=False)
 
     def validate(strength: float) -> ProbeFit:
         model, converged = _fit(images[rest], labels[rest], strength, max_iterations)
-        ranks = _predict(model, images[held_back], labels[held_back])
+        ranks = _predict(model, images[validation], labels[validation])
         progress.update()
         return ProbeFit(
             strength=strength,
@@ -224,44 +226,46 @@ def _best(fits: Sequence[ProbeFit]) -> ProbeFit:
 def _fit(
     images: NDArray[np.float64], labels: NDArray[np.int64], strength: float, max_iterations: int
 ) -> tuple[LogisticRegression, bool]:
-    """The model, and whether its fit ended by itself."""
+    """Return the fitted model and whether it converged."""
     model = LogisticRegression(C=1 / strength, max_iter=max_iterations)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(images, labels)
-    cut_off = [each for each in caught if issubclass(each.category, ConvergenceWarning)]
-    for each in caught:
-        if each not in cut_off:
-            warnings.warn(each.message, stacklevel=2)
-    return model, not cut_off
+    converged = True
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):
+            converged = False
+        else:
+            warnings.warn(warning.message, stacklevel=2)
+    return model, converged
 
 
 def _predict(
     model: LogisticRegression, images: NDArray[np.float64], labels: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Ranks of the true classes."""
+    """Return the rank of the true class of every image."""
     num_classes = 1 + int(max(labels.max(), model.classes_.max()))
     ranks = []
     for start in range(0, len(labels), _IMAGES_AT_ONCE):
         rows = slice(start, start + _IMAGES_AT_ONCE)
         logits = torch.from_numpy(model.decision_function(images[rows]))
-        if logits.ndim == 1:  # of two classes: by how much the second is ahead
+        if logits.ndim == 1:  # two classes: the lead of the second one
             logits = torch.stack([torch.zeros_like(logits), logits], dim=1)
         scores = logits.new_full((len(logits), num_classes), -math.inf)
         scores[:, model.classes_] = logits
-        ranks.append(_ranks_of(scores, labels[rows]))
+        ranks.append(_true_class_ranks(scores, labels[rows]))
     return np.concatenate(ranks)
 
 
-def _ranks_of(scores: Tensor, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    right = torch.zeros_like(scores, dtype=torch.bool)
-    right.scatter_(1, torch.from_numpy(labels)[:, None], True)
-    ranks: NDArray[np.int64] = best_ranks(scores, right).numpy()
+def _true_class_ranks(scores: Tensor, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    relevant = torch.zeros_like(scores, dtype=torch.bool)
+    relevant.scatter_(1, torch.from_numpy(labels)[:, None], True)
+    ranks: NDArray[np.int64] = best_ranks(scores, relevant).numpy()
     return ranks
 
 
 def _accuracy(test: Features, ranks: NDArray[np.int64]) -> Accuracy:
-    """With the images that cannot be read, which count as wrong."""
+    """Return the accuracy over all test images; unreadable ones count as wrong."""
     never = np.iinfo(np.int64).max
     return Accuracy(
         labels=np.concatenate([test.labels, test.unreadable_labels]),

@@ -1,9 +1,9 @@
-"""Retrieval: finding the captions of an image, and the image of a caption.
+"""Image-text retrieval: rank all captions for every image, and all images for every caption.
 
-An image may have several captions, as in COCO and Flickr30k: it is found where one of them is, its
-rank is that of the best of them (CLIP_benchmark's recall). With one caption per image all figures
-are those of ``open_clip_train``, under its names. Of equal similarities the lower number, in the
-order of the data, goes first.
+An image may have several captions, as in COCO and Flickr30k; its rank is that of its best caption
+(CLIP_benchmark's recall). With one caption per image all metrics equal those of
+``open_clip_train``, under its names. Of equal similarities the earlier candidate in the data comes
+first.
 """
 
 import math
@@ -21,21 +21,21 @@ from linclip_eval.protocols import ImageSet
 
 __all__ = ["DIRECTIONS", "RECALLS", "RetrievalResult", "rank_captions", "retrieval"]
 
-#: The k of the recalls.
+#: The values of k of the reported recalls.
 RECALLS = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalResult:
-    """Ranks of what was looked for, from 1.
+    """The rank, from 1, of the right answer to every query.
 
     Attributes:
-        features: What was ranked: N images, T captions, and U images that cannot be read.
-        image_to_text: [N + U] for every image, the unreadable ones last, rank of its best caption
-            among all T; T + 1 where it has none that could be found.
-        text_to_image: [T] for every caption, rank of its image among all N; N + 1 where it could
-            not be found.
+        features: The features that were ranked: N images, T captions, and U unreadable images.
+        image_to_text: [N + U] for every image, unreadable ones last: the rank of its best caption
+            among all T, or T + 1 when it has none with finite features.
+        text_to_image: [T] for every caption: the rank of its image among all N, or N + 1 when that
+            has no finite features.
     """
 
     features: Features
@@ -44,26 +44,27 @@ class RetrievalResult:
 
     @property
     def num_images(self) -> int:
-        """Images that were looked up, whether they can be read and found or not."""
+        """The number of images, unreadable ones included."""
         return len(self.image_to_text)
 
     @property
     def num_captions(self) -> int:
+        """The number of captions of readable images."""
         return len(self.text_to_image)
 
     def recall(self, direction: str, k: int) -> float:
-        """Share of the queries for which something right is among the k first.
+        """Return the share of queries with a right answer among their first k candidates.
 
         Args:
             direction: ``image_to_text`` or ``text_to_image``.
-            k: from 1.
+            k: The number of candidates, from 1.
         """
         return float((self._ranks(direction) <= k).mean())
 
     def metrics(self) -> dict[str, float]:
-        """Recalls in [0, 1] and ranks from 1, under open_clip's names.
+        """Return recalls in [0, 1] and ranks from 1, under open_clip's names.
 
-        The median of an even number of ranks is rounded down, as open_clip does.
+        The median of an even number of ranks is rounded down, as in open_clip.
         """
         metrics: dict[str, float] = {}
         for direction in DIRECTIONS:
@@ -91,22 +92,21 @@ def retrieval(
     """Rank all captions for every image, and all images for every caption.
 
     Args:
-        encode_image: images [B, 3, H, W] to image features [B, E], normalised or not. With
-            ``group`` it must not itself communicate over that group.
-        encode_text: token ids [B, L] to text features [B, E], likewise.
-        data: images, each with the captions that are the lines of its text.
-        tokenizer: captions to token ids [B, L].
-        device: where images and token ids go, and similarities are computed.
-        group: the ranks that share out the images.
-        strict: whether an image without a caption is an error; otherwise it counts as not found.
+        encode_image: Maps images [B, 3, H, W] to image features [B, E], normalised or not. It must
+            not communicate over ``group``.
+        encode_text: Maps token ids [B, L] to text features [B, E], likewise.
+        data: The images; every line of an image's text is a caption.
+        tokenizer: Maps captions to token ids [B, L].
+        device: The device of the model, which also computes similarities.
+        group: The ranks that divide the images among themselves; None: this process alone.
+        strict: Whether an image without a caption is an error. Otherwise it counts as not found.
 
     Returns:
-        The same on all ranks.
+        The same result on all ranks.
 
     Raises:
-        ValueError: for data without an image or a caption, an image without one if ``strict``, or
-            one that the data refuse; on all ranks if on one.
-        OSError: from the data, likewise.
+        ValueError: on all ranks, for data without a readable image or a caption, with ``strict``
+            for an image without a caption, or when reading the data failed on one rank.
     """
     features = extract_features(
         encode_image,
@@ -124,14 +124,14 @@ def retrieval(
 
 
 def rank_captions(features: Features, *, device: torch.device | str) -> RetrievalResult:
-    """What :func:`retrieval` does, with features that are already there.
+    """Rank captions and images by features that have already been extracted.
 
     Args:
-        features: with those of captions.
-        device: where similarities are computed.
+        features: Features of images and captions.
+        device: The device that computes similarities.
 
     Raises:
-        ValueError: for no caption at all.
+        ValueError: when there is no caption.
     """
     if not features.captions:
         raise ValueError("captions ([]) must hold at least one caption")
@@ -142,11 +142,11 @@ def rank_captions(features: Features, *, device: torch.device | str) -> Retrieva
     )
     text_to_image = np.empty(len(features.captions), np.int64)
     for rows, scores in similarities(features.images, features.texts, device=device):
-        right = images[rows, None] == owners  # [B, T]
-        image_to_text[rows] = best_ranks(scores, right).cpu().numpy()
+        relevant = images[rows, None] == owners  # [B, T]
+        image_to_text[rows] = best_ranks(scores, relevant).cpu().numpy()
     for rows, scores in similarities(features.texts, features.images, device=device):
-        right = owners[rows, None] == images  # [B, N]
-        text_to_image[rows] = best_ranks(scores, right).cpu().numpy()
+        relevant = owners[rows, None] == images  # [B, N]
+        text_to_image[rows] = best_ranks(scores, relevant).cpu().numpy()
     return RetrievalResult(
         features=features, image_to_text=image_to_text, text_to_image=text_to_image
     )

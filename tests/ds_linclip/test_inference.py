@@ -1,5 +1,6 @@
-"""Models of every origin give their own features, and are refused in one line when they cannot."""
+"""Models of every origin return their own features; unusable sources are refused."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
@@ -15,10 +17,15 @@ from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from helpers import REPOSITORY
-from linclip_eval.commands.arguments import labelled
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+
+
+def image_file(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 32), (shade, 90, 30)).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def ours(mesh: Mesh, tmp_path: Path) -> tuple[CLIP, Path]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_own_hub_folder(ours, mesh, precision):
+def test_hub_folder_of_this_project(ours, mesh, precision):
     model, folder = ours
     images = torch.randn(2, 3, 32, 32)
     loaded = load_model(folder, mesh, precision=precision)
@@ -57,6 +64,15 @@ def test_own_hub_folder(ours, mesh, precision):
         torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_mesh_is_optional(ours):
+    model, folder = ours
+    loaded = load_model(folder)
+    images = torch.stack([loaded.transform(image_file(shade)) for shade in (0, 200)])
+    texts = loaded.tokenizer(["a tench", "a hen"])
+    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+    assert torch.equal(loaded.encode_text(texts), model.encode_text(texts))
+
+
 def test_other_image_sizes(ours, mesh):
     model, folder = ours
     loaded = load_model(folder, mesh, image_size=64)
@@ -67,7 +83,7 @@ def test_other_image_sizes(ours, mesh):
         load_model(folder, mesh, image_size=60)
 
 
-def test_fingerprint_tells_models_apart(ours, mesh, tmp_path):
+def test_fingerprint_identifies_a_model(ours, mesh, tmp_path):
     model, folder = ours
     first = load_model(folder, mesh).fingerprint
     shutil.copytree(folder, tmp_path / "softmax")
@@ -85,7 +101,7 @@ def test_fingerprint_tells_models_apart(ours, mesh, tmp_path):
 
 
 def test_folder_that_only_open_clip_can_run(mesh, tmp_path):
-    """Average-pooled, with statistics of its own."""
+    """The model uses average pooling and its own normalisation."""
     vision = {**VISION, "pool_type": "avg"}
     torch.manual_seed(0)
     theirs = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT).eval()
@@ -103,7 +119,7 @@ def test_folder_that_only_open_clip_can_run(mesh, tmp_path):
     assert loaded.transform(white).abs().max() <= 1.0  # (x - 0.5) / 0.5
 
 
-def test_preprocessing_of_a_plain_folder_is_its_own(ours, mesh, tmp_path):
+def test_hub_folder_keeps_its_preprocessing(ours, mesh, tmp_path):
     _, folder = ours
     path = folder / "open_clip_config.json"
     content = json.loads(path.read_text())
@@ -120,16 +136,7 @@ def test_folder_of_open_clip_without_weights_is_refused(ours, mesh):
         load_model(folder, mesh)
 
 
-def test_labels_of_sources(tmp_path):
-    run = tmp_path / "lr=0.1"
-    run.mkdir()
-    found = labelled(["a=runs/x", "runs/y", str(run)], "models")
-    assert found == {"a": "runs/x", "y": "runs/y", "lr=0.1": str(run)}
-    with pytest.raises(ValueError, match=r"models \(a/hub b/hub\) must have different labels"):
-        labelled(["a/hub", "b/hub"], "models")
-
-
-def test_name_of_open_clip_has_the_same_random_weights_every_time(mesh):
+def test_open_clip_name_without_tag_has_reproducible_random_weights(mesh):
     state = torch.get_rng_state()
     first = load_model("ViT-S-32-alt", mesh, image_size=64)
     assert torch.equal(torch.get_rng_state(), state)
@@ -146,7 +153,7 @@ def test_name_of_open_clip_has_the_same_random_weights_every_time(mesh):
         ("empty", r"run folder \(.*empty\) holds no checkpoint"),
     ],
 )
-def test_what_is_no_model_is_named(mesh, tmp_path, source, message):
+def test_source_that_is_no_model_is_refused(mesh, tmp_path, source, message):
     (tmp_path / "empty").mkdir()
     source = str(tmp_path / source) if source == "empty" else source
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Features of a whole data set, similarities without rounding, and ranks with ties."""
+"""Features of a whole data set, exact similarities, and ranks with ties."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_lines_of_a_text_are_captions_of_its_image():
 
 def test_unreadable_images_are_named_and_owners_point_past_them():
     def encode(images: torch.Tensor) -> torch.Tensor:
-        assert len(images), "a model need not take a batch of nothing"
+        assert len(images), "a model need not accept an empty batch"
         return flat(images)
 
     data = random_data(10, [2], unreadable=[0, 4, 5, 6, 7])
@@ -69,7 +69,7 @@ def test_nonfinite_features_are_counted():
     assert np.isnan(features.images[[1, 5]]).all()
 
 
-def test_data_without_an_image_are_refused():
+def test_data_without_a_readable_image_are_refused():
     for data in (random_data(0, [1]), random_data(3, [1], unreadable=[0, 1, 2])):
         with pytest.raises(ValueError, match=r"data \(0 readable images\) must hold at least one"):
             extract_features(flat, data, device="cpu")
@@ -81,7 +81,7 @@ def test_similarities_do_not_depend_on_the_size_of_pieces(at_once):
     pieces = list(similarities(queries, candidates, device="cpu", at_once=at_once))
     assert len(pieces) == -(-37 // max(1, at_once // 23))
     cosines = torch.cat([piece for _, piece in pieces])
-    # One product at a time, from the last entry on: another order than any matrix product has.
+    # One product at a time, from the last entry on: an order that no matrix product has.
     grid = 2.0**24
     a, b = np.round(queries * grid) / grid, np.round(candidates * grid) / grid
     expected = np.zeros((37, 23))
@@ -91,7 +91,7 @@ def test_similarities_do_not_depend_on_the_size_of_pieces(at_once):
     np.testing.assert_allclose(expected, queries.astype(float) @ candidates.T, atol=1e-6)
 
 
-def test_nan_is_similar_to_nothing():
+def test_nan_features_are_similar_to_nothing():
     queries, candidates = unit_rows(3, 4, 0), unit_rows(2, 4, 1)
     queries[1] = candidates[0] = np.nan
     ((rows, cosines),) = similarities(queries, candidates, device="cpu")
@@ -110,14 +110,14 @@ def test_ranks_by_hand():
             [-math.inf, 0.1, -math.inf, 0.2],
         ]
     )
-    right = torch.tensor(
+    relevant = torch.tensor(
         [
-            [False, False, False, True],  # after the 0.9 and the 0.5 before it
-            [False, False, True, True],  # the first of two among equals
+            [False, False, False, True],  # after 0.9 and the earlier 0.5
+            [False, False, True, True],  # the first of two relevant ones among equals
             [True, False, False, True],
-            [False, True, False, True],  # 0.2 is the best of the right ones
+            [False, True, False, True],  # 0.2 is the best relevant score
             [False, False, False, False],
-            [True, False, True, False],  # not to be found
+            [True, False, True, False],  # never retrieved
         ]
     )
-    assert best_ranks(scores, right).tolist() == [3, 3, 1, 3, 5, 5]
+    assert best_ranks(scores, relevant).tolist() == [3, 3, 1, 3, 5, 5]

@@ -44,7 +44,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [out / "test", out / "test_unseen"]
 
 
-def test_every_size_and_domain_has_its_score(models, domains, tmp_path, capsys):
+def test_every_size_and_domain_is_scored(models, domains, tmp_path, capsys):
     out = tmp_path / "out"
     labels = [f"{name}={folder}" for name, folder in models.items()]
     arguments = ["resolution", *labels, "--data", f"seen={domains[0]}", str(domains[1])]
@@ -73,7 +73,7 @@ def test_every_size_and_domain_has_its_score(models, domains, tmp_path, capsys):
     assert (float(row["top1"]), float(row["top5"])) == (score["top1"], score["top5"])
 
 
-def test_size_that_does_not_fit_is_one_line(models, domains, tmp_path, capsys):
+def test_invalid_size_is_a_one_line_error(models, domains, tmp_path, capsys):
     arguments = ["resolution", str(models["linear"]), "--data", str(domains[0])]
     assert main([*arguments, "--sizes", "20", "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -82,7 +82,7 @@ def test_size_that_does_not_fit_is_one_line(models, domains, tmp_path, capsys):
 
 
 def test_domains_of_equal_keys_are_kept_apart(models, domains, tmp_path):
-    """Kept results are those of these images, not of others that are called the same."""
+    """Cached results of one domain are not used for another with the same keys."""
     other = tmp_path / "other"
     shutil.copytree(domains[0], other)
     (tar,) = (other / "test").glob("*.tar")

@@ -1,4 +1,4 @@
-"""Retrieval against open_clip's metrics, by hand, on three ranks, and as a command."""
+"""Retrieval against open_clip's metrics and ranks by hand, on three ranks, and as a command."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def found(data: StandInData, **options: object) -> RetrievalResult:
 def features_of(
     images: Sequence[Sequence[float]], texts: Sequence[Sequence[float]], owners: Sequence[int]
 ) -> Features:
-    """Features that are scaled to length 1."""
+    """Return features scaled to length 1."""
     rows = [np.array(of, np.float32).reshape(len(of), -1) for of in (images, texts)]
     images, texts = (of / np.linalg.norm(of, axis=1, keepdims=True) for of in rows)
     return Features(
@@ -96,7 +96,7 @@ def test_median_of_an_even_number_is_rounded_down():
 
 
 def test_collapsed_features_score_by_chance():
-    """Of equal similarities the lower number goes first, whoever is right."""
+    """Of equal similarities the lower index comes first, whether it is right or not."""
     num = 50
     result = rank_captions(
         features_of(np.ones((num, 3)), np.ones((num, 3)), list(range(num))), device="cpu"
@@ -134,14 +134,14 @@ def test_nonfinite_features_are_not_found():
     assert result.text_to_image.tolist() == [1, 4, 4]
 
 
-def test_no_caption_at_all_is_refused():
+def test_data_without_captions_are_refused():
     data = StandInData(torch.ones(2, 3, 8, 8), [0, 1], ["", "\n"])
     with pytest.raises(ValueError, match=r"captions \(\[\]\) must hold at least one caption"):
         found(data, strict=False)
 
 
-def _answer(folder: Path) -> None:
-    """Everything that is asked of three ranks, written down for the test below."""
+def _write_results(folder: Path) -> None:
+    """Write the results of one of three ranks for the test below."""
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     data = random_data(38, [3, 1, 2], unreadable=[5])
@@ -158,8 +158,8 @@ def _answer(folder: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_three_ranks_find_what_one_finds(tmp_path):
-    run_ranks(3, _answer, tmp_path)
+def test_three_ranks_give_the_result_of_one(tmp_path):
+    run_ranks(3, _write_results, tmp_path)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks
     alone = found(random_data(38, [3, 1, 2], unreadable=[5]))
@@ -179,7 +179,7 @@ def test_three_ranks_find_what_one_finds(tmp_path):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, as ds_linclip exports them."""
+    """A hub folder with random weights."""
     config = ModelConfig(
         embed_dim=16,
         vision=VisionTower(image_size=(32, 32), patch_size=8, width=32, layers=1, head_width=16),
@@ -200,7 +200,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "test"
 
 
-def test_command_writes_numbers_summary_ranks_and_picture(model_folder, scenes, tmp_path):
+def test_command_writes_numbers_summary_ranks_and_figure(model_folder, scenes, tmp_path):
     out = tmp_path / "out"
     main([str(model_folder), "--data", str(scenes), "--out", str(out), "--num-workers", "0"])
     numbers = json.loads((out / "results.json").read_text())
@@ -228,7 +228,7 @@ def _captioned(captions: Sequence[str]) -> Iterator[RawSample]:
         yield RawSample(image, caption, f"url/{number}", (32, 32), label=0)
 
 
-def test_command_names_what_it_cannot_score(model_folder, tmp_path):
+def test_command_reports_images_without_captions(model_folder, tmp_path):
     captions = ["a dog\na big dog", "", "a cat"]
     write_labelled_folder(
         tmp_path / "data", _captioned(captions), classnames=["x"], templates=["a {c}"]

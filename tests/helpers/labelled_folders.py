@@ -1,4 +1,4 @@
-"""Held-out folders in every form, made for tests."""
+"""Held-out folders in every form, for tests."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from ds_linclip.data import EvalTransform, LabelledBatch, LabelledData
 from helpers.tar_files import write_tar
 
 CAT, DOG, FISH = "n02121620", "n02084071", "n02512053"
-CLASSES = [CAT, DOG, FISH]  # in another order than that of their names
+CLASSES = [CAT, DOG, FISH]  # not sorted by id
 FORMS = ("class_tars", "class_folders", "shards")
 
 
@@ -32,7 +32,7 @@ def image(grey: int = 0, kind: str = "JPEG") -> bytes:
 def write_folder(
     folder: Path, samples: Iterable[dict[str, bytes]], *, with_names: bool = True
 ) -> None:
-    """A tar of the samples s0, s1, ..., and clip_benchmark's files for two classes."""
+    """Write a tar of the samples s0, s1, ..., and clip_benchmark's files for two classes."""
     if with_names:
         (folder / "classnames.txt").write_text("cat\ndog\n")
         (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
@@ -51,7 +51,7 @@ def sound_sample(label: bytes = b"0") -> dict[str, bytes]:
 def write_form(
     form: str, folder: Path, files: Sequence[tuple[str, str, bytes]], *, as_numbers: bool = True
 ) -> Path:
-    """The images (class, name, content) in one of the forms that take a list of classes."""
+    """Write images (class, name, content) in one of the forms that take a list of classes."""
     folder.mkdir()
     if form == "shards":
         members = []
@@ -72,7 +72,7 @@ def write_form(
 
 
 def some_files(per_class: int = 3) -> list[tuple[str, str, bytes]]:
-    """Images of all classes, in the order in which every form has them."""
+    """Return images of all classes, in the order that every form has."""
     ids = sorted(CLASSES)
     return [
         (class_id, f"{class_id}_{number}.JPEG", image(30 * (i * per_class + number)))

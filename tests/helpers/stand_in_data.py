@@ -1,4 +1,4 @@
-"""A data set without files: fixed random images with labels and captions, in batches."""
+"""A data set without files, for tests: random images with labels and captions, in batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ class StandInBatch:
 
 
 class StandInData:
-    """Samples in batches; those of ``unreadable`` come as images that cannot be read.
+    """A set of given samples, in batches.
 
     Args:
         images: [N, 3, H, W].
-        labels: Of the N images.
-        captions: Of the N images, one per line.
-        unreadable: Numbers of images.
-        refused: Number of an image that is an error; None: of none.
+        labels: The class numbers of the N images.
+        captions: The texts of the N images, one caption per line.
+        unreadable: The indices of images that cannot be read.
+        refused: The index of an image that raises an error; None: no image does.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class StandInData:
 
 
 def random_data(num_images: int, num_captions: Sequence[int], **options: object) -> StandInData:
-    """Random 8 x 8 images of five classes; image i has ``num_captions[i % len]`` captions."""
+    """Return random images of five classes; image i has ``num_captions[i % len]`` captions."""
     generator = torch.Generator().manual_seed(1)
     images = 2 * torch.randn(num_images, 3, 8, 8, generator=generator)
     captions = []
@@ -85,7 +85,7 @@ def random_data(num_images: int, num_captions: Sequence[int], **options: object)
 
 
 def tiny_clip() -> open_clip.CLIP:
-    """Random weights, spread out so that images differ in what is near them."""
+    """Return a model with random weights, spread out so that features differ clearly."""
     torch.manual_seed(0)
     model = open_clip.CLIP(
         embed_dim=16,

@@ -1,4 +1,4 @@
-"""A tiny model of random weights as a hub folder, and folders of noise named by synsets."""
+"""A hub folder with a tiny random model, and folders of noise images named by synsets."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tars for tests, member by member."""
+"""Write tars member by member, for tests."""
 
 import io
 import tarfile

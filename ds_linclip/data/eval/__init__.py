@@ -1,1 +1,1 @@
-"""Labelled images for evaluation: webdataset folders, ImageNet tars, class folders."""
+"""Labelled images for evaluation: webdataset folders, tars of classes, folders of classes."""

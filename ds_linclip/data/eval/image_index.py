@@ -1,13 +1,13 @@
-"""Labelled images of a held-out folder, by number, in one fixed order.
+"""The labelled images of a held-out folder, by number, in one fixed order.
 
 A folder has one of four forms:
 
-- clip_benchmark's webdataset: ``classnames.txt``, ``zeroshot_classification_templates.txt``
-  (``{c}``, or open_clip's ``{}``, stands for the class) and tars in ``test`` (or ``train``) or in
-  the folder itself, with an image, ``cls`` (the class number) and optionally ``txt`` per sample;
-- such tars alone, given a list of classes; ``cls`` may hold an id of the list instead;
-- a tar of images per class, named by its id (``n02084071.tar``), as ImageNet-21K is distributed;
-- a folder of images per class, named by its id.
+- clip_benchmark's webdataset: ``classnames.txt``, ``zeroshot_classification_templates.txt`` (with
+  ``{c}``, or open_clip's ``{}``, for the class) and tars in ``test``, ``train`` or the folder
+  itself, with an image, ``cls`` (the class number) and optionally ``txt`` per sample;
+- such tars without these files, given a list of classes; ``cls`` may hold an id of the list;
+- one tar of images per class, named by its id (``n02084071.tar``), as in ImageNet-21K;
+- one folder of images per class, named by its id.
 
 A set of captions, such as clip_benchmark's for retrieval, has tars with an image and ``txt`` per
 sample, and no classes.
@@ -28,30 +28,30 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ds_linclip.data.eval.sources import ClassFolder, ClassList, LabelledPart, LabelledTar
+from ds_linclip.data.eval.sources import ClassFolder, ClassLabels, LabelledPart, LabelledTar
 
-__all__ = ["Findings", "LabelledImages"]
+__all__ = ["FolderFindings", "LabelledImages"]
 
 _CLASSNAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _SYNSET = re.compile(r"n\d{8}")  # WordNet's ids
-#: Labels of images that are no classes': they all have one.
-_ONE_FOR_ALL = {"": 0}
-_OPENED_AT_ONCE = 8  # network file systems answer slowly but many at once
+#: The labels of a folder without classes: all images have the label 0.
+_NO_CLASSES = {"": 0}
+_OPENED_AT_ONCE = 8  # network file systems are slow but answer many requests at once
 _NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What is wrong with a held-out folder, as far as names, sizes and classes tell.
+class FolderFindings:
+    """The defects of a held-out folder that show in names, sizes and classes.
 
     Attributes:
-        num_classes: Length of the list of classes.
-        unknown_classes: Number of images left out, by the class they name that is not in the list.
-        first_unknown: One of these images; empty where there is none.
-        empty_classes: Classes of the list without an image.
-        problems: By cause: tars that cannot be read to their end (``shard_unreadable``,
-            ``shard_cut``); samples and files left out (``class_missing``,
+        num_classes: The length of the list of classes.
+        unknown_classes: The number of images left out, by the class that is not in the list.
+        first_unknown: The first of these images; empty when there are none.
+        empty_classes: The classes of the list without an image.
+        problems: Descriptions by cause: tars that cannot be read to their end
+            (``shard_unreadable``, ``shard_cut``); samples and files left out (``class_missing``,
             ``class_too_many_bytes``, ``class_cut``, ``image_extension``); samples that count as
             unreadable (``image_missing``, ``image_too_many_bytes``, ``text_too_many_bytes``).
     """
@@ -63,7 +63,7 @@ class Findings:
     problems: Mapping[str, Sequence[str]]
 
     def describe(self) -> list[str]:
-        """A line for each kind of finding, with counts and the first examples."""
+        """Return a line for each kind of defect, with counts and the first examples."""
         lines = []
         if self.unknown_classes:
             counts = [f"{name}: {count}" for name, count in self.unknown_classes.items()]
@@ -83,30 +83,24 @@ class Findings:
 
 
 class LabelledImages:
-    """Images of a folder with their labels; opening reads names, places and classes only.
+    """The images of a folder with their labels; only names, offsets and classes are read at first.
 
-    Tars come in the order of their names, samples as they lie in them; folders of classes, and the
-    files in them, in the order of their names.
+    Tars are in the order of their names, samples in the order of their tar; folders of classes and
+    the files in them are in the order of their names.
 
     Args:
-        folder: See the module.
-        classes: Ids in the order of their labels; None: as ``classnames.txt`` has them.
-        split: Folder in ``folder`` whose tars are preferred to those in ``test``; tars in
-            ``folder`` itself come before both.
-        needs_classes: Without ``classes``, there must be a ``classnames.txt``. Otherwise all images
-            of a folder without one have the label 0: it is read for its captions.
-        strict: Findings are errors. (That a class of ``classnames.txt`` has no image is none.)
+        folder, classes, split, needs_classes, strict: See :class:`LabelledData`.
 
     Attributes:
-        classnames: Names or ids; the index of one is its label.
-        templates: Prompts with a place for the name; empty with ``classes``.
-        labels: [N] int32.
-        findings: What is wrong with the folder.
+        classnames: The names or ids of the classes, in the order of their labels.
+        templates: Prompt templates; empty when ``classes`` was given.
+        labels: [N] int32 class numbers.
+        findings: The defects of the folder.
 
     Raises:
-        ValueError: naming ``eval.data`` or ``classes``: a list of classes that is empty or names
-            one twice; a folder that misses a file, has no known form, holds no image or cannot be
-            read; with ``strict``, one with findings.
+        ValueError: naming ``eval.data`` or ``classes``, for a list of classes that is empty or
+            repeats one; for a folder that lacks a file, has an unknown form, holds no image or
+            cannot be read; if ``strict``, for a folder with defects.
     """
 
     def __init__(
@@ -121,14 +115,14 @@ class LabelledImages:
         self.templates: list[str] = []
         if classes is None and not needs_classes and not (folder / _CLASSNAMES).exists():
             self.classnames = [""]
-            class_list = ClassList(_ONE_FOR_ALL, 1)
+            class_list = ClassLabels(_NO_CLASSES, 1)
         elif classes is None:
             self.classnames = _read_lines(folder / _CLASSNAMES)
             self.templates = _read_lines(folder / _TEMPLATES)
-            class_list = ClassList({}, len(self.classnames))
+            class_list = ClassLabels({}, len(self.classnames))
         else:
             self.classnames = list(classes)
-            class_list = ClassList(_labels_by_id(classes), len(classes))
+            class_list = ClassLabels(_labels_by_id(classes), len(classes))
         try:
             parts = _open_parts(folder, class_list, split)
         except OSError as error:
@@ -143,62 +137,50 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def key(self, number: int) -> str:
-        """Key within the tar, or path within the folder."""
-        part, row = self._find(number)
-        return part.key(row)
-
-    def where(self, number: int) -> str:
-        """What messages call the image."""
-        part, row = self._find(number)
-        return part.where(row)
-
-    def read(self, number: int) -> tuple[bytes, str]:
-        """Image file and caption, as :meth:`LabelledPart.read`; one tar at a time stays open."""
-        part, row = self._find(number)
+    def find(self, number: int) -> tuple[LabelledPart, int]:
+        """Return the part that holds an image, and its row there; other parts are closed."""
+        index = bisect_right(self._ends, number)
+        part = self._parts[index]
         if part is not self._current:
             self._current.close()
             self._current = part
-        return part.read(row)
+        return part, number - self._ends[index] + len(part.labels)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all keys and labels in order."""
+        """Return the SHA-256 of all keys and labels, in order."""
         digest = hashlib.sha256(self.labels.astype("<i4").tobytes())
         for part in self._parts:
             digest.update(b"\0".join(part.names.to_pylist()) + b"\0")
         return digest.hexdigest()
 
     def version(self) -> str:
-        """As :meth:`fingerprint`, and of the files: another when an image is another.
+        """Return the SHA-256 of the fingerprint and of the files' sizes and times.
 
         Raises:
-            OSError: the file system is not answering.
+            OSError: when the file system does not answer.
         """
         digest = hashlib.sha256(self.fingerprint().encode())
         for part in self._parts:
             digest.update(part.version().encode())
         return digest.hexdigest()
 
-    def _find(self, number: int) -> tuple[LabelledPart, int]:
-        place = bisect_right(self._ends, number)
-        part = self._parts[place]
-        return part, number - self._ends[place] + len(part.labels)
-
     def _check(self, folder: Path, strict: bool, *, has_ids: bool) -> None:
-        found = self.findings
-        is_wrong = bool(found.unknown_classes or found.problems)
-        why = "; ".join(found.describe())
+        findings = self.findings
+        has_defects = bool(findings.unknown_classes or findings.problems)
+        defects = "; ".join(findings.describe())
         if not self._parts:
-            end = f": {why}" if is_wrong else ""
+            end = f": {defects}" if has_defects else ""
             raise ValueError(f"eval.data ({folder}) must hold at least one sample{end}")
-        if strict and (is_wrong or (has_ids and found.empty_classes)):
-            raise ValueError(f"eval.data ({folder}) must hold whole samples of its classes: {why}")
+        if strict and (has_defects or (has_ids and findings.empty_classes)):
+            raise ValueError(
+                f"eval.data ({folder}) must hold whole samples of its classes: {defects}"
+            )
 
 
-def _open_parts(folder: Path, classes: ClassList, split: str) -> Sequence[LabelledPart]:
+def _open_parts(folder: Path, classes: ClassLabels, split: str) -> Sequence[LabelledPart]:
     open_part: Callable[[Path], LabelledPart]
     paths = _find_tars(folder, split)
-    if paths and classes.ids == _ONE_FOR_ALL:
+    if paths and classes.ids == _NO_CLASSES:
         open_part = partial(LabelledTar, classes=classes, class_id="")
     elif paths:
         named = any(path.stem in classes.ids or _SYNSET.fullmatch(path.stem) for path in paths)
@@ -237,7 +219,7 @@ def _find_folders(folder: Path) -> list[Path]:
 
 def _findings(
     parts: Sequence[LabelledPart], labels: np.ndarray, classnames: Sequence[str]
-) -> Findings:
+) -> FolderFindings:
     unknown: Counter[str] = Counter()
     problems: dict[str, list[str]] = defaultdict(list)
     for part in parts:
@@ -245,7 +227,7 @@ def _findings(
         for cause, names in part.problems.items():
             problems[cause] += names
     counts = np.bincount(labels, minlength=len(classnames))
-    return Findings(
+    return FolderFindings(
         num_classes=len(classnames),
         unknown_classes=dict(unknown),
         first_unknown=next((part.first_unknown for part in parts if part.first_unknown), ""),

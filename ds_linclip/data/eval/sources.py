@@ -1,4 +1,4 @@
-"""The parts of a labelled set: a tar, or the folder of a class. Opening one decodes no image."""
+"""The parts of a labelled set: tars, and folders of a class. Opening one decodes no image."""
 
 import os
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ import pyarrow as pa
 from ds_linclip.data.tar_index import BadSample, OpenShard, Role
 from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 
-__all__ = ["ClassFolder", "ClassList", "LabelledPart", "LabelledTar"]
+__all__ = ["ClassFolder", "ClassLabels", "LabelledPart", "LabelledTar"]
 
 _IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")  # as in tars
 _MAX_CLASS_BYTES = 32
@@ -23,19 +23,19 @@ _NOWHERE = (-1, 0)  # offset and size
 
 
 @dataclass(frozen=True)
-class ClassList:
-    """The classes of a set.
+class ClassLabels:
+    """The labels of classes by their ids.
 
     Attributes:
-        ids: Label of each id; empty where the classes have numbers only.
-        num_classes: How many there are.
+        ids: The label of each id; empty when classes have only numbers.
+        num_classes: The number of classes.
     """
 
     ids: Mapping[str, int]
     num_classes: int
 
     def label(self, name: str) -> int | None:
-        """Label of an id or class number; None: it is not in the list."""
+        """Return the label of an id or class number; None when it is unknown."""
         if name in self.ids:
             return self.ids[name]
         try:
@@ -46,16 +46,16 @@ class ClassList:
 
 
 class LabelledPart(ABC):
-    """Images and their labels, in a fixed order.
+    """A tar or folder: images and their labels, in a fixed order.
 
     Attributes:
-        path: Of the tar or folder.
-        names: Keys or file names. As bytes in one buffer: as strings of Python, those of millions
-            of images would take several times the memory.
-        labels: [n] int32.
-        unknown_classes: Images left out, by the class they name that is not in the list.
-        first_unknown: One of them.
-        problems: By cause, what is left out, and what will be unreadable.
+        path: The path of the tar or folder.
+        names: Keys or file names, as bytes in one buffer: Python strings of millions of names would
+            take several times the memory.
+        labels: [n] int32 class numbers.
+        unknown_classes: The number of images left out, by the class that is not in the list.
+        first_unknown: The first of these images.
+        problems: Descriptions of samples that are left out or will be unreadable, by cause.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,32 +67,32 @@ class LabelledPart(ABC):
         self._fill([], [])
 
     def key(self, row: int) -> str:
-        """Name of one image."""
+        """Return the name of one image."""
         return os.fsdecode(self.names[row].as_py())
 
     def where(self, row: int) -> str:
-        """What messages call the image."""
+        """Return the description of an image for messages."""
         return self._where(self.key(row))
 
     @abstractmethod
     def read(self, row: int) -> tuple[bytes, str]:
-        """Image file and caption; the caption is empty where there is none.
+        """Return image file and caption; an image without a caption has an empty one.
 
         Raises:
-            BadSample: the cause lies with the data.
-            OSError: it cannot be reached, or is no longer what was opened.
+            BadSample: when the data are damaged.
+            OSError: when the file cannot be accessed, or has changed since it was opened.
         """
 
     @abstractmethod
     def version(self) -> str:
-        """Changes when an image does: sizes and times of modification of the files.
+        """Return sizes and modification times of the files, which change when an image does.
 
         Raises:
-            OSError: the file system is not answering.
+            OSError: when the file system does not answer.
         """
 
     def close(self) -> None:
-        """Close what reading has opened."""
+        """Close the file that reading has opened."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -113,19 +113,19 @@ class LabelledPart(ABC):
 class LabelledTar(LabelledPart):
     """A tar of images with their classes.
 
-    It is open while it is read only: a set may have more tars than a process may open files.
+    Its file is open only while it is read: a set may have more tars than a process may open files.
 
     Args:
-        path: Of the tar.
-        classes: The list.
-        class_id: Of all its images, unless they have a ``cls``; None: they must; empty: what they
-            have is not looked at.
+        path: The path of the tar.
+        classes: The known classes.
+        class_id: The class of all images without a ``cls`` member; None: each image must have one;
+            empty: ``cls`` members are ignored.
 
     Raises:
-        OSError: the file system is not answering.
+        OSError: when the file system does not answer.
     """
 
-    def __init__(self, path: Path, classes: ClassList, *, class_id: str | None) -> None:
+    def __init__(self, path: Path, classes: ClassLabels, *, class_id: str | None) -> None:
         super().__init__(path)
         self._identity = _identity(os.stat(path))
         self._images = np.empty((0, 2), np.int64)  # offset and size
@@ -161,8 +161,8 @@ class LabelledTar(LabelledPart):
     def _where(self, key: str) -> str:
         return f"sample {key} of {self.path}"
 
-    def _read_labels(self, shard: OpenShard, classes: ClassList) -> dict[int, int]:
-        """Label by index in the tar, of the samples that have one."""
+    def _read_labels(self, shard: OpenShard, classes: ClassLabels) -> dict[int, int]:
+        """Return the labels of the samples that have one, by their index in the tar."""
         labels = {}
         for index, key in enumerate(shard.keys):
             try:
@@ -179,7 +179,7 @@ class LabelledTar(LabelledPart):
         return labels
 
     def _index(self, shard: OpenShard, labels: Mapping[int, int]) -> None:
-        """Take over what the tar says of the samples with a label."""
+        """Keep names, labels and offsets of the samples with a label."""
         self._fill((shard.keys[index] for index in labels), list(labels.values()))
         images = []
         for row, index in enumerate(labels):
@@ -210,17 +210,17 @@ class LabelledTar(LabelledPart):
 
 
 class ClassFolder(LabelledPart):
-    """A folder of images, named by the id of their class; hidden files are not looked at.
+    """A folder of images, named by the id of their class; hidden files are ignored.
 
     Args:
-        path: Of the folder.
-        classes: The list.
+        path: The path of the folder.
+        classes: The known classes.
 
     Raises:
-        OSError: the file system is not answering.
+        OSError: when the file system does not answer.
     """
 
-    def __init__(self, path: Path, classes: ClassList) -> None:
+    def __init__(self, path: Path, classes: ClassLabels) -> None:
         super().__init__(path)
         images, others = [], []
         with os.scandir(path) as entries:
@@ -265,5 +265,5 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _visible(names: Iterable[str]) -> list[str]:
-    """In order, without what a Mac leaves beside every file it copies."""
+    """Sort names, without hidden files such as those that macOS creates beside copies."""
     return sorted(name for name in names if not name.startswith("."))

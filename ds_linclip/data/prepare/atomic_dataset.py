@@ -1,58 +1,46 @@
-"""A data set is whole or not there, and written once."""
+"""Data sets that are written once, and complete or not at all."""
 
 import json
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-__all__ = ["Record", "write_once"]
+from ds_linclip.process.atomic import atomic_directory
 
-Record = dict[str, str | int | None]
+__all__ = ["write_once"]
 
 _RECORD = "dataset.json"
-_MAY_BE_ZERO = ("seed", "num_test", "shuffle_seed")
 
 
-def write_once(out: Path, record: Record, write: Callable[[Path], None]) -> bool:
-    """Run ``write`` on a folder beside ``out`` and rename it, unless the same set is there.
+def write_once(out: Path, record: Mapping[str, object], write: Callable[[Path], None]) -> bool:
+    """Write a data set into a new folder, unless the folder holds the same data set already.
 
     Args:
-        out: Folder that does not exist yet, is empty, or holds the same set.
-        record: Tells sets apart; numbers must be positive, some may be 0.
-        write: Fills the folder it is given.
+        out: A folder that does not exist, is empty, or holds the same data set.
+        record: The parameters of the data set, stored in ``dataset.json``.
+        write: Fills the folder that it is given; that folder is renamed to ``out`` at the end.
 
     Returns:
-        Whether it was written; False: the same set was there already.
+        Whether the data set was written; False when ``out`` held it already.
 
     Raises:
-        ValueError: for a number that is too small, or when ``out`` holds anything else.
+        ValueError: when ``out`` holds anything else.
+        OSError: when the folder cannot be written.
     """
-    for name, value in record.items():
-        if isinstance(value, int) and value < (0 if name in _MAY_BE_ZERO else 1):
-            raise ValueError(f"{name} ({value}) is too small")
     if _holds(out, record):
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        write(partial)
-        (partial / _RECORD).write_text(json.dumps(record, indent=4) + "\n")
-        partial.chmod(0o755)
-        try:
-            partial.rename(out)
-        except OSError:
-            # Another run was faster, or a file was put there meanwhile.
-            if _holds(out, record):
-                return False
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with atomic_directory(out) as folder:
+            write(folder)
+            (folder / _RECORD).write_text(json.dumps(record, indent=4) + "\n")
+    except OSError:
+        if _holds(out, record):  # another process has written it in the meantime
+            return False
+        raise
     return True
 
 
-def _holds(out: Path, record: Record) -> bool:
-    """Whether ``out`` holds the set; False when there is nothing."""
+def _holds(out: Path, record: Mapping[str, object]) -> bool:
+    """Return whether ``out`` holds the data set; False when it is missing or empty."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
@@ -60,5 +48,5 @@ def _holds(out: Path, record: Record) -> bool:
     except (OSError, ValueError) as error:
         raise ValueError(f"out ({out}) must be empty or hold a complete data set") from error
     if found != record:
-        raise ValueError(f"out ({out}) must be empty: it holds {found}, asked for is {record}")
+        raise ValueError(f"out ({out}) must be empty: it holds {found}, not {record}")
     return True

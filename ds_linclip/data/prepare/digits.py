@@ -1,7 +1,7 @@
 """The embedded data set: scikit-learn's handwritten digits, captioned.
 
-1,797 scans of 8x8 pixels (Alpaydin and Kaynak, UCI ML repository, 1998) lie inside scikit-learn's
-wheel. A stratified fifth is held out.
+scikit-learn's wheel contains 1,797 scans of 8x8 pixels (Alpaydin and Kaynak, UCI ML repository,
+1998). A stratified fifth is held out.
 """
 
 import random
@@ -27,7 +27,7 @@ TEMPLATES = [
     "a small grey picture of the digit {c}.",
 ]
 
-# {n} is the word or the numeral.
+# {n} stands for the word or the numeral.
 _CAPTIONS = [
     "a handwritten digit {n}",
     "the number {n} written by hand",
@@ -45,12 +45,12 @@ _CAPTIONS = [
 
 
 def digit_samples(split: str, *, image_size: int, seed: int) -> Iterator[RawSample]:
-    """The scans of one split, shuffled, scaled up and captioned.
+    """Yield the scans of one split, shuffled, scaled up and captioned.
 
     Args:
         split: ``train`` or ``test``; which scans are held out does not depend on ``seed``.
-        image_size: Side in pixels.
-        seed: Of the captions.
+        image_size: The side of the images in pixels.
+        seed: The seed of the captions.
     """
     digits = load_digits()
     numbers = train_test_split(

@@ -1,6 +1,6 @@
-"""Images and captions that lie in files: found, read, checked, resized.
+"""Find, read, check and resize images whose captions are in text files or in a table.
 
-Resize modes are img2dataset's, by name and meaning; pixels are decoded as in training.
+Resize modes are those of img2dataset; pixels are decoded as in training.
 """
 
 import csv
@@ -32,20 +32,20 @@ RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
-_MAX_JPEG_SIDE = 65500  # of libjpeg; the format itself has room for 65535
-_MAX_FIELD = 2**31 - 1  # what a C long holds everywhere
+_MAX_JPEG_SIDE = 65500  # the limit of libjpeg; the format itself allows 65535
+_MAX_FIELD = 2**31 - 1  # fits into a C long on every platform
 
 
 @dataclass(frozen=True)
 class PairSet:
-    """Images and captions before anything of them is read.
+    """A list of image-text pairs whose image files have not been read yet.
 
     Attributes:
-        root: Folder that relative image paths start from.
-        images: Their paths.
-        captions: One for each image, None where the table has none; None for all: in a ``.txt``
-            file beside the image.
-        fingerprint: Differs when the files do.
+        root: The folder that relative image paths start from.
+        images: The paths of the images.
+        captions: The caption of each image, None where the table has none. If the whole list is
+            None, each caption is in a ``.txt`` file beside its image.
+        fingerprint: A hash that changes when the files change.
     """
 
     root: str
@@ -55,10 +55,10 @@ class PairSet:
 
 
 def folder_pairs(folder: Path) -> PairSet:
-    """All images below a folder, sorted by path; the caption of ``a/b.jpg`` is in ``a/b.txt``.
+    """Return all images below a folder, sorted by path; ``a/b.txt`` has the caption of ``a/b.jpg``.
 
     Raises:
-        ValueError: when it is no folder or holds no images.
+        ValueError: when it is not a folder or holds no images.
         OSError: when a folder below it cannot be listed.
     """
     if not folder.is_dir():
@@ -71,7 +71,7 @@ def folder_pairs(folder: Path) -> PairSet:
             images.append(path)
         if suffix in (*_IMAGE_SUFFIXES, ".txt"):
             file = folder / path
-            state = file.stat() if file.exists() else file.lstat()  # a link may lead nowhere
+            state = file.stat() if file.exists() else file.lstat()  # a link may be broken
             digest.update(os.fsencode(path) + b"\0%d %d\0" % (state.st_size, state.st_mtime_ns))
     if not images:
         raise ValueError(f"source ({folder}) must hold images ({', '.join(_IMAGE_SUFFIXES)})")
@@ -79,21 +79,21 @@ def folder_pairs(folder: Path) -> PairSet:
 
 
 def csv_pairs(file: Path, *, image_column: str, caption_column: str, separator: str) -> PairSet:
-    """The rows of a table with a header line, quoted as csv files are.
+    """Return the rows of a csv file with a header line.
 
     Args:
-        file: UTF-8. Image paths in it are absolute or start from its folder.
-        image_column, caption_column: Names in the header.
-        separator: One character.
+        file: A UTF-8 file; relative image paths in it start from its folder.
+        image_column, caption_column: The names of the columns in the header.
+        separator: The character between fields.
 
     Raises:
-        ValueError: when it is no such table.
-        OSError: when it cannot be read.
+        ValueError: when the separator, the header or the quoting is invalid, or there are no rows.
+        OSError: when the file cannot be read.
     """
     if len(separator) != 1 or separator in '"\r\n':
         raise ValueError(f"separator ({separator!r}) must be one character, no quote or line end")
     images, captions = [], []
-    # A caption that is no UTF-8 makes one bad sample, not a bad table.
+    # A caption that is not UTF-8 makes one bad sample, not a bad table.
     with (
         open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines,
         _fields_of_any_length(),
@@ -120,14 +120,14 @@ def csv_pairs(file: Path, *, image_column: str, caption_column: str, separator: 
 
 @dataclass(frozen=True)
 class PairLoader:
-    """Reads, checks and resizes one pair; goes to worker processes.
+    """A picklable function that reads, checks and resizes one pair.
 
     Attributes:
-        root: As in :class:`PairSet`.
-        resize: "no" keeps the bytes of the file, after decoding them as a check; "border": the
-            longer side becomes ``image_size``, white fills up the square; "keep_ratio": the
-            shorter side does; "center_crop": that, and a square cut from the middle.
-        image_size: In pixels; not read for "no".
+        root: The folder that relative image paths start from.
+        resize: "no" keeps the bytes of the file, after decoding them as a check; "border" scales
+            the longer side to ``image_size`` and fills the square with white; "keep_ratio" scales
+            the shorter side to it; "center_crop" also crops the central square.
+        image_size: The side in pixels; ignored for "no".
     """
 
     root: str
@@ -138,7 +138,7 @@ class PairLoader:
         """Load one pair.
 
         Args:
-            pair: Path of the image, caption, and whether the caption lies in a file beside it.
+            pair: The path of the image, its caption, and whether the caption is in a file instead.
         """
         url, text, caption_in_file = pair
         readable_url = os.fsencode(url).decode("utf-8", "replace")
@@ -180,7 +180,7 @@ class PairLoader:
 
 @contextmanager
 def _fields_of_any_length() -> Iterator[None]:
-    """A caption that is too long makes one bad sample too; csv's limit is the whole process's."""
+    """Lift csv's limit, which is global: a long caption makes one bad sample, not a bad table."""
     before = csv.field_size_limit(_MAX_FIELD)
     try:
         yield
@@ -189,7 +189,7 @@ def _fields_of_any_length() -> Iterator[None]:
 
 
 def _files_below(folder: Path) -> Iterator[str]:
-    """Relative paths; a folder that cannot be listed is an error."""
+    """Yield relative paths; a folder that cannot be listed is an error."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -224,7 +224,7 @@ def _checked_text(text: str | None) -> str:
 
 
 def _resized(image: Image.Image, mode: ResizeMode, image_size: int) -> Image.Image:
-    """Sides rounded and interpolated (area down, Lanczos up) as in img2dataset."""
+    """Resize as img2dataset does: sides rounded, area averaging down, Lanczos up."""
     scale = image_size / (max(image.size) if mode == "border" else min(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     if width * height > MAX_PIXELS or max(width, height) > _MAX_JPEG_SIDE:

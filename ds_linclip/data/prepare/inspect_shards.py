@@ -1,6 +1,6 @@
-"""Subcommand ``ds-linclip inspect-shards``: what shards hold, and what of it training cannot use.
+"""Subcommand ``ds-linclip inspect-shards``: report the content of shards and its defects.
 
-Samples are read and judged as in training; causes have the names under which a run counts them.
+Samples are read and checked as in training; defects have the names under which a run counts them.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,12 @@ from tqdm import tqdm
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data.prepare.inspection_figure import draw_inspection
-from ds_linclip.data.prepare.inspection_report import CONTEXT_LENGTH, Findings, summarise, to_text
+from ds_linclip.data.prepare.inspection_report import (
+    CONTEXT_LENGTH,
+    ShardFindings,
+    summarise,
+    to_text,
+)
 from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
 from ds_linclip.data.remote import Storage, is_remote, redact
 from ds_linclip.data.sample_reader import ShardProblem, open_and_judge
@@ -36,6 +41,7 @@ from ds_linclip.data.transforms import (
     decode_text,
     open_image,
 )
+from ds_linclip.process.atomic import write_atomically
 
 __all__ = ["inspect_shards", "main"]
 
@@ -52,26 +58,26 @@ def inspect_shards(
 ) -> dict[str, Any]:
     """Read shards and report what they hold.
 
-    Sizes need not be known: a shard that nothing vouches for is expected to hold what it holds.
+    The number of samples need not be known: without it, a shard is taken to be complete.
 
     Args:
-        patterns: As in ``data.train``.
-        max_shards: Shards to look at, evenly spaced; None: all.
-        max_samples: Samples to read at most, evenly spaced over the shards and in each; None: all.
-        num_workers: Processes; but for ``throughput``, the report does not depend on it.
-        decode: Decode the images; without, a damage behind the header goes unnoticed.
-        cache_dir: Folder for copies of remote shards.
-        write_sizes: Write ``sizes.json`` beside the shards, with the samples found in each one that
-            was read whole and is not at odds with what vouches for it. Entries of other shards
-            stay. Needs local shards and no ``max_shards`` or ``max_samples``.
+        patterns: Shards, as in ``data.train``.
+        max_shards: The number of shards to inspect, evenly spaced; None: all.
+        max_samples: The number of samples to read, evenly spaced; None: all.
+        num_workers: Processes; the report does not depend on it, except for ``throughput``.
+        decode: Whether to decode images; otherwise only their headers are checked.
+        cache_dir: The folder for copies of remote shards.
+        write_sizes: Whether to write ``sizes.json`` beside the shards, with the number of samples
+            of each shard that is complete and agrees with its stated size. Entries of other shards
+            are kept. It needs local shards and neither ``max_shards`` nor ``max_samples``.
 
     Returns:
-        Numbers, texts, lists and dictionaries, ready for JSON.
+        The report, ready for JSON.
 
     Raises:
-        ValueError: for a number below 1, a pattern that :func:`find_shards` refuses, or what
-            ``write_sizes`` does not go with.
-        OSError: when a shard cannot be reached, or ``sizes.json`` not be written.
+        ValueError: for a number below 1, a pattern that :func:`find_shards` refuses, or arguments
+            that ``write_sizes`` does not allow.
+        OSError: when a shard cannot be reached or ``sizes.json`` cannot be written.
     """
     limits = {"max_shards": max_shards, "max_samples": max_samples, "workers": num_workers}
     for name, value in limits.items():
@@ -79,26 +85,27 @@ def inspect_shards(
             raise ValueError(f"{name} ({value}) must be at least 1")
         if write_sizes and value is not None and name != "workers":
             raise ValueError(f"{name} ({value}) must be left out with write_sizes")
-    sizes = _SizesFiles(patterns) if write_sizes else None
-    inspect = _Inspector(decode, cache_dir)
+    if write_sizes:
+        for pattern in patterns:
+            _local_path(pattern)
     sources = [Source(shards=pattern) for pattern in patterns]
-    groups = find_shards(sources, inspect.storage(), count_headers=False)
+    groups = find_shards(sources, _storage(cache_dir), count_headers=False)
     listed = [shard for group in groups for shard in group.shards]
-    if sizes is not None:
-        sizes.expect(listed)
+    sizes = _SizesFiles(listed if write_sizes else [])
     shards = [listed[i] for i in _spread(len(listed), max_shards)]
     quotas: list[int | None] = [None] * len(shards)
     if max_samples is not None:
         ends = [max_samples * i // len(shards) for i in range(len(shards) + 1)]
         quotas = [end - start for start, end in pairwise(ends)]
-    total = Findings()
+    total = ShardFindings()
     start = time.perf_counter()
+    inspect = partial(_inspect, decode=decode, cache_dir=cache_dir)
     found = ordered_map(inspect, zip(shards, quotas, strict=True), num_workers=num_workers)
     with closing(found), tqdm(found, total=len(shards), unit="shard") as progress:
         for shard, findings in zip(shards, progress, strict=True):
             total.add(findings)
-            if sizes is not None:
-                sizes.add(shard, findings)
+            if write_sizes and findings.is_whole:
+                sizes.add(shard, findings.found)
     seconds = time.perf_counter() - start
     return {
         "patterns": list(patterns),
@@ -106,132 +113,108 @@ def inspect_shards(
         "shards": {
             "listed": len(listed),
             "inspected": len(shards),
-            "unvouched": total.unvouched,
+            "unsized": total.unsized,
         },
-        "sizes_files": {} if sizes is None else sizes.write(),
+        "sizes_files": sizes.write(),
         **summarise(total, seconds=seconds, num_workers=num_workers),
     }
 
 
-@dataclass(frozen=True)
-class _Inspector:
-    """Goes to worker processes and looks at one shard at a time."""
-
-    decode: bool
-    cache_dir: str | None
-
-    def storage(self) -> Storage:
-        return _storage(self.cache_dir)
-
-    def __call__(self, task: tuple[Shard, int | None]) -> Findings:
-        shard, quota = task
-        opened, problems = open_and_judge(shard, self.storage())
-        # Training reads no samples beyond the expected ones.
-        expected = (
-            shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
-        )
-        findings = Findings(expected=expected, unvouched=int(not shard.exact))
-        for problem in problems:
-            _note(findings, problem)
-        if isinstance(opened, OpenShard):
-            with closing(opened):
-                findings.found = len(opened)
-                self._read(opened, _spread(min(len(opened), expected), quota), findings)
-        return findings
-
-    def _read(self, opened: OpenShard, indices: Sequence[int], findings: Findings) -> None:
-        bad: Counter[str] = Counter()
-        start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of what is counted here
-            for index in indices:
-                try:
-                    self._read_sample(opened, index, findings)
-                except BadSample as error:
-                    bad[error.cause] += 1
-        findings.seconds = time.perf_counter() - start
-        findings.read = len(indices)
-        findings.samples_by_cause.update(bad)
-        findings.shards_by_cause.update(bad.keys())
-
-    def _read_sample(self, opened: OpenShard, index: int, findings: Findings) -> None:
-        """Text first, then the image, as training does: the first cause counts."""
-        text = opened.read(index, "text", max_bytes=MAX_TEXT_BYTES)
-        findings.bytes_read += len(text)
-        caption = decode_text(text)
-        content = opened.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
-        findings.bytes_read += len(content)
-        with open_image(content) as image:
-            size, kind, mode = image.size, image.format or "", image.mode
-        if self.decode:
-            decode_image(content)
-        findings.characters[len(caption)] += 1
-        findings.tokens[_tokenizer().count(caption)] += 1
-        findings.sizes[size] += 1
-        findings.image_bytes[len(content)] += 1
-        findings.formats[kind] += 1
-        findings.modes[mode] += 1
+def _inspect(
+    task: tuple[Shard, int | None], *, decode: bool, cache_dir: str | None
+) -> ShardFindings:
+    """Inspect a shard: all its samples, or as many as given, evenly spaced."""
+    shard, limit = task
+    opened, problems = open_and_judge(shard, _storage(cache_dir))
+    # Training reads no samples beyond the expected number.
+    expected = shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
+    findings = ShardFindings(expected=expected, unsized=int(not shard.exact))
+    for problem in problems:
+        _note(findings, problem)
+    if isinstance(opened, OpenShard):
+        with closing(opened):
+            findings.found = len(opened)
+            _read(opened, _spread(min(len(opened), expected), limit), findings, decode=decode)
+    return findings
 
 
-def _note(findings: Findings, problem: ShardProblem) -> None:
-    too_many = problem.found - problem.expected
-    is_more = problem.cause in ("shard_long", "keys_repeated")
-    num_samples = too_many if is_more else max(0, -too_many)
-    findings.samples_by_cause[problem.cause] += num_samples
+def _read(
+    opened: OpenShard, indices: Sequence[int], findings: ShardFindings, *, decode: bool
+) -> None:
+    bad: Counter[str] = Counter()
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about defects that are counted here
+        for index in indices:
+            try:
+                _read_sample(opened, index, findings, decode=decode)
+            except BadSample as error:
+                bad[error.cause] += 1
+    findings.seconds = time.perf_counter() - start
+    findings.read = len(indices)
+    findings.samples_by_cause.update(bad)
+    findings.shards_by_cause.update(bad.keys())
+
+
+def _read_sample(opened: OpenShard, index: int, findings: ShardFindings, *, decode: bool) -> None:
+    """Read the text first, then the image, as training does: the first defect counts."""
+    text = opened.read(index, "text", max_bytes=MAX_TEXT_BYTES)
+    findings.bytes_read += len(text)
+    caption = decode_text(text)
+    content = opened.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
+    findings.bytes_read += len(content)
+    with open_image(content) as image:
+        size, kind, mode = image.size, image.format or "", image.mode
+    if decode:
+        decode_image(content)
+    findings.characters[len(caption)] += 1
+    findings.tokens[_tokenizer().count(caption)] += 1
+    findings.sizes[size] += 1
+    findings.image_bytes[len(content)] += 1
+    findings.formats[kind] += 1
+    findings.modes[mode] += 1
+
+
+def _note(findings: ShardFindings, problem: ShardProblem) -> None:
+    missing = problem.expected - problem.found
+    if problem.cause in ("shard_long", "keys_repeated"):
+        missing = -missing  # samples beyond the expected ones
+    problem_samples = max(0, missing)
+    findings.samples_by_cause[problem.cause] += problem_samples
     findings.shards_by_cause[problem.cause] += 1
-    findings.problems.append(
-        {
-            "url": problem.url,
-            "cause": problem.cause,
-            "samples": num_samples,
-            "expected": problem.expected,
-            "found": problem.found,
-        }
-    )
+    findings.problems.append(asdict(problem) | {"samples": problem_samples})
 
 
 def _spread(length: int, limit: int | None) -> list[int]:
-    """At most ``limit`` indices, evenly spaced."""
+    """Return at most ``limit`` evenly spaced indices below ``length``."""
     count = length if limit is None else min(length, limit)
     return [i * length // count for i in range(count)]
 
 
 class _SizesFiles:
-    """``sizes.json`` in every folder of local shards."""
+    """The files ``sizes.json`` in the folders of local shards."""
 
-    def __init__(self, patterns: Iterable[str]) -> None:
-        for pattern in patterns:
-            _local_path(pattern)
-        self._num_shards: Counter[Path] = Counter()
-        self._found: dict[Path, dict[str, int]] = {}
-
-    def expect(self, shards: Iterable[Shard]) -> None:
-        self._num_shards.update(_local_path(shard.url).parent for shard in shards)
+    def __init__(self, shards: Iterable[Shard]) -> None:
+        self._num_shards = Counter(_local_path(shard.url).parent for shard in shards)
+        self._sizes: dict[Path, dict[str, int]] = {folder: {} for folder in self._num_shards}
         for folder in self._num_shards:
-            self._found[folder] = {}
-            if not os.access(folder, os.W_OK):  # at the end, it would be known hours later
+            if not os.access(folder, os.W_OK):  # reported now, not after hours of reading
                 raise PermissionError(f"write_sizes must be able to write into {folder}")
 
-    def add(self, shard: Shard, findings: Findings) -> None:
-        if findings.is_whole:
-            path = _local_path(shard.url)
-            self._found[path.parent][path.name] = findings.found
+    def add(self, shard: Shard, num_samples: int) -> None:
+        path = _local_path(shard.url)
+        self._sizes[path.parent][path.name] = num_samples
 
     def write(self) -> dict[str, dict[str, int]]:
-        """Update the files; returns by path how many shards there are, and were written."""
-        for folder, found in self._found.items():
+        """Update the files; return the number of shards and of written entries for each file."""
+        report = {}
+        for folder, sizes in self._sizes.items():
             path = folder / "sizes.json"
-            sizes = json.loads(path.read_text()) if path.exists() else {}
-            partial = folder / f".sizes.json.{os.getpid()}"
-            try:
-                partial.write_text(json.dumps(sizes | found, indent=4, sort_keys=True) + "\n")
-                os.replace(partial, path)  # readers find the old file or the new one
-            finally:
-                partial.unlink(missing_ok=True)
-        return {
-            f"{folder}/sizes.json": {"shards": self._num_shards[folder], "written": len(found)}
-            for folder, found in self._found.items()
-        }
+            before = json.loads(path.read_text()) if path.exists() else {}
+            content = json.dumps(before | sizes, indent=4, sort_keys=True)
+            write_atomically(path, content + "\n")
+            report[str(path)] = {"shards": self._num_shards[folder], "written": len(sizes)}
+        return report
 
 
 def _local_path(url: str) -> Path:
@@ -252,7 +235,7 @@ def _tokenizer() -> CaptionTokenizer:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 0 for dirty shards too."""
+    """Run the command line and return the exit code: 0, also for damaged shards, or 2."""
     options = _parser().parse_args(arguments)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -277,12 +260,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ds-linclip inspect-shards",
-        description="Report what shards hold and what of it training cannot use.",
+        description="Report the content of shards and the samples that training cannot use.",
     )
-    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="as in data.train")
+    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="shards, as in data.train")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument(
-        "--max-shards", type=int, metavar="N", help="look at N shards, evenly spaced"
+        "--max-shards", type=int, metavar="N", help="inspect N shards, evenly spaced"
     )
     parser.add_argument(
         "--max-samples", type=int, metavar="N", help="read at most N samples, evenly spaced"
@@ -298,12 +281,12 @@ def _parser() -> argparse.ArgumentParser:
         "--decode",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="decode the images instead of reading their headers only; default: yes",
+        help="decode images instead of reading only their headers; default: yes",
     )
-    parser.add_argument("--cache-dir", metavar="DIR", help="copies of remote shards go there")
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder for copies of remote shards")
     parser.add_argument(
         "--write-sizes",
         action="store_true",
-        help="write the number of samples of local shards into sizes.json beside them",
+        help="write the number of samples of local shards to sizes.json beside them",
     )
     return parser

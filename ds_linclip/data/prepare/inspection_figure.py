@@ -1,6 +1,6 @@
-"""The picture of an inspection: captions, image sizes, bytes and what is wrong, one panel each.
+"""The figure of an inspection: captions, image sizes, file sizes and defects, one panel each.
 
-Drawn on a bare ``matplotlib.figure.Figure``: no window system, no global pyplot state.
+It is a bare ``matplotlib.figure.Figure``: no window system, no global pyplot state.
 """
 
 import math
@@ -51,15 +51,8 @@ def _draw_captions(axes: Axes, tokens: Mapping[str, Any]) -> None:
     _fill(axes, tokens, _BLUE)
     limit = tokens["context_length"]
     if tokens["count"] and tokens["max"] > limit // 2:
-        axes.axvline(limit + 0.5, color=_RED, linewidth=1.2)
-        axes.annotate(
-            f" {limit} tokens\n {tokens['truncated_share']:.1%} longer",
-            (limit + 0.5, 1.0),
-            xycoords=("data", "axes fraction"),
-            va="top",
-            color=_RED,
-            fontsize=9,
-        )
+        text = f"{limit} tokens\n {tokens['truncated_share']:.1%} longer"
+        _mark(axes, limit + 0.5, text, _RED)
         axes.set_xlim(right=max(tokens["edges"][-1], 1.35 * limit))
 
 
@@ -76,51 +69,49 @@ def _draw_bytes(axes: Axes, size: Mapping[str, Any]) -> None:
     _style(axes, "Image file", "bytes")
     _fill(axes, size, _GREEN)
     if size["count"]:
-        axes.axvline(size["median"], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f" median {_bytes(size['median'])}",
-            (size["median"], 1.0),
-            xycoords=("data", "axes fraction"),
-            va="top",
-            color=_INK,
-            fontsize=9,
-        )
+        _mark(axes, size["median"], f"median {_bytes(size['median'])}", _INK)
     _log_ticks(axes, _bytes)
 
 
 def _draw_causes(axes: Axes, causes: Mapping[str, Mapping[str, int]]) -> None:
-    _style(axes, "What is wrong", "samples (shards)", grid="x")
+    _style(axes, "Defects", "samples (shards)")
     shown = sorted(causes.items(), key=lambda item: item[1]["samples"])[-_MAX_CAUSES:]
     if not shown:
-        axes.annotate(
-            "nothing", (0.5, 0.5), xycoords="axes fraction", ha="center", color=_MUTED, fontsize=12
-        )
+        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color=_MUTED)
         axes.set_xticks([])
         axes.set_yticks([])
         return
     counts = [count["samples"] for _, count in shown]
-    axes.barh([name for name, _ in shown], counts, height=0.66, color=_RED)
-    axes.bar_label(
-        axes.containers[0],  # type: ignore[arg-type]
-        [f"{count['samples']:,} ({count['shards']:,})" for _, count in shown],
-        padding=4,
-        color=_INK,
-        fontsize=9,
-    )
+    bars = axes.barh([name for name, _ in shown], counts, height=0.66, color=_RED)
+    labels = [f"{count['samples']:,} ({count['shards']:,})" for _, count in shown]
+    axes.bar_label(bars, labels, padding=4, color=_INK, fontsize=9)
     axes.tick_params(axis="y", labelcolor=_INK)
     axes.grid(visible=False)
     axes.set_xticks([])
     axes.set_xlim(0, 1.25 * max(1, *counts))
 
 
-def _style(axes: Axes, title: str, label: str, *, grid: str = "y") -> None:
+def _style(axes: Axes, title: str, label: str) -> None:
     axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold")
     axes.set_xlabel(label, color=_MUTED, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_GRID)
     axes.tick_params(colors=_MUTED, labelsize=9, length=0)
-    axes.grid(axis=grid, color=_GRID, linewidth=0.8)  # type: ignore[arg-type]
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def _mark(axes: Axes, x: float, text: str, colour: str) -> None:
+    """Draw a labelled vertical line."""
+    axes.axvline(x, color=colour, linewidth=1.2)
+    axes.annotate(
+        f" {text}",
+        (x, 1.0),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        color=colour,
+        fontsize=9,
+    )
 
 
 def _fill(axes: Axes, distribution: Mapping[str, Any], colour: str, label: str = "") -> None:
@@ -134,7 +125,7 @@ def _fill(axes: Axes, distribution: Mapping[str, Any], colour: str, label: str =
 
 
 def _log_ticks(axes: Axes, form: Callable[[int], str]) -> None:
-    """Few ticks, whether the values span a factor of two or a million."""
+    """Set a few ticks, whether the values span a factor of two or a million."""
     axes.set_xscale("log", base=2)
     low, high = axes.get_xlim()
     doublings = math.log2(high / low)

@@ -1,4 +1,4 @@
-"""The report of an inspection: what was found in shards, added up and put in numbers and words."""
+"""The report of an inspection: findings of shards, added up and summarised."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CONTEXT_LENGTH", "Findings", "summarise", "to_text"]
+__all__ = ["CONTEXT_LENGTH", "ShardFindings", "summarise", "to_text"]
 
 CONTEXT_LENGTH = 77
 
@@ -16,22 +16,25 @@ _NUM_BINS = 32
 
 
 @dataclass
-class Findings:
-    """What one shard holds, or many: everything in it can be added up.
+class ShardFindings:
+    """The findings of one shard, or the sum of those of several.
 
     Attributes:
-        expected, found, read: Samples by the statistics, in the tars, looked at.
-        unvouched: Shards without statistics; they are expected to hold what they hold.
-        bytes_read, seconds: What reading and decoding them took; seconds over all workers.
-        samples_by_cause, shards_by_cause: What is wrong, and with how many.
-        problems: The same for single shards.
-        characters, tokens: Usable samples by length of the caption.
-        sizes, image_bytes, formats, modes: Usable samples by width and height in pixels, size of
-            the file, Pillow's format and mode.
+        expected: The number of samples by the stated sizes of the shards.
+        unsized: The number of shards without a stated size, which are taken to be complete.
+        found: The number of samples in the tars.
+        read: The number of samples that were read.
+        bytes_read: The bytes that were read.
+        seconds: The time of reading and decoding, summed over workers.
+        samples_by_cause, shards_by_cause: The number of samples and of shards with each defect.
+        problems: The defects of single shards.
+        characters, tokens: Usable samples by the length of their caption.
+        sizes, image_bytes, formats, modes: Usable samples by (width, height) in pixels, size of the
+            file, and Pillow's format and mode.
     """
 
     expected: int = 0
-    unvouched: int = 0
+    unsized: int = 0
     found: int = 0
     read: int = 0
     bytes_read: int = 0
@@ -48,10 +51,11 @@ class Findings:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every expected sample was found, and no other."""
+        """Whether every expected sample was found, and none beyond them."""
         return all(problem["cause"] == "keys_repeated" for problem in self.problems)
 
-    def add(self, other: "Findings") -> None:
+    def add(self, other: "ShardFindings") -> None:
+        """Add the findings of other shards to these."""
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
             if isinstance(mine, Counter):
@@ -60,13 +64,13 @@ class Findings:
                 setattr(self, item.name, mine + theirs)
 
 
-def summarise(total: Findings, *, seconds: float, num_workers: int) -> dict[str, Any]:
-    """Counts, distributions and throughput, ready for JSON.
+def summarise(total: ShardFindings, *, seconds: float, num_workers: int) -> dict[str, Any]:
+    """Return counts, distributions and throughput, ready for JSON.
 
     Args:
-        total: Of all shards.
-        seconds: From the start to the end of the inspection.
-        num_workers: Processes.
+        total: The findings of all shards.
+        seconds: The duration of the inspection.
+        num_workers: The number of processes.
     """
     usable = total.characters.total()
     widths, heights = (_marginal(total.sizes, axis) for axis in (0, 1))
@@ -103,7 +107,7 @@ def summarise(total: Findings, *, seconds: float, num_workers: int) -> dict[str,
     }
 
 
-def _throughput(total: Findings, seconds: float, num_workers: int) -> dict[str, float]:
+def _throughput(total: ShardFindings, seconds: float, num_workers: int) -> dict[str, float]:
     busy = max(total.seconds, 1e-9)
     return {
         "workers": num_workers,
@@ -123,14 +127,14 @@ def _marginal(sizes: Mapping[tuple[int, int], int], axis: int) -> Counter[int]:
 
 
 def _most_common(counts: Mapping[Any, int]) -> list[tuple[Any, int]]:
-    """Equal counts in the order of their names, so that reports can be compared."""
+    """Sort by count; equal counts by name, so that reports can be compared."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _edges(values: Sequence[int], *, log: bool) -> np.ndarray:
     low, high = (min(values), max(values)) if values else (1, 1)
     if log:
-        # A single value still gets a bar that can be seen.
+        # A single value still gets a visible bar.
         return np.geomspace(max(0.5, 0.8 * low), 1.25 * high, _NUM_BINS + 1)
     step = -(-(high - low + 1) // _NUM_BINS)
     return np.arange(low, high + step + 1, step) - 0.5
@@ -158,7 +162,7 @@ def _distribution(counts: Mapping[int, int], edges: np.ndarray) -> dict[str, Any
 
 
 def to_text(report: Mapping[str, Any]) -> str:
-    """The report as a table for a terminal."""
+    """Return the report as a table for a terminal."""
     samples, tokens = report["samples"], report["caption_tokens"]
     speed = report["throughput"]
     lines = [
@@ -171,9 +175,9 @@ def to_text(report: Mapping[str, Any]) -> str:
         f"{cause:24} {counts['samples']:10} {counts['shards']:8}"
         for cause, counts in report["causes"].items()
     ] or ["none"]
-    if report["shards"]["unvouched"]:
+    if report["shards"]["unsized"]:
         lines.append(
-            f"{report['shards']['unvouched']} shards have neither sizes.json nor _stats.json and "
+            f"{report['shards']['unsized']} shards have neither sizes.json nor _stats.json and "
             "may be incomplete"
         )
     lines.append(f"{'usable samples':18} {'p5':>9} {'median':>9} {'p95':>9} {'max':>9}")

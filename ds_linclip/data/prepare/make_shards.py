@@ -1,14 +1,14 @@
-"""Subcommand ``ds-linclip make-shards``: writes a data set as shards.
+"""Subcommand ``ds-linclip make-shards``: write a data set as shards.
 
-A set is written into a folder beside OUT that is renamed at the end: an interrupted run leaves no
-half OUT. A set that is already there is left alone.
+A data set is complete or not there: it is written beside OUT and renamed at the end. A complete one
+is left as it is.
 """
 
 import argparse
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ds_linclip.data.prepare import digits, synthetic_scenes
-from ds_linclip.data.prepare.atomic_dataset import Record, write_once
+from ds_linclip.data.prepare.atomic_dataset import write_once
 from ds_linclip.data.prepare.image_text_files import (
     RESIZE_MODES,
     PairLoader,
@@ -34,7 +34,7 @@ from ds_linclip.data.prepare.shard_writer import (
 
 __all__ = ["main", "make_digits", "make_pairs", "make_scenes"]
 
-_SIDES = range(4, 8193)  # of an image that the decoder takes
+_SIDES = range(4, 8193)  # sides in pixels of an image that the decoder accepts
 _MAX_SAMPLES_PER_SHARD = 10_000  # keys have four digits for the index
 _MAX_SHARDS = 100_000  # and five for the shard
 _DIGIT_SHARDS = 8
@@ -44,17 +44,19 @@ def make_digits(out: Path, *, image_size: int = 32, seed: int = 0) -> bool:
     """Write the captioned digits: ``OUT/train`` (8 shards) and ``OUT/test`` (the held-out fifth).
 
     Args:
-        out: Folder that does not exist yet, is empty, or holds the same set.
-        image_size: Side in pixels.
-        seed: Of the captions.
+        out: A folder that does not exist, is empty, or holds the same data set.
+        image_size: The side of the images in pixels.
+        seed: The seed of the captions.
 
     Returns:
-        Whether it was written; False: the same set was there already.
+        Whether the data set was written; False when ``out`` held it already.
 
     Raises:
-        ValueError: when ``out`` holds anything else.
+        ValueError: for a number that is too small, or when ``out`` holds anything else.
     """
-    record: Record = {"name": "digits", "image_size": image_size, "seed": seed}
+    _check_at_least(1, image_size=image_size)
+    _check_at_least(0, seed=seed)
+    record = {"name": "digits", "image_size": image_size, "seed": seed}
 
     def write(folder: Path) -> None:
         train = list(digits.digit_samples("train", image_size=image_size, seed=seed))
@@ -83,23 +85,27 @@ def make_scenes(
 ) -> bool:
     """Write synthetic scenes: ``OUT/train`` and, for ``num_test > 0``, two held-out folders.
 
-    ``OUT/test`` asks for pairs of colour and shape that occur in training, ``OUT/test_unseen`` for
-    pairs that do not.
+    ``OUT/test`` has the pairs of colour and shape that occur in training, ``OUT/test_unseen`` has
+    the others.
 
     Args:
-        out: Folder that does not exist yet, is empty, or holds the same set.
-        num_shards, samples_per_shard: Number of training scenes.
-        image_size: Side in pixels.
-        seed: Of all scenes.
-        num_test: Scenes in each held-out folder.
+        out: A folder that does not exist, is empty, or holds the same data set.
+        num_shards: The number of training shards.
+        samples_per_shard: The number of scenes in each of them.
+        image_size: The side of the images in pixels.
+        seed: The seed of all scenes.
+        num_test: The number of scenes in each held-out folder.
 
     Returns:
-        Whether it was written; False: the same set was there already.
+        Whether the data set was written; False when ``out`` held it already.
 
     Raises:
-        ValueError: for a number that is too small, or when ``out`` holds anything else.
+        ValueError: for a number out of range, or when ``out`` holds anything else.
     """
-    record: Record = {
+    _check_samples_per_shard(samples_per_shard)
+    _check_at_least(1, num_shards=num_shards, image_size=image_size)
+    _check_at_least(0, seed=seed, num_test=num_test)
+    record = {
         "name": "scenes",
         "num_shards": num_shards,
         "samples_per_shard": samples_per_shard,
@@ -107,7 +113,6 @@ def make_scenes(
         "seed": seed,
         "num_test": num_test,
     }
-    _check_samples_per_shard(samples_per_shard)
 
     def scene(index: int) -> EncodedSample:
         return synthetic_scenes.training_scene(index, image_size=image_size, seed=seed).encode()
@@ -117,8 +122,7 @@ def make_scenes(
         with tqdm(total=num_shards * samples_per_shard, desc="scenes", unit="image") as progress:
             for number in range(num_shards):
                 first = number * samples_per_shard
-                indices = range(first, first + samples_per_shard)
-                samples = map(scene, indices)
+                samples = map(scene, range(first, first + samples_per_shard))
                 progress.update(write_train_shard(folder / "train", number, samples).total())
         for split in ("test", "test_unseen") if num_test else ():
             write_labelled_folder(
@@ -143,29 +147,33 @@ def make_pairs(
     shuffle_seed: int | None = 0,
     num_workers: int = 1,
 ) -> Counter[str] | None:
-    """Write images and captions that lie in files: ``OUT/NNNNN.tar`` and what belongs to it.
+    """Write images and captions from files as shards ``OUT/NNNNN.tar``.
 
-    A bad pair is a failed row of the parquet, as a failed download is for img2dataset.
+    A bad pair becomes a failed row of the parquet, like a failed download of img2dataset.
 
     Args:
-        out: Folder that does not exist yet, is empty, or holds the same set.
-        pairs: What to write.
-        samples_per_shard: Pairs per shard, the failed ones among them.
+        out: A folder that does not exist, is empty, or holds the same data set.
+        pairs: The pairs to write.
+        samples_per_shard: The number of pairs per shard, failed ones included.
         resize: See :class:`ds_linclip.data.prepare.image_text_files.PairLoader`.
-        image_size: In pixels; None if and only if ``resize`` is "no".
-        shuffle_seed: Of the order; None keeps it. Neighbours in a folder resemble each other, and
-            training shuffles only within a few shards.
+        image_size: The side in pixels; None if and only if ``resize`` is "no".
+        shuffle_seed: The seed of the order; None keeps the order of ``pairs``. Files of one folder
+            are often alike, and training shuffles only within a few shards.
         num_workers: Processes that read and resize; the bytes written do not depend on it.
 
     Returns:
-        How many pairs there are with ``success``, and how many failed by cause; None: the same set
-        was there already.
+        The number of pairs as ``success``, and of failures by cause; None when ``out`` held the
+        same data set already.
 
     Raises:
         ValueError: for a number out of range, when ``out`` holds anything else, or when all pairs
             are bad.
     """
-    record: Record = {
+    _check_samples_per_shard(samples_per_shard)
+    _check_at_least(1, workers=num_workers)
+    if shuffle_seed is not None:
+        _check_at_least(0, shuffle_seed=shuffle_seed)
+    record = {
         "name": "pairs",
         "num_pairs": len(pairs.images),
         "fingerprint": pairs.fingerprint,
@@ -174,9 +182,6 @@ def make_pairs(
         "image_size": image_size,
         "shuffle_seed": shuffle_seed,
     }
-    _check_samples_per_shard(samples_per_shard)
-    if num_workers < 1:
-        raise ValueError(f"workers ({num_workers}) must be at least 1")
     if (image_size is None) != (resize == "no"):
         raise ValueError(f"image_size ({image_size}) must be set unless resize ({resize}) is no")
     if image_size is not None and image_size not in _SIDES:
@@ -191,7 +196,9 @@ def make_pairs(
 
     def write(folder: Path) -> None:
         load = PairLoader(pairs.root, resize, image_size or 0)
-        loaded = ordered_map(load, _in_order(pairs, order), num_workers=num_workers)
+        captions = pairs.captions or [None] * len(order)
+        items = ((pairs.images[i], captions[i], pairs.captions is None) for i in order)
+        loaded = ordered_map(load, items, num_workers=num_workers)
         with closing(loaded), tqdm(loaded, total=len(order), unit="image") as progress:
             samples = iter(progress)
             for number in range(num_shards):
@@ -205,7 +212,7 @@ def make_pairs(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code: 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
         summary = _run(options)
@@ -217,26 +224,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> str:
-    """Do what was asked; returns what to say about it."""
-    if options.command == "digits":
-        written = make_digits(options.out, image_size=options.image_size, seed=options.seed)
-        return "written" if written else "already complete"
-    if options.command == "scenes":
-        written = make_scenes(
-            options.out,
-            num_shards=options.num_shards,
-            samples_per_shard=options.samples_per_shard,
-            image_size=options.image_size,
-            seed=options.seed,
-            num_test=options.test,
-        )
+    """Write the data set and return a summary of it."""
+    if options.command in ("digits", "scenes"):
+        if options.command == "digits":
+            written = make_digits(options.out, image_size=options.image_size, seed=options.seed)
+        else:
+            written = make_scenes(
+                options.out,
+                num_shards=options.num_shards,
+                samples_per_shard=options.samples_per_shard,
+                image_size=options.image_size,
+                seed=options.seed,
+                num_test=options.test,
+            )
         return "written" if written else "already complete"
     if options.command == "csv":
         pairs = csv_pairs(
             options.source,
             image_column=options.image_column,
             caption_column=options.caption_column,
-            separator=options.separator,
+            separator="\t" if options.separator == r"\t" else options.separator,
         )
     else:
         pairs = folder_pairs(options.source)
@@ -265,16 +272,16 @@ def _summary(counts: Counter[str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ds-linclip make-shards",
-        description="Write a data set as shards. A set that is already there is left alone.",
+        description="Write a data set as shards. A complete data set is left as it is.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, size in (("digits", 32), ("scenes", 256)):
-        command = commands.add_parser(name, help=f"the {name} that ds_linclip makes itself")
+        command = commands.add_parser(name, help=f"{name} that need no download")
         command.add_argument("out", type=Path, help="folder to write")
         command.add_argument("--image-size", type=int, default=size, help="side in pixels")
-        command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--num-shards", type=int, default=8)
-    command.add_argument("--samples-per-shard", type=int, default=1000)
+        command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--num-shards", type=int, default=8, help="default: 8")
+    command.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
     command.add_argument("--test", type=int, default=0, help="scenes in each held-out folder")
     folder = commands.add_parser("folder", help="images with captions in .txt files beside them")
     folder.add_argument("source", type=Path, help="folder of images, searched recursively")
@@ -284,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pair_options(table)
     table.add_argument("--image-column", default="filepath", help="default: filepath")
     table.add_argument("--caption-column", default="title", help="default: title")
-    table.add_argument("--separator", type=_separator, default="\t", help=r"default: '\t', a tab")
+    table.add_argument("--separator", default=r"\t", help=r"default: '\t', a tab")
     return parser
 
 
@@ -295,13 +302,13 @@ def _add_pair_options(command: argparse.ArgumentParser) -> None:
         type=int,
         default=_MAX_SAMPLES_PER_SHARD,
         metavar="N",
-        help="default and most: 10000",
+        help="default and maximum: 10000",
     )
     command.add_argument(
         "--resize",
         choices=RESIZE_MODES,
         default="no",
-        help="as img2dataset's resize_mode; default: no, keep the files as they are",
+        help="img2dataset's resize_mode; default: no, which keeps the files as they are",
     )
     command.add_argument(
         "--image-size", type=int, metavar="N", help="side in pixels, unless --resize no"
@@ -311,7 +318,7 @@ def _add_pair_options(command: argparse.ArgumentParser) -> None:
         type=lambda word: None if word == "none" else int(word),
         default=0,
         metavar="SEED",
-        help="of the order before it is cut into shards; none: keep it; default: 0",
+        help="seed of the order of pairs; none keeps the order of the source; default: 0",
     )
     command.add_argument(
         "--workers",
@@ -322,15 +329,10 @@ def _add_pair_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _separator(word: str) -> str:
-    r"""Shells make it hard to write a tab: ``--separator '\t'``."""
-    return "\t" if word == r"\t" else word
-
-
-def _in_order(pairs: PairSet, order: list[int]) -> Iterator[tuple[str, str | None, bool]]:
-    for index in order:
-        caption = pairs.captions[index] if pairs.captions is not None else None
-        yield pairs.images[index], caption, pairs.captions is None
+def _check_at_least(minimum: int, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < minimum:
+            raise ValueError(f"{name} ({value}) must be at least {minimum}")
 
 
 def _check_samples_per_shard(value: int) -> None:

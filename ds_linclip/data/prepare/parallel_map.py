@@ -1,4 +1,4 @@
-"""Many processes, one result: a map over processes that keeps the order and bounds what waits."""
+"""A map over processes that keeps the order of its items and bounds how many are in flight."""
 
 import multiprocessing
 import os
@@ -15,26 +15,26 @@ __all__ = ["num_usable_cores", "ordered_map"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_AHEAD = 4  # items in flight per worker
+_IN_FLIGHT_PER_WORKER = 4
 
 
 def num_usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int
 ) -> Generator[Result, None, None]:
-    """Results in the order of the items, whatever the number of processes.
+    """Yield the result of every item, in the order of the items.
 
-    At most a few items per worker are in flight, so neither waiting items nor results fill the
-    memory. Close the iterator to end the processes early.
+    At most four items per worker are in flight, so that neither items nor results fill the memory.
+    Closing the generator ends the processes.
 
     Args:
-        function: Can be pickled, as can items and results.
-        items: Taken as results are.
-        num_workers: Processes; 1: all happens in this one.
+        function: Maps an item to its result; all three can be pickled.
+        items: The items, taken as results are consumed.
+        num_workers: The number of processes; with 1, this process does the work itself.
     """
     if num_workers == 1:
         yield from map(function, items)
@@ -43,19 +43,19 @@ def ordered_map(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ds_linclip.data"])
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
-    waiting: deque[Future[Result]] = deque()
+    pending: deque[Future[Result]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == _AHEAD * num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(function, item))
+            if len(pending) == _IN_FLIGHT_PER_WORKER * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
     end_with_parent()
-    # Ctrl-C reaches every process of the terminal; the parent alone ends the work.
+    # Ctrl-C reaches every process of the terminal; the parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,8 @@
-"""Writes data sets the way they are found in the wild.
+"""Write data sets in their public formats.
 
-Training shards as img2dataset writes LAION-400M (tar, parquet, ``_stats.json`` last), held-out
-folders as clip_benchmark reads them. The bytes depend on the samples alone.
+Training shards have the format in which img2dataset writes LAION-400M (tar, parquet, and
+``_stats.json`` last), held-out folders the format of clip_benchmark. The bytes depend only on the
+samples.
 """
 
 import hashlib
@@ -46,17 +47,17 @@ _PARQUET_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as it lies in a shard.
+    """A sample that is ready to be written.
 
     Attributes:
-        image: The file.
-        extension: Of its member: ``jpg``, ``png``, ``webp`` or ``gif``.
-        caption: Not empty.
-        url: Names the source.
+        image: The bytes of the image file.
+        extension: The extension of its tar member: ``jpg``, ``png``, ``webp`` or ``gif``.
+        caption: The caption, not empty.
+        url: The source of the image.
         size: Width and height in pixels.
-        original_size: Width and height before any scaling.
-        exif: JSON; None: not looked at.
-        sha256: Of the image file before any scaling.
+        original_size: Width and height in pixels before any scaling.
+        exif: The EXIF data as JSON; None: they were not read.
+        sha256: The hash of the image file before any scaling.
     """
 
     image: bytes
@@ -69,7 +70,7 @@ class EncodedSample:
     sha256: str
 
     def meta(self, key: str) -> dict[str, str | int | None]:
-        """The fields of the JSON member and of the parquet row."""
+        """Return the fields of the JSON member and of the parquet row."""
         return {
             "url": self.url,
             "caption": self.caption,
@@ -87,13 +88,13 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class FailedSample:
-    """A source that gave no sample.
+    """A source from which no sample could be made.
 
     Attributes:
-        url: Names the source.
-        caption: None: there is none, or it cannot be used.
-        status: img2dataset's word for the step that failed.
-        cause: Short name under which it is counted.
+        url: The source of the image.
+        caption: The caption; None when it is missing or unusable.
+        status: The step that failed, in img2dataset's words.
+        cause: The name under which the failure is counted.
     """
 
     url: str
@@ -102,7 +103,7 @@ class FailedSample:
     cause: str
 
     def meta(self, key: str) -> dict[str, str | int | None]:
-        """The fields of the parquet row."""
+        """Return the fields of the parquet row."""
         return {
             "url": self.url,
             "caption": self.caption,
@@ -114,14 +115,14 @@ class FailedSample:
 
 @dataclass(frozen=True)
 class RawSample:
-    """An image before it is encoded, its caption and where it comes from.
+    """An image before it is encoded, with its caption and source.
 
     Attributes:
-        image: RGB.
-        caption: Not empty.
-        url: Names the source.
-        original_size: Width and height before any scaling, in pixels.
-        label: Class number; used in held-out folders only.
+        image: The RGB image.
+        caption: The caption, not empty.
+        url: The source of the image.
+        original_size: Width and height in pixels before any scaling.
+        label: The class number; used in held-out folders only.
     """
 
     image: Image.Image
@@ -131,6 +132,7 @@ class RawSample:
     label: int = -1
 
     def encode(self) -> EncodedSample:
+        """Return the sample with its image as a JPEG file."""
         jpeg = encode_jpeg(self.image)
         return EncodedSample(
             image=jpeg,
@@ -156,10 +158,15 @@ def write_train_shard(
 ) -> Counter[str]:
     """Write ``NNNNN.tar``, ``NNNNN.parquet`` and, last, ``NNNNN_stats.json``.
 
-    Failed samples leave a gap in the keys, a row in the parquet and a count in the statistics.
+    A failed sample leaves a gap in the keys, a row in the parquet and a count in the statistics.
+
+    Args:
+        folder: An existing folder.
+        number: The number of the shard, its file name.
+        samples: The samples of the shard.
 
     Returns:
-        How many samples there are with ``success``, and how many failed by cause.
+        The number of samples as ``success``, and of failures by cause.
     """
     stem = f"{number:05d}"
     rows = []
@@ -197,8 +204,14 @@ def write_labelled_folder(
 ) -> int:
     """Write a held-out folder: class names, templates, and one tar in ``test``.
 
+    Args:
+        folder: The folder, which must not have a ``test`` folder.
+        samples: The labelled samples.
+        classnames: The names of the classes, in the order of their labels.
+        templates: Prompt templates with ``{c}`` for the name.
+
     Returns:
-        Number of samples written.
+        The number of samples.
     """
     (folder / "test").mkdir(parents=True)
     count = 0

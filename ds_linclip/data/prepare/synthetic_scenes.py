@@ -1,7 +1,7 @@
-"""Synthetic scenes: coloured shapes of two sizes, counted and placed, with composed captions.
+"""Synthetic scenes: images of coloured shapes, with captions of their number, size and place.
 
-Any number of samples at any image size, for load tests and for compositional tests: some pairs of
-colour and shape never occur in training scenes.
+They come in any number and image size, for load tests and for tests of compositionality: some pairs
+of colour and shape never occur in training scenes.
 """
 
 import math
@@ -32,7 +32,7 @@ _PAIRS = [(colour, shape) for colour in _COLOURS for shape in _SHAPES]
 _UNSEEN = {(colour, _SHAPES[i % len(_SHAPES)]) for i, colour in enumerate(_COLOURS)}
 _SEEN = [pair for pair in _PAIRS if pair not in _UNSEEN]
 
-# Words for one group in the image, and the centre of the area it fills, in image sides.
+# Words for the place of one group -> centre of its area, in image sides.
 _PLACES = {
     "in the centre": (0.5, 0.5),
     "on the left": (0.25, 0.5),
@@ -40,7 +40,7 @@ _PLACES = {
     "at the top": (0.5, 0.25),
     "at the bottom": (0.5, 0.75),
 }
-# Words between two groups, and the centres of their areas.
+# Words between two groups -> centres of their areas.
 _RELATIONS = {
     "left of": ((0.25, 0.5), (0.75, 0.5)),
     "right of": ((0.75, 0.5), (0.25, 0.5)),
@@ -50,13 +50,13 @@ _RELATIONS = {
 
 CLASSNAMES = [f"{colour} {shape}" for colour, shape in _PAIRS]
 
-#: Prompts for the labelled scenes.
+#: Prompt templates for the labelled scenes.
 TEMPLATES = ["a {c}", "one small {c}", "one large {c}", "one large {c} in the centre"]
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Equal shapes: how many, how large, which."""
+    """One to three equal shapes."""
 
     count: int
     size: str
@@ -64,12 +64,13 @@ class _Group:
     shape: str
 
     def words(self) -> str:
+        """Return the phrase that describes the group."""
         plural = "" if self.count == 1 else "es" if self.shape == "cross" else "s"
         return f"{_COUNTS[self.count]} {self.size} {self.colour} {self.shape}{plural}"
 
 
 def training_scene(index: int, *, image_size: int, seed: int) -> RawSample:
-    """One or two groups of shapes; a pure function of the arguments."""
+    """Return a scene of one or two groups of shapes, the same for the same arguments."""
     rng = np.random.default_rng([seed, 0, index])
     if rng.random() < 0.5:
         group = _random_group(rng)
@@ -87,13 +88,13 @@ def training_scene(index: int, *, image_size: int, seed: int) -> RawSample:
 def labelled_scenes(
     split: str, *, num_samples: int, image_size: int, seed: int
 ) -> Iterator[RawSample]:
-    """Scenes with one shape, labelled with its colour and shape.
+    """Yield scenes of a single shape, labelled with its colour and shape.
 
     Args:
-        split: ``test`` holds the pairs that occur in training, ``test_unseen`` the others.
-        num_samples: Taken from the classes in turn.
-        image_size: Side in pixels.
-        seed: Of everything but the classes.
+        split: ``test`` has the pairs that occur in training, ``test_unseen`` the others.
+        num_samples: The number of scenes; the classes take turns.
+        image_size: The side of the images in pixels.
+        seed: The seed of everything but the classes.
     """
     stream, pairs = {"test": (1, _SEEN), "test_unseen": (2, sorted(_UNSEEN))}[split]
     for index in range(num_samples):
@@ -128,7 +129,7 @@ def _sample(
     image_size: int,
     label: int = -1,
 ) -> RawSample:
-    """Draw at twice the size, scale down to smooth the edges, add noise as a camera would."""
+    """Draw a scene at twice its size, scale it down to smooth the edges, and add camera noise."""
     side = 2 * image_size
     shade = int(rng.integers(200, 256))
     image = Image.new("RGB", (side, side), (shade, shade, shade))
@@ -147,7 +148,7 @@ def _sample(
 def _positions(
     rng: np.random.Generator, group: _Group, centre: tuple[float, float]
 ) -> list[tuple[float, float]]:
-    """Places on a ring around the centre, so that equal shapes do not cover each other."""
+    """Return positions on a ring around the centre, where equal shapes do not overlap."""
     if group.count == 1:
         ring = 0.05 * rng.random()
     else:
@@ -176,7 +177,7 @@ def _draw_shape(
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
         return
-    # Corners on circles around the centre: (how many, angle of the first, radii in turn).
+    # Number of corners, angle of the first one, distances from the centre in turn.
     corners, first, radii = {
         "square": (4, math.pi / 4, (1.2,)),
         "triangle": (3, -math.pi / 2, (1.1,)),

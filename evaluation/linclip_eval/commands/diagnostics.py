@@ -1,12 +1,8 @@
-"""``linclip-eval diagnostics``: how selective attention is in every layer, models side by side.
-
-Writes layers.csv, figure.png, results.json and summary.md.
-"""
+"""Measure the attention of every layer, for several models side by side."""
 
 import argparse
-import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -14,18 +10,17 @@ from torch import Tensor
 
 from ds_linclip.config import Attention
 from ds_linclip.data import LabelledData
-from ds_linclip.inference import EvalModel, load_model
+from ds_linclip.inference import LoadedModel, load_model
 from ds_linclip.model import CLIP
-from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.commands.arguments import labelled
+from linclip_eval.commands import inputs, outputs
 from linclip_eval.diagnostics.figure import draw_diagnostics
 from linclip_eval.diagnostics.measure import LayerStatistic, diagnose
-from linclip_eval.results import markdown_table, write_results
+from linclip_eval.results import markdown_table
 from linclip_eval.zero_shot.classifier import parse_template
 
 __all__ = ["main"]
 
-#: Statistic -> name, decimals.
+#: Statistic -> its name in the tables, decimals.
 _ROWS = {
     "entropy": ("entropy", 3),
     "contrast": ("contrast", 2),
@@ -39,93 +34,96 @@ _ROWS = {
 }
 _NOTES = """\
 In the tables: means over layers, in brackets the lowest and the highest layer. A layer is a mean
-over heads and samples; the bands of the figure are their 5 and 95 % quantiles. A row is what one
-token attends to, relative to its sum; rows of the text tower see the tokens up to their own, and
-end with the end of text.
+over heads and samples; the bands of the figure are their 5 and 95 % quantiles. A row is the
+attention of one token, relative to its sum. A row of the text tower covers the tokens up to its
+own; texts end at their end-of-text token.
 
-- Entropy of a row over the logarithm of the number of keys it sees: 1 is uniform, 0 a single key.
+- Entropy of a row over the logarithm of its number of keys: 1 is uniform, 0 a single key.
 - Contrast: largest over mean weight of a row; 1 is uniform. A score 1 + cos is at most 2, so that
   the contrast of affine linear attention is at most 2 / (1 + mean cosine of a query and its keys).
 - Variation: standard deviation over mean of the weights of a row; 0 is uniform.
 - Effective rank: exp of the entropy of the singular values, over the number of tokens N. Uniform
   attention has 1 / N, and more when causal. Affine scores of heads of width D give bidirectional
   matrices of rank D + 1 at most.
-- Gain: sum of a row before it is divided out, 1 but in Eq. 7; its variation is that over rows.
-- Token cosine: mean over all pairs of different tokens behind a block; layer 0 is the input.
+- Gain: sum of a row before it is divided out, 1 except in Eq. 7; its variation is over rows.
+- Token cosine: mean over all pairs of different tokens after a block; layer 0 is the input.
 
 There is one set of weights per model: differences say nothing about other seeds."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for bad input.
-        OSError: for a file that cannot be read or written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     parser = argparse.ArgumentParser(prog="linclip-eval diagnostics", description=__doc__)
     parser.add_argument(
         "models",
         nargs="+",
-        help="run folders, checkpoints or hub folders of plain ViTs; label them as LABEL=MODEL",
+        help="run folders, checkpoints or hub folders of plain ViTs, optionally labelled as "
+        "LABEL=MODEL",
     )
     parser.add_argument("--data", required=True, help="folder in clip_benchmark's layout")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument(
-        "--num-images", type=int, default=64, help="evenly spaced, with their captions; default: 64"
+        "--num-images",
+        type=int,
+        default=64,
+        help="evenly spaced, with captions; default: 64",
     )
     parser.add_argument(
-        "--image-size", type=int, help="side in pixels; default: what the model was trained with"
+        "--image-size", type=int, help="side in pixels; default: the size the model was trained on"
     )
-    parser.add_argument("--max-tokens", type=int, default=4096, help="of a sequence; default: 4096")
+    parser.add_argument(
+        "--max-tokens", type=int, default=4096, help="longest sequence; default: 4096"
+    )
     options = parser.parse_args(arguments)
     for name, value in (("num-images", options.num_images), ("max-tokens", options.max_tokens)):
         if value < 1:
             raise ValueError(f"--{name} ({value}) must be at least 1")
-    sources = labelled(options.models, "models")
-    mesh = Mesh.create()
-    if mesh.world_size > 1:
-        raise ValueError(f"diagnostics ({mesh.world_size} processes) must run in one process")
+    sources = inputs.parse_sources(options.models, "models")
     about: list[Sequence[object]] = []
-    found: dict[str, list[LayerStatistic]] = {}
-    for name, source in sources.items():
-        model = load_model(source, mesh, image_size=options.image_size)
-        if not isinstance(model.module, CLIP):
-            raise ValueError(
-                f"model ({source}) must be ds_linclip's, or a hub folder of a plain ViT: open_clip "
-                "does not show what its attention does"
-            )
-        images, texts = _samples(options.data, model, options.num_images)
-        try:
-            found[name] = diagnose(model.module, images, texts, max_tokens=options.max_tokens)
-        except ValueError as error:
-            raise ValueError(f"model ({source}): {error}") from error
-        about.append((name, *_describe(model)))
-    options.out.mkdir(parents=True, exist_ok=True)
-    _write_csv(found, options.out / "layers.csv")
-    draw_diagnostics(found).savefig(options.out / "figure.png")
+    statistics: dict[str, list[LayerStatistic]] = {}
+    with inputs.all_ranks() as mesh:
+        if mesh.world_size > 1:
+            raise ValueError(f"diagnostics ({mesh.world_size} processes) must run in one process")
+        for name, source in sources.items():
+            model = load_model(source, mesh, image_size=options.image_size)
+            if not isinstance(model.module, CLIP):
+                raise ValueError(
+                    f"model ({source}) must be ds_linclip's, or a hub folder of a plain ViT: "
+                    "open_clip gives no access to its attention"
+                )
+            images, texts = _samples(options.data, model, options.num_images)
+            try:
+                statistics[name] = diagnose(
+                    model.module, images, texts, max_tokens=options.max_tokens
+                )
+            except ValueError as error:
+                raise ValueError(f"model ({source}): {error}") from error
+            about.append((name, *_describe(model)))
+    table = [{"model": name, **asdict(row)} for name, rows in statistics.items() for row in rows]
+    outputs.write_csv(options.out / "layers.csv", table[0], (row.values() for row in table))
+    draw_diagnostics(statistics).savefig(options.out / "figure.png")
     header = ("model", "weights", "image tokens", "head widths", "vision", "text")
-    parts = [
-        f"{len(images)} images of `{options.data}` and {len(texts)} texts.",
-        markdown_table(header, about, align="llrrll"),
-        *_findings(found),
-        "![Statistics of every layer](figure.png)",
-        _NOTES,
-    ]
-    write_results(
+    outputs.publish(
         options.out,
         command=("diagnostics", *arguments),
         title="Attention, layer by layer",
-        body="\n\n".join(parts),
-        numbers={"models": {name: [asdict(row) for row in rows] for name, rows in found.items()}},
+        paragraphs=[
+            f"{len(images)} images of `{options.data}` and {len(texts)} texts.",
+            markdown_table(header, about, align="llrrll"),
+            *_findings(statistics),
+            "![Statistics of every layer](figure.png)",
+            _NOTES,
+        ],
+        numbers={
+            "models": {name: [asdict(row) for row in rows] for name, rows in statistics.items()}
+        },
         device=mesh.device,
     )
-    print((options.out / "summary.md").read_text(encoding="utf-8"))
-    mesh.close()
 
 
-def _samples(folder: str, model: EvalModel, count: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Batches of one: evenly spaced images; their captions or, without any, prompts of classes."""
+def _samples(folder: str, model: LoadedModel, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return batches of one: evenly spaced images, and their captions or, without captions, prompts
+    of evenly spaced classes."""
     data = LabelledData(folder, transform=model.transform, batch_size=1)
     batches = list(data.batches(_spread(data.num_batches, count)))
     texts = [caption for batch in batches for caption in batch.captions if caption]
@@ -137,25 +135,25 @@ def _samples(folder: str, model: EvalModel, count: int) -> tuple[list[Tensor], l
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """At most ``count`` of the first ``length`` numbers, evenly spaced."""
+    """Return at most ``count`` evenly spaced numbers below ``length``."""
     count = min(length, count)
     return [i * length // count for i in range(count)]
 
 
-def _describe(model: EvalModel) -> Sequence[object]:
-    """Weights, image tokens, head widths and attention of both towers."""
+def _describe(model: LoadedModel) -> Sequence[object]:
+    """Return weights, image tokens, head widths and the attention of both towers."""
     assert isinstance(model.module, CLIP)
     vision, text = model.module.config.vision, model.module.config.text
     return (
         model.name,
         vision.num_tokens_at(model.image_size),
         f"{vision.head_width}, {text.width // text.heads}",
-        _form(vision.attention),
-        _form(text.attention),
+        _variant(vision.attention),
+        _variant(text.attention),
     )
 
 
-def _form(attention: Attention) -> str:
+def _variant(attention: Attention) -> str:
     if attention.kind == "softmax":
         return "softmax"
     words = ["Eq. 4" if attention.normalized else f"Eq. 7, scale {attention.score_scale:g}"]
@@ -168,22 +166,14 @@ def _form(attention: Attention) -> str:
     return ", ".join(words)
 
 
-def _write_csv(found: Mapping[str, Sequence[LayerStatistic]], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", *(field.name for field in fields(LayerStatistic))])
-        for name, rows in found.items():
-            writer.writerows([name, *asdict(row).values()] for row in rows)
-
-
-def _findings(found: Mapping[str, Sequence[LayerStatistic]]) -> list[str]:
-    """A table per tower, and what it says, in words."""
+def _findings(statistics: Mapping[str, Sequence[LayerStatistic]]) -> list[str]:
+    """Return a table for each tower, followed by sentences about it."""
     parts = []
     for tower in ("vision", "text"):
-        models = {name: _means(rows, tower) for name, rows in found.items()}
+        models = {name: _means(rows, tower) for name, rows in statistics.items()}
         rows = [
-            (heading, *(_cell(means.get(statistic), digits) for means in models.values()))
-            for statistic, (heading, digits) in _ROWS.items()
+            (heading, *(_cell(means.get(name), digits) for means in models.values()))
+            for name, (heading, digits) in _ROWS.items()
         ]
         table = markdown_table(("mean over layers", *models), rows)
         parts += [f"## {tower.capitalize()} tower", table, _sentences(models)]
@@ -191,7 +181,7 @@ def _findings(found: Mapping[str, Sequence[LayerStatistic]]) -> list[str]:
 
 
 def _means(rows: Sequence[LayerStatistic], tower: str) -> dict[str, dict[int, float]]:
-    """Statistic -> layer -> mean, of one tower."""
+    """Return the means of one tower: statistic -> layer -> mean."""
     means: dict[str, dict[int, float]] = {}
     for row in rows:
         if row.tower == tower:

@@ -1,32 +1,25 @@
-"""``linclip-eval resolution``: the same weights at several image sizes, on several sets of images.
+"""Score the same weights at several image sizes, on several sets of images.
 
-Learned positions are resampled to the grid of each size, bicubic, as open_clip does it.
+Learned positions are resampled to the grid of each size, bicubic, as in open_clip.
 """
 
 import argparse
-import csv
 import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from ds_linclip.inference import EvalModel, load_model
-from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.commands.arguments import (
-    add_precision_argument,
-    add_task_arguments,
-    labelled,
-    task_from_arguments,
-)
+from ds_linclip.inference import LoadedModel, load_model
+from linclip_eval.commands import inputs, outputs
 from linclip_eval.plotting import COLOURS, add_legend, dress, new_figure
-from linclip_eval.results import markdown_table, percent, wilson_interval, write_results
+from linclip_eval.results import markdown_table, percent
 
 __all__ = ["main"]
 
@@ -38,7 +31,7 @@ _TIMED_BATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class _Score:
-    """What one model scored at one size on one set."""
+    """The accuracy and cost of one model at one image size on one set of images."""
 
     model: str
     size: int
@@ -46,77 +39,62 @@ class _Score:
     num_samples: int
     top1: float
     top5: float
-    #: Median time of the image tower for an image, without reading it.
+    #: Median time of the image tower per image, without reading it.
     seconds_per_image: float
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for bad input, on all ranks.
-        OSError: for a file that cannot be read or written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     parser = argparse.ArgumentParser(prog="linclip-eval resolution", description=__doc__)
-    parser.add_argument("models", nargs="+", help="as for zero-shot; label them as LABEL=MODEL")
-    add_precision_argument(parser)
+    parser.add_argument(
+        "models", nargs="+", help="models as for zero-shot, optionally labelled as LABEL=MODEL"
+    )
+    inputs.add_precision_argument(parser)
     parser.add_argument(
         "--data",
         nargs="+",
         required=True,
-        help="folders as for zero-shot, one for each domain; label them as LABEL=FOLDER",
+        help="folders as for zero-shot, optionally labelled as LABEL=FOLDER",
     )
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=list(_SIZES), help="sides in pixels"
     )
-    add_task_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True)
+    inputs.add_task_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     options = parser.parse_args(arguments)
-    models, domains = labelled(options.models, "models"), labelled(options.data, "--data")
-    mesh = Mesh.create()
+    models = inputs.parse_sources(options.models, "models")
+    domains = inputs.parse_sources(options.data, "--data")
     scores = []
-    for label, source in models.items():
-        for size in sorted(set(options.sizes)):
-            model = load_model(source, mesh, precision=options.precision, image_size=size)
-            seconds = _seconds_per_image(model)
-            for domain, folder in domains.items():
-                task = mesh.agree(
-                    partial(task_from_arguments, options, folder, model),
-                    (ValueError, OSError),
-                )
-                result = task.score(
-                    model,
-                    tokenizer=model.tokenizer,
-                    device=model.device,
-                    group=mesh.dp.group,
-                    keep_in=options.out,
-                    fingerprint=model.fingerprint,
-                )
-                scores.append(
-                    _Score(
-                        model=label,
-                        size=size,
-                        domain=domain,
-                        num_samples=result.num_samples,
-                        top1=result.topk(1),
-                        top5=result.topk(5),
-                        seconds_per_image=seconds,
+    with inputs.all_ranks() as mesh:
+        for label, source in models.items():
+            for size in sorted(set(options.sizes)):
+                model = load_model(source, mesh, precision=options.precision, image_size=size)
+                seconds = _seconds_per_image(model)
+                for domain, folder in domains.items():
+                    _, result = inputs.score_task(options, folder, model, mesh, options.out)
+                    scores.append(
+                        _Score(
+                            model=label,
+                            size=size,
+                            domain=domain,
+                            num_samples=result.num_samples,
+                            top1=result.topk(1),
+                            top5=result.topk(5),
+                            seconds_per_image=seconds,
+                        )
                     )
-                )
-    if mesh.rank == 0:
-        _write(options.out, scores, arguments, mesh.device)
-    mesh.barrier()
-    mesh.close()
+        if mesh.rank == 0:
+            _write(options.out, scores, arguments, mesh.device)
 
 
-def _seconds_per_image(model: EvalModel) -> float:
-    """Of the image tower, on images of noise: the median over batches."""
+def _seconds_per_image(model: LoadedModel) -> float:
+    """Return the median time of the image tower over batches of noise, per image."""
     size = (_TIMED_BATCH, 3, *model.image_size)
     images = torch.randn(size, device=model.device, dtype=model.dtype)
     seconds: list[float] = []
-    started = time.monotonic()
+    start = time.monotonic()
     while len(seconds) < 3 or (
-        len(seconds) < _MAX_TIMED and time.monotonic() - started < _TIMED_SECONDS
+        len(seconds) < _MAX_TIMED and time.monotonic() - start < _TIMED_SECONDS
     ):
         before = time.perf_counter()
         model.encode_image(images).sum().item()  # waits for the device
@@ -127,45 +105,36 @@ def _seconds_per_image(model: EvalModel) -> float:
 def _write(
     out: Path, scores: Sequence[_Score], arguments: Sequence[str], device: torch.device
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "resolution.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(_Score)])
-        writer.writeheader()
-        writer.writerows(asdict(score) for score in scores)
+    rows = [asdict(score) for score in scores]
+    outputs.write_csv(out / "resolution.csv", rows[0], (row.values() for row in rows))
     _draw(scores).savefig(out / "figure.png")
-    write_results(
+    num_samples = {score.domain: score.num_samples for score in scores}
+    counts = ", ".join(f"{count} of {domain}" for domain, count in num_samples.items())
+    outputs.publish(
         out,
         command=("resolution", *arguments),
         title="Zero-shot accuracy and cost over image sizes",
-        body=_summary(scores),
-        numbers={"scores": [asdict(score) for score in scores]},
-        device=device,
-    )
-    print((out / "summary.md").read_text(encoding="utf-8"))
-
-
-def _summary(scores: Sequence[_Score]) -> str:
-    domains = list(dict.fromkeys(score.domain for score in scores))
-    found = {(score.model, score.size, score.domain): score for score in scores}
-    rows = []
-    for model, size in dict.fromkeys((score.model, score.size) for score in scores):
-        of_size = [found[model, size, domain] for domain in domains]
-        cost = f"{1000 * of_size[0].seconds_per_image:.2f}"
-        rows.append((model, size, cost, *(percent(s.top1, s.num_samples) for s in of_size)))
-    counts = ", ".join(
-        f"{next(s.num_samples for s in scores if s.domain == domain)} of {domain}"
-        for domain in domains
-    )
-    header = ("model", "px", "ms per image", *(f"{domain}: top-1, %" for domain in domains))
-    return "\n\n".join(
-        [
+        paragraphs=[
             "The same weights, with learned positions resampled to each size. Accuracies with 95 % "
             f"intervals (Wilson) over the images: {counts}. The time is that of the image tower "
             f"alone, the median over batches of {_TIMED_BATCH} images.",
-            markdown_table(header, rows),
+            _table(scores, list(num_samples)),
             "![Accuracy and cost over image sizes](figure.png)",
-        ]
+        ],
+        numbers={"scores": rows},
+        device=device,
     )
+
+
+def _table(scores: Sequence[_Score], domains: Sequence[str]) -> str:
+    by_key = {(score.model, score.size, score.domain): score for score in scores}
+    rows = []
+    for model, size in dict.fromkeys((score.model, score.size) for score in scores):
+        row = [by_key[model, size, domain] for domain in domains]
+        cost = f"{1000 * row[0].seconds_per_image:.2f}"
+        rows.append((model, size, cost, *(percent(s.top1, s.num_samples) for s in row)))
+    header = ("model", "px", "ms per image", *(f"{domain}: top-1, %" for domain in domains))
+    return markdown_table(header, rows)
 
 
 def _draw(scores: Sequence[_Score]) -> Figure:
@@ -176,27 +145,22 @@ def _draw(scores: Sequence[_Score]) -> Figure:
     *panels, cost = (figure.add_subplot(rows, 2, place) for place in places)
     models = dict.fromkeys(score.model for score in scores)
     for model, colour in zip(models, cycle(COLOURS), strict=False):
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": colour, "label": model}
         for axes, domain in zip(panels, domains, strict=True):
             line = [s for s in scores if (s.model, s.domain) == (model, domain)]
-            low, high = zip(*(_reach(score) for score in line), strict=True)
+            low, high = zip(*(_error_bar(score) for score in line), strict=True)
             axes.errorbar(
                 [score.size for score in line],
                 [100 * score.top1 for score in line],
                 yerr=(low, high),
-                marker="o",
-                markersize=4,
                 capsize=2,
-                color=colour,
-                label=model,
+                **style,
             )
         line = [s for s in scores if (s.model, s.domain) == (model, domains[0])]
         cost.plot(
             [score.size for score in line],
             [1000 * score.seconds_per_image for score in line],
-            marker="o",
-            markersize=4,
-            color=colour,
-            label=model,
+            **style,
         )
     cost.set_yscale("log")
     sizes = sorted({score.size for score in scores})
@@ -211,7 +175,7 @@ def _draw(scores: Sequence[_Score]) -> Figure:
     return figure
 
 
-def _reach(score: _Score) -> tuple[float, float]:
-    """Of the interval below and above the accuracy, in per cent."""
-    low, high = wilson_interval(round(score.top1 * score.num_samples), score.num_samples)
+def _error_bar(score: _Score) -> tuple[float, float]:
+    """Return how far the interval reaches below and above the accuracy, in per cent."""
+    low, high = outputs.share_interval(score.top1, score.num_samples)
     return 100 * max(score.top1 - low, 0), 100 * max(high - score.top1, 0)

@@ -1,1 +1,1 @@
-"""Measurements of what attention does in each layer."""
+"""Measurements of the attention in each layer."""

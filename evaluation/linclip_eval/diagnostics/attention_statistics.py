@@ -1,9 +1,9 @@
-"""What a matrix of attention weights, or a set of tokens, is like: numbers that compare layers.
+"""Statistics of attention matrices and of sets of tokens, to compare layers and models.
 
-All of them are of one head of one sequence. Weights are taken relative to the sum of their row, so
-that attention without a denominator (arXiv 2604.10064, Eq. 7) compares with attention that has one;
-that sum itself is the gain. N is the number of tokens, n_i that of the keys which row i sees: N, or
-i when causal.
+Each is about one head of one sequence. Weights are taken relative to the sum of their row, so that
+attention without a denominator (arXiv 2604.10064, Eq. 7) compares with attention that has one; that
+sum itself is the gain. N is the number of tokens, n_i the number of keys that row i attends to: N,
+or i when causal.
 """
 
 import torch
@@ -14,33 +14,33 @@ __all__ = ["attention_statistics", "contrast_bound", "token_similarity"]
 
 
 def attention_statistics(weights: Tensor, *, causal: bool) -> dict[str, Tensor]:
-    """How selective attention is, and how much it passes on.
+    """Return how selective attention matrices are, and how large their rows.
 
-    Rows that see a single key have no choice; contrast, variation and entropy leave them out.
+    Contrast, variation and entropy leave out rows with a single key, which have no choice.
 
     Args:
-        weights: [M, N, N], a row per query; not negative but for rounding, and zero above the
+        weights: [M, N, N], a row per query; non-negative except for rounding, and zero above the
             diagonal if causal.
-        causal: Whether row i sees the keys up to i alone.
+        causal: Whether row i attends only to keys up to i.
 
     Returns:
-        By name, one number [M] for each matrix:
+        One number for each matrix, [M], by name:
 
-        - contrast: largest weight of a row over the mean of those it sees, mean over rows. 1 is
-          uniform, n_i a single key.
-        - variation: standard deviation of the weights that a row sees over their mean, mean over
-          rows. 0 is uniform.
-        - entropy: of a row, over log n_i, mean over rows. 1 is uniform, 0 a single key.
+        - contrast: the largest weight of a row over the mean weight of its keys, mean over rows. 1
+          is uniform, n_i a single key.
+        - variation: the standard deviation of the weights of a row over their mean, mean over rows.
+          0 is uniform.
+        - entropy: the entropy of a row over log n_i, mean over rows. 1 is uniform, 0 a single key.
         - effective_rank: exp of the entropy of the singular values, over N (Roy, Vetterli 2007).
-        - gain: sum of a row, mean over rows.
-        - gain_variation: standard deviation of that sum over its mean.
+        - gain: the sum of a row, mean over rows.
+        - gain_variation: the standard deviation of that sum over its mean.
     """
     num_tokens = weights.shape[-1]
     num_keys = _num_keys(weights, causal)
     weights = weights.clamp(min=0)
     gains = weights.sum(dim=-1)  # [M, N]
     shares = weights / gains.clamp(min=torch.finfo(weights.dtype).tiny)[..., None]  # [M, N, N]
-    chooses = num_keys > 1
+    has_choice = num_keys > 1
     squares = shares.square().sum(dim=-1) * num_keys  # [M, N]: mean square over squared mean
     rows = {
         "contrast": shares.amax(dim=-1) * num_keys,
@@ -50,7 +50,7 @@ def attention_statistics(weights: Tensor, *, causal: bool) -> dict[str, Tensor]:
     singular = torch.linalg.svdvals(shares)  # [M, N]
     singular = singular / singular.sum(dim=-1, keepdim=True)
     return {
-        **{name: values[:, chooses].mean(dim=-1) for name, values in rows.items()},
+        **{name: values[:, has_choice].mean(dim=-1) for name, values in rows.items()},
         "effective_rank": torch.special.entr(singular).sum(dim=-1).exp() / num_tokens,
         "gain": gains.mean(dim=-1),
         "gain_variation": gains.std(dim=-1, correction=0) / gains.mean(dim=-1),
@@ -58,16 +58,17 @@ def attention_statistics(weights: Tensor, *, causal: bool) -> dict[str, Tensor]:
 
 
 def contrast_bound(q: Tensor, k: Tensor, *, causal: bool) -> Tensor:
-    """What the contrast of the scores 1 + cos(q, k) cannot exceed, whatever single keys are like.
+    """Return an upper bound of the contrast of attention with the scores 1 + cos(q, k).
 
     A score is at most 2, so that the largest over the mean of a row is at most 2 / (1 + its mean
-    cosine): 2 where the cosines average out, more only as all keys point away from the query.
+    cosine): 2 where the cosines average out, more only if all keys point away from the query.
 
     Args:
-        q, k: [M, N, D].
+        q, k: Queries and keys [M, N, D].
+        causal: Whether row i attends only to keys up to i.
 
     Returns:
-        [M]; mean over the rows that see more than one key.
+        The bound of each matrix, [M]: the mean over rows with more than one key.
     """
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     num_keys = _num_keys(q, causal)
@@ -77,15 +78,13 @@ def contrast_bound(q: Tensor, k: Tensor, *, causal: bool) -> Tensor:
 
 
 def token_similarity(tokens: Tensor) -> Tensor:
-    """Mean cosine over all pairs of different tokens; 1 is what over-smoothing ends in.
+    """Return the mean cosine over all pairs of different tokens; over-smoothing drives it to 1.
 
     Args:
         tokens: [B, N, width].
 
     Returns:
-        [B].
-
-    Source: arXiv 2203.05962.
+        The mean cosine of each sequence, [B] (arXiv 2203.05962).
     """
     num_tokens = tokens.shape[1]
     total = F.normalize(tokens, dim=-1).sum(dim=1).square().sum(dim=-1)  # [B]: all pairs
@@ -93,7 +92,7 @@ def token_similarity(tokens: Tensor) -> Tensor:
 
 
 def _num_keys(rows: Tensor, causal: bool) -> Tensor:
-    """How many keys each of the rows [M, N, ...] sees: [N], in their dtype."""
+    """Return the number of keys [N] of the rows [M, N, ...], in their dtype."""
     num_tokens = rows.shape[1]
     if causal:
         return torch.arange(1, num_tokens + 1).to(rows)

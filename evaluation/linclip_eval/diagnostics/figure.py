@@ -1,4 +1,4 @@
-"""The picture of diagnostics: a panel per tower and statistic, a line per model over the layers."""
+"""The figure of diagnostics: a panel per tower and statistic, a line per model over the layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ from linclip_eval.plotting import COLOURS, INK, MUTED, add_legend, dress, new_fi
 
 __all__ = ["draw_diagnostics"]
 
-#: Statistic -> title.
+#: Statistic -> title of its panel.
 _PANELS = {
     "entropy": "Entropy of a row, over log n",
     "contrast": "Largest over mean weight",
@@ -22,15 +22,15 @@ _PANELS = {
     "gain": "Sum of a row",
     "token_similarity": "Cosine of tokens",
 }
-#: What uniform attention has; its rank depends on the number of tokens.
+#: Statistics of uniform attention, as far as they do not depend on the number of tokens.
 _UNIFORM = {"entropy": 1.0, "contrast": 1.0, "variation": 0.0}
 
 
 def draw_diagnostics(models: Mapping[str, Sequence[LayerStatistic]]) -> Figure:
-    """Draw what :func:`linclip_eval.diagnostics.measure.diagnose` found.
+    """Draw the statistics of :func:`linclip_eval.diagnostics.measure.diagnose`.
 
     Args:
-        models: By the names of the models.
+        models: The statistics of each model by its label.
 
     Returns:
         A figure with an Agg canvas, ready for ``savefig``.

@@ -1,7 +1,7 @@
-"""How selective attention is in every layer of a model, and how alike its tokens become.
+"""Statistics of the attention and the tokens in every layer of a model.
 
-The weights are those that the layers use: :meth:`SelfAttention.attend` makes them of the rows of
-the identity, so that softmax and every form of linear attention are read alike.
+The weights are those that the layers use: :meth:`SelfAttention.attend` of the identity as values
+returns them, for softmax and for every variant of linear attention.
 """
 
 from collections import defaultdict
@@ -24,21 +24,21 @@ from linclip_eval.diagnostics.attention_statistics import (
 
 __all__ = ["LayerStatistic", "diagnose"]
 
-#: Elements of the matrices that are looked at together: 32 MiB, a few times over.
+#: Elements of the matrices that are processed together: 32 MiB, several copies of it.
 _CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStatistic:
-    """One number of one layer, over heads and samples.
+    """One statistic of one layer over heads and samples.
 
     Attributes:
         tower: "vision" or "text".
-        layer: 1 is the first block; 0 what comes into it.
-        statistic: Of :func:`attention_statistics`; "contrast_bound" (affine scores only);
-            "uniform_rank", the effective rank that uniform attention would have;
-            "token_similarity", of what the block gives.
-        mean, low, high: Over heads and samples: mean, 5 % and 95 % quantile.
+        layer: 1 is the first block, 0 the input of the first block.
+        statistic: A name from :func:`attention_statistics`; "contrast_bound" (affine scores only);
+            "uniform_rank", the effective rank of uniform attention; or "token_similarity", of the
+            block's output.
+        mean, low, high: The mean, the 5 % and the 95 % quantile over heads and samples.
     """
 
     tower: str
@@ -53,52 +53,52 @@ class LayerStatistic:
 def diagnose(
     model: CLIP, images: Iterable[Tensor], texts: Iterable[Tensor], *, max_tokens: int = 4096
 ) -> list[LayerStatistic]:
-    """Look at the attention and the tokens of every layer of both towers.
+    """Measure the attention and the tokens of every layer of both towers.
 
-    The model runs as it is; weights and statistics are float64 on the CPU. Texts end with their end
-    of text: nothing behind it has an influence on their feature.
+    The model runs unchanged; weights and statistics are float64 on the CPU. Texts are cut after
+    their end-of-text token: later tokens have no influence on their feature.
 
     Args:
-        model: Whole, without context parallelism.
+        model: The whole model, without context parallelism.
         images: Batches [B, 3, H, W].
         texts: Batches of token ids [B, L].
-        max_tokens: Longest sequence; every head takes matrices of its square.
+        max_tokens: The longest sequence allowed; a head needs matrices of its square.
 
     Raises:
         ValueError: when there are no images or no texts, a sequence has fewer than two tokens or
-            too many, or attention is not finite.
+            more than ``max_tokens``, or attention is not finite.
     """
     assert model.visual is not None
     assert model.text is not None
     weight = next(model.parameters())
-    vision = _Watch(model.visual.blocks, max_tokens)
+    vision = _TowerRecorder(model.visual.blocks, max_tokens)
     with vision.hooks():
         for batch in images:
             model.encode_image(batch.to(weight.device, weight.dtype))
-    text = _Watch(model.text.blocks, max_tokens)
+    text = _TowerRecorder(model.text.blocks, max_tokens)
     with text.hooks():
         for batch in texts:
-            for same_length in _up_to_their_end(batch):
+            for same_length in _cut_and_group(batch):
                 model.encode_text(same_length.to(weight.device))
     return [*vision.statistics("vision", "images"), *text.statistics("text", "texts")]
 
 
-class _Watch:
-    """Measures what runs through the blocks of a tower."""
+class _TowerRecorder:
+    """Statistics of the tokens and the attention that pass the blocks of a tower."""
 
     def __init__(self, blocks: nn.ModuleDict, max_tokens: int) -> None:
         self._blocks: list[Block] = list(blocks.values())  # type: ignore[arg-type]
         self._max_tokens = max_tokens
-        #: Layer and statistic -> numbers, one per head or per sequence.
-        self._found: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
+        #: Layer and statistic -> values, one per head or per sequence.
+        self._values: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        handles = [self._blocks[0].register_forward_pre_hook(self._see_input)]
+        handles = [self._blocks[0].register_forward_pre_hook(self._record_input)]
         for layer, block in enumerate(self._blocks, start=1):
-            see_attention = partial(self._see_attention, layer)
-            handles.append(block.attn.register_forward_pre_hook(see_attention))
-            handles.append(block.register_forward_hook(partial(self._see_output, layer)))
+            record = partial(self._record_attention, layer)
+            handles.append(block.attn.register_forward_pre_hook(record))
+            handles.append(block.register_forward_hook(partial(self._record_output, layer)))
         try:
             yield
         finally:
@@ -106,9 +106,9 @@ class _Watch:
                 handle.remove()
 
     def statistics(self, tower: str, inputs: str) -> Iterator[LayerStatistic]:
-        if not self._found:
+        if not self._values:
             raise ValueError(f"{inputs} (none) must hold at least one batch for the {tower} tower")
-        for (layer, statistic), parts in sorted(self._found.items()):
+        for (layer, statistic), parts in sorted(self._values.items()):
             values = torch.cat(parts)
             low, high = values.quantile(torch.tensor([0.05, 0.95]).to(values)).tolist()
             yield LayerStatistic(
@@ -120,42 +120,46 @@ class _Watch:
                 high=high,
             )
 
-    def _see_input(self, block: nn.Module, inputs: tuple[Tensor]) -> None:
+    def _record_input(self, block: nn.Module, inputs: tuple[Tensor]) -> None:
         num_tokens = inputs[0].shape[1]
         if not 2 <= num_tokens <= self._max_tokens:
             raise ValueError(
                 f"sequence ({num_tokens} tokens) must have 2 to {self._max_tokens} tokens "
-                "(max_tokens): its attention is looked at as whole matrices"
+                "(max_tokens): attention is measured as whole matrices"
             )
-        self._see_output(0, block, inputs, inputs[0])
+        self._record_output(0, block, inputs, inputs[0])
 
-    def _see_output(self, layer: int, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    def _record_output(
+        self, layer: int, _: nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
         similarity = token_similarity(output.cpu().double())
-        self._found[layer, "token_similarity"].append(similarity)
+        self._values[layer, "token_similarity"].append(similarity)
 
-    def _see_attention(self, layer: int, attention: SelfAttention, inputs: tuple[Tensor]) -> None:
-        # Every head of every sequence as a sequence of its own, to bound the memory.
+    def _record_attention(
+        self, layer: int, attention: SelfAttention, inputs: tuple[Tensor]
+    ) -> None:
+        # Each head of each sequence is treated as its own sequence, to bound the memory.
         q, k, _ = (
             x.cpu().double().transpose(1, 2).flatten(0, 1) for x in attention.project(*inputs)
         )
         num_tokens = q.shape[1]  # [B * H, N, D]
         size = max(1, _CHUNK_ELEMENTS // num_tokens**2)
-        form, causal = attention.attention, attention.causal
+        variant, causal = attention.attention, attention.causal
         for q_part, k_part in zip(q.split(size), k.split(size), strict=True):
             weights = _weights(attention, q_part, k_part)
             if not weights.isfinite().all():
                 raise ValueError(f"attention (layer {layer}) must be finite")
-            found = attention_statistics(weights, causal=causal)
-            if form.kind == "linear" and form.feature_map == "affine":
-                found["contrast_bound"] = contrast_bound(q_part, k_part, causal=causal)
-            for statistic, values in found.items():
-                self._found[layer, statistic].append(values)
+            statistics = attention_statistics(weights, causal=causal)
+            if variant.kind == "linear" and variant.feature_map == "affine":
+                statistics["contrast_bound"] = contrast_bound(q_part, k_part, causal=causal)
+            for statistic, values in statistics.items():
+                self._values[layer, statistic].append(values)
         uniform_rank = _uniform_rank(num_tokens, causal).expand(len(inputs[0]))
-        self._found[layer, "uniform_rank"].append(uniform_rank)
+        self._values[layer, "uniform_rank"].append(uniform_rank)
 
 
 def _weights(attention: SelfAttention, q: Tensor, k: Tensor) -> Tensor:
-    """Weights [M, N, N] of queries and keys [M, N, D]."""
+    """Return the attention weights [M, N, N] of queries and keys [M, N, D]."""
     identity = torch.eye(q.shape[1]).to(q)[None, :, None]  # [1, N, 1, N]
     values = identity.expand(len(q), -1, -1, -1)
     return attention.attend(q[:, :, None], k[:, :, None], values).squeeze(2)
@@ -168,8 +172,9 @@ def _uniform_rank(num_tokens: int, causal: bool) -> Tensor:
     return attention_statistics(weights, causal=causal)["effective_rank"]
 
 
-def _up_to_their_end(texts: Tensor) -> Iterator[Tensor]:
-    """Token ids [B, L], cut behind the end of text (the largest id), by length: [b, l] each."""
+def _cut_and_group(texts: Tensor) -> Iterator[Tensor]:
+    """Cut token ids [B, L] after the end of text (the largest id) and yield groups [b, l] of equal
+    length."""
     lengths = texts.argmax(dim=-1) + 1
     for length in lengths.unique().tolist():
         yield texts[lengths == length, :length]

@@ -1,4 +1,4 @@
-"""The picture of a scaling study: loss and zero-shot error over compute, with their laws."""
+"""The figure of a scaling study: loss and zero-shot error over compute, with their laws."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,22 +14,24 @@ from linclip_eval.plotting import LINEAR, MUTED, SOFTMAX, add_legend, dress, new
 from linclip_eval.scaling_laws.power_law import ScalingLaw
 from linclip_eval.scaling_laws.runs import QUANTITIES, FinishedRun, Kind, Quantity
 
-__all__ = ["draw"]
+__all__ = ["draw_scaling_laws"]
 
 _COLOURS: dict[Kind, str] = {"softmax": SOFTMAX, "linear": LINEAR}
 _MARKERS = "os^DvPX*"
 _WITHIN_A_DECADE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
 
-def draw(runs: Sequence[FinishedRun], laws: Mapping[Quantity, Mapping[Kind, ScalingLaw]]) -> Figure:
+def draw_scaling_laws(
+    runs: Sequence[FinishedRun], laws: Mapping[Quantity, Mapping[Kind, ScalingLaw]]
+) -> Figure:
     """Draw a panel per quantity, both axes logarithmic.
 
-    A dot is a run, its shape the size of the model; rings mark the frontier, means over seeds; a
-    line is the law with the 95 % band of its resamples.
+    A dot is a run, its shape the size of the model; rings mark the frontier (means over seeds); a
+    line is the law with its 95 % bootstrap band.
 
     Args:
-        runs: All of them.
-        laws: By quantity and kind of attention.
+        runs: All runs of the study.
+        laws: The laws by quantity and kind of attention.
     """
     figure = new_figure(10.4, 5.0)
     sizes = sorted({run.num_parameters for run in runs})
@@ -92,7 +94,7 @@ def _finish(axes: Axes, quantity: Quantity, values: Sequence[float]) -> None:
     title = {"loss": "Training loss at the end", "zero-shot error": "Zero-shot error (1 - top-1)"}
     axes.set_xscale("log")
     axes.set_yscale("log")
-    # The runs set the range: bands of a few runs leave it, and would press the runs together.
+    # Wide bands of a few runs must not set the range.
     low, high = min(values), max(values)
     room = (high / low) ** 0.25
     axes.set_ylim(low / room, high * room)

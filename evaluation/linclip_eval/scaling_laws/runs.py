@@ -1,8 +1,8 @@
 """Scaling laws from run folders: finished runs as points, a law for each kind of attention.
 
-A run is one point: its compute, the training loss at its end and its zero-shot error after the last
-step. Evaluations in between are no points: under a cosine schedule the weights before the end are
-not what a run of that length would have reached.
+A run is one point: its compute, its final training loss and its zero-shot error after the last
+step. Earlier evaluations are not used: under a cosine schedule, the weights before the end are not
+those of a shorter run.
 """
 
 import json
@@ -20,7 +20,7 @@ from ds_linclip.config import Attention, Config, load_config
 from ds_linclip.model.flops import forward_flops, num_parameters, training_flops
 from linclip_eval.scaling_laws.power_law import (
     Interval,
-    Point,
+    RunPoint,
     ScalingLaw,
     fit_scaling_law,
     percentile_interval,
@@ -28,11 +28,11 @@ from linclip_eval.scaling_laws.power_law import (
 
 __all__ = [
     "QUANTITIES",
-    "Comparison",
     "FinishedRun",
+    "LawComparison",
     "UnfinishedRun",
     "check_comparable",
-    "compare",
+    "compare_laws",
     "fit_laws",
     "read_run",
 ]
@@ -41,33 +41,34 @@ Kind = Literal["softmax", "linear"]
 Quantity = Literal["loss", "zero-shot error"]
 QUANTITIES: tuple[Quantity, ...] = ("loss", "zero-shot error")
 
-#: What the runs of one study share. Sizes, lengths, seeds and what is tuned to them may differ.
+#: Config keys that all runs of a study must share. Sizes, lengths, seeds and the learning rate may
+#: differ.
 _PROTOCOL = (
     *("data.train", "data.sampling", "data.crop_scale"),
     *("eval.data", "eval.classes", "eval.names", "eval.templates"),
     *("train.global_batch_size", "train.precision", "loss.kind"),
     *("optim.kind", "optim.weight_decay", "optim.ema_decay"),
 )
-#: Parts of the config that every start of a run must have had alike.
+#: Config keys that must be the same at every start of a run.
 _FIXED = ("model", "init", "data.train", "train.steps", "train.global_batch_size", "loss", "optim")
 _TOP1 = "eval/zeroshot_top1"
 
 
 class UnfinishedRun(ValueError):
-    """A run without an end that can be a point."""
+    """A run that did not reach its last step or was not evaluated after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """One run, as its folder tells of it.
+    """A finished run, read from its folder.
 
     Attributes:
-        folder: As it was given.
-        config: Of its latest start.
-        kind: Of the attention of both towers.
-        loss: Training loss, mean over the logged steps of the last tenth.
+        folder: The run folder.
+        config: The configuration of its latest start.
+        kind: The kind of attention of both towers.
+        loss: The training loss, mean over the logged steps of the last tenth.
         top1: Zero-shot accuracy after the last step, in [0, 1].
-        facts: Of its latest start: commit, versions, devices.
+        provenance: Commit, versions and devices of its latest start.
     """
 
     folder: Path
@@ -75,32 +76,35 @@ class FinishedRun:
     kind: Kind
     loss: float
     top1: float
-    facts: dict[str, Any]
+    provenance: dict[str, Any]
 
     @property
     def compute(self) -> float:
-        """Operations of the whole training."""
+        """The floating-point operations of the whole training."""
         return training_flops(self.config)
 
     @property
     def num_parameters(self) -> int:
+        """The number of parameters of the model."""
         return num_parameters(self.config.model, self.config.loss)
 
     @property
     def samples_seen(self) -> int:
+        """The number of samples of all steps."""
         return self.config.train.steps * self.config.train.global_batch_size
 
     @property
     def setting(self) -> str:
-        """What runs that differ in their seed alone have in common, as text."""
+        """A text that is the same for runs that differ only in their seed."""
         config = self.config
         return repr((config.model, config.train.steps, config.optim, config.data.resolutions))
 
     def value(self, quantity: Quantity) -> float:
+        """Return the final loss or zero-shot error."""
         return self.loss if quantity == "loss" else 1 - self.top1
 
     def row(self) -> dict[str, Any]:
-        """The run as a line of a table."""
+        """Return the run as a line of ``runs.csv``."""
         config = self.config
         vision, text = config.model.vision, config.model.text
         return {
@@ -125,16 +129,16 @@ class FinishedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Linear attention's law against softmax's, over independent resamples of both.
+class LawComparison:
+    """The law of linear attention against that of softmax, over independent resamples of both.
 
     Attributes:
-        alpha_difference: Exponent of linear minus that of softmax.
-        alpha_interval: Of it.
-        compute: Where levels are compared: the middle, in logarithms, of the range that both
-            frontiers cover; None where they share none.
-        ratio: What linear reaches there over what softmax does.
-        ratio_interval: Of it.
+        alpha_difference: The exponent of linear minus that of softmax.
+        alpha_interval: The interval of that difference.
+        compute: The compute at which levels are compared: the geometric middle of the range that
+            both frontiers cover; None when they share no range.
+        ratio: The value of linear over that of softmax at that compute.
+        ratio_interval: The interval of that ratio.
     """
 
     alpha_difference: float
@@ -145,7 +149,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What the interval of the exponents says, and no more."""
+        """Whether the interval of the difference of exponents excludes zero, in words."""
         low, high = self.alpha_interval
         return "no difference seen" if low <= 0 <= high else "differs"
 
@@ -155,8 +159,9 @@ def read_run(folder: Path) -> FinishedRun:
 
     Raises:
         UnfinishedRun: when there are fewer steps than ``train.steps``, or no evaluation at the end.
-        ValueError: when the folder cannot be read or the run cannot be a point: it went on with
-            other settings, began with trained weights, diverged, or its towers differ in attention.
+        ValueError: when the folder cannot be read, or the run cannot be a point: it was resumed
+            with other settings, started from trained weights, diverged, or its towers differ in
+            attention.
     """
     config = load_config(folder / "config.yaml")
     starts = _records(folder / "starts.jsonl")
@@ -172,22 +177,22 @@ def read_run(folder: Path) -> FinishedRun:
     metrics = folder / "metrics.jsonl"
     records = _records(metrics) if metrics.exists() else []
     losses = {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
-    done, steps = max(losses, default=0), config.train.steps
-    if done < steps:
-        raise UnfinishedRun(f"{folder}: steps ({done}) must be all {steps} of train.steps")
+    last_step, steps = max(losses, default=0), config.train.steps
+    if last_step < steps:
+        raise UnfinishedRun(f"{folder}: steps ({last_step}) must be all {steps} of train.steps")
     scores = [r[_TOP1] for r in records if r["step"] == steps and _TOP1 in r]
     if not scores:
-        raise UnfinishedRun(f"{folder}: {_TOP1} must be there for the last step ({steps})")
-    last = [loss for step, loss in losses.items() if step > 0.9 * steps]
-    if any(value is None or not math.isfinite(value) for value in (*last, scores[-1])):
+        raise UnfinishedRun(f"{folder}: {_TOP1} must be logged for the last step ({steps})")
+    final = [loss for step, loss in losses.items() if step > 0.9 * steps]
+    if any(value is None or not math.isfinite(value) for value in (*final, scores[-1])):
         raise ValueError(f"{folder}: loss and {_TOP1} at the end must be finite: it diverged")
     return FinishedRun(
         folder=folder,
         config=config,
         kind=_attention(folder, config).kind,
-        loss=statistics.fmean(last),
+        loss=statistics.fmean(final),
         top1=scores[-1],
-        facts=starts[-1],
+        provenance=starts[-1],
     )
 
 
@@ -196,10 +201,10 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
 
     Raises:
         ValueError: naming two runs that differ in data, batch or protocol, that have different
-            forms of linear attention, or that are the same run.
+            variants of linear attention, or that are the same run.
     """
     seen: dict[tuple[str, int], FinishedRun] = {}
-    forms: dict[Kind, FinishedRun] = {}
+    variants: dict[Kind, FinishedRun] = {}
     for run in runs:
         first = runs[0]
         for name in _PROTOCOL:
@@ -208,11 +213,11 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
                 raise ValueError(
                     f"{name} ({mine}) of {run.folder} must be that of {first.folder} ({others})"
                 )
-        like = forms.setdefault(run.kind, run)
+        like = variants.setdefault(run.kind, run)
         if _attention(run.folder, run.config) != _attention(like.folder, like.config):
             raise ValueError(
-                f"attention of {run.folder} must have the form of that of {like.folder}: "
-                "one law is fitted to linear runs of one form"
+                f"attention of {run.folder} must be the variant of {like.folder}: "
+                "one law is fitted to runs of one variant"
             )
         key = run.setting, run.config.train.seed
         if key in seen:
@@ -224,31 +229,31 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
 
 
 def fit_laws(runs: Sequence[FinishedRun], quantity: Quantity) -> dict[Kind, ScalingLaw]:
-    """The law of every kind of attention among the runs, softmax first.
+    """Fit a law for every kind of attention among the runs, softmax first.
 
     Raises:
-        ValueError: as :func:`fit_scaling_law`, naming kind and quantity.
+        ValueError: naming kind and quantity, when :func:`fit_scaling_law` fails.
     """
     laws: dict[Kind, ScalingLaw] = {}
     kinds: tuple[Kind, ...] = ("softmax", "linear")
     for index, kind in enumerate(kinds):
         points = [
-            Point(setting=run.setting, compute=run.compute, value=run.value(quantity))
+            RunPoint(setting=run.setting, compute=run.compute, value=run.value(quantity))
             for run in runs
             if run.kind == kind
         ]
         if not points:
             continue
         try:
-            # Another seed each: the resamples of both are independent, and are paired in compare.
+            # Different seeds make the resamples, which compare_laws pairs, independent.
             laws[kind] = fit_scaling_law(points, seed=index)
         except ValueError as error:
             raise ValueError(f"{quantity} of {kind} runs: {error}") from error
     return laws
 
 
-def compare(linear: ScalingLaw, softmax: ScalingLaw) -> Comparison:
-    """Set the exponents against each other, and the levels where both laws were seen."""
+def compare_laws(linear: ScalingLaw, softmax: ScalingLaw) -> LawComparison:
+    """Compare the exponents of two laws, and their levels where both have runs."""
     count = min(len(linear.resampled), len(softmax.resampled))
     difference = linear.resampled[:count] - softmax.resampled[:count]  # [R, (alpha, log_beta)]
     start = max(float(law.frontier[0, 0]) for law in (linear, softmax))
@@ -261,7 +266,7 @@ def compare(linear: ScalingLaw, softmax: ScalingLaw) -> Comparison:
         ratio_interval = percentile_interval(
             np.exp(difference[:, 0] * math.log(compute) + difference[:, 1])
         )
-    return Comparison(
+    return LawComparison(
         alpha_difference=linear.alpha - softmax.alpha,
         alpha_interval=percentile_interval(difference[:, 0]),
         compute=compute,
@@ -271,7 +276,7 @@ def compare(linear: ScalingLaw, softmax: ScalingLaw) -> Comparison:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """JSON objects, one a line; a kill may have torn the last one."""
+    """Return the JSON objects of a file, one per line; a torn last line is skipped."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
@@ -291,7 +296,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_starts(folder: Path, starts: Sequence[dict[str, Any]]) -> None:
-    """A run that went on with other settings, another length for example, had no one schedule."""
+    """Check that a run was never resumed with other settings, such as another length."""
     for name in _FIXED:
         values = [_entry(start.get("config"), name) for start in starts]
         if any(value != values[-1] for value in values):
@@ -305,7 +310,7 @@ def _entry(config: Any, name: str) -> Any:
 
 
 def _attention(folder: Path, config: Config) -> Attention:
-    """The form of both towers; of softmax, without the fields that have no effect on it."""
+    """Return the attention of both towers, without fields that have no effect on softmax."""
     image, text = config.model.vision.attention, config.model.text.attention
     if image.kind == text.kind == "softmax":
         return Attention(kind="softmax")

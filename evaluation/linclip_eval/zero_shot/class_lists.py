@@ -1,8 +1,8 @@
-"""ImageNet's class lists, what prompts call their classes, and what is an ancestor of what.
+"""ImageNet's class lists, the names that prompts use for their classes, and WordNet's hierarchy.
 
-Classes are WordNet 3.0 synsets ("n02084071"); lists, lemmas and definitions are those that timm
-ships. ``wordnet_hypernyms.txt`` beside this file holds, for every synset of the lists and all that
-are above it, the synsets right above ("is a"), from WordNet's own data.noun.
+Classes are WordNet 3.0 synsets ("n02084071"); lists, lemmas and definitions come from timm.
+``wordnet_hypernyms.txt`` in the package's folder holds the direct hypernyms ("is a") of every
+synset of the lists and of all their ancestors, from WordNet's own data.noun.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ import open_clip
 
 __all__ = ["IMAGENET_LISTS", "ClassList", "NamePolicy", "imagenet_classes", "is_ancestor"]
 
-#: Name of a list and the file of timm that holds its synsets, in the order of the labels.
+#: Name of a list -> the file of timm with its synsets, in the order of the labels.
 IMAGENET_LISTS = {
     "imagenet-22k": "imagenet22k_synsets.txt",  # 21,841: fall11
     "imagenet-21k-goog": "imagenet21k_goog_synsets.txt",  # 21,843
@@ -34,10 +34,10 @@ class ClassList:
     """Classes in the order of their labels.
 
     Attributes:
-        name: Of the list.
-        ids: One for each class, all different: synsets, or the names themselves.
-        texts: For each class what stands for it in prompts; of several, the features are averaged.
-        is_wordnet: The ids are synsets.
+        name: The name of the list.
+        ids: A unique id for each class: its synset, or its name.
+        texts: The names of each class in prompts; the features of several names are averaged.
+        is_wordnet: Whether the ids are synsets.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ClassList:
 
     @classmethod
     def of_names(cls, name: str, names: Sequence[str]) -> Self:
-        """Classes that are known by one name each; a name that comes twice gets a number."""
+        """Return classes with one name each; the ids of repeated names are numbered."""
         seen: dict[str, int] = {}
         ids = []
         for text in names:
@@ -59,21 +59,21 @@ class ClassList:
         return len(self.ids)
 
     def title(self, label: int) -> str:
-        """What people call a class."""
+        """Return the first name of a class."""
         return self.texts[label][0]
 
 
 def imagenet_classes(name: str, policy: NamePolicy) -> ClassList:
-    """A class list of ImageNet with the texts of its classes.
+    """Return a class list of ImageNet with the names of its classes.
 
     Args:
-        name: One of ``IMAGENET_LISTS``, or a file with one synset a line.
+        name: One of ``IMAGENET_LISTS``, or a file with one synset per line.
         policy: "lemma": the first lemma; "aliases": all lemmas; "definition": "lemma, definition";
-            "open_clip": the curated names of open_clip, for imagenet-1k alone.
+            "open_clip": open_clip's curated names, for imagenet-1k only.
 
     Raises:
-        ValueError: for an unknown list or policy, a synset that timm's lists do not know or that
-            comes twice, or curated names for another list.
+        ValueError: for an unknown list or policy, a synset that is repeated or not in timm's lists,
+            or curated names for another list.
     """
     if policy not in get_args(NamePolicy):
         raise ValueError(f"names ({policy}) must be one of {', '.join(get_args(NamePolicy))}")
@@ -96,7 +96,7 @@ def imagenet_classes(name: str, policy: NamePolicy) -> ClassList:
 
 
 def is_ancestor(synset: str, of: str) -> bool:
-    """Whether every ``of`` is a ``synset``, as WordNet 3.0 has it: equal, or above it."""
+    """Return whether ``synset`` equals ``of`` or is above it in WordNet 3.0."""
     return synset in _ancestors(of)
 
 
@@ -115,12 +115,12 @@ def _read_list(name: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(IMAGENET_LISTS)
         raise ValueError(
-            f"classes ({name}) must be one of {known}, or a readable file with a synset a line"
+            f"classes ({name}) must be one of {known}, or a readable file with one synset per line"
         ) from error
     if not ids:
         raise ValueError(f"classes ({name}) must hold at least one synset")
     if repeated := [synset for synset, count in Counter(ids).items() if count > 1]:
-        raise ValueError(f"classes ({name}): {repeated[0]} must be there once")
+        raise ValueError(f"classes ({name}): {repeated[0]} must occur only once")
     return ids
 
 

@@ -1,60 +1,36 @@
-"""Zero-shot classifiers: a feature for every class, made by all ranks and kept on disk."""
+"""Zero-shot classifiers: the text feature of every class, computed by all ranks and cached."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from uuid import uuid4
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from tqdm import tqdm
 
-from ds_linclip.process.consensus import agree
+from linclip_eval.protocols import map_over_ranks, show_progress
+from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
 
-__all__ = ["ClassifierCache", "Template", "build_classifier", "parse_template"]
+__all__ = ["Template", "build_classifier", "parse_template"]
 
-Encoder = Callable[[Tensor], Tensor]
 Template = str | Callable[[str], str]
-#: Classes that are embedded, gathered and kept as one. Which rank embeds them changes nothing, down
-#: to the last bit: a forward never holds prompts of two chunks.
+#: Classes that one rank embeds together and that share a cache file. A forward never holds prompts
+#: of two chunks, so which rank embeds a chunk does not change a bit of the result.
 _CLASSES_PER_CHUNK = 64
 _PROMPTS_PER_FORWARD = 512
 
 
-@dataclass(frozen=True)
-class ClassifierCache:
-    """Where the features of classes are kept, by the hash of all that they depend on.
-
-    Attributes:
-        folder: Made when it is not there; several jobs may share it.
-        fingerprint: Of model, weights and tokenizer.
-    """
-
-    folder: Path
-    fingerprint: str
-
-    def path(self, prompts: Sequence[Sequence[str]]) -> Path:
-        """File of the features of classes with these prompts."""
-        content = json.dumps([self.fingerprint, prompts]).encode()
-        return self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-
-
 def parse_template(template: Template) -> Callable[[str], str]:
-    """A prompt template as a function of the class name.
+    """Return a prompt template as a function of the class name.
 
     Args:
-        template: format string with ``{}`` (open_clip) or ``{c}`` (clip_benchmark) for the name;
-            callables are returned as they are.
+        template: A format string with ``{}`` (open_clip) or ``{c}`` (clip_benchmark) for the name,
+            or a callable, which is returned as it is.
 
     Raises:
-        ValueError: for a string that is no format string, or has no place for the name.
+        ValueError: for a string that is not a format string, or has no place for the name.
     """
     if callable(template):
         return template
@@ -70,35 +46,37 @@ def parse_template(template: Template) -> Callable[[str], str]:
 
 
 def build_classifier(
-    encode_text: Encoder,
+    encode_text: Callable[[Tensor], Tensor],
     texts: Sequence[Sequence[str]],
     templates: Sequence[Template],
     *,
     tokenizer: Callable[[list[str]], Tensor],
     device: torch.device | str,
     group: ProcessGroup | None = None,
-    cache: ClassifierCache | None = None,
+    cache_dir: Path | None = None,
+    fingerprint: str = "",
 ) -> Tensor:
     """Embed every class as the mean of its prompts, as CLIP does (arXiv 2103.00020, 3.1.4).
 
     Args:
-        encode_text: token ids [B, L] to text features [B, E], normalised or not. With ``group`` it
-            must not itself communicate over that group.
-        texts: for each of C classes, in the order of their labels, what it is called; each text
-            goes into each template.
-        templates: see :func:`parse_template`.
-        tokenizer: prompts to token ids [B, L].
-        device: where token ids go and the result lies.
-        group: ranks among which the classes are split; each of them gets the whole result.
-        cache: what is in it is not embedded again: a call that was cut off goes on where it was.
+        encode_text: Maps token ids [B, L] to text features [B, E], normalised or not. It must not
+            communicate over ``group``.
+        texts: The names of each of C classes, in the order of their labels; each name goes into
+            each template.
+        templates: Prompt templates, see :func:`parse_template`.
+        tokenizer: Maps prompts to token ids [B, L].
+        device: The device of the model and of the result.
+        group: The ranks that divide the classes among themselves; None: this process alone.
+        cache_dir: A folder of class features, from which an interrupted call resumes; several jobs
+            may share it. None: nothing is kept.
+        fingerprint: A text that identifies model, weights and tokenizer in ``cache_dir``.
 
     Returns:
-        Classifier [E, C], float32, columns of length 1.
+        Classifier [E, C], float32, columns of length 1; the same on all ranks.
 
     Raises:
-        ValueError: for no class, a class without a text, no template, or a template without a place
-            for the name.
-        OSError: when the cache cannot be written; with ``group``, on all of its ranks.
+        ValueError: for no class, a class without a name, no template, a template without a place
+            for the name, or, on all ranks, a ``cache_dir`` that one of them cannot write.
     """
     if not texts:
         raise ValueError("classes ([]) must hold at least one class")
@@ -108,66 +86,41 @@ def build_classifier(
         )
     if not templates:
         raise ValueError("templates ([]) must hold at least one template")
-    fill = [parse_template(template) for template in templates]
-    rank, world_size = (
-        (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    )
-    starts = range(0, len(texts), _CLASSES_PER_CHUNK)
-    # Every rank does the same number of chunks, the last ones once more, so that no rank is without
-    # a feature to gather; the surplus is cut off.
-    num_rounds = -(-len(starts) // world_size)
+    make_prompts = [parse_template(template) for template in templates]
 
-    def embed_share() -> Tensor:
-        chunks = []
-        for number in tqdm(
-            range(num_rounds), "classes", unit="chunk", delay=5, leave=False, disable=rank > 0
+    def load_or_embed(prompts: Sequence[Sequence[str]]) -> Tensor:
+        if cache_dir is None:
+            return _embed(prompts, encode_text, tokenizer, device)
+        key = hashlib.sha256(json.dumps([fingerprint, prompts]).encode()).hexdigest()
+        path = cache_dir / f"{key}.safetensors"
+        features = load_tensor(path)
+        if features is None:
+            features = _embed(prompts, encode_text, tokenizer, device)
+            save_tensor(path, features)
+        return features
+
+    def embed_chunks(chunks: Sequence[Sequence[Sequence[str]]]) -> Iterator[Tensor]:
+        for classes in show_progress(
+            chunks, len(chunks), title="classes", unit="chunk", group=group
         ):
-            start = starts[min(number * world_size + rank, len(starts) - 1)]
-            names = texts[start : start + _CLASSES_PER_CHUNK]
-            prompts = [[make(name) for name in given for make in fill] for given in names]
-            features = _embed_or_load(prompts, encode_text, tokenizer, device, cache)
-            padding = _CLASSES_PER_CHUNK - len(features)
-            chunks.append(F.pad(features, (0, 0, 0, padding)))
-        return torch.stack(chunks)  # [rounds, chunk, E]
+            prompts = [[make(name) for name in names for make in make_prompts] for names in classes]
+            yield load_or_embed(prompts)
 
-    share = agree(embed_share, group, errors=(ValueError, OSError)).to(device)
-    if group is None:
-        return share.flatten(0, 1)[: len(texts)].T.contiguous()  # [E, C]
-    shares = [torch.empty_like(share) for _ in range(world_size)]
-    dist.all_gather(shares, share, group=group)
-    return torch.stack(shares, dim=1).flatten(0, 2)[: len(texts)].T.contiguous()  # [E, C]
-
-
-def _embed_or_load(
-    prompts: list[list[str]],
-    encode_text: Encoder,
-    tokenizer: Callable[[list[str]], Tensor],
-    device: torch.device | str,
-    cache: ClassifierCache | None,
-) -> Tensor:
-    """Features [classes, E] on the CPU of a chunk of classes, each given by its prompts."""
-    if cache is None:
-        return _embed(prompts, encode_text, tokenizer, device)
-    path = cache.path(prompts)
-    try:
-        return load_file(path)["features"]
-    except (OSError, SafetensorError, KeyError):  # not there, or cut off: made again
-        features = _embed(prompts, encode_text, tokenizer, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid4().hex}")
-    save_file({"features": features}, part)
-    part.replace(path)
-    return features
+    starts = range(0, len(texts), _CLASSES_PER_CHUNK)
+    chunks = [texts[start : start + _CLASSES_PER_CHUNK] for start in starts]
+    features = torch.cat(map_over_ranks(embed_chunks, chunks, group))  # [C, E]
+    return features.to(device).T.contiguous()
 
 
 @torch.no_grad()
 def _embed(
-    prompts: list[list[str]],
-    encode_text: Encoder,
+    prompts: Sequence[Sequence[str]],
+    encode_text: Callable[[Tensor], Tensor],
     tokenizer: Callable[[list[str]], Tensor],
     device: torch.device | str,
 ) -> Tensor:
-    flat = [prompt for of_class in prompts for prompt in of_class]
+    """Return the features [classes, E], on the CPU, of classes given by their prompts."""
+    flat = [prompt for class_prompts in prompts for prompt in class_prompts]
     features = torch.cat(
         [
             F.normalize(
@@ -177,5 +130,5 @@ def _embed(
             for i in range(0, len(flat), _PROMPTS_PER_FORWARD)
         ]
     )
-    means = [part.mean(dim=0) for part in features.split([len(of_class) for of_class in prompts])]
+    means = [part.mean(dim=0) for part in features.split([len(each) for each in prompts])]
     return F.normalize(torch.stack(means), dim=-1).cpu().contiguous()

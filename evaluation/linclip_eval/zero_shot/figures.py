@@ -20,13 +20,13 @@ _COLUMNS = 2
 
 
 def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
-    """Draw each image with its caption and the probabilities of its likeliest classes.
+    """Draw each image with its caption and the probabilities of its most likely classes.
 
-    The bar of the true class is green, a wrong first place red, the rest grey. A true class that is
-    not among the likeliest is named under the bars.
+    The bar of the true class is green, a wrong top class red, the rest grey. A true class that is
+    not among the most likely ones is named below the bars.
 
     Args:
-        predictions: at least one, images [3, H, W] normalised with open_clip's mean and deviation.
+        predictions: At least one; images [3, H, W] are normalised with open_clip's mean and std.
 
     Returns:
         A figure with an Agg canvas, ready for ``savefig`` and ``add_figure``.
@@ -93,5 +93,5 @@ def _to_pixels(image: Tensor) -> Tensor:
 
 
 def _plain(text: str) -> str:
-    """Captions come from the web: a dollar sign in them is money, not mathematics."""
+    """Escape dollar signs, which matplotlib would read as mathematics."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""A zero-shot task: images, their classes, and the prompts that name them."""
+"""A zero-shot task: images, their classes, and the prompts that name the classes."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,17 +13,8 @@ from torch.distributed import ProcessGroup
 
 from ds_linclip.data import EvalTransform, LabelledData
 from ds_linclip.process.consensus import from_first_rank, require_equal
-from linclip_eval.zero_shot.class_lists import (
-    ClassList,
-    NamePolicy,
-    imagenet_classes,
-)
-from linclip_eval.zero_shot.classifier import (
-    ClassifierCache,
-    Template,
-    build_classifier,
-    parse_template,
-)
+from linclip_eval.zero_shot.class_lists import ClassList, NamePolicy, imagenet_classes
+from linclip_eval.zero_shot.classifier import Template, build_classifier, parse_template
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, zero_shot
 
 __all__ = ["Encoders", "ZeroShotTask"]
@@ -36,7 +27,7 @@ _TEMPLATES: dict[str, Sequence[Template]] = {
 
 
 class Encoders(Protocol):
-    """What a task asks of a model."""
+    """The two encoders that a task needs of a model; see :func:`zero_shot` for their shapes."""
 
     def encode_image(self, images: Tensor) -> Tensor: ...
     def encode_text(self, texts: Tensor) -> Tensor: ...
@@ -44,12 +35,12 @@ class Encoders(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotTask:
-    """What a model is asked.
+    """A data set with its classes and prompts, ready to score models.
 
     Attributes:
-        data: Images, prepared for one model.
-        classes: Of their labels.
-        templates: Of the prompts.
+        data: The images, transformed for one model.
+        classes: The classes that the labels index.
+        templates: The prompt templates.
     """
 
     data: LabelledData
@@ -69,44 +60,39 @@ class ZeroShotTask:
         templates: str = "one",
         strict: bool = True,
     ) -> "ZeroShotTask":
-        """The task that a folder of images is.
+        """Open a folder of images as a task.
 
         Args:
-            folder: See :class:`LabelledData`; in clip_benchmark's layout it names its classes and
-                templates.
-            transform: Image file to model input.
-            batch_size: Images per forward, per rank.
-            num_workers: Decoding processes, per rank.
-            classes: Class list of :func:`imagenet_classes`, for a folder that names none.
-            names: What prompts call these classes.
-            templates: "one", "simple" (open_clip's 7), "openai" (its 80), or a file with a template
-                a line.
+            folder: See :class:`LabelledData`. A folder in clip_benchmark's layout names its classes
+                and templates itself.
+            transform: Maps an image file to model input.
+            batch_size: Images per forward and rank.
+            num_workers: Decoding processes per rank.
+            classes: A class list for :func:`imagenet_classes`, for a folder that names none.
+            names: The names that prompts use for these classes.
+            templates: "one", "simple" (open_clip's 7), "openai" (its 80), or a file with one
+                template per line; used with ``classes`` only.
             strict: Whether an unknown or empty class or an unreadable image is an error.
 
         Raises:
-            ValueError: when folder, class list or templates cannot be read or do not fit.
+            ValueError: when folder, class list or templates cannot be read or do not match.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size ({batch_size}) must be at least 1")
-        given = imagenet_classes(classes, names) if classes else None
+        class_list = imagenet_classes(classes, names) if classes else None
         data = LabelledData(
             folder,
             transform=transform,
             batch_size=batch_size,
             num_workers=num_workers,
-            classes=given.ids if given else None,
+            classes=class_list.ids if class_list else None,
             strict=strict,
         )
-        if given is None:
-            given = ClassList.of_names(str(folder), data.classnames)
-            prompts: Sequence[Template] = data.templates
-        else:
-            prompts = _read_templates(templates)
+        prompts = _read_templates(templates) if class_list else data.templates
         try:
             parsed = [parse_template(template) for template in prompts]
         except ValueError as error:
             raise ValueError(f"eval.data ({folder}): {error}") from error
-        return cls(data=data, classes=given, templates=parsed)
+        class_list = class_list or ClassList.of_names(str(folder), data.classnames)
+        return cls(data=data, classes=class_list, templates=parsed)
 
     def score(
         self,
@@ -116,24 +102,24 @@ class ZeroShotTask:
         device: torch.device,
         group: ProcessGroup | None = None,
         num_predictions: int = 0,
-        keep_in: Path | None = None,
+        cache_dir: Path | None = None,
         fingerprint: str = "",
     ) -> ZeroShotResult:
-        """Ask ``model``; every rank of ``group`` calls it together.
+        """Classify all images with a model; every rank of ``group`` calls this together.
 
         Args:
-            model: In eval mode; gradients are off.
-            tokenizer: Prompts to token ids [B, L].
-            device: Where the model is.
-            group: Ranks that share the work.
-            num_predictions: How many of this rank's first images to keep for display.
-            keep_in: Folder for what is done, features of classes and finished batches, so that what
-                was cut off goes on where it was; None: nothing is kept.
-            fingerprint: Tells models apart there.
+            model: Its encoders, in eval mode.
+            tokenizer: Maps prompts to token ids [B, L].
+            device: The device of the model.
+            group: The ranks that divide the work among themselves; None: this process alone.
+            num_predictions: The number of this rank's first images to keep for display.
+            cache_dir: A folder for class features and finished batches, from which an interrupted
+                call resumes; None: nothing is kept.
+            fingerprint: A text that identifies the model in ``cache_dir``.
 
         Raises:
-            ValueError: for an image that a strict task cannot read.
-            OSError: when ``keep_in`` cannot be written.
+            ValueError: on all ranks, when they hold different models or images, for an image that a
+                strict task cannot read, or when ``cache_dir`` cannot be written.
         """
         classifier = build_classifier(
             model.encode_text,
@@ -142,22 +128,25 @@ class ZeroShotTask:
             tokenizer=tokenizer,
             device=device,
             group=group,
-            cache=ClassifierCache(keep_in / "classifier", fingerprint) if keep_in else None,
+            cache_dir=cache_dir / "classifier" if cache_dir else None,
+            fingerprint=fingerprint,
         )
         require_equal(f"{fingerprint} {self.data.fingerprint}", "model and images", group)
-        parts = None
-        if keep_in is not None:
-            # The same name only where every image would be given the same classes.
+        parts_dir = None
+        if cache_dir is not None:
+            # The same name only when every image would be classified the same.
             digest = hashlib.sha256(classifier.cpu().numpy().tobytes())
             digest.update(f"{fingerprint} {self.data.version}".encode())
-            parts = keep_in / "parts" / from_first_rank(lambda: digest.hexdigest()[:16], group)
+            parts_dir = (
+                cache_dir / "parts" / from_first_rank(lambda: digest.hexdigest()[:16], group)
+            )
         return zero_shot(
             model.encode_image,
             classifier,
             self.data,
             self.classes,
             group=group,
-            parts=parts,
+            parts_dir=parts_dir,
             num_predictions=num_predictions,
         )
 

@@ -1,6 +1,8 @@
-"""Zero-shot score during training: a task opened once, then asked as often as wanted."""
+"""Zero-shot accuracy during training: the task is opened once and scored repeatedly."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import open_clip
@@ -20,41 +22,37 @@ class _Writer(Protocol):
     def figure(self, step: int, tag: str, figure: Any) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
 class HeldOutEvaluator:
-    """Scores models on one task; every rank of ``group`` calls it together.
+    """The held-out task of a run; every rank of ``group`` scores models on it together.
 
-    Args:
-        task: Opened and checked before training, so that an evaluation hours later finds its data
-            in order.
-        context_length: Tokens of the model's text tower.
-        device: Where the model is.
-        group: Ranks that share the work; None: this process alone.
-        num_images: Predictions drawn at each call, by rank 0 of ``group``.
+    Attributes:
+        task: The task, opened and checked before training, so that bad data stop the run at its
+            start and not at the first evaluation.
+        context_length: The number of tokens of the model's text tower.
+        device: The device of the model.
+        group: The ranks that divide the work among themselves; None: this process alone.
+        num_images: The number of predictions that rank 0 of ``group`` draws at each call.
     """
 
-    def __init__(
-        self,
-        task: ZeroShotTask,
-        *,
-        context_length: int,
-        device: torch.device,
-        group: dist.ProcessGroup | None = None,
-        num_images: int = 0,
-    ) -> None:
-        self._task = task
-        self._device = device
-        self._group = group
-        self._num_images = num_images if group is None or dist.get_rank(group) == 0 else 0
-        self._tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+    task: ZeroShotTask
+    context_length: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    num_images: int = 0
+
+    @cached_property
+    def _tokenizer(self) -> open_clip.SimpleTokenizer:
+        return open_clip.SimpleTokenizer(context_length=self.context_length)
 
     @classmethod
     def from_config(
         cls, config: Config, *, device: torch.device, group: dist.ProcessGroup | None = None
     ) -> Self:
-        """The evaluator of ``config.eval``.
+        """Return the evaluator that ``config.eval`` describes.
 
         Raises:
-            ValueError: when ``eval.data`` is None, or as :meth:`ZeroShotTask.open`.
+            ValueError: when ``eval.data`` is None or the task cannot be opened.
         """
         if config.eval.data is None:
             raise ValueError("eval.data (None) must name a held-out folder")
@@ -68,7 +66,7 @@ class HeldOutEvaluator:
             templates=config.eval.templates,
         )
         return cls(
-            task,
+            task=task,
             context_length=config.model.text.context_length,
             device=device,
             group=group,
@@ -76,20 +74,30 @@ class HeldOutEvaluator:
         )
 
     def score(self, model: Encoders) -> ZeroShotResult:
-        """Classify every held-out image; ``model`` is in eval mode, gradients are off."""
-        return self._task.score(
+        """Classify every held-out image with a model in eval mode."""
+        draws = self.group is None or dist.get_rank(self.group) == 0
+        return self.task.score(
             model,
             tokenizer=self._tokenizer,
-            device=self._device,
-            group=self._group,
-            num_predictions=self._num_images,
+            device=self.device,
+            group=self.group,
+            num_predictions=self.num_images if draws else 0,
         )
 
     def __call__(self, model: Encoders, writer: _Writer, step: int) -> Mapping[str, float]:
-        """Score during training: draws the first predictions, returns scalars by their tags."""
+        """Score a model during training.
+
+        Args:
+            model: Its encoders, in eval mode.
+            writer: Receives a figure of the first predictions.
+            step: The training step.
+
+        Returns:
+            Top-1 and top-5 accuracy by their TensorBoard tags.
+        """
         result = self.score(model)
         if result.predictions:
-            # Imported by the one rank that draws: matplotlib takes each half a second.
+            # Only the rank that draws imports matplotlib, which takes half a second.
             from linclip_eval.zero_shot.figures import draw_predictions
 
             writer.figure(step, "eval/predictions", draw_predictions(result.predictions))

@@ -1,4 +1,4 @@
-"""Diagnostics: weights that are the layers' own, numbers that are known, and the command."""
+"""Diagnostics: the weights of the layers themselves, known statistics, and the command."""
 
 import csv
 import io
@@ -63,7 +63,7 @@ def some_texts() -> Tensor:
 
 
 def weights_by_formula(attention: SelfAttention, q: Tensor, k: Tensor) -> Tensor:
-    """[B, H, N, N] in float64, written down anew for softmax, from the reference for the rest."""
+    """Return float64 weights [B, H, N, N] of softmax, or of the linear-attention reference."""
     num_tokens, form = q.shape[1], attention.attention
     if form.kind == "softmax":
         scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / math.sqrt(q.shape[-1])
@@ -143,7 +143,7 @@ def test_attention_to_oneself_has_the_known_numbers(causal):
     assert found["variation"].item() == pytest.approx(expected)
 
 
-def test_factors_of_rows_show_in_the_gain_alone():
+def test_factors_of_rows_change_only_the_gain():
     weights = torch.rand(2, 8, 8, dtype=torch.float64)
     factors = torch.rand(2, 8, 1, dtype=torch.float64) + 0.5
     plain, scaled = (
@@ -165,7 +165,7 @@ def test_contrast_of_affine_scores_stays_below_its_bound(causal):
     contrast = attention_statistics(scores, causal=causal)["contrast"]
     bound = contrast_bound(q, k, causal=causal)
     assert (contrast < bound).all()
-    # One key is the query, and the others cancel: nothing is left to gain.
+    # One key equals the query and the others cancel: the bound is reached.
     q = torch.tensor([[1.0, 0.0]]).expand(1, 4, 2)
     k = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]])
     found = attention_statistics(1 + q @ k.mT, causal=False)["contrast"]
@@ -181,7 +181,7 @@ def test_token_similarity_of_equal_orthogonal_and_opposite_tokens():
     assert_close(token_similarity(torch.stack([token, -token])[None]), -torch.ones(1))
 
 
-def test_texts_end_with_their_end(mesh):
+def test_texts_are_cut_after_their_end_of_text_token(mesh):
     model, images, texts = tiny_clip(mesh, FORMS["eq7"]), torch.randn(1, 3, 16, 16), some_texts()
     together = diagnose(model, [images], [texts])
     padded_otherwise = torch.where(texts.argmax(1)[:, None] < torch.arange(16), 7, texts)
@@ -193,14 +193,14 @@ def test_texts_end_with_their_end(mesh):
         assert one.mean == pytest.approx(other.mean, rel=1e-5), one
 
 
-def test_large_matrices_are_taken_in_parts(mesh, monkeypatch):
+def test_large_matrices_are_processed_in_chunks(mesh, monkeypatch):
     model, images = tiny_clip(mesh, FORMS["eq4"]), [torch.randn(3, 3, 16, 16)]
     whole = diagnose(model, images, [some_texts()])
     monkeypatch.setattr("linclip_eval.diagnostics.measure._CHUNK_ELEMENTS", 5 * 17**2)
     assert diagnose(model, images, [some_texts()])[0].mean == pytest.approx(whole[0].mean)
 
 
-def test_bound_is_given_for_affine_scores_alone(mesh):
+def test_bound_is_reported_for_affine_scores_only(mesh):
     images = [torch.randn(1, 3, 16, 16)]
     for form, attention in FORMS.items():
         found = diagnose(tiny_clip(mesh, attention), images, [some_texts()])
@@ -211,7 +211,7 @@ def test_bound_is_given_for_affine_scores_alone(mesh):
         assert has_bound == (form in ("eq4", "eq7"))
 
 
-def test_nothing_to_look_at_is_refused(mesh):
+def test_missing_or_invalid_inputs_are_refused(mesh):
     model, images = tiny_clip(mesh, FORMS["eq7"]), [torch.randn(1, 3, 16, 16)]
     with pytest.raises(ValueError, match=r"images \(none\) must hold at least one batch"):
         diagnose(model, [], [some_texts()])
@@ -270,7 +270,7 @@ def test_command_compares_models(hub_folders, tmp_path, capsys, captions):
     assert summary in capsys.readouterr().out
 
 
-def test_command_refuses_what_it_cannot_look_at(hub_folders, tmp_path, capsys):
+def test_command_refuses_invalid_arguments(hub_folders, tmp_path, capsys):
     data = write_data(tmp_path / "data", captions=True)
     model = str(hub_folders[0])
     for models, options, message in [

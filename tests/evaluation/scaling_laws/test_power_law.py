@@ -1,19 +1,19 @@
-"""Fits to laws that are known."""
+"""Fits to points that follow known laws."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from linclip_eval.scaling_laws.power_law import Point, fit_scaling_law
+from linclip_eval.scaling_laws.power_law import RunPoint, fit_scaling_law
 
 COMPUTE = np.geomspace(1e15, 1e18, 8)
 
 
-def points(alpha: float, *, noise: float = 0.0, seeds: int = 1) -> list[Point]:
+def points(alpha: float, *, noise: float = 0.0, seeds: int = 1) -> list[RunPoint]:
     generator = np.random.default_rng(7)
     return [
-        Point(
+        RunPoint(
             setting=f"{compute:g}",
             compute=compute,
             value=100 * compute**alpha * np.exp(noise * generator.normal()),
@@ -35,7 +35,7 @@ def test_exact_law_is_recovered():
     assert high == pytest.approx(law.at(middle))
 
 
-def test_interval_of_a_noisy_law_has_a_width_like_its_error():
+def test_interval_is_as_wide_as_the_error_of_the_slope():
     law = fit_scaling_law(points(-0.2, noise=0.1, seeds=3))
     low, high = law.alpha_interval
     assert low < law.alpha < high
@@ -48,13 +48,13 @@ def test_interval_of_a_noisy_law_has_a_width_like_its_error():
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth_where_settings_scatter_around_the_line():
+def test_intervals_contain_the_truth_when_settings_scatter_around_the_line():
     generator = np.random.default_rng(0)
     held = 0
     for _ in range(60):
         law = fit_scaling_law(
             [
-                Point(
+                RunPoint(
                     setting=f"{compute:g}",
                     compute=compute,
                     value=compute**-0.2 * np.exp(detour + 0.05 * generator.normal()),
@@ -70,8 +70,8 @@ def test_intervals_hold_the_truth_where_settings_scatter_around_the_line():
 
 
 def test_frontier_is_the_lower_envelope():
-    def point(compute: float, value: float) -> Point:
-        return Point(setting=f"{compute} {value}", compute=compute, value=value)
+    def point(compute: float, value: float) -> RunPoint:
+        return RunPoint(setting=f"{compute} {value}", compute=compute, value=value)
 
     law = fit_scaling_law(
         [
@@ -89,8 +89,8 @@ def test_seeds_are_one_point_with_their_mean():
         [
             *points(-0.1),
             # Alone it would be the best of all; with its other seed it is beaten.
-            Point(setting="lucky", compute=2e15, value=1e-3),
-            Point(setting="lucky", compute=2e15, value=10.0),
+            RunPoint(setting="lucky", compute=2e15, value=1e-3),
+            RunPoint(setting="lucky", compute=2e15, value=10.0),
         ]
     )
     assert law.frontier.shape == (2, 8)
@@ -106,19 +106,19 @@ def test_resampling_is_the_same_every_time():
     assert not np.array_equal(first.resampled, other.resampled)
 
 
-def test_resamples_without_a_line_are_left_out():
+def test_resamples_with_a_single_point_are_left_out():
     law = fit_scaling_law(points(-0.2)[:3])
-    # All three draws alike: 3 of 27 times.
+    # All three draws are the same setting in 3 of 27 cases.
     assert len(law.resampled) / 2000 == pytest.approx(24 / 27, abs=0.03)
     assert np.isfinite(law.resampled).all()
 
 
-def test_single_seeds_have_an_interval_from_their_settings():
+def test_single_seeds_get_an_interval_from_their_settings():
     low, high = fit_scaling_law(points(-0.2, noise=0.05)).alpha_interval
     assert high - low > 0.005
 
 
-def test_too_few_points_are_named():
+def test_too_few_points_are_refused():
     with pytest.raises(ValueError, match=r"frontier \(2 of 2\) must be at least 3 for a fit"):
         fit_scaling_law([*points(-0.2)[:2], points(-0.2)[1]])
     with pytest.raises(ValueError, match=r"frontier \(1 of 8\) must be at least 3"):
@@ -126,25 +126,7 @@ def test_too_few_points_are_named():
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_value_without_a_logarithm_is_named(value):
+def test_value_without_a_logarithm_is_refused(value):
     bad = replace(points(-0.2)[0], value=value)
     with pytest.raises(ValueError, match=rf"value \({value}\) must be positive"):
         fit_scaling_law([*points(-0.2), bad])
-
-
-def test_floor_is_found_where_there_is_one():
-    found = fit_scaling_law(
-        [replace(point, value=point.value + 0.02) for point in points(-0.2, noise=0.002, seeds=2)]
-    ).saturating
-    assert found is not None
-    assert (found.exponent, found.floor) == pytest.approx((0.2, 0.02), rel=0.05)
-    low, high = found.floor_interval
-    assert low < 0.02 < high
-    assert found.is_identifiable
-
-
-def test_no_floor_is_claimed_without_evidence():
-    found = fit_scaling_law(points(-0.2, noise=0.05)).saturating
-    assert found is not None
-    assert not found.is_identifiable
-    assert fit_scaling_law(points(-0.2)[:3]).saturating is None

@@ -1,4 +1,4 @@
-"""Scaling laws from run folders that follow known laws, and from folders that are wrong."""
+"""Scaling laws of run folders that follow known laws, and errors for invalid folders."""
 
 import csv
 import json
@@ -17,12 +17,12 @@ from ds_linclip.config import Attention, Config, load_config, save_config
 from ds_linclip.model.flops import num_parameters, training_flops
 from helpers import EMBEDDED
 from linclip_eval.__main__ import main
-from linclip_eval.scaling_laws.figure import draw
+from linclip_eval.scaling_laws.figure import draw_scaling_laws
 from linclip_eval.scaling_laws.runs import (
     QUANTITIES,
     FinishedRun,
     check_comparable,
-    compare,
+    compare_laws,
     fit_laws,
     read_run,
 )
@@ -41,7 +41,7 @@ def error_law(compute: float, alpha: float = -0.2) -> float:
 
 @cache
 def base_config(*overrides: str) -> Config:
-    """Loaded once: that takes longer than anything else here."""
+    """Load the config once: it takes longer than anything else here."""
     return load_config(EMBEDDED, overrides)
 
 
@@ -69,11 +69,11 @@ def write_run(
     factors = np.exp(noise * generator.normal(size=2))
     compute = training_flops(config)
     records: list[dict[str, Any]] = [
-        # A first half that the mean of the end must not see.
+        # The first nine tenths must not enter the mean of the last tenth.
         {"step": step, "train/loss": 50.0 if step <= 0.9 * steps else factors[0] * loss(compute)}
         for step in range(10, steps + 1, 10)
     ]
-    # Accuracy on the way is no point; a run that is started again is scored once more.
+    # Earlier accuracies are not used; a run that is restarted is evaluated again.
     top1 = 1 - factors[1] * error(compute)
     records += [{"step": step, "eval/zeroshot_top1": top1} for step in (steps, steps)]
     records.insert(1, {"step": 10, "eval/zeroshot_top1": 0.999})
@@ -105,7 +105,7 @@ def write_study(folder: Path, kinds: tuple[str, ...] = ("softmax", "linear"), **
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
-    """Both kinds on one law, with noise."""
+    """Runs of both kinds of attention that follow one law, with noise."""
     folder = tmp_path_factory.mktemp("study")
     write_study(folder, noise=0.02)
     return folder
@@ -134,7 +134,7 @@ def test_run_is_read(run):
     assert found.num_parameters == num_parameters(config.model, config.loss)
     assert found.loss == pytest.approx(loss_law(found.compute))
     assert found.value("zero-shot error") == pytest.approx(error_law(found.compute))
-    assert found.facts["git_commit"] == "abc123"
+    assert found.provenance["git_commit"] == "abc123"
 
 
 def test_law_is_recovered_within_its_interval(runs):
@@ -147,7 +147,7 @@ def test_law_is_recovered_within_its_interval(runs):
 
 def test_same_law_gives_no_difference(runs):
     laws = fit_laws(runs, "loss")
-    found = compare(laws["linear"], laws["softmax"])
+    found = compare_laws(laws["linear"], laws["softmax"])
     low, high = found.alpha_interval
     assert low < 0 < high
     assert found.verdict == "no difference seen"
@@ -158,7 +158,7 @@ def test_other_exponent_and_level_are_told_apart(tmp_path):
     write_study(tmp_path, ("softmax",), noise=0.01)
     write_study(tmp_path, ("linear",), noise=0.01, loss=lambda c: 2 * loss_law(c, -0.3))
     laws = fit_laws([read_run(path) for path in sorted(tmp_path.iterdir())], "loss")
-    found = compare(laws["linear"], laws["softmax"])
+    found = compare_laws(laws["linear"], laws["softmax"])
     assert found.verdict == "differs"
     assert found.alpha_interval[0] < found.alpha_difference < found.alpha_interval[1] < 0
     assert found.alpha_difference == pytest.approx(-0.2, abs=0.03)
@@ -166,20 +166,20 @@ def test_other_exponent_and_level_are_told_apart(tmp_path):
     assert found.ratio == pytest.approx(expected, rel=0.05)
 
 
-def test_levels_are_not_compared_where_no_compute_is_shared(tmp_path):
+def test_levels_are_not_compared_without_shared_compute(tmp_path):
     steps = {"softmax": (100, 200, 300), "linear": (4000, 8000, 16000)}
     for kind, lengths in steps.items():
         for length in lengths:
             write_run(tmp_path, kind, 64, length, 0)
     laws = fit_laws([read_run(path) for path in sorted(tmp_path.iterdir())], "loss")
-    found = compare(laws["linear"], laws["softmax"])
+    found = compare_laws(laws["linear"], laws["softmax"])
     assert (found.compute, found.ratio, found.ratio_interval) == (None, None, None)
 
 
 def test_command_writes_everything(study, runs, tmp_path, capsys):
     out = tmp_path / "out"
     folders = sorted(study.iterdir())
-    assert command(study, "--out", out, "--note", "Digits are no photographs.") == 0
+    assert command(study, "--out", out, "--note", "Digits are not photographs.") == 0
     with (out / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["folder"] for row in rows] == [str(folder) for folder in folders]
@@ -190,20 +190,20 @@ def test_command_writes_everything(study, runs, tmp_path, capsys):
     assert results["runs_made_with"]["git_commit"] == ["abc123"]
     named = [(law["quantity"], law["attention"]) for law in results["laws"]]
     assert named == [(quantity, kind) for quantity in QUANTITIES for kind in ("softmax", "linear")]
-    again = fit_laws(runs, "loss")["linear"]  # resampled anew, with the same seed
+    again = fit_laws(runs, "loss")["linear"]  # resampled with the same seed
     assert results["laws"][1]["alpha_interval"] == list(again.alpha_interval)
     assert {found["verdict"] for found in results["comparisons"]} == {"no difference seen"}
     summary = (out / "summary.md").read_text()
     assert summary.startswith("# Scaling laws")
     assert "**Loss: no difference seen** between the exponents" in summary
-    assert "That is no proof of equality" in summary
+    assert "This does not prove equality" in summary
     assert "](figure.png)" in summary
-    assert "\n\nDigits are no photographs.\n\n" in summary
+    assert "\n\nDigits are not photographs.\n\n" in summary
     assert summary in capsys.readouterr().out
     assert (out / "figure.png").stat().st_size > 20_000
 
 
-def test_one_kind_alone_is_fitted_and_not_compared(tmp_path):
+def test_one_kind_of_attention_is_fitted_and_not_compared(tmp_path):
     write_study(tmp_path / "runs", ("linear",))
     out = tmp_path / "out"
     assert command(tmp_path / "runs", "--out", out) == 0
@@ -213,8 +213,10 @@ def test_one_kind_alone_is_fitted_and_not_compared(tmp_path):
     assert "nothing is compared" in (out / "summary.md").read_text()
 
 
-def test_picture_has_a_dot_per_run_on_logarithmic_axes(runs):
-    figure = draw(runs, {quantity: fit_laws(runs, quantity) for quantity in QUANTITIES})
+def test_figure_has_a_dot_per_run_on_logarithmic_axes(runs):
+    figure = draw_scaling_laws(
+        runs, {quantity: fit_laws(runs, quantity) for quantity in QUANTITIES}
+    )
     assert len(figure.axes) == 2
     for axes, quantity in zip(figure.axes, QUANTITIES, strict=True):
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
@@ -237,7 +239,7 @@ def test_unfinished_runs_are_named_and_skipped_on_request(study, tmp_path, capsy
     (unborn / "metrics.jsonl").unlink()
     messages = {
         cut: f"{cut}: steps (700) must be all 800 of train.steps",
-        blind: f"{blind}: eval/zeroshot_top1 must be there for the last step (600)",
+        blind: f"{blind}: eval/zeroshot_top1 must be logged for the last step (600)",
         unborn: f"{unborn}: steps (0) must be all 500 of train.steps",
     }
     finished = sorted(study.iterdir())
@@ -286,7 +288,7 @@ def with_a_loss_that_is_not_finite(run: Path) -> None:
     write_metrics(run, records)
 
 
-def gone_on_for_longer(run: Path) -> None:
+def resumed_with_more_steps(run: Path) -> None:
     earlier = start_of(load_config(run / "config.yaml", ["train.steps=60"]))
     starts = run / "starts.jsonl"
     starts.write_text(json.dumps(earlier) + "\n" + starts.read_text())
@@ -312,12 +314,12 @@ def with_towers_of_two_kinds(run: Path) -> None:
         (with_broken_metrics, "metrics.jsonl, line 2: must be JSON"),
         (with_a_list_in_metrics, r"metrics.jsonl, line 1 \(\[1\]\) must be a JSON object"),
         (with_a_loss_that_is_not_finite, "at the end must be finite: it diverged"),
-        (gone_on_for_longer, "train.steps must be the same at every start"),
+        (resumed_with_more_steps, "train.steps must be the same at every start"),
         (with_trained_weights, r"init.pretrained\* must be unset"),
         (with_towers_of_two_kinds, "model.text.attention .* must be model.vision.attention"),
     ],
 )
-def test_folder_that_is_no_point_is_an_error_in_any_mode(run, spoil, message, tmp_path, capsys):
+def test_invalid_run_folder_is_always_an_error(run, spoil, message, tmp_path, capsys):
     spoil(run)
     assert command(run, "--out", tmp_path / "out", "--skip-unfinished") == 2
     captured = capsys.readouterr()
@@ -339,32 +341,32 @@ def test_folder_that_is_no_point_is_an_error_in_any_mode(run, spoil, message, tm
         ("optim.kind=lamb", "optim.kind"),
     ],
 )
-def test_mixed_protocols_are_named(run, tmp_path, override, name):
+def test_mixed_protocols_are_refused(run, tmp_path, override, name):
     other = write_run(tmp_path / "other", "linear", 64, 200, 0, override)
     message = rf"{name} \(.*\) of {other} must be that of {run}"
     with pytest.raises(ValueError, match=message):
         check_comparable([read_run(run), read_run(other)])
 
 
-def test_what_is_tuned_to_a_size_may_differ(run, tmp_path):
+def test_learning_rate_may_differ(run, tmp_path):
     other = write_run(tmp_path / "other", "linear", 64, 100, 0, "optim.lr=1e-3")
     check_comparable([read_run(run), read_run(other)])
 
 
-def test_linear_runs_of_two_forms_are_named(run, tmp_path):
+def test_linear_runs_of_two_variants_are_refused(run, tmp_path):
     forms = [f"model.{tower}.attention.normalized=true" for tower in ("vision", "text")]
     other = write_run(tmp_path / "other", "linear", 64, 200, 0, *forms)
-    with pytest.raises(ValueError, match=f"attention of {other} must have the form of that of"):
+    with pytest.raises(ValueError, match=f"attention of {other} must be the variant of"):
         check_comparable([read_run(run), read_run(other)])
 
 
-def test_fields_without_effect_on_softmax_are_no_other_form(tmp_path):
+def test_fields_without_effect_on_softmax_may_differ(tmp_path):
     one = write_run(tmp_path, "softmax", 64, 100, 0)
     two = write_run(tmp_path, "softmax", 64, 200, 0, "model.text.attention.head_norm=true")
     check_comparable([read_run(one), read_run(two)])
 
 
-def test_same_run_twice_is_named(run, tmp_path, capsys):
+def test_repeated_run_is_refused(run, tmp_path, capsys):
     assert command(run, run, "--out", tmp_path / "out") == 2
     assert f"{run} must be given once: it is the run of {run}" in capsys.readouterr().err
     copy = write_run(tmp_path / "copy", "linear", 64, 100, 0)
@@ -372,14 +374,14 @@ def test_same_run_twice_is_named(run, tmp_path, capsys):
         check_comparable([read_run(run), read_run(copy)])
 
 
-def test_too_few_points_are_named(tmp_path, capsys):
+def test_too_few_points_are_refused(tmp_path, capsys):
     folders = [write_run(tmp_path, "linear", 64, 100 * n, 0) for n in (1, 2)]
     assert command(*folders, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "loss of linear runs: points on the frontier (2 of 2) must be at least 3" in error
 
 
-def test_perfect_accuracy_has_no_logarithm(tmp_path, capsys):
+def test_perfect_accuracy_is_refused(tmp_path, capsys):
     folders = [write_run(tmp_path, "linear", 64, 100 * n, 0) for n in (1, 2, 3)]
     folders.append(write_run(tmp_path, "linear", 64, 400, 0, error=lambda compute: 0.0))
     assert command(*folders, "--out", tmp_path / "out") == 2

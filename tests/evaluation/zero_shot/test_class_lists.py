@@ -1,4 +1,4 @@
-"""ImageNet's lists, the texts of their classes, WordNet's hierarchy."""
+"""ImageNet's class lists, the names of their classes, and WordNet's hierarchy."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", IMAGENET_LISTS)
-def test_every_list_has_its_size_and_a_place_in_wordnet(name):
+def test_every_list_has_its_size_and_is_below_entity_in_wordnet(name):
     classes = imagenet_classes(name, "lemma")
     assert len(classes) == SIZES[name] == len(set(classes.ids))
     assert all(len(texts) == 1 and texts[0] for texts in classes.texts)
@@ -37,16 +37,16 @@ def test_texts_of_a_class():
     assert texts["open_clip"] == (open_clip.IMAGENET_CLASSNAMES[label],) == ("tench",)
 
 
-def test_names_collide_as_known():
+def test_number_of_repeated_names():
     lemmas = Counter(imagenet_classes("imagenet-22k", "lemma").texts)
     assert len(lemmas) == 20_099
     assert sum(n for n in lemmas.values() if n > 1) == 3186
     assert lemmas[("queen",)] == 7
     definitions = imagenet_classes("imagenet-22k", "definition").texts
-    assert len(set(definitions)) == 21_840  # two gutta-percha trees are told apart by nothing
+    assert len(set(definitions)) == 21_840  # two gutta-percha trees have the same definition
 
 
-def test_hierarchy_is_wordnets():
+def test_hierarchy_is_that_of_wordnet():
     beagle, hound, dog, cat = "n02088364", "n02087551", "n02084071", "n02121620"
     assert is_ancestor(beagle, of=beagle)
     assert is_ancestor(hound, of=beagle)
@@ -57,7 +57,7 @@ def test_hierarchy_is_wordnets():
     assert not is_ancestor(cat, of=dog)
 
 
-def test_own_list_is_read(tmp_path):
+def test_list_of_a_file_is_read(tmp_path):
     path = tmp_path / "two.txt"
     path.write_text("n02088364\nn01440764\n")
     classes = imagenet_classes(str(path), "lemma")
@@ -69,7 +69,7 @@ def test_own_list_is_read(tmp_path):
     ("content", "message"),
     [
         ("n02088364\nn99999999\nx\n", r"2 of 3 synsets must be those of ImageNet, first n99999999"),
-        ("n02088364\nn02088364\n", "n02088364 must be there once"),
+        ("n02088364\nn02088364\n", "n02088364 must occur only once"),
         ("\n", "must hold at least one synset"),
         (b"\xff\xfe\xfa", "must be one of imagenet-22k, .* or a readable file"),
         (None, "must be one of imagenet-22k, .* or a readable file"),
@@ -83,7 +83,7 @@ def test_bad_list_is_refused(tmp_path, content, message):
         imagenet_classes(str(path), "lemma")
 
 
-def test_curated_names_are_those_of_1k_only():
+def test_curated_names_exist_for_1k_only():
     with pytest.raises(
         ValueError, match=r"exist for imagenet-1k, not for classes \(imagenet-12k\)"
     ):

@@ -1,4 +1,4 @@
-"""Prediction figures: what they show, and that they leave pyplot alone."""
+"""Figures of predictions: their content, and that they do not touch pyplot."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A held-out folder on disk, scored by a model whose right answers are known."""
+"""A held-out folder on disk, scored by a model whose predictions are known."""
 
 import io
 import json
@@ -30,7 +30,7 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 class ColourModel:
-    """Knows three colours: the mean colour of an image, the colour words of a text."""
+    """Encodes an image as its mean colour and a text as its colour words."""
 
     def __init__(self) -> None:
         tokenizer = open_clip.SimpleTokenizer(context_length=8)
@@ -74,7 +74,7 @@ def evaluator(folder: Path, **options) -> HeldOutEvaluator:
     task = ZeroShotTask.open(
         folder, transform=EvalTransform(PreprocessCfg(size=(16, 16))), batch_size=2
     )
-    return HeldOutEvaluator(task, context_length=8, device=torch.device("cpu"), **options)
+    return HeldOutEvaluator(task=task, context_length=8, device=torch.device("cpu"), **options)
 
 
 def test_folder_is_scored_exactly(folder):
@@ -117,7 +117,7 @@ def test_broken_folder_is_refused_before_the_first_evaluation(folder):
         evaluator(folder)
 
 
-def test_both_kinds_of_template_are_read(folder):
+def test_both_template_forms_are_read(folder):
     templates = folder / "zeroshot_classification_templates.txt"
     templates.write_text("a {} image\nall {c}\n")
     assert evaluator(folder).score(ColourModel()).topk(1) == 6 / 7
@@ -126,7 +126,7 @@ def test_both_kinds_of_template_are_read(folder):
         evaluator(folder)
 
 
-def test_config_says_all(folder):
+def test_evaluator_is_built_from_the_config(folder):
     config = Config()
     config.model.vision.image_size, config.model.text.context_length = (16, 24), 8
     config.data.num_workers = 2
@@ -135,7 +135,7 @@ def test_config_says_all(folder):
     with pytest.raises(ValueError, match=r"eval\.data \(None\) must name a held-out folder"):
         HeldOutEvaluator.from_config(config, device=device)
     config.eval.data = str(folder)
-    model = WatchedModel()
+    model = RecordingModel()
     result = HeldOutEvaluator.from_config(config, device=device).score(model)
     assert result.topk(1) == 6 / 7
     assert len(result.predictions) == 3
@@ -143,8 +143,8 @@ def test_config_says_all(folder):
     assert model.most_workers == 2
 
 
-class WatchedModel(ColourModel):
-    """Remembers what it was given, and how many processes were at work meanwhile."""
+class RecordingModel(ColourModel):
+    """Records the shapes of its inputs, and the number of worker processes during a forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,8 +157,8 @@ class WatchedModel(ColourModel):
         return super().encode_image(images)
 
 
-def _answer(store: Path, sound: Path, broken: Path) -> None:
-    """Two ranks score a sound folder, and one whose second rank finds an undecodable image."""
+def _write_results(store: Path, sound: Path, broken: Path) -> None:
+    """Score a sound folder, and one in which the second rank finds an undecodable image."""
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     result = evaluator(sound, group=group, num_images=2).score(ColourModel())
@@ -183,7 +183,7 @@ def test_two_ranks_score_and_fail_together(folder, tmp_path_factory):
         _add(tar, "undecodable.jpg", b"<html>")  # the eighth sample: the second rank's
         _add(tar, "undecodable.cls", b"0")
     store = tmp_path_factory.mktemp("ranks")
-    run_ranks(2, _answer, store, folder, broken)
+    run_ranks(2, _write_results, store, folder, broken)
     answers = [torch.load(store / f"{rank}.pt") for rank in range(2)]
     assert [top1 for top1, _, _ in answers] == [6 / 7, 6 / 7]
     assert [keys for _, keys, _ in answers] == [["000000000", "000000001"], []]
@@ -201,7 +201,7 @@ def _train(config: Config) -> None:
 
 
 @pytest.mark.distributed
-def test_training_goes_on_as_without_it(embedded_overrides, tmp_path):
+def test_training_is_unchanged_by_evaluation(embedded_overrides, tmp_path):
     losses, scores = [], []
     for every_steps in (2, 100):
         config = load_config(

@@ -14,14 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_linclip.parallel.spawn import run_ranks
+from linclip_eval.commands.zero_shot import write_per_class_csv
 from linclip_eval.zero_shot.class_lists import ClassList
-from linclip_eval.zero_shot.classifier import ClassifierCache, build_classifier
-from linclip_eval.zero_shot.evaluate import (
-    ZeroShotResult,
-    likeliest,
-    write_per_class_csv,
-    zero_shot,
-)
+from linclip_eval.zero_shot.classifier import build_classifier
+from linclip_eval.zero_shot.evaluate import ZeroShotResult, stable_topk, zero_shot
 
 CLASSNAMES = [
     *("tench", "goldfish", "great white shark", "hammerhead", "electric ray", "stingray"),
@@ -42,16 +38,16 @@ class Batch:
 
 
 class Images:
-    """Batches as LabelledData gives them; remembers which were asked for."""
+    """A set of given batches that records which of them were read."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches = batches
         self.num_batches = len(batches)
-        self.asked: list[int] = []
+        self.read_numbers: list[int] = []
 
     def batches(self, numbers: Sequence[int]) -> Iterator[Batch]:
         for number in numbers:
-            self.asked.append(number)
+            self.read_numbers.append(number)
             yield self._batches[number]
 
 
@@ -156,30 +152,31 @@ def test_several_texts_of_a_class_are_averaged():
 
 def test_cached_classes_are_not_embedded_again(tmp_path):
     model, texts = tiny_clip(), [(f"class {i}",) for i in range(150)]  # three files
-    asked: list[int] = []
+    num_prompts: list[int] = []
 
-    class Watched:
+    class Recorder:
         def encode_text(self, tokens: Tensor) -> Tensor:
-            asked.append(len(tokens))
+            num_prompts.append(len(tokens))
             return model.encode_text(tokens)
 
     def build(fingerprint: str = "a", templates: Sequence[str] = TEMPLATES) -> Tensor:
-        asked.clear()
-        cache = ClassifierCache(tmp_path / "cache", fingerprint)
-        return classifier_of(Watched(), templates, texts, cache=cache)
+        num_prompts.clear()
+        return classifier_of(
+            Recorder(), templates, texts, cache_dir=tmp_path / "cache", fingerprint=fingerprint
+        )
 
     first = build()
-    assert sum(asked) == 150 * 3
+    assert sum(num_prompts) == 150 * 3
     assert torch.equal(build(), first)
-    assert not asked
+    assert not num_prompts
     victim = sorted((tmp_path / "cache").iterdir())[0]
-    victim.write_bytes(victim.read_bytes()[:100])  # as if the disk had been full
+    victim.write_bytes(victim.read_bytes()[:100])  # as after a full disk
     assert torch.equal(build(), first)
-    assert sum(asked) in (64 * 3, 22 * 3)
+    assert sum(num_prompts) in (64 * 3, 22 * 3)
     build(fingerprint="b")
-    assert sum(asked) == 150 * 3
+    assert sum(num_prompts) == 150 * 3
     build(templates=TEMPLATES[:2])
-    assert sum(asked) == 150 * 2
+    assert sum(num_prompts) == 150 * 2
 
 
 def test_accuracy_equals_open_clip(one_rank):
@@ -199,7 +196,7 @@ def test_accuracy_equals_open_clip(one_rank):
             correct1 += int(hits[:, :1].sum())
             correct5 += int(hits.sum())
             nearest |= set(logits.argmax(dim=1).tolist())
-    assert len(nearest) > 5  # else the model would be too dull to tell two counts apart
+    assert len(nearest) > 5  # otherwise the counts below would not tell predictions apart
     assert one_rank.num_samples == NUM_SAMPLES
     assert (one_rank.topk(1), one_rank.topk(5)) == (correct1 / NUM_SAMPLES, correct5 / NUM_SAMPLES)
     assert 0 < one_rank.topk(1) < one_rank.topk(5) < one_rank.topk(10) < 1
@@ -244,7 +241,7 @@ def test_classes_of_equal_texts_are_merged():
     assert result.merged_topk(2) == 3 / 4
 
 
-def test_what_is_above_the_class_counts_in_the_hierarchy():
+def test_ancestors_of_the_class_count_in_the_hierarchy():
     dog, beagle, cat = "n02084071", "n02088364", "n02121620"
     classes = ClassList(
         name="pets",
@@ -257,7 +254,7 @@ def test_what_is_above_the_class_counts_in_the_hierarchy():
     assert (result.topk(1), result.hierarchical_top1) == (1 / 3, 2 / 3)
     taken_for_beagle = torch.tensor([[0.5, 0.9, 0.1]] * 3)
     result = score_fixed(taken_for_beagle, [0, 1, 2], classes)
-    assert result.hierarchical_top1 == 1 / 3  # a dog is no beagle
+    assert result.hierarchical_top1 == 1 / 3  # a dog is not always a beagle
 
 
 def test_unreadable_images_count_as_wrong(caplog):
@@ -291,15 +288,15 @@ def test_equal_scores_go_to_the_lower_label():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_likeliest_are_those_of_a_stable_sort(seed):
+def test_stable_topk_equals_a_stable_sort(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, 12, (50, 40), generator=generator).float()  # full of equals
     expected = logits.sort(dim=1, descending=True, stable=True).indices
     for k in (1, 5, 40):
-        assert torch.equal(likeliest(logits, k), expected[:, :k])
+        assert torch.equal(stable_topk(logits, k), expected[:, :k])
 
 
-def test_few_classes_are_said(caplog):
+def test_top5_over_few_classes_is_logged(caplog):
     with caplog.at_level(logging.INFO):
         result = score_fixed(torch.tensor([[0.3, 0.2, 0.1]]), [2], num_predictions=1)
     assert (result.topk(1), result.topk(5)) == (0.0, 1.0)
@@ -327,34 +324,36 @@ def test_per_class_csv(tmp_path):
     assert [second[key] for key in ("num_samples", "top1", "top5")] == ["0", "", ""]
 
 
-def test_what_was_cut_off_goes_on_where_it_was(tmp_path):
+def test_interrupted_evaluation_resumes(tmp_path):
     batches = samples(batch_size=1)  # three parts
     model = tiny_clip()
 
-    class CutOff(Images):
+    class Interrupted(Images):
         def batches(self, numbers):
             for batch in super().batches(numbers):
-                if len(self.asked) > 20:
+                if len(self.read_numbers) > 20:
                     raise OSError("the machine is gone")
                 yield batch
 
     def run(data: Images) -> ZeroShotResult:
         classifier = classifier_of(model)
-        return zero_shot(model.encode_image, classifier, data, CLASSES, parts=tmp_path / "parts")
+        return zero_shot(
+            model.encode_image, classifier, data, CLASSES, parts_dir=tmp_path / "parts"
+        )
 
-    with pytest.raises(OSError, match="the machine is gone"):
-        run(CutOff(batches))
+    with pytest.raises(ValueError, match="the machine is gone"):
+        run(Interrupted(batches))
     rest = Images(batches)
     result = run(rest)
-    assert rest.asked == list(range(16, NUM_SAMPLES))
+    assert rest.read_numbers == list(range(16, NUM_SAMPLES))
     whole = score(batches)
     assert np.array_equal(result.top, whole.top)
     assert np.array_equal(result.labels, whole.labels)
-    for cut in (b"PK", b"PK\3\4 cut"):
-        (tmp_path / "parts" / "batches-0000016-0000032.npz").write_bytes(cut)
+    for damaged in (b"", b"damaged", bytes(1000)):
+        (tmp_path / "parts" / "batches-0000016-0000032.safetensors").write_bytes(damaged)
         again = Images(batches)
         assert np.array_equal(run(again).top, whole.top)
-        assert again.asked == list(range(16, 32))
+        assert again.read_numbers == list(range(16, 32))
 
 
 @pytest.mark.parametrize(
@@ -394,17 +393,18 @@ def test_label_without_a_class_is_refused(label):
         score(batches)
 
 
-def _answer(folder: Path) -> None:
-    """Everything that is asked of three ranks, written down for the tests below."""
+def _write_results(folder: Path) -> None:
+    """Write the results of one of three ranks for the tests below."""
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     many = [(f"class {i}",) for i in range(150)]
     answers = {
         "result": score(samples(), group=group, num_predictions=2),
-        "resumed": score(samples(batch_size=1), group=group, parts=folder / "parts"),
+        "resumed": score(samples(batch_size=1), group=group, parts_dir=folder / "parts"),
         "classifier": classifier_of(
-            tiny_clip(), texts=many, group=group, cache=ClassifierCache(folder / "classes", "a")
+            tiny_clip(), texts=many, group=group, cache_dir=folder / "classes"
         ),
+        "one class": classifier_of(tiny_clip(), texts=[("hen",)], group=group),
     }
     bad = samples()
     bad[2].labels[0] = 99  # the third batch is the third rank's
@@ -420,12 +420,12 @@ def _answer(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def three_ranks(tmp_path_factory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("three_ranks")
-    run_ranks(3, _answer, folder)
+    run_ranks(3, _write_results, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(3)]
 
 
 @pytest.mark.distributed
-def test_three_ranks_are_as_one(three_ranks, one_rank):
+def test_three_ranks_give_the_result_of_one(three_ranks, one_rank):
     for answers in three_ranks:
         assert np.array_equal(answers["result"].top, one_rank.top)
         assert np.array_equal(answers["result"].labels, one_rank.labels)
@@ -435,10 +435,12 @@ def test_three_ranks_are_as_one(three_ranks, one_rank):
 
 
 @pytest.mark.distributed
-def test_classifier_of_three_ranks_is_that_of_one(three_ranks):
+def test_three_ranks_build_the_classifier_of_one(three_ranks):
     whole = classifier_of(tiny_clip(), texts=[(f"class {i}",) for i in range(150)])
+    alone = classifier_of(tiny_clip(), texts=[("hen",)])
     for answers in three_ranks:
         assert torch.equal(answers["classifier"], whole)
+        assert torch.equal(answers["one class"], alone)  # two ranks have nothing to embed
 
 
 @pytest.mark.distributed

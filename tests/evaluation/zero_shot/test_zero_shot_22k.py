@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of noise for every class, in a folder for each."""
+    """A folder for each class, with one image of noise."""
     synsets = imagenet_classes("imagenet-22k", "lemma").ids
     return write_images(tmp_path_factory.mktemp("imagenet-22k"), synsets, per_class=1)
 
@@ -43,7 +43,7 @@ def start(model: Path, images: Path, out: Path, ranks: int) -> subprocess.Popen[
     )
 
 
-def test_three_ranks_that_were_killed_score_as_one(model, images, tmp_path):
+def test_three_killed_ranks_resume_and_score_as_one(model, images, tmp_path):
     killed = start(model, images, tmp_path / "three", ranks=3)
     classes = tmp_path / "three" / "classifier"
     while len(list(classes.glob("*.safetensors"))) < 100:

@@ -1,4 +1,4 @@
-"""``linclip-eval zero-shot`` on folders of synsets: what it writes, refuses, and does once."""
+"""``linclip-eval zero-shot`` on folders of synsets: its results, its errors and its cache."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def run(model: Path, images: Path, out: Path, *more: str) -> int:
     return main([*map(str, arguments), "--batch-size", "2", "--num-workers", "0", *more])
 
 
-def test_results_are_written_and_done_once(model, images, tmp_path, capsys):
+def test_results_are_written_and_cached(model, images, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(model, images, out, "--templates", "simple") == 0
     report = json.loads((out / "results.json").read_text())
@@ -53,18 +53,17 @@ def test_results_are_written_and_done_once(model, images, tmp_path, capsys):
         wrong = sum(int(row["num_images"]) for row in csv.DictReader(file))
     assert wrong == 12 - round(12 * report["top1"])
 
-    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
-    kept |= {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert len(kept) == 2
     assert run(model, images, out, "--templates", "simple") == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert run(model, images, out, "--templates", "simple", "--image-size", "24") == 0
-    assert len(list(out.rglob("*.npz"))) == 2  # not taken for the result at another size
+    assert len(list(out.rglob("batches-*"))) == 2  # not reused at another size
     assert run(model, images, out, "--names", "definition") == 0
-    assert len(list(out.rglob("*.npz"))) == 3
+    assert len(list(out.rglob("batches-*"))) == 3
 
 
-def test_what_is_wrong_is_named_or_counted(model, images, tmp_path, capsys):
+def test_problems_are_errors_or_counted(model, images, tmp_path, capsys):
     (images / HEN / f"{HEN}_1.JPEG").write_bytes(b"no image")
     assert run(model, images, tmp_path / "strict") == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -103,13 +102,13 @@ def test_what_is_wrong_is_named_or_counted(model, images, tmp_path, capsys):
         (["--names", "open_clip"], r"names \(open_clip\) exist for imagenet-1k"),
     ],
 )
-def test_bad_arguments_are_one_line(model, images, tmp_path, capsys, more, message):
+def test_bad_arguments_are_one_line_errors(model, images, tmp_path, capsys, more, message):
     assert run(model, images, tmp_path / "out", *more) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(rf"^error: .*{message}", line)
 
 
-def test_a_model_that_is_no_run_needs_data_and_a_place(model, images, tmp_path, capsys):
+def test_model_that_is_not_a_run_needs_data_and_out(model, images, tmp_path, capsys):
     assert main(["zero-shot", str(model), "--out", str(tmp_path)]) == 2
     assert "--data must name a folder of images" in capsys.readouterr().err
     assert main(["zero-shot", str(model), "--data", str(images)]) == 2

@@ -1,4 +1,4 @@
-"""Held-out folders: their forms and order, batches by number."""
+"""Held-out folders: their forms, their order and their batches."""
 
 import io
 import os
@@ -50,7 +50,7 @@ def test_classes_and_templates(held_out: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 24), (24, 8)])
-def test_batches_hold_what_lies_in_the_tar(held_out: Path, size: tuple[int, int]) -> None:
+def test_batches_hold_the_content_of_the_tar(held_out: Path, size: tuple[int, int]) -> None:
     data = open_data(held_out, size)
     batches = list(data)
     assert (data.num_samples, data.num_batches) == (NUM_SAMPLES, 4)
@@ -93,7 +93,7 @@ def test_a_batch_is_the_same_on_any_number_of_ranks(
         assert torch.equal(shared[number].labels, batch.labels)
 
 
-def test_batches_come_in_the_order_asked_for(held_out: Path) -> None:
+def test_batches_are_in_the_given_order(held_out: Path) -> None:
     data = open_data(held_out, num_workers=2)
     assert [batch.number for batch in data.batches([3, 0, 2])] == [3, 0, 2]
     assert list(data.batches([])) == []
@@ -103,7 +103,7 @@ def test_batches_come_in_the_order_asked_for(held_out: Path) -> None:
 
 def test_every_iteration_is_complete(held_out: Path) -> None:
     data = open_data(held_out)
-    next(iter(data))  # one that is not read to its end
+    next(iter(data))  # an unfinished iteration
     rounds = [[(b.keys, b.labels.tolist()) for b in data] for _ in range(2)]
     assert rounds[0] == rounds[1]
     assert sum(len(keys) for keys, _ in rounds[0]) == NUM_SAMPLES
@@ -159,14 +159,14 @@ def test_formats_and_extensions(tmp_path: Path, form: str) -> None:
         "e.PNG": "PNG",
         "f.webp": "WEBP",
         "g.GIF": "GIF",
-        "h.JPEG": "PNG",  # as some of ImageNet's
+        "h.JPEG": "PNG",  # like some files of ImageNet
     }
     files = [(CAT, name, image(kind=kind)) for name, kind in kinds.items()]
     data = open_data(write_form(form, tmp_path / form, files), classes=[CAT])
     assert [Path(key).stem for key in keys_of(data)] == list("abcdefgh")
 
 
-def test_hidden_files_are_not_looked_at(tmp_path: Path) -> None:
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     folder = write_form("class_folders", tmp_path / "set", some_files())
     (folder / ".cache").mkdir()
     (folder / ".cache" / "0.jpg").write_bytes(image())
@@ -174,7 +174,7 @@ def test_hidden_files_are_not_looked_at(tmp_path: Path) -> None:
     assert open_data(folder, classes=CLASSES).num_samples == 9
 
 
-def test_fingerprint_names_the_evaluation_set(tmp_path: Path) -> None:
+def test_fingerprint_identifies_the_evaluation_set(tmp_path: Path) -> None:
     def of(name: str, files: Sequence[tuple[str, str, bytes]], **options: Any) -> str:
         folder = tmp_path / name
         if not folder.exists():
@@ -227,7 +227,7 @@ def test_captions_need_no_classes(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_version_tells_images_of_the_same_names_apart(tmp_path: Path, form: str) -> None:
+def test_version_differs_for_other_images_with_the_same_names(tmp_path: Path, form: str) -> None:
     files = some_files()
     for name, grey in (("dark", 1), ("light", 200)):
         write_form(form, tmp_path / name, [(c, key, image(grey)) for c, key, _ in files])

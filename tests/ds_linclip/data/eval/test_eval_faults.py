@@ -1,4 +1,4 @@
-"""Held-out folders: what is wrong with them is named and counted."""
+"""Held-out folders: their defects are errors, or counted."""
 
 import os
 import tarfile
@@ -47,7 +47,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         open_data(tmp_path)
 
 
-def test_folder_of_no_known_form_is_refused(tmp_path: Path) -> None:
+def test_folder_of_unknown_form_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be readable: .*No such file"):
         open_data(tmp_path / "nowhere", classes=CLASSES)
     (tmp_path / "0.jpg").write_bytes(image())
@@ -96,7 +96,7 @@ def test_unknown_classes(tmp_path: Path, form: str) -> None:
     assert sorted(labels_of(data)) == [0, 1]
 
 
-def test_set_of_unknown_classes_alone_is_empty(tmp_path: Path) -> None:
+def test_set_of_only_unknown_classes_is_empty(tmp_path: Path) -> None:
     folder = write_form("class_tars", tmp_path / "set", some_files())
     with pytest.raises(ValueError, match=r"must hold at least one sample: .*not among the 1 of"):
         open_data(folder, classes=["n00000001"], strict=False)
@@ -133,7 +133,7 @@ def test_classnames_may_be_without_images(tmp_path: Path) -> None:
         ({"txt": b"a" * 2**17}, r"text_too_many_bytes: 1 \(sample s2 of .*0\.tar\)"),
     ],
 )
-def test_bad_sample_is_found_on_opening(
+def test_bad_sample_is_found_when_opening(
     tmp_path: Path, broken: dict[str, bytes | None], message: str
 ) -> None:
     parts: dict[str, bytes | None] = {**sound_sample(b"1"), **broken}

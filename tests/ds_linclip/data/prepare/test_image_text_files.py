@@ -27,7 +27,7 @@ FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "
 
 
 def picture(width: int, height: int, *, form: str = "JPEG", seed: int = 0, **save: object) -> bytes:
-    """An image file whose pixels differ with the seed."""
+    """Return an image file whose pixels depend on the seed."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     buffer = io.BytesIO()
@@ -36,14 +36,14 @@ def picture(width: int, height: int, *, form: str = "JPEG", seed: int = 0, **sav
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The start of a PNG that claims a size."""
+    """Return the start of a PNG that claims a size."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return b"\x89PNG\r\n\x1a\n" + data + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
 
 
 def write_folder(folder: Path, count: int = 12) -> dict[str, bytes]:
-    """Sound pairs in two folders and all formats; returns the files by caption."""
+    """Write sound pairs in two folders and all formats; return the files by caption."""
     files = {}
     for number in range(count):
         suffix = list(FORMATS)[number % 5]
@@ -57,7 +57,7 @@ def write_folder(folder: Path, count: int = 12) -> dict[str, bytes]:
 
 
 def write_dirty_folder(folder: Path) -> Counter[str]:
-    """Two sound pairs and one or two of each failure; returns the counts."""
+    """Write two sound pairs and one or two of each failure; return the counts."""
     folder.mkdir(parents=True)
     sound = picture(20, 20)
     pairs: list[tuple[str, bytes, bytes | None, str]] = [
@@ -89,7 +89,7 @@ def write_csv(file: Path, rows: list[list[str]], separator: str = "\t") -> None:
 
 
 def read_set(out: Path) -> list[dict[str, bytes]]:
-    """All samples as plain webdataset finds them."""
+    """Return all samples as webdataset reads them."""
     urls = sorted(str(path) for path in out.glob("*.tar"))
     return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
 
@@ -172,7 +172,7 @@ def test_bad_pairs_are_counted_and_listed(tmp_path: Path) -> None:
     assert failed["cut.jpg"]["caption"] == "cut"
     assert failed["alone.jpg"]["status"] == "failed_to_download"
     assert failed["alone.jpg"]["caption"] is None
-    # Keys are places in the list: failures leave gaps.
+    # Keys number the pairs: failures leave gaps.
     assert [row["key"] for row in rows] == [f"0000{i // 7}{i % 7:04d}" for i in range(len(rows))]
     samples = read_set(tmp_path / "out")
     assert {sample["__key__"] for sample in samples} == {
@@ -181,7 +181,7 @@ def test_bad_pairs_are_counted_and_listed(tmp_path: Path) -> None:
     assert sorted("png" if "png" in sample else "jpg" for sample in samples) == [
         "jpg",
         "png",
-    ]  # named after what they are
+    ]  # named by their content
     total: Counter[str] = Counter()
     for path in (tmp_path / "out").glob("*_stats.json"):
         stats = json.loads(path.read_text())
@@ -239,7 +239,7 @@ def test_csv_row_with_broken_text_is_one_bad_sample(tmp_path: Path) -> None:
     assert "�.jpg" in [row["url"] for row in read_rows(tmp_path / "out")]
 
 
-def test_csv_row_with_endless_caption_is_one_bad_sample(tmp_path: Path) -> None:
+def test_csv_row_with_overlong_caption_is_one_bad_sample(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(picture(20, 20))
     rows = [["filepath", "title"], ["a.jpg", "good"], ["a.jpg", "word " * 200_000]]
     write_csv(tmp_path / "a.tsv", [*rows, ["x" * 200_000, "lost"], ["a.jpg", "good too"]])
@@ -263,7 +263,7 @@ def test_csv_row_with_endless_caption_is_one_bad_sample(tmp_path: Path) -> None:
         ("center_crop", (8, 24), (32, 32)),
     ],
 )
-def test_resize_modes_are_img2datasets(
+def test_resize_modes_are_those_of_img2dataset(
     tmp_path: Path, mode: ResizeMode, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     red_left = Image.new("RGB", size, "blue")
@@ -320,7 +320,7 @@ def test_side_too_long_for_libjpeg_is_one_bad_sample(
     assert counts == ({"success": 2} if usable else {"success": 1, "image_too_many_pixels": 1})
 
 
-def test_changed_files_are_not_taken_for_the_same_set(tmp_path: Path) -> None:
+def test_changed_files_are_another_set(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", 3)
     out = tmp_path / "out"
     assert make_pairs(out, folder_pairs(tmp_path / "images")) == {"success": 3}
@@ -332,7 +332,7 @@ def test_changed_files_are_not_taken_for_the_same_set(tmp_path: Path) -> None:
     assert bytes_of(out) == before
 
 
-def test_all_bad_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_only_bad_pairs_are_an_error_and_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(3):
         (tmp_path / "images" / f"{number}.jpg").write_bytes(b"broken")
@@ -343,7 +343,7 @@ def test_all_bad_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_file_that_may_not_be_read_is_counted(tmp_path: Path) -> None:
+def test_file_without_read_permission_is_counted(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", 2)
     (tmp_path / "images" / "cats" / "00.x.jpg").chmod(0)
     counts = make_pairs(tmp_path / "out", folder_pairs(tmp_path / "images"))
@@ -391,7 +391,7 @@ def test_command_reports_what_failed(tmp_path: Path) -> None:
         ("csv header.csv OUT", "source (header.csv) must hold rows"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_are_one_line_errors(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -412,7 +412,7 @@ def test_mistakes_are_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_command_ends_with_2_for_a_mistake(tmp_path: Path) -> None:
+def test_command_exits_with_2_for_a_mistake(tmp_path: Path) -> None:
     command = [str(COMMAND), "make-shards", "folder", str(tmp_path / "no"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2

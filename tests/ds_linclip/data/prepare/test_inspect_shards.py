@@ -1,4 +1,4 @@
-"""``inspect-shards``: every damage is counted under its cause, nothing else is."""
+"""``inspect-shards``: every defect is counted under its cause, and nothing else is."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def picture(width: int = 20, height: int = 10, form: str = "JPEG", mode: str = "
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The start of a PNG that claims a size."""
+    """Return the start of a PNG that claims a size."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return b"\x89PNG\r\n\x1a\n" + data + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
@@ -41,7 +41,7 @@ def png_header(width: int, height: int) -> bytes:
 def write_shard(
     path: Path, samples: list[tuple[str, dict[str, bytes]]], expected: int | None = None
 ) -> None:
-    """A tar of these members and statistics that expect all of them, or another number."""
+    """Write a tar of these members, with statistics that expect all of them or another number."""
     with tarfile.open(path, "w") as tar:
         for key, members in samples:
             for extension, content in members.items():
@@ -61,10 +61,10 @@ def sound(count: int) -> list[tuple[str, dict[str, bytes]]]:
 
 @pytest.fixture(scope="module")
 def dirty(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Seven shards with all that can be wrong; returns their pattern."""
+    """Write seven shards with every defect and return their pattern."""
     folder = tmp_path_factory.mktemp("dirty")
     image, text = picture(), b"one two three"
-    half = picture(100, 100)[:-1000]  # the header is whole
+    half = picture(100, 100)[:-1000]  # with an intact header
     write_shard(
         folder / "00000.tar",
         [
@@ -123,7 +123,7 @@ def test_every_cause_is_counted_exactly(dirty_report: dict[str, Any]) -> None:
     }
     # 13 + 7 + 4 + 4 + 4 + 3 + 3; 13 + 5 + 4 + 4 + 5; two of the last five are never read.
     assert dirty_report["samples"] == {"expected": 38, "found": 31, "read": 29, "usable": 17}
-    assert dirty_report["shards"] == {"listed": 7, "inspected": 7, "unvouched": 0}
+    assert dirty_report["shards"] == {"listed": 7, "inspected": 7, "unsized": 0}
     problems = {Path(problem["url"]).name: problem for problem in dirty_report["problems"]}
     assert problems["00001.tar"] == {
         "url": problems["00001.tar"]["url"],
@@ -166,14 +166,14 @@ def test_report_does_not_depend_on_workers(dirty: str) -> None:
     assert json.dumps(reports[0]) == json.dumps(reports[1])
 
 
-def test_without_decoding_headers_alone_are_judged(dirty: str) -> None:
+def test_without_decoding_only_headers_are_checked(dirty: str) -> None:
     report = inspect_shards([dirty], decode=False)
     assert report["causes"]["image_undecodable"]["samples"] == 1  # the cut one goes unnoticed
     assert report["causes"]["image_too_small"]["samples"] == 1
     assert report["samples"]["usable"] == 18
 
 
-def test_limits_look_at_an_even_part(tmp_path: Path) -> None:
+def test_limits_take_an_even_part(tmp_path: Path) -> None:
     for number in range(10):
         samples = [
             (f"s{i}", {"jpg": picture(10 + number, 10), "txt": b"w " * (i + 1)}) for i in range(8)
@@ -181,27 +181,29 @@ def test_limits_look_at_an_even_part(tmp_path: Path) -> None:
         write_shard(tmp_path / f"{number:05d}.tar", samples)
     pattern = f"{tmp_path}/{{00000..00009}}.tar"
     report = inspect_shards([pattern], max_shards=5, max_samples=11)
-    assert report["shards"] == {"listed": 10, "inspected": 5, "unvouched": 0}
+    assert report["shards"] == {"listed": 10, "inspected": 5, "unsized": 0}
     assert report["samples"] == {"expected": 40, "found": 40, "read": 11, "usable": 11}
     assert {width for width, *_ in report["image_sizes"]} == {10, 12, 14, 16, 18}
     assert report["caption_tokens"]["max"] >= 7  # not the first samples only
     assert report["causes"] == {}
 
 
-def test_shards_are_judged_as_in_training(dirty: str, dirty_report: dict[str, Any]) -> None:
+def test_shards_are_checked_as_in_training(dirty: str, dirty_report: dict[str, Any]) -> None:
     storage = Storage(CacheConfig(), NetworkConfig())
-    judged = [
+    in_training = [
         (problem.url, problem.cause, problem.found, problem.expected)
         for group in find_shards([Source(shards=dirty)], storage)
         for shard in group.shards
         for problem in open_and_judge(shard, storage)[1]
     ]
     fields = ("url", "cause", "found", "expected")
-    assert judged == [tuple(problem[f] for f in fields) for problem in dirty_report["problems"]]
+    assert in_training == [
+        tuple(problem[f] for f in fields) for problem in dirty_report["problems"]
+    ]
 
 
-def write_unvouched(folder: Path) -> str:
-    """Shards without statistics, a sound, a cut and a garbage one; returns their pattern."""
+def write_unsized(folder: Path) -> str:
+    """Write a sound, a cut and a garbage shard without statistics and return their pattern."""
     for number in range(3):
         write_shard(folder / f"{number}.tar", sound(4))
         (folder / f"{number}_stats.json").unlink()
@@ -211,13 +213,13 @@ def write_unvouched(folder: Path) -> str:
     return f"{folder}/{{0..2}}.tar"
 
 
-def test_shards_that_nothing_vouches_for_are_inspected(
+def test_shards_without_a_stated_size_are_inspected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pattern = write_unvouched(tmp_path)
+    pattern = write_unsized(tmp_path)
     assert main([pattern, "--out", str(tmp_path / "report"), "--workers", "1"]) == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report["shards"] == {"listed": 3, "inspected": 3, "unvouched": 3}
+    assert report["shards"] == {"listed": 3, "inspected": 3, "unsized": 3}
     assert report["samples"] == {"expected": 5, "found": 5, "read": 5, "usable": 4}
     assert report["causes"] == {
         "shard_cut": {"samples": 0, "shards": 1},
@@ -232,7 +234,7 @@ def test_shards_that_nothing_vouches_for_are_inspected(
 def test_sizes_of_whole_shards_are_written(tmp_path: Path, num_workers: int) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    patterns = [write_unvouched(tmp_path / "a"), f"file://{tmp_path}/b/{{0..3}}.tar"]
+    patterns = [write_unsized(tmp_path / "a"), f"file://{tmp_path}/b/{{0..3}}.tar"]
     write_shard(tmp_path / "b" / "0.tar", [*sound(3), sound(1)[0]])  # a key twice
     write_shard(tmp_path / "b" / "1.tar", sound(5), expected=7)
     write_shard(tmp_path / "b" / "2.tar", sound(6))
@@ -258,7 +260,7 @@ def test_sizes_of_whole_shards_are_written(tmp_path: Path, num_workers: int) -> 
     assert [shard.num_samples for shard in group.shards] == [4, 7, 6, 1]
 
 
-def test_sizes_that_cannot_be_written_leave_the_old_ones(
+def test_failed_write_keeps_the_old_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_shard(tmp_path / "0.tar", sound(2))
@@ -277,7 +279,7 @@ def test_sizes_that_cannot_be_written_leave_the_old_ones(
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_command_writes_report_and_picture(dirty: str, tmp_path: Path) -> None:
+def test_command_writes_report_and_figure(dirty: str, tmp_path: Path) -> None:
     arguments = ["inspect-shards", dirty, "--out", str(tmp_path / "a" / "report"), "--workers", "2"]
     done = subprocess.run(
         [str(COMMAND), *arguments], capture_output=True, text=True, timeout=120, check=False
@@ -295,10 +297,12 @@ def test_command_writes_report_and_picture(dirty: str, tmp_path: Path) -> None:
         assert figure.size == (1320, 888)
         grey = np.asarray(figure.convert("L"))
         halves = [half for rows in np.array_split(grey, 2) for half in np.array_split(rows, 2, 1)]
-    assert all((half < 160).mean() > 0.01 for half in halves)  # a panel with something in each
+    assert all((half < 160).mean() > 0.01 for half in halves)  # no panel is empty
 
 
-def test_nothing_usable_is_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_without_usable_samples_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "00000.tar").write_bytes(b"garbage" * 1000)
     write_stats(tmp_path / "00000.tar", 4)
     arguments = [f"{tmp_path}/00000.tar", "--out", str(tmp_path / "report"), "--workers", "1"]
@@ -322,7 +326,7 @@ def test_nothing_usable_is_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixt
         ("00000.tar https://a.b/0.tar --out report --write-sizes", "write_sizes needs local"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_are_one_line_errors(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -338,7 +342,7 @@ def test_mistakes_are_one_line(
     assert message in error
 
 
-def test_command_ends_with_2_for_a_mistake(tmp_path: Path) -> None:
+def test_command_exits_with_2_for_a_mistake(tmp_path: Path) -> None:
     command = [str(COMMAND), "inspect-shards", "nothing.tar", "--out", str(tmp_path / "report")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""The written sets: layout as in the wild, same bytes every time, nothing held out leaks."""
+"""Data sets as written: LAION's layout, reproducible bytes, and no leak of held-out samples."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ META_FIELDS = [
 
 
 def read_tar(path: Path) -> list[dict[str, bytes]]:
-    """The samples as plain webdataset finds them."""
+    """Return the samples as webdataset reads them."""
     return list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
 
 
@@ -79,7 +79,7 @@ def test_shards_have_the_layout_of_laion(digit_set: Path) -> None:
     assert total == 1437
 
 
-def test_members_lie_in_order(digit_set: Path) -> None:
+def test_members_are_in_order(digit_set: Path) -> None:
     with tarfile.open(digit_set / "train" / "00003.tar") as tar:
         names = tar.getnames()[:4]
     assert names == ["000030000.jpg", "000030000.json", "000030000.txt", "000030001.jpg"]
@@ -93,7 +93,7 @@ def test_held_out_digits_never_occur_in_training(digit_set: Path) -> None:
     sources = [{json.loads(s["json"])["url"] for s in part} for part in (train, test)]
     assert sources[0].isdisjoint(sources[1])
     assert len(sources[0] | sources[1]) == 1797
-    # A fifth of each class, so that no class weighs more.
+    # A fifth of each class, so that all classes have the same weight.
     assert len(test) == 360
     assert set(Counter(int(s["cls"]) for s in test).values()) <= {35, 36, 37}
 
@@ -122,7 +122,7 @@ def test_same_seed_gives_same_bytes(digit_set: Path, tmp_path: Path) -> None:
     assert a["train/00000.tar"] != c["train/00000.tar"]
 
 
-def test_complete_set_is_left_alone(tmp_path: Path) -> None:
+def test_complete_set_is_not_rewritten(tmp_path: Path) -> None:
     out = tmp_path / "set"
     assert make_small_scenes(out)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -130,7 +130,7 @@ def test_complete_set_is_left_alone(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
 
 
-def test_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("do not lose")
     with pytest.raises(ValueError, match=r"out \(.*\) must be empty or hold a complete data set"):
         make_digits(tmp_path)
@@ -187,13 +187,13 @@ def test_scene_captions_compose_and_leave_pairs_out() -> None:
     }
     unseen = set(synthetic_scenes.CLASSNAMES) - seen
     assert len(unseen) == 8
-    asked = {
+    unseen_labels = {
         synthetic_scenes.CLASSNAMES[sample.label]
         for sample in synthetic_scenes.labelled_scenes(
             "test_unseen", num_samples=16, image_size=16, seed=0
         )
     }
-    assert asked == unseen
+    assert unseen_labels == unseen
     assert any(" left of " in caption for caption in captions)
     assert any(caption.startswith("three large") for caption in captions)
 

@@ -1,4 +1,4 @@
-"""The map over processes: in order, bounded, and gone when it is closed."""
+"""The map over processes keeps the order, is bounded, and ends its processes when closed."""
 
 import multiprocessing
 import operator
@@ -18,7 +18,7 @@ from PIL import Image
 from ds_linclip.data.prepare.parallel_map import ordered_map
 
 
-def group_lives(group: int) -> bool:
+def is_group_alive(group: int) -> bool:
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -28,10 +28,10 @@ def group_lives(group: int) -> bool:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Processes started here heed Ctrl-C, also where this one does not.
+    """Let processes started in this context react to Ctrl-C, even if this one ignores it.
 
-    A shell without job control starts what it puts into the background, as ``make test &`` in a
-    script, with SIGINT ignored, and processes inherit that.
+    A shell without job control starts background jobs, such as ``make test &`` in a script, with
+    SIGINT ignored, and their processes inherit that.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -99,6 +99,6 @@ def test_interrupted_command_leaves_no_files_and_no_processes(tmp_path: Path) ->
     assert running.wait(timeout=60) != 0
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
     deadline = time.monotonic() + 10
-    while group_lives(running.pid):
+    while is_group_alive(running.pid):
         assert time.monotonic() < deadline
         time.sleep(0.1)
