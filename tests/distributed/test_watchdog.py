@@ -104,7 +104,7 @@ def test_stopped_rank_is_found_and_named(overrides, tmp_path):
     run, stopped, checks = config.run_dir, {}, [healthcheck(tmp_path)]
 
     def stop_rank_1() -> None:
-        wait_for(lambda: (run / "metrics.jsonl").exists(), 40)
+        wait_for(lambda: (run / "metrics.jsonl").exists(), 300)
         sign = json.loads((run / "watchdog" / "rank-00001.json").read_text())
         checks.append(healthcheck(tmp_path))
         os.kill(sign["pid"], signal.SIGSTOP)
