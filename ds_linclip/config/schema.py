@@ -1,7 +1,7 @@
 """The fields of a configuration: typed, documented, with their defaults."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,13 @@ class Attention:
     length_exponent: float = 0.0
     #: Apply RMSNorm with a learned gain to the output of every head, before the output projection.
     head_norm: bool = False
+
+    def __str__(self) -> str:
+        """Return the kind and the settings that have an effect on it."""
+        if self.kind == "softmax":
+            return "softmax"
+        settings = {k: v for k, v in asdict(self).items() if k != "kind"}
+        return f"linear ({', '.join(f'{k} {v}' for k, v in settings.items())})"
 
 
 @dataclass(kw_only=True)
@@ -241,8 +248,8 @@ class TrainConfig:
     #: batch: the features of all micro-batches are computed twice, first without a graph, then for
     #: the backward pass (GradCache, arXiv 2101.06983).
     micro_batch_size: int | None = None
-    #: `bf16`, `fp16` (with dynamic loss scaling) or `fp32`. Master weights and accumulated gradients
-    #: are always fp32.
+    #: `bf16`, `fp16` (with dynamic loss scaling) or `fp32`. Master weights and accumulated
+    #: gradients are always fp32.
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     #: Which activations of a block the backward pass recomputes. `full`: all but the block's input.
     #: `selective`: all but the outputs of matrix products and attention.
@@ -255,8 +262,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class InitConfig:
-    """Pretrained weights that a run starts from, and the towers it keeps frozen (LiT, arXiv
-    2111.07991).
+    """Pretrained weights that a run starts from, and frozen towers (LiT, arXiv 2111.07991).
 
     The folders hold `open_clip_config.json` and `open_clip_model.safetensors`, written by open_clip
     or by `ds-linclip export`, for the same architecture; positional embeddings are interpolated if
@@ -297,8 +303,10 @@ class LossConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """Optimizer, with a linear warm-up and a cosine decay to zero. The defaults are open_clip's for
-    a ViT."""
+    """Optimizer, with a linear warm-up and a cosine decay to zero.
+
+    The defaults are open_clip's for a ViT.
+    """
 
     #: `adamw`: torch's. `lion` (arXiv 2302.06675): try a tenth of AdamW's learning rate and ten
     #: times its weight decay; it has no `eps`. `lamb` (arXiv 1904.00962): one trust ratio per
@@ -326,8 +334,10 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Devices and the parallel axes. The number of ranks is tp x cp x dp x pp; tensor-parallel ranks
-    are neighbours."""
+    """Devices and the parallel axes.
+
+    The number of ranks is tp x cp x dp x pp; consecutive ranks form a tensor-parallel group.
+    """
 
     #: Device type of the ranks; `auto`: GPUs if there are any.
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -205,7 +205,11 @@ def test_paths_on_the_command_line_are_relative_to_the_working_directory(tmp_pat
     (tmp_path / "base.yaml").write_text(PATHS)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    given = ["output_dir=out", "init.pretrained_image=../start", "data.train=[a.tar, '{b,c}/0.tar']"]
+    given = [
+        "output_dir=out",
+        "init.pretrained_image=../start",
+        "data.train=[a.tar, '{b,c}/0.tar']",
+    ]
     given += ["data.cache.dir=~/cache", "zero.deepspeed_config=zero.json", "eval.data=held"]
     given += ["eval.classes=imagenet-1k", "eval.templates=simple"]
     found = load_config("../base.yaml", given)
@@ -226,7 +230,14 @@ def test_a_path_that_no_one_sets_is_relative_to_the_working_directory(tmp_path, 
 
 @pytest.mark.parametrize(
     "shards",
-    ["https://host/{0..9}.tar", "{/a,/b}/0.tar", "{s3://a,/b}/0.tar", "pipe:cat", "zip::s3://a", ""],
+    [
+        "https://host/{0..9}.tar",
+        "{/a,/b}/0.tar",
+        "{s3://a,/b}/0.tar",
+        "pipe:cat",
+        "zip::s3://a",
+        "",
+    ],
 )
 def test_urls_and_absolute_patterns_stay_as_they_are(tmp_path, shards):
     path = tmp_path / "run.yaml"
@@ -342,7 +353,7 @@ def _as_yaml(override):
         ),
         (
             "data.resolutions=[{image_size: 32}, {from_step: 0, image_size: 16}]",
-            r"data\.resolutions\[1\]\.from_step \(0\) must be greater than 0, the last",
+            r"data\.resolutions\[1\]\.from_step \(0\) must be greater than 0, the one before",
         ),
         (
             "data.resolutions=[{image_size: 32}, {from_step: 800, image_size: 16}]",

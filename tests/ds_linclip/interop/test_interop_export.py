@@ -20,8 +20,9 @@ from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import Config, ParallelConfig, load_config
 from ds_linclip.interop import export_checkpoint
 from ds_linclip.interop.export import main
+from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE
 from ds_linclip.interop.key_mapping import open_clip_shapes
-from ds_linclip.interop.state_dict import CONFIG_FILE, WEIGHTS_FILE, load_folder
+from ds_linclip.interop.state_dict import load_folder
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from helpers.stored_checkpoints import random_weights, split_dims, write_checkpoint
@@ -131,11 +132,12 @@ def test_averages_are_exported_unless_raw_weights_are_asked_for(checkpoint, mesh
     assert ema["ln_final.bias"].equal(seen.text.ln_final.bias)
 
 
-def test_without_an_average_none_can_be_asked_for(config_of, mesh, tmp_path):
+def test_asking_for_a_missing_average_is_an_error(config_of, mesh, tmp_path):
     config = config_of()
     model = CLIP(config.model, mesh)
     write_checkpoint(config, {"weight": random_weights(model)}, split_dims(model))
-    with pytest.raises(ValueError, match=r"no running average .*ema_decay 0\.0\): --weights raw"):
+    message = r"no running average .*ema_decay 0\.0\): use --weights raw"
+    with pytest.raises(ValueError, match=message):
         export_checkpoint(config.run_dir, tmp_path / "out", weights="ema")
     assert export_checkpoint(config.run_dir, tmp_path / "out").weights == "raw"
 
@@ -246,7 +248,7 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(checkpoint, tmp_path, c
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2
-    assert f"File too large: '{tmp_path}/out" in (err := capsys.readouterr().err)
+    assert f"File too large: '{tmp_path}/.out." in (err := capsys.readouterr().err)
     assert WEIGHTS_FILE in err
     assert sorted(tmp_path.iterdir()) == there
 
@@ -299,8 +301,11 @@ def test_card_says_what_was_trained_and_how_it_scored(checkpoint, tmp_path):
         'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:out")',
     ]:
         assert line in body.splitlines()
-    assert "average of the weights, which this folder does not hold." in body
-    assert str(tmp_path) not in body.replace("data/embedded", "")
+    assert "average of the weights, which this folder does not contain." in body
+    assert str(tmp_path) not in body
+    assert "| data | train/{00000..00007}.tar |" in body.splitlines()
+    assert "Evaluation is on embedded/test" in body
+    assert str(Path.cwd()) not in body
 
 
 def test_card_hides_what_is_secret_in_urls(config_of, mesh, tmp_path):
@@ -312,7 +317,7 @@ def test_card_hides_what_is_secret_in_urls(config_of, mesh, tmp_path):
     export_checkpoint(config.run_dir, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert r"| data | https://host/a\|b/{0..3}.tar |" in card
-    assert "None were found beside the checkpoint." in card
+    assert "The run folder of the checkpoint has no metrics." in card
 
 
 @pytest.mark.parametrize(

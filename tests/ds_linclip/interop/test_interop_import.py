@@ -20,18 +20,11 @@ from ds_linclip.config import (
     load_config,
 )
 from ds_linclip.interop import export_checkpoint, import_weights
+from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE, parse_config, read_config
 from ds_linclip.interop.import_weights import main
 from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.pretrained import load_pretrained
-from ds_linclip.interop.state_dict import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    export_folder,
-    load_folder,
-    parse_config,
-    read_config,
-    to_open_clip,
-)
+from ds_linclip.interop.state_dict import export_folder, load_folder, to_open_clip
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
@@ -119,8 +112,8 @@ def test_a_file_needs_its_architecture(mesh, tmp_path, capsys):
         ),
         (["--model=ViT-S-32"], "misses visual.transformer.resblocks.2.ln_1.weight"),
         (["--model=ViT-B-16-quickgelu"], "model_cfg (quick_gelu) must hold no such keys"),
-        (["--model=RN50"], "no plain transformer CLIP: vision_cfg must describe"),
-        (["--model=ViT-B-16-SigLIP"], "no plain transformer CLIP: vision_cfg must describe"),
+        (["--model=RN50"], "not a plain transformer CLIP: vision_cfg must describe"),
+        (["--model=ViT-B-16-SigLIP"], "not a plain transformer CLIP: vision_cfg must describe"),
         (["--model=hf-hub:some/model"], "must be one of open_clip's names"),
         ([f"--config={tmp_path}/nowhere.json"], "nowhere.json"),
     ]:
@@ -263,15 +256,15 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
     assert import_weights(source, tmp_path / "out").num_parameters > 0
 
 
-def test_another_normalisation_of_images_is_told(tmp_path, caplog):
+def test_another_normalization_of_images_is_reported(tmp_path, caplog):
     source = write_folder(tmp_path / "in", stock_weights())
     content = json.loads((source / CONFIG_FILE).read_text())
     content["preprocess_cfg"] = {"mean": list(open_clip.OPENAI_DATASET_MEAN), "std": [0.5] * 3}
     (source / CONFIG_FILE).write_text(json.dumps(content))
     with caplog.at_level(logging.WARNING):
         import_weights(source, tmp_path / "out")
-    (told,) = caplog.messages
-    assert "images had std [0.5, 0.5, 0.5]; here they have (0.268" in told
+    (message,) = caplog.messages
+    assert "normalized with std [0.5, 0.5, 0.5]; ds_linclip uses (0.268" in message
 
 
 def test_linear_attention_comes_back_as_it_was(mesh, tmp_path):
