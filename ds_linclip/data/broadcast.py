@@ -1,4 +1,4 @@
-"""Batches for ranks that share their samples: one of them reads and decodes."""
+"""Batches for tensor-, context- and pipeline-parallel ranks: one reads, the others receive."""
 
 from collections.abc import Iterator
 
@@ -9,25 +9,28 @@ from ds_linclip.config import Config
 from ds_linclip.data import Batch, TrainData
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["feed"]
+__all__ = ["broadcast_batches"]
 
 
-def feed(
+def broadcast_batches(
     data: TrainData, config: Config, mesh: Mesh, start_step: int, skipped_batches: int = 0
 ) -> Iterator[Batch]:
-    """This rank's batches from ``start_step`` on, without end.
+    """Yield this rank's batches from ``start_step`` on, without end.
+
+    The first rank of every data-parallel group of peers reads the batches and broadcasts images and
+    texts to its tensor- and context-parallel peers. Later pipeline stages get tensors of the right
+    shapes without content, because their input comes from the stage before. Keys, captions and
+    counts of bad samples stay on the reading rank.
 
     Args:
-        data, config, mesh: of the run.
-        start_step: optimizer steps done.
-        skipped_batches: batches of the data order that the run has left out.
-
-    The first rank of a data-parallel place reads them, and hands images and texts to its tensor-
-    and context-parallel peers. Later pipeline stages get shapes alone: what they work on comes from
-    the stage before. Keys, captions and counts of bad samples are with the reader.
+        data: The run's data.
+        config: The run's configuration.
+        mesh: The run's ranks.
+        start_step: Number of finished optimizer steps.
+        skipped_batches: Number of batches that the run has left out, after loss spikes.
 
     Raises:
-        DataError: on the reader, as :meth:`~ds_linclip.data.TrainData.batches`.
+        DataError: on the reading rank, as :meth:`~ds_linclip.data.TrainData.batches`.
     """
     if mesh.is_first_of_its_data:
         for batch in data.batches(start_step, mesh.device, skipped_batches):
@@ -40,11 +43,11 @@ def feed(
     while True:
         images = (size, 3, *config.image_size_at(step))
         texts = (size, config.model.text.context_length)
-        yield _received(images, texts, mesh) if mesh.pp.rank == 0 else _shapes(images, texts)
+        yield _receive(images, texts, mesh) if mesh.pp.rank == 0 else _empty(images, texts)
         step += 1
 
 
-def _received(images: tuple[int, ...], texts: tuple[int, ...], mesh: Mesh) -> Batch:
+def _receive(images: tuple[int, ...], texts: tuple[int, ...], mesh: Mesh) -> Batch:
     batch = Batch(
         images=torch.empty(images, device=mesh.device),
         texts=torch.empty(texts, dtype=torch.int64, device=mesh.device),
@@ -56,8 +59,8 @@ def _received(images: tuple[int, ...], texts: tuple[int, ...], mesh: Mesh) -> Ba
     return batch
 
 
-def _shapes(images: tuple[int, ...], texts: tuple[int, ...]) -> Batch:
-    """Of the right shapes, without memory."""
+def _empty(images: tuple[int, ...], texts: tuple[int, ...]) -> Batch:
+    """Return a batch of the right shapes that takes no memory."""
     nothing = torch.zeros(())
     return Batch(
         images=nothing.expand(images), texts=nothing.long().expand(texts), keys=[], captions=[]
