@@ -5,30 +5,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-__all__ = [
-    "Attention",
-    "CacheConfig",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "EvalConfig",
-    "HealthConfig",
-    "InitConfig",
-    "LogConfig",
-    "LossConfig",
-    "ModelConfig",
-    "NetworkConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "Resolution",
-    "Source",
-    "TextTower",
-    "TrainConfig",
-    "VisionTower",
-    "WatchdogConfig",
-    "ZeroConfig",
-]
-
 #: Marks a field that holds a path; ``loading`` makes it absolute. Its ``names`` are no paths.
 _PATH = {"path": True}
 _CLASS_LISTS = (
@@ -226,11 +202,10 @@ class DataConfig:
     resolutions: list[Resolution] = field(default_factory=list)
     cache: CacheConfig = field(default_factory=CacheConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    #: Largest fraction of bad samples (they are replaced) before the run ends with an error. All
+    #: Fraction of bad samples (they are replaced) above which the run ends with an error. All
     #: samples of a lost shard count.
     max_bad_samples: float = 0.1
-    #: Largest number of bad samples in a row before the run ends with an error. A lost shard counts
-    #: as one.
+    #: Number of bad samples in a row that ends the run with an error. A lost shard counts as one.
     max_bad_in_a_row: int = 100
 
 

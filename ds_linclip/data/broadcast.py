@@ -1,5 +1,6 @@
 """Batches for tensor-, context- and pipeline-parallel ranks: one reads, the others receive."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -34,34 +35,25 @@ def broadcast_batches(
     """
     if mesh.is_first_of_its_data:
         for batch in data.batches(start_step, mesh.device, skipped_batches):
-            if mesh.peers.size > 1:
-                for tensor in (batch.images, batch.texts):
-                    dist.broadcast(tensor, group=mesh.peers.group, group_src=0)
+            _broadcast(batch, mesh)
             yield batch
-    size = config.train.global_batch_size // mesh.dp.size
-    step = start_step
-    while True:
+    size, nothing = config.train.global_batch_size // mesh.dp.size, torch.zeros(())
+    for step in itertools.count(start_step):
         images = (size, 3, *config.image_size_at(step))
         texts = (size, config.model.text.context_length)
-        yield _receive(images, texts, mesh) if mesh.pp.rank == 0 else _empty(images, texts)
-        step += 1
+        if mesh.pp.rank > 0:  # shapes that take no memory
+            yield Batch(images=nothing.expand(images), texts=nothing.long().expand(texts))
+            continue
+        batch = Batch(
+            images=torch.empty(images, device=mesh.device),
+            texts=torch.empty(texts, dtype=torch.int64, device=mesh.device),
+        )
+        _broadcast(batch, mesh)
+        yield batch
 
 
-def _receive(images: tuple[int, ...], texts: tuple[int, ...], mesh: Mesh) -> Batch:
-    batch = Batch(
-        images=torch.empty(images, device=mesh.device),
-        texts=torch.empty(texts, dtype=torch.int64, device=mesh.device),
-        keys=[],
-        captions=[],
-    )
-    for tensor in (batch.images, batch.texts):
-        dist.broadcast(tensor, group=mesh.peers.group, group_src=0)
-    return batch
-
-
-def _empty(images: tuple[int, ...], texts: tuple[int, ...]) -> Batch:
-    """Return a batch of the right shapes that takes no memory."""
-    nothing = torch.zeros(())
-    return Batch(
-        images=nothing.expand(images), texts=nothing.long().expand(texts), keys=[], captions=[]
-    )
+def _broadcast(batch: Batch, mesh: Mesh) -> None:
+    """Send images and texts from the first of this rank's peers to the others, in place."""
+    if mesh.peers.size > 1:
+        for tensor in (batch.images, batch.texts):
+            dist.broadcast(tensor, group=mesh.peers.group, group_src=0)

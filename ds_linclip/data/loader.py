@@ -11,14 +11,14 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ds_linclip.config import Config
 from ds_linclip.data.remote import Storage, is_remote, redact
@@ -49,8 +49,8 @@ class Batch:
 
     images: Tensor
     texts: Tensor
-    keys: list[str]
-    captions: list[str]
+    keys: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     problems: list[ShardProblem] = field(default_factory=list)
 
@@ -195,7 +195,7 @@ class TrainData:
         """
         loader = ordered_loader(
             self._dataset,
-            _Parts(start_step, skipped_batches, self._num_parts),
+            self._places(start_step, skipped_batches),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_batches,
         )
@@ -211,6 +211,12 @@ class TrainData:
                 parts.clear()
                 del part  # otherwise its memory stays in use during the step
                 yield batch
+
+    def _places(self, start_step: int, skipped_batches: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (step, batch number, part number) for all parts of every step, without end."""
+        for step in itertools.count(start_step):
+            for part in range(self._num_parts):
+                yield step, step + skipped_batches, part
 
 
 class _PartDataset(Dataset[_Part | DataError]):
@@ -295,20 +301,8 @@ class _PartDataset(Dataset[_Part | DataError]):
         return memory
 
 
-class _Parts(Sampler[tuple[int, int, int]]):
-    """Yields (step, batch number, part number) for all parts of every step, without end."""
-
-    def __init__(self, start: int, skipped_batches: int, num_parts: int) -> None:
-        self._start, self._skipped_batches, self._num_parts = start, skipped_batches, num_parts
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        for step in itertools.count(self._start):
-            batch = step + self._skipped_batches
-            yield from ((step, batch, part) for part in range(self._num_parts))
-
-
 def ordered_loader(
-    dataset: Dataset[_Item], sampler: Sampler, *, num_workers: int, prefetch_factor: int = 2
+    dataset: Dataset[_Item], sampler: Iterable[Any], *, num_workers: int, prefetch_factor: int = 2
 ) -> DataLoader[_Item]:
     """Return a DataLoader whose items are whole batches, in the sampler's order."""
     return DataLoader(

@@ -96,7 +96,13 @@ def find_shards(
             if str(error).startswith("data."):
                 raise
             raise ValueError(f"{name} cannot be read: {error}") from error
-    _check_distinct([shard.url for shards in found for shard in shards])
+    urls = Counter(shard.url for shards in found for shard in shards)
+    url, times = urls.most_common(1)[0]
+    if times > 1:
+        raise ValueError(
+            f"data.train ({redact(url)}) must come once, not {times} times; set upsampling to "
+            "repeat its samples"
+        )
     if sources[0].weight is not None:
         return _by_weight(sources, found)
     groups: dict[float, list[Shard]] = {}
@@ -168,7 +174,7 @@ class _Sizes:
         for folder, urls in self._by_folder().items():
             sizes = self._read_json(folder) or {}
             for url in urls:
-                size = sizes.get(_file_name(url))
+                size = sizes.get(_split_query(url)[0].rpartition("/")[2])
                 if size is not None:
                     counts[url] = self._as_count(size, folder)
         ends = {self._urls[0], self._urls[-1]}
@@ -308,20 +314,7 @@ def expand(pattern: str, name: str) -> list[str]:
     return urls
 
 
-def _check_distinct(urls: Sequence[str]) -> None:
-    repeated = [url for url, times in Counter(urls).items() if times > 1]
-    if repeated:
-        raise ValueError(
-            f"data.train ({redact(repeated[0])}) must come once, not {urls.count(repeated[0])} "
-            "times; set upsampling to repeat its samples"
-        )
-
-
 def _split_query(url: str) -> tuple[str, str]:
     """Split a URL into the file's address and the query or fragment after it."""
     match = re.match(r"([^?#]*)(.*)", url) if is_remote(url) else None
     return (match[1], match[2]) if match else (url, "")
-
-
-def _file_name(url: str) -> str:
-    return _split_query(url)[0].rpartition("/")[2]

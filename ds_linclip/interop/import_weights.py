@@ -11,7 +11,6 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +32,7 @@ from ds_linclip.interop.hub_folder import (
 from ds_linclip.interop.key_mapping import SCALARS, check_shapes, open_clip_shapes
 from ds_linclip.process.exit_codes import ExitCode
 
-__all__ = ["Imported", "import_weights", "main"]
+__all__ = ["import_weights", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +48,6 @@ _DTYPES_READ = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 _NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Imported:
-    """Summary of an import.
-
-    Attributes:
-        weights: The file that was read.
-        num_parameters: Number of weights that were written.
-    """
-
-    weights: Path
-    num_parameters: int
-
-
 def import_weights(
     source: Path,
     output: Path,
@@ -69,7 +55,7 @@ def import_weights(
     config: Path | None = None,
     architecture: str | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
-) -> Imported:
+) -> int:
     """Write the weights of open_clip's plain transformer CLIP as a folder for ``init.pretrained``.
 
     Args:
@@ -79,6 +65,9 @@ def import_weights(
         architecture: For a safetensors file, instead of ``config``: open_clip's name of the
             architecture, such as ViT-B-16.
         dtype: Dtype of the weights; None: unchanged. Scalars are always fp32.
+
+    Returns:
+        The number of parameters.
 
     Raises:
         ValueError: when the weights are not those of a plain transformer CLIP, do not fit their
@@ -107,7 +96,7 @@ def import_weights(
         layout = tensor_layout(shapes, lambda key: DTYPES[dtype] if dtype else dtypes[key])
         write_hub_folder(folder, model, layout, lambda key: file.get_tensor(stored[key]))
     sizes = (facts.num_bytes // facts.dtype.itemsize for facts in layout.values())
-    return Imported(weights=path, num_parameters=sum(sizes))
+    return sum(sizes)
 
 
 def _open_source(
@@ -212,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     try:
-        imported = import_weights(
+        num_parameters = import_weights(
             options.source,
             options.output,
             config=options.config,
@@ -223,8 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return ExitCode.USER_ERROR
     sys.stdout.write(
-        f"{options.output}: {imported.num_parameters:,} parameters of {imported.weights}; train "
-        f"from it with init.pretrained={options.output}\n"
+        f"{options.output}: {num_parameters:,} parameters of {options.source}; train from it with "
+        f"init.pretrained={options.output}\n"
     )
     return ExitCode.FINISHED
 

@@ -147,12 +147,14 @@ class VisionTransformer(_Tower):
         return self._read(x) if self.has_head else x
 
     def _embed(self, images: Tensor, kept_patches: Tensor | None) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3 or not _divides(self.patch_size, images):
+        sides = images.shape[2:]
+        is_divided = all(side > 0 and side % self.patch_size == 0 for side in sides)
+        if images.ndim != 4 or images.shape[1] != 3 or not is_divided:
             raise ValueError(
                 f"images {tuple(images.shape)} must have shape [B, 3, H, W] with H and W multiples "
                 f"of patch_size ({self.patch_size})"
             )
-        rows, columns = (side // self.patch_size for side in images.shape[2:])
+        rows, columns = (side // self.patch_size for side in sides)
         class_position, positions = self._positions(rows, columns).tensor_split([1])
         num_tokens = 1 + (rows * columns if kept_patches is None else kept_patches.shape[1])
         held = token_slice(num_tokens, self.cp.rank, self.cp.size)
@@ -170,8 +172,8 @@ class VisionTransformer(_Tower):
     def _read(self, x: Tensor) -> Tensor:
         return self.ln_post(first_token(x, self.cp.group)) @ self.proj
 
-    def _positions(self, height: int, width: int) -> Tensor:
-        return resample_positions(self.positional_embedding, self.grid_size, (height, width))
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        return resample_positions(self.positional_embedding, self.grid_size, (rows, columns))
 
 
 class TextTransformer(_Tower):
@@ -294,8 +296,3 @@ class _PatchEmbedding(nn.Module):
             image = torch.arange(len(images), device=images.device)[:, None]
             patches = patches[image, chosen // columns, chosen % columns]
         return F.linear(patches.flatten(2).to(self.weight.dtype), self.weight.flatten(1))
-
-
-def _divides(patch_size: int, images: Tensor) -> bool:
-    height, width = images.shape[2:]
-    return height > 0 and width > 0 and height % patch_size == 0 and width % patch_size == 0
