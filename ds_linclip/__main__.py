@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "command",
         choices=("make-shards", "inspect-shards", "export", "import"),
-        help="make-shards: write a data set as shards; inspect-shards: report the content of shards; "
+        help="make-shards: write a data set as shards; inspect-shards: report what is in shards; "
         "export: convert a checkpoint for open_clip; import: convert open_clip's weights for "
         "init.pretrained",
     )

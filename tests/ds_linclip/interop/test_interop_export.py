@@ -1,4 +1,4 @@
-"""What an export holds, what it refuses, and how much memory it takes."""
+"""The content of an export, what is refused, and the memory it takes."""
 
 import json
 import os
@@ -119,10 +119,10 @@ def test_bytes_follow_from_the_weights_not_from_the_layout(config_of, mesh, tmp_
     assert all(content == found[0] for content in found)
 
 
-def test_averages_are_exported_unless_raw_weights_are_asked_for(checkpoint, mesh, tmp_path):
-    for asked in ("ema", "raw", None):
-        exported = export_checkpoint(checkpoint, tmp_path / f"{asked}", weights=asked)
-        assert exported.weights == (asked or "ema")
+def test_averages_are_exported_unless_raw_weights_are_requested(checkpoint, mesh, tmp_path):
+    for requested in ("ema", "raw", None):
+        exported = export_checkpoint(checkpoint, tmp_path / f"{requested}", weights=requested)
+        assert exported.weights == (requested or "ema")
     default, ema, raw = (load_file(tmp_path / n / WEIGHTS_FILE) for n in ("None", "ema", "raw"))
     seen = load_weights(checkpoint, mesh)
     for key, value in ema.items():
@@ -155,7 +155,7 @@ def test_half_precision(checkpoint, tmp_path, name):
     open_clip.create_model(f"local-dir:{tmp_path}/half")
 
 
-def test_what_fp16_cannot_hold_is_named(config_of, mesh, tmp_path, capsys):
+def test_weight_beyond_the_range_of_fp16_is_named(config_of, mesh, tmp_path, capsys):
     config = config_of()
     model = CLIP(config.model, mesh)
     weights = random_weights(model)
@@ -231,7 +231,7 @@ def test_bad_places_are_named(checkpoint, tmp_path, capsys):
     assert main([str(run), str(tmp_path / "empty"), "--step=6"]) == 0
 
 
-def test_the_command_says_one_line(tmp_path):
+def test_the_command_prints_one_line(tmp_path):
     command = [sys.executable, "-m", "ds_linclip", "export", tmp_path / "nowhere", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

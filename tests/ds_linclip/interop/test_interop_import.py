@@ -1,4 +1,4 @@
-"""What comes in from open_clip, what is refused, and that nothing of it is executed."""
+"""Imports from open_clip: what is accepted and refused, and that nothing is executed."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ def loaded(folder: Path, mesh: Mesh, loss: str = "softmax") -> dict[str, torch.T
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_a_hub_folder_becomes_one_that_runs_start_from(mesh, tmp_path, loss):
+def test_a_hub_folder_is_converted_for_init_pretrained(mesh, tmp_path, loss):
     bias = {"init_logit_bias": -10.0} if loss == "sigmoid" else {}
     weights = stock_weights(**bias)
     source = write_folder(tmp_path / "in", weights, **bias)
@@ -180,7 +180,7 @@ def test_pickles_are_refused_unopened(tmp_path, capsys, name, form):
     config = ["--config", str(source / CONFIG_FILE)]
     for arguments in ([str(source / name)], [str(source / name), *config], [str(source)]):
         if name == "w.safetensors" and arguments == [str(source)]:
-            continue  # a folder without weights, told as such
+            continue  # a folder without weights, reported as such
         code = main([arguments[0], str(tmp_path / "out"), *arguments[1:]])
         err = capsys.readouterr().err
         assert code == 2

@@ -1,4 +1,4 @@
-"""Starting from the weights of a folder, and keeping towers as they are."""
+"""Pretrained weights from a folder, and frozen towers."""
 
 import json
 import logging
@@ -88,7 +88,7 @@ def is_text(key: str) -> bool:
         ("pretrained_text", is_text),
     ],
 )
-def test_what_is_named_is_loaded_and_nothing_else(mesh, folder, stored, field, is_loaded):
+def test_only_the_named_weights_are_loaded(mesh, folder, stored, field, is_loaded):
     model = random_model(small_config(), mesh)
     before = to_open_clip(model)
     load_pretrained(model, InitConfig(**{field: str(folder)}))
@@ -120,7 +120,7 @@ def test_only_the_named_tower_must_fit(mesh, tmp_path):
 
 
 @pytest.mark.parametrize("units", [range(2), range(1, 4), range(3, 7), range(7, 9)])
-def test_a_part_of_the_model_takes_what_it_holds(mesh, folder, units):
+def test_a_pipeline_stage_loads_its_own_weights(mesh, folder, units):
     whole = random_model(small_config(), mesh)
     load_pretrained(whole, InitConfig(pretrained=str(folder)))
     part = CLIP(small_config(), mesh, units=units)
