@@ -7,6 +7,7 @@ any step by seeking.
 
 import hashlib
 import itertools
+import math
 import os
 import signal
 import threading
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ds_linclip.config import Config
+from ds_linclip.config import Config, check_batch
 from ds_linclip.data.remote import Storage, is_remote, redact
 from ds_linclip.data.sample_order import GroupSizes, SampleOrder
 from ds_linclip.data.sample_reader import DataError, SampleReader, ShardProblem
@@ -122,12 +123,8 @@ class TrainData:
     def __init__(
         self, config: Config, groups: Sequence[ShardGroup], *, dp_rank: int, dp_size: int
     ) -> None:
-        data, batch_size = config.data, config.train.global_batch_size
-        if batch_size <= 0 or batch_size % dp_size:
-            raise ValueError(
-                f"train.global_batch_size ({batch_size}) must be a positive multiple of the "
-                f"data-parallel size ({dp_size})"
-            )
+        data = config.data
+        check_batch(config, dp_size)
         raise_file_limit()
         self.order = SampleOrder(
             [
@@ -153,7 +150,7 @@ class TrainData:
         storage = Storage(data.cache, data.network)
         storage.check(urls)
         _check_visible(urls, storage)
-        local_size = batch_size // dp_size
+        local_size = config.train.global_batch_size // dp_size
         self._num_parts = max(1, min(data.num_workers, local_size))
         lanes_per_reader = -(-self.order.num_lanes // (dp_size * self._num_parts)) + 2
         reader = SampleReader(
@@ -351,9 +348,8 @@ def _check_shared_memory(config: Config, local_size: int) -> None:
     """Check that the decoded batches fit: containers often have only 64 MiB of shared memory."""
     if config.data.num_workers == 0 or not os.path.isdir(_SHARED_MEMORY):
         return
-    sizes = [config.model.vision.image_size, *(r.image_size for r in config.data.resolutions)]
-    batch = 3 * local_size * max(height * width for height, width in sizes)
-    needed = (config.data.prefetch_batches + 2) * batch
+    num_bytes = 3 * local_size * math.prod(config.largest_image_size)
+    needed = (config.data.prefetch_batches + 2) * num_bytes
     space = os.statvfs(_SHARED_MEMORY)
     free = space.f_bavail * space.f_frsize
     if needed > free:

@@ -12,6 +12,29 @@ from ds_linclip.data.remote import is_remote, redact
 __all__ = ["model_card"]
 
 _WEIGHTS = {"ema": "running average (EMA)", "raw": "as trained, no average"}
+_CARD = """---
+# Choose a license.
+license: unknown
+library_name: {library}
+pipeline_tag: zero-shot-image-classification
+tags:
+- clip
+{tags}---
+# {name}
+
+CLIP, trained with ds_linclip as run `{run}`. Intended use and limitations are not documented yet.
+
+## Training
+
+{training}
+
+## Metrics
+
+{metrics}
+
+## Loading
+
+{loading}"""
 _OPEN_CLIP = """```python
 import open_clip
 
@@ -66,37 +89,14 @@ def model_card(
         ("weights", _WEIGHTS[weights]),
         *_training(config, manifest),
     ]
-    front = [
-        "---",
-        "# Choose a license.",
-        "license: unknown",
-        f"library_name: {'open_clip' if fits_open_clip else 'ds_linclip'}",
-        "pipeline_tag: zero-shot-image-classification",
-        "tags:",
-        "- clip",
-        *([] if fits_open_clip else ["- linear-attention"]),
-        "---",
-    ]
-    return "\n".join(
-        [
-            *front,
-            f"# {name}",
-            "",
-            f"CLIP, trained with ds_linclip as run `{config.name}`. Intended use and limitations "
-            "are not documented yet.",
-            "",
-            "## Training",
-            "",
-            *_table(("", ""), facts),
-            "",
-            "## Metrics",
-            "",
-            *_metrics(config, run_dir / "metrics.jsonl", manifest["step"], weights),
-            "",
-            "## Loading",
-            "",
-            (_OPEN_CLIP if fits_open_clip else _DS_LINCLIP).format(name=name),
-        ]
+    return _CARD.format(
+        library="open_clip" if fits_open_clip else "ds_linclip",
+        tags="" if fits_open_clip else "- linear-attention\n",
+        name=name,
+        run=config.name,
+        training="\n".join(_table(("", ""), facts)),
+        metrics="\n".join(_metrics(config, run_dir / "metrics.jsonl", manifest["step"], weights)),
+        loading=(_OPEN_CLIP if fits_open_clip else _DS_LINCLIP).format(name=name),
     )
 
 

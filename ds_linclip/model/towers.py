@@ -5,7 +5,7 @@ the units it holds. Every unit is initialized from its own seed, so the weights 
 split.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -68,12 +68,15 @@ class _Tower(nn.Module):
             first, 0
         )
 
-    def _make_blocks(self, make: Callable[[], Block]) -> nn.ModuleDict:
+    def _make_blocks(
+        self, config: VisionTower | TextTower, mesh: Mesh, *, causal: bool, init: BlockInit
+    ) -> nn.ModuleDict:
         """Create the blocks held here, named by their number in the whole tower."""
+        shape = (config.width, config.heads, config.mlp_ratio)
         blocks = nn.ModuleDict()
         for index in self._held:
             with self._seeded(1 + index):
-                blocks[str(index)] = make()
+                blocks[str(index)] = Block(*shape, config.attention, mesh, causal=causal, init=init)
         return blocks
 
     @contextmanager
@@ -110,17 +113,7 @@ class VisionTransformer(_Tower):
                     scale * torch.randn(config.num_tokens, width)
                 )
             self.ln_pre = nn.LayerNorm(width)
-        self.blocks = self._make_blocks(
-            lambda: Block(
-                width,
-                config.heads,
-                config.mlp_ratio,
-                config.attention,
-                mesh,
-                causal=False,
-                init=BlockInit.vision(),
-            )
-        )
+        self.blocks = self._make_blocks(config, mesh, causal=False, init=BlockInit.vision())
         if self.has_head:
             self.ln_post = nn.LayerNorm(width)
             with self._seeded(config.layers + 1):
@@ -198,15 +191,7 @@ class TextTransformer(_Tower):
                     0.01 * torch.randn(config.context_length, width)
                 )
         self.blocks = self._make_blocks(
-            lambda: Block(
-                width,
-                config.heads,
-                config.mlp_ratio,
-                config.attention,
-                mesh,
-                causal=True,
-                init=BlockInit.text(width, config.layers),
-            )
+            config, mesh, causal=True, init=BlockInit.text(width, config.layers)
         )
         if self.has_head:
             self.ln_final = nn.LayerNorm(width)
