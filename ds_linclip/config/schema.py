@@ -19,8 +19,8 @@ class Attention:
     """Self-attention of one tower.
 
     With `kind: softmax` (torch's SDPA) the other fields have no effect. With `kind: linear` queries
-    and keys are L2-normalized per head, and the score of a query q and a key k is the feature map's
-    function of x = q.k. "Eq. 4" and "Eq. 7" are those of arXiv 2604.10064.
+    and keys are L2-normalized per head, and `feature_map` gives the score of a query q and a key k,
+    where x = q.k. "Eq. 4" and "Eq. 7" are those of arXiv 2604.10064.
     """
 
     #: `linear` costs O(N) time and memory for N tokens, `softmax` O(N^2).
