@@ -50,7 +50,8 @@ def _section(path: str, node: Any) -> str:
     for field in fields(node):
         if not is_dataclass(hints[field.name]):
             kind = _type_name(hints[field.name])
-            kind = kind.replace("str", "path") if "path" in field.metadata else kind
+            if "path" in field.metadata:
+                kind = kind.replace("str", "name or path" if "names" in field.metadata else "path")
             meaning = meanings[field.name].replace("|", r"\|")
             rows.append(f"| `{field.name}` | {kind} | {_default(field)} | {meaning} |")
     table = ["| key | type | default | meaning |", "|:---|:---|:---|:---|", *rows, ""]
@@ -101,8 +102,8 @@ def _type_name(hint: Any) -> str:
 
 def _default(field: Field[Any]) -> str:
     value = field.default if field.default_factory is MISSING else field.default_factory()
-    if value is None:
-        return "null"
+    if value is None or value == "":
+        return "null" if value is None else ""
     shown = str(list(value) if isinstance(value, tuple) else value)
     return f"`{shown.lower() if isinstance(value, bool) else shown}`"
 

@@ -123,15 +123,15 @@ class Source:
     In `data.train` a plain string means a source with that pattern and the defaults below.
     """
 
-    #: Brace pattern of tar files, such as `/data/laion400m/{00000..41455}.tar`: a local path,
-    #: `http(s)://`, `s3://`, `gs://` or another URL that fsspec knows.
+    #: Required. Brace pattern of tar files, such as `/data/laion400m/{00000..41455}.tar`: a local
+    #: path, `http(s)://`, `s3://`, `gs://` or another URL that fsspec knows.
     shards: str = field(default="", metadata=_PATH)
     #: Share of the training samples, relative to the other sources. Set it for all sources or for
     #: none.
     weight: float | None = None
     #: How often every sample comes per epoch; 0.5 takes half of the samples in every epoch.
     upsampling: float = 1.0
-    #: Number of samples in all shards of the source; needed where no file beside the shards tells.
+    #: Number of samples in all shards of the source; required if no file beside the shards has it.
     num_samples: int | None = None
 
 
@@ -181,7 +181,7 @@ class DataConfig:
     """Training shards in the img2dataset layout of LAION-400M."""
 
     #: Sources or patterns, such as `data.train=['/data/laion400m/{00000..41455}.tar']`; a single
-    #: pattern needs no list.
+    #: pattern needs no list. Required.
     train: list[Source] = field(default_factory=list)
     #: `shuffled`: every sample once per epoch (times `upsampling`). `replacement`: shards are drawn
     #: with replacement.
@@ -213,10 +213,10 @@ class DataConfig:
 class TrainConfig:
     """Length, batch size and precision of the training."""
 
-    #: Optimizer steps of the whole run.
+    #: Optimizer steps of the whole run; required.
     steps: int = 0
-    #: Image-text pairs per optimizer step, over all ranks. Each pair's negatives are all the
-    #: others.
+    #: Image-text pairs per optimizer step, over all ranks; required. Each pair's negatives are all
+    #: the others.
     global_batch_size: int = 0
     #: Pairs that a rank runs at once; null: its whole part of the global batch. With smaller
     #: micro-batches gradients are accumulated, and negatives still come from the whole global
