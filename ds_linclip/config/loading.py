@@ -104,7 +104,7 @@ def _read_with_bases(path: Path) -> list[tuple[str, Path, DictConfig]]:
         chain.insert(0, (str(path), path.parent, content))
         if base is None:
             return chain
-        path = path.parent / Path(base).expanduser()
+        path = path.parent / Path(str(base)).expanduser()
 
 
 def _parse_override(override: str) -> tuple[str, Path, DictConfig]:

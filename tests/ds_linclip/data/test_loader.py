@@ -226,6 +226,14 @@ def test_swapped_sources_have_another_identity(tmp_path: Path) -> None:
     assert one.identity != two.identity
 
 
+def test_identity_does_not_depend_on_the_folders_above(patterns, monkeypatch):
+    """A run that was started with relative paths resumes with absolute ones."""
+    folder = Path(patterns[0]).parent
+    monkeypatch.chdir(folder.parent)
+    relative = train_data([f"{folder.name}/{Path(patterns[0]).name}"])
+    assert relative.identity == train_data(patterns).identity
+
+
 def test_too_little_shared_memory_is_named(patterns: list[str]) -> None:
     with pytest.raises(
         ValueError, match=r"data\.prefetch_batches \(1000000000\) must fit .* --shm-size"
