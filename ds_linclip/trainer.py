@@ -299,7 +299,7 @@ class Trainer:
 
     def _open_batches(self) -> None:
         """Open the data at ``step``, and remove what was recorded after it."""
-        skipped = self._health.skipped_batches
+        skipped = self._divergence.skipped_batches
         self._batches = broadcast_batches(self._data, self._config, self._mesh, self.step, skipped)
         self._sample_log = SampleLog(self._config, self._mesh, self.step, skipped)
         self._writer.cut_back(self.step)

@@ -21,6 +21,7 @@ from ds_linclip.config.schema import (
     TextTower,
     TrainConfig,
     VisionTower,
+    WatchdogConfig,
     ZeroConfig,
 )
 from ds_linclip.config.validation import check_batch, check_model, check_ranks
@@ -41,6 +42,7 @@ __all__ = [
     "TextTower",
     "TrainConfig",
     "VisionTower",
+    "WatchdogConfig",
     "ZeroConfig",
     "as_image_size",
     "check_batch",

@@ -434,7 +434,8 @@ class WatchdogConfig:
 
     #: Seconds in one phase (a step, a save, an evaluation, ...) after which a rank counts as hung:
     #: the stacks of all ranks are written and the run ends with exit code 76. Must exceed the
-    #: longest phase of a healthy run. 0: no watchdog.
+    #: longest phase of a healthy run. Collectives time out ten minutes later, after at least 30
+    #: minutes. 0: no watchdog.
     timeout_seconds: float = 1200.0
     #: Warn about a rank whose own work per step takes this many times the median rank's; 0: never.
     slow_rank_ratio: float = 2.0

@@ -220,11 +220,11 @@ def open_shard(shard: Shard, storage: Storage) -> tuple[OpenShard | BadSample, l
     Raises:
         OSError: when it cannot be reached.
     """
-    found = _open(shard.url, storage, again=False)
+    found = _open(shard.url, storage, refetch=False)
     if isinstance(found, BadSample) or found.cut:
         if isinstance(found, OpenShard):
             found.close()
-        found = _open(shard.url, storage, again=True)
+        found = _open(shard.url, storage, refetch=True)
     name = redact(shard.url)
     if isinstance(found, BadSample):
         return found, [ShardProblem(name, found.cause, 0, shard.num_samples)]
@@ -240,9 +240,9 @@ def open_shard(shard: Shard, storage: Storage) -> tuple[OpenShard | BadSample, l
     return found, problems
 
 
-def _open(url: str, storage: Storage, *, again: bool) -> OpenShard | BadSample:
+def _open(url: str, storage: Storage, *, refetch: bool) -> OpenShard | BadSample:
     try:
-        return OpenShard(storage.open_again(url) if again else storage.open(url), url)
+        return OpenShard(storage.open(url, refetch=refetch), url)
     except FileNotFoundError:
         return BadSample("shard_missing", whole_shard=True)
     except BadSample as error:

@@ -1,4 +1,4 @@
-"""One optimizer step of the contrastive loss under DeepSpeed, and the state it changes."""
+"""One optimizer step of contrastive training under DeepSpeed, and the state that it changes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from ds_linclip.config import Config
 from ds_linclip.engine.deepspeed_config import deepspeed_config, monitor_config
 from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.lamb import Lamb
-from ds_linclip.engine.zero_state import Piece, StateShards, fill_module
+from ds_linclip.engine.zero_state import ParameterPiece, RankState, fill_module
 from ds_linclip.loss.grad_cache import ContrastiveLoss, surrogate
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh, prepare_for_deepspeed

@@ -22,12 +22,12 @@ VERSIONS = {"torch": "2.11.0", "deepspeed": "0.19.8"}
 
 
 def random_weights(model: CLIP) -> dict[str, Tensor]:
-    """Random weights by their names in the model, away from initial values."""
+    """Return weights unlike the initial ones, by our names."""
     return {name: 0.05 * torch.randn(p.shape) for name, p in model.named_parameters()}
 
 
 def split_dims(model: CLIP) -> dict[str, int | None]:
-    """The dimension of every parameter that tensor parallelism splits."""
+    """Return the dimension of each parameter that tensor parallelism splits."""
     return {
         name: p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
         for name, p in model.named_parameters()

@@ -122,7 +122,7 @@ def loss_against_one_process(mesh: Mesh) -> dict[str, float]:
 
 
 class Pulled(ContrastiveLoss):
-    """The logit scale as the loss, pulled at by every rank with a weight of its own."""
+    """A loss equal to the logit scale times a weight that differs between ranks."""
 
     weight = 1.0
 

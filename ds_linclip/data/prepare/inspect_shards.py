@@ -29,7 +29,7 @@ from ds_linclip.data.prepare.inspection_report import (
     to_text,
 )
 from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
-from ds_linclip.data.remote.filesystem import Storage, is_remote, shown
+from ds_linclip.data.remote import Storage, is_remote, redact
 from ds_linclip.data.sample_reader import ShardProblem, open_shard
 from ds_linclip.data.shard_index import Shard, find_shards
 from ds_linclip.data.tar_index import BadSample, OpenShard
@@ -120,64 +120,22 @@ def inspect_shards(
     }
 
 
-@dataclass(frozen=True)
-class _Inspector:
-    """Goes to worker processes and looks at one shard at a time."""
-
-    decode: bool
-    cache_dir: str | None
-
-    def storage(self) -> Storage:
-        return _storage(self.cache_dir)
-
-    def __call__(self, task: tuple[Shard, int | None]) -> Findings:
-        shard, quota = task
-        opened, problems = open_shard(shard, self.storage())
-        # Training reads no samples beyond the expected ones.
-        expected = (
-            shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
-        )
-        findings = Findings(expected=expected, unvouched=int(not shard.exact))
-        for problem in problems:
-            _note(findings, problem)
-        if isinstance(opened, OpenShard):
-            with closing(opened):
-                findings.found = len(opened)
-                self._read(opened, _spread(min(len(opened), expected), quota), findings)
-        return findings
-
-    def _read(self, opened: OpenShard, indices: Sequence[int], findings: Findings) -> None:
-        bad: Counter[str] = Counter()
-        start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of what is counted here
-            for index in indices:
-                try:
-                    self._read_sample(opened, index, findings)
-                except BadSample as error:
-                    bad[error.cause] += 1
-        findings.seconds = time.perf_counter() - start
-        findings.read = len(indices)
-        findings.samples_by_cause.update(bad)
-        findings.shards_by_cause.update(bad.keys())
-
-    def _read_sample(self, opened: OpenShard, index: int, findings: Findings) -> None:
-        """Text first, then the image, as training does: the first cause counts."""
-        text = opened.read(index, "text", max_bytes=MAX_TEXT_BYTES)
-        findings.bytes_read += len(text)
-        caption = decode_text(text)
-        content = opened.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
-        findings.bytes_read += len(content)
-        with open_image(content) as image:
-            size, kind, mode = image.size, image.format or "", image.mode
-        if self.decode:
-            decode_image(content)
-        findings.characters[len(caption)] += 1
-        findings.tokens[_tokenizer().count(caption)] += 1
-        findings.sizes[size] += 1
-        findings.image_bytes[len(content)] += 1
-        findings.formats[kind] += 1
-        findings.modes[mode] += 1
+def _inspect(
+    task: tuple[Shard, int | None], *, decode: bool, cache_dir: str | None
+) -> ShardFindings:
+    """Inspect a shard: all its samples, or as many as given, evenly spaced."""
+    shard, limit = task
+    opened, problems = open_shard(shard, _storage(cache_dir))
+    # Training reads no samples beyond the expected number.
+    expected = shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
+    findings = ShardFindings(expected=expected, unsized=int(not shard.exact))
+    for problem in problems:
+        _note(findings, problem)
+    if isinstance(opened, OpenShard):
+        with closing(opened):
+            findings.found = len(opened)
+            _read(opened, _spread(min(len(opened), expected), limit), findings, decode=decode)
+    return findings
 
 
 def _read(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data.prepare.inspect_shards import inspect_shards, main
-from ds_linclip.data.remote.filesystem import Storage
+from ds_linclip.data.remote import Storage
 from ds_linclip.data.sample_reader import open_shard
 from ds_linclip.data.shard_index import find_shards
 from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
