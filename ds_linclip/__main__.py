@@ -1,4 +1,4 @@
-"""Command line ``ds-linclip``: every tool is a subcommand."""
+"""The command line ``ds-linclip``: data and weight tools as subcommands."""
 
 import argparse
 import logging
@@ -11,23 +11,24 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Hand over to a subcommand; returns the exit code."""
+    """Run a subcommand and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="ds-linclip",
-        description="Tools around training.",
-        epilog="`ds-linclip COMMAND --help` tells more.",
+        description="Tools for data sets and weights.",
+        epilog="See `ds-linclip COMMAND --help` for the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "command",
         choices=("make-shards", "inspect-shards", "export", "import"),
-        help="make-shards: write a data set as shards; inspect-shards: report what shards hold; "
-        "export: write a checkpoint for open_clip; import: open_clip's weights for init.pretrained",
+        help="make-shards: write a data set as shards; inspect-shards: report what is in shards; "
+        "export: convert a checkpoint for open_clip; import: convert open_clip's weights for "
+        "init.pretrained",
     )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the subcommand")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the subcommand")
     options = parser.parse_args(arguments)
-    # Imported where it is needed: torch takes seconds. On a machine without a GPU it may warn that
-    # it finds none; nothing here looks for one.
+    # Imported here because torch takes seconds. On a machine without a GPU it may warn about that,
+    # which does not matter for these tools.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with quick_start():
         if options.command == "make-shards":

@@ -28,12 +28,8 @@ from torch import Tensor, nn
 from ds_linclip.checkpoint.loading import latest_checkpoint, load_weights
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST
 from ds_linclip.data import EvalTransform
-from ds_linclip.interop.state_dict import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    load_folder,
-    read_config,
-)
+from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE, read_config
+from ds_linclip.interop.state_dict import load_folder
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 

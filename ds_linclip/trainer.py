@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
-from ds_linclip.data.broadcast import feed
+from ds_linclip.data.broadcast import broadcast_batches
 from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
@@ -300,7 +300,7 @@ class Trainer:
     def _open_batches(self) -> None:
         """Open the data at ``step``, and remove what was recorded after it."""
         skipped = self._divergence.skipped_batches
-        self._batches = feed(self._data, self._config, self._mesh, self.step, skipped)
+        self._batches = broadcast_batches(self._data, self._config, self._mesh, self.step, skipped)
         self._sample_log = SampleLog(self._config, self._mesh, self.step, skipped)
         self._writer.cut_back(self.step)
         self._bar.update(self.step - self._bar.n)

@@ -1,20 +1,16 @@
-"""The configuration: typed dataclasses, loaded in three merges, checked once.
+"""The configuration: typed dataclasses, merged from three sources and checked once.
 
-Structured defaults <- YAML file (and the files its ``base:`` key names) <- ``key=value`` from the
-command line. Only the typed :class:`Config` travels further; nothing else reads YAML.
+Later sources override earlier ones: defaults, a YAML file (after the files that ``base:`` names),
+``key=value`` arguments. Only the typed :class:`Config` is passed on; no other module reads YAML.
 """
 
 from ds_linclip.config.loading import as_image_size, config_as_yaml, load_config, save_config
 from ds_linclip.config.schema import (
     Attention,
     CacheConfig,
-    CheckpointConfig,
     Config,
     DataConfig,
-    EvalConfig,
-    HealthConfig,
     InitConfig,
-    LogConfig,
     LossConfig,
     ModelConfig,
     NetworkConfig,
@@ -28,18 +24,14 @@ from ds_linclip.config.schema import (
     WatchdogConfig,
     ZeroConfig,
 )
-from ds_linclip.config.validation import check_batch, check_model, check_ranks, validate
+from ds_linclip.config.validation import check_batch, check_model, check_ranks
 
 __all__ = [
     "Attention",
     "CacheConfig",
-    "CheckpointConfig",
     "Config",
     "DataConfig",
-    "EvalConfig",
-    "HealthConfig",
     "InitConfig",
-    "LogConfig",
     "LossConfig",
     "ModelConfig",
     "NetworkConfig",
@@ -59,5 +51,4 @@ __all__ = [
     "config_as_yaml",
     "load_config",
     "save_config",
-    "validate",
 ]

@@ -1,5 +1,5 @@
-"""The reference of all keys, from the dataclasses and the comments above their fields:
-``python -m ds_linclip.config.docs docs/configuration.md``."""
+"""Write the reference of all configuration keys, from the dataclasses and the comments above their
+fields: ``python -m ds_linclip.config.docs docs/configuration.md``."""
 
 import ast
 import inspect
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ds_linclip.config import schema
 from ds_linclip.config.schema import Config
@@ -16,46 +16,51 @@ __all__ = ["reference"]
 
 _HEAD = """# Configuration
 
-A YAML file is a whole experiment; `base:` names a file that it changes; `key=value` on the command
-line comes last. An unknown key is an error that names the nearest known ones, and so is a value
-that breaks a rule. This page is made from
-[schema.py](../ds_linclip/config/schema.py) by `make docs`; examples are in
-[ds_configs/train](../ds_configs/train).
+A YAML file describes a whole experiment. Its top-level key `base:` names another file, relative to
+this one, whose values it changes; `key=value` on the command line overrides both. An unknown key is
+an error that names the nearest known keys, and a value that breaks a rule is an error that names
+the rule. Examples are in [ds_configs/train](../ds_configs/train). This page is generated from
+[schema.py](../ds_linclip/config/schema.py) by `make docs`.
+
+**Paths** in a YAML file are absolute or relative to that file; on the command line they are
+relative to the working directory. `~` is the home folder. The same holds for the brace patterns of
+`data.train`; URLs stay as they are. `config.yaml` in a run folder holds all paths in absolute form.
 """
 
 
 def reference() -> str:
-    """All keys with their types, defaults and meanings, as Markdown."""
+    """Return all keys with their types, defaults and meanings, as Markdown."""
     parts = [_HEAD, *(_section(path, node) for path, node in _sections(Config))]
     return "\n".join(parts)
 
 
-def _sections(node: type, path: str = "") -> Iterator[tuple[str, type]]:
-    """Dotted path and class of a dataclass and of those in its fields, from the outside in."""
+def _sections(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted path and class of a dataclass, then of those in its fields."""
     yield path, node
     for name, hint in get_type_hints(node).items():
         if get_origin(hint) is list:
             name, (hint,) = f"{name}[*]", get_args(hint)
         if is_dataclass(hint):
-            yield from _sections(cast(type, hint), f"{path}.{name}".lstrip("."))
+            yield from _sections(hint, f"{path}.{name}".lstrip("."))
 
 
-def _section(path: str, node: type) -> str:
+def _section(path: str, node: Any) -> str:
     hints, meanings = get_type_hints(node), _meanings(node)
-    rows = [
-        f"| `{field.name}` | {_type_name(hints[field.name])} | {_default(field)} "
-        f"| {_in_cell(meanings[field.name])} |"
-        for field in fields(cast(Any, node))
-        if not is_dataclass(hints[field.name])
-    ]
-    table = ["| key | type | default | |", "|:---|:---|:---|:---|", *rows, ""] if rows else []
-    title = f"## `{path}`" if path else "## The experiment"
-    text = inspect.cleandoc(node.__doc__ or "").replace("``", "`")
-    return "\n".join([title, "", text, "", *table])
+    rows = []
+    for field in fields(node):
+        if not is_dataclass(hints[field.name]):
+            kind = _type_name(hints[field.name])
+            if "path" in field.metadata:
+                kind = kind.replace("str", "name or path" if "names" in field.metadata else "path")
+            meaning = meanings[field.name].replace("|", r"\|")
+            rows.append(f"| `{field.name}` | {kind} | {_default(field)} | {meaning} |")
+    table = ["| key | type | default | meaning |", "|:---|:---|:---|:---|", *rows, ""]
+    title = f"## `{path}`" if path else "## Top level"
+    return "\n".join([title, "", inspect.cleandoc(node.__doc__), "", *(table if rows else [])])
 
 
-def _meanings(node: type) -> dict[str, str]:
-    """Field -> the ``#:`` comment above it.
+def _meanings(node: Any) -> dict[str, str]:
+    """Return the ``#:`` comment above every field.
 
     Raises:
         ValueError: for a field without one.
@@ -76,7 +81,7 @@ def _meanings(node: type) -> dict[str, str]:
             name = statement.target.id
             if not comment and not is_dataclass(get_type_hints(node)[name]):
                 raise ValueError(f"{node.__name__}.{name} must have a comment that says what it is")
-            found[name] = " ".join(comment).replace("``", "`")
+            found[name] = " ".join(comment)
     return found
 
 
@@ -97,14 +102,10 @@ def _type_name(hint: Any) -> str:
 
 def _default(field: Field[Any]) -> str:
     value = field.default if field.default_factory is MISSING else field.default_factory()
-    if value is None:
-        return "null"
+    if value is None or value == "":
+        return "null" if value is None else ""
     shown = str(list(value) if isinstance(value, tuple) else value)
     return f"`{shown.lower() if isinstance(value, bool) else shown}`"
-
-
-def _in_cell(text: str) -> str:
-    return text.replace("|", r"\|")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Configurations in files: three merges, shorthands, and messages for what does not fit."""
+"""Loading and saving configurations: defaults, YAML files, overrides, and messages for mistakes."""
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -15,9 +17,15 @@ from ds_linclip.config.validation import validate
 
 __all__ = ["as_image_size", "config_as_yaml", "load_config", "save_config"]
 
+_NOT_LOCAL = re.compile(r"[A-Za-z][\w.+-]*:(//|:)|pipe:")
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML experiment, apply ``key=value`` overrides, return the checked config.
+
+    Paths in the result are absolute. A relative path is taken from the folder of the YAML file that
+    sets it, or from the working directory if an override or a default sets it; ``~`` is the home
+    folder. URLs and braces stay as they are.
 
     Args:
         path: YAML file. A top-level ``base:`` names another file, relative to this one, that is
@@ -29,68 +37,45 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             value of the wrong type, or a value that breaks a rule of :func:`validate`.
     """
     merged = OmegaConf.structured(Config)
-    sources = [(str(file), content) for file, content in _read_with_bases(Path(path))]
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"override ({override}) must have the form key=value")
+    for source, folder, content in [
+        *_read_with_bases(Path(path)),
+        *(_parse_override(override) for override in overrides),
+    ]:
         try:
-            sources.append(("command line", OmegaConf.from_dotlist([override])))
-        except (YAMLError, OmegaConfBaseException) as error:
-            raise ValueError(
-                f"override ({override}) must have a YAML value; quote a pattern within a list: "
-                "data.train=['{00..99}.tar']"
-            ) from error
-    for source, content in sources:
-        try:
-            merged = OmegaConf.merge(merged, _write_out_shorthands(content))
+            plain = _write_out_shorthands(content)
+            _resolve_paths(plain, Config, folder)
+            merged = OmegaConf.merge(merged, plain)
         except ConfigKeyError as error:
             raise ValueError(f"{source}: {_unknown_key_message(error.full_key or '')}") from error
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list and a mapping
-            reason, key = str(error).splitlines()[0], getattr(error, "full_key", None)
-            raise ValueError(f"{source}: {key or 'config'}: {reason}") from error
-    config = OmegaConf.to_object(merged)
+            raise ValueError(f"{source}: {_reason(error)}") from error
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+        _resolve_paths(values, Config, Path())  # defaults, and paths that begin with ${...}
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {_reason(error)}") from error
     assert isinstance(config, Config)
     validate(config)
     return config
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved config as YAML; :func:`load_config` reads it back equal."""
+    """Write a config as YAML; :func:`load_config` reads back an equal one."""
     Path(path).write_text(config_as_yaml(config))
 
 
 def config_as_yaml(config: Config) -> str:
-    """The resolved config as YAML."""
+    """Return all values of a config as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
-def _read_with_bases(path: Path) -> list[tuple[Path, DictConfig]]:
-    """The file and its bases, furthest base first."""
-    chain: list[tuple[Path, DictConfig]] = []
-    while True:
-        if any(path.samefile(seen) for seen, _ in chain if path.exists()):
-            raise ValueError(f"{path}: base files form a circle")
-        try:
-            content = OmegaConf.load(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"config ({path}) cannot be read: {error}") from error
-        except (YAMLError, OmegaConfBaseException) as error:
-            raise ValueError(f"config ({path}) is not valid YAML: {error}") from error
-        if not isinstance(content, DictConfig):
-            raise ValueError(f"config ({path}) must hold keys and values")
-        base = content.pop("base", None)
-        chain.insert(0, (path, content))
-        if base is None:
-            return chain
-        path = path.parent / base
-
-
 def as_image_size(name: str, value: object) -> tuple[int, int]:
-    """(height, width) as written in a file: a pair, or one number that stands for a square.
+    """Return (height, width) for a value from a file: a pair, or one number for a square.
 
     Args:
         name: The field, for the message.
-        value: What stands there.
+        value: The value.
 
     Raises:
         ValueError: naming the field, for anything else.
@@ -101,8 +86,42 @@ def as_image_size(name: str, value: object) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+def _read_with_bases(path: Path) -> list[tuple[str, Path, DictConfig]]:
+    """Return name, folder and content of the file and its bases, furthest base first."""
+    chain: list[tuple[str, Path, DictConfig]] = []
+    while True:
+        if any(path.samefile(seen) for seen, _, _ in chain if path.exists()):
+            raise ValueError(f"{path}: base files form a circle")
+        try:
+            content = OmegaConf.load(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"config ({path}) cannot be read: {error}") from error
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"config ({path}) is not valid YAML: {error}") from error
+        if not isinstance(content, DictConfig):
+            raise ValueError(f"config ({path}) must hold keys and values")
+        base = content.pop("base", None)
+        chain.insert(0, (str(path), path.parent, content))
+        if base is None:
+            return chain
+        path = path.parent / Path(str(base)).expanduser()
+
+
+def _parse_override(override: str) -> tuple[str, Path, DictConfig]:
+    """Return source, folder and content of one ``key=value`` assignment."""
+    if "=" not in override:
+        raise ValueError(f"override ({override}) must have the form key=value")
+    try:
+        return "command line", Path(), OmegaConf.from_dotlist([override])
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(
+            f"override ({override}) must have a YAML value; quote a pattern within a list: "
+            "data.train=['{00..99}.tar']"
+        ) from error
+
+
 def _write_out_shorthands(content: DictConfig) -> dict[str, Any]:
-    """``content`` as plain containers: numbers for squares and patterns for sources written out."""
+    """Return plain containers, with numbers for squares and patterns for sources written out."""
     whole: Any = OmegaConf.to_container(content)
     vision, data = _section(_section(whole, "model"), "vision"), _section(whole, "data")
     if "image_size" in vision:
@@ -113,25 +132,61 @@ def _write_out_shorthands(content: DictConfig) -> dict[str, Any]:
             raise ValueError(f"data.train ({given}) must be a pattern or a list of sources")
         sources = [given] if isinstance(given, str) else given
         data["train"] = [{"shards": s} if isinstance(s, str) else s for s in sources]
-    if not isinstance(data.get("resolutions", []), list):
-        raise ValueError(f"data.resolutions ({data['resolutions']}) must be a list")
-    for index, stage in enumerate(data.get("resolutions", [])):
+    stages = data.get("resolutions", [])
+    if not isinstance(stages, list):
+        raise ValueError(f"data.resolutions ({stages}) must be a list")
+    for index, stage in enumerate(stages):
         if isinstance(stage, dict) and "image_size" in stage:
             name = f"data.resolutions[{index}].image_size"
             stage["image_size"] = as_image_size(name, stage["image_size"])
-    return cast(dict[str, Any], whole)
+    return dict(whole)
 
 
-def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """The mapping under ``name``; an empty one where there is none."""
+def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the mapping under ``name``; an empty one where there is none."""
     section = content.get(name)
     return section if isinstance(section, dict) else {}
+
+
+def _resolve_paths(content: Any, node: Any, folder: Path) -> None:
+    """Make the relative paths in ``content`` absolute, in place.
+
+    Args:
+        content: Values of the dataclass ``node``, or anything that the merge will refuse.
+        node: The dataclass.
+        folder: Folder that relative paths start from.
+    """
+    if not isinstance(content, dict):
+        return
+    hints = get_type_hints(node)
+    for field in fields(node):
+        value, hint = content.get(field.name), hints[field.name]
+        if isinstance(value, str) and "path" in field.metadata:
+            if value not in field.metadata.get("names", ()):
+                content[field.name] = _absolute(value, folder)
+        elif is_dataclass(hint):
+            _resolve_paths(value, hint, folder)
+        elif isinstance(value, list) and is_dataclass(get_args(hint)[0]):
+            for each in value:
+                _resolve_paths(each, get_args(hint)[0], folder)
+
+
+def _absolute(path: str, folder: Path) -> str:
+    path = os.path.expanduser(path)
+    start = path.lstrip("{")  # of the first alternative, as in {/data/a,/data/b}/0.tar
+    if not path or os.path.isabs(start) or path.startswith("${") or _NOT_LOCAL.match(start):
+        return path
+    return os.path.abspath(folder / path)
+
+
+def _reason(error: Exception) -> str:
+    return f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}"
 
 
 def _unknown_key_message(key: str) -> str:
     known = _known_keys(Config)
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    # The key alone may be all that is told: in lists OmegaConf does not say where it stands.
+    # OmegaConf gives no path for a key within a list: compare the last parts too.
     leaves = [k.rsplit(".", 1)[-1] for k in known]
     alike = difflib.get_close_matches(key.rsplit(".", 1)[-1], set(leaves), n=3, cutoff=0.8)
     near += [k for k, leaf in zip(known, leaves, strict=True) if leaf in alike and k not in near]
@@ -139,12 +194,12 @@ def _unknown_key_message(key: str) -> str:
     return f"unknown key ({key}){hint}"
 
 
-def _known_keys(node: type, prefix: str = "") -> list[str]:
+def _known_keys(node: Any, prefix: str = "") -> list[str]:
     keys = []
     for name, hint in get_type_hints(node).items():
         keys.append(prefix + name)
         if get_origin(hint) is list:
             name, (hint,) = f"{name}[*]", get_args(hint)
         if is_dataclass(hint):
-            keys += _known_keys(cast(type, hint), f"{prefix}{name}.")
+            keys += _known_keys(hint, f"{prefix}{name}.")
     return keys

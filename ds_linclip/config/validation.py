@@ -1,15 +1,16 @@
-"""What a configuration must satisfy before anything starts."""
+"""The rules that a configuration must satisfy before anything starts."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 
 from ds_linclip.config.schema import (
     Config,
     DataConfig,
-    LogConfig,
     ModelConfig,
+    NetworkConfig,
     ParallelConfig,
     Source,
 )
@@ -17,6 +18,22 @@ from ds_linclip.config.schema import (
 __all__ = ["check_batch", "check_model", "check_ranks", "validate"]
 
 _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
+
+_POSITIVE = (
+    *("train.steps", "train.global_batch_size", "loss.chunk_size", "optim.lr", "optim.eps"),
+    *("parallel.dp", "parallel.tp", "parallel.pp", "parallel.cp"),
+    *("data.num_lanes", "data.shuffle_shards", "data.prefetch_batches", "data.max_bad_in_a_row"),
+    *("data.cache.max_gib", *(f"data.network.{each.name}" for each in fields(NetworkConfig))),
+    *("checkpoint.keep_last", "eval.batch_size", "log.every_steps", "log.peak_tflops"),
+    *("health.max_skipped_steps", "health.spike_window"),
+)
+_NOT_NEGATIVE = (
+    *("train.seed", "optim.weight_decay", "optim.warmup_steps", "optim.clip_grad_norm"),
+    *("data.num_workers", "checkpoint.every_steps", "checkpoint.every_minutes"),
+    *("checkpoint.keep_every_steps", "eval.every_steps", "health.max_rewinds", "log.num_images"),
+    "watchdog.timeout_seconds",
+)
+_FRACTIONS = ("optim.beta1", "optim.beta2", "optim.ema_decay", "model.vision.patch_dropout")
 
 
 def validate(config: Config) -> None:
@@ -26,65 +43,38 @@ def validate(config: Config) -> None:
         ValueError: naming the field, its value and the rule.
     """
     check_model(config.model)
-    vision = config.model.vision
-    _require_positive("train.steps", config.train.steps)
-    _require_positive("train.global_batch_size", config.train.global_batch_size)
-    if config.train.seed < 0:
-        raise ValueError(f"train.seed ({config.train.seed}) must not be negative")
-    _require_positive("loss.chunk_size", config.loss.chunk_size)
-    if not 0 <= vision.patch_dropout < 1:
-        raise ValueError(
-            f"model.vision.patch_dropout ({vision.patch_dropout}) must be in [0, 1): the share of "
-            "patches left out"
-        )
+    for name in _POSITIVE:
+        value = attrgetter(name)(config)
+        if value is not None:
+            _require_positive(name, value)
+    for name in _NOT_NEGATIVE:
+        value = attrgetter(name)(config)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} ({value}) must not be negative")
+    for name in _FRACTIONS:
+        value = attrgetter(name)(config)
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} ({value}) must be in [0, 1)")
     if config.train.compile and config.train.activation_checkpointing == "selective":
         raise ValueError(
             "train.compile (true) needs train.activation_checkpointing none or full, not "
-            "(selective): the operators to keep are not seen inside compiled blocks"
+            "(selective), which cannot see the operators inside compiled blocks"
+        )
+    if config.optim.warmup_steps >= config.train.steps:
+        raise ValueError(
+            f"optim.warmup_steps ({config.optim.warmup_steps}) must be less than train.steps "
+            f"({config.train.steps})"
         )
     _validate_init(config)
-    _validate_layout(config)
+    _validate_parallel(config)
     _validate_zero(config)
     if config.parallel.dp is not None:
         check_batch(config, config.parallel.dp)
-
     _validate_data(config.data)
     _validate_sources(config.data.train)
     _validate_resolutions(config)
-
-    optim = config.optim
-    for name in ("lr", "eps"):
-        _require_positive(f"optim.{name}", getattr(optim, name))
-    for name in ("weight_decay", "warmup_steps", "clip_grad_norm"):
-        if not 0 <= getattr(optim, name) < math.inf:
-            raise ValueError(f"optim.{name} ({getattr(optim, name)}) must not be negative")
-    for name in ("beta1", "beta2", "ema_decay"):
-        if not 0 <= getattr(optim, name) < 1:
-            raise ValueError(f"optim.{name} ({getattr(optim, name)}) must be in [0, 1)")
-    if optim.warmup_steps >= config.train.steps:
-        raise ValueError(
-            f"optim.warmup_steps ({optim.warmup_steps}) must be less than train.steps "
-            f"({config.train.steps})"
-        )
     _validate_health(config)
-    _require_positive("checkpoint.keep_last", config.checkpoint.keep_last)
-    _validate_log(config.log)
-    _require_positive("eval.batch_size", config.eval.batch_size)
-    for name, value in (
-        ("checkpoint.every_steps", config.checkpoint.every_steps),
-        ("checkpoint.every_minutes", config.checkpoint.every_minutes),
-        ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps),
-        ("eval.every_steps", config.eval.every_steps),
-        ("log.num_images", config.log.num_images),
-        ("watchdog.timeout_seconds", config.watchdog.timeout_seconds),
-    ):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} ({value}) must not be negative")
-    ratio = config.watchdog.slow_rank_ratio
-    if ratio != 0 and not ratio > 1:
-        raise ValueError(
-            f"watchdog.slow_rank_ratio ({ratio}) must be greater than 1, or 0 for no warnings"
-        )
+    _validate_log(config)
     if not config.name or Path(config.name).name != config.name:
         raise ValueError(f"name ({config.name!r}) must be a plain folder name")
 
@@ -126,7 +116,7 @@ def check_batch(config: Config, dp_size: int) -> None:
     """Check that the batch divides over the data-parallel ranks and into micro-batches.
 
     Raises:
-        ValueError: naming the fields and the nearest values that would do.
+        ValueError: naming the fields and the nearest values that would fit.
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     if batch % dp_size:
@@ -144,10 +134,13 @@ def check_batch(config: Config, dp_size: int) -> None:
 
 
 def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
-    """Check that the axes multiply to the number of ranks; returns the data-parallel size.
+    """Check that the sizes of the axes multiply to the number of ranks.
+
+    Returns:
+        The data-parallel size.
 
     Raises:
-        ValueError: naming the fields and what would do.
+        ValueError: naming the fields and values that would fit.
     """
     others = parallel.tp * parallel.cp * parallel.pp
     fields = (
@@ -190,8 +183,8 @@ def _validate_init(config: Config) -> None:
             raise ValueError(f"{name} ({unlocked}) needs init.lock_{side}=true")
         if is_locked and init.pretrained is None and getattr(init, f"pretrained_{side}") is None:
             raise ValueError(
-                f"init.lock_{side} (true) needs weights that are worth keeping: set "
-                f"init.pretrained or init.pretrained_{side}"
+                f"init.lock_{side} (true) would freeze random weights: set init.pretrained or "
+                f"init.pretrained_{side}"
             )
     if all(is_locked and unlocked == 0 for _, is_locked, _, unlocked, _ in towers):
         raise ValueError(
@@ -200,13 +193,9 @@ def _validate_init(config: Config) -> None:
         )
 
 
-def _validate_layout(config: Config) -> None:
-    """What the axes ask of the model, whatever the number of ranks."""
+def _validate_parallel(config: Config) -> None:
+    """Check what the parallel axes require of the model, for any number of ranks."""
     vision, text, parallel = config.model.vision, config.model.text, config.parallel
-    for name in ("tp", "pp", "cp"):
-        _require_positive(f"parallel.{name}", getattr(parallel, name))
-    if parallel.dp is not None:
-        _require_positive("parallel.dp", parallel.dp)
     split = {
         "model.vision heads": vision.heads,
         "model.text.heads": text.heads,
@@ -232,7 +221,7 @@ def _validate_layout(config: Config) -> None:
     if vision.attention.kind != "linear":
         raise ValueError(
             f"parallel.cp ({parallel.cp}) needs model.vision.attention.kind linear, not "
-            f"({vision.attention.kind}): softmax would have to send every key to every rank; take "
+            f"({vision.attention.kind}), which would send every key to every rank; take "
             "parallel.cp=1, or parallel.tp for softmax attention"
         )
     sizes = [vision.image_size, *(stage.image_size for stage in config.data.resolutions)]
@@ -277,18 +266,11 @@ def _validate_zero(config: Config) -> None:
 
 
 def _validate_data(data: DataConfig) -> None:
-    for name in ("num_lanes", "shuffle_shards", "prefetch_batches", "max_bad_in_a_row"):
-        _require_positive(f"data.{name}", getattr(data, name))
-    if data.num_workers < 0:
-        raise ValueError(f"data.num_workers ({data.num_workers}) must not be negative")
     low, high = data.crop_scale
     if not 0 < low <= high <= 1:
         raise ValueError(f"data.crop_scale ({low}, {high}) must satisfy 0 < low <= high <= 1")
     if not 0 < data.max_bad_samples <= 1:
         raise ValueError(f"data.max_bad_samples ({data.max_bad_samples}) must be in (0, 1]")
-    _require_positive("data.cache.max_gib", data.cache.max_gib)
-    for item in fields(data.network):
-        _require_positive(f"data.network.{item.name}", getattr(data.network, item.name))
     if data.network.backoff > data.network.max_backoff:
         raise ValueError(
             f"data.network.backoff ({data.network.backoff}) must not be greater than "
@@ -310,14 +292,14 @@ def _validate_sources(sources: Sequence[Source]) -> None:
         if not weighted:
             continue
         if source.weight is None:
-            raise ValueError(f"{name}.weight (None) must be set: all sources have one or none has")
+            raise ValueError(f"{name}.weight (None) must be set: all sources have one or none")
         if source.weight == 0:
             raise ValueError(f"{name}.weight ({source.weight}) must not be 0: leave the source out")
         _require_positive(f"{name}.weight", source.weight)
         if source.upsampling != 1:
             raise ValueError(
                 f"{name}.upsampling ({source.upsampling}) must be 1 with a weight "
-                f"({source.weight}): both say how often a sample comes"
+                f"({source.weight}): both set how often a sample comes"
             )
 
 
@@ -326,9 +308,11 @@ def _validate_resolutions(config: Config) -> None:
     for index, stage in enumerate(config.data.resolutions):
         name, step = f"data.resolutions[{index}]", stage.from_step
         if index == 0 and step != 0:
-            raise ValueError(f"{name}.from_step ({step}) must be 0: it is the size of the start")
+            raise ValueError(f"{name}.from_step ({step}) must be 0: training starts at step 0")
         if step <= before:
-            raise ValueError(f"{name}.from_step ({step}) must be greater than {before}, the last")
+            raise ValueError(
+                f"{name}.from_step ({step}) must be greater than {before}, the one before"
+            )
         if step >= config.train.steps:
             raise ValueError(
                 f"{name}.from_step ({step}) must be less than train.steps ({config.train.steps})"
@@ -339,10 +323,6 @@ def _validate_resolutions(config: Config) -> None:
 
 def _validate_health(config: Config) -> None:
     health = config.health
-    _require_positive("health.max_skipped_steps", health.max_skipped_steps)
-    _require_positive("health.spike_window", health.spike_window)
-    if health.max_rewinds < 0:
-        raise ValueError(f"health.max_rewinds ({health.max_rewinds}) must not be negative")
     if health.spike_factor != 0 and not 1 < health.spike_factor < math.inf:
         raise ValueError(
             f"health.spike_factor ({health.spike_factor}) must be greater than 1 and finite, or 0: "
@@ -351,20 +331,22 @@ def _validate_health(config: Config) -> None:
     if health.spike_factor and config.checkpoint.resume == "never":
         raise ValueError(
             f"health.spike_factor ({health.spike_factor}) needs checkpoint.resume latest, not "
-            "(never): a rewind goes on from a checkpoint of this run"
+            "(never): a rewind resumes from a checkpoint of this run"
         )
 
 
-def _validate_log(log: LogConfig) -> None:
-    _require_positive("log.every_steps", log.every_steps)
+def _validate_log(config: Config) -> None:
+    log, ratio = config.log, config.watchdog.slow_rank_ratio
     port = log.prometheus_port
     if port is not None and not 0 < port < 2**16:
         raise ValueError(f"log.prometheus_port ({port}) must be in 1..65535")
     for name in ("wandb", "trackio"):
         if getattr(log, name) == "":
             raise ValueError(f"log.{name} ('') must be the name of a project, or null")
-    if log.peak_tflops is not None:
-        _require_positive("log.peak_tflops", log.peak_tflops)
+    if ratio != 0 and not ratio > 1:
+        raise ValueError(
+            f"watchdog.slow_rank_ratio ({ratio}) must be greater than 1, or 0 for no warnings"
+        )
 
 
 def _multiples_near(value: int, of: int) -> str:

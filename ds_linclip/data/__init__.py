@@ -1,4 +1,4 @@
-"""Shards -> samples -> batches: order and state, decoding, embedded and synthetic sets."""
+"""Training and held-out data: from shards to decoded batches."""
 
 from ds_linclip.data.eval.dataset import LabelledBatch, LabelledData
 from ds_linclip.data.loader import Batch, TrainData

@@ -1,5 +1,6 @@
-"""Batches for ranks that share their samples: one of them reads and decodes."""
+"""Batches for tensor-, context- and pipeline-parallel ranks: one reads, the others receive."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -9,56 +10,50 @@ from ds_linclip.config import Config
 from ds_linclip.data import Batch, TrainData
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["feed"]
+__all__ = ["broadcast_batches"]
 
 
-def feed(
+def broadcast_batches(
     data: TrainData, config: Config, mesh: Mesh, start_step: int, skipped_batches: int = 0
 ) -> Iterator[Batch]:
-    """This rank's batches from ``start_step`` on, without end.
+    """Yield this rank's batches from ``start_step`` on, without end.
+
+    The first rank of every data-parallel group of peers reads the batches and broadcasts images and
+    texts to its tensor- and context-parallel peers. Later pipeline stages get tensors of the right
+    shapes without content, because their input comes from the stage before. Keys, captions and
+    counts of bad samples stay on the reading rank.
 
     Args:
-        data, config, mesh: of the run.
-        start_step: optimizer steps done.
-        skipped_batches: batches of the data order that the run has left out.
-
-    The first rank of a data-parallel place reads them, and hands images and texts to its tensor-
-    and context-parallel peers. Later pipeline stages get shapes alone: what they work on comes from
-    the stage before. Keys, captions and counts of bad samples are with the reader.
+        data: The run's data.
+        config: The run's configuration.
+        mesh: The run's ranks.
+        start_step: Number of finished optimizer steps.
+        skipped_batches: Number of batches that the run has left out, after loss spikes.
 
     Raises:
-        DataError: on the reader, as :meth:`~ds_linclip.data.TrainData.batches`.
+        DataError: on the reading rank, as :meth:`~ds_linclip.data.TrainData.batches`.
     """
     if mesh.is_first_of_its_data:
         for batch in data.batches(start_step, mesh.device, skipped_batches):
-            if mesh.peers.size > 1:
-                for tensor in (batch.images, batch.texts):
-                    dist.broadcast(tensor, group=mesh.peers.group, group_src=0)
+            _broadcast(batch, mesh)
             yield batch
-    size = config.train.global_batch_size // mesh.dp.size
-    step = start_step
-    while True:
+    size, nothing = config.train.global_batch_size // mesh.dp.size, torch.zeros(())
+    for step in itertools.count(start_step):
         images = (size, 3, *config.image_size_at(step))
         texts = (size, config.model.text.context_length)
-        yield _received(images, texts, mesh) if mesh.pp.rank == 0 else _shapes(images, texts)
-        step += 1
+        if mesh.pp.rank > 0:  # shapes that take no memory
+            yield Batch(images=nothing.expand(images), texts=nothing.long().expand(texts))
+            continue
+        batch = Batch(
+            images=torch.empty(images, device=mesh.device),
+            texts=torch.empty(texts, dtype=torch.int64, device=mesh.device),
+        )
+        _broadcast(batch, mesh)
+        yield batch
 
 
-def _received(images: tuple[int, ...], texts: tuple[int, ...], mesh: Mesh) -> Batch:
-    batch = Batch(
-        images=torch.empty(images, device=mesh.device),
-        texts=torch.empty(texts, dtype=torch.int64, device=mesh.device),
-        keys=[],
-        captions=[],
-    )
-    for tensor in (batch.images, batch.texts):
-        dist.broadcast(tensor, group=mesh.peers.group, group_src=0)
-    return batch
-
-
-def _shapes(images: tuple[int, ...], texts: tuple[int, ...]) -> Batch:
-    """Of the right shapes, without memory."""
-    nothing = torch.zeros(())
-    return Batch(
-        images=nothing.expand(images), texts=nothing.long().expand(texts), keys=[], captions=[]
-    )
+def _broadcast(batch: Batch, mesh: Mesh) -> None:
+    """Send images and texts from the first of this rank's peers to the others, in place."""
+    if mesh.peers.size > 1:
+        for tensor in (batch.images, batch.texts):
+            dist.broadcast(tensor, group=mesh.peers.group, group_src=0)

@@ -1,26 +1,27 @@
-"""Training batches: the local part of each global batch, decoded by worker processes.
+"""Training batches: this rank's part of every global batch, decoded by worker processes.
 
-Every worker makes its share of every batch, so that as little as possible waits in memory, and the
-shards of a lane are read by few workers. The only state is the step number;
-:meth:`TrainData.batches` starts anywhere by seeking.
+Every worker decodes its part of every batch, which keeps few batches in memory and lets few workers
+read the shards of a lane. The only state is the step number: :meth:`TrainData.batches` starts at
+any step by seeking.
 """
 
 import hashlib
 import itertools
+import math
 import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ds_linclip.config import Config
+from ds_linclip.config import Config, check_batch
 from ds_linclip.data.remote import Storage, is_remote, redact
 from ds_linclip.data.sample_order import GroupSizes, SampleOrder
 from ds_linclip.data.sample_reader import DataError, SampleReader, ShardProblem
@@ -42,27 +43,29 @@ class Batch:
         images: [B, 3, H, W] float32, normalised.
         texts: [B, L] int64 token ids.
         keys: Key of each sample within its shard.
-        captions: Text the ids come from.
-        skipped: Bad samples that were replaced in this batch, counted by cause.
-        problems: What was found wrong with shards opened for this batch.
+        captions: The texts of the token ids.
+        skipped: Number of bad samples that were replaced in this batch, by cause.
+        problems: Problems of the shards that were opened for this batch.
     """
 
     images: Tensor
     texts: Tensor
-    keys: list[str]
-    captions: list[str]
+    keys: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     problems: list[ShardProblem] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a worker hands over: one piece of memory, for each costs a round trip, and small facts.
+    """The part of a batch that one worker decodes.
+
+    Token ids and pixels share one tensor: every tensor costs a round trip between processes.
 
     Attributes:
         memory: [B * (8 * L + 3 * H * W)] uint8, token ids and then pixels.
         context_length: L.
-        image_size: H and W.
+        image_size: (H, W).
     """
 
     memory: Tensor
@@ -88,7 +91,7 @@ class _Part:
         return self._split()[1].view(-1, *self.image_size, 3).permute(0, 3, 1, 2)
 
     def pin_memory(self) -> Self:
-        """Called by torch's DataLoader."""
+        """Return a copy in pinned memory; called by torch's DataLoader."""
         return replace(self, memory=self.memory.pin_memory())
 
     def _split(self) -> tuple[Tensor, Tensor]:
@@ -102,29 +105,26 @@ class TrainData:
     """The training shards as an endless stream of batches.
 
     Args:
-        config: The run's.
-        groups: From :func:`~ds_linclip.data.shard_index.find_shards`, the same on all ranks.
-        dp_rank, dp_size: Place on the data-parallel axis; tensor-, pipeline- and context-parallel
-            peers pass the same and see the same samples.
+        config: The run's configuration.
+        groups: Result of :func:`~ds_linclip.data.shard_index.find_shards`, the same on all ranks.
+        dp_rank: This rank's place on the data-parallel axis. Tensor-, pipeline- and
+            context-parallel peers have the same place and get the same samples.
+        dp_size: Data-parallel size.
 
     Attributes:
-        order: Which sample stands at which position.
-        identity: What must be the same for a run to go on, by name.
+        order: The mapping from positions to samples.
+        identity: Settings that must not change when a run is resumed, by name.
 
     Raises:
-        ValueError: naming the field, its value and the rule; among others when this rank sees none
-            of the shards.
+        ValueError: naming the field, its value and the rule, for example when this rank cannot
+            access the shards.
     """
 
     def __init__(
         self, config: Config, groups: Sequence[ShardGroup], *, dp_rank: int, dp_size: int
     ) -> None:
-        data, batch_size = config.data, config.train.global_batch_size
-        if batch_size <= 0 or batch_size % dp_size:
-            raise ValueError(
-                f"train.global_batch_size ({batch_size}) must be a positive multiple of the "
-                f"data-parallel size ({dp_size})"
-            )
+        data = config.data
+        check_batch(config, dp_size)
         raise_file_limit()
         self.order = SampleOrder(
             [
@@ -150,7 +150,7 @@ class TrainData:
         storage = Storage(data.cache, data.network)
         storage.check(urls)
         _check_visible(urls, storage)
-        local_size = batch_size // dp_size
+        local_size = config.train.global_batch_size // dp_size
         self._num_parts = max(1, min(data.num_workers, local_size))
         lanes_per_reader = -(-self.order.num_lanes // (dp_size * self._num_parts)) + 2
         reader = SampleReader(
@@ -175,22 +175,24 @@ class TrainData:
         device: torch.device | str = "cpu",
         skipped_batches: int = 0,
     ) -> Iterator[Batch]:
-        """Batches of steps ``start_step``, ``start_step + 1``, ... without end, on ``device``.
+        """Yield the batches of steps ``start_step``, ``start_step + 1``, ... without end.
 
-        With ``skipped_batches`` a step gets the samples that come so many global batches later in
-        the order; the size of its images is still that of the step.
+        The sequence is bit-identical for every number of workers, and the same as the continuation
+        of a run from step 0. Workers end when the iterator is closed or garbage-collected.
 
-        The sequence is bit-identical for every number of workers, and for every ``start_step`` it
-        goes on exactly where a run from step 0 would be. Workers end when the iterator is closed or
-        collected.
+        Args:
+            start_step: Number of finished optimizer steps.
+            device: Device of images and texts.
+            skipped_batches: Number of global batches to skip in the order; image sizes still follow
+                the step.
 
         Raises:
-            DataError: when samples and all candidates to replace them are bad, or when a file
-                system or network fails; that is no reason to replace samples.
+            DataError: when a sample and all candidates to replace it are bad, or when the file
+                system or the network fails.
         """
         loader = ordered_loader(
             self._dataset,
-            _Parts(start_step, skipped_batches, self._num_parts),
+            self._places(start_step, skipped_batches),
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_batches,
         )
@@ -204,13 +206,18 @@ class TrainData:
             if len(parts) == self._num_parts:
                 batch = _joined(parts, normalize, device)
                 parts.clear()
-                del part  # or its memory stays taken during the step
+                del part  # otherwise its memory stays in use during the step
                 yield batch
+
+    def _places(self, start_step: int, skipped_batches: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (step, batch number, part number) for all parts of every step, without end."""
+        for step in itertools.count(start_step):
+            for part in range(self._num_parts):
+                yield step, step + skipped_batches, part
 
 
 class _PartDataset(Dataset[_Part | DataError]):
-    """Maps (step, number of the batch, number of the part) to a part of this rank's share of a
-    global batch."""
+    """Decodes the part of this rank's batch for (step, batch number, part number)."""
 
     def __init__(
         self,
@@ -240,7 +247,7 @@ class _PartDataset(Dataset[_Part | DataError]):
         try:
             return self._read(step, np.array_split(positions, self._num_parts)[part])
         except DataError as error:
-            return error  # as a value: raised in a worker, it would arrive as a traceback
+            return error  # as a value: if raised, it would arrive with a traceback as its message
 
     def _read(self, step: int, positions: np.ndarray) -> _Part:
         image_size = self._config.image_size_at(step)
@@ -268,10 +275,10 @@ class _PartDataset(Dataset[_Part | DataError]):
         return part
 
     def _memory(self, num_bytes: int) -> Tensor:
-        """Memory for one part, in a worker where the training process can read it.
+        """Return memory for one part; in a worker, shared with the training process.
 
-        A worker has no more than ``prefetch_batches`` parts that were not taken yet, and a part is
-        joined into its batch before the next one is taken: two pieces more, and they can go round.
+        The DataLoader holds at most ``prefetch_batches`` finished parts of a worker, and a part is
+        copied into its batch before the next one is fetched, so a ring of two more is enough.
         """
         if get_worker_info() is None:
             return torch.empty(num_bytes, dtype=torch.uint8)
@@ -291,37 +298,25 @@ class _PartDataset(Dataset[_Part | DataError]):
         return memory
 
 
-class _Parts(Sampler[tuple[int, int, int]]):
-    """All parts of step start, of step start + 1, ... without end."""
-
-    def __init__(self, start: int, skipped_batches: int, num_parts: int) -> None:
-        self._start, self._skipped_batches, self._num_parts = start, skipped_batches, num_parts
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        for step in itertools.count(self._start):
-            batch = step + self._skipped_batches
-            yield from ((step, batch, part) for part in range(self._num_parts))
-
-
 def ordered_loader(
-    dataset: Dataset[_Item], sampler: Sampler, *, num_workers: int, prefetch_factor: int = 2
+    dataset: Dataset[_Item], sampler: Iterable[Any], *, num_workers: int, prefetch_factor: int = 2
 ) -> DataLoader[_Item]:
-    """A DataLoader whose items are whole batches, in the sampler's order."""
+    """Return a DataLoader whose items are whole batches, in the sampler's order."""
     return DataLoader(
         dataset,
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
-        pin_memory=torch.cuda.is_initialized(),  # not on a CPU run beside idle GPUs
+        pin_memory=torch.cuda.is_initialized(),  # not in a CPU run on a machine with GPUs
         worker_init_fn=_start_worker,
-        # Without one of its own, the loader draws a seed from the global generator.
+        # Without its own generator the loader draws a seed from the global one.
         generator=torch.Generator(),
     )
 
 
 def _joined(parts: Sequence[_Part], normalize: Normalizer, device: torch.device) -> Batch:
-    """One batch on ``device``, normalised there; asynchronous from pinned memory."""
+    """Return one batch on ``device``, normalized there; asynchronous from pinned memory."""
     return Batch(
         images=normalize([part.images for part in parts]),
         texts=torch.cat([part.texts.to(device, non_blocking=True) for part in parts]),
@@ -333,29 +328,28 @@ def _joined(parts: Sequence[_Part], normalize: Normalizer, device: torch.device)
 
 
 def _names_digest(urls: Sequence[str]) -> str:
-    """Digest of the shards' names and folders; what is above these may change."""
+    """Return a digest of the shards' names with their last folder; higher folders may change."""
     names = ["/".join(redact(url).split("/")[-2:]) for url in urls]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def _check_visible(urls: Sequence[str], storage: Storage) -> None:
-    """A node that lacks the mount or the credentials is told so before the first step."""
-    asked = urls[:: -(-len(urls) // 8)]
+    """Check before the first step that this node has the mount or the credentials."""
+    some = urls[:: -(-len(urls) // 8)]
     try:
-        if any(storage.exists(url) for url in asked):
+        if any(storage.exists(url) for url in some):
             return
     except OSError as error:
-        raise ValueError(f"data.train ({redact(asked[0])}) cannot be reached: {error}") from error
-    raise ValueError(f"data.train ({redact(asked[0])}) must be visible to every rank")
+        raise ValueError(f"data.train ({redact(some[0])}) cannot be reached: {error}") from error
+    raise ValueError(f"data.train ({redact(some[0])}) must be visible to every rank")
 
 
 def _check_shared_memory(config: Config, local_size: int) -> None:
-    """The usual 64 MiB of a container are little, and a worker that runs out of it says so late."""
+    """Check that the decoded batches fit: containers often have only 64 MiB of shared memory."""
     if config.data.num_workers == 0 or not os.path.isdir(_SHARED_MEMORY):
         return
-    sizes = [config.model.vision.image_size, *(r.image_size for r in config.data.resolutions)]
-    batch = 3 * local_size * max(height * width for height, width in sizes)
-    needed = (config.data.prefetch_batches + 2) * batch
+    num_bytes = 3 * local_size * math.prod(config.largest_image_size)
+    needed = (config.data.prefetch_batches + 2) * num_bytes
     space = os.statvfs(_SHARED_MEMORY)
     free = space.f_bavail * space.f_frsize
     if needed > free:
@@ -369,16 +363,16 @@ def _check_shared_memory(config: Config, local_size: int) -> None:
 def _start_worker(_worker: int) -> None:
     end_with_parent()
     torch.set_num_threads(1)
-    # Signals are the training process's to handle: after SIGTERM it has a step to finish and save,
-    # for which it needs its workers. It ends them itself.
+    # Only the training process handles signals: after SIGTERM it needs its workers to finish and
+    # save a step. It ends them itself.
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_asked_by, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_when_asked_by(process: int) -> None:
-    """Obey SIGTERM of that process alone."""
+def _exit_on_sigterm_from(process: int) -> None:
+    """Exit on SIGTERM from that process, and ignore it from others."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
         pass
     os._exit(0)

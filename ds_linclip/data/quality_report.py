@@ -1,8 +1,7 @@
-"""What a run has met in its data: counts by cause, broken shards, and when it is too much."""
+"""Report of bad data in a run: counts by cause, broken shards, and the limit that ends the run."""
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,18 +10,19 @@ from typing import Any
 
 from ds_linclip.data.loader import Batch
 from ds_linclip.data.sample_reader import DataError, ShardProblem
+from ds_linclip.process.atomic import write_atomically
 
 __all__ = ["DataReport"]
 
 logger = logging.getLogger(__name__)
 
-# A share of fewer samples says nothing.
-_MIN_SAMPLES_JUDGED = 1000
+# A fraction of fewer samples is not significant.
+_MIN_SAMPLES = 1000
 
 
 @dataclass
-class Counts:
-    """What one rank has met."""
+class DataCounts:
+    """Counts of one rank since it was last read."""
 
     samples: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -30,35 +30,35 @@ class Counts:
 
 
 class DataReport:
-    """Counts over all data ranks, from the first step of the run on.
+    """Counts over all data-parallel ranks since the start of the run.
 
-    Every rank adds its batches; now and then the ranks exchange what they have (:meth:`take`,
-    :meth:`merge`), after which all of them hold, and judge by, the same sums.
+    Every rank adds its own batches. From time to time the ranks exchange their counts
+    (:meth:`take`, :meth:`merge`); then all have the same sums and the same :meth:`check`.
 
     Args:
-        max_bad_samples: Largest share of samples that may be bad.
+        max_bad_samples: Largest fraction of bad samples.
     """
 
     def __init__(self, max_bad_samples: float) -> None:
         self._max_bad_samples = max_bad_samples
-        self._mine = Counts()
+        self._own = DataCounts()
         self._samples = 0
         self._skipped: Counter[str] = Counter()
         self._shards: dict[tuple[str, str], ShardProblem] = {}
 
     def add(self, batch: Batch) -> None:
         """Count a batch of this rank."""
-        self._mine.samples += len(batch.keys)
-        self._mine.skipped.update(batch.skipped)
-        self._mine.problems += batch.problems
+        self._own.samples += len(batch.keys)
+        self._own.skipped.update(batch.skipped)
+        self._own.problems += batch.problems
 
-    def take(self) -> Counts:
-        """What this rank has counted since it was last asked; can be pickled."""
-        mine, self._mine = self._mine, Counts()
-        return mine
+    def take(self) -> DataCounts:
+        """Return this rank's counts since the last call, and start again from zero."""
+        own, self._own = self._own, DataCounts()
+        return own
 
-    def merge(self, ranks: Sequence[Counts]) -> None:
-        """Add what all data ranks have taken."""
+    def merge(self, ranks: Sequence[DataCounts]) -> None:
+        """Add the counts of all data-parallel ranks."""
         for counts in ranks:
             self._samples += counts.samples
             self._skipped.update(counts.skipped)
@@ -66,13 +66,13 @@ class DataReport:
                 self._shards[problem.url, problem.cause] = problem
 
     def check(self) -> None:
-        """Judge the sums.
+        """Check the limit of bad samples.
 
         Raises:
             DataError: when more than ``data.max_bad_samples`` of the samples were bad.
         """
         bad = self._skipped.total()
-        if bad > self._max_bad_samples * max(self._samples, _MIN_SAMPLES_JUDGED):
+        if bad > self._max_bad_samples * max(self._samples, _MIN_SAMPLES):
             causes = ", ".join(f"{cause} {count}" for cause, count in self._skipped.most_common())
             raise DataError(
                 f"data.max_bad_samples ({self._max_bad_samples}) is exceeded: {bad} of "
@@ -80,7 +80,7 @@ class DataReport:
             )
 
     def scalars(self) -> dict[str, float]:
-        """The counts, by TensorBoard tag."""
+        """Return the counts by TensorBoard tag."""
         causes = Counter(problem.cause for problem in self._shards.values())
         return {
             "data/skipped_samples": self._skipped.total(),
@@ -90,7 +90,7 @@ class DataReport:
         }
 
     def state(self) -> dict[str, Any]:
-        """The counts as plain data, for a checkpoint and for ``data_report.json``."""
+        """Return the counts as plain data, for a checkpoint and for ``data_report.json``."""
         return {
             "samples": self._samples,
             "skipped_samples": self._skipped.total(),
@@ -99,17 +99,15 @@ class DataReport:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on counting from a checkpoint."""
+        """Continue from the counts of a checkpoint."""
         self._samples = state["samples"]
         self._skipped = Counter(state["skipped"])
         problems = [ShardProblem(**shard) for shard in state["shards"]]
         self._shards = {(problem.url, problem.cause): problem for problem in problems}
 
     def write(self, path: Path, **facts: Any) -> None:
-        """Replace ``path`` with the counts and other facts, as JSON; a full disk is no error."""
-        partial = path.with_suffix(".tmp")
+        """Write the counts and other facts as JSON; log a warning if that fails."""
         try:
-            partial.write_text(json.dumps({**facts, **self.state()}, indent=1) + "\n")
-            os.replace(partial, path)
+            write_atomically(path, json.dumps({**facts, **self.state()}, indent=1) + "\n")
         except OSError as error:
             logger.warning("%s not written: %s", path, error)

@@ -1,15 +1,14 @@
 """The order of training samples: a pure function of the seed, the shards and a few settings.
 
 Samples form one endless stream of positions 0, 1, 2, ...; epoch e covers ``[e N, (e + 1) N)``. Any
-position can be looked up at any time, so going on from a step is a seek, and neither ranks nor
-workers nor the batch size have any influence on the order.
+position can be looked up at any time, so resuming at a step is a seek, and the order depends
+neither on ranks nor on workers nor on the batch size.
 
-The positions of an epoch are dealt to groups of shards in proportion to what each group gives per
-epoch, as evenly as whole numbers allow, and every group is an endless stream of its own. One pass
-over a group holds every sample exactly once (or as many, from shards drawn with replacement): its
-shards are permuted and dealt to lanes. A lane takes ``shuffle_shards`` shards at a time as a pool
-and permutes the pool's samples. Positions alternate over the lanes; a lane that is exhausted drops
-out of the alternation.
+The positions of an epoch are distributed over groups of shards in proportion to the samples of each
+group per epoch, as evenly as integers allow. Every group is an endless stream of passes. One pass
+contains every sample exactly once (or as many samples from shards drawn with replacement): the
+shards are permuted and distributed over lanes. A lane takes ``shuffle_shards`` shards at a time as
+a pool and permutes the pool's samples. Positions alternate over the lanes, skipping exhausted ones.
 """
 
 import hashlib
@@ -30,11 +29,11 @@ _POOL_STREAM = 1
 
 @dataclass(frozen=True)
 class GroupSizes:
-    """Shards that are shuffled as one.
+    """Sizes of the shards of one group, which are shuffled together.
 
     Attributes:
-        shard_sizes: Samples in each shard.
-        samples_per_epoch: Positions the group gets in every epoch.
+        shard_sizes: Number of samples in every shard.
+        samples_per_epoch: Number of positions of the group in every epoch.
     """
 
     shard_sizes: Sequence[int]
@@ -42,19 +41,19 @@ class GroupSizes:
 
 
 class SampleOrder:
-    """Which sample stands at which position.
+    """The mapping from positions to samples.
 
     Args:
-        groups: The shards; they are numbered through all groups.
-        seed: Not negative.
-        num_lanes: Independent streams the shards of a group are dealt to.
+        groups: The shards, numbered consecutively over all groups.
+        seed: Non-negative seed of all permutations.
+        num_lanes: Independent streams that the shards of a group are distributed over.
         shuffle_shards: Shards of one lane whose samples are shuffled together.
         with_replacement: Draw the shards of a pass with replacement.
 
     Attributes:
-        num_samples: Positions per epoch.
-        num_lanes: Lanes of all groups together.
-        fingerprint: Hexadecimal digest of all that fixes the order.
+        num_samples: Number of positions per epoch.
+        num_lanes: Number of lanes in all groups.
+        fingerprint: Hexadecimal digest of everything that determines the order.
 
     Raises:
         ValueError: for a negative seed, or when a group holds no sample.
@@ -95,7 +94,7 @@ class SampleOrder:
         """Find the samples at global positions.
 
         Args:
-            positions: Any shape [K], not negative, in any order.
+            positions: Non-negative positions [K], in any order.
 
         Returns:
             Shard number and index within the shard, each [K].
@@ -110,11 +109,11 @@ class SampleOrder:
     def step_positions(
         self, step: int, *, global_batch_size: int, dp_rank: int, dp_size: int
     ) -> _Array:
-        """Positions of one rank's part of one global batch.
+        """Return the positions of one rank's part of one global batch.
 
-        Step s covers positions ``[s G, (s + 1) G)``. They are ordered by lane and cut into
-        ``dp_size`` equal pieces: the pieces in rank order are the same global batch for every
-        ``dp_size``, and a rank reads the shards of few lanes.
+        Step s covers positions ``[s G, (s + 1) G)``. They are sorted by lane and cut into
+        ``dp_size`` equal parts, so the global batch is the same for every ``dp_size``, and a rank
+        reads the shards of few lanes.
 
         Returns:
             Positions [G / dp_size].
@@ -131,14 +130,14 @@ class SampleOrder:
     def pool_shards(
         self, positions: npt.ArrayLike, *, following: bool = False
     ) -> dict[int, set[int]]:
-        """Shards of the pools that hold the samples at some positions.
+        """Return the shards of the pools that contain the samples at some positions.
 
         Args:
-            positions: [K], not negative.
-            following: The pools that come after these instead.
+            positions: Non-negative positions [K].
+            following: Whether to return the pools after these instead.
 
         Returns:
-            Shard numbers by lane; lanes are numbered through all groups.
+            Shard numbers by lane; lanes are numbered consecutively over all groups.
         """
         found: dict[int, set[int]] = {}
         for group, _, offsets in self._deal(np.asarray(positions, dtype=np.int64)):
@@ -148,10 +147,10 @@ class SampleOrder:
         return found
 
     def _deal(self, positions: _Array) -> Iterator[tuple[int, npt.NDArray[np.intp], _Array]]:
-        """Group, rows of ``positions`` that fall to it, and their offsets in its stream.
+        """Yield every group, the rows of ``positions`` in it, and their offsets in its stream.
 
         The first group takes its share of an epoch's positions evenly, the next one its share of
-        what that leaves, and so on: in any window a group is within a few samples of its share.
+        the rest, and so on, so that in any window a group is within a few samples of its share.
         """
         rows = np.arange(len(positions))
         if len(self._groups) == 1:
@@ -159,23 +158,23 @@ class SampleOrder:
             return
         epochs, left = np.divmod(positions, self.num_samples)
         if self.num_samples**2 >= 2**63 or positions.max(initial=0) >= 2**62:
-            # The products below pass 64 bits: Python's integers, slower.
+            # The products below overflow 64 bits: use Python's integers, which are slower.
             epochs, left = epochs.astype(object), left.astype(object)
         total = self.num_samples
         for group, count in enumerate(self._per_epoch):
             before = left * count // total
-            mine = ((left + 1) * count // total > before).astype(bool)
-            if mine.any():
-                offsets = epochs[mine] * count + before[mine]
-                yield group, rows[mine], offsets.astype(np.int64)
-            rows, epochs, left = rows[~mine], epochs[~mine], (left - before)[~mine]
+            chosen = ((left + 1) * count // total > before).astype(bool)
+            if chosen.any():
+                offsets = epochs[chosen] * count + before[chosen]
+                yield group, rows[chosen], offsets.astype(np.int64)
+            rows, epochs, left = rows[~chosen], epochs[~chosen], (left - before)[~chosen]
             total -= count
             if not len(rows):
                 return
 
 
 class _Group:
-    """The endless stream of one group: pass after pass over its shards."""
+    """The endless stream of one group, pass after pass over its shards."""
 
     def __init__(
         self,
@@ -211,7 +210,7 @@ class _Group:
         return lanes
 
     def pools_at(self, offsets: _Array, following: bool) -> Iterator[tuple[int, _Array]]:
-        """Lane and shards of every pool that holds one of the samples, or of the one after it."""
+        """Yield lane and shards of every pool with one of the samples, or of the pool after it."""
         for one_pass, lane, number, _, _ in self._by_pool(offsets):
             if not following:
                 yield lane, one_pass.pool(lane, number)[0]
@@ -253,7 +252,7 @@ class _Group:
 
 
 class _Pass:
-    """One pass over a group: the deal of its shards to lanes and the alternation over them."""
+    """One pass over a group: the lanes of its shards, and the alternation over the lanes."""
 
     def __init__(
         self, number: int, shards: _Array, sizes: _Array, num_lanes: int, shuffle_shards: int
@@ -269,7 +268,7 @@ class _Pass:
             ends = np.concatenate([[0], np.cumsum(lane_sizes)])
             lengths[lane] = ends[-1]
             self.pool_starts.append(ends[:-1:shuffle_shards])
-        # Phase k lasts until the k-th shortest lane is exhausted; its active lanes take turns.
+        # Phase k lasts until the k-th shortest lane is exhausted; the remaining lanes alternate.
         levels = np.unique(lengths[lengths > 0])
         self._base = np.concatenate([[0], levels[:-1]])
         self._active = [np.flatnonzero(lengths >= level) for level in levels]
@@ -278,7 +277,7 @@ class _Pass:
         self._starts = np.concatenate([[0], np.cumsum(sizes_of_phases)[:-1]])
 
     def lanes_at(self, offsets: _Array) -> tuple[_Array, _Array]:
-        """Lane and offset within the lane of offsets within the pass."""
+        """Return lane and offset within the lane for offsets within the pass."""
         phases = np.searchsorted(self._starts, offsets, side="right") - 1
         turns, seats = np.divmod(offsets - self._starts[phases], self._num_active[phases])
         lanes = np.empty_like(offsets)
@@ -288,7 +287,7 @@ class _Pass:
         return lanes, self._base[phases] + turns
 
     def pool(self, lane: int, number: int) -> tuple[_Array, _Array]:
-        """Shards of one pool, and how many samples of each belong to it."""
+        """Return the shards of one pool, and the number of samples of each in it."""
         shards, sizes = self._lanes[lane]
         chosen = slice(number * self._shuffle_shards, (number + 1) * self._shuffle_shards)
         return shards[chosen], sizes[chosen]
@@ -312,13 +311,13 @@ class _Pool:
 
 
 def _permuted(sizes: _Array, seed: tuple[int, int], number: int) -> tuple[_Array, _Array]:
-    """All shards in the order of one pass, and the samples of each."""
+    """Return all shards in the order of one pass, and their numbers of samples."""
     shards = np.argsort(_bits(len(sizes), seed, _SHARD_STREAM, number), kind="stable")
     return shards, sizes[shards]
 
 
 def _drawn(sizes: _Array, seed: tuple[int, int], number: int) -> tuple[_Array, _Array]:
-    """Shards drawn with replacement until a pass is full; the last one gives what is missing."""
+    """Draw shards with replacement until a pass is full; the last shard is cut to fit."""
     total, draws = int(sizes.sum()), len(sizes)
     while True:
         shards = (_bits(draws, seed, _SHARD_STREAM, number) % np.uint64(len(sizes))).astype(

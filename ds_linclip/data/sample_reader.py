@@ -1,9 +1,9 @@
-"""(position, shard, index) -> one decoded sample, replacing bad ones.
+"""Read and decode one sample at a time, replacing bad ones.
 
-A sample that cannot be used is replaced by the next good one: of the same shard first, of the next
-shards of its group after a few tries. The replacement depends on the data alone, so every run makes
-the same one. Only what is wrong with the data is replaced: a shard that cannot be reached ends the
-run, or ranks that must see the same samples would drift apart.
+A bad sample is replaced by the next good one, first from the same shard, after a few tries from the
+next shards of its group. The replacement depends only on the data, so every run chooses the same
+one. Only bad data is replaced: an unreachable shard ends the run, because otherwise ranks that must
+see the same samples would diverge.
 """
 
 import logging
@@ -24,7 +24,7 @@ from ds_linclip.data.transforms import (
     decode_text,
 )
 
-__all__ = ["DataError", "Sample", "SampleReader", "ShardProblem", "open_and_judge"]
+__all__ = ["DataError", "Sample", "SampleReader", "ShardProblem", "open_shard"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _TRIES_PER_SHARD = 16
 
 
 class DataError(ValueError):
-    """The shards hold nothing usable where samples are needed, or cannot be reached."""
+    """The shards hold no usable samples, or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sample:
         image: [3, H, W] uint8.
         tokens: [L] int64.
         key: Key within the shard.
-        caption: Text the tokens come from.
+        caption: The text of the tokens.
     """
 
     image: Tensor
@@ -54,13 +54,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShardProblem:
-    """What is wrong with a shard as a whole.
+    """A problem of a whole shard.
 
     Attributes:
-        url: The shard, without what may be secret.
+        url: The shard's URL without secrets.
         cause: ``shard_missing``, ``shard_unreadable``, ``shard_cut``, ``shard_short``,
-            ``shard_long`` (more samples than expected, those are never read) or ``keys_repeated``.
-        found, expected: Number of samples; for ``keys_repeated``, of samples and of keys.
+            ``shard_long`` (samples beyond the expected number are never read) or ``keys_repeated``.
+        found: Number of samples in the shard.
+        expected: Expected number of samples; for ``keys_repeated`` the number of distinct keys.
     """
 
     url: str
@@ -73,15 +74,15 @@ class SampleReader:
     """Reads samples of the training shards.
 
     Args:
-        groups: All shards, numbered through the groups.
-        storage: Where they lie.
-        transform: Of the images.
-        tokenize: Of the model's context length.
-        open_shards: Shards held open at once.
-        max_bad_in_a_row: Candidates tried before giving up.
+        groups: All shards, numbered consecutively over the groups.
+        storage: Opens the shards.
+        transform: Decodes and crops images.
+        tokenize: Tokenizes captions.
+        open_shards: Maximum number of open shards.
+        max_bad_in_a_row: Number of candidates to try for one sample.
 
     Attributes:
-        problems: What was found wrong with shards as they were opened; whoever reads it empties it.
+        problems: Problems of the shards opened so far; the reader of this list empties it.
     """
 
     def __init__(
@@ -111,19 +112,19 @@ class SampleReader:
     def read(
         self, position: int, shard: int, index: int, image_size: tuple[int, int]
     ) -> tuple[Sample, str | None]:
-        """The sample at a place of the order, or its replacement.
+        """Return a sample, or its replacement.
 
         Args:
-            position: Global position; it alone decides the augmentation.
+            position: Global position; the augmentation depends on it and the seed only.
             shard: Shard number.
             index: Index within the shard.
             image_size: Height and width of the image.
 
         Returns:
-            The sample, and why the one at this very place was bad (None: it was good).
+            The sample, and the cause if it is a replacement (None otherwise).
 
         Raises:
-            DataError: when all candidates for the replacement are bad, or a shard is out of reach.
+            DataError: when all candidates are bad, or a shard cannot be reached.
         """
         first_cause: str | None = None
         tried = 0
@@ -141,10 +142,10 @@ class SampleReader:
         raise DataError(self._all_bad(shard, index, tried, first_cause))
 
     def keep(self, pools: Mapping[int, set[int]]) -> None:
-        """Close what lanes have done with, so that copies of remote shards may go.
+        """Close the shards that lanes no longer need, so that the cache may evict them.
 
         Args:
-            pools: Shards that some lanes read now; other lanes keep theirs.
+            pools: Current shards of some lanes; other lanes keep theirs.
         """
         for lane, shards in pools.items():
             for number in self._pools.get(lane, set()) - shards:
@@ -152,7 +153,7 @@ class SampleReader:
             self._pools[lane] = shards
 
     def prefetch(self, pools: Mapping[int, set[int]]) -> None:
-        """Have shards fetched that some lanes will read soon."""
+        """Start downloading shards that some lanes will read soon."""
         numbers = sorted(set().union(*pools.values()))
         self._storage.prefetch([self._shards[number].url for number in numbers])
 
@@ -160,7 +161,7 @@ class SampleReader:
         try:
             shard = self._shard(number)
             if not self._shards[number].exact and len(shard):
-                index %= len(shard)  # of a shard of unknown size, no index is wrong
+                index %= len(shard)  # a shard of unknown size may be shorter than assumed
             text = shard.read(index, "text", max_bytes=MAX_TEXT_BYTES)
             content = shard.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
         except OSError as error:
@@ -186,10 +187,10 @@ class SampleReader:
         )
 
     def _shard(self, number: int) -> OpenShard:
-        """An open shard; that it is lost or broken is remembered too, an OSError is not."""
+        """Return an open shard; remember also that it is lost or broken, but not an OSError."""
         found = self._open.get(number)
         if found is None:
-            found, problems = open_and_judge(self._shards[number], self._storage)
+            found, problems = open_shard(self._shards[number], self._storage)
             for problem in problems:
                 logger.warning(
                     "%s: %s (%d found, %d expected)",
@@ -210,13 +211,11 @@ class SampleReader:
             shard.close()
 
 
-def open_and_judge(
-    shard: Shard, storage: Storage
-) -> tuple[OpenShard | BadSample, list[ShardProblem]]:
-    """Open a shard, once more if it is damaged, and tell what is wrong with it as a whole.
+def open_shard(shard: Shard, storage: Storage) -> tuple[OpenShard | BadSample, list[ShardProblem]]:
+    """Open a shard, a second time (from its source) if it is damaged, and list its problems.
 
     Returns:
-        The shard, or why it cannot be read; and its problems.
+        The shard, or the reason why it cannot be read; and its problems.
 
     Raises:
         OSError: when it cannot be reached.

@@ -1,8 +1,9 @@
-"""The shards of a run: which files the sources name, and how many samples each one holds.
+"""The shards of a run: the files that the sources name, and the number of samples in each.
 
-Layout: img2dataset, as of LAION-400M. ``NNNNN.tar`` holds ``KEY.jpg``, ``KEY.txt``, ``KEY.json``;
-``NNNNN_stats.json`` beside it, written last, holds the number of samples. ``sizes.json`` in the
-folder (webdataset's habit: file name -> samples) spares asking for each of them.
+The layout is img2dataset's, as in LAION-400M. ``NNNNN.tar`` holds ``KEY.jpg``, ``KEY.txt`` and
+``KEY.json``; ``NNNNN_stats.json`` beside it, written last, holds the number of samples. A
+``sizes.json`` in the folder (webdataset's convention: file name -> samples) saves reading one file
+per shard.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ __all__ = ["Shard", "ShardGroup", "expand", "find_shards", "raise_file_limit"]
 
 logger = logging.getLogger(__name__)
 
-_REQUESTS_AT_ONCE = 32  # network storage answers slowly but many at once
-_MAX_COUNTED_BY_HEADERS = 256  # at a few a second
+_PARALLEL_REQUESTS = 32  # network storage has a high latency
+_MAX_COUNTED_BY_HEADERS = 256  # counting takes a few hundred ms per shard
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Shard:
 
     Attributes:
         url: Path or URL.
-        num_samples: Samples it should hold.
-        exact: The number was counted; otherwise it is the mean over the source.
+        num_samples: Expected number of samples.
+        exact: Whether the number was counted; otherwise it is the mean over the source.
     """
 
     url: str
@@ -50,11 +51,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardGroup:
-    """Shards that are shuffled as one.
+    """Shards that are shuffled together.
 
     Attributes:
-        shards: In the order of the config.
-        samples_per_epoch: How many of their samples an epoch takes.
+        shards: The shards in the order of the config.
+        samples_per_epoch: Number of their samples in an epoch.
     """
 
     shards: list[Shard]
@@ -64,22 +65,25 @@ class ShardGroup:
 def find_shards(
     sources: Sequence[Source], storage: Storage, *, count_headers: bool = True
 ) -> list[ShardGroup]:
-    """Expand the patterns of all sources and learn how many samples each shard holds.
+    """Expand the patterns of all sources and find the number of samples of every shard.
 
-    The number comes from ``sizes.json``, else ``NNNNN_stats.json``, else the successful rows of
-    ``NNNNN.parquet``, else ``num_samples`` of the source, spread evenly, else, for a few local
-    files, the headers of the tar itself. With weights every source is a group of its own; otherwise
-    those of equal ``upsampling`` make one.
+    The number comes from the first of these that exists: ``sizes.json``, ``NNNNN_stats.json``, the
+    successful rows of ``NNNNN.parquet``, ``num_samples`` of the source (spread evenly), or, for a
+    few local files, the headers of the tar itself. With weights every source forms its own group;
+    otherwise sources of equal ``upsampling`` form one.
 
     Args:
-        sources: Of the config.
-        storage: Where they lie.
-        count_headers: Else a shard of unknown size counts as 0 samples, not exact.
+        sources: ``data.train`` of the config.
+        storage: Opens the files.
+        count_headers: Whether to count headers; otherwise a shard of unknown size has 0 samples and
+            is not exact.
+
+    Returns:
+        The groups, in the order of the sources.
 
     Raises:
-        ValueError: naming ``data.train`` and the pattern: it cannot be expanded, names a file that
-            does not exist or comes twice, cannot be reached, nothing tells its size, or the sizes
-            disagree.
+        ValueError: naming ``data.train`` and the pattern: it cannot be expanded, a file does not
+            exist, comes twice or cannot be reached, or its size is unknown or contradictory.
     """
     found: list[list[Shard]] = []
     for source in sources:
@@ -92,7 +96,13 @@ def find_shards(
             if str(error).startswith("data."):
                 raise
             raise ValueError(f"{name} cannot be read: {error}") from error
-    _check_distinct([shard.url for shards in found for shard in shards])
+    urls = Counter(shard.url for shards in found for shard in shards)
+    url, times = urls.most_common(1)[0]
+    if times > 1:
+        raise ValueError(
+            f"data.train ({redact(url)}) must come once, not {times} times; set upsampling to "
+            "repeat its samples"
+        )
     if sources[0].weight is not None:
         return _by_weight(sources, found)
     groups: dict[float, list[Shard]] = {}
@@ -105,12 +115,12 @@ def find_shards(
 
 
 def raise_file_limit() -> None:
-    """Let this process, and workers it starts later, open as many files as the system allows.
+    """Raise the limit of open files to the system's maximum, for this process and later workers.
 
-    A rank holds all shards of its lanes' pools open; the usual soft limit is 1024.
+    A rank keeps all shards of its lanes' pools open; the usual soft limit is 1024.
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError):  # some systems name a limit that they do not grant
+    with contextlib.suppress(ValueError):  # some systems report a limit that they refuse to set
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -119,7 +129,7 @@ def _total(shards: Sequence[Shard]) -> int:
 
 
 def _by_weight(sources: Sequence[Source], found: Sequence[list[Shard]]) -> list[ShardGroup]:
-    """Shares of an epoch that is as long as all sources together."""
+    """Return groups with weighted shares of an epoch that has as many samples as all sources."""
     weights = [source.weight or 0.0 for source in sources]
     total = sum(map(_total, found))
     ends = [round(total * sum(weights[: i + 1]) / sum(weights)) for i in range(len(weights))]
@@ -131,16 +141,16 @@ def _by_weight(sources: Sequence[Source], found: Sequence[list[Shard]]) -> list[
 
 
 class _Sizes:
-    """Finds out how many samples the shards of one source hold."""
+    """The number of samples in every shard of one source."""
 
     def __init__(self, source: Source, storage: Storage, name: str) -> None:
         self._source, self._storage, self._name = source, storage, name
         self._urls = expand(source.shards, name)
 
     def shards(self, *, count_headers: bool) -> list[Shard]:
-        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
             counts = self._counts_beside(pool)
-            # Statistics are written last: a remote shard that has them is there.
+            # Statistics are written last, so a remote shard with statistics exists.
             unsure = [url for url in self._urls if url not in counts or not is_remote(url)]
             exist = pool.map(self._storage.exists, unsure)
             self._check_existing(
@@ -159,12 +169,12 @@ class _Sizes:
         return [shards[url] for url in self._urls]
 
     def _counts_beside(self, pool: ThreadPoolExecutor) -> dict[str, int]:
-        """What the files beside the shards say, for as many as they say it."""
+        """Return the counts of the shards that have one in a file beside them."""
         counts: dict[str, int] = {}
         for folder, urls in self._by_folder().items():
             sizes = self._read_json(folder) or {}
             for url in urls:
-                size = sizes.get(_file_name(url))
+                size = sizes.get(_split_query(url)[0].rpartition("/")[2])
                 if size is not None:
                     counts[url] = self._as_count(size, folder)
         ends = {self._urls[0], self._urls[-1]}
@@ -172,19 +182,19 @@ class _Sizes:
             stats = self._count_beside(url)
             if stats not in (None, counts[url]):
                 raise ValueError(
-                    f"{self._name}: sizes.json ({counts[url]}) must equal what _stats.json says "
-                    f"({stats}) of {redact(url)}"
+                    f"{self._name}: sizes.json ({counts[url]}) and _stats.json ({stats}) must "
+                    f"agree on {redact(url)}"
                 )
-        ask = [url for url in self._urls if url not in counts]
-        if ask and self._source.num_samples is not None:
-            # Tens of thousands of requests for nothing: none has a file beside it if the ends have
-            # none.
-            ask = ask if any(self._count_beside(url) is not None for url in ends) else []
-        answers = zip(ask, pool.map(self._count_beside, ask), strict=True)
-        return counts | {url: count for url, count in answers if count is not None}
+        rest = [url for url in self._urls if url not in counts]
+        if rest and self._source.num_samples is not None:
+            # Avoid tens of thousands of useless requests: if the first and the last shard have no
+            # file beside them, assume that none has.
+            rest = rest if any(self._count_beside(url) is not None for url in ends) else []
+        found = zip(rest, pool.map(self._count_beside, rest), strict=True)
+        return counts | {url: count for url, count in found if count is not None}
 
     def _by_folder(self) -> dict[str, list[str]]:
-        """Shards by the URL of the sizes file of their folder."""
+        """Return the shards by the URL of their folder's ``sizes.json``."""
         folders: dict[str, list[str]] = {}
         for url in self._urls:
             path, query = _split_query(url)
@@ -193,7 +203,7 @@ class _Sizes:
         return folders
 
     def _count_beside(self, url: str) -> int | None:
-        """Number of samples by the statistics or the parquet file beside a shard."""
+        """Return the number of samples from the statistics or the parquet file beside a shard."""
         path, query = _split_query(url)
         stem = path.removesuffix(".tar")
         stats = self._read_json(f"{stem}_stats.json{query}")
@@ -225,7 +235,7 @@ class _Sizes:
         return values
 
     def _read(self, url: str) -> bytes | None:
-        # Some stores refuse what is not there.
+        # Some stores refuse access to files that do not exist.
         return self._storage.read(url, refused_is_absent=True)
 
     def _as_count(self, value: object, url: str) -> int:
@@ -245,17 +255,17 @@ class _Sizes:
             )
 
     def _check_few(self, unknown: Sequence[str]) -> None:
-        """Headers are counted for a few local shards only."""
+        """Check that the headers can be counted: only those of a few local shards are."""
         what = f"{len(unknown)} of {len(self._urls)} shards (first: {redact(unknown[0])})"
         if any(map(is_remote, unknown)):
             raise ValueError(
                 f"{self._name}: {what} must have sizes.json, _stats.json or a parquet file beside "
-                "them, or the source num_samples, to tell how many samples they hold"
+                "them, or the source num_samples, for the number of their samples"
             )
         if len(unknown) > _MAX_COUNTED_BY_HEADERS:
             raise ValueError(
-                f"{self._name}: {what} must have a file beside them that tells how many samples "
-                "they hold; ds-linclip inspect-shards --no-decode --write-sizes makes it"
+                f"{self._name}: {what} must have a file beside them with the number of samples; "
+                "ds-linclip inspect-shards --no-decode --write-sizes writes it"
             )
         logger.warning("%s have neither sizes.json nor _stats.json and may be incomplete", what)
 
@@ -268,12 +278,12 @@ class _Sizes:
         return len(shard)
 
     def _spread(self, urls: Sequence[str], total: int, known: int) -> dict[str, Shard]:
-        """Shards of unknown size, sharing evenly what the known ones leave of ``num_samples``."""
+        """Return the shards of unknown size, with equal shares of the remaining ``num_samples``."""
         if total < known or (total > known and not urls):
             rule = "be at least" if urls else "equal"
             raise ValueError(
-                f"{self._name}: num_samples ({total}) must {rule} the number of samples told "
-                f"beside the shards ({known})"
+                f"{self._name}: num_samples ({total}) must {rule} the number of samples in the "
+                f"files beside the shards ({known})"
             )
         ends = [(total - known) * (i + 1) // len(urls) for i in range(len(urls))]
         starts = [0, *ends[:-1]]
@@ -284,10 +294,14 @@ class _Sizes:
 
 
 def expand(pattern: str, name: str) -> list[str]:
-    """Paths or URLs that a brace pattern names.
+    """Return the paths or URLs that a brace pattern names.
+
+    Args:
+        pattern: As in bash and webdataset: ``{00000..00009}``, ``{a,b}``.
+        name: Name of the pattern in messages.
 
     Raises:
-        ValueError: beginning with ``name``, or naming ``data.train`` and a URL that cannot be used.
+        ValueError: for an invalid pattern, or a URL that cannot be used.
     """
     if not is_remote(pattern):
         pattern = os.path.expanduser(pattern)
@@ -300,20 +314,7 @@ def expand(pattern: str, name: str) -> list[str]:
     return urls
 
 
-def _check_distinct(urls: Sequence[str]) -> None:
-    repeated = [url for url, times in Counter(urls).items() if times > 1]
-    if repeated:
-        raise ValueError(
-            f"data.train ({redact(repeated[0])}) must come once, not {urls.count(repeated[0])} "
-            "times; upsampling makes samples come more often"
-        )
-
-
 def _split_query(url: str) -> tuple[str, str]:
-    """What names the file, and the query or fragment after it."""
+    """Split a URL into the file's address and the query or fragment after it."""
     match = re.match(r"([^?#]*)(.*)", url) if is_remote(url) else None
     return (match[1], match[2]) if match else (url, "")
-
-
-def _file_name(url: str) -> str:
-    return _split_query(url)[0].rpartition("/")[2]

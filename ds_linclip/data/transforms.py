@@ -1,8 +1,8 @@
-"""Bytes -> image tensor and token ids, with every input limited before it costs anything.
+"""Decoding of images and captions, with limits that are checked before an input costs anything.
 
-The tokenizer, the evaluation transform and the statistics of normalisation are open_clip's. Pixels
-are decoded by Pillow from an allow-list of formats (plain JPEGs, nearly all of a training set, by
-libjpeg-turbo itself, to the same pixels); nothing else in a shard is ever interpreted.
+The tokenizer, the evaluation transform and the normalization are open_clip's. Pillow decodes an
+allow-list of image formats; plain JPEGs, nearly all of a training set, are decoded by libjpeg-turbo
+directly, to the same pixels. Nothing else in a shard is interpreted.
 """
 
 import io
@@ -43,12 +43,12 @@ MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 64 * 2**10
 MAX_PIXELS = 8192 * 8192
 MIN_SIDE = 4
-_MAX_PIXELS_OF_OTHER_JPEGS = 8192 * 4096  # may have to be rotated, as a copy of four bytes a pixel
-_MAX_PIXELS_OF_OTHERS = 4096 * 4096  # a few kB can unfold to any size, and slowly
-_MAX_SCANS = 100  # each goes over the whole image; encoders make about ten
+_MAX_PIXELS_OF_OTHER_JPEGS = 8192 * 4096  # may need a rotated copy, four bytes per pixel
+_MAX_PIXELS_OF_OTHERS = 4096 * 4096  # a few kB may decompress slowly to any size
+_MAX_SCANS = 100  # each passes over the whole image; encoders write about ten
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-# What Pillow's plugins raise for broken files of these formats.
+# Exceptions of Pillow's plugins for broken files of these formats.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -62,22 +62,22 @@ _DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# A marker that a segment follows, or the end.
+# A marker that is followed by a segment, or the end marker.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _STRIP_PIXELS = 2**20
 # torchvision's default range of aspect ratios, 3/4 to 4/3.
 _LOG_RATIO = math.log(4 / 3)
-# A merge of a word is quadratic in its length. No natural text needs more characters per token.
+# Tokenizing a word is quadratic in its length. No natural text has more characters per token.
 _CHARACTERS_PER_TOKEN = 16
 _MAX_CACHED_WORDS = 200_000
 
 
 class EvalTransform:
-    """Image file -> model input, with open_clip's evaluation transform.
+    """open_clip's evaluation transform, from image file to model input.
 
     Args:
-        preprocess: Size in pixels, statistics and way of resizing; open_clip's defaults are those
-            that this project trains with.
+        preprocess: Size in pixels, statistics and resize mode. Training here uses open_clip's
+            defaults.
     """
 
     def __init__(self, preprocess: PreprocessCfg) -> None:
@@ -85,7 +85,7 @@ class EvalTransform:
         self._transform = image_transform_v2(preprocess, is_train=False)
 
     def __call__(self, content: bytes) -> Tensor:
-        """Decode, resize, crop the centre and normalise.
+        """Decode, resize, crop the center and normalize.
 
         Returns:
             [3, height, width] float32.
@@ -97,14 +97,14 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Image file -> random resized crop, as torchvision's, in bytes.
+    """Random resized crop of an image file, distributed as torchvision's, as uint8.
 
-    The crop is drawn on the header's size, before anything is decoded, and a JPEG is decoded at
-    half, a quarter, ... of its size as long as the crop keeps at least the pixels it must give.
+    The crop is drawn from the size in the header, before decoding. A JPEG is then decoded at half,
+    a quarter, ... of its size as long as the crop has at least the pixels of the result.
 
     Args:
-        crop_scale: Range of the crop's share of the area.
-        seed: Of all crops.
+        crop_scale: (smallest, largest) area of the crop as a fraction of the image.
+        seed: Seed of all crops.
     """
 
     def __init__(self, crop_scale: tuple[float, float], *, seed: int) -> None:
@@ -115,9 +115,9 @@ class TrainTransform:
         """Decode, crop and resize (bicubic, antialiased).
 
         Args:
-            content: Image file.
-            image_size: Height and width in pixels.
-            position: Of the sample in the order; the crop depends on it and the seed only.
+            content: Content of the image file.
+            image_size: (height, width) of the result in pixels.
+            position: Position of the sample in the order; the crop depends on it and the seed only.
 
         Returns:
             [3, height, width] uint8, channels last in memory.
@@ -139,16 +139,16 @@ class TrainTransform:
             _load(image)
             box = _random_crop(image.height, image.width, self._crop_scale, rng)
             pixels = _rgb_pixels(image, box)
-        # As a batch of one whose strides say channels last, or torch takes a slower way.
+        # As a channels-last batch of one, for which torch has a faster kernel.
         crop = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
         return F.interpolate(crop, image_size, mode="bicubic", antialias=True)[0]
 
 
 class CaptionTokenizer:
-    """Caption -> open_clip's token ids, in bounded time and memory.
+    """open_clip's tokenizer in bounded time and memory.
 
     Args:
-        context_length: Token ids per caption.
+        context_length: Number of token ids per caption.
     """
 
     def __init__(self, context_length: int) -> None:
@@ -157,21 +157,21 @@ class CaptionTokenizer:
         self._max_characters = _CHARACTERS_PER_TOKEN * context_length
 
     def __call__(self, caption: str) -> Tensor:
-        """Token ids [context_length] int64."""
+        """Return token ids [context_length] int64."""
         return cast(Tensor, self._tokenizer(self._bounded(caption))[0])
 
     def count(self, caption: str) -> int:
-        """Token ids of a caption, start and end included, before it is cut to the context."""
+        """Count the token ids of a caption, with start and end, before it is cut to the context."""
         return len(self._tokenizer.encode(self._bounded(caption))) + 2
 
     def _bounded(self, caption: str) -> str:
-        if len(self._tokenizer.cache) > _MAX_CACHED_WORDS:  # it keeps every word it meets
+        if len(self._tokenizer.cache) > _MAX_CACHED_WORDS:  # it caches every word
             self._tokenizer.cache = dict(self._special_tokens)
         return " ".join(caption.split())[: self._max_characters]
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """Decode into RGB: rotated as EXIF says, transparency over white, 16-bit grey rescaled.
+    """Decode to RGB: EXIF rotation applied, transparency over white, 16-bit gray rescaled.
 
     Raises:
         BadSample: ``image_undecodable``, or, before anything is decoded,
@@ -203,30 +203,30 @@ def decode_text(content: bytes) -> str:
 
 
 class Normalizer:
-    """Bytes -> model input: open_clip's mean and deviation, for a whole batch at once.
+    """Normalization of whole batches with open_clip's mean and standard deviation.
 
     Args:
-        device: Where batches go.
+        device: Device of the result.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # A CPU goes over a few images while they are in its cache.
+        # On a CPU a few images at a time, so that they stay in its cache.
         self._bytes_at_once = 2**18 if device.type == "cpu" else 2**62
-        # Made once: a copy from ordinary memory to a GPU waits for all of its work.
+        # Copied once: a copy from pageable memory to a GPU waits for all of its work.
         self._mean, self._deviation = (
             (255 * torch.tensor(values)).view(3, 1, 1).to(device)
             for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
         )
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        """One batch on the device; asynchronous from pinned memory.
+        """Return one normalized batch on the device; asynchronous from pinned memory.
 
         Args:
-            parts: [B_i, 3, H, W] uint8.
+            parts: Parts of the batch, [B_i, 3, H, W] uint8.
 
         Returns:
-            [B, 3, H, W] float32, B the sum of all B_i.
+            [B, 3, H, W] float32, where B is the sum of all B_i.
         """
         images = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), device=self._device)
         first = 0
@@ -241,7 +241,7 @@ class Normalizer:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Read the header and judge by it; the pixels are not decoded yet.
+    """Read an image's header and check the limits, without decoding pixels.
 
     Raises:
         BadSample: as :func:`decode_image`.
@@ -267,11 +267,11 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def _has_one_scan(content: bytes, image: JpegImageFile) -> bool:
-    """Whether it is decoded row by row; otherwise all coefficients are kept, scan after scan."""
+    """Return whether a JPEG is decoded row by row, without keeping all coefficients in memory."""
     if "progressive" in image.info or image.fp is None:
         return False
-    header = b"\xff\xda\0" + bytes((2 * image.layers + 6, image.layers))  # all colours at once
-    # Pillow has just read the first one; of the formats built on JPEG, some move on.
+    header = b"\xff\xda\0" + bytes((2 * image.layers + 6, image.layers))  # all color components
+    # Pillow has just read the first scan header, except in some formats built on JPEG.
     if content.startswith(header, max(0, image.fp.tell() - 2 * image.layers - 8)):
         return True
     return content.startswith(header, next(_scans(content), len(content)))
@@ -284,7 +284,7 @@ def _has_too_many_scans(content: bytes) -> bool:
 
 
 def _scans(content: bytes) -> Iterator[int]:
-    """Where the scans of a JPEG begin, found as libjpeg finds them."""
+    """Yield the offsets of the scans of a JPEG, found as libjpeg finds them."""
     found = _JPEG_MARKER.search(content)
     while found and found[0] != b"\xff\xd9":
         if found[0] == b"\xff\xda":
@@ -294,7 +294,7 @@ def _scans(content: bytes) -> Iterator[int]:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode in place, and rotate as EXIF or XMP says."""
+    """Decode in place, and apply the rotation in EXIF or XMP."""
     try:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
@@ -303,7 +303,7 @@ def _load(image: Image.Image) -> None:
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
-    """Whether libjpeg alone gives what Pillow does: both EXIF and XMP can ask for a rotation."""
+    """Return whether libjpeg gives Pillow's pixels; EXIF and XMP may ask for a rotation."""
     return (
         image.format == "JPEG"
         and image.mode in ("RGB", "L")
@@ -315,7 +315,7 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
 def _decode_jpeg(
     content: bytes, image: Image.Image, box: "_Box", image_size: tuple[int, int]
 ) -> np.ndarray:
-    """Pixels [h, w, 3] of the whole image, reduced as far as the crop allows."""
+    """Return pixels [h, w, 3] of the whole image, reduced as far as the crop allows."""
     height, width = image_size
     try:
         return simplejpeg.decode_jpeg(
@@ -325,7 +325,7 @@ def _decode_jpeg(
             min_width=math.ceil(image.width * width / (box.right - box.left)),
             min_factor=2,
         )
-    except ValueError:  # it is stricter than Pillow, who decides
+    except ValueError:  # simplejpeg is stricter than Pillow, which decides
         _load(image)
         return _rgb_pixels(image, _Box(0, 0, image.height, image.width))
 
@@ -338,7 +338,7 @@ class _Box(NamedTuple):
 
 
 def _random_crop(height: int, width: int, scale: tuple[float, float], rng: random.Random) -> _Box:
-    """As torchvision's RandomResizedCrop draws it, with its usual aspect ratios."""
+    """Draw a crop as torchvision's RandomResizedCrop does, with its default aspect ratios."""
     for _ in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
         ratio = math.exp(_LOG_RATIO * (2 * rng.random() - 1))
@@ -354,7 +354,7 @@ def _random_crop(height: int, width: int, scale: tuple[float, float], rng: rando
 
 
 def _rgb_pixels(image: Image.Image, box: _Box) -> np.ndarray:
-    """Pixels [h, w, 3] of a part of a decoded image."""
+    """Return pixels [h, w, 3] of a part of a decoded image."""
     pixels = np.empty((box.bottom - box.top, box.right - box.left, 3), np.uint8)
     for top, strip in _rgb_strips(image, box):
         pixels[top : top + strip.height] = np.asarray(strip)
@@ -362,7 +362,7 @@ def _rgb_pixels(image: Image.Image, box: _Box) -> np.ndarray:
 
 
 def _rgb_strips(image: Image.Image, box: _Box) -> Iterator[tuple[int, Image.Image]]:
-    """A part of a decoded image from top to bottom, so that conversions need little memory."""
+    """Yield a part of a decoded image in RGB strips, so that conversions need little memory."""
     num_rows = max(1, _STRIP_PIXELS // (box.right - box.left))
     for top in range(box.top, box.bottom, num_rows):
         strip = image.crop((box.left, top, box.right, min(top + num_rows, box.bottom)))

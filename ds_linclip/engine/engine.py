@@ -17,7 +17,7 @@ from ds_linclip.engine.deepspeed_config import deepspeed_config, monitor_config
 from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.lamb import Lamb
 from ds_linclip.engine.zero_state import ParameterPiece, RankState, fill_module
-from ds_linclip.loss.grad_cache import Objective, surrogate
+from ds_linclip.loss.grad_cache import ContrastiveLoss, surrogate
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh, prepare_for_deepspeed
 
@@ -43,7 +43,7 @@ class Engine(ABC):
         self._model = model
         self._mesh = mesh
         self._config = config
-        self.objective = Objective(config.loss, mesh)
+        self.objective = ContrastiveLoss(config.loss, mesh)
         generated = deepspeed_config(config, mesh)
         if config.optim.ema_decay:
             track_ema(optimizer)

@@ -1,4 +1,4 @@
-"""Weights out of checkpoints and in from elsewhere, as the folder that open_clip opens."""
+"""Exchange of weights with open_clip: export, import and pretrained weights."""
 
 from ds_linclip.interop.export import export_checkpoint
 from ds_linclip.interop.import_weights import import_weights

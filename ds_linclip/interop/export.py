@@ -1,7 +1,7 @@
-"""``ds-linclip export``: a checkpoint as the folder that open_clip opens.
+"""``ds-linclip export``: convert a checkpoint to the folder format that open_clip reads.
 
-Whatever layout has saved the checkpoint, parameters are put together one at a time: neither a
-model, nor a second rank, nor memory for the whole of it is needed.
+Works on a checkpoint of any parallel layout in one process, without building the model: parameters
+are assembled one at a time.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from typing import Literal
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ds_linclip.checkpoint.directory import checkpoint_path, committed
+from ds_linclip.checkpoint.directory import checkpoint_path, committed, step_of
 from ds_linclip.checkpoint.loading import check_files, latest_checkpoint, weight_kind
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST, CheckpointReader
 from ds_linclip.config import load_config
-from ds_linclip.interop.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
+from ds_linclip.interop.hub_folder import DTYPES, new_folder, tensor_layout, write_hub_folder
 from ds_linclip.interop.key_mapping import (
     SCALARS,
     check_shapes,
@@ -37,11 +37,17 @@ __all__ = ["Exported", "export_checkpoint", "main"]
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was exported."""
+    """Summary of an export.
+
+    Attributes:
+        checkpoint: Folder of the checkpoint that was read.
+        step: Its number of optimizer steps.
+        weights: "ema", the running average of the weights, or "raw".
+        num_parameters: Number of weights that were written.
+    """
 
     checkpoint: Path
     step: int
-    #: "ema", the running average of the weights, or "raw".
     weights: str
     num_parameters: int
 
@@ -58,18 +64,18 @@ def export_checkpoint(
 
     Args:
         source: A run folder or a checkpoint in it.
-        output: The folder to be; if it exists, it is empty.
-        step: Of a run folder: the checkpoint of that step instead of the newest.
-        weights: The running average of the weights or the weights themselves; None: what
-            evaluation sees, the average where there is one.
-        dtype: Of the weights; scalars are fp32 in any case.
+        output: The folder to write; must not exist, or be empty.
+        step: Step of the checkpoint to take from a run folder; None: the newest.
+        weights: "ema": the running average of the weights; "raw": the weights themselves; None: the
+            average if the run keeps one, as in evaluation.
+        dtype: Dtype of the weights. Scalars are always fp32.
 
     Raises:
-        ValueError: when there is no such checkpoint, or it is damaged or of another format; when
-            ``output`` is not free.
+        ValueError: when there is no such checkpoint, when it is damaged or of another format, or
+            when ``output`` holds something.
         OSError: when ``output`` cannot be written.
     """
-    checkpoint = _find(source, step)
+    checkpoint = _find_checkpoint(source, step)
     with new_folder(output) as folder:
         files = CheckpointReader(checkpoint)
         check_files(files, [*files.file_names, "config.yaml"])
@@ -78,7 +84,7 @@ def export_checkpoint(
         if weights == "ema" and not has_average:
             raise ValueError(
                 f"checkpoint ({checkpoint}) holds no running average (optim.ema_decay "
-                f"{config.optim.ema_decay}): --weights raw"
+                f"{config.optim.ema_decay}): use --weights raw"
             )
         chosen = weights or ("ema" if has_average else "raw")
         names = {open_clip_key(name): name for name in files.names}
@@ -93,7 +99,7 @@ def export_checkpoint(
             kind = weight_kind(files, names[key]) if chosen == "ema" else "weight"
             return to_open_clip_layout(names[key], files.full(names[key], kind), config.model)
 
-        layout = layout_of(shapes, lambda _: DTYPES[dtype])
+        layout = tensor_layout(shapes, lambda _: DTYPES[dtype])
         try:
             write_hub_folder(folder, config.model, layout, read)
         except SafetensorError as error:
@@ -118,7 +124,7 @@ def export_checkpoint(
     return exported
 
 
-def _find(source: Path, step: int | None) -> Path:
+def _find_checkpoint(source: Path, step: int | None) -> Path:
     is_run = (source / "checkpoints").is_dir()
     if not is_run and ((source / MANIFEST).exists() or re.match(r"step-\d{8}", source.name)):
         if step is not None:
@@ -131,15 +137,15 @@ def _find(source: Path, step: int | None) -> Path:
         return newest
     path = checkpoint_path(source / "checkpoints", step)
     if not path.is_dir():
-        there = [p.name.removeprefix("step-").lstrip("0") for p in committed(path.parent)]
+        steps = ", ".join(str(step_of(each)) for each in committed(path.parent))
         raise ValueError(
-            f"run folder ({source}) holds no checkpoint of step {step}, only of {', '.join(there)}"
+            f"run folder ({source}) holds no checkpoint of step {step}, only of {steps}"
         )
     return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
         exported = export_checkpoint(
@@ -162,19 +168,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ds-linclip export",
-        description="Write a checkpoint as the folder that open_clip opens as local-dir:FOLDER.",
-        epilog="Exit codes: 0, written; 2, something that you can mend, told in one line.",
+        description="Convert a checkpoint to a folder that open_clip opens as local-dir:FOLDER.",
+        epilog="Exit codes: 0: written; 2: a user error, reported in one line.",
     )
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("output", type=Path, metavar="OUTPUT_FOLDER", help="new, or empty")
     parser.add_argument(
-        "--step", type=int, metavar="N", help="the checkpoint of that step; default: the newest"
+        "output", type=Path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty"
+    )
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="step of the checkpoint; default: the newest"
     )
     parser.add_argument(
         "--weights",
         choices=("ema", "raw"),
-        help="ema: the running average of the weights; raw: the weights; default: the average "
-        "where there is one",
+        help="ema: the running average of the weights; raw: the weights themselves; default: the "
+        "average if the run keeps one",
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: fp32")
     return parser

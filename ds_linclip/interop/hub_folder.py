@@ -1,33 +1,56 @@
-"""Writing the folder that open_clip opens: whole or not at all, and one tensor at a time."""
+"""The folder format of open_clip's models on the Hugging Face hub: its config, and writing it.
+
+A hub folder holds ``open_clip_config.json`` and ``open_clip_model.safetensors``; open_clip opens it
+as ``local-dir:<folder>``. The config of a linear-attention tower has an ``attention`` entry that
+stock open_clip refuses, so that such weights are never run as softmax by mistake.
+"""
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from tqdm import tqdm
 
-from ds_linclip.checkpoint.sharded_safetensors import (
-    TensorSpec,
-    write_tensors,
-)
-from ds_linclip.config import ModelConfig
-from ds_linclip.interop.state_dict import CONFIG_FILE, WEIGHTS_FILE, open_clip_config
-from ds_linclip.process.atomic import sync, write_atomically
+from ds_linclip.checkpoint.sharded_safetensors import TensorSpec, write_tensors
+from ds_linclip.config import ModelConfig, TextTower, VisionTower, as_image_size
+from ds_linclip.process.atomic import atomic_directory, sync, write_atomically
 
-__all__ = ["DTYPES", "layout_of", "new_folder", "write_hub_folder"]
+__all__ = [
+    "CONFIG_FILE",
+    "DTYPES",
+    "WEIGHTS_FILE",
+    "new_folder",
+    "open_clip_config",
+    "parse_config",
+    "read_config",
+    "read_model_cfg",
+    "tensor_layout",
+    "write_hub_folder",
+]
 
-#: By the names that the config and the commands give them.
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+#: Dtypes by their names in the config and on the command line.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: Keys of a ``model_cfg`` that only matter without weights.
+_INITIAL_VALUES = ("init_logit_scale", "init_logit_bias")
+#: Initial bias of open_clip's sigmoid models. Without this entry they have no ``logit_bias``.
+_INITIAL_BIAS = -10.0
+
+Tower = TypeVar("Tower", VisionTower, TextTower)
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` that takes its place when the context ends well, or is removed.
+    """Yield a temporary folder; rename it to ``output`` when the context ends without an error.
 
     Raises:
         ValueError: when ``output`` exists and is not an empty folder.
@@ -36,28 +59,22 @@ def new_folder(output: Path) -> Iterator[Path]:
     output = Path(os.path.abspath(output))
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"output folder ({output}) must not exist, or be empty")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    staging.mkdir()
-    try:
-        yield staging
-        sync(staging)
-        staging.rename(output)
-        sync(output.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with atomic_directory(output) as folder:
+        yield folder
+        sync(folder)
+    sync(output.parent)
 
 
-def layout_of(
+def tensor_layout(
     shapes: Mapping[str, tuple[int, ...]], dtype: Callable[[str], torch.dtype]
 ) -> dict[str, TensorSpec]:
-    """The order of a weights file, which follows from what is in it: wide types first, so that
-    every tensor is aligned, then by name.
+    """Return dtypes and shapes in the order of a weights file: wide dtypes first, so that every
+    tensor is aligned, then by name.
 
     Args:
-        shapes: By key.
-        dtype: Of a key. Scalars are never made narrower than fp32: the logit scale counts a
-            logarithm, and bf16 would change the temperature by a percent.
+        shapes: Shape of every key.
+        dtype: Returns the dtype for a key. Scalars are always fp32: the logit scale is a logarithm,
+            and bf16 would change the temperature by a percent.
     """
     layout = {
         key: TensorSpec(dtype(key) if shape else torch.float32, shape)
@@ -73,16 +90,16 @@ def write_hub_folder(
     layout: Mapping[str, TensorSpec],
     read: Callable[[str], Tensor],
 ) -> None:
-    """Write config and weights; no more than one tensor is held at a time.
+    """Write config and weights, holding no more than one tensor at a time.
 
     Args:
-        folder: Where to.
+        folder: From :func:`new_folder`.
         config: The architecture.
-        layout: What the weights file will hold, in its order.
-        read: The tensor of a key, in open_clip's layout and any floating dtype.
+        layout: Result of :func:`tensor_layout`.
+        read: Returns the tensor of a key on the CPU, in open_clip's layout and any floating dtype.
 
     Raises:
-        ValueError: when a weight is beyond the range of its dtype.
+        ValueError: when a weight exceeds the range of its dtype.
         OSError: when a file cannot be written.
     """
     content = open_clip_config(config, with_bias="logit_bias" in layout)
@@ -100,6 +117,79 @@ def write_hub_folder(
         write_tensors(folder / WEIGHTS_FILE, layout, converted())
 
 
+def open_clip_config(config: ModelConfig, *, with_bias: bool = False) -> dict[str, Any]:
+    """Return the content of ``open_clip_config.json``.
+
+    Args:
+        config: The architecture.
+        with_bias: Whether the weights have a ``logit_bias``, as with the sigmoid loss.
+    """
+    model_cfg: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": _tower_to_dict(config.vision),
+        "text_cfg": _tower_to_dict(config.text),
+    }
+    if with_bias:
+        model_cfg["init_logit_bias"] = _INITIAL_BIAS
+    return {"model_cfg": model_cfg}
+
+
+def read_config(folder: Path, towers: Container[str] = ("vision", "text")) -> ModelConfig:
+    """Read the architecture of a hub folder; see :func:`parse_config`.
+
+    Raises:
+        OSError: when the folder has no config file.
+        ValueError: when the file describes another kind of model.
+    """
+    return parse_config(read_model_cfg(folder / CONFIG_FILE), towers)
+
+
+def read_model_cfg(path: Path) -> dict[str, Any]:
+    """Read ``model_cfg`` from an ``open_clip_config.json`` or one of open_clip's ``model_configs``.
+
+    Raises:
+        OSError: when there is no such file.
+        ValueError: when it is not JSON.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # neither JSON nor text
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
+    found = content.get("model_cfg", content) if isinstance(content, dict) else None
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def parse_config(
+    model_cfg: Mapping[str, Any], towers: Container[str] = ("vision", "text")
+) -> ModelConfig:
+    """Return the architecture that a ``model_cfg`` describes.
+
+    Args:
+        model_cfg: As open_clip writes it.
+        towers: The towers to read; another one keeps its default values.
+
+    Raises:
+        ValueError: when it describes another kind of model.
+    """
+    cfg = {key: value for key, value in model_cfg.items() if key not in _INITIAL_VALUES}
+    try:
+        embed_dim, vision, text = (cfg.pop(key) for key in ("embed_dim", "vision_cfg", "text_cfg"))
+    except KeyError as error:
+        raise ValueError(
+            f"{CONFIG_FILE} must hold model_cfg with embed_dim, vision_cfg and text_cfg"
+        ) from error
+    if cfg:
+        raise ValueError(f"model_cfg ({', '.join(sorted(cfg))}) must hold no such keys")
+    if type(embed_dim) is not int or embed_dim < 1:
+        raise ValueError(f"embed_dim ({embed_dim}) must be a positive integer")
+    config = ModelConfig(embed_dim=embed_dim)
+    if "vision" in towers:
+        config.vision = _parse_tower(VisionTower, "vision_cfg", vision)
+    if "text" in towers:
+        config.text = _parse_tower(TextTower, "text_cfg", text)
+    return config
+
+
 def _convert(key: str, value: Tensor, facts: TensorSpec) -> Tensor:
     largest = torch.finfo(facts.dtype).max
     if torch.finfo(value.dtype).max > largest and value.numel():
@@ -109,3 +199,27 @@ def _convert(key: str, value: Tensor, facts: TensorSpec) -> Tensor:
                 f"{key} holds values beyond {facts.dtype} ({largest:.4g}): take another --dtype"
             )
     return value.reshape(facts.shape).to(facts.dtype)
+
+
+def _tower_to_dict(tower: VisionTower | TextTower) -> dict[str, Any]:
+    content = asdict(tower)
+    if isinstance(tower, VisionTower) and tower.image_size[0] == tower.image_size[1]:
+        content["image_size"] = tower.image_size[0]  # one number, as in open_clip's own configs
+    if tower.attention.kind == "softmax":
+        del content["attention"]
+    return content
+
+
+def _parse_tower(tower: type[Tower], name: str, content: Any) -> Tower:
+    defaults = {"attention": {"kind": "softmax"}}
+    if isinstance(content, dict) and "image_size" in content:
+        size = as_image_size(f"{name}.image_size", content["image_size"])
+        content = {**content, "image_size": size}
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(tower), defaults, content)
+        parsed = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name} must describe a plain transformer: {reason}") from error
+    assert isinstance(parsed, tower)
+    return parsed

@@ -1,6 +1,7 @@
-"""``ds-linclip import``: weights from elsewhere as a folder that ``init.pretrained`` takes.
+"""``ds-linclip import``: convert open_clip's weights to a folder for ``init.pretrained``.
 
-What comes in is not trusted: safetensors and JSON are read, pickles are refused, not opened.
+The input is not trusted: only safetensors and JSON are read; pickles are refused without opening
+them.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,38 +19,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ds_linclip.config import check_model
-from ds_linclip.interop.hub_folder import DTYPES, layout_of, new_folder, write_hub_folder
-from ds_linclip.interop.key_mapping import SCALARS, check_shapes, open_clip_shapes
-from ds_linclip.interop.state_dict import (
+from ds_linclip.interop.hub_folder import (
     CONFIG_FILE,
+    DTYPES,
     WEIGHTS_FILE,
+    new_folder,
     parse_config,
-    read_content,
+    read_model_cfg,
+    tensor_layout,
+    write_hub_folder,
 )
+from ds_linclip.interop.key_mapping import SCALARS, check_shapes, open_clip_shapes
 from ds_linclip.process.exit_codes import ExitCode
 
-__all__ = ["Imported", "import_weights", "main"]
+__all__ = ["import_weights", "main"]
 
 logger = logging.getLogger(__name__)
 
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
-#: How files begin that torch or pickle write: a zip archive, pickle's protocols 2 to 5, a tar.
+#: First bytes of files that torch or pickle write: a zip archive, or pickle's protocols 2 to 5.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _REFUSED = (
-    "is a pickle, which can run code when it is opened: open it with open_clip where that does no "
-    "harm, and write model.state_dict() with safetensors.torch.save_file"
+    "is a pickle, which can run code when it is opened: open it with open_clip in a sandbox, and "
+    "write model.state_dict() with safetensors.torch.save_file"
 )
 _DTYPES_READ = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-#: In old state dicts, OpenAI's among them: facts about the model and a constant mask, no weights.
-_NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Imported:
-    """What was imported."""
-
-    weights: Path
-    num_parameters: int
+#: Entries of old state dicts, such as OpenAI's, that are settings and a constant mask, not weights.
+_NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
 
 def import_weights(
@@ -60,29 +55,33 @@ def import_weights(
     config: Path | None = None,
     architecture: str | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
-) -> Imported:
-    """Write weights of open_clip's plain CLIP as a folder for ``init.pretrained``.
+) -> int:
+    """Write the weights of open_clip's plain transformer CLIP as a folder for ``init.pretrained``.
 
     Args:
         source: A hub folder, or a safetensors file.
-        output: The folder to be; if it exists, it is empty.
-        config: With a file: the ``open_clip_config.json`` that belongs to it.
-        architecture: With a file, instead of ``config``: open_clip's name, such as ViT-B-16.
-        dtype: Of the weights, but for scalars, which are fp32 in any case; None: as they are.
+        output: The folder to write; must not exist, or be empty.
+        config: For a safetensors file: its ``open_clip_config.json``.
+        architecture: For a safetensors file, instead of ``config``: open_clip's name of the
+            architecture, such as ViT-B-16.
+        dtype: Dtype of the weights; None: unchanged. Scalars are always fp32.
+
+    Returns:
+        The number of parameters.
 
     Raises:
-        ValueError: when the weights are not of a plain transformer CLIP, do not fit their config
-            or are a pickle; when ``output`` is not free.
+        ValueError: when the weights are not those of a plain transformer CLIP, do not fit their
+            config or are a pickle, or when ``output`` holds something.
         OSError: when a file cannot be read or written.
     """
     path, model_cfg = _open_source(source, config, architecture)
-    if model_cfg.get("custom_text"):  # its text tower may be a plain one all the same
+    if model_cfg.get("custom_text"):  # its text tower may still be a plain one
         model_cfg = {key: value for key, value in model_cfg.items() if key != "custom_text"}
     try:
         model = parse_config(model_cfg)
         check_model(model)
     except ValueError as error:
-        raise ValueError(f"{config or source}: no plain transformer CLIP: {error}") from error
+        raise ValueError(f"{config or source}: not a plain transformer CLIP: {error}") from error
     with new_folder(output) as folder, _opened(path) as file:
         stored = _stored_keys(path, file.keys())
         slices = {key: file.get_slice(name) for key, name in stored.items()}
@@ -94,16 +93,16 @@ def import_weights(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         dtypes = {key: _dtype(path, key, part.get_dtype()) for key, part in slices.items()}
-        layout = layout_of(shapes, lambda key: DTYPES[dtype] if dtype else dtypes[key])
+        layout = tensor_layout(shapes, lambda key: DTYPES[dtype] if dtype else dtypes[key])
         write_hub_folder(folder, model, layout, lambda key: file.get_tensor(stored[key]))
     sizes = (facts.num_bytes // facts.dtype.itemsize for facts in layout.values())
-    return Imported(weights=path, num_parameters=sum(sizes))
+    return sum(sizes)
 
 
 def _open_source(
     source: Path, config: Path | None, architecture: str | None
 ) -> tuple[Path, Mapping[str, Any]]:
-    """The weights file and the config that belongs to it."""
+    """Return the weights file and its ``model_cfg``."""
     if source.is_dir():
         if config is not None or architecture is not None:
             raise ValueError(f"{source} is a folder: --config and --model are for files")
@@ -113,15 +112,17 @@ def _open_source(
             raise ValueError(f"{source} has no {WEIGHTS_FILE}, and {pickles[0]} {_REFUSED}")
         _refuse_pickle(path)
         _note_preprocessing(source / CONFIG_FILE)
-        return path, read_content(source / CONFIG_FILE)
+        return path, read_model_cfg(source / CONFIG_FILE)
     _refuse_pickle(source)
     if (config is None) == (architecture is None):
-        raise ValueError(f"{source} needs --config or --model: its architecture is not in it")
+        raise ValueError(
+            f"{source} needs --config or --model: a weights file does not hold its architecture"
+        )
     if config is not None:
         _note_preprocessing(config)
-        return source, read_content(config)
+        return source, read_model_cfg(config)
     names = open_clip.list_models()
-    if architecture not in names:  # asked for anything else, open_clip may go to the network
+    if architecture not in names:  # with other names open_clip may access the network
         near = difflib.get_close_matches(str(architecture), names, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"--model ({architecture}) must be one of open_clip's names{hint}")
@@ -129,18 +130,19 @@ def _open_source(
 
 
 def _note_preprocessing(path: Path) -> None:
-    """Say so when images were normalised otherwise than here, where it is always OpenAI's way."""
+    """Warn when images were not normalized with OpenAI's statistics, as ds_linclip does."""
     try:
         content = json.loads(path.read_text())
     except ValueError:
-        return  # told when the config is read
+        return  # reported when the config is read
     found = content.get("preprocess_cfg") if isinstance(content, dict) else None
     ours = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     for name, value in ours.items():
         theirs = found.get(name, value) if isinstance(found, dict) else value
         if theirs != value and theirs != list(value):
             logger.warning(
-                "%s: images had %s %s; here they have %s: features differ until trained on",
+                "%s: images were normalized with %s %s; ds_linclip uses %s, so features differ "
+                "until the model is trained with it",
                 path,
                 name,
                 theirs,
@@ -149,15 +151,15 @@ def _note_preprocessing(path: Path) -> None:
 
 
 def _refuse_pickle(path: Path) -> None:
-    """Whatever it is called: a safetensors file has a JSON object after eight bytes.
+    """Check by its first bytes, whatever its name, that a file is safetensors and not a pickle.
 
     Raises:
-        ValueError: when it is not one.
+        ValueError: when it is a pickle or another format.
         OSError: when it cannot be read.
     """
     with path.open("rb") as file:
         start = file.read(300)
-    is_safetensors = start[8:9] == b"{"  # what is before it may look like a pickle's first bytes
+    is_safetensors = start[8:9] == b"{"  # the length before it may look like a pickle
     is_pickle = start.startswith(_PICKLE_STARTS) or start[257:262] == b"ustar"
     if path.suffix in _PICKLES or (is_pickle and not is_safetensors):
         raise ValueError(f"{path} {_REFUSED}")
@@ -175,12 +177,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _stored_keys(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """The names in a file by the keys of open_clip's ``CLIP``, which old and wrapped ones have
-    under prefixes."""
+    """Return the names in a file by the keys of open_clip's ``CLIP``; old and wrapped models have
+    prefixes."""
     stored: dict[str, str] = {}
     for name in names:
         key = name.removeprefix("module.").removeprefix("text.")
-        if key in _NO_WEIGHTS:
+        if key in _NOT_WEIGHTS:
             continue
         if key in stored:
             raise ValueError(f"{path} holds {key} twice, as {stored[key]} and {name}")
@@ -195,11 +197,11 @@ def _dtype(path: Path, key: str, stored: str) -> torch.dtype:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     try:
-        imported = import_weights(
+        num_parameters = import_weights(
             options.source,
             options.output,
             config=options.config,
@@ -210,8 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return ExitCode.USER_ERROR
     sys.stdout.write(
-        f"{options.output}: {imported.num_parameters:,} parameters of {imported.weights}; train "
-        f"from it with init.pretrained={options.output}\n"
+        f"{options.output}: {num_parameters:,} parameters of {options.source}; train from it with "
+        f"init.pretrained={options.output}\n"
     )
     return ExitCode.FINISHED
 
@@ -219,9 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ds-linclip import",
-        description="Write weights of open_clip as a folder for init.pretrained. Only safetensors "
+        description="Convert open_clip's weights to a folder for init.pretrained. Only safetensors "
         "and JSON are read.",
-        epilog="Exit codes: 0, written; 2, something that you can mend, told in one line.",
+        epilog="Exit codes: 0: written; 2: a user error, reported in one line.",
     )
     parser.add_argument(
         "source",
@@ -229,11 +231,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or a .safetensors file",
     )
-    parser.add_argument("output", type=Path, metavar="OUTPUT_FOLDER", help="new, or empty")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--config", type=Path, help=f"of a file: its {CONFIG_FILE}")
-    which.add_argument(
-        "--model", metavar="NAME", help="of a file: open_clip's architecture, such as ViT-B-16"
+    parser.add_argument(
+        "output", type=Path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty"
     )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as they are")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--config", type=Path, help=f"for a file: its {CONFIG_FILE}")
+    which.add_argument(
+        "--model",
+        metavar="NAME",
+        help="for a file: open_clip's name of its architecture, such as ViT-B-16",
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: unchanged")
     return parser

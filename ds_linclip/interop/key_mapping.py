@@ -1,7 +1,6 @@
-"""What open_clip calls our parameters, and the shape and layout it keeps them in.
+"""Names, shapes and layout of parameters in open_clip's state dict.
 
-The one mapping for live models, for parameters stored in checkpoints, and for folders that come
-from elsewhere.
+The only mapping, shared by live models, checkpoints and imported weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,33 +18,33 @@ __all__ = [
     "to_open_clip_layout",
 ]
 
-#: Scalars in open_clip, of shape [1] here; the same names.
+#: Parameters that are scalars in open_clip and have shape [1] here, under the same names.
 SCALARS = ("logit_scale", "logit_bias")
 
 
 def open_clip_key(name: str) -> str:
-    """open_clip's name of the parameter that a whole :class:`CLIP` calls ``name``."""
+    """Return open_clip's name of the parameter ``name`` of a :class:`~ds_linclip.model.CLIP`."""
     key = name.removeprefix("text.").replace("blocks.", "transformer.resblocks.")
     key = key.replace(".attn.qkv.", ".attn.in_proj_")
     return "text_projection" if name == "text.proj" else key
 
 
 def to_open_clip_layout(name: str, full: Tensor, config: ModelConfig) -> Tensor:
-    """The whole parameter ``name`` as open_clip keeps it: q, k, v stacked; no shape of scalars."""
+    """Return the unsplit parameter ``name`` in open_clip's layout: q, k, v stacked; scalars []."""
     if ".attn.qkv." in name:
         return full.unflatten(0, (_heads(name, config), 3, -1)).transpose(0, 1).flatten(0, 2)
     return full.reshape(()) if name in SCALARS else full
 
 
 def from_open_clip_layout(name: str, full: Tensor, config: ModelConfig) -> Tensor:
-    """Undoes :func:`to_open_clip_layout`: q, k, v of each head together; scalars of shape [1]."""
+    """Invert :func:`to_open_clip_layout`: q, k, v of each head together; scalars [1]."""
     if ".attn.qkv." in name:
         return full.unflatten(0, (3, _heads(name, config), -1)).transpose(0, 1).flatten(0, 2)
     return full.reshape(1) if name in SCALARS else full
 
 
 def open_clip_shapes(config: ModelConfig, *, with_bias: bool) -> dict[str, tuple[int, ...]]:
-    """Every key of the state dict, and its shape.
+    """Return every key of open_clip's state dict with its shape.
 
     Args:
         config: The architecture.
@@ -70,7 +69,7 @@ def open_clip_shapes(config: ModelConfig, *, with_bias: bool) -> dict[str, tuple
 
 
 def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
-    """Compare a state dict with what :func:`open_clip_shapes` expects of it.
+    """Check that a state dict has the keys and shapes that :func:`open_clip_shapes` gives.
 
     Raises:
         ValueError: naming the missing, unexpected and mis-shaped keys.

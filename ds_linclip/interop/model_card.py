@@ -1,4 +1,4 @@
-"""The README of an exported model: what was trained, on what, how it scored; nothing else."""
+"""The model card of an exported model: architecture, training, metrics and how to load it."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,12 +6,35 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ds_linclip.config import Attention, Config
-from ds_linclip.data.remote import redact
+from ds_linclip.config import Config
+from ds_linclip.data.remote import is_remote, redact
 
 __all__ = ["model_card"]
 
 _WEIGHTS = {"ema": "running average (EMA)", "raw": "as trained, no average"}
+_CARD = """---
+# Choose a license.
+license: unknown
+library_name: {library}
+pipeline_tag: zero-shot-image-classification
+tags:
+- clip
+{tags}---
+# {name}
+
+CLIP, trained with ds_linclip as run `{run}`. Intended use and limitations are not documented yet.
+
+## Training
+
+{training}
+
+## Metrics
+
+{metrics}
+
+## Loading
+
+{loading}"""
 _OPEN_CLIP = """```python
 import open_clip
 
@@ -21,8 +44,8 @@ tokenizer = open_clip.get_tokenizer("local-dir:{name}")
 
 ds_linclip starts from it with `init.pretrained={name}`.
 """
-_DS_LINCLIP = """A tower of this model has linear attention, which open_clip does not know: stock
-open_clip refuses `open_clip_config.json`, so that the weights are never run with softmax instead.
+_DS_LINCLIP = """A tower of this model has linear attention, which open_clip does not support: stock
+open_clip refuses `open_clip_config.json`, so the weights are never run with softmax by mistake.
 
 ```python
 from ds_linclip.interop.state_dict import load_folder
@@ -47,56 +70,33 @@ def model_card(
     weights: str,
     dtype: str,
 ) -> str:
-    """Markdown with the front matter of the Hugging Face hub; the license is left to be chosen.
+    """Return Markdown with the front matter of the Hugging Face hub, with the license left open.
 
     Args:
-        name: Of the exported folder.
-        config: The run's.
-        manifest: The checkpoint's.
-        run_dir: Where the run has left its metrics, if it has.
-        num_parameters: Of the model.
+        name: Name of the exported folder.
+        config: The run's configuration.
+        manifest: The checkpoint's manifest.
+        run_dir: The run folder, whose metrics are redact if it has any.
+        num_parameters: Number of weights of the model.
         weights: "ema" or "raw".
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
     """
     towers = (config.model.vision, config.model.text)
-    is_open_clips = all(tower.attention.kind == "softmax" for tower in towers)
+    fits_open_clip = all(tower.attention.kind == "softmax" for tower in towers)
     facts = [
         *_architecture(config),
         ("parameters", f"{num_parameters:,}, {dtype}"),
         ("weights", _WEIGHTS[weights]),
         *_training(config, manifest),
     ]
-    front = [
-        "---",
-        "# The license is yours to choose.",
-        "license: unknown",
-        f"library_name: {'open_clip' if is_open_clips else 'ds_linclip'}",
-        "pipeline_tag: zero-shot-image-classification",
-        "tags:",
-        "- clip",
-        *([] if is_open_clips else ["- linear-attention"]),
-        "---",
-    ]
-    return "\n".join(
-        [
-            *front,
-            f"# {name}",
-            "",
-            f"CLIP, trained with ds_linclip as run `{config.name}`. What this model is good for, "
-            "and for whom, is not written here: nobody has said so yet.",
-            "",
-            "## Training",
-            "",
-            *_table(("", ""), facts),
-            "",
-            "## Metrics",
-            "",
-            *_metrics(config, run_dir / "metrics.jsonl", manifest["step"], weights),
-            "",
-            "## Loading",
-            "",
-            (_OPEN_CLIP if is_open_clips else _DS_LINCLIP).format(name=name),
-        ]
+    return _CARD.format(
+        library="open_clip" if fits_open_clip else "ds_linclip",
+        tags="" if fits_open_clip else "- linear-attention\n",
+        name=name,
+        run=config.name,
+        training="\n".join(_table(("", ""), facts)),
+        metrics="\n".join(_metrics(config, run_dir / "metrics.jsonl", manifest["step"], weights)),
+        loading=(_OPEN_CLIP if fits_open_clip else _DS_LINCLIP).format(name=name),
     )
 
 
@@ -106,27 +106,20 @@ def _architecture(config: Config) -> Iterator[tuple[str, str]]:
     yield (
         "image tower",
         f"ViT, {height} x {width} px in patches of {vision.patch_size}, {vision.layers} layers of "
-        f"width {vision.width}, {vision.heads} heads, {_words(vision.attention)} attention",
+        f"width {vision.width}, {vision.heads} heads, {vision.attention} attention",
     )
     yield (
         "text tower",
         f"{text.context_length} tokens of {text.vocab_size}, {text.layers} layers of width "
-        f"{text.width}, {text.heads} heads, {_words(text.attention)} attention",
+        f"{text.width}, {text.heads} heads, {text.attention} attention",
     )
     yield "shared space", f"{config.model.embed_dim}"
-
-
-def _words(attention: Attention) -> str:
-    if attention.kind == "softmax":
-        return "softmax"
-    fields = (f"{name} {value}" for name, value in asdict(attention).items() if name != "kind")
-    return f"linear ({', '.join(fields)})"
 
 
 def _training(config: Config, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     train, optim, init, step = config.train, config.optim, config.init, manifest["step"]
     layout = manifest["layout"]
-    yield "data", ", ".join(redact(source.shards) for source in config.data.train)
+    yield "data", ", ".join(_public(source.shards) for source in config.data.train)
     yield "steps", f"{step} of {train.steps}"
     yield "global batch", f"{train.global_batch_size} pairs; {step * train.global_batch_size} seen"
     yield "loss", config.loss.kind
@@ -150,28 +143,33 @@ def _training(config: Config, manifest: Mapping[str, Any]) -> Iterator[tuple[str
     yield "versions", ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())
 
 
+def _public(path: str) -> str:
+    """Return a URL without secrets, or the last two parts of a local path."""
+    return redact(path) if is_remote(path) else "/".join(Path(path).parts[-2:])
+
+
 def _metrics(config: Config, path: Path, step: int, weights: str) -> Iterator[str]:
-    """The loss and the evaluation that were logged last, up to ``step``."""
+    """Yield the lines of the last logged loss and evaluation up to ``step``."""
     rows = []
-    found = _last(path, step)
+    found = _last_values(path, step)
     for tag, (logged, value) in sorted(found.items(), key=lambda entry: entry[0] != "train/loss"):
         rows.append((f"`{tag}`", f"{value:.4f}", f"{logged}"))
     if not rows:
-        yield "None were found beside the checkpoint."
+        yield "The run folder of the checkpoint has no metrics."
         return
     yield from _table(("metric", "value", "after step"), rows)
     yield ""
     if "train/loss" in found:
         yield "The training loss is that of one batch."
     if any(tag.startswith("eval/") for tag in found):
-        data = "the run's held-out data" if config.eval.data is None else redact(config.eval.data)
+        data = "the run's held-out data" if config.eval.data is None else _public(config.eval.data)
         average = ", with the running average of the weights" if config.optim.ema_decay else ""
-        other = ", which this folder does not hold" if average and weights == "raw" else ""
+        other = ", which this folder does not contain" if average and weights == "raw" else ""
         yield f"Evaluation is on {data}{average}{other}."
 
 
-def _last(path: Path, step: int) -> dict[str, tuple[int, float]]:
-    """Step and value by tag; what a resumed run has logged again counts."""
+def _last_values(path: Path, step: int) -> dict[str, tuple[int, float]]:
+    """Return step and value by tag; of a step that a resumed run logged twice, the later line."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

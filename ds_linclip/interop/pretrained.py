@@ -1,4 +1,4 @@
-"""Training that starts from the weights of a hub folder."""
+"""Initial weights of a run, from hub folders."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -9,13 +9,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ds_linclip.config import Attention, InitConfig, ModelConfig, TextTower, VisionTower
-from ds_linclip.interop.state_dict import (
-    WEIGHTS_FILE,
-    from_open_clip,
-    named_keys,
-    read_config,
-)
+from ds_linclip.config import InitConfig, ModelConfig
+from ds_linclip.interop.hub_folder import WEIGHTS_FILE, read_config
+from ds_linclip.interop.state_dict import from_open_clip, named_keys
 from ds_linclip.model.clip import CLIP
 from ds_linclip.model.towers import resample_positions
 
@@ -23,24 +19,24 @@ __all__ = ["load_pretrained"]
 
 logger = logging.getLogger(__name__)
 
-#: What our parameters are called that a field of InitConfig asks for, and the towers they are in.
+#: Field of InitConfig -> prefix of the parameters that it loads, and their towers.
 _PARTS = {
     "pretrained": ("", ("vision", "text")),
     "pretrained_image": ("visual.", ("vision",)),
     "pretrained_text": ("text.", ("text",)),
 }
-#: Of a tower's config, what weights of another value still fit.
+#: Fields of a tower's config in which weights and model may differ.
 _MAY_DIFFER = ("image_size", "patch_dropout", "attention")
 
 
 def load_pretrained(model: CLIP, config: InitConfig) -> None:
-    """Copy weights from the hub folders of ``config`` into what this process holds of the model.
+    """Copy weights from the hub folders of ``config`` into this process's part of the model.
 
-    Every process reads for itself, and of the weights file only what it needs.
+    Every process reads on its own, and only the weights it needs.
 
     Raises:
-        ValueError: naming the field and the folder, when files are missing or unreadable, or of
-            another architecture; also of another attention, unless that is asked for.
+        ValueError: naming the field and the folder: files are missing or unreadable, the
+            architecture differs, or the attention differs without ``init.change_attention``.
     """
     for field, (prefix, towers) in _PARTS.items():
         folder = getattr(config, field)
@@ -60,10 +56,10 @@ def load_pretrained(model: CLIP, config: InitConfig) -> None:
 
 def _check_tower(tower: str, theirs: ModelConfig, ours: ModelConfig) -> None:
     pairs = [("embed_dim", theirs.embed_dim, ours.embed_dim)]
-    mine = asdict(getattr(ours, tower))
+    wanted_values = asdict(getattr(ours, tower))
     for name, value in asdict(getattr(theirs, tower)).items():
         if name not in _MAY_DIFFER:
-            pairs.append((f"{tower}.{name}", value, mine[name]))
+            pairs.append((f"{tower}.{name}", value, wanted_values[name]))
     for name, value, wanted in pairs:
         if value != wanted:
             written = name.replace(".", "_cfg.")
@@ -71,44 +67,29 @@ def _check_tower(tower: str, theirs: ModelConfig, ours: ModelConfig) -> None:
 
 
 def _check_attention(tower: str, theirs: ModelConfig, model: CLIP, *, may_change: bool) -> None:
-    trained, wanted = (_attention(getattr(config, tower)) for config in (theirs, model.config))
+    trained, wanted = (str(getattr(each, tower).attention) for each in (theirs, model.config))
     if trained == wanted:
         return
     if not may_change:
         raise ValueError(
-            f"{tower}_cfg: weights trained with attention ({_words(trained)}) must go into a model "
-            f"with the same model.{tower}.attention ({_words(wanted)}), or "
-            "init.change_attention=true"
+            f"{tower}_cfg: weights trained with attention {trained} need a model with the same "
+            f"model.{tower}.attention, not {wanted}, or init.change_attention=true"
         )
     if model.mesh.rank == 0:
         logger.warning(
-            "%s tower: weights trained with %s attention go on with %s attention",
-            tower,
-            _words(trained),
-            _words(wanted),
+            "%s tower: weights were trained with attention %s, the model has attention %s",
+            *(tower, trained, wanted),
         )
-
-
-def _attention(tower: VisionTower | TextTower) -> Attention:
-    """With softmax, the other fields have no effect."""
-    attention = tower.attention
-    return Attention(kind="softmax") if attention.kind == "softmax" else attention
-
-
-def _words(attention: Attention) -> str:
-    if attention.kind == "softmax":
-        return "softmax"
-    return ", ".join(f"{name} {value}" for name, value in asdict(attention).items())
 
 
 def _copy(model: CLIP, path: Path, theirs: ModelConfig, prefix: str) -> None:
     with safe_open(path, framework="pt") as file:
-        weights = _Weights(file, theirs, model.config)
+        weights = _LazyWeights(file, theirs, model.config)
         wanted = {key for name, key, _ in named_keys(model) if name.startswith(prefix)}
         if "logit_bias" in wanted and "logit_bias" not in weights:
             raise ValueError(
-                "the weights hold no logit_bias, which loss.kind sigmoid needs: take the folder as "
-                "init.pretrained_image and init.pretrained_text, and the bias starts anew"
+                "the weights hold no logit_bias, which loss.kind sigmoid needs: set the folder as "
+                "init.pretrained_image and init.pretrained_text to start with a new bias"
             )
         gains = {key for key in wanted if ".head_norm." in key and not _has_gains(key, theirs)}
         from_open_clip(model, weights, only=wanted - gains)
@@ -119,8 +100,8 @@ def _has_gains(key: str, config: ModelConfig) -> bool:
     return tower.attention.kind == "linear" and tower.attention.head_norm
 
 
-class _Weights(Mapping[str, Tensor]):
-    """What a safetensors file holds, read when it is asked for; positions on the model's grid."""
+class _LazyWeights(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, read on access, with positions on the model's grid."""
 
     def __init__(self, file: Any, theirs: ModelConfig, ours: ModelConfig) -> None:
         self._file = file

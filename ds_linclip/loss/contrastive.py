@@ -1,12 +1,12 @@
-"""Contrastive losses of the global batch, in memory that grows linearly with it.
+"""Contrastive losses of the global batch, in memory that grows linearly with the batch.
 
-Logits only exist as square tiles. Every rank works through the tiles that hold one of its own
-images or texts, so that it ends with the whole gradient of its own features and none has to be sent
-back to where a feature came from.
+Logits are computed in square tiles, never all at once. Every rank processes the tiles that contain
+its own images or texts, so it obtains the complete gradient of its own features, and no gradients
+have to be sent between ranks.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -40,11 +40,11 @@ def clip_loss(
         image_features: L2-normalised, [B, E], float32 or float64 (or bfloat16: multiplied as such,
             summed in float32). All that this rank contributes to the global batch.
         text_features: L2-normalised, [B, E]; row i belongs to image i.
-        logit_scale: one number, the factor on the cosine similarities.
-        group: ranks whose pairs are each other's negatives; all hold the same B, and all or none
+        logit_scale: One number, the factor on the cosine similarities.
+        group: Ranks whose pairs are each other's negatives; all have the same B, and all or none
             need a gradient. None: this process alone.
-        chunk_size: side of the tiles. Beyond features and their gradients, memory is a few times
-            its square; the result depends on it by rounding only.
+        chunk_size: Side of the tiles. Beyond features and their gradients, memory is a few times
+            its square. It changes the result only by rounding.
 
     Returns:
         Scalar, float32 or wider: mean cross-entropy of this rank's images and texts.
@@ -58,12 +58,7 @@ def clip_loss(
         "text_features": text_features,
         "logit_scale": logit_scale,
     }
-    _check(inputs, chunk_size)
-    needs_gradient = _needs_gradient(inputs)
-    with torch.no_grad(), _without_autocast(image_features.device):
-        batch = _GlobalBatch(image_features, text_features, group, chunk_size)
-        loss, gradients = _clip(batch, batch.scalar(logit_scale), needs_gradient)
-    return _GivenGradients.apply(loss, gradients, *inputs.values()) if needs_gradient else loss
+    return _loss(_clip, inputs, group, chunk_size)
 
 
 def siglip_loss(
@@ -88,11 +83,11 @@ def siglip_loss(
         image_features: L2-normalised, [B, E], float32 or float64 (or bfloat16: multiplied as such,
             summed in float32). All that this rank contributes to the global batch.
         text_features: L2-normalised, [B, E]; row i belongs to image i.
-        logit_scale: one number, the factor on the cosine similarities.
-        logit_bias: one number, added to the scaled similarities.
-        group: ranks whose pairs are each other's negatives; all hold the same B. None: this
-            process alone.
-        chunk_size: side of the tiles, as in :func:`clip_loss`.
+        logit_scale: One number, the factor on the cosine similarities.
+        logit_bias: One number, added to the scaled similarities.
+        group: Ranks whose pairs are each other's negatives; all have the same B. None: this process
+            alone.
+        chunk_size: Side of the tiles, as in :func:`clip_loss`.
 
     Returns:
         Scalar, float32 or wider: sum over this rank's images and all texts, divided by B.
@@ -107,12 +102,27 @@ def siglip_loss(
         "logit_scale": logit_scale,
         "logit_bias": logit_bias,
     }
+    return _loss(_siglip, inputs, group, chunk_size)
+
+
+def _loss(
+    compute: Callable[..., tuple[Tensor, tuple[Tensor, ...]]],
+    inputs: dict[str, Tensor],
+    group: dist.ProcessGroup | None,
+    chunk_size: int,
+) -> Tensor:
+    """Compute a loss and, if needed, the gradients of all inputs with it."""
     _check(inputs, chunk_size)
-    needs_gradient = _needs_gradient(inputs)
-    with torch.no_grad(), _without_autocast(image_features.device):
-        batch = _GlobalBatch(image_features, text_features, group, chunk_size)
-        scale, bias = batch.scalar(logit_scale), batch.scalar(logit_bias)
-        loss, gradients = _siglip(batch, scale, bias, needs_gradient)
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values())
+    images, texts, *scalars = inputs.values()
+    # Autocast would take the logits to half precision; the meta device has no autocast.
+    on_meta = images.device.type == "meta"
+    with (
+        torch.no_grad(),
+        nullcontext() if on_meta else torch.autocast(images.device.type, enabled=False),
+    ):
+        batch = _GlobalBatch(images, texts, group, chunk_size)
+        loss, gradients = compute(batch, *map(batch.scalar, scalars), needs_gradient)
     return _GivenGradients.apply(loss, gradients, *inputs.values()) if needs_gradient else loss
 
 
@@ -135,21 +145,12 @@ def _check(inputs: dict[str, Tensor], chunk_size: int) -> None:
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would take the logits to half precision; the meta device has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def _needs_gradient(inputs: dict[str, Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(value.requires_grad for value in inputs.values())
-
-
 def _clip(
     batch: "_GlobalBatch", scale: Tensor, with_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     positive = scale * _row_products(batch.own_images, batch.own_texts)  # [B]
-    # Log-sum-exp of the negatives of each own image, each own text. Without the positive, because
-    # the loss of a pair that is told apart well would vanish in the rounding of the common sum.
+    # Log-sum-exp of the negatives of every own image and text. The positive is kept apart, because
+    # in a common sum the loss of a well classified pair would vanish in rounding.
     negative = positive.new_full((2, len(positive)), -torch.inf)
     for tile in batch.tiles():
         logits = tile.logits(scale)
@@ -165,8 +166,8 @@ def _clip(
     if not with_gradient:
         return loss, ()
 
-    # d loss / d logits is the probability among the image's texts plus that among the text's
-    # images, less two for the pairs themselves.
+    # d loss / d logits: the probability among the image's texts plus the probability among the
+    # text's images, minus two for the pairs themselves.
     log_sums = batch.gather(torch.logaddexp(negative, positive))  # [R, 2, B]
     pairs = -torch.sigmoid(negative - positive).sum(0)  # [B]
     gradient = _FeatureGradient(batch)
@@ -210,7 +211,7 @@ def _siglip(
 
 @dataclass(frozen=True, kw_only=True)
 class _Tile:
-    """Some images of one rank, [c, E], and some texts of one rank, [d, E]."""
+    """A tile of the logits: some images of one rank, [c, E], and some texts of one rank, [d, E]."""
 
     images: Tensor
     texts: Tensor
@@ -230,7 +231,7 @@ class _Tile:
 
 
 class _GlobalBatch:
-    """The features of all ranks, [R, B, E] of images and of texts, on each of them."""
+    """The features of all R ranks, [R, B, E] of images and of texts, on every rank."""
 
     def __init__(
         self,
@@ -256,12 +257,12 @@ class _GlobalBatch:
         return self.texts[self.rank]
 
     def scalar(self, value: Tensor) -> Tensor:
-        """One number in the type that sums are taken in, where the features are."""
+        """Return one number in the dtype of sums, on the device of the features."""
         dtype = torch.promote_types(self.images.dtype, torch.float32)
         return value.reshape(()).to(self.images.device, dtype)
 
     def gather(self, local: Tensor) -> Tensor:
-        """[...] of every rank -> [R, ...]."""
+        """Gather a tensor [...] of every rank: [R, ...]."""
         if self.group is None:
             return local[None]
         gathered = local.new_empty(self.group.size() * len(local), *local.shape[1:])
@@ -269,7 +270,7 @@ class _GlobalBatch:
         return gathered.unflatten(0, (self.group.size(), len(local)))
 
     def tiles(self) -> Iterator[_Tile]:
-        """All that hold an own image or an own text; those that hold both come once, and first."""
+        """Yield all tiles with an own image or own text; tiles with both come once, first."""
         peers = [rank for rank in range(len(self.images)) if rank != self.rank]
         blocks = [(self.rank, self.rank)]
         blocks += [(self.rank, peer) for peer in peers] + [(peer, self.rank) for peer in peers]
@@ -289,7 +290,7 @@ class _GlobalBatch:
 
 
 class _FeatureGradient:
-    """Sums up the gradients of this rank's features, tile by tile."""
+    """The gradients of this rank's features, summed tile by tile."""
 
     def __init__(self, batch: _GlobalBatch) -> None:
         self.batch = batch
@@ -298,7 +299,7 @@ class _FeatureGradient:
         self.texts = torch.zeros_like(batch.own_texts, dtype=dtype)
 
     def add(self, tile: _Tile, weights: Tensor) -> None:
-        """Add what follows from the derivatives by the tile's logits, [c, d]."""
+        """Add the contribution of a tile, given the loss's derivatives by its logits, [c, d]."""
         weights = weights.to(tile.images.dtype)
         if tile.has_own_images:
             _add_product(self.images[tile.rows], weights, tile.texts)
@@ -306,10 +307,11 @@ class _FeatureGradient:
             _add_product(self.texts[tile.columns], weights.T, tile.images)
 
     def scaled(self, scale: Tensor, divisor: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of images, texts and logit scale, given that of ``divisor`` times the loss.
+        """Return the gradients of images, texts and logit scale of the loss, whose ``divisor``-fold
+        was added up.
 
-        That of the scale counts this rank's images against all texts: as the mean over the ranks,
-        it is that of the global batch.
+        The scale's gradient counts this rank's images against all texts; its mean over the ranks is
+        the gradient of the global batch.
         """
         scale_gradient = _row_products(self.batch.own_images, self.images).sum() / divisor
         factor = scale / divisor
@@ -324,16 +326,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _row_products(left: Tensor, right: Tensor) -> Tensor:
-    """Scalar product of each row with its counterpart, in float32 or wider: [B, E] -> [B]."""
+    """Return the scalar product of every row with its counterpart, in float32 or wider: [B]."""
     dtype = torch.promote_types(left.dtype, torch.float32)
     return torch.linalg.vecdot(left.to(dtype), right.to(dtype))
 
 
 class _GivenGradients(torch.autograd.Function):
-    """A loss whose gradients were computed with it.
+    """A loss whose gradients were computed together with it.
 
-    They cost no more in the forward than in the backward, where the logits would have to be made
-    again as well, and [B, E] of gradients replace the gathered [R, B, E] until then.
+    In the forward they cost no more than in the backward, which would have to compute the logits
+    again, and [B, E] of gradients are kept until then instead of the gathered [R, B, E].
     """
 
     @staticmethod
@@ -344,8 +346,8 @@ class _GivenGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would only notice where grad itself needs a gradient, and otherwise
-        # let the gradients pass as constants into a wrong second derivative.
+        # once_differentiable would raise only if grad itself needs a gradient, and otherwise treat
+        # the gradients as constants, which makes a second derivative wrong.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "clip_loss and siglip_loss can be differentiated once: "

@@ -1,5 +1,8 @@
-"""The contrastive objective of one step: the loss over the whole global batch, and the gradient of
-every micro-batch's outputs, which is all that their backwards need to know of each other."""
+"""The contrastive loss of one optimizer step, with micro-batches (GradCache, arXiv 2101.06983).
+
+The loss of the global batch gives a gradient for the outputs of every micro-batch, and the
+micro-batches are then backpropagated one by one.
+"""
 
 from collections.abc import Sequence
 
@@ -11,26 +14,26 @@ from ds_linclip.config import LossConfig
 from ds_linclip.loss.contrastive import clip_loss, siglip_loss
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["MAX_LOGIT_SCALE", "Objective", "surrogate"]
+__all__ = ["MAX_LOGIT_SCALE", "ContrastiveLoss", "surrogate"]
 
 MAX_LOGIT_SCALE = 100.0
 
-#: Image features [B, E], text features [B, E], logarithm of the logit scale [1] and, with the
-#: sigmoid loss, the logit bias [1]: what :class:`~ds_linclip.model.CLIP` gives; or their gradients.
+#: Outputs of :class:`~ds_linclip.model.CLIP`, or their gradients: image features [B, E], text
+#: features [B, E], logarithm of the logit scale [1] and, with the sigmoid loss, the logit bias [1].
 Outputs = tuple[Tensor, ...]
 
 
-class Objective:
-    """Loss of all micro-batches of a step together, negatives from the whole data axis.
+class ContrastiveLoss:
+    """The loss of all micro-batches of a step, with negatives from all data-parallel ranks.
 
-    A step of several micro-batches runs in two passes: all of their outputs are computed without a
-    graph, this object finds the loss and its gradient with respect to each output, and every
-    micro-batch is run again to carry its own gradient back (:func:`surrogate`). The gradient of the
-    parameters is that of the whole batch in one piece.
+    A step of several micro-batches runs in two passes. The first computes all outputs without a
+    graph; this class computes the loss and its gradient for every output; the second pass runs
+    every micro-batch again and backpropagates its gradient (:func:`surrogate`). The gradient of the
+    parameters is the same as that of the whole batch at once.
 
     Args:
-        config: Which loss.
-        mesh: Its data axis holds the pairs that are each other's negatives.
+        config: The kind of loss, and the size of its tiles.
+        mesh: The pairs of its data-parallel ranks are each other's negatives.
 
     Attributes:
         logit_scale: Factor on the cosine similarities in the last step, [].
@@ -42,16 +45,16 @@ class Objective:
         self.logit_scale = torch.ones(())
 
     def __call__(self, outputs: Sequence[Outputs]) -> tuple[Tensor, list[Outputs]]:
-        """Loss and gradients of this rank's micro-batches.
+        """Compute loss and gradients of this rank's micro-batches.
 
         Args:
-            outputs: Of every micro-batch; the parameters in them are the same in all.
+            outputs: The model's outputs for every micro-batch. Scale and bias are the same in all.
 
         Returns:
-            The loss [] of this rank's rows, whose mean over the data axis is that of the global
-            batch; and for every micro-batch the gradients of its outputs, such that averaging the
-            parameters' gradients over the data axis and summing them over micro-batches gives that
-            of the global batch.
+            The loss [] of this rank's pairs, whose mean over the data-parallel ranks is the loss of
+            the global batch; and the gradients of the outputs of every micro-batch, scaled so that
+            summing parameter gradients over micro-batches and averaging them over the ranks gives
+            the gradient of the global batch.
         """
         sizes = [len(output[0]) for output in outputs]
         images, texts = (
@@ -59,15 +62,15 @@ class Objective:
             for side in (0, 1)
         )
         log_scale, *bias = (parameter.detach().float() for parameter in outputs[0][2:])
-        # Held in [1, 100]. Clamping the parameter itself would not last: under ZeRO the optimizer
-        # owns an fp32 copy.
+        # Clamped to [1, 100] here, not in the parameter: ZeRO's optimizer would overwrite it with
+        # its fp32 copy.
         scale = log_scale.exp().clamp(1.0, MAX_LOGIT_SCALE).squeeze(0).requires_grad_()
         bias = [value.squeeze(0).requires_grad_() for value in bias]
         loss = self._loss(images, texts, scale, *bias)
         loss.backward()
         self.logit_scale = scale.detach()
 
-        # The same on all ranks: which way the scale leads is for the global batch to say.
+        # Averaged over the ranks first: whether the scale is free depends on the global gradient.
         shared = torch.stack([value.grad for value in (scale, *bias) if value.grad is not None])
         dist.all_reduce(shared, group=self._group)
         shared /= self._group.size() * len(outputs)
@@ -85,7 +88,7 @@ class Objective:
 
 
 def surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:
-    """A scalar whose gradient is ``gradients`` in ``outputs``."""
+    """Return a scalar whose gradient with respect to ``outputs`` is ``gradients``."""
     products = (
         (output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True)
     )
@@ -93,6 +96,6 @@ def surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:
 
 
 def _is_free(scale: Tensor, gradient: Tensor) -> Tensor:
-    """Whether a step against the gradient keeps the scale in its bounds, or leads back to them."""
+    """Return whether a step against the gradient stays within the bounds or returns to them."""
     outward = ((scale >= MAX_LOGIT_SCALE) & (gradient < 0)) | ((scale <= 1.0) & (gradient > 0))
     return ~outward

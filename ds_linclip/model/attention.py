@@ -27,13 +27,16 @@ class SelfAttention(nn.Module):
     so that a contiguous split of the rows is a split of the heads.
 
     Args:
-        width: features of a token; a multiple of ``heads``.
-        attention: kind and settings. With ``kind="softmax"`` this is open_clip's attention.
-        causal: let a token see only itself and those before it.
-        init_qkv, init_out: run on the full weights [3 * width, width] and [width, width].
+        width: Size of a token's embedding; a multiple of ``heads``.
+        heads: Number of heads; must be divisible by the tensor-parallel size.
+        attention: Kind and settings. With ``kind="softmax"`` this is open_clip's attention.
+        mesh: Splits heads (tensor axis) and tokens (context axis).
+        causal: Whether a token attends only to itself and the tokens before it.
+        init_qkv: Initializes the unsplit weight [3 * width, width].
+        init_out: Initializes the unsplit weight [width, width].
 
     Attributes:
-        backend: of linear attention; "auto": Triton on a GPU, torch otherwise.
+        backend: Backend of linear attention; "auto": Triton on a GPU, torch otherwise.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class SelfAttention(nn.Module):
         self.attention = attention
         self.causal = causal
         self.backend: Literal["auto", "torch", "triton"] = "auto"
-        # Ranks that hold other tokens of the same sequences; texts are whole on all of them.
+        # The ranks that hold the other tokens of the same images; texts are not split.
         self.cp_group = mesh.cp.group if mesh.cp.size > 1 and not causal else None
         self.qkv = column_parallel(mesh, width, 3 * width, init=init_qkv)
         self.head_norm = (
@@ -72,19 +75,20 @@ class SelfAttention(nn.Module):
         return self.out_proj(o.flatten(2))  # [B, N, H * D] -> [B, N, width]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of this rank's heads, [B, N, H, D] each, strided."""
+        """Return queries, keys and values of this rank's heads, [B, N, H, D] each, strided."""
         qkv = self.qkv(x).unflatten(-1, (self.local_heads, 3, self.head_dim))  # [B, N, H, 3, D]
         q, k, v = qkv.unbind(3)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What every query reads from the values: weighted sums, before the norm of the heads.
+        """Return the weighted sums of values for every query, before the norm of the heads.
 
-        It is linear in the values: of the rows of the identity it makes the weights themselves.
+        The result is linear in the values: rows of the identity as values give the weights.
 
         Args:
-            q, k: [B, N, H, D], of any heads.
-            v: [B, N, H, Dv].
+            q: Queries [B, N, H, D], of any heads.
+            k: Keys [B, N, H, D].
+            v: Values [B, N, H, Dv].
 
         Returns:
             [B, N, H, Dv].
@@ -93,32 +97,32 @@ class SelfAttention(nn.Module):
             return self._linear_attention(q, k, v)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if q.is_meta:
-            # torch has fused kernels for real devices alone; what they save is the same on all.
+            # torch has fused kernels on real devices only; this one saves the same tensors.
             fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             return fused(q, k, v, is_causal=self.causal)[0].transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2)
 
     def _linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        form = self.attention
+        settings = self.attention
         if self.cp_group is None:
             return linear_attention(
                 q,
                 k,
                 v,
                 causal=self.causal,
-                normalized=form.normalized,
-                feature_map=form.feature_map,
-                score_scale=form.score_scale,
-                length_exponent=form.length_exponent,
+                normalized=settings.normalized,
+                feature_map=settings.feature_map,
+                score_scale=settings.score_scale,
+                length_exponent=settings.length_exponent,
                 backend=self.backend,
             )
-        state = linear_attention_state(k, v, feature_map=form.feature_map, backend=self.backend)
+        state = linear_attention_state(k, v, feature_map=settings.feature_map, backend=self.backend)
         return linear_attention_from_state(
             q,
             sum_over_ranks(state, self.cp_group),
-            normalized=form.normalized,
-            feature_map=form.feature_map,
-            score_scale=form.score_scale,
-            length_exponent=form.length_exponent,
+            normalized=settings.normalized,
+            feature_map=settings.feature_map,
+            score_scale=settings.score_scale,
+            length_exponent=settings.length_exponent,
             backend=self.backend,
         )

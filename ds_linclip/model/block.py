@@ -1,4 +1,4 @@
-"""The transformer block of both towers, and the two ways open_clip initialises it."""
+"""The transformer block of both towers, with open_clip's two initializations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +24,9 @@ __all__ = ["Block", "BlockInit", "Recompute"]
 Init = Callable[[Tensor], object]
 Recompute = Literal["none", "selective", "full"]
 
-#: What "selective" keeps. A sum over ranks is done in place, on the product of a row-parallel layer
-#: or on a copy of a state: these are kept with the sum in them, and the sum is not done again.
+#: Operators whose outputs "selective" keeps. A sum over ranks works in place, on the product of a
+#: row-parallel layer or on a clone of a state, so keeping those keeps the sum, without a second
+#: all-reduce.
 _KEPT_OPERATORS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.bmm.default,
@@ -48,7 +49,7 @@ _KEEP_SOME = partial(
 
 @dataclass(frozen=True, kw_only=True)
 class BlockInit:
-    """Initial distributions of the four weight matrices of a block, run on the full weights."""
+    """Initializers of the four weight matrices of a block, run on the unsplit weights."""
 
     qkv: Init
     attn_out: Init
@@ -57,13 +58,14 @@ class BlockInit:
 
     @classmethod
     def vision(cls) -> "BlockInit":
-        """torch's defaults for attention and linear layers, which open_clip's ViT keeps."""
+        """Return torch's defaults for attention and linear layers, as in open_clip's ViT."""
         fan_in = _uniform_fan_in
         return cls(qkv=nn.init.xavier_uniform_, attn_out=fan_in, mlp_in=fan_in, mlp_out=fan_in)
 
     @classmethod
     def text(cls, width: int, layers: int) -> "BlockInit":
-        """Normal, with deviations that shrink with width and depth (GPT-2, as in OpenAI's CLIP)."""
+        """Return normal distributions with deviations that decrease with width and depth, as in
+        OpenAI's CLIP and GPT-2."""
         out = partial(nn.init.normal_, std=width**-0.5 * (2 * layers) ** -0.5)
         return cls(
             qkv=partial(nn.init.normal_, std=width**-0.5),
@@ -78,9 +80,9 @@ class Block(nn.Module):
     exact GELU.
 
     Attributes:
-        recompute: What the backward computes again instead of finding it kept: "none"; "full",
-            everything; "selective", all but the outputs of matrix products, attention and sums
-            over ranks. A block draws no random numbers, so that what is recomputed is what it was.
+        recompute: Activations that the backward recomputes: "none"; "full": all; "selective": all
+            but the outputs of matrix products, attention and sums over ranks. A block draws no
+            random numbers, so recomputed values are identical.
     """
 
     def __init__(
@@ -111,8 +113,11 @@ class Block(nn.Module):
         self._run: Callable[[Tensor], Tensor] = self._forward
 
     def compile_layers(self) -> None:
-        """torch.compile what :attr:`recompute` runs again; compiled around it, it would run eagerly
-        without a word: dynamo leaves a checkpoint whose inside breaks the graph alone."""
+        """Apply torch.compile inside of activation checkpointing.
+
+        Around it, dynamo would silently run the block eagerly: it skips a checkpointed region that
+        breaks the graph.
+        """
         self._run = torch.compile(self._forward)
 
     def forward(self, x: Tensor) -> Tensor:

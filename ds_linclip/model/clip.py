@@ -1,4 +1,4 @@
-"""CLIP: an image and a text tower that share a space, and the learned scale of their similarity."""
+"""CLIP: an image and a text tower with a shared embedding space and a learned logit scale."""
 
 import math
 from typing import Literal
@@ -18,16 +18,16 @@ __all__ = ["CLIP"]
 class CLIP(nn.Module):
     """Contrastive image-text model (arXiv 2103.00020) with the attention of ``config``.
 
-    The model is a row of units: embedding, blocks and head of the image tower, then of the text
-    tower. One process may hold a part of them, and passes on what is between them. The weights
-    follow from one number drawn from torch's default CPU generator: seed it alike on all ranks, and
-    they depend neither on the number of ranks nor on who holds them.
+    The model is a sequence of units: embedding, blocks and head of the image tower, then of the
+    text tower. A pipeline stage holds a range of them. All weights follow from one number drawn
+    from torch's default CPU generator: with the same seed on all ranks they depend neither on the
+    number of ranks nor on the split.
 
     Args:
-        config: both towers and the width of their common space.
-        mesh: the axes that split the layers and the tokens, and the device the model is put on.
-        loss: what the model is trained with: it sets the initial scale, and "sigmoid" a bias.
-        units: the part of :meth:`num_units` that is held here; None: all.
+        config: Both towers and the size of their shared space.
+        mesh: The axes that split layers and tokens, and the device of the model.
+        loss: Loss of the training; it sets the initial scale, and "sigmoid" adds a bias.
+        units: Range within :meth:`num_units` that this process holds; None: all.
 
     Raises:
         ValueError: when heads or vocabulary do not divide by the tensor-parallel size.
@@ -70,40 +70,41 @@ class CLIP(nn.Module):
 
     @staticmethod
     def num_units(config: ModelConfig) -> int:
-        """Parts that the model can be divided into."""
+        """Return the number of units of the whole model."""
         return config.vision.layers + 2 + config.text.layers + 2
 
     def num_tokens(self, images: Tensor, texts: Tensor) -> int:
-        """Tokens of a training batch, images [B, 3, H, W] and texts [B, L], over both towers."""
+        """Count the tokens of a training batch: images [B, 3, H, W] and texts [B, L]."""
         height, width = images.shape[2:]
         per_image = 1 + self.config.vision.num_kept_patches_at((height, width))
         return len(images) * per_image + texts.numel()
 
     def encode_image(self, images: Tensor, *, normalize: bool = False) -> Tensor:
-        """Features [B, E] of ``images`` [B, 3, H, W]; with ``normalize``, fp32 of length one."""
+        """Return features [B, E] of images [B, 3, H, W]; with ``normalize`` fp32, length one."""
         assert self.visual is not None
         features = self.visual(images)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def encode_text(self, texts: Tensor, *, normalize: bool = False) -> Tensor:
-        """Features [B, E] of ``texts`` [B, L] int64; with ``normalize``, fp32 of length one."""
+        """Return features [B, E] of token ids [B, L] int64; with ``normalize`` fp32, length one."""
         assert self.text is not None
         features = self.text(texts)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def forward(self, image: Tensor, texts: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-        """Normalised features of both, and the parameters of their similarities.
+        """Return normalized features, the log logit scale and, with the sigmoid loss, the bias.
 
         Args:
-            image: Images [B, 3, H, W]; in a later part of the model what the one before gave.
+            image: Images [B, 3, H, W]; in a later pipeline stage the first output of the previous
+                one.
             texts: Token ids [B, L] int64.
-            more: With the images: nothing, or indices [B, K] int64 of the patches to look at. In a
-                later part: what the one before gave.
+            more: In the first stage nothing, or indices [B, K] int64 of the patches to keep; in a
+                later stage the further outputs of the previous one.
 
         Returns:
             Image features [B, E] and text features [B, E], fp32 of length one; the logarithm of the
-            logit scale [1]; with the sigmoid loss the logit bias [1]. An earlier part of the model
-            gives the arguments of the next one.
+            logit scale [1]; with the sigmoid loss the logit bias [1]. An earlier stage returns the
+            arguments of the next one.
         """
         if self.visual is not None:
             image, more = self.visual(image, *more), ()
@@ -117,12 +118,12 @@ class CLIP(nn.Module):
         return *features, self.logit_scale, *bias
 
     def recompute_activations(self, what: Recompute) -> None:
-        """Choose what the backward of every block computes again; see :class:`Block`."""
+        """Set which activations the backward of every block recomputes; see :class:`Block`."""
         for block in self._blocks():
             block.recompute = what
 
     def choose_backend(self, backend: Literal["auto", "torch", "triton"]) -> None:
-        """Choose what runs the linear attention of every block; see :class:`SelfAttention`."""
+        """Set the backend of linear attention in every block; see :class:`SelfAttention`."""
         for block in self._blocks():
             block.attn.backend = backend
 

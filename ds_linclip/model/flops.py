@@ -1,9 +1,9 @@
-"""Size and cost of a model, worked out from its config: parameters, floating-point operations.
+"""Parameters and floating-point operations (FLOPs) of a model, computed from its config.
 
-Operations are those of the matrix products that define the model, two per multiplication and
-addition; norms, activations and sums of values are left out, and so is what an implementation does
-beside the definition: recomputed activations, features that are computed twice for micro-batches,
-the quadratic part of causal linear attention's chunks. Causal softmax counts all pairs of tokens.
+Only the matrix products that define the model count, with two operations per multiply-add. Norms,
+activations and sums of values are left out, as is what an implementation does in addition:
+recomputed activations, features computed twice for micro-batches, the quadratic part of causal
+linear attention's chunks. Causal softmax counts all pairs of tokens.
 """
 
 from ds_linclip.config import (
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def block_flops(tower: VisionTower | TextTower, num_tokens: int) -> float:
-    """Operations of the forward of one block over one sequence.
+    """Return the FLOPs of the forward pass of one block over one sequence.
 
     For N tokens of width w and a hidden layer of r w: ``2 N w (4 w + 2 r w)`` in the projections
     and the MLP, and ``4 N w K`` in the attention. Softmax multiplies queries with K = N keys and
@@ -40,25 +40,26 @@ def block_flops(tower: VisionTower | TextTower, num_tokens: int) -> float:
 
 
 def num_features(tower: VisionTower | TextTower) -> int:
-    """Features of a key in linear attention: a head's width, with the quadratic map also pairs."""
+    """Return the number of features of a key in linear attention: the head's width, and with the
+    quadratic map also all pairs."""
     size = tower.width // tower.heads
     return size + size * (size // 2 + 1) if tower.attention.feature_map == "quadratic" else size
 
 
 def forward_flops(model: ModelConfig, image_size: tuple[int, int]) -> float:
-    """Operations of the forward of both towers over one training pair.
+    """Return the FLOPs of the forward pass of both towers over one training pair.
 
     Args:
-        model: Both towers; patches that its patch dropout leaves out cost nothing.
+        model: Both towers; dropped patches cost nothing.
         image_size: (height, width) in pixels.
     """
     return sum(map(sum, _forward_by_unit(model, image_size)))
 
 
 def step_flops(config: Config, step: int) -> float:
-    """Operations of the step that follows ``step`` finished ones.
+    """Return the FLOPs of the step after ``step`` finished ones.
 
-    The backward of what is trained costs two forwards; what is locked has none.
+    The backward pass of trained layers costs as much as two forward passes; frozen ones have none.
     """
     init = config.init
     image, text = _forward_by_unit(config.model, config.image_size_at(step))
@@ -69,7 +70,7 @@ def step_flops(config: Config, step: int) -> float:
 
 
 def training_flops(config: Config) -> float:
-    """Operations of the whole run."""
+    """Return the FLOPs of the whole run."""
     steps = config.train.steps
     starts = sorted({0, *(stage.from_step for stage in config.data.resolutions)})
     starts = [start for start in starts if start < steps]
@@ -80,7 +81,7 @@ def training_flops(config: Config) -> float:
 
 
 def num_parameters(model: ModelConfig, loss: LossConfig) -> int:
-    """Trained numbers of a whole model, token embedding and logit scale included."""
+    """Return the number of parameters, including token embedding and logit scale."""
     vision, text = model.vision, model.text
     patches = vision.width * 3 * vision.patch_size**2
     # The class token, positions, the norms before and after the blocks, the projection.
@@ -91,8 +92,8 @@ def num_parameters(model: ModelConfig, loss: LossConfig) -> int:
 
 
 def num_state_values(optim: OptimConfig) -> int:
-    """fp32 numbers that training keeps, and saves, per trained one: the weight itself, what the
-    optimizer remembers, the running average."""
+    """Return the fp32 numbers of training state per trained parameter: master weight, optimizer
+    moments, running average."""
     moments = 1 if optim.kind == "lion" else 2
     return 1 + moments + (optim.ema_decay > 0)
 
@@ -100,8 +101,8 @@ def num_state_values(optim: OptimConfig) -> int:
 def _forward_by_unit(
     model: ModelConfig, image_size: tuple[int, int]
 ) -> tuple[list[float], list[float]]:
-    """Operations over one pair of the image and of the text tower: embedding, blocks, projection,
-    which are also the groups that are locked or not."""
+    """Return the FLOPs over one pair, for the units of the image and of the text tower: embedding,
+    blocks, projection. These are also the groups that can be frozen."""
     vision, text = model.vision, model.text
     num_patches = vision.num_kept_patches_at(image_size)
     patches = 2 * num_patches * 3 * vision.patch_size**2 * vision.width

@@ -1,4 +1,4 @@
-"""Locked towers: weights that are used and not trained (LiT, arXiv 2111.07991)."""
+"""Frozen towers: weights that are used but not trained (LiT, arXiv 2111.07991)."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ __all__ = ["lock_towers"]
 
 
 def lock_towers(model: CLIP, config: InitConfig) -> None:
-    """Take the locked weights out of the training: no gradients, no optimizer state."""
+    """Freeze weights as ``config`` says: no gradients, no optimizer state."""
     if config.lock_image and model.visual is not None:
         model.visual.lock(config.lock_image_unlocked_groups)
     if config.lock_text and model.text is not None:
@@ -19,10 +19,10 @@ def lock_towers(model: CLIP, config: InitConfig) -> None:
 
 
 def _complete_groups(model: CLIP) -> None:
-    """Give a pipeline stage that has no matrix, or no vector, to train one of zeros.
+    """Add a parameter of zeros to a pipeline stage that trains no matrix or no vector.
 
-    DeepSpeed adds up gradient norms over the stages group by group of the optimizer's parameters:
-    every stage must have both groups, and something in them. Zeros without a gradient stay zeros.
+    DeepSpeed sums gradient norms over the stages for each parameter group of the optimizer, so no
+    group may be empty on any stage. Zeros without a gradient stay zeros.
     """
     is_vector = {p.ndim < 2 for p in model.parameters() if p.requires_grad}
     if True not in is_vector:
@@ -33,6 +33,6 @@ def _complete_groups(model: CLIP) -> None:
 
 def _placeholder(*shape: int, device: torch.device) -> nn.Parameter:
     parameter = nn.Parameter(torch.zeros(shape, device=device))
-    # Not part of the model: neither saved nor loaded.
+    # Marks it as not part of the model: neither saved nor loaded.
     setattr(parameter, "is_placeholder", True)  # noqa: B010 - Parameter does not know it
     return parameter

@@ -1,4 +1,4 @@
-"""Which patches of each training image are looked at (FLIP, arXiv 2212.00794)."""
+"""Random choice of the patches that each training image keeps (FLIP, arXiv 2212.00794)."""
 
 import torch
 from torch import Tensor
@@ -10,17 +10,17 @@ _MIX = (-4658895280553007687, -7723592293110705685)  # of splitmix64
 
 
 def kept_patches(samples: Tensor, *, num_patches: int, num_kept: int, seed: int) -> Tensor:
-    """A random choice of patches per sample: a function of the sample's number alone.
+    """Choose random patches for every sample, as a function of the sample's number and the seed.
 
-    No random state is drawn from, so that the choice is the same on tensor-, context- and
-    pipeline-parallel ranks, in both passes over a micro-batch, in recomputed activations, after a
-    resume and on any number of ranks.
+    No generator is used, so the choice is the same on tensor-, context- and pipeline-parallel
+    ranks, in both passes over a micro-batch, in recomputed activations, after a resume and on any
+    number of ranks.
 
     Args:
-        samples: Numbers [B] int64 that no two samples of the run share.
-        num_patches: Of an image.
-        num_kept: How many of them to keep.
-        seed: Of the run.
+        samples: Numbers [B] int64, different for all samples of the run.
+        num_patches: Patches of an image.
+        num_kept: Patches to keep.
+        seed: Seed of the run.
 
     Returns:
         Ascending indices [B, num_kept] int64, on the device of ``samples``.
@@ -32,7 +32,7 @@ def kept_patches(samples: Tensor, *, num_patches: int, num_kept: int, seed: int)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64, a bijection of 64 bits that looks random; int64 wraps around."""
+    """Apply splitmix64's finalizer, a pseudo-random bijection of 64 bits; int64 wraps around."""
     x = x * _GOLDEN
     for shift, factor in zip((30, 27), _MIX, strict=True):
         x = (x ^ _shifted(x, shift)) * factor
@@ -40,5 +40,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """``x`` to the right, zeros from the left; ``>>`` alone would repeat the sign."""
+    """Shift right and fill with zeros; ``>>`` alone would repeat the sign."""
     return (x >> bits) & (2 ** (64 - bits) - 1)

@@ -1,11 +1,11 @@
-"""The image and the text tower; architecture and initial distributions are open_clip's.
+"""The image and the text tower, with open_clip's architecture and initialization.
 
-A tower is a row of units: its embedding, its blocks, its head. One process may hold a part of
-them, a stage of a pipeline; what it does not hold is not made. Every unit is initialised from a
-seed of its own, so that the weights do not depend on who holds them.
+A tower is a sequence of units: its embedding, its blocks, its head. A pipeline stage creates only
+the units it holds. Every unit is initialized from its own seed, so the weights do not depend on the
+split.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -23,17 +23,17 @@ __all__ = ["TextTransformer", "VisionTransformer", "resample_positions"]
 
 
 class _Tower(nn.Module):
-    """What both towers are: an embedding, blocks, a head.
+    """The common part of both towers: an embedding, blocks, a head.
 
     Args:
         layers: Number of blocks.
-        units: Those held here: 0 is the embedding, 1 to ``layers`` are the blocks, ``layers`` + 1
-            is the head.
-        seed: Of unit 0; the others count on from it.
+        units: The units that this process holds: 0 is the embedding, 1 to ``layers`` are the
+            blocks, ``layers`` + 1 is the head.
+        seed: Seed of unit 0; unit n has ``seed + n``.
 
     Attributes:
-        starts_locked: What the first unit held here takes in needs no gradient: units are locked
-            from the first of the tower on, and make no graph.
+        starts_locked: Whether the first unit held here is frozen. Units are frozen from the start
+            of the tower on, so its input needs no gradient.
     """
 
     def __init__(self, layers: int, units: range, seed: int) -> None:
@@ -46,11 +46,12 @@ class _Tower(nn.Module):
         self._held = [unit - 1 for unit in units if 1 <= unit <= layers]
 
     def lock(self, unlocked_groups: int) -> None:
-        """Keep all weights but those of the last groups as they are (LiT, arXiv 2111.07991).
+        """Freeze all weights except those of the last groups (LiT, arXiv 2111.07991).
 
         Args:
-            unlocked_groups: How many of open_clip's groups are trained: of the embedding, every
-                block but the last, the last with the norm after it, the projection.
+            unlocked_groups: Number of groups that are trained, counted from the end as in
+                open_clip: the projection; the last block with the norm after it; every other block;
+                the embedding.
         """
         num_locked = self._layers + 2 - unlocked_groups
         groups = []
@@ -67,12 +68,15 @@ class _Tower(nn.Module):
             first, 0
         )
 
-    def _make_blocks(self, make: Callable[[], Block]) -> nn.ModuleDict:
-        """The blocks held here, under the names that a list of all would give them."""
+    def _make_blocks(
+        self, config: VisionTower | TextTower, mesh: Mesh, *, causal: bool, init: BlockInit
+    ) -> nn.ModuleDict:
+        """Create the blocks held here, named by their number in the whole tower."""
+        shape = (config.width, config.heads, config.mlp_ratio)
         blocks = nn.ModuleDict()
         for index in self._held:
             with self._seeded(1 + index):
-                blocks[str(index)] = make()
+                blocks[str(index)] = Block(*shape, config.attention, mesh, causal=causal, init=init)
         return blocks
 
     @contextmanager
@@ -85,10 +89,10 @@ class _Tower(nn.Module):
 class VisionTransformer(_Tower):
     """ViT: images ``[B, 3, H, W] -> [B, embed_dim]``, read from the class token.
 
-    H and W may be any multiples of the patch size: the learned positions, one per patch of the
+    H and W may be any multiples of the patch size: the positional embeddings, one per patch of the
     configured size in row-major order, are resampled to the grid of the images. With context
-    parallelism each rank runs a slice of the tokens, the first one the class token; the features
-    come to all.
+    parallelism every rank runs a slice of the tokens, the first rank with the class token; all
+    ranks return the features.
     """
 
     def __init__(
@@ -109,31 +113,21 @@ class VisionTransformer(_Tower):
                     scale * torch.randn(config.num_tokens, width)
                 )
             self.ln_pre = nn.LayerNorm(width)
-        self.blocks = self._make_blocks(
-            lambda: Block(
-                width,
-                config.heads,
-                config.mlp_ratio,
-                config.attention,
-                mesh,
-                causal=False,
-                init=BlockInit.vision(),
-            )
-        )
+        self.blocks = self._make_blocks(config, mesh, causal=False, init=BlockInit.vision())
         if self.has_head:
             self.ln_post = nn.LayerNorm(width)
             with self._seeded(config.layers + 1):
                 self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, x: Tensor, kept_patches: Tensor | None = None) -> Tensor:
-        """Features, not normalised; a part of the tower takes and gives what is between its units.
+        """Run the units held here.
 
         Args:
             x: Images [B, 3, H, W], or tokens [B, N, width] without the embedding.
-            kept_patches: Indices [B, K] int64 of the patches to look at; None: all.
+            kept_patches: Indices [B, K] int64 of the patches to keep; None: all.
 
         Returns:
-            Features [B, embed_dim], or tokens [B, N, width] without the head.
+            Features [B, embed_dim], not normalized, or tokens [B, N, width] without the head.
 
         Raises:
             ValueError: for images of another shape.
@@ -146,16 +140,18 @@ class VisionTransformer(_Tower):
         return self._read(x) if self.has_head else x
 
     def _embed(self, images: Tensor, kept_patches: Tensor | None) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3 or not _divides(self.patch_size, images):
+        sides = images.shape[2:]
+        is_divided = all(side > 0 and side % self.patch_size == 0 for side in sides)
+        if images.ndim != 4 or images.shape[1] != 3 or not is_divided:
             raise ValueError(
                 f"images {tuple(images.shape)} must have shape [B, 3, H, W] with H and W multiples "
                 f"of patch_size ({self.patch_size})"
             )
-        rows, columns = (side // self.patch_size for side in images.shape[2:])
+        rows, columns = (side // self.patch_size for side in sides)
         class_position, positions = self._positions(rows, columns).tensor_split([1])
         num_tokens = 1 + (rows * columns if kept_patches is None else kept_patches.shape[1])
         held = token_slice(num_tokens, self.cp.rank, self.cp.size)
-        first, last = max(held.start - 1, 0), held.stop - 1  # the class token is no patch
+        first, last = max(held.start - 1, 0), held.stop - 1  # token 0 is the class token
         if kept_patches is None:
             x, positions = self.conv1(images, slice(first, last)), positions[first:last]
         else:
@@ -163,21 +159,21 @@ class VisionTransformer(_Tower):
             x, positions = self.conv1(images, kept_patches), positions[kept_patches]
         x = x + positions  # [B, n, width]
         class_token = (self.class_embedding + class_position).expand(x.shape[0], 1, -1)
-        # An empty slice where the class token is not held: all parameters get their gradient.
+        # Empty if another rank has the class token; all parameters still get a gradient.
         return self.ln_pre(torch.cat([class_token[:, held], x], dim=1))
 
     def _read(self, x: Tensor) -> Tensor:
         return self.ln_post(first_token(x, self.cp.group)) @ self.proj
 
-    def _positions(self, height: int, width: int) -> Tensor:
-        return resample_positions(self.positional_embedding, self.grid_size, (height, width))
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        return resample_positions(self.positional_embedding, self.grid_size, (rows, columns))
 
 
 class TextTransformer(_Tower):
     """Causal transformer: token ids ``[B, L] -> [B, embed_dim]``, read from the end-of-text token.
 
-    End of text is the token with the largest id, as in CLIP's vocabulary. L may be anything up to
-    the context length. Context-parallel ranks all run the whole text.
+    The end-of-text token has the largest id, as in CLIP's vocabulary. L is at most the context
+    length. Every context-parallel rank runs the whole text.
     """
 
     def __init__(
@@ -195,15 +191,7 @@ class TextTransformer(_Tower):
                     0.01 * torch.randn(config.context_length, width)
                 )
         self.blocks = self._make_blocks(
-            lambda: Block(
-                width,
-                config.heads,
-                config.mlp_ratio,
-                config.attention,
-                mesh,
-                causal=True,
-                init=BlockInit.text(width, config.layers),
-            )
+            config, mesh, causal=True, init=BlockInit.text(width, config.layers)
         )
         if self.has_head:
             self.ln_final = nn.LayerNorm(width)
@@ -211,14 +199,14 @@ class TextTransformer(_Tower):
                 self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
     def forward(self, texts: Tensor, x: Tensor | None = None) -> Tensor:
-        """Features, not normalised; a part of the tower takes and gives what is between its units.
+        """Run the units held here.
 
         Args:
             texts: Token ids [B, L] int64.
-            x: Tokens [B, L, width], where the embedding is not held here.
+            x: Tokens [B, L, width], if the embedding is not held here.
 
         Returns:
-            Features [B, embed_dim], or tokens [B, L, width] without the head.
+            Features [B, embed_dim], not normalized, or tokens [B, L, width] without the head.
 
         Raises:
             ValueError: for texts of another shape.
@@ -247,12 +235,15 @@ class TextTransformer(_Tower):
 def resample_positions(
     positions: Tensor, grid_size: tuple[int, int], wanted: tuple[int, int]
 ) -> Tensor:
-    """Positions of the class token and a grid of patches, bicubic on another grid, as in open_clip.
+    """Resample positional embeddings to another grid, bicubic, as open_clip does.
 
     Args:
-        positions: [1 + rows * columns, dim], row-major.
-        grid_size: Its (rows, columns).
-        wanted: (rows, columns) of the result; where they are the same, it is ``positions`` itself.
+        positions: Class token and patches, [1 + rows * columns, dim], row-major.
+        grid_size: (rows, columns) of ``positions``.
+        wanted: (rows, columns) of the result.
+
+    Returns:
+        [1 + rows * columns, dim] for the wanted grid; ``positions`` itself if the grids are equal.
     """
     if wanted == grid_size:
         return positions
@@ -263,7 +254,7 @@ def resample_positions(
 
 
 class _PatchEmbedding(nn.Module):
-    """Linear map of square patches, with the weight [width, 3, P, P] of the equal convolution."""
+    """A linear map of square patches; its weight [width, 3, P, P] is that of a convolution."""
 
     def __init__(self, width: int, patch_size: int) -> None:
         super().__init__()
@@ -272,8 +263,12 @@ class _PatchEmbedding(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(self, images: Tensor, chosen: slice | Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, n, width]: a range of the patches in row-major order, or those with
-        the indices [B, n]."""
+        """Embed some patches of every image: [B, 3, H, W] -> [B, n, width].
+
+        Args:
+            images: [B, 3, H, W].
+            chosen: A range of the patches in row-major order, or their indices [B, n] int64.
+        """
         size = self.weight.shape[-1]
         patches = images.unfold(2, size, size).unfold(3, size, size)  # [B, 3, rows, columns, P, P]
         patches = patches.permute(0, 2, 3, 1, 4, 5)
@@ -286,8 +281,3 @@ class _PatchEmbedding(nn.Module):
             image = torch.arange(len(images), device=images.device)[:, None]
             patches = patches[image, chosen // columns, chosen % columns]
         return F.linear(patches.flatten(2).to(self.weight.dtype), self.weight.flatten(1))
-
-
-def _divides(patch_size: int, images: Tensor) -> bool:
-    height, width = images.shape[2:]
-    return height > 0 and width > 0 and height % patch_size == 0 and width % patch_size == 0

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ds_linclip.config import Config
 from ds_linclip.engine.pipeline import Stage
 from ds_linclip.engine.pipeline_stages import stage_units
-from ds_linclip.loss.grad_cache import Objective, surrogate
+from ds_linclip.loss.grad_cache import ContrastiveLoss, surrogate
 from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
 from ds_linclip.parallel.context_parallel import token_slice
@@ -103,7 +103,7 @@ def _plain_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
     first = tuple(tensor.chunk(num)[0] for tensor in batch)
     with torch.set_grad_enabled(num == 1):
         outputs = _repeated(model(*first), num)
-    _, gradients = Objective(config.loss, mesh)(outputs)
+    _, gradients = ContrastiveLoss(config.loss, mesh)(outputs)
     output = outputs[0] if num == 1 else model(*first)
     loss = num * surrogate(output, gradients[0])
     torch.autograd.backward([loss])
@@ -127,7 +127,7 @@ def _pipeline_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
         features = stage(inputs())
     gradients: list[tuple[Tensor, ...]] = []
     if model.is_last:
-        _, gradients = Objective(config.loss, mesh)(_repeated(features, num))
+        _, gradients = ContrastiveLoss(config.loss, mesh)(_repeated(features, num))
     in_flight = [stage(inputs()) for _ in range(min(mesh.pp.size - mesh.pp.rank, num))]
     if model.is_last:
         torch.autograd.backward([num * surrogate(in_flight.pop(0), gradients[0])])

@@ -1,4 +1,4 @@
-"""Shards as the embedded ones, with something wrong in them."""
+"""Damaged copies of the embedded shards."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ __all__ = ["write_dirty_shards"]
 
 
 def write_dirty_shards(digits: Path, folder: Path) -> None:
-    """A quarter of the captions is empty; a lost shard is among the rest."""
+    """A quarter of the captions is empty, and one shard is lost."""
     for shard in sorted((digits / "train").glob("*.tar")):
         samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
         with webdataset.TarWriter(str(folder / shard.name)) as tar:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Batch
-from ds_linclip.data.broadcast import feed
+from ds_linclip.data.broadcast import broadcast_batches
 from ds_linclip.engine.engine import Engine
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer, ema_decay
@@ -151,14 +151,14 @@ def end_for_skipped_steps(config: Config) -> None:
     mesh = Mesh.create(config.parallel)
 
     def poisoned(*arguments: Any) -> Iterator[Batch]:
-        for number, batch in enumerate(feed(*arguments), start=arguments[3]):
+        for number, batch in enumerate(broadcast_batches(*arguments), start=arguments[3]):
             if number >= 4 and mesh.rank == mesh.world_size - 1:
                 batch.images[-1, 0, 0, 0] = torch.nan
             yield batch
 
     message = None
     try:
-        with patch("ds_linclip.trainer.feed", poisoned):
+        with patch("ds_linclip.trainer.broadcast_batches", poisoned):
             train(config, mesh)
     except Diverged as error:
         message = str(error)
@@ -177,7 +177,7 @@ def rewind_after_a_spike(whole: Config, again: Config, bad: int) -> None:
 
     def watched(*arguments: Any) -> Iterator[Batch]:
         start, skipped = arguments[3:]
-        for step, batch in enumerate(feed(*arguments), start=start):
+        for step, batch in enumerate(broadcast_batches(*arguments), start=start):
             assert batch.images.shape[2:] == whole.image_size_at(step)
             current[0] = step + skipped
             if current[0] == bad - 1 and mesh.rank == 0:
@@ -190,7 +190,7 @@ def rewind_after_a_spike(whole: Config, again: Config, bad: int) -> None:
             return values | {"train/loss": values["train/loss"] * (10 if current[0] == bad else 1)}
 
     with (
-        patch("ds_linclip.trainer.feed", watched),
+        patch("ds_linclip.trainer.broadcast_batches", watched),
         patch("ds_linclip.trainer.StepMeter", Jumping),
     ):
         train(whole, mesh)

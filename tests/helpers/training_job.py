@@ -17,7 +17,7 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.loss.contrastive import clip_loss
-from ds_linclip.loss.grad_cache import Objective
+from ds_linclip.loss.grad_cache import ContrastiveLoss
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
@@ -121,7 +121,7 @@ def loss_against_one_process(mesh: Mesh) -> dict[str, float]:
     }
 
 
-class Pulled(Objective):
+class Pulled(ContrastiveLoss):
     """A loss equal to the logit scale times a weight that differs between ranks."""
 
     weight = 1.0

@@ -29,7 +29,7 @@ BATCH = 12
 
 
 def jpeg(number: int, mode: str = "RGB", file_format: str = "JPEG") -> bytes:
-    """A picture of its own for every number."""
+    """Return a different picture for every number."""
     pixels = np.random.default_rng(number).integers(256, size=(3, 3, 3)).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize((20, 16)).convert(mode).save(buffer, file_format)
@@ -44,7 +44,7 @@ def sound_samples() -> dict[str, dict[str, bytes]]:
 
 
 def write_shards(folder: Path, samples: dict[str, dict[str, bytes]]) -> list[str]:
-    """Deal the samples to shards in blocks; the statistics count them all."""
+    """Distribute the samples over shards in blocks; the statistics count all of them."""
     folder.mkdir(exist_ok=True)
     size = NUM_SAMPLES // NUM_SHARDS
     items = list(samples.items())

@@ -30,7 +30,7 @@ from ds_linclip.data.prepare.inspection_report import (
 )
 from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
 from ds_linclip.data.remote import Storage, is_remote, redact
-from ds_linclip.data.sample_reader import ShardProblem, open_and_judge
+from ds_linclip.data.sample_reader import ShardProblem, open_shard
 from ds_linclip.data.shard_index import Shard, find_shards
 from ds_linclip.data.tar_index import BadSample, OpenShard
 from ds_linclip.data.transforms import (
@@ -125,7 +125,7 @@ def _inspect(
 ) -> ShardFindings:
     """Inspect a shard: all its samples, or as many as given, evenly spaced."""
     shard, limit = task
-    opened, problems = open_and_judge(shard, _storage(cache_dir))
+    opened, problems = open_shard(shard, _storage(cache_dir))
     # Training reads no samples beyond the expected number.
     expected = shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
     findings = ShardFindings(expected=expected, unsized=int(not shard.exact))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.config import Attention, ModelConfig
-from ds_linclip.interop.state_dict import parse_config
+from ds_linclip.interop.hub_folder import parse_config
 from ds_linclip.model.attention import SelfAttention
 from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.model.towers import TextTransformer, VisionTransformer

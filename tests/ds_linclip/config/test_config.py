@@ -1,8 +1,10 @@
 """The configuration: merging, round trip, and one clear message for each mistake."""
 
 import json
+import os
 import re
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from ds_linclip.config import (
 )
 from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS
 
 CONFIGS = sorted(Path("ds_configs/train").glob("*.yaml"))
 EMBEDDED = "ds_configs/train/embedded.yaml"
@@ -55,7 +58,8 @@ def test_command_line_wins_over_file_and_file_over_base(tmp_path):
     (tmp_path / "run.yaml").write_text("base: base.yaml\noptim: {lr: 2.0}\ntrain: {steps: 30}\n")
     config = load_config(tmp_path / "run.yaml", ["train.steps=40", "data.train=[x.tar,y.tar]"])
     assert (config.train.steps, config.optim.lr, config.train.global_batch_size) == (40, 2.0, 8)
-    assert config.data.train == [Source(shards="x.tar"), Source(shards="y.tar")]
+    here = Path.cwd()
+    assert config.data.train == [Source(shards=f"{here}/x.tar"), Source(shards=f"{here}/y.tar")]
 
 
 PATTERN = "/a/{0..9}.tar"
@@ -66,14 +70,14 @@ PATTERN = "/a/{0..9}.tar"
     [
         (f"data.train={PATTERN}", [Source(shards=PATTERN)]),
         (f"data.train=['{PATTERN}']", [Source(shards=PATTERN)]),
-        (f"data.train=['{PATTERN}',b.tar]", [Source(shards=PATTERN), Source(shards="b.tar")]),
+        (f"data.train=['{PATTERN}',/b.tar]", [Source(shards=PATTERN), Source(shards="/b.tar")]),
         (
-            f"data.train=['{PATTERN}', {{shards: b.tar, upsampling: 2, num_samples: 7}}]",
-            [Source(shards=PATTERN), Source(shards="b.tar", upsampling=2.0, num_samples=7)],
+            f"data.train=['{PATTERN}', {{shards: /b.tar, upsampling: 2, num_samples: 7}}]",
+            [Source(shards=PATTERN), Source(shards="/b.tar", upsampling=2.0, num_samples=7)],
         ),
         (
-            "data.train=[{shards: a.tar, weight: 1}, {shards: b.tar, weight: 0.5}]",
-            [Source(shards="a.tar", weight=1.0), Source(shards="b.tar", weight=0.5)],
+            "data.train=[{shards: /a.tar, weight: 1}, {shards: /b.tar, weight: 0.5}]",
+            [Source(shards="/a.tar", weight=1.0), Source(shards="/b.tar", weight=0.5)],
         ),
     ],
 )
@@ -147,8 +151,125 @@ def test_interpolations_are_resolved(tmp_path):
     """A short form is written out before the merge, what it refers to is looked up after it."""
     override = "data.train=['/data/${name}/0.tar', {shards: '${output_dir}/1.tar'}]"
     config = load_config(EMBEDDED, ["name=run", "output_dir=out", override])
-    assert [source.shards for source in config.data.train] == ["/data/run/0.tar", "out/1.tar"]
+    found = [source.shards for source in config.data.train]
+    assert found == ["/data/run/0.tar", f"{Path.cwd()}/out/1.tar"]
     _assert_survives_saving(config, tmp_path)
+
+
+PATHS = """
+output_dir: ../runs
+init: {pretrained_image: ~/image, pretrained_text: /text}
+data:
+  train: ["shards/{00..09}.tar", "{a,b}/0.tar", {shards: ~/0.tar}, "s3://bucket/{0..9}.tar"]
+  cache: {dir: cache}
+zero: {nvme_path: nvme, deepspeed_config: ../zero.json}
+eval: {data: held-out, classes: synsets.txt, templates: templates.txt}
+train: {steps: 20, global_batch_size: 8}
+optim: {warmup_steps: 2}
+"""
+
+
+def _paths(config):
+    """Every path of a config."""
+    return [
+        *(config.output_dir, config.init.pretrained_image, config.init.pretrained_text),
+        *(source.shards for source in config.data.train),
+        *(config.data.cache.dir, config.zero.nvme_path, config.zero.deepspeed_config),
+        *(config.eval.data, config.eval.classes, config.eval.templates),
+    ]
+
+
+def test_paths_in_a_file_are_relative_to_that_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "configs" / "more").mkdir(parents=True)
+    (tmp_path / "configs" / "base.yaml").write_text(PATHS)
+    run = tmp_path / "configs" / "more" / "run.yaml"
+    run.write_text("base: ../base.yaml\neval: {data: other}\n")
+    folder = f"{tmp_path}/configs"
+    expected = [
+        *(f"{tmp_path}/runs", "/home/me/image", "/text"),
+        *(f"{folder}/shards/{{00..09}}.tar", f"{folder}/{{a,b}}/0.tar"),
+        *("/home/me/0.tar", "s3://bucket/{0..9}.tar", f"{folder}/cache", f"{folder}/nvme"),
+        *(f"{tmp_path}/zero.json", f"{folder}/more/other"),
+        *(f"{folder}/synsets.txt", f"{folder}/templates.txt"),
+    ]
+    for where in (tmp_path, tmp_path / "configs" / "more"):
+        monkeypatch.chdir(where)
+        assert _paths(load_config(run)) == expected
+        assert _paths(load_config(os.path.relpath(run))) == expected
+    _assert_survives_saving(load_config(run), tmp_path)
+
+
+def test_paths_on_the_command_line_are_relative_to_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "base.yaml").write_text(PATHS)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    given = [
+        "output_dir=out",
+        "init.pretrained_image=../start",
+        "data.train=[a.tar, '{b,c}/0.tar']",
+    ]
+    given += ["data.cache.dir=~/cache", "zero.deepspeed_config=zero.json", "eval.data=held"]
+    given += ["eval.classes=imagenet-1k", "eval.templates=simple"]
+    found = load_config("../base.yaml", given)
+    here = f"{tmp_path}/here"
+    assert _paths(found) == [
+        *(f"{here}/out", f"{tmp_path}/start", "/text"),
+        *(f"{here}/a.tar", f"{here}/{{b,c}}/0.tar", "/home/me/cache", f"{tmp_path}/nvme"),
+        *(f"{here}/zero.json", f"{here}/held", "imagenet-1k", "simple"),
+    ]
+
+
+def test_a_path_that_no_one_sets_is_relative_to_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text(PATHS.replace("output_dir: ../runs", ""))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_config("../run.yaml").output_dir == f"{tmp_path}/here/runs"
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        "https://host/{0..9}.tar",
+        "{/a,/b}/0.tar",
+        "{s3://a,/b}/0.tar",
+        "pipe:cat",
+        "zip::s3://a",
+        "",
+    ],
+)
+def test_urls_and_absolute_patterns_stay_as_they_are(tmp_path, shards):
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {steps: 20, global_batch_size: 8}\noptim: {warmup_steps: 2}\n")
+    with pytest.raises(ValueError, match="must name shards") if not shards else nullcontext():
+        assert load_config(path, [f"data.train='{shards}'"]).data.train[0].shards == shards
+
+
+def test_the_shipped_configs_mean_the_folders_of_the_repository(tmp_path, monkeypatch):
+    files = [path.absolute() for path in CONFIGS]
+    root = Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        config = load_config(file)
+        assert config.output_dir == f"{root}/runs"
+        if config.zero.deepspeed_config is not None:
+            assert config.zero.deepspeed_config == f"{root}/ds_configs/deepspeed/zero1.json"
+        if file.stem.startswith("embedded"):
+            assert config.data.train[0].shards.startswith(f"{root}/data/embedded/train/")
+            assert config.eval.data == f"{root}/data/embedded/test"
+
+
+def test_names_of_class_lists_and_templates_are_no_paths():
+    for name in IMAGENET_LISTS:
+        assert load_config(EMBEDDED, [f"eval.classes={name}"]).eval.classes == name
+    for name in ("one", "simple", "openai"):
+        assert load_config(EMBEDDED, [f"eval.templates={name}"]).eval.templates == name
+
+
+def test_an_interpolation_of_an_unknown_key_is_named():
+    with pytest.raises(ValueError, match=r"embedded\.yaml: .*nme.* not found"):
+        load_config(EMBEDDED, ["eval.data='/data/${nme}'"])
 
 
 def _assert_survives_saving(config, folder):
@@ -232,7 +353,7 @@ def _as_yaml(override):
         ),
         (
             "data.resolutions=[{image_size: 32}, {from_step: 0, image_size: 16}]",
-            r"data\.resolutions\[1\]\.from_step \(0\) must be greater than 0, the last",
+            r"data\.resolutions\[1\]\.from_step \(0\) must be greater than 0, the one before",
         ),
         (
             "data.resolutions=[{image_size: 32}, {from_step: 800, image_size: 16}]",

@@ -114,7 +114,7 @@ def test_keys_that_come_twice_are_both_kept_and_reported(tmp_path: Path) -> None
 
 
 def peak_and_skipped(patterns: Sequence[str]) -> tuple[float, float, dict[str, int]]:
-    """MiB and CPU seconds that the dearest sample of an epoch takes, and what was skipped."""
+    """MiB and CPU seconds of the most expensive sample of an epoch, and what was skipped."""
     batches = train_data(patterns, global_batch_size=1).batches(0)
     next(batches)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now

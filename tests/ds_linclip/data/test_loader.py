@@ -204,7 +204,7 @@ def test_shards_of_past_pools_are_closed(tmp_path: Path) -> None:
 
 
 def test_shards_of_unknown_size_are_read_in_turn(tmp_path: Path) -> None:
-    """Sizes 20 and 10, said to be 15 each: no sample counts as bad, none is asked for in vain."""
+    """Sizes 20 and 10, taken as 15 each: no sample counts as bad, every read succeeds."""
     samples = list(sound_samples().items())[:30]
     for number, part in enumerate((samples[:20], samples[20:])):
         with webdataset.TarWriter(str(tmp_path / f"{number}.tar")) as tar:
@@ -218,7 +218,7 @@ def test_shards_of_unknown_size_are_read_in_turn(tmp_path: Path) -> None:
     assert not any(batch.skipped or batch.problems for batch in batches)
 
 
-def test_swapped_sources_are_told_apart(tmp_path: Path) -> None:
+def test_swapped_sources_have_another_identity(tmp_path: Path) -> None:
     first, second = (write_shards(tmp_path / name, sound_samples())[0] for name in "ab")
     one = train_data([Source(shards=first, weight=1), Source(shards=second, weight=1)])
     two = train_data([Source(shards=second, weight=1), Source(shards=first, weight=1)])
@@ -226,7 +226,15 @@ def test_swapped_sources_are_told_apart(tmp_path: Path) -> None:
     assert one.identity != two.identity
 
 
-def test_shared_memory_that_does_not_suffice_is_named(patterns: list[str]) -> None:
+def test_identity_does_not_depend_on_the_folders_above(patterns, monkeypatch):
+    """A run that was started with relative paths resumes with absolute ones."""
+    folder = Path(patterns[0]).parent
+    monkeypatch.chdir(folder.parent)
+    relative = train_data([f"{folder.name}/{Path(patterns[0]).name}"])
+    assert relative.identity == train_data(patterns).identity
+
+
+def test_too_little_shared_memory_is_named(patterns: list[str]) -> None:
     with pytest.raises(
         ValueError, match=r"data\.prefetch_batches \(1000000000\) must fit .* --shm-size"
     ):

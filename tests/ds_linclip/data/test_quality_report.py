@@ -21,7 +21,7 @@ def batch(size: int, *problems: ShardProblem, **skipped: int) -> Batch:
 
 
 def two_ranks(max_bad_samples: float = 0.1) -> DataReport:
-    """What one of two ranks knows after they have exchanged twice."""
+    """Return what one of two ranks knows after two exchanges."""
     first, second = DataReport(max_bad_samples), DataReport(max_bad_samples)
     first.add(batch(100, CUT, text_empty=2))
     second.add(batch(100, CUT, MISSING, image_undecodable=1))
@@ -53,7 +53,7 @@ def test_ranks_are_added_up_and_shards_listed_once() -> None:
     ]
 
 
-def test_resumed_report_goes_on_counting() -> None:
+def test_resumed_report_continues_its_counts() -> None:
     report = DataReport(0.1)
     report.load_state(json.loads(json.dumps(two_ranks().state())))
     assert report.state() == two_ranks().state()

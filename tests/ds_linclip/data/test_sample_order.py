@@ -70,7 +70,7 @@ def test_order_depends_on_seed_lanes_and_pool() -> None:
 
 
 def test_order_is_frozen() -> None:
-    """A changed order would silently break the resumption of runs that are under way."""
+    """A changed order would silently break the resumption of existing runs."""
     order = make_order(num_lanes=2)
     positions = np.concatenate(
         [
@@ -87,7 +87,7 @@ def test_order_is_frozen() -> None:
     )
 
 
-def test_shards_and_samples_are_shuffled_anew_in_every_epoch() -> None:
+def test_shards_and_samples_are_shuffled_again_in_every_epoch() -> None:
     single_samples = order_of([1] * 40)
     single_shard = order_of([40])
     for order in (single_samples, single_shard):
@@ -210,7 +210,7 @@ def test_many_billion_samples_do_not_overflow() -> None:
     assert counts.tolist() == [500, 700]
 
 
-def test_with_replacement_draws_shards_anew_and_keeps_the_length_of_an_epoch() -> None:
+def test_with_replacement_draws_shards_in_every_epoch_and_keeps_the_length_of_an_epoch() -> None:
     sizes = [4, 9, 0, 6, 11] * 20
     order = order_of(sizes, num_lanes=3, shuffle_shards=2, with_replacement=True)
     assert order.num_samples == sum(sizes)
@@ -244,7 +244,7 @@ def test_following_pools_are_read_next_and_never_later(
         (announced[lane],) = order.pool_shards([position], following=True).values()
 
 
-def test_fingerprint_tells_orders_apart() -> None:
+def test_fingerprint_differs_between_orders() -> None:
     orders = [
         order_of(SIZES),
         order_of([*SIZES, 1]),

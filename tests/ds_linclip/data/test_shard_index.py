@@ -67,7 +67,7 @@ def test_sizes_file_spares_asking_for_each_shard(tmp_path: Path) -> None:
     assert [shard.num_samples for shard in group.shards] == [5, 6, 7]
 
 
-def test_config_fills_in_what_nothing_tells(tmp_path: Path) -> None:
+def test_num_samples_fills_in_unknown_sizes(tmp_path: Path) -> None:
     pattern = write_numbered(tmp_path, 1, 2, 3)
     (tmp_path / "2_stats.json").write_text(json.dumps({"successes": 40}))
     (group,) = find(Source(shards=pattern, num_samples=101))
@@ -81,7 +81,7 @@ def test_config_fills_in_what_nothing_tells(tmp_path: Path) -> None:
         (
             {"sizes.json": {"0.tar": 5, "1.tar": 6}, "1_stats.json": {"successes": 7}},
             None,
-            r"data\.train .*: sizes\.json \(6\) must equal .*_stats\.json says \(7\) of .*1\.tar",
+            r"data\.train .*: sizes\.json \(6\) and _stats\.json \(7\) must agree on .*1\.tar",
         ),
         (
             {"sizes.json": {"0.tar": 5, "1.tar": 6}},
@@ -163,7 +163,7 @@ def test_query_of_a_url_stays_behind_the_names_of_side_files(server: Misbehaving
     assert [shard.num_samples for shard in group.shards] == [7, 8]
 
 
-def test_store_that_refuses_what_is_not_there_needs_num_samples(server: MisbehavingServer) -> None:
+def test_store_that_refuses_absent_files_needs_num_samples(server: MisbehavingServer) -> None:
     pattern = server.url("/0.tar", whole(b"tar"))
     for name in ("/sizes.json", "/0_stats.json", "/0.parquet"):
         server.url(name, status(403))
@@ -176,7 +176,7 @@ def test_store_that_refuses_what_is_not_there_needs_num_samples(server: Misbehav
         find(Source(shards=pattern, num_samples=9))
 
 
-def test_no_message_tells_a_secret(server: MisbehavingServer) -> None:
+def test_no_message_contains_a_secret(server: MisbehavingServer) -> None:
     url = server.url("/0.tar?token=secret", status(403)).replace("//", "//user:secret@")
     wrong = server.url("/1.tar?token=secret", whole(b"tar")).replace("//", "//user:secret@")
     server.url("/1_stats.json?token=secret", whole(b"{"))

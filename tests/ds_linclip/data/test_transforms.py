@@ -137,7 +137,7 @@ def test_broken_images_are_undecodable() -> None:
 
 @pytest.mark.parametrize("file_format", ["PPM", "TIFF", "EPS"])
 def test_other_formats_are_never_opened(file_format: str) -> None:
-    """Pillow knows many more; some start programs, most are seldom looked after."""
+    """Pillow reads many more formats; some start programs, most are rarely maintained."""
     sound = encode(gradient(), file_format)
     assert Image.open(io.BytesIO(sound)).size == (24, 16)
     assert cause_of(sound) == "image_undecodable"
@@ -188,7 +188,7 @@ def test_jpeg_with_endless_scans_is_rejected() -> None:
     assert time.process_time() - began < 2
 
 
-def test_what_only_looks_like_scans_is_none() -> None:
+def test_bytes_that_only_look_like_scans_do_not_count() -> None:
     """Previews in the headers, and whatever follows the end."""
     for jpeg in (with_scans(10), encode(gradient(), "JPEG")):
         looks = b"\xff\xda\0\x0c\3" * 200

@@ -1,4 +1,4 @@
-"""What an export holds, what it refuses, and how much memory it takes."""
+"""The content of an export, what is refused, and the memory it takes."""
 
 import json
 import os
@@ -20,8 +20,9 @@ from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import Config, ParallelConfig, load_config
 from ds_linclip.interop import export_checkpoint
 from ds_linclip.interop.export import main
+from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE
 from ds_linclip.interop.key_mapping import open_clip_shapes
-from ds_linclip.interop.state_dict import CONFIG_FILE, WEIGHTS_FILE, load_folder
+from ds_linclip.interop.state_dict import load_folder
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from helpers.stored_checkpoints import random_weights, split_dims, write_checkpoint
@@ -118,10 +119,10 @@ def test_bytes_follow_from_the_weights_not_from_the_layout(config_of, mesh, tmp_
     assert all(content == found[0] for content in found)
 
 
-def test_averages_are_exported_unless_raw_weights_are_asked_for(checkpoint, mesh, tmp_path):
-    for asked in ("ema", "raw", None):
-        exported = export_checkpoint(checkpoint, tmp_path / f"{asked}", weights=asked)
-        assert exported.weights == (asked or "ema")
+def test_averages_are_exported_unless_raw_weights_are_requested(checkpoint, mesh, tmp_path):
+    for requested in ("ema", "raw", None):
+        exported = export_checkpoint(checkpoint, tmp_path / f"{requested}", weights=requested)
+        assert exported.weights == (requested or "ema")
     default, ema, raw = (load_file(tmp_path / n / WEIGHTS_FILE) for n in ("None", "ema", "raw"))
     seen = load_weights(checkpoint, mesh)
     for key, value in ema.items():
@@ -131,11 +132,12 @@ def test_averages_are_exported_unless_raw_weights_are_asked_for(checkpoint, mesh
     assert ema["ln_final.bias"].equal(seen.text.ln_final.bias)
 
 
-def test_without_an_average_none_can_be_asked_for(config_of, mesh, tmp_path):
+def test_asking_for_a_missing_average_is_an_error(config_of, mesh, tmp_path):
     config = config_of()
     model = CLIP(config.model, mesh)
     write_checkpoint(config, {"weight": random_weights(model)}, split_dims(model))
-    with pytest.raises(ValueError, match=r"no running average .*ema_decay 0\.0\): --weights raw"):
+    message = r"no running average .*ema_decay 0\.0\): use --weights raw"
+    with pytest.raises(ValueError, match=message):
         export_checkpoint(config.run_dir, tmp_path / "out", weights="ema")
     assert export_checkpoint(config.run_dir, tmp_path / "out").weights == "raw"
 
@@ -153,7 +155,7 @@ def test_half_precision(checkpoint, tmp_path, name):
     open_clip.create_model(f"local-dir:{tmp_path}/half")
 
 
-def test_what_fp16_cannot_hold_is_named(config_of, mesh, tmp_path, capsys):
+def test_weight_beyond_the_range_of_fp16_is_named(config_of, mesh, tmp_path, capsys):
     config = config_of()
     model = CLIP(config.model, mesh)
     weights = random_weights(model)
@@ -229,7 +231,7 @@ def test_bad_places_are_named(checkpoint, tmp_path, capsys):
     assert main([str(run), str(tmp_path / "empty"), "--step=6"]) == 0
 
 
-def test_the_command_says_one_line(tmp_path):
+def test_the_command_prints_one_line(tmp_path):
     command = [sys.executable, "-m", "ds_linclip", "export", tmp_path / "nowhere", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
@@ -246,7 +248,7 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(checkpoint, tmp_path, c
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2
-    assert f"File too large: '{tmp_path}/out" in (err := capsys.readouterr().err)
+    assert f"File too large: '{tmp_path}/.out." in (err := capsys.readouterr().err)
     assert WEIGHTS_FILE in err
     assert sorted(tmp_path.iterdir()) == there
 
@@ -299,8 +301,11 @@ def test_card_says_what_was_trained_and_how_it_scored(checkpoint, tmp_path):
         'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:out")',
     ]:
         assert line in body.splitlines()
-    assert "average of the weights, which this folder does not hold." in body
-    assert str(tmp_path) not in body.replace("data/embedded", "")
+    assert "average of the weights, which this folder does not contain." in body
+    assert str(tmp_path) not in body
+    assert "| data | train/{00000..00007}.tar |" in body.splitlines()
+    assert "Evaluation is on embedded/test" in body
+    assert str(Path.cwd()) not in body
 
 
 def test_card_hides_what_is_secret_in_urls(config_of, mesh, tmp_path):
@@ -312,7 +317,7 @@ def test_card_hides_what_is_secret_in_urls(config_of, mesh, tmp_path):
     export_checkpoint(config.run_dir, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert r"| data | https://host/a\|b/{0..3}.tar |" in card
-    assert "None were found beside the checkpoint." in card
+    assert "The run folder of the checkpoint has no metrics." in card
 
 
 @pytest.mark.parametrize(

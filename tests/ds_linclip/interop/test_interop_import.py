@@ -1,4 +1,4 @@
-"""What comes in from open_clip, what is refused, and that nothing of it is executed."""
+"""Imports from open_clip: what is accepted and refused, and that nothing is executed."""
 
 import json
 import logging
@@ -20,18 +20,11 @@ from ds_linclip.config import (
     load_config,
 )
 from ds_linclip.interop import export_checkpoint, import_weights
+from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE, parse_config, read_config
 from ds_linclip.interop.import_weights import main
 from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.pretrained import load_pretrained
-from ds_linclip.interop.state_dict import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    export_folder,
-    load_folder,
-    parse_config,
-    read_config,
-    to_open_clip,
-)
+from ds_linclip.interop.state_dict import export_folder, load_folder, to_open_clip
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
@@ -70,7 +63,7 @@ def loaded(folder: Path, mesh: Mesh, loss: str = "softmax") -> dict[str, torch.T
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_a_hub_folder_becomes_one_that_runs_start_from(mesh, tmp_path, loss):
+def test_a_hub_folder_is_converted_for_init_pretrained(mesh, tmp_path, loss):
     bias = {"init_logit_bias": -10.0} if loss == "sigmoid" else {}
     weights = stock_weights(**bias)
     source = write_folder(tmp_path / "in", weights, **bias)
@@ -119,8 +112,8 @@ def test_a_file_needs_its_architecture(mesh, tmp_path, capsys):
         ),
         (["--model=ViT-S-32"], "misses visual.transformer.resblocks.2.ln_1.weight"),
         (["--model=ViT-B-16-quickgelu"], "model_cfg (quick_gelu) must hold no such keys"),
-        (["--model=RN50"], "no plain transformer CLIP: vision_cfg must describe"),
-        (["--model=ViT-B-16-SigLIP"], "no plain transformer CLIP: vision_cfg must describe"),
+        (["--model=RN50"], "not a plain transformer CLIP: vision_cfg must describe"),
+        (["--model=ViT-B-16-SigLIP"], "not a plain transformer CLIP: vision_cfg must describe"),
         (["--model=hf-hub:some/model"], "must be one of open_clip's names"),
         ([f"--config={tmp_path}/nowhere.json"], "nowhere.json"),
     ]:
@@ -136,10 +129,10 @@ def test_a_file_needs_its_architecture(mesh, tmp_path, capsys):
 def test_a_models_name_is_enough(mesh, tmp_path):
     weights = open_clip.create_model("ViT-S-32").state_dict()
     save_file(weights, tmp_path / "w.safetensors")
-    imported = import_weights(
+    num_parameters = import_weights(
         tmp_path / "w.safetensors", tmp_path / "out", architecture="ViT-S-32", dtype="bf16"
     )
-    assert imported.num_parameters == sum(value.numel() for value in weights.values())
+    assert num_parameters == sum(value.numel() for value in weights.values())
     for key, value in loaded(tmp_path / "out", mesh).items():
         narrow = value if key == "logit_scale" else weights[key].bfloat16().float()
         assert value.equal(narrow), key
@@ -187,7 +180,7 @@ def test_pickles_are_refused_unopened(tmp_path, capsys, name, form):
     config = ["--config", str(source / CONFIG_FILE)]
     for arguments in ([str(source / name)], [str(source / name), *config], [str(source)]):
         if name == "w.safetensors" and arguments == [str(source)]:
-            continue  # a folder without weights, told as such
+            continue  # a folder without weights, reported as such
         code = main([arguments[0], str(tmp_path / "out"), *arguments[1:]])
         err = capsys.readouterr().err
         assert code == 2
@@ -260,18 +253,18 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
     padded = content[8 : 8 + size].ljust(0x10280)  # 80 02 01 00 ...
     assert size < len(padded)
     file.write_bytes(len(padded).to_bytes(8, "little") + padded + content[8 + size :])
-    assert import_weights(source, tmp_path / "out").num_parameters > 0
+    assert import_weights(source, tmp_path / "out") > 0
 
 
-def test_another_normalisation_of_images_is_told(tmp_path, caplog):
+def test_another_normalization_of_images_is_reported(tmp_path, caplog):
     source = write_folder(tmp_path / "in", stock_weights())
     content = json.loads((source / CONFIG_FILE).read_text())
     content["preprocess_cfg"] = {"mean": list(open_clip.OPENAI_DATASET_MEAN), "std": [0.5] * 3}
     (source / CONFIG_FILE).write_text(json.dumps(content))
     with caplog.at_level(logging.WARNING):
         import_weights(source, tmp_path / "out")
-    (told,) = caplog.messages
-    assert "images had std [0.5, 0.5, 0.5]; here they have (0.268" in told
+    (message,) = caplog.messages
+    assert "normalized with std [0.5, 0.5, 0.5]; ds_linclip uses (0.268" in message
 
 
 def test_linear_attention_comes_back_as_it_was(mesh, tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,12 @@ from ds_linclip.config import (
     VisionTower,
     load_config,
 )
-from ds_linclip.interop.state_dict import (
-    export_folder,
-    from_open_clip,
-    load_folder,
-    open_clip_config,
-    to_open_clip,
-)
+from ds_linclip.interop import hub_folder
+from ds_linclip.interop.hub_folder import open_clip_config
+from ds_linclip.interop.state_dict import export_folder, from_open_clip, load_folder, to_open_clip
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.process.consensus import AgreedError
 from helpers import REPOSITORY
 
 EXPERIMENTS = REPOSITORY / "ds_configs" / "train"
@@ -205,6 +203,32 @@ def test_folder_loads_back_equal(
         assert torch.equal(value, loaded.state_dict()[name]), name
     images = torch.randn(2, 3, *size)
     assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+
+
+def test_exported_folder_is_complete_or_absent(mesh, tmp_path, monkeypatch):
+    """The disk is full after the first tensors: the config was written before them."""
+
+    def fails(path, layout, tensors):
+        path.write_bytes(bytes(next(iter(tensors)).nbytes))
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    model = CLIP(small_config(), mesh)
+    with monkeypatch.context() as patched:
+        patched.setattr(hub_folder, "write_tensors", fails)
+        with pytest.raises(AgreedError, match="No space left on device"):
+            export_folder(model, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+    export_folder(model, tmp_path / "out")
+    assert load_folder(tmp_path / "out", mesh).config == model.config
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_refuses_a_folder_that_holds_files(mesh, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    message = rf"output folder \({tmp_path}\) must not exist, or be empty"
+    with pytest.raises(AgreedError, match=message):
+        export_folder(CLIP(small_config(), mesh), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_bad_state_dict_names_its_keys_and_changes_nothing(mesh: Mesh) -> None:

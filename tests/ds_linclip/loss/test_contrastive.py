@@ -160,7 +160,7 @@ def test_extreme_logits_stay_finite(name: str, kind: str) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7 * 100)
 
 
-def test_loss_of_pairs_told_apart_is_not_lost_in_rounding() -> None:
+def test_loss_of_well_classified_pairs_is_not_lost_in_rounding() -> None:
     """exp(-30) beside logits of 30, where the sum of all exponentials would round to the pair's."""
     inputs = [torch.eye(5).requires_grad_() for _ in range(2)] + [
         torch.tensor(30.0, requires_grad=True)

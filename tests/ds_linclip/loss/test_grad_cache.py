@@ -18,7 +18,7 @@ from ds_linclip.config import (
 )
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
-from ds_linclip.loss.grad_cache import Objective, surrogate
+from ds_linclip.loss.grad_cache import ContrastiveLoss, surrogate
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
@@ -34,7 +34,7 @@ def mesh() -> Mesh:
     return Mesh.create(ParallelConfig(device="cpu"))
 
 
-class Pushed(Objective):
+class Pushed(ContrastiveLoss):
     """The logit scale itself, or its opposite, as the loss."""
 
     direction = -1.0
@@ -56,7 +56,7 @@ def features(batch: int) -> tuple[Tensor, Tensor]:
 def test_logit_scale_is_held_in_range_whatever_the_parameter(
     mesh: Mesh, log_scale: float, expected: float
 ) -> None:
-    objective = Objective(LossConfig(), mesh)
+    objective = ContrastiveLoss(LossConfig(), mesh)
     for dtype in (torch.float32, torch.bfloat16):
         objective([(*features(4), torch.tensor([log_scale], dtype=dtype))])
         scale = objective.logit_scale.item()
@@ -109,7 +109,7 @@ def test_two_passes_give_the_gradient_of_the_batch_in_one_piece(
     parts = list(zip(images.chunk(num_micro_batches), texts.chunk(num_micro_batches), strict=True))
     with torch.no_grad():
         outputs = [model(*part) for part in parts]
-    found, gradients = Objective(LossConfig(kind=kind), mesh)(outputs)
+    found, gradients = ContrastiveLoss(LossConfig(kind=kind), mesh)(outputs)
     for part, gradient in zip(parts, gradients, strict=True):
         surrogate(model(*part), gradient).backward()
 

@@ -88,7 +88,7 @@ def test_a_run_costs_three_forwards_of_every_pair_at_its_size():
     assert training_flops(config) == pytest.approx(3 * 4 * 10 * large)
 
 
-def test_what_is_locked_costs_its_forward_only():
+def test_frozen_layers_cost_their_forward_only():
     config = Config(model=TINY, train=TrainConfig(steps=1, global_batch_size=1))
     forward, whole = forward_flops(TINY, (32, 16)), step_flops(config, 0)
     assert whole == 3 * forward

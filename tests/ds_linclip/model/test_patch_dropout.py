@@ -1,4 +1,4 @@
-"""Patch dropout: which patches are kept, and what the image tower makes of them."""
+"""Patch dropout: the choice of patches, and the image tower's output for them."""
 
 import pytest
 import torch

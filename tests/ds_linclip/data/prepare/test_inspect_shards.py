@@ -17,7 +17,7 @@ from PIL import Image
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data.prepare.inspect_shards import inspect_shards, main
 from ds_linclip.data.remote import Storage
-from ds_linclip.data.sample_reader import open_and_judge
+from ds_linclip.data.sample_reader import open_shard
 from ds_linclip.data.shard_index import find_shards
 from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 
@@ -194,7 +194,7 @@ def test_shards_are_checked_as_in_training(dirty: str, dirty_report: dict[str, A
         (problem.url, problem.cause, problem.found, problem.expected)
         for group in find_shards([Source(shards=dirty)], storage)
         for shard in group.shards
-        for problem in open_and_judge(shard, storage)[1]
+        for problem in open_shard(shard, storage)[1]
     ]
     fields = ("url", "cause", "found", "expected")
     assert in_training == [
