@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ds_linclip.process.import_gc import quick_start
+from ds_linclip.process.import_gc import gc_paused
 
 __all__ = ["main"]
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported where it is needed: torch takes seconds. On a machine without a GPU it may warn that
     # it finds none; nothing here looks for one.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with quick_start():
+    with gc_paused():
         if options.command == "make-shards":
             from ds_linclip.data.prepare.make_shards import main as run
         elif options.command == "inspect-shards":

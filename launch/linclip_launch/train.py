@@ -15,9 +15,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ds_linclip.process.import_gc import quick_start
+from ds_linclip.process.import_gc import gc_paused
 
-with quick_start():
+with gc_paused():
     from ds_linclip.config import Config, load_config
     from ds_linclip.data import DataError
     from ds_linclip.parallel.mesh import Mesh
