@@ -62,7 +62,7 @@ def main() -> int:
     except Diverged as error:
         return _end_together(mesh, f"error: {error}", ExitCode.DIVERGED)
     except Preempted as reason:
-        return _end_together(mesh, f"{reason}; start again to go on", ExitCode.PREEMPTED)
+        return _end_together(mesh, f"{reason}; start again to resume", ExitCode.PREEMPTED)
     except DataError as error:
         # The other ranks wait for this one: leave at once, and the launcher ends them. The line is
         # one write, or those of several ranks mix.
