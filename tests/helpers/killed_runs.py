@@ -30,7 +30,7 @@ def batches(run: Path) -> tuple[dict[int, list[str]], set[tuple[int, int]]]:
 
 
 def stands_beyond(run: Path, step: int) -> bool:
-    """Return whether a run that saves every 5 steps and logs all is between two saves, past a step."""
+    """Return whether a run that saves every 5 steps stands between two saves, beyond a step."""
     logged = losses(run) if (run / "metrics.jsonl").exists() else {}
     return any(number > step and number % 5 == 2 for number in logged)
 
