@@ -19,18 +19,21 @@ with gc_paused():
     import torch
 
     from ds_linclip.parallel.mesh import select_device
-    from ds_linclip.preflight import (
-        CheckResult,
-        Rendezvous,
-        RendezvousError,
+    from ds_linclip.preflight.network_probe import check_network
+    from ds_linclip.preflight.node_checks import (
         check_config,
         check_disk_space,
-        check_held_out_data,
         check_layout,
-        check_network,
         check_nodes,
+    )
+    from ds_linclip.preflight.rendezvous import Rendezvous, RendezvousError
+    from ds_linclip.preflight.storage_checks import (
+        check_held_out_data,
         check_output_folder,
         check_training_data,
+    )
+    from ds_linclip.preflight.table import (
+        CheckResult,
         exit_code_of,
         format_json,
         format_table,

@@ -13,8 +13,8 @@ import pytest
 
 from ds_linclip.config import load_config
 from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.preflight import Rendezvous, RendezvousError
 from ds_linclip.preflight.node_checks import disk_space
+from ds_linclip.preflight.rendezvous import Rendezvous, RendezvousError
 from helpers import EMBEDDED, REPOSITORY
 from helpers.forked_ranks import train_in_ranks
 from helpers.two_hosts import TwoHosts

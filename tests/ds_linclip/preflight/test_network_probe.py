@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from ds_linclip.preflight import CheckResult, check_network
 from ds_linclip.preflight.network_probe import (
     AllReduceSpeed,
     ClockOffset,
     all_reduce_speed,
+    check_network,
     clock_offset,
 )
-from ds_linclip.preflight.table import exit_code_of
+from ds_linclip.preflight.table import CheckResult, exit_code_of
 from ds_linclip.process.exit_codes import ExitCode
 from helpers.fake_cluster import FakeCluster
 

@@ -5,9 +5,14 @@ import json
 import pytest
 
 from ds_linclip.config import Config, load_config
-from ds_linclip.preflight import CheckResult, check_disk_space, check_layout, check_nodes
-from ds_linclip.preflight.node_checks import DiskSpace, Node
-from ds_linclip.preflight.table import exit_code_of, format_json, format_table
+from ds_linclip.preflight.node_checks import (
+    DiskSpace,
+    Node,
+    check_disk_space,
+    check_layout,
+    check_nodes,
+)
+from ds_linclip.preflight.table import CheckResult, exit_code_of, format_json, format_table
 from ds_linclip.process.exit_codes import ExitCode
 from helpers.fake_cluster import FakeCluster
 

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ds_linclip.preflight import Rendezvous
+from ds_linclip.preflight.rendezvous import Rendezvous
 
 
 def test_what_ranks_exchange_is_json():
