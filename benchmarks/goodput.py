@@ -32,7 +32,7 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.data.tar_index import OpenShard
 from ds_linclip.provenance import commit_of, device_name, folder_name
-from linclip_launch.process_tree import is_running, launcher_and_ranks
+from linclip_launch.supervise import is_running, launcher_and_ranks
 
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
 RANKS = 2

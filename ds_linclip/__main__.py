@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ds_linclip.process.import_gc import quick_start
+from ds_linclip.process.import_gc import gc_paused
 
 __all__ = ["main"]
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported here because torch takes seconds. On a machine without a GPU it may warn about that,
     # which does not matter for these tools.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with quick_start():
+    with gc_paused():
         if options.command == "make-shards":
             from ds_linclip.data.prepare.make_shards import main as run
         elif options.command == "inspect-shards":

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# What ranks on several hosts find in their environment: sourced by multinode.sh, slurm.sbatch and
-# k8s.yaml. What is set already stays. multinode.sh gives the ranks of other hosts the variables that
+# Environment variables of ranks on several hosts: sourced by multinode.sh (also in k8s.yaml) and
+# slurm.sbatch. What is already set is kept. multinode.sh passes to other hosts the variables that
 # begin with DS_ACCELERATOR, FI_, GLOO_, NCCL_, OMP_, PYTHON, TORCH_, TRITON_ or UCX_, and no others;
-# srun and Kubernetes give them all.
+# srun and Kubernetes pass all.
 
 # The network interface between the hosts, where there are several (a management network, docker0):
-# a name, "^name" for all but that, or a prefix such as "ib". gloo takes names only; its connections
-# carry what ranks agree on besides training, so a GPU run needs both.
+# a name, "^name" for all but that, or a prefix such as "ib". gloo takes names only; ranks
+# use its connections for agreement besides training, so a GPU run needs both.
 #   export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 
 # InfiniBand and RoCE cards, where NCCL should not use all it finds; on RoCE v2 the index of its GID
@@ -14,8 +14,8 @@
 # FI_PROVIDER=efa.
 #   export NCCL_IB_HCA=mlx5 NCCL_IB_GID_INDEX=3
 
-# NCCL says what went wrong; INFO also says which network and which algorithm it has chosen.
+# NCCL prints errors; with INFO also the network and the algorithm that it has chosen.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# Threads of one rank on the CPU. Left alone every rank takes all cores, and they fight for them.
+# CPU threads of one rank. By default every rank would use all cores, and slow down the others.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

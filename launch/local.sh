@@ -15,7 +15,7 @@ else
     ranks=${RANKS:-2}
     count=(--num_gpus "$ranks")
     export DS_ACCELERATOR=cpu
-    # Share the cores out, or the ranks' thread pools fight for them.
+    # Divide the cores between the ranks, or their threads slow each other down.
     cores=$(nproc)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 fi

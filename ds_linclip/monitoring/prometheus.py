@@ -58,7 +58,7 @@ class _RunCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         values = self._values
         yield from (family for scalar in SCALARS if (family := _family(scalar, values)).samples)
-        place = self._phases.place
+        place = self._phases.current
         info = GaugeMetricFamily("linclip_run_info", "which run this is", labels=["run"])
         info.add_metric([self._config.name], 1)
         phase = GaugeMetricFamily(

@@ -1,186 +1,310 @@
-"""What lies between the hosts: open ports, clocks, the speed of all-reduce."""
+"""Checks of what lies between the ranks: open ports, process group, clocks, all-reduce."""
 
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 
-__all__ = [
-    "Links",
-    "Offset",
-    "Speed",
-    "listen",
-    "measure_clocks",
-    "measure_links",
-    "offset_of",
-    "reach",
-]
+from ds_linclip.preflight.rendezvous import Rendezvous
+from ds_linclip.preflight.table import CheckResult, problems_if, skipped
+from ds_linclip.preflight.verdicts import format_figure, format_range
 
-_ROUND_TRIPS = 20
-#: Bytes of the message: one for the latency, two for the bandwidth.
+__all__ = ["AllReduceSpeed", "ClockOffset", "all_reduce_speed", "check_network", "clock_offset"]
+
+_CONNECT_SECONDS = 10.0
+_NUM_ROUND_TRIPS = 20
+#: Bytes of the messages: one for the latency, two for the bandwidth.
 _SIZES = (8, 2**20, 2**26)
 _SECONDS_PER_SIZE, _MAX_REPEATS = 0.3, 100
+#: A link below this share of the median bandwidth is a warning.
+_SLOW_SHARE = 0.5
+_INTERFACE = "name the interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
 
 
-@dataclass(frozen=True)
-class Offset:
-    """Of another clock.
+class ClockOffset(TypedDict):
+    """The time by which another clock is ahead of this one.
 
     Attributes:
-        seconds: It is so far ahead of this one.
-        bound: The truth is within so many seconds of that: half of the shortest round trip.
+        seconds: The estimate.
+        bound: The greatest error of the estimate in seconds: half of the shortest round trip.
     """
 
     seconds: float
     bound: float
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Of an all-reduce of one size, in the terms of nccl-tests.
+class AllReduceSpeed(TypedDict):
+    """The speed of an all-reduce of one size, in the terms of nccl-tests.
 
     Attributes:
         size: Bytes of every rank's message.
-        num_ranks: That take part.
-        seconds: Mean over repetitions and ranks.
+        num_ranks: The ranks that take part.
+        seconds: The mean over repetitions and ranks.
+        algorithm_bandwidth: Bytes per second: size over time.
+        bus_bandwidth: Bytes per second that every rank must send, and receive, with any algorithm:
+            2 (n - 1) / n times the algorithm bandwidth. For any number of ranks n it can be
+            compared with what a link carries.
     """
 
     size: int
     num_ranks: int
     seconds: float
-
-    @property
-    def algorithm_bandwidth(self) -> float:
-        """Bytes per second: size over time."""
-        return self.size / self.seconds
-
-    @property
-    def bus_bandwidth(self) -> float:
-        """Bytes per second that every rank must send, and receive, whatever the algorithm: times
-        2 (n - 1) / n. To be compared with what a link can do, for any number of ranks."""
-        return self.algorithm_bandwidth * 2 * (self.num_ranks - 1) / self.num_ranks
+    algorithm_bandwidth: float
+    bus_bandwidth: float
 
 
-@dataclass(frozen=True)
-class Links:
-    """Speeds of the groups that a rank is in; empty where it is in none.
+#: Speeds of all sizes, by the link or the host that they were measured on.
+_Speeds = Mapping[str, Sequence[AllReduceSpeed]]
 
-    Attributes:
-        everywhere: Of all ranks.
-        within_host: Of the ranks of this host, all hosts at once.
-        to_next_host: Of the first ranks of this host and the next one in rank order, every other
-            pair of hosts at once; known to the first rank of each host but the last.
+
+def check_network(
+    rendezvous: Rendezvous, device: torch.device, max_skew_seconds: float
+) -> Iterator[CheckResult]:
+    """Yield the results of all checks between ranks; those after a failure are not made.
+
+    Args:
+        rendezvous: All ranks.
+        device: The device of this rank.
+        max_skew_seconds: The difference between clocks from which on to warn.
     """
-
-    everywhere: list[Speed]
-    within_host: list[Speed]
-    to_next_host: list[Speed]
-
-
-def listen() -> socket.socket:
-    """A socket at a free port of this host, as the process groups take them."""
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
-
-
-def reach(address: str, port: int, timeout: float) -> float:
-    """Seconds to connect to it.
-
-    Raises:
-        OSError: naming it, when it cannot be reached.
-    """
-    begun = time.perf_counter()
-    try:
-        socket.create_connection((address, port), timeout=timeout).close()
-    except OSError as error:
-        raise OSError(f"{address}:{port} cannot be reached: {error}") from error
-    return time.perf_counter() - begun
+    ports = _check_ports(rendezvous)
+    yield ports
+    if ports.problems:
+        yield from skipped("needs ports", "process group", "clocks", "all-reduce")
+        return
+    process_group = _check_process_group(rendezvous, device)
+    yield process_group
+    if process_group.problems:
+        yield from skipped("needs the process group", "clocks", "all-reduce")
+        return
+    yield _check_clocks(rendezvous, max_skew_seconds)
+    yield from _check_all_reduce(rendezvous, device)
 
 
-def measure_clocks(leaders: Sequence[int]) -> dict[int, Offset]:
-    """How far the clocks of other ranks are ahead of rank 0's, in Cristian's way: an answer is as
-    old as half of the round trip; known to rank 0 alone. All ranks call this."""
+def _check_ports(rendezvous: Rendezvous) -> CheckResult:
+    """Connect from each host to the one before it, from the first one to the last."""
+    # Any free port, as the process groups use them.
+    is_dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=is_dual) as server:
+        own_port = server.getsockname()[1]
+        addresses = rendezvous.gather("listen", lambda: (rendezvous.address, own_port))
+        leaders = rendezvous.leaders if len(rendezvous.leaders) > 1 else []
+        before = dict(zip(leaders, [*leaders[-1:], *leaders], strict=False))
+
+        def connect() -> float:
+            host, port = addresses.values[before[rendezvous.rank]]
+            started = time.perf_counter()
+            try:
+                socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+            except OSError as error:
+                raise OSError(f"{host}:{port} cannot be reached: {error}") from error
+            return time.perf_counter() - started
+
+        connected = rendezvous.gather("connect", connect, leaders)
+    problems = problems_if(
+        connected.failures(),
+        "hosts must reach each other at any free port, as the process groups use them",
+        f"open the firewall between the hosts, or {_INTERFACE}",
+    )
+    found = f"master {rendezvous.master} reached by all"
+    if connected.values:
+        found += f"; from host to host in {format_range(connected.by_host(max), 1e3)} ms"
+    return CheckResult(check="ports", found=found, problems=problems)
+
+
+def _check_process_group(rendezvous: Rendezvous, device: torch.device) -> CheckResult:
+    backend = "gloo and nccl" if device.type == "cuda" else "gloo"
+
+    def connect() -> float:
+        started = time.perf_counter()
+        rendezvous.connect_process_group(device)
+        return time.perf_counter() - started
+
+    results = rendezvous.gather("process group", connect)
+    problems = problems_if(
+        results.failures(),
+        f"all ranks must create a process group ({backend})",
+        "see whether the host name resolves to an address that others reach (not 127.*), or "
+        + _INTERFACE,
+    )
+    found = "" if problems else f"{backend}, created in {max(results.values.values()):.2f} s"
+    return CheckResult(check="process group", found=found, problems=problems)
+
+
+def _check_clocks(rendezvous: Rendezvous, max_skew_seconds: float) -> CheckResult:
+    rule = f"clocks must agree to {max_skew_seconds:g} s: logs, leases and signed requests use them"
+    remedy = "let NTP or PTP set the clocks (chronyc tracking, timedatectl)"
+    results = rendezvous.gather("clocks", partial(_measure_clocks, rendezvous))
+    problems = problems_if(results.failures(), rule, remedy)
+    offsets: dict[str, ClockOffset] = results.values.get(0, {})
+    first = rendezvous.hosts[0]
+    skewed = [
+        (host, f"{offset['seconds']:+.3f} s (± {offset['bound']:.3f}) against {first}")
+        for host, offset in offsets.items()
+        if abs(offset["seconds"]) - offset["bound"] > max_skew_seconds
+    ]
+    problems += problems_if(skewed, rule, remedy, is_warning=True)
+    found = "one host"
+    if offsets:
+        seconds = {first: 0.0, **{host: each["seconds"] for host, each in offsets.items()}}
+        bound = 1e3 * max(each["bound"] for each in offsets.values())
+        found = f"{format_range(seconds, 1e3)} ms ahead of {first}, ± {bound:.2g} ms"
+    return CheckResult(check="clocks", found=found, problems=problems, figures=offsets)
+
+
+def _measure_clocks(rendezvous: Rendezvous) -> dict[str, ClockOffset]:
+    """Return, on rank 0, by how much the clock of each other host is ahead of rank 0's."""
     found = {}
     mine, theirs = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    rank = dist.get_rank()
-    for leader in leaders[1:]:
-        samples = []
-        for _ in range(_ROUND_TRIPS if rank in (0, leader) else 0):
-            if rank == 0:
+    for leader in rendezvous.leaders[1:]:
+        round_trips = []
+        for _ in range(_NUM_ROUND_TRIPS if rendezvous.rank in (0, leader) else 0):
+            if rendezvous.rank == 0:
                 sent = time.time()
                 dist.send(mine, leader)
                 dist.recv(theirs, leader)
-                samples.append((sent, theirs.item(), time.time()))
+                round_trips.append((sent, theirs.item(), time.time()))
             else:
                 dist.recv(theirs, 0)
                 dist.send(mine.fill_(time.time()), 0)
-        if samples:
-            found[leader] = offset_of(samples)
+        if round_trips:
+            found[rendezvous.hosts[leader]] = clock_offset(round_trips)
     return found
 
 
-def offset_of(samples: Sequence[tuple[float, float, float]]) -> Offset:
-    """From round trips: this clock when it began, the other clock, this clock when it ended."""
-    sent, other, received = min(samples, key=lambda sample: sample[2] - sample[0])
-    return Offset(other - (sent + received) / 2, (received - sent) / 2)
-
-
-def measure_links(hosts: Sequence[str], device: torch.device) -> Links:
-    """Time all-reduce between all ranks, within hosts and between neighbouring hosts.
+def clock_offset(round_trips: Sequence[tuple[float, float, float]]) -> ClockOffset:
+    """Estimate the offset of another clock from the shortest round trip (Cristian, 1989): the
+    answer is as old as half of it.
 
     Args:
-        hosts: Name of every rank's host.
-        device: Where this rank's messages are.
+        round_trips: This clock at the start, the other clock, this clock at the end; in seconds.
     """
+    sent, other, received = min(round_trips, key=lambda trip: trip[2] - trip[0])
+    return {"seconds": other - (sent + received) / 2, "bound": (received - sent) / 2}
+
+
+def _check_all_reduce(rendezvous: Rendezvous, device: torch.device) -> Iterator[CheckResult]:
+    """Time all-reduce between all ranks, within hosts, and between neighbouring hosts."""
+    results = rendezvous.gather(
+        "all-reduce", partial(_measure_all_reduce, rendezvous.hosts, device)
+    )
+    problems = problems_if(
+        results.failures(),
+        "all-reduce must finish on every link",
+        "see NCCL_DEBUG=INFO, the cables, the firewall",
+    )
+    if problems:
+        yield CheckResult(check="all-reduce", problems=problems)
+        return
+    speeds: dict[str, dict[str, Sequence[AllReduceSpeed]]] = {}
+    for of_rank in results.values.values():
+        for check, at_places in of_rank.items():
+            speeds.setdefault(check, {}).update(at_places)
+    for check, at_all_places in speeds.items():
+        yield _rate_speeds(check, at_all_places)
+
+
+def _rate_speeds(check: str, speeds: _Speeds) -> CheckResult:
+    texts, bandwidths, unit = [], dict[str, float](), ""
+    for index, size in enumerate(_SIZES):
+        at_size = {place: each[index] for place, each in speeds.items()}
+        if index == 0:
+            seconds = {place: each["seconds"] for place, each in at_size.items()}
+            texts.append(f"latency {format_range(seconds, 1e3)} ms")
+            continue
+        unit = f"{size / 2**20:.0f} MiB"
+        bandwidths = {place: each["bus_bandwidth"] / 1e9 for place, each in at_size.items()}
+        texts.append(f"{unit}: busbw {format_range(bandwidths)} GB/s")
+        if len(at_size) == 1:
+            (only,) = at_size.values()
+            texts[-1] += f", algbw {format_figure(only['algorithm_bandwidth'] / 1e9)}"
+    # Those of the largest message: smaller ones depend on the latency.
+    median = sorted(bandwidths.values())[len(bandwidths) // 2]
+    slow = [
+        (place, f"{format_figure(value)} GB/s with {unit} (busbw)")
+        for place, value in bandwidths.items()
+        if value < _SLOW_SHARE * median
+    ]
+    problems = problems_if(
+        slow,
+        f"at least {_SLOW_SHARE:g} of the median, {format_figure(median)} GB/s",
+        "check that link (ibstat, nvidia-smi topo -m), or leave the host out",
+        is_warning=True,
+    )
+    return CheckResult(check=check, found="; ".join(texts), problems=problems, figures=speeds)
+
+
+def _measure_all_reduce(hosts: Sequence[str], device: torch.device) -> Mapping[str, _Speeds]:
+    """Return the speeds of this rank's groups, by check."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # of this thread
-    names = list(dict.fromkeys(hosts))
-    leaders = [hosts.index(name) for name in names]
-    per_host = [[rank for rank, host in enumerate(hosts) if host == name] for name in names]
-    pairs = list(pairwise(leaders))
-    groups: list[Sequence[Sequence[int]]] = [[range(len(hosts))], per_host, pairs[::2], pairs[1::2]]
-    everywhere, within, *to_next = (_speeds_at_once(each, device) for each in groups)
-    rank = dist.get_rank()
-    number = leaders.index(rank) % 2 if rank in leaders[:-1] else None
-    return Links(everywhere, within, [] if number is None else to_next[number])
-
-
-def _speeds_at_once(groups: Sequence[Sequence[int]], device: torch.device) -> list[Speed]:
-    """Of this rank's group, of several that share no rank; all ranks call this."""
-    if not groups:
-        return []
-    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in groups])
-    found = [] if group is None or group.size() == 1 else _speeds(group, device)
-    dist.all_reduce(torch.zeros(1))  # the next ones do not begin before all are done
+        torch.cuda.set_device(device)  # for this thread
+    ranks_of: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        ranks_of.setdefault(host, []).append(rank)
+    within = ranks_of if len(ranks_of) > 1 else {}  # else the same as all ranks
+    neighbours = [(f"{a} to {b}", [ranks_of[a][0], ranks_of[b][0]]) for a, b in pairwise(ranks_of)]
+    found: dict[str, dict[str, Sequence[AllReduceSpeed]]] = {}
+    for check, groups in (
+        ("all-reduce, all ranks", {"all hosts": list(range(len(hosts)))}),
+        ("all-reduce, within hosts", within),
+        # Every other pair of hosts at once, so that no host is in two.
+        ("all-reduce, host to host", dict(neighbours[::2])),
+        ("all-reduce, host to host", dict(neighbours[1::2])),
+    ):
+        if not groups:
+            continue
+        group, _ = dist.new_subgroups_by_enumeration(list(groups.values()))
+        if group is not None and group.size() > 1:
+            place = next(name for name, ranks in groups.items() if dist.get_rank() in ranks)
+            found.setdefault(check, {})[place] = _measure_group(group, device)
+        dist.all_reduce(torch.zeros(1))  # the next ones start when all of these are done
     return found
 
 
-def _speeds(group: dist.ProcessGroup, device: torch.device) -> list[Speed]:
+def _measure_group(group: dist.ProcessGroup, device: torch.device) -> list[AllReduceSpeed]:
     found = []
     for size in _SIZES:
         message = torch.zeros(size // 4, device=device)
-        _seconds(message, group, 1)
-        once = torch.tensor(_seconds(message, group, 1), dtype=torch.float64, device=device)
+        _mean_seconds(message, group, 1)
+        once = torch.tensor(_mean_seconds(message, group, 1), dtype=torch.float64, device=device)
         dist.all_reduce(once, dist.ReduceOp.MAX, group)
         repeats = max(1, min(_MAX_REPEATS, int(_SECONDS_PER_SIZE / once.item())))
-        mean = torch.tensor(_seconds(message, group, repeats), dtype=torch.float64, device=device)
+        mean = torch.tensor(
+            _mean_seconds(message, group, repeats), dtype=torch.float64, device=device
+        )
         dist.all_reduce(mean, dist.ReduceOp.SUM, group)
-        found.append(Speed(size, group.size(), mean.item() / group.size()))
+        found.append(all_reduce_speed(size, group.size(), mean.item() / group.size()))
     return found
 
 
-def _seconds(message: torch.Tensor, group: dist.ProcessGroup, repeats: int) -> float:
+def all_reduce_speed(size: int, num_ranks: int, seconds: float) -> AllReduceSpeed:
+    """Return both bandwidths of an all-reduce of ``size`` bytes that took ``seconds``.
+
+    Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md.
+    """
+    bandwidth = size / seconds
+    return {
+        "size": size,
+        "num_ranks": num_ranks,
+        "seconds": seconds,
+        "algorithm_bandwidth": bandwidth,
+        "bus_bandwidth": bandwidth * 2 * (num_ranks - 1) / num_ranks,
+    }
+
+
+def _mean_seconds(message: torch.Tensor, group: dist.ProcessGroup, repeats: int) -> float:
     _synchronize(message)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(repeats):
         dist.all_reduce(message, group=group)
     _synchronize(message)
-    return (time.perf_counter() - begun) / repeats
+    return (time.perf_counter() - started) / repeats
 
 
 def _synchronize(message: torch.Tensor) -> None:

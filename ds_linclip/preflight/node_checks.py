@@ -1,259 +1,312 @@
-"""What one rank finds on its host: software, devices, room, data, a folder that all share."""
+"""Checks of what each node has: the config, software, devices, disk space."""
 
+import hashlib
+import json
 import os
+import re
 import shutil
-import tarfile
-import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
-from ds_linclip.config import Config
-from ds_linclip.data import Storage, find_shards
-from ds_linclip.data.remote import redact
-from ds_linclip.data.shard_index import expand
+from ds_linclip.config import Config, check_batch, check_ranks, load_config
 from ds_linclip.model.flops import num_parameters, num_state_values
 from ds_linclip.parallel.mesh import select_device
+from ds_linclip.preflight.rendezvous import Rendezvous
+from ds_linclip.preflight.table import CheckResult, Problem, problems_if
+from ds_linclip.preflight.verdicts import differences, format_gib, format_range, grouped, plural
 from ds_linclip.provenance import software
 
 __all__ = [
-    "Machine",
-    "Shards",
-    "Space",
-    "WriteTest",
-    "count_shards",
-    "free_space",
-    "look_at_machine",
-    "open_first_shards",
+    "DiskSpace",
+    "Node",
+    "check_config",
+    "check_disk_space",
+    "check_layout",
+    "check_nodes",
+    "disk_space",
 ]
 
-_WRITTEN = 2**20  # bytes of every rank's file
-#: Seconds in which a file server may still answer from what it knew before a file was written.
-_VISIBLE_WITHIN = 30.0
+_OWN_ROWS = ("python", "torch", "deepspeed", "megatron-core")
+_OF_PROJECT = ("ds_linclip", "git_commit", "source")
+_OF_GPU = ("cuda", "nccl", "driver")
+_COMMIT = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{28}\b")
+_REMEDIES = {
+    "checkpoints": "free it, lower checkpoint.keep_last, or choose another output_dir",
+    "cache": "free it, lower data.cache.max_gib, or choose another data.cache.dir",
+    "/dev/shm": "start the container with --shm-size=1g or more",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Of one rank's host.
+def check_config(
+    rendezvous: Rendezvous, path: str, overrides: Sequence[str]
+) -> tuple[CheckResult, Config | None]:
+    """Load the config on every rank and compare a digest of its resolved values.
+
+    Returns:
+        The row, and this rank's config; None if it cannot be loaded.
+    """
+    loaded: list[Config] = []
+
+    def digest() -> str:
+        loaded.append(load_config(path, overrides))
+        content = json.dumps(asdict(loaded[0]), default=str, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    rule = "the config must be there, valid, and the same on every host"
+    remedy = "fix the config, or bring the same files to every host"
+    results = rendezvous.gather("config", digest)
+    different = differences(results.by_host(_joined), "resolved config")
+    problems = problems_if(results.failures() + different, rule, remedy)
+    found = path if problems else f"{path}, the same on all ranks"
+    return CheckResult(check="config", found=found, problems=problems), next(iter(loaded), None)
+
+
+def check_layout(hosts: Sequence[str], config: Config) -> CheckResult:
+    """Check that the ranks fit the parallel axes and the batch.
+
+    Args:
+        hosts: The host of every rank.
+        config: The run's configuration.
+    """
+    parallel, batch, world_size = config.parallel, config.train.global_batch_size, len(hosts)
+    try:
+        dp_size = check_ranks(parallel, world_size)
+        check_batch(config, dp_size)
+    except ValueError as error:
+        found, remedy = f"{world_size} ranks", "start another number, or change these settings"
+        problems = problems_if([("all hosts", found)], str(error), remedy)
+        return CheckResult(check="ranks", found=found, problems=problems)
+    per_host = dict(Counter(hosts))  # asdict cannot copy a Counter
+    found = f"{plural(world_size, 'rank')} on {plural(len(per_host), 'host')}"
+    if len(per_host) > 1:
+        found += f", on each: {grouped({host: str(n) for host, n in per_host.items()})}"
+    found += f"; tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {dp_size}, "
+    found += f"{batch // dp_size} pairs of {batch} each"
+    figures = {"ranks": world_size, "dp": dp_size, "per_host": per_host}
+    return CheckResult(check="ranks", found=found, figures=figures)
+
+
+class Node(TypedDict):
+    """What one rank finds on its host.
 
     Attributes:
-        software: As :func:`~ds_linclip.provenance.software`.
-        device: Of this rank.
-        devices: Names of the GPUs of this host with their GiB; empty for ranks on the CPU.
-        num_cores: That this rank may use.
+        software: Versions by name, see :func:`~ds_linclip.provenance.software`.
+        device: The device of this rank.
+        devices: The GPUs of this host with their memory; empty for ranks on the CPU.
+        num_cores: The CPU cores that this rank may use.
         memory: Bytes of the host.
     """
 
     software: Mapping[str, str | None]
-    device: torch.device
+    device: str
     devices: Sequence[str]
     num_cores: int
     memory: int
 
 
-def look_at_machine(config: Config) -> Machine:
+def check_nodes(rendezvous: Rendezvous, config: Config) -> tuple[list[CheckResult], bool]:
+    """Compare software and devices of all ranks.
+
+    Returns:
+        The rows, and whether the ranks can communicate: all have a device, of one type.
+    """
+    results = rendezvous.gather("node", partial(_describe_node, config))
+    problems = problems_if(
+        results.failures(),
+        "every rank must find its device and the versions of its software",
+        "start fewer ranks there, or repair it",
+    )
+    if problems:
+        return [CheckResult(check="devices", problems=problems)], False
+    nodes: Mapping[str, Sequence[Node]] = results.by_host(list)
+    devices, can_communicate = _compare_devices(nodes)
+    return [*_compare_software(nodes), devices], can_communicate
+
+
+def _describe_node(config: Config) -> Node:
     """Raises ValueError when this host has fewer GPUs than ranks."""
     device = select_device(config.parallel)
     gpus = range(torch.cuda.device_count() if device.type == "cuda" else 0)
     properties = [torch.cuda.get_device_properties(gpu) for gpu in gpus]
-    return Machine(
-        software=software(device),
-        device=device,
-        devices=[f"{each.name}, {each.total_memory / 2**30:.0f} GiB" for each in properties],
-        num_cores=len(os.sched_getaffinity(0)),
-        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    return {
+        "software": software(device),
+        "device": str(device),
+        "devices": [f"{each.name}, {each.total_memory / 2**30:.0f} GiB" for each in properties],
+        "num_cores": len(os.sched_getaffinity(0)),
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    }
+
+
+def _compare_software(nodes: Mapping[str, Sequence[Node]]) -> list[CheckResult]:
+    names = list(next(iter(nodes.values()))[0]["software"])
+    apart = (*_OWN_ROWS, *_OF_PROJECT, *_OF_GPU)
+    rows: dict[str, Sequence[str]] = {name: [name] for name in _OWN_ROWS}
+    rows["ds_linclip"] = _OF_PROJECT
+    rows["other packages"] = [name for name in names if name not in apart]
+    rows["GPU software"] = _OF_GPU
+    results = []
+    for check, packages in rows.items():
+        texts, problems = [], list[Problem]()
+        for name in packages:
+            versions = {
+                host: _joined(each["software"][name] or "none" for each in of_host)
+                for host, of_host in nodes.items()
+            }
+            if set(versions.values()) == {"none"} and len(packages) > 1:
+                continue
+            text = grouped({host: _COMMIT.sub(r"\1", each) for host, each in versions.items()})
+            texts.append(text if name == check else f"{name} {text}")
+            remedy = "install the versions of constraints.txt, check out the same commit"
+            problems += problems_if(
+                differences(versions, name),
+                f"{name} must be the same on all hosts",
+                "give the hosts the same image" if name in _OF_GPU else remedy,
+                is_warning=name == "driver",
+            )
+        if texts:
+            results.append(CheckResult(check=check, found=", ".join(texts), problems=problems))
+    return results
+
+
+def _compare_devices(nodes: Mapping[str, Sequence[Node]]) -> tuple[CheckResult, bool]:
+    """Return the row, and whether all ranks are on one type of device."""
+    types, names, texts = {}, {}, {}
+    for host, of_host in nodes.items():
+        first = of_host[0]
+        types[host] = _joined(torch.device(each["device"]).type for each in of_host)
+        names[host] = _joined(", ".join(dict.fromkeys(each["devices"])) for each in of_host)
+        device = f"{len(first['devices'])} x {names[host]}" if first["devices"] else "CPU"
+        texts[host] = f"{plural(len(of_host), 'rank')}, {device}, {first['num_cores']} cores, "
+        texts[host] += f"{first['memory'] / 2**30:.0f} GiB"
+    problems = problems_if(
+        differences(types, "ranks on"),
+        "all ranks must be on one type of device",
+        "see parallel.device, DS_ACCELERATOR",
     )
+    is_one_type = not problems
+    problems += problems_if(
+        differences(names, "devices"),
+        "equal devices: all ranks wait for the slowest, and the smallest is filled",
+        "leave those hosts out",
+        is_warning=True,
+    )
+    figures = {host: of_host[0] for host, of_host in nodes.items()}
+    row = CheckResult(check="devices", found=grouped(texts), problems=problems, figures=figures)
+    return row, is_one_type
 
 
-@dataclass(frozen=True, kw_only=True)
-class Space:
-    """Room for something on a disk.
+class DiskSpace(TypedDict):
+    """The room for something on a disk.
 
     Attributes:
-        path: The folder, or the nearest one above that is there.
-        free, needed: Bytes.
-        why: How ``needed`` comes about.
+        path: The folder, or the nearest existing one above it.
+        free: Bytes that are free.
+        needed: Bytes that the run needs.
+        reason: How ``needed`` is computed.
     """
 
     path: str
     free: int
     needed: int
-    why: str
+    reason: str
 
 
-def free_space(config: Config) -> dict[str, Space]:
-    """Room for "checkpoints", for the "cache" if the config has one, and in "/dev/shm"."""
+def check_disk_space(
+    rendezvous: Rendezvous, config: Config, min_free_bytes: float
+) -> Iterator[CheckResult]:
+    """Yield a row for each purpose of :func:`disk_space`.
+
+    Args:
+        rendezvous: All ranks; one of each host looks.
+        config: The run's configuration.
+        min_free_bytes: What must be free for checkpoints and the cache whatever they need.
+    """
+    results = rendezvous.gather("disk", partial(disk_space, config), rendezvous.leaders)
+    problems = problems_if(
+        results.failures(), "folders must be readable", "check their permissions"
+    )
+    if problems:
+        yield CheckResult(check="disk", problems=problems)
+        return
+    by_host: Mapping[str, Mapping[str, DiskSpace]] = results.by_host(lambda spaces: spaces[0])
+    for purpose in by_host[rendezvous.hosts[0]]:
+        spaces = {host: of_host[purpose] for host, of_host in by_host.items()}
+        limit = 0.0 if purpose == "/dev/shm" else min_free_bytes
+        short = [
+            (host, f"{format_gib(space['free'])} free in {space['path']}, {_needed(space, limit)}")
+            for host, space in spaces.items()
+            if space["free"] < max(space["needed"], limit)
+        ]
+        is_warning = purpose != "checkpoints" and all(
+            space["free"] >= limit for space in spaces.values()
+        )
+        problems = problems_if(
+            short, f"{purpose} must have room", _REMEDIES[purpose], is_warning=is_warning
+        )
+        free = format_range({host: space["free"] / 2**30 for host, space in spaces.items()})
+        needed = max(space["needed"] for space in spaces.values())
+        found = f"{free} GiB free, {format_gib(needed)} needed"
+        yield CheckResult(check=f"disk: {purpose}", found=found, problems=problems, figures=spaces)
+
+
+def _needed(space: DiskSpace, limit: float) -> str:
+    if space["needed"] < limit:
+        return f"{format_gib(limit)} needed: --min-free-gib"
+    return f"{format_gib(space['needed'])} needed: {space['reason']}"
+
+
+def disk_space(config: Config) -> dict[str, DiskSpace]:
+    """Return the room for "checkpoints", for the "cache" if the config has one, in "/dev/shm"."""
     checkpoint = 4 * num_state_values(config.optim) * num_parameters(config.model, config.loss)
-    count = _num_checkpoints(config)
-    there = _bytes_below(config.run_dir / "checkpoints")
-    why = f"{count} checkpoints of {checkpoint / 2**30:.3g} GiB"
-    if there:
-        why += f" less {there / 2**30:.3g} GiB that are there"
-    spaces = {"checkpoints": _space(config.run_dir, max(0, count * checkpoint - there), why)}
+    count = _max_num_checkpoints(config)
+    existing = _bytes_below(config.run_dir / "checkpoints")
+    reason = f"{count} checkpoints of {checkpoint / 2**30:.3g} GiB"
+    if existing:
+        reason += f" less the existing {existing / 2**30:.3g} GiB"
+    spaces = {"checkpoints": _disk_space(config.run_dir, count * checkpoint - existing, reason)}
     cache = config.data.cache
     if cache.dir is not None:
-        needed = int(cache.max_gib * 2**30)
-        why = f"data.cache.max_gib ({cache.max_gib:g}) less copies that are there"
         path = Path(cache.dir).expanduser()
-        spaces["cache"] = _space(path, max(0, needed - _bytes_below(path)), why)
-    why = "DeepSpeed's and NCCL's least; data workers hand batches on through it"
-    spaces["/dev/shm"] = _space(Path("/dev/shm"), 2**29, why)
+        needed = int(cache.max_gib * 2**30) - _bytes_below(path)
+        reason = f"data.cache.max_gib ({cache.max_gib:g}) less existing copies"
+        spaces["cache"] = _disk_space(path, needed, reason)
+    reason = "the minimum for DeepSpeed and NCCL; data workers pass batches through it"
+    spaces["/dev/shm"] = _disk_space(Path("/dev/shm"), 2**29, reason)
     return spaces
 
 
-def _num_checkpoints(config: Config) -> int:
-    """How many there will be at most: those kept, one being written, those kept for ever."""
+def _max_num_checkpoints(config: Config) -> int:
+    """Return the number of those kept for a while, the one being written, those kept permanently,
+    or of all saves if these are fewer."""
     steps, checkpoint = config.train.steps, config.checkpoint
     saves = steps if checkpoint.every_minutes else 1
     if checkpoint.every_steps:
         saves = max(saves, -(-steps // checkpoint.every_steps))
-    forever = steps // checkpoint.keep_every_steps if checkpoint.keep_every_steps else 0
-    return min(saves, checkpoint.keep_last + 1 + forever)
+    permanent = steps // checkpoint.keep_every_steps if checkpoint.keep_every_steps else 0
+    return min(saves, checkpoint.keep_last + 1 + permanent)
 
 
-def _space(path: Path, needed: int, why: str) -> Space:
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    free = shutil.disk_usage(there).free
-    return Space(path=str(there), free=free, needed=needed, why=why)
+def _disk_space(path: Path, needed: int, reason: str) -> DiskSpace:
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    free = shutil.disk_usage(existing).free
+    return {"path": str(existing), "free": free, "needed": max(0, needed), "reason": reason}
 
 
 def _bytes_below(folder: Path) -> int:
     found = 0
     for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # a run that goes on removes old ones
+        with suppress(FileNotFoundError):  # a run at work removes old ones
             found += path.stat().st_size if path.is_file() else 0
     return found
 
 
-@dataclass(frozen=True)
-class Shards:
-    """How many ``data.train`` names, of how many sources, with how many samples."""
-
-    num_sources: int
-    num_shards: int
-    num_samples: int
-
-
-def count_shards(config: Config) -> Shards:
-    """Find all shards as training does at its start; raises ValueError for any that is missing."""
-    storage = Storage(config.data.cache, config.data.network)
-    groups = find_shards(config.data.train, storage)
-    shards = [shard for group in groups for shard in group.shards]
-    samples = sum(shard.num_samples for shard in shards)
-    return Shards(len(config.data.train), len(shards), samples)
-
-
-def open_first_shards(config: Config) -> float:
-    """Read the head of the first shard of every source; seconds for the slowest.
-
-    Raises:
-        ValueError: naming the shard, when it is not there, cannot be read or is no tar.
-    """
-    storage = Storage(config.data.cache, config.data.network)
-    slowest = 0.0
-    for source in config.data.train:
-        name = f"data.train ({redact(source.shards)})"
-        url = expand(source.shards, name)[0]
-        begun = time.perf_counter()
-        try:
-            tarfile.TarInfo.frombuf(storage.head(url)[:512], "utf-8", "replace")
-        except tarfile.TarError as error:
-            raise ValueError(f"{name}: {redact(url)} is no tar: {error}") from error
-        except OSError as error:
-            raise ValueError(f"{name}: {redact(url)} cannot be opened: {error}") from error
-        slowest = max(slowest, time.perf_counter() - begun)
-    storage.check([source.shards for source in config.data.train])
-    return slowest
-
-
-class WriteTest:
-    """A folder in the output folder that rank 0 makes, all ranks write into, and rank 0 removes.
-
-    Args:
-        config: Of the run: the folder is made in its run folder where there is one, else in
-            ``output_dir``.
-        hosts: Name of every rank's host.
-        rank: Of this process.
-    """
-
-    def __init__(self, config: Config, hosts: Sequence[str], rank: int) -> None:
-        self._run_dir, self._output_dir = config.run_dir, Path(config.output_dir)
-        self._hosts, self._rank = hosts, rank
-        self._made: list[Path] = []
-
-    def make(self) -> Path:
-        """On rank 0: the folder, with what is missing above it."""
-        above = self._run_dir if self._run_dir.is_dir() else self._output_dir
-        folder = above / f".preflight-{uuid.uuid4().hex}"
-        missing = [each for each in (above, *above.parents) if not each.exists()]
-        self._made = [folder, *missing]
-        folder.mkdir(parents=True)
-        return folder
-
-    def write(self, folder: Path) -> float:
-        """This rank's file; seconds until it is on the disk.
-
-        Raises:
-            ValueError: naming the folder.
-        """
-        path, content = self._file(folder, self._rank), self._content(self._rank)
-        try:
-            # The folder is not made here: who sees another storage would make one of its own.
-            with path.open("xb") as file:
-                file.write(content)
-                file.flush()
-                begun = time.perf_counter()
-                os.fsync(file.fileno())
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder}, which {self._hosts[0]} has made, is not there") from error
-        except OSError as error:
-            raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
-        return time.perf_counter() - begun
-
-    def see(self, folder: Path, written: Sequence[int]) -> float:
-        """Look for all files, and read one of the next host; seconds until they are there.
-
-        Args:
-            folder: That of rank 0.
-            written: Ranks that have written.
-
-        Raises:
-            ValueError: naming the hosts whose files are not seen, or differ.
-        """
-        begun = time.perf_counter()
-        while True:
-            names = {path.name for path in folder.iterdir()}
-            unseen = [rank for rank in written if self._file(folder, rank).name not in names]
-            seconds = time.perf_counter() - begun
-            if not unseen:
-                break
-            if seconds > _VISIBLE_WITHIN:
-                hosts = ", ".join(dict.fromkeys(self._hosts[rank] for rank in unseen))
-                raise ValueError(
-                    f"{folder}: files of {hosts} not seen after {_VISIBLE_WITHIN:.0f} s"
-                )
-            time.sleep(0.1)
-        others = [rank for rank in written if self._hosts[rank] != self._hosts[self._rank]]
-        other = min((rank for rank in others if rank > self._rank), default=(others or [0])[0])
-        if others and self._file(folder, other).read_bytes() != self._content(other):
-            raise ValueError(f"{folder}: reads otherwise than {self._hosts[other]} has written")
-        return seconds
-
-    def remove(self) -> None:
-        """On rank 0: all of it, and folders above that were made and are still empty."""
-        for folder in self._made[:1]:
-            shutil.rmtree(folder, ignore_errors=True)
-        for folder in self._made[1:]:
-            with suppress(OSError):
-                folder.rmdir()
-
-    def _file(self, folder: Path, rank: int) -> Path:
-        return folder / f"rank-{rank:05d}"
-
-    def _content(self, rank: int) -> bytes:
-        line = f"rank {rank} of {self._hosts[rank]}\n".encode()
-        return line * (_WRITTEN // len(line))
+def _joined(values: Iterable[str]) -> str:
+    """Return the value of all ranks of a host; all of them where they differ."""
+    return " and ".join(dict.fromkeys(values))

@@ -1,20 +1,17 @@
-"""Ranks that find each other and answer questions together, none of them waiting for ever.
+"""Ranks that find each other before torch.distributed runs, and gather results within a time limit.
 
-Questions and answers go through torch's store, a socket to rank 0 each: it tells who is silent,
-which a collective does not.
+Results travel as JSON through torch's TCPStore on rank 0: unlike a collective, it tells which ranks
+are silent.
 """
 
 import base64
 import json
 import os
-import pickle
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,18 +19,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["Failed", "Meeting", "MeetingError"]
+from ds_linclip.preflight.verdicts import RankResults
 
-#: Seconds beyond the time limit until an answer, that of having none included, is taken for lost.
+__all__ = ["Rendezvous", "RendezvousError"]
+
+#: Seconds beyond the time limit after which a result still on its way counts as lost.
 _GRACE = 5.0
 
 
-class MeetingError(RuntimeError):
-    """Ranks that did not come, or went away.
+class RendezvousError(RuntimeError):
+    """Some ranks did not arrive, or are gone.
 
     Attributes:
-        host: Theirs, as far as is known, or that of the rank that cannot reach them.
-        is_known_to_rank_zero: It has the same error.
+        host: The hosts of these ranks, as far as known, or the host that cannot reach rank 0.
+        is_known_to_rank_zero: Whether rank 0 has the same error.
     """
 
     def __init__(self, message: str, host: str, *, is_known_to_rank_zero: bool) -> None:
@@ -42,35 +41,19 @@ class MeetingError(RuntimeError):
         self.is_known_to_rank_zero = is_known_to_rank_zero
 
 
-@dataclass(frozen=True)
-class Failed:
-    """The answer of a rank that has none.
-
-    Attributes:
-        reason: What was raised, or that it took too long.
-    """
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Silent:
-    """In the place of the answer of a rank that gives none, not even that."""
-
-
-class Meeting:
-    """All ranks of one start; all of them call every method together.
+class Rendezvous:
+    """All ranks of one start; every method is called by all of them together.
 
     Args:
-        store: That they share; None in a world of one.
-        rank, world_size: Of this process, of all.
-        timeout: Seconds that any question may take.
+        store: The store that they share; None in a world of one.
+        rank: The rank of this process.
+        world_size: The number of ranks.
+        timeout: Seconds that each gathering may take.
 
     Attributes:
-        hosts: Name of every rank's host, in rank order, once all have come; empty before. Where
-            several have one name, the number of the node is behind it.
-        master: Where rank 0 waits for the others.
-        address: This host's, as others reach it.
+        hosts: The host name of every rank; empty before :meth:`wait_for_all`.
+        master: Address and port of the store on rank 0.
+        address: The address under which other hosts reach this one.
     """
 
     def __init__(
@@ -84,156 +67,159 @@ class Meeting:
         self._silent: list[int] = []
 
     @classmethod
-    def join(cls, timeout: float) -> "Meeting":
-        """Come where rank 0 waits, as the launcher has it; without a launcher, a world of one.
+    def join(cls, timeout: float) -> "Rendezvous":
+        """Connect to the store on rank 0 that the launcher's environment variables name.
 
         Args:
-            timeout: Seconds within which all must come, and that any question may take.
+            timeout: Seconds within which all ranks must arrive, and that each gathering may take.
+
+        Returns:
+            The rendezvous; one of this process alone where there is no launcher.
 
         Raises:
-            MeetingError: when the store cannot be made or reached.
+            RendezvousError: when the store cannot be created or reached.
         """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls(None, 0, 1, timeout)
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # torchrun keeps a store of its own at that port.
+        # torchrun already runs a store at that port.
         is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             if not is_server:
-                _wait_for(address, port, timeout)
-            patience = timedelta(seconds=timeout)
-            store = dist.TCPStore(
-                address, port, world_size, is_server, patience, wait_for_workers=False
-            )
+                _wait_for_port(address, port, timeout)
+            store = _open_store(address, port, world_size, timeout, is_server=is_server)
         except (OSError, dist.DistError) as error:
             what = f"master {address}:{port} cannot be reached in {timeout:.0f} s"
             if is_server:
                 what = f"port {port} for the master is not free; choose another (--master_port)"
-            raise MeetingError(
+            raise RendezvousError(
                 f"{what}: {_first_line(error)}", socket.gethostname(), is_known_to_rank_zero=False
             ) from error
         return cls(store, rank, world_size, timeout)
 
     def wait_for_all(self) -> None:
-        """Learn who is where; the first question.
+        """Wait for all ranks and set :attr:`hosts`.
 
         Raises:
-            MeetingError: as :meth:`ask`.
+            RendezvousError: as :meth:`gather`.
         """
-        places = self.ask("arrive", _place)
-        nodes = Counter(host for host, _ in set(places))
-        self.hosts = [host if nodes[host] == 1 else f"{host}#{node}" for host, node in places]
+        self.hosts = list(self.gather("arrive", socket.gethostname).values.values())
 
     @property
     def leaders(self) -> list[int]:
         """The first rank of each host."""
         return [self.hosts.index(host) for host in dict.fromkeys(self.hosts)]
 
-    def ask(
-        self, question: str, fn: Callable[[], Any], whom: Sequence[int] | None = None
-    ) -> list[Any]:
-        """What ``fn`` gives on every rank, in rank order, to all.
+    def gather(
+        self, name: str, fn: Callable[[], Any], ranks: Sequence[int] | None = None
+    ) -> RankResults:
+        """Run ``fn`` on every rank and return the results of all on every rank.
 
         It runs in a thread, since a file system or a collective that does not answer cannot be
-        interrupted.
+        interrupted. A rank on which it raises, or takes too long, has an error for a result.
 
         Args:
-            question: Its name, new in this meeting.
-            fn: Returns what can be pickled.
-            whom: Ranks to run it on; the others' answers are None. Default: all.
-
-        Returns:
-            The answers; :class:`Failed` of a rank on which it raised, or took too long.
+            name: A name for this gathering, used only once.
+            fn: Returns what JSON can hold.
+            ranks: The ranks to run it on; default: all.
 
         Raises:
-            MeetingError: when a rank is silent, on all that are left.
+            RendezvousError: on all ranks that are left, when another one sends nothing at all.
         """
-        answer = None
-        if whom is None or self.rank in whom:
-            answer = _within(self.timeout, fn)
-        if self._store is None:
-            return [answer]
-        try:
-            found = self._exchange(self._store, question, answer)
-        except dist.DistError as error:
-            raise MeetingError(
-                f"rank 0 went away at {question!r}: {_first_line(error)}",
-                (self.hosts or _launched_hosts(self.world_size))[0],
-                is_known_to_rank_zero=self.rank == 0,
-            ) from error
-        self._silent = [rank for rank, each in enumerate(found) if isinstance(each, _Silent)]
-        if self._silent:
-            raise self._error(question)
-        return found
+        result = {}
+        if ranks is None or self.rank in ranks:
+            result = _run_within(self.timeout, fn)
+        results = [result] if self._store is None else self._exchange(self._store, name, result)
+        return RankResults(
+            self.hosts,
+            {rank: each["value"] for rank, each in enumerate(results) if "value" in each},
+            {rank: each["error"] for rank, each in enumerate(results) if "error" in each},
+        )
 
-    def connect(self, device: torch.device) -> None:
-        """Make torch's process group: gloo between CPUs, with GPUs also nccl between these."""
+    def connect_process_group(self, device: torch.device) -> None:
+        """Create torch's process group: gloo between CPUs, on GPUs also nccl between these."""
         assert self._store is not None
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # of this thread
-        store = self._store.clone()  # type: ignore[attr-defined]  # a connection of its own
+            torch.cuda.set_device(device)  # for this thread
+        # A connection of its own, since this call may hang in its thread.
+        store = _open_store(
+            self._store.host, self._store.port, self.world_size, self.timeout, is_server=False
+        )
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("process-group", store),
             rank=self.rank,
             world_size=self.world_size,
-            # nccl ends the process when it gives up: this meeting gives up before.
+            # nccl ends the process when its time is up; this rendezvous gives up before that.
             timeout=timedelta(seconds=(2 if device.type == "cuda" else 1) * self.timeout),
         )
 
     def close(self) -> None:
-        """Part, when rank 0 does: a launcher ends the other ranks once one has left. Rank 0 itself,
-        which holds the store, goes last."""
+        """Leave when rank 0 does: a launcher ends the other ranks once one has left. Rank 0 itself,
+        which holds the store, leaves last."""
         if self._store is None:
             return
         others = [rank for rank in range(1, self.world_size) if rank not in self._silent]
-        with suppress(dist.DistError):  # nothing is left to be said to those that are gone
+        with suppress(dist.DistError):  # the other side is gone already
             if self.rank > 0:
-                self._store.wait(["over"], timedelta(seconds=_GRACE))
+                self._store.wait(["closing"], timedelta(seconds=_GRACE))
                 self._store.set(f"left/{self.rank}", "")
             else:
-                self._store.set("over", "")
-                _all_there(self._store, [f"left/{rank}" for rank in others], _GRACE)
+                self._store.set("closing", "")
+                _are_set_within(_GRACE, self._store, [f"left/{rank}" for rank in others])
 
-    def _exchange(self, store: dist.TCPStore, question: str, answer: Any) -> list[Any]:
-        """All answers, gathered by rank 0; of those that give none :class:`_Silent`."""
-        names = [f"{question}/{rank}" for rank in range(self.world_size)]
-        _put(store, names[self.rank], answer)
-        if self.rank > 0:
-            store.wait([question], timedelta(seconds=self._patience + _GRACE))
-            return pickle.loads(store.get(question))
-        # Ranks begin a question together but for the first, and their slowness ends in an answer.
-        is_complete = _all_there(store, names, self._patience)
-        found = [
-            pickle.loads(store.get(name)) if is_complete or store.check([name]) else _Silent()
-            for name in names
-        ]
-        _put(store, question, found)
-        return found
+    def _exchange(self, store: dist.TCPStore, name: str, result: dict[str, Any]) -> list[Any]:
+        """Return the results of all ranks, which rank 0 collects."""
+        keys = [f"{name}/{rank}" for rank in range(self.world_size)]
+        patience = self.timeout + _GRACE
+        try:
+            store.set(keys[self.rank], json.dumps(result))
+            if self.rank == 0:
+                # Ranks start together, but for the first gathering, and a slow one sends an error.
+                is_complete = _are_set_within(patience, store, keys)
+                received = [
+                    json.loads(store.get(key)) if is_complete or store.check([key]) else None
+                    for key in keys
+                ]
+                store.set(name, json.dumps(received))
+            store.wait([name], timedelta(seconds=patience + _GRACE))
+            results: list[Any] = json.loads(store.get(name))
+        except dist.DistError as error:
+            raise RendezvousError(
+                f"rank 0 is gone at {name!r}: {_first_line(error)}",
+                self._known_hosts()[0],
+                is_known_to_rank_zero=self.rank == 0,
+            ) from error
+        self._silent = [rank for rank, each in enumerate(results) if each is None]
+        if self._silent:
+            hosts, silent = self._known_hosts(), dict[str, list[str]]()
+            for rank in self._silent:
+                silent.setdefault(hosts[rank] or "hosts unknown", []).append(str(rank))
+            ranks = "; ".join(f"{host}: {', '.join(numbers)}" for host, numbers in silent.items())
+            raise RendezvousError(
+                f"no answer to {name!r} within {patience:.0f} s from ranks of {ranks}",
+                ", ".join(silent),
+                is_known_to_rank_zero=True,
+            )
+        return results
 
-    @property
-    def _patience(self) -> float:
-        return self.timeout + _GRACE
-
-    def _error(self, question: str) -> MeetingError:
-        hosts = self.hosts or _launched_hosts(self.world_size)
-        silent: dict[str, list[str]] = {}
-        for rank in self._silent:
-            silent.setdefault(hosts[rank] or "hosts unknown", []).append(str(rank))
-        ranks = "; ".join(f"{host}: {', '.join(numbers)}" for host, numbers in silent.items())
-        return MeetingError(
-            f"no answer to {question!r} within {self._patience:.0f} s from ranks of {ranks}",
-            ", ".join(silent),
-            is_known_to_rank_zero=True,
-        )
+    def _known_hosts(self) -> list[str]:
+        return self.hosts or _launched_hosts(self.world_size)
 
 
-def _wait_for(address: str, port: int, timeout: float) -> None:
-    """Until somebody listens there; torch itself would fill the screen over it.
+def _open_store(
+    address: str, port: int, world_size: int, timeout: float, *, is_server: bool
+) -> dist.TCPStore:
+    limit = timedelta(seconds=timeout)
+    return dist.TCPStore(address, port, world_size, is_server, limit, wait_for_workers=False)
+
+
+def _wait_for_port(address: str, port: int, timeout: float) -> None:
+    """Wait until the port is open; torch itself would fill the screen with warnings meanwhile.
 
     Raises:
-        OSError: what came of the last try.
+        OSError: the error of the last attempt.
     """
     until = time.monotonic() + timeout
     while True:
@@ -246,51 +232,40 @@ def _wait_for(address: str, port: int, timeout: float) -> None:
         time.sleep(0.2)
 
 
-def _all_there(store: dist.Store, names: list[str], seconds: float) -> bool:
-    """Within that time; the store's own wait, when in vain, makes torch write of it."""
+def _are_set_within(seconds: float, store: dist.Store, keys: list[str]) -> bool:
+    """Wait for keys; torch prints a warning when its own ``wait`` runs out of time."""
     until = time.monotonic() + seconds
-    while not store.check(names):
+    while not store.check(keys):
         if time.monotonic() >= until:
             return False
         time.sleep(0.02)
     return True
 
 
-def _put(store: dist.Store, name: str, value: object) -> None:
-    store.set(name, pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes too
-
-
-def _within(seconds: float, fn: Callable[[], Any]) -> Any:
-    """What it returns, or :class:`Failed`; one that does not end is left behind."""
-    answers: list[Any] = []
+def _run_within(seconds: float, fn: Callable[[], Any]) -> dict[str, Any]:
+    """Return the value or the error of ``fn``; its thread is left behind if it does not finish."""
+    results: list[dict[str, Any]] = []
 
     def run() -> None:
         try:
-            answers.append(fn())
-        except Exception as error:  # noqa: BLE001 - whatever it is, a person is to be told
+            results.append({"value": fn()})
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs into the table
             name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            answers.append(Failed(f"{name}{_first_line(error)}"))
+            results.append({"error": f"{name}{_first_line(error)}"})
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    return answers[0] if answers else Failed(f"no end within {seconds:.0f} s")
+    return results[0] if results else {"error": f"not finished within {seconds:.0f} s"}
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _place() -> tuple[str, str]:
-    """Host name and, as the launcher has it, number of the node."""
-    names = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")  # deepspeed's, torchrun's, srun's
-    numbers = [os.environ[name] for name in names if name in os.environ]
-    return socket.gethostname(), numbers[0] if numbers else ""
-
-
 def _launched_hosts(world_size: int) -> list[str]:
-    """Host of every rank as deepspeed's launcher, this process's parent, was told; empty strings
-    where something else has started it."""
+    """Return the host of every rank from the arguments of deepspeed's launcher, this process's
+    parent; empty strings under another launcher."""
     for argument in Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0"):
         if argument.startswith(b"--world_info="):
             slots = json.loads(base64.urlsafe_b64decode(argument.partition(b"=")[2]))
@@ -299,12 +274,11 @@ def _launched_hosts(world_size: int) -> list[str]:
 
 
 def _own_address(store: dist.TCPStore, rank: int) -> str:
-    """From which this host talks to rank 0's; nothing is sent."""
+    """Return the local address of the route to rank 0's host; nothing is sent."""
     if rank == 0:
-        return store.host  # that name may mean 127.0.1.1 here, and the right one elsewhere
-    family, kind, _, _, target = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[
-        0
-    ]
+        return store.host  # that name may mean 127.0.1.1 here, and the right address elsewhere
+    found = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)
+    family, kind, _, _, target = found[0]
     with socket.socket(family, kind) as probe:
         probe.connect(target)
         return str(probe.getsockname()[0])

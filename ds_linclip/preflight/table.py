@@ -1,4 +1,4 @@
-"""One table: a row per check, with what was found where and what a person must mend."""
+"""One table of all checks: a row per check, with what was found and how to fix it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,41 +7,55 @@ from typing import Any, Literal
 
 from ds_linclip.process.exit_codes import ExitCode
 
-__all__ = ["Problem", "Row", "Table"]
+__all__ = [
+    "CheckResult",
+    "Problem",
+    "exit_code_of",
+    "format_json",
+    "format_table",
+    "problems_if",
+    "skipped",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something to mend, or with ``is_warning`` to know of.
+    """A rule that some hosts break: a person must fix it or, with ``is_warning``, should know it.
 
     Attributes:
-        host: Where.
-        found: The value.
-        rule: What it must be.
+        rule: What must be so.
         remedy: What to do.
+        found: Pairs of a host, or several, and what was found there.
+        is_warning: Whether training can start all the same.
     """
 
-    host: str
-    found: str
     rule: str
     remedy: str
+    found: Sequence[tuple[str, str]]
     is_warning: bool = False
 
 
+def problems_if(
+    found: Sequence[tuple[str, str]], rule: str, remedy: str, *, is_warning: bool = False
+) -> list[Problem]:
+    """Return a problem where there are hosts that break the rule, else nothing."""
+    return [Problem(rule=rule, remedy=remedy, found=found, is_warning=is_warning)] if found else []
+
+
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A check.
+class CheckResult:
+    """A row of the table.
 
     Attributes:
-        check: Its name.
-        found: What is where, in words.
+        check: The name of the check.
+        found: The values found, in words; may be empty where there are problems.
         problems: Empty when all is right.
-        figures: The numbers behind it.
-        is_checked: False where an earlier failure stood in the way.
+        figures: The numbers behind ``found``.
+        is_checked: False where an earlier failure made the check impossible.
     """
 
     check: str
-    found: str
+    found: str = ""
     problems: Sequence[Problem] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     is_checked: bool = True
@@ -55,81 +69,49 @@ class Row:
         return "warning" if all(each.is_warning for each in self.problems) else "FAILURE"
 
 
-class Table:
-    """Rows in the order of the checks.
-
-    Args:
-        hosts: Name of every rank's host.
-    """
-
-    def __init__(self, hosts: Sequence[str]) -> None:
-        self._hosts = hosts
-        self.rows: list[Row] = []
-
-    @property
-    def exit_code(self) -> ExitCode:
-        failed = any(row.verdict in ("FAILURE", "not checked") for row in self.rows)
-        return ExitCode.USER_ERROR if failed else ExitCode.FINISHED
-
-    def text(self) -> str:
-        """As Markdown, problems and verdict below."""
-        cells = [("check", "verdict", "found")]
-        cells += [(row.check, row.verdict, row.found) for row in self.rows]
-        widths = [max(len(row[column]) for row in cells) for column in (0, 1)]
-        lines = [f"| {a:<{widths[0]}} | {b:<{widths[1]}} | {c}" for a, b, c in cells]
-        lines.insert(1, f"|:{'-' * (widths[0] + 1)}|:{'-' * (widths[1] + 1)}|:---")
-        for row in self.rows:
-            lines += _problems(row)
-        return "\n".join([*lines, "", self._summary()])
-
-    def json(self) -> str:
-        """Everything, numbers included."""
-        rows = [asdict(row) | {"verdict": row.verdict} for row in self.rows]
-        summary = {"exit_code": int(self.exit_code), "summary": self._summary()}
-        return json.dumps(summary | {"hosts": list(self._hosts), "rows": rows}, indent=1)
-
-    def _summary(self) -> str:
-        verdicts = [row.verdict for row in self.rows]
-        counts = [
-            f"{verdicts.count(each)} {name}"
-            for each, name in (("FAILURE", "failed"), ("warning", "with warnings"))
-            if each in verdicts
-        ]
-        found = f"of {len(verdicts)} checks {' and '.join(counts) or 'all are right'}"
-        if self.exit_code == ExitCode.FINISHED:
-            return f"verdict: ready to train ({found})"
-        return f"verdict: NOT ready ({found}); mend what failed and run this again"
-
-    def add(
-        self,
-        check: str,
-        found: str,
-        problems: Sequence[Problem],
-        figures: Mapping[str, Any] | None = None,
-    ) -> None:
-        """A row; ``found`` may be empty where there are problems."""
-        if not found:
-            found = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}, see below"
-        self.rows.append(Row(check=check, found=found, problems=problems, figures=figures or {}))
-
-    def fail(self, check: str, found: str, rule: str, remedy: str, host: str = "all hosts") -> None:
-        """A row for something that has failed as a whole."""
-        problem = Problem(host=host, found=found, rule=rule, remedy=remedy)
-        self.rows.append(Row(check=check, found=found, problems=[problem]))
-
-    def skip(self, *checks: str, why: str) -> None:
-        """Rows for what could not be looked at."""
-        self.rows += [Row(check=check, found=why, is_checked=False) for check in checks]
+def skipped(reason: str, *checks: str) -> list[CheckResult]:
+    """Return rows for checks that an earlier failure makes impossible."""
+    return [CheckResult(check=check, found=reason, is_checked=False) for check in checks]
 
 
-def _problems(row: Row) -> list[str]:
-    """Those with one rule together."""
-    found: dict[tuple[bool, str, str], list[str]] = {}
-    for each in row.problems:
-        kind = each.is_warning, each.rule, each.remedy
-        found.setdefault(kind, []).append(f"  {each.host}: {each.found}")
-    lines = []
-    for (is_warning, rule, remedy), hosts in found.items():
-        title = f"{'warning' if is_warning else 'FAILURE'}, {row.check}: {rule}"
-        lines += ["", title, *hosts, f"  remedy: {remedy}"]
-    return lines
+def exit_code_of(results: Sequence[CheckResult]) -> ExitCode:
+    """Return FINISHED when training can start, else USER_ERROR."""
+    failed = any(result.verdict in ("FAILURE", "not checked") for result in results)
+    return ExitCode.USER_ERROR if failed else ExitCode.FINISHED
+
+
+def format_table(results: Sequence[CheckResult]) -> str:
+    """Return the results as a Markdown table, with the problems and a summary below it."""
+    cells = [("check", "verdict", "found")]
+    for result in results:
+        cells.append((result.check, result.verdict, result.found or "see below"))
+    widths = [max(len(row[column]) for row in cells) for column in (0, 1)]
+    lines = [f"| {a:<{widths[0]}} | {b:<{widths[1]}} | {c}" for a, b, c in cells]
+    lines.insert(1, f"|:{'-' * (widths[0] + 1)}|:{'-' * (widths[1] + 1)}|:---")
+    for result in results:
+        for problem in result.problems:
+            kind = "warning" if problem.is_warning else "FAILURE"
+            lines += ["", f"{kind}, {result.check}: {problem.rule}"]
+            lines += [f"  {host}: {found}" for host, found in problem.found]
+            lines.append(f"  remedy: {problem.remedy}")
+    return "\n".join([*lines, "", _summary(results)])
+
+
+def format_json(results: Sequence[CheckResult], hosts: Sequence[str]) -> str:
+    """Return the results with all their numbers as JSON; ``hosts`` is the host of every rank."""
+    rows = [asdict(result) | {"verdict": result.verdict} for result in results]
+    summary = {"exit_code": int(exit_code_of(results)), "summary": _summary(results)}
+    return json.dumps(summary | {"hosts": list(hosts), "rows": rows}, indent=1)
+
+
+def _summary(results: Sequence[CheckResult]) -> str:
+    verdicts = [result.verdict for result in results]
+    counts = [
+        f"{verdicts.count(verdict)} {name}"
+        for verdict, name in (("FAILURE", "failed"), ("warning", "with warnings"))
+        if verdict in verdicts
+    ]
+    found = f"{len(verdicts)} checks: {', '.join(counts) or 'all ok'}"
+    if exit_code_of(results) == ExitCode.FINISHED:
+        return f"verdict: ready to train ({found})"
+    return f"verdict: NOT ready ({found}); fix what failed and run this again"

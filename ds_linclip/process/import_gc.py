@@ -1,18 +1,18 @@
-"""Quicker starts and ends of processes that load torch, DeepSpeed and Megatron-core."""
+"""Faster start and end of processes that load torch, DeepSpeed and Megatron-core."""
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["quick_start"]
+__all__ = ["gc_paused"]
 
 
 @contextmanager
-def quick_start() -> Iterator[None]:
-    """Load modules in this context: the garbage collector leaves alone what they are made of.
+def gc_paused() -> Iterator[None]:
+    """Pause the garbage collector while modules are imported, and exempt them from it afterwards.
 
-    They are a million objects that live as long as the process. Looking through them over and over
-    took a third of a rank's start and end, and takes time of every full collection in between.
+    Modules are a million objects that live as long as the process. Collecting among them again and
+    again took a third of a rank's start and end, and would slow down every full collection later.
     """
     was_enabled = gc.isenabled()
     gc.disable()

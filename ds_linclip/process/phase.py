@@ -1,20 +1,20 @@
-"""What the training loop is doing, for others to look at: a step and a phase."""
+"""The phase of the training loop, for the watchdog and the metrics endpoint."""
 
 import time
 from typing import NamedTuple
 
-__all__ = ["Place", "Progress"]
+__all__ = ["Phase", "Progress"]
 
 
-class Place(NamedTuple):
-    """Where a rank is.
+class Phase(NamedTuple):
+    """A phase of the training loop on one rank.
 
     Attributes:
-        entered: Phases entered since the start. All ranks enter the same ones in the same order, so
-            this tells who is behind.
-        step: The optimizer step that is being made, or was last made.
-        phase: In words; empty before the first.
-        since: Unix time of entering it.
+        entered: The number of phases entered since the start. All ranks enter the same ones in the
+            same order, so this tells which rank is behind.
+        step: The optimizer step that is being made, or was made last.
+        phase: The name, such as "saving"; empty before the first phase.
+        since: Unix time at which it was entered.
     """
 
     entered: int
@@ -24,26 +24,20 @@ class Place(NamedTuple):
 
 
 class Progress:
-    """Written by the training loop, read by other threads at any time.
+    """The current phase, written by the training loop and read by other threads at any time.
 
-    Entering a phase is one assignment: it can stand anywhere in the loop.
+    Entering a phase is one assignment, cheap enough for any place in the loop.
     """
 
     def __init__(self) -> None:
-        self._place = Place(0, 0, "", time.time())
-
-    @property
-    def place(self) -> Place:
-        """The phase entered last."""
-        return self._place
+        self.current = Phase(0, 0, "", time.time())
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Begin a phase.
+        """Enter a phase.
 
         Args:
-            phase: In words such as "saving" or "waiting for data".
+            phase: The name, such as "saving" or "waiting for data".
             step: The optimizer step it belongs to; None: that of the phase before.
         """
-        before = self._place
-        step = before.step if step is None else step
-        self._place = Place(before.entered + 1, step, phase, time.time())
+        step = self.current.step if step is None else step
+        self.current = Phase(self.current.entered + 1, step, phase, time.time())

@@ -1,13 +1,11 @@
-"""Starts a run again after a failure: what to do when it ends, where to start it, what to note.
+"""Whether, and where, the supervisor restarts a run that has ended, and its record of restarts.
 
 Imports no torch: the supervisor lives as long as the run, and must not hold a GPU or gigabytes.
 """
 
 import json
 import re
-import subprocess
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,31 +14,22 @@ from ds_linclip.config import Config, check_batch
 from ds_linclip.process.exit_codes import ExitCode
 
 __all__ = [
-    "Answer",
     "Restart",
     "Slots",
-    "ask_hosts",
     "choose_hosts",
     "format_slots",
     "newest_step",
     "read_hostfile",
-    "record",
+    "record_restart",
+    "restart_reason",
     "select_slots",
-    "verdict",
 ]
 
-#: Numbers of the slots of a host, by host, in the order of their ranks.
+#: Numbers of the slots of each host, in the order of their ranks.
 Slots = dict[str, list[int]]
 
 #: Exit code of ssh and pdsh for a connection that cannot be made, or breaks.
 _SSH_FAILED = 255
-
-#: After these the run must not be started again.
-_FINAL = {
-    ExitCode.USER_ERROR: "the user's to mend",
-    ExitCode.DIVERGED: "diverged",
-    ExitCode.PREEMPTED: "asked to leave",
-}
 
 
 @dataclass(kw_only=True)
@@ -48,13 +37,13 @@ class Restart:
     """A line of ``restarts.jsonl``.
 
     Attributes:
-        time: Unix time of the new start.
-        exit_code: Of the launcher.
-        reason: In words.
-        ranks: Ranks that are started now.
-        hosts: Hosts they run on; None on this machine alone.
-        step: That of the newest checkpoint, from which the run goes on; 0 without one.
-        seconds_down: From the end of the launcher to its new start.
+        time: Unix time of the restart.
+        exit_code: The exit code of the launcher that ended.
+        reason: Why the run ended, in words.
+        ranks: The number of ranks that are started.
+        hosts: The hosts they run on; None on this machine alone.
+        step: The step of the newest checkpoint, from which the run resumes; 0 without one.
+        seconds_down: Seconds from the end of the launcher to the restart.
     """
 
     time: float
@@ -66,59 +55,51 @@ class Restart:
     seconds_down: float
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came of a command: whether it ended with 0, and the last line that it said."""
-
-    is_good: bool
-    text: str
-
-
-def record(run_dir: Path, restart: Restart) -> None:
-    """Add a line to ``restarts.jsonl`` of the run folder."""
+def record_restart(run_dir: Path, restart: Restart) -> None:
+    """Add a line to ``restarts.jsonl`` in the run folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "restarts.jsonl").open("a") as file:
         file.write(json.dumps(asdict(restart)) + "\n")
 
 
 def newest_step(run_dir: Path) -> int:
-    """Step of the newest committed checkpoint, valid or not; 0 without one."""
+    """Return the step of the newest committed checkpoint, valid or not; 0 without one."""
     found = committed(run_dir / "checkpoints")
     return step_of(found[-1]) if found else 0
 
 
-def verdict(exit_code: int, *, is_complete: bool) -> tuple[bool, str]:
-    """Whether to start again after the launcher ended, and why in words.
+def restart_reason(exit_code: int, *, is_complete: bool) -> str | None:
+    """Return why the run ended, in words, if it must be restarted; else None.
 
     Args:
-        exit_code: Of the ``deepspeed`` command; negative when a signal ended it. It is that of the
-            first rank that failed, as a byte: 247 is -9, SIGKILL.
-        is_complete: A checkpoint of the last step is there. The command ends with 0 also when what
-            it has started was killed.
+        exit_code: The exit code of the ``deepspeed`` command; negative when a signal ended it. It
+            is that of the first rank that failed, as a byte: 247 is -9, SIGKILL.
+        is_complete: Whether there is a checkpoint of the last step. The command ends with 0 also
+            when the launcher that it started was killed.
     """
-    if exit_code in _FINAL:
-        return False, _FINAL[ExitCode(exit_code)]
+    if exit_code in (ExitCode.USER_ERROR, ExitCode.DIVERGED, ExitCode.PREEMPTED):
+        return None
     if exit_code == ExitCode.FINISHED:
-        return not is_complete, "finished" if is_complete else "the launcher was killed"
+        return None if is_complete else "the launcher was killed"
     if exit_code == ExitCode.HUNG:
-        return True, "hung"
+        return "hung"
     if exit_code == _SSH_FAILED:
-        return True, "a host was lost"
+        return "a host was lost"
     if exit_code < 0:
         signal = -exit_code
-    else:  # srun says 137 where deepspeed says 247
+    else:  # srun returns 137 where deepspeed returns 247
         signal = 256 - exit_code if exit_code >= 192 else exit_code - 128
     if 0 < signal <= 64:
         who = "the launcher" if exit_code < 0 else "a rank"
-        return True, f"{who} was ended by signal {signal}"
-    return True, f"failed with exit code {exit_code}"
+        return f"{who} was ended by signal {signal}"
+    return f"failed with exit code {exit_code}"
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots by host, in the order of the file.
+    """Return the number of slots of each host, in the order of the file.
 
     Raises:
-        ValueError: naming the file, the line and what does not fit.
+        ValueError: naming the file, the line and the rule it breaks.
     """
     try:
         lines = path.read_text().splitlines()
@@ -136,7 +117,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise ValueError(f"{where} names {match[1]} again: give it one line with all its slots")
         if int(match[2]) == 0:
             raise ValueError(
-                f"{where} must have a slot or more: take {match[1]} out to leave it out"
+                f"{where} must have at least one slot: remove the line to leave {match[1]} out"
             )
         hosts[match[1]] = int(match[2])
     if not hosts:
@@ -145,10 +126,15 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def select_slots(hosts: Mapping[str, int], include: str = "", exclude: str = "") -> Slots:
-    """What is left of the hosts, in DeepSpeed's words: ``host@host:slot,slot``.
+    """Return the slots that are included, or not excluded, written like DeepSpeed's options.
+
+    Args:
+        hosts: Number of slots by host.
+        include: ``host@host:slot,slot``, or empty for all.
+        exclude: Likewise; at most one of the two may be given.
 
     Raises:
-        ValueError: for a host or a slot that is not there, for both at once, for nothing left.
+        ValueError: for a host or slot that does not exist, and when no slot is left.
     """
     every = {host: list(range(slots)) for host, slots in hosts.items()}
     if include and exclude:
@@ -174,60 +160,30 @@ def select_slots(hosts: Mapping[str, int], include: str = "", exclude: str = "")
     }
     left = {host: slots for host, slots in left.items() if slots}
     if not left:
-        raise ValueError(f"{option} ({text}) must leave a slot or more")
+        raise ValueError(f"{option} ({text}) must leave at least one slot")
     return left
 
 
 def format_slots(slots: Slots) -> str:
-    """The text that :func:`select_slots` and ``deepspeed --include`` read."""
+    """Return the slots as :func:`select_slots` and ``deepspeed --include`` read them."""
     return "@".join(f"{host}:{','.join(map(str, its))}" for host, its in slots.items())
 
 
-def ask_hosts(commands: Mapping[str, list[str]], timeout: float) -> dict[str, Answer]:
-    """Run a command for every host, all at once; what came of it, by host.
-
-    Args:
-        commands: By host.
-        timeout: Seconds.
-    """
-
-    def ask(host: str) -> Answer:
-        try:
-            done = subprocess.run(
-                commands[host],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=timeout,
-            )
-        except subprocess.TimeoutExpired:
-            return Answer(False, f"no answer in {timeout:.0f} s")
-        except OSError as error:
-            return Answer(False, str(error))
-        is_good = done.returncode == 0
-        said = (done.stdout if is_good else done.stderr).strip().splitlines()
-        return Answer(is_good, said[-1] if said else f"exit code {done.returncode}")
-
-    with ThreadPoolExecutor(32) as pool:
-        return dict(zip(commands, pool.map(ask, commands), strict=True))
-
-
 def choose_hosts(config: Config, hosts: Slots, min_nodes: int = 1) -> Slots:
-    """The most ranks that the layout and the batch allow, on the given hosts.
+    """Return the slots for the most ranks that the layout and the batch allow on the hosts.
 
-    The number of ranks must be a multiple of tp x pp x cp; what is left, the data-parallel size,
+    The number of ranks must be a multiple of tp x pp x cp; their quotient, the data-parallel size,
     must divide the batch into whole micro-batches, and equal ``parallel.dp`` if that is set. Hosts
     are filled in order; the last one may get fewer ranks than it has slots, and hosts that get none
     are left out.
 
     Args:
-        config: Of the run.
-        hosts: Slots by host.
-        min_nodes: Fewest hosts to run on.
+        config: The run's configuration.
+        hosts: The slots that can be used, by host.
+        min_nodes: The least number of hosts to run on.
 
     Raises:
-        ValueError: when nothing fits, or when too few hosts are left.
+        ValueError: when no number of ranks fits, or when there are too few hosts.
     """
     if len(hosts) < min_nodes:
         names = ", ".join(hosts) or "none"

@@ -30,7 +30,7 @@ __all__ = ["collective_timeout", "summarize", "watched"]
 
 logger = logging.getLogger(__name__)
 
-#: What is known of a rank: run, rank, host, pid, the fields of its Place, seconds in that, state.
+#: What is known of a rank: run, rank, host, pid, the fields of its Phase, seconds in that, state.
 _Facts = dict[str, Any]
 
 
@@ -119,7 +119,7 @@ class _Watchdog(threading.Thread):
             # A longer gap is time in which this process was stopped.
             in_phase += min(now - polled, 2 * self._poll)
             polled = now
-            place = self._progress.place
+            place = self._progress.current
             if place.entered == 0:
                 continue
             if place.entered > entered:
@@ -164,7 +164,7 @@ class _Watchdog(threading.Thread):
         faulthandler.dump_traceback_later(self._timeout, file=self._stacks)
 
     def _facts(self) -> _Facts:
-        place = self._progress.place._asdict()
+        place = self._progress.current._asdict()
         me = {"run": self._run, "rank": self._rank, "host": self._host, "pid": os.getpid()}
         return {**me, **place, "seconds": time.time() - place["since"], "state": "running"}
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ds_linclip.process.import_gc import quick_start
+from ds_linclip.process.import_gc import gc_paused
 
 __all__ = ["main"]
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     # torch may warn that a machine without a GPU has none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with quick_start():  # only the chosen command is imported: torch takes seconds
+    with gc_paused():  # only the chosen command is imported: torch takes seconds
         module = options.command.replace("-", "_")
         command = importlib.import_module(f"linclip_eval.commands.{module}")
     try:

@@ -1,1 +1,1 @@
-"""Programs that launchers start: training, evaluation, preflight, supervision."""
+"""Programs that launchers start: training, evaluation, preflight, supervisor, health check."""

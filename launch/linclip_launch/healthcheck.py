@@ -1,10 +1,11 @@
-"""Whether the ranks of this host make steps: ``python -m linclip_launch.healthcheck RUNS_FOLDER``.
+"""Check that the ranks of this host make progress, for the health checks of containers:
+``python -m linclip_launch.healthcheck RUNS_FOLDER``.
 
-For the health checks of containers. Looks for signs of life that the watchdog of every rank writes
-into ``<run folder>/watchdog``, of the run that was started last on this host.
-Exit code 0 while every such rank entered a phase (waiting for data, computing loss and gradients,
-saving ...) less than ``--phase-seconds`` ago and said so less than ``--sign-seconds`` ago; else 1,
-and one line that says what is wrong. The standard library only: it is called every few seconds.
+Reads the signs of life that the watchdog of every rank writes into ``<run folder>/watchdog``, those
+of the run that was started last on this host. Exit code 0 while every rank entered its phase
+(waiting for data, computing loss and gradients, saving ...) less than ``--phase-seconds`` ago and
+gave a sign of life less than ``--sign-seconds`` ago; else 1. Prints one line with the reason. Uses
+only the standard library, since it runs every few seconds.
 """
 
 import argparse
@@ -34,17 +35,17 @@ def main() -> int:
         help="oldest sign of life; one is written every 10 seconds; default %(default).0f",
     )
     arguments = parser.parse_args()
-    healthy, line = judge(
+    is_healthy, line = check_health(
         signs_of_life(arguments.runs, socket.gethostname()),
         arguments.phase_seconds,
         arguments.sign_seconds,
     )
     print(line)
-    return 0 if healthy else 1
+    return 0 if is_healthy else 1
 
 
 def signs_of_life(runs: Path, host: str) -> list[dict[str, Any]]:
-    """What the ranks of a host said last, those of the run that was started last."""
+    """Return the last sign of life of each rank on a host, of the run that was started last."""
     found = []
     for path in runs.glob("*/watchdog/rank-*.json"):
         with contextlib.suppress(FileNotFoundError):  # its rank has just ended
@@ -54,17 +55,17 @@ def signs_of_life(runs: Path, host: str) -> list[dict[str, Any]]:
     return [sign for sign in found if sign["run"] == newest]
 
 
-def judge(
+def check_health(
     signs: list[dict[str, Any]], phase_seconds: float, sign_seconds: float
 ) -> tuple[bool, str]:
-    """Whether all is well, and a line that says it."""
+    """Return whether all ranks are healthy, and a line with the reason."""
     if not signs:
         return False, f"no rank of this host ({socket.gethostname()}) has given a sign of life"
     now = time.time()
     for sign in signs:
         who = f"rank {sign['rank']} (pid {sign['pid']}), step {sign['step']}, {sign['phase']}"
         in_phase = now - sign["since"]
-        silent = in_phase - sign["seconds"]  # "seconds" in its phase when it said so
+        silent = in_phase - sign["seconds"]  # "seconds": the time in its phase at the sign of life
         if silent > sign_seconds:
             return False, f"{who}: no sign of life for {silent:.0f} s"
         if in_phase > phase_seconds:

@@ -1,9 +1,9 @@
-"""A run's part on every one of its hosts, through ssh.
+"""The hosts of a run, reached through ssh.
 
-``deepspeed --hostfile`` hands this to pdsh, which waits for the hosts that are well when another
-one has failed, says only the largest exit code, and leaves ranks behind where a connection breaks.
-Here each host gets ``deepspeed --no_ssh`` by a connection of its own, and what was started is found
-again on every host by a mark in its environment.
+``deepspeed --hostfile`` hands a run to pdsh, which waits for the healthy hosts when another one has
+failed, returns only the largest exit code, and leaves ranks behind where a connection breaks. Here
+each host runs ``deepspeed --no_ssh`` over a connection of its own, and what was started is found
+on every host by a mark in its environment.
 """
 
 import os
@@ -14,66 +14,109 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from ds_linclip.resilience.restart_policy import Answer, ask_hosts
+__all__ = ["HostReply", "RemoteHosts", "run_on_hosts"]
 
-__all__ = ["RemoteHosts"]
-
-#: What the ranks get of the environment; launch/environment.sh says what for.
+#: Environment variables that ranks get, by prefix; launch/environment.sh explains them.
 SENT = ("DS_ACCELERATOR", "FI_", "GLOO_", "NCCL_", "OMP_", "PYTHON", "TORCH_", "TRITON_", "UCX_")
-#: Seconds that hosts have left when the first of them has ended.
+#: Seconds that the other hosts get once the first of them has ended.
 PATIENCE = 30
+
+
+@dataclass(frozen=True)
+class HostReply:
+    """The result of a command on a host.
+
+    Attributes:
+        is_ok: Whether it ended with exit code 0.
+        text: The last line of its output, or of its errors.
+    """
+
+    is_ok: bool
+    text: str
+
+
+def run_on_hosts(commands: Mapping[str, list[str]], timeout: float) -> dict[str, HostReply]:
+    """Run a command for each host, all at once, and return the replies by host.
+
+    Args:
+        commands: The local command that reaches each host.
+        timeout: Seconds after which a host counts as silent.
+    """
+
+    def run(host: str) -> HostReply:
+        try:
+            done = subprocess.run(
+                commands[host],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return HostReply(False, f"no answer in {timeout:.0f} s")
+        except OSError as error:
+            return HostReply(False, str(error))
+        is_ok = done.returncode == 0
+        lines = (done.stdout if is_ok else done.stderr).strip().splitlines()
+        return HostReply(is_ok, lines[-1] if lines else f"exit code {done.returncode}")
+
+    with ThreadPoolExecutor(32) as pool:
+        return dict(zip(commands, pool.map(run, commands), strict=True))
 
 
 @dataclass
 class RemoteHosts:
-    """A shell on every host.
+    """Commands on hosts, through a remote shell.
 
     Attributes:
-        shell: Command that runs one more argument on ``{host}``.
-        seconds: To wait for an answer.
+        shell: The local command that runs one more argument on ``{host}``.
+        timeout: Seconds to wait for the reply of a host.
     """
 
     shell: str
-    seconds: float
+    timeout: float
     _mark: str = field(default="", init=False)
 
-    def unfit(self, hosts: Iterable[str], master: str | None = None) -> dict[str, str]:
-        """Hosts that cannot run this Python in the current folder or find the master, and why."""
+    def unusable(self, hosts: Iterable[str], master: str | None = None) -> dict[str, str]:
+        """Return the hosts that cannot run this Python in the current folder, or cannot resolve the
+        name of the master, each with the reason."""
         code = (
             f"import socket, sys\ntry: socket.getaddrinfo({master!r}, 0)\n"
             f"except OSError as error: sys.exit(f'{master}: {{error}}')"
         )
-        answers = self._ask(hosts, f"cd {shlex.quote(os.getcwd())} && {_python(code)}")
-        return {host: answer.text for host, answer in answers.items() if not answer.is_good}
+        return self._failures(hosts, f"cd {shlex.quote(os.getcwd())} && {_python(code)}")
 
     def port(self, host: str, wanted: int | None) -> int:
-        """The wanted port, or a free one.
+        """Return the wanted port, or a free one.
 
         Raises:
-            ValueError: when it is taken, or when the host does not answer.
+            ValueError: when the port is taken, or when the host does not answer.
         """
         code = f"import socket; print(socket.create_server(('', {wanted or 0})).getsockname()[1])"
-        answer = self._ask([host], _python(code))[host]
-        if answer.is_good:
-            return int(answer.text)
-        if "already in use" in answer.text:
+        reply = self._run([host], _python(code))[host]
+        if reply.is_ok:
+            return int(reply.text)
+        if "already in use" in reply.text:
             raise ValueError(
                 f"--master-port ({wanted}) is taken on host {host}: choose another one, or leave "
                 "it out for a free one"
             )
-        raise ValueError(f"host {host} cannot be asked for a port: {answer.text}")
+        raise ValueError(f"host {host} has no port to offer: {reply.text}")
 
-    def run(self, commands: Mapping[str, list[str]], is_to_leave: Callable[[], bool]) -> int:
-        """Run a command on every host until all have ended, or one has and the patience too.
+    def run(self, commands: Mapping[str, list[str]], should_leave: Callable[[], bool]) -> int:
+        """Run a command on every host until all have ended, or one has for 30 seconds; then end
+        what is left.
 
         Args:
-            commands: By host; the first one has rank 0.
-            is_to_leave: Whether the ranks are to be asked to leave now.
+            commands: The commands by host; the first host has rank 0.
+            should_leave: Returns whether the ranks must be requested to save and leave.
 
         Returns:
-            The exit code of the first one to fail; 0 when none has.
+            The exit code of the first command to fail; 0 when none has.
         """
         self._mark = f"LINCLIP_START={uuid.uuid4().hex}"
         sent = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(SENT)]
@@ -81,11 +124,11 @@ class RemoteHosts:
         for host, command in commands.items():
             script = f"cd {shlex.quote(os.getcwd())} && exec "
             script += shlex.join(["env", *sent, self._mark, *command])
-            # A session of its own: the terminal's Ctrl-C is the supervisor's.
+            # In its own session: the terminal's Ctrl-C is meant for the supervisor.
             running[host] = subprocess.Popen(
                 self._command(host, script), stdin=subprocess.DEVNULL, start_new_session=True
             )
-        exit_code, until, is_asked = 0, float("inf"), False
+        exit_code, until, is_requested = 0, float("inf"), False
         while any(process.poll() is None for process in running.values()):
             for process in running.values():
                 if process.poll() is not None:
@@ -93,36 +136,40 @@ class RemoteHosts:
                     until = min(until, time.monotonic() + PATIENCE)
             if time.monotonic() > until:
                 break
-            if is_to_leave() and not is_asked:
-                self._ask_to_leave(commands)
-                is_asked = True
+            if should_leave() and not is_requested:
+                self._request_to_leave(commands)
+                is_requested = True
             time.sleep(0.2)
-        for host, why in self._end(commands).items():
-            print(f"host {host} may still have ranks of this start: {why}", file=sys.stderr)
+        for host, reason in self._end(commands).items():
+            print(f"host {host} may still have ranks of this start: {reason}", file=sys.stderr)
         for process in running.values():
             process.kill()
             exit_code = exit_code or process.wait()
         return exit_code
 
-    def _ask_to_leave(self, hosts: Iterable[str]) -> None:
-        """SIGTERM to rank 0, which tells the others; the end of all where it is not there yet."""
+    def _request_to_leave(self, hosts: Iterable[str]) -> None:
+        """Send SIGTERM to rank 0, which notifies the others; end all if it has not started yet."""
         rank = f"$(grep -lszx RANK=0 $({self._find()}) /dev/null | tr -dc '0-9\\n')"
         first = next(iter(hosts))
-        if not self._ask([first], f"kill -{int(signal.SIGTERM)} {rank}")[first].is_good:
+        if not self._run([first], f"kill -{int(signal.SIGTERM)} {rank}")[first].is_ok:
             self._end(hosts)
 
     def _end(self, hosts: Iterable[str]) -> dict[str, str]:
-        """End what was started and is left; hosts where that could not be done, and why."""
+        """Kill all processes of this start; return the hosts where that failed, with the reason."""
         found = f"$({self._find()} | tr -dc '0-9\\n')"
         script = f'while p={found}; [ -n "$p" ]; do kill -9 $p; sleep 0.1; done 2> /dev/null'
-        answers = self._ask(hosts, script)
-        return {host: answer.text for host, answer in answers.items() if not answer.is_good}
+        return self._failures(hosts, script)
 
     def _find(self) -> str:
         return f"grep -lszx {self._mark} /proc/[0-9]*/environ"
 
-    def _ask(self, hosts: Iterable[str], script: str) -> dict[str, Answer]:
-        return ask_hosts({host: self._command(host, script) for host in hosts}, self.seconds)
+    def _failures(self, hosts: Iterable[str], script: str) -> dict[str, str]:
+        replies = self._run(hosts, script)
+        return {host: reply.text for host, reply in replies.items() if not reply.is_ok}
+
+    def _run(self, hosts: Iterable[str], script: str) -> dict[str, HostReply]:
+        commands = {host: self._command(host, script) for host in hosts}
+        return run_on_hosts(commands, self.timeout)
 
     def _command(self, host: str, script: str) -> list[str]:
         words = [word.replace("{host}", host) for word in shlex.split(self.shell)]

@@ -1,16 +1,15 @@
-"""Train, and start again from the newest checkpoint whenever the run fails:
+"""Train, and restart the run from its newest checkpoint whenever it fails:
 ``python -m linclip_launch.supervise [--ranks N | --hostfile FILE | --launch COMMAND] CONFIG ...``.
 
 Runs ``deepspeed --module linclip_launch.train CONFIG.yaml key=value ...`` on this machine, on the
-hosts of a file through ssh, or with ``--node-rank`` on this host only; or what another launcher
-runs. A run is not started again when it finished (exit code 0), when the user has to fix something
-(2), when it diverged (3), or when it was asked to leave (75): that exit code is passed on. Exit
-code 1: gave up after too many restarts, or nothing fits the hosts that are left. Every restart is
-a line of ``restarts.jsonl`` in the run folder.
+hosts of a file through ssh, or with ``--node-rank`` on this host only; with ``--launch``, the same
+module under another launcher. A run is not restarted when it finished (exit code 0), when the user
+must fix something (2), when it diverged (3), or when it was preempted (75): the supervisor ends
+with that exit code. Exit code 1: too many restarts without progress, or too few hosts are left.
+Every restart is a line of ``restarts.jsonl`` in the run folder.
 """
 
 import argparse
-import contextlib
 import os
 import shlex
 import signal
@@ -18,9 +17,11 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.process.exit_codes import ExitCode
@@ -31,11 +32,10 @@ from ds_linclip.resilience.restart_policy import (
     format_slots,
     newest_step,
     read_hostfile,
-    record,
+    record_restart,
+    restart_reason,
     select_slots,
-    verdict,
 )
-from linclip_launch.process_tree import group_is_running, launcher_and_ranks
 from linclip_launch.remote_hosts import RemoteHosts
 
 TRAIN = "linclip_launch.train"
@@ -46,8 +46,7 @@ def main() -> int:
     arguments = _parser().parse_intermixed_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        supervisor = Supervisor(arguments, config)
-        return supervisor.run()
+        return Supervisor(arguments, config).run()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.USER_ERROR
@@ -63,20 +62,20 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--launch",
         metavar="COMMAND",
-        help="starts a Python on every rank instead of deepspeed: 'srun python', for instance",
+        help="starts a Python on every rank instead of deepspeed, for example 'srun python'",
     )
-    parser.add_argument("--include", default="", help="hosts and slots: node1@node2:0,1")
-    parser.add_argument("--exclude", default="", help="all but these, written alike")
+    parser.add_argument("--include", default="", help="hosts and slots to use: node1@node2:0,1")
+    parser.add_argument("--exclude", default="", help="hosts and slots to leave out")
     parser.add_argument(
         "--node-rank",
         type=int,
-        help="without ssh: number in the hostfile of this host, the only one to start ranks on",
+        help="without ssh: the number of this host in the hostfile; ranks are started here only",
     )
-    parser.add_argument("--master-addr", help="of the first host; default: its name in the file")
+    parser.add_argument("--master-addr", help="address of the first host; default: its name")
     parser.add_argument(
         "--master-port",
         type=int,
-        help="on the first host; default: a free one, or 29500 with --node-rank",
+        help="port on the first host; default: a free one, or 29500 with --node-rank",
     )
     parser.add_argument(
         "--max-restarts",
@@ -84,43 +83,51 @@ def _parser() -> argparse.ArgumentParser:
         default=3,
         help="failures in a row without a newer checkpoint before giving up; default 3",
     )
-    parser.add_argument("--backoff-seconds", type=float, default=5.0, help="before a restart")
-    parser.add_argument("--min-nodes", type=int, default=1, help="fewest hosts to run on")
+    parser.add_argument("--backoff-seconds", type=float, default=5.0, help="wait before a restart")
+    parser.add_argument("--min-nodes", type=int, default=1, help="least number of hosts to run on")
     parser.add_argument(
         "--remote-shell",
-        # A host without power says nothing: it is asked, and given up after a minute.
+        # A host without power is silent: ssh probes it, and gives up after a minute.
         default="ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4 {host}",
-        help="runs one more argument on a host; default: %(default)s",
+        help="command that runs one more argument on a host; default: %(default)s",
     )
     parser.add_argument(
-        "--check-seconds", type=float, default=20.0, help="for a host to answer; default 20"
+        "--check-seconds", type=float, default=20.0, help="time for a host to reply; default 20"
     )
     parser.add_argument(
         "--deepspeed",
         default="",
         metavar="OPTIONS",
-        help="more options of the deepspeed command, in one string",
+        help="further options of the deepspeed command, in one string",
     )
     return parser
 
 
-@dataclass
 class Supervisor:
-    """Starts the run, waits, judges, starts it again."""
+    """Starts the run, waits for its end, decides, and restarts it.
 
-    arguments: argparse.Namespace
-    config: Config
-    _remote: RemoteHosts = field(init=False)
-    _hosts: Slots = field(default_factory=dict, init=False)
-    _port: int | None = field(default=None, init=False)
-    _launcher: subprocess.Popen[bytes] | None = field(default=None, init=False)
-    _asked_to_leave: bool = field(default=False, init=False)
+    Args:
+        arguments: The parsed command line.
+        config: The run's configuration.
+    """
 
-    def __post_init__(self) -> None:
-        self._remote = RemoteHosts(self.arguments.remote_shell, self.arguments.check_seconds)
+    def __init__(self, arguments: argparse.Namespace, config: Config) -> None:
+        self.arguments, self.config = arguments, config
+        self._remote = RemoteHosts(arguments.remote_shell, arguments.check_seconds)
+        self._hosts: Slots = {}
+        self._port: int | None = None
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._must_leave = False
 
     def run(self) -> int:
-        """Returns the exit code; raises ValueError for what must be mended before a start."""
+        """Supervise the run to its end.
+
+        Returns:
+            The exit code of this command.
+
+        Raises:
+            ValueError: when the hosts or options do not allow a first start.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._leave)
         self._choose_hosts()
@@ -129,10 +136,10 @@ class Supervisor:
             before = newest_step(run_dir)
             exit_code = self._run_once()
             ended, step = time.monotonic(), newest_step(run_dir)
-            starts_again, reason = verdict(exit_code, is_complete=step >= self.config.train.steps)
-            if not starts_again:
+            reason = restart_reason(exit_code, is_complete=step >= self.config.train.steps)
+            if reason is None:
                 return exit_code
-            if self._asked_to_leave:
+            if self._must_leave:
                 return ExitCode.PREEMPTED
             failures = 1 if step > before else failures + 1
             if failures > self.arguments.max_restarts:
@@ -140,11 +147,11 @@ class Supervisor:
                 return ExitCode.FAILED
             time.sleep(self.arguments.backoff_seconds)
             try:
-                self._choose_hosts_left()
+                self._choose_remaining_hosts()
             except ValueError as error:
                 self._say(f"{reason}; {error}")
                 return ExitCode.FAILED
-            if self._asked_to_leave:
+            if self._must_leave:
                 return ExitCode.PREEMPTED
             restart = Restart(
                 time=time.time(),
@@ -156,32 +163,32 @@ class Supervisor:
                 seconds_down=round(time.monotonic() - ended, 3),
             )
             if not self.arguments.node_rank:  # one line for all hosts
-                record(run_dir, restart)
-            self._say(f"{reason}; starting again from step {step}, {restart.ranks or 'all'} ranks")
+                record_restart(run_dir, restart)
+            self._say(f"{reason}; restarting from step {step}, {restart.ranks or 'all'} ranks")
 
     def _run_once(self) -> int:
-        """Run the launcher to its end, and everything that it has started."""
+        """Run the launcher, and end what it leaves behind; return its exit code."""
         if self._is_remote:
-            # Where all hosts see it.
+            # In a folder that all hosts see.
             hostfile = self.config.run_dir / "hostfile"
             hostfile.parent.mkdir(parents=True, exist_ok=True)
             hostfile.write_text(self.arguments.hostfile.read_text())
             commands = {
                 host: self._command(rank, hostfile) for rank, host in enumerate(self._hosts)
             }
-            return self._remote.run(commands, lambda: self._asked_to_leave)
-        # A session of its own: the terminal's Ctrl-C comes here alone, and what is left can be
-        # found and ended.
+            return self._remote.run(commands, lambda: self._must_leave)
+        # In its own session: the terminal's Ctrl-C reaches the supervisor only, and what is left
+        # behind can be found and ended.
         command = self._command(self.arguments.node_rank, self.arguments.hostfile)
         self._launcher = subprocess.Popen(command, start_new_session=True)
-        if self._asked_to_leave:
-            self._forward()
+        if self._must_leave:
+            self._request_to_leave()
         exit_code = self._launcher.wait()
         _end_group(self._launcher.pid)
         return exit_code
 
     def _command(self, node_rank: int | None, hostfile: Path | None) -> list[str]:
-        """What runs the ranks of one host, or of all."""
+        """Return the command that runs the ranks of one host, or of all."""
         arguments = self.arguments
         train = [TRAIN, arguments.config, *arguments.overrides]
         if arguments.launch:
@@ -202,7 +209,7 @@ class Supervisor:
         return bool(self._hosts) and self.arguments.node_rank is None
 
     def _choose_hosts(self) -> None:
-        """At first all hosts must be well: it is the user who leaves one out."""
+        """Choose the hosts of the first start; all must reply: only the user leaves one out."""
         arguments = self.arguments
         if not arguments.hostfile:
             if arguments.node_rank is not None or arguments.include or arguments.exclude:
@@ -215,13 +222,13 @@ class Supervisor:
             self._say(f"{used} of {slots} slots are used: no more fit the batch and the layout")
         if arguments.node_rank is None:
             first = next(iter(chosen))
-            unfit = self._remote.unfit(named, arguments.master_addr or first)
-            if unfit:
+            unusable = self._remote.unusable(named, arguments.master_addr or first)
+            if unusable:
                 raise ValueError(
                     "; ".join(
-                        f"host {host} cannot take part ({why}): mend it, or leave it out with "
+                        f"host {host} cannot take part ({reason}): fix it, or leave it out with "
                         f"--exclude {host}"
-                        for host, why in unfit.items()
+                        for host, reason in unusable.items()
                     )
                 )
             self._port = self._remote.port(first, arguments.master_port)
@@ -236,28 +243,29 @@ class Supervisor:
                 _check_port(self._port)
         self._hosts = chosen
 
-    def _choose_hosts_left(self) -> None:
-        """Hosts that answer, asked again when too few do: the network may be away for a moment."""
+    def _choose_remaining_hosts(self) -> None:
+        """Choose among the hosts that reply. If they are too few, all are checked again, since the
+        network may be down for a moment."""
         if not self._is_remote:
             return
         arguments, named = self.arguments, self._named_hosts()
         for tries_left in reversed(range(max(1, arguments.max_restarts))):
-            unfit = self._remote.unfit(named)
-            for host, why in unfit.items():
-                self._say(f"host {host} does not answer and is left out: {why}")
-            left = {host: slots for host, slots in named.items() if host not in unfit}
+            unusable = self._remote.unusable(named)
+            for host, reason in unusable.items():
+                self._say(f"host {host} does not answer and is left out: {reason}")
+            left = {host: slots for host, slots in named.items() if host not in unusable}
             try:
                 self._hosts = choose_hosts(self.config, left, arguments.min_nodes)
                 self._port = self._remote.port(next(iter(self._hosts)), arguments.master_port)
                 return
             except ValueError as error:
-                if tries_left == 0 or self._asked_to_leave:
+                if tries_left == 0 or self._must_leave:
                     raise
-                self._say(f"{error}; asking again in {arguments.check_seconds:.0f} s")
+                self._say(f"{error}; checking again in {arguments.check_seconds:.0f} s")
                 time.sleep(arguments.check_seconds)
 
     def _master(self) -> str:
-        """Address of the first host; one that was given is that of the first in the file."""
+        """Return the address of the first host; the option names that of the first in the file."""
         first = next(iter(self._hosts))
         is_given = self.arguments.master_addr and first == next(iter(self._named_hosts()))
         return self.arguments.master_addr if is_given else first
@@ -267,32 +275,69 @@ class Supervisor:
         return select_slots(hosts, self.arguments.include, self.arguments.exclude)
 
     def _leave(self, number: int, _frame: FrameType | None) -> None:
-        self._asked_to_leave = True
-        self._forward()
+        self._must_leave = True
+        self._request_to_leave()
 
-    def _forward(self) -> None:
-        """Ask the ranks of this machine to leave.
+    def _request_to_leave(self) -> None:
+        """Send SIGTERM to the ranks of this machine.
 
-        They are asked themselves: the launcher would end them after 30 seconds, whatever they are
-        doing, and hide their exit code. It has to do where no rank is there yet.
+        Not to their launcher, which would kill them after 30 seconds, whatever they are doing, and
+        hide their exit code; unless no rank has started yet.
         """
         if self._launcher is None or self._launcher.poll() is not None:
             return
         _, ranks = launcher_and_ranks(self._launcher.pid)
         for process in ranks or [self._launcher.pid]:
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGTERM)
 
     def _say(self, text: str) -> None:
         print(f"supervisor: {text}", file=sys.stderr, flush=True)
 
 
+def launcher_and_ranks(process: int) -> tuple[int | None, list[int]]:
+    """Return the deepspeed launcher below a process, None if it has not started, and its ranks.
+
+    Data workers are forks of the ranks with the same command line: only children of the launcher
+    are ranks.
+    """
+    for each in psutil.Process(process).children(recursive=True):
+        if "deepspeed.launcher.launch" in _command_of(each):
+            with suppress(psutil.NoSuchProcess):
+                children = each.children()
+                return each.pid, sorted(
+                    child.pid
+                    for child in children
+                    if any(word.startswith("--local_rank=") for word in _command_of(child))
+                )
+    return None, []
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        return process.cmdline()
+    return []
+
+
+def is_running(process: int) -> bool:
+    """Return whether a process exists and is not a zombie."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def _end_group(leader: int) -> None:
-    """End what the launcher has left behind: a second start would meet it in the run folder."""
-    while group_is_running(leader):
-        with contextlib.suppress(ProcessLookupError):
+    """End what the launcher has left behind; it would keep the run folder locked."""
+    while any(_is_in_group(process, leader) for process in psutil.pids()):
+        with suppress(ProcessLookupError):
             os.killpg(leader, signal.SIGKILL)
         time.sleep(0.1)
+
+
+def _is_in_group(process: int, leader: int) -> bool:
+    with suppress(ProcessLookupError):
+        return os.getpgid(process) == leader and is_running(process)
+    return False
 
 
 def _check_port(port: int) -> None:

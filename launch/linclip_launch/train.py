@@ -1,10 +1,10 @@
 """Train CLIP: ``deepspeed --module linclip_launch.train CONFIG.yaml key=value ...``.
 
-With ``--dry-run`` nothing is started: the layout is printed, with the memory of every rank, steps
-per epoch, the time of a step and the size of a checkpoint, for the devices that are named.
+``--dry-run`` starts nothing: it prints the layout, the memory of every rank, steps per epoch, the
+time of a step and the size of a checkpoint, for the devices named.
 
-SIGTERM to any rank: all save the step that they stand at and leave. SIGUSR1: save and go on. Exit
-codes: see :class:`ds_linclip.process.exit_codes.ExitCode`.
+On SIGTERM to any rank, all ranks save the current step and leave; on SIGUSR1 they save and
+continue. Exit codes: see :class:`ds_linclip.process.exit_codes.ExitCode`.
 """
 
 import argparse
@@ -15,9 +15,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ds_linclip.process.import_gc import quick_start
+from ds_linclip.process.import_gc import gc_paused
 
-with quick_start():
+with gc_paused():
     from ds_linclip.config import Config, load_config
     from ds_linclip.data import DataError
     from ds_linclip.parallel.mesh import Mesh
@@ -44,7 +44,7 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
     )
-    if "RANK" in os.environ:  # started by a launcher, which is to end its ranks and may be killed
+    if "RANK" in os.environ:  # started by a launcher, which may be killed before it ends its ranks
         end_with_parent()
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -62,10 +62,10 @@ def main() -> int:
     except Diverged as error:
         return _end_together(mesh, f"error: {error}", ExitCode.DIVERGED)
     except Preempted as reason:
-        return _end_together(mesh, f"{reason}; start again to go on", ExitCode.PREEMPTED)
+        return _end_together(mesh, f"{reason}; start again to resume", ExitCode.PREEMPTED)
     except DataError as error:
-        # The other ranks wait for this one: leave at once, and the launcher ends them. The line is
-        # one write, or those of several ranks mix.
+        # The other ranks wait for this one: leave at once, so that the launcher ends them. A single
+        # write, or the lines of several ranks mix.
         sys.stderr.write(f"error: rank {mesh.rank}: {error}\n")
         sys.stderr.flush()
         os._exit(ExitCode.USER_ERROR)
@@ -77,17 +77,21 @@ def main() -> int:
 
 def _add_dry_run_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("dry run")
-    options.add_argument("--dry-run", action="store_true", help="plan the run, start nothing")
-    options.add_argument("--devices", type=int, help="ranks; default: those that the config sets")
-    options.add_argument("--device", help=", ".join(DEVICES))
-    options.add_argument("--device-memory-gib", type=float, help="of another device")
-    options.add_argument("--peak-tflops", type=float, help="of another device")
-    options.add_argument("--mfu", type=float, help="share of the peak that is reached")
-    options.add_argument("--num-samples", type=int, help="per epoch, if the shards are not here")
+    options.add_argument(
+        "--dry-run", action="store_true", help="print a plan of the run, start nothing"
+    )
+    options.add_argument("--devices", type=int, help="number of ranks; default: from the config")
+    options.add_argument("--device", help=f"one of {', '.join(DEVICES)}")
+    options.add_argument("--device-memory-gib", type=float, help="memory of another device")
+    options.add_argument("--peak-tflops", type=float, help="peak of another device")
+    options.add_argument("--mfu", type=float, help="share of the peak that training reaches")
+    options.add_argument(
+        "--num-samples", type=int, help="samples per epoch, where the shards are not here"
+    )
 
 
 def _dry_run(config: Config, arguments: argparse.Namespace) -> int:
-    """One rank speaks, if a launcher has started several."""
+    """Print the plan, on rank 0 only where a launcher has started several ranks."""
     if int(os.environ.get("RANK", 0)) > 0:
         return ExitCode.FINISHED
     parallel = config.parallel
@@ -113,7 +117,8 @@ def _dry_run(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _end_together(mesh: Mesh, message: str, code: ExitCode) -> int:
-    """Rank 0 speaks for all; none leaves before it has, since the launcher then ends the rest."""
+    """Print a message on rank 0. All ranks wait for it, since the launcher ends the others once one
+    has left."""
     if mesh.rank == 0:
         print(message, file=sys.stderr, flush=True)
     mesh.barrier()
@@ -121,8 +126,8 @@ def _end_together(mesh: Mesh, message: str, code: ExitCode) -> int:
 
 
 def _fail_before_start(error: ValueError) -> int:
-    """One rank of each node speaks; the others wait for it, since the launcher ends all ranks of a
-    node as soon as one has left."""
+    """Print an error on one rank of each node. The others wait for it, since the launcher ends all
+    ranks of a node once one has left."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:

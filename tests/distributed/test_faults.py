@@ -243,7 +243,7 @@ def test_sigterm_to_every_process_of_a_job(embedded_overrides, start_deepspeed_c
     assert launcher.returncode == ExitCode.PREEMPTED, out + err
     (last,) = steps_of(config)
     assert re.search(
-        rf"^asked to leave: .*step-{last:08d} is saved; start again to go on$", err, re.M
+        rf"^asked to leave: .*step-{last:08d} is saved; start again to resume$", err, re.M
     )
     assert max(losses(config)) == last < 400
     assert not psutil.wait_procs(ranks, timeout=10)[1]

@@ -1,4 +1,4 @@
-"""``launch/multinode.sh`` on two hosts: over ssh, by hand, through the loss of one, and refused."""
+"""``launch/multinode.sh`` on two hosts: over ssh, without ssh, when one is lost, and refused."""
 
 import json
 import os
@@ -38,13 +38,13 @@ def overrides(embedded_overrides: list[str], tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def whole(overrides: list[str], tmp_path: Path) -> dict[int, float]:
-    """Losses of the run that nobody disturbs, on two ranks of this machine."""
+    """Losses of an undisturbed run, on two ranks of this machine."""
     config = load_config(EMBEDDED, [*overrides, "name=whole", "data.num_workers=0"])
     return train_in_ranks(config, 2)[0]
 
 
 def nothing_is_left(hosts: TwoHosts) -> bool:
-    """But logins whose other end is gone, of which sshd learns from TCP, hours later."""
+    """Return whether no process is left but sshd's of broken logins, which TCP ends hours later."""
     lines = [line for name in hosts.names for line in hosts.processes(name).values()]
     return all(line.startswith("sshd: ") for line in lines)
 
@@ -53,9 +53,9 @@ def starts_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
 
 
-def test_over_ssh_until_asked_to_leave_then_by_hand_on_each_host(hosts, overrides, whole, tmp_path):
-    """By hand as pods of a Kubernetes Job do it: with what launch/k8s.yaml runs in each."""
-    # A name that shells would take apart.
+def test_over_ssh_until_preempted_then_without_ssh_on_each_host(hosts, overrides, whole, tmp_path):
+    """Without ssh as in the pods of a Kubernetes Job: with the script of launch/k8s.yaml."""
+    # A name that shells would split.
     run = tmp_path / "a 'b' $HOME {1..2}"
     experiment = [EMBEDDED, *overrides, f'name="{run.name}"']
     running = hosts.start(
@@ -78,7 +78,7 @@ def test_over_ssh_until_asked_to_leave_then_by_hand_on_each_host(hosts, override
     wait_until(lambda: nothing_is_left(hosts), 5)
     left_at = newest_step(run)
     assert 5 < left_at < STEPS
-    assert f"step-{left_at:08d} is saved; start again to go on" in err
+    assert f"step-{left_at:08d} is saved; start again to resume" in err
 
     with (hosts.folder / "hosts").open("a") as names:  # those of the service
         names.writelines(
@@ -104,8 +104,8 @@ def test_over_ssh_until_asked_to_leave_then_by_hand_on_each_host(hosts, override
 
 
 def script_of_a_pod(experiment: list[object]) -> tuple[list[str], dict[str, str]]:
-    """What a container of the Job runs, with another experiment and a rank per pod; and its
-    environment."""
+    """Return the command of a container of the Job, with another experiment and a rank per pod,
+    and its environment."""
     _, job = yaml.safe_load_all((REPOSITORY / "launch" / "k8s.yaml").read_text())
     spec = job["spec"]
     (container,) = spec["template"]["spec"]["containers"]
@@ -133,7 +133,7 @@ def test_plain_deepspeed_with_pdsh_starts_the_same_ranks(hosts, overrides, whole
     sent.write_text("".join(f"{key}={value}\n" for key, value in ENVIRONMENT.items()))
     done = hosts.run(
         *("node1", Path(sys.executable).with_name("deepspeed"), "--hostfile", hosts.hostfile()),
-        *("linclip_launch.train", tmp_path / "config.yaml"),
+        *("--module", "linclip_launch.train", tmp_path / "config.yaml"),
         cwd=REPOSITORY,
         **ENVIRONMENT,
         DS_ENV_FILE=str(sent),
@@ -146,7 +146,7 @@ def test_plain_deepspeed_with_pdsh_starts_the_same_ranks(hosts, overrides, whole
 
 
 @pytest.mark.slow
-def test_crash_on_one_host_starts_all_again_by_hand(hosts, overrides, whole, tmp_path):
+def test_crash_on_one_host_restarts_all_without_ssh(hosts, overrides, whole, tmp_path):
     run = tmp_path / "crashed"
     command = ["launch/multinode.sh", hosts.hostfile(), "--backoff-seconds", 0.1, EMBEDDED]
     both = [
@@ -171,7 +171,7 @@ def test_crash_on_one_host_starts_all_again_by_hand(hosts, overrides, whole, tmp
 
 @pytest.mark.faults
 @pytest.mark.parametrize("loss", ["power", pytest.param("cable", marks=pytest.mark.slow)])
-def test_run_goes_on_without_a_host_that_is_lost(loss, hosts, overrides, whole, tmp_path):
+def test_run_resumes_without_a_host_that_is_lost(loss, hosts, overrides, whole, tmp_path):
     run = tmp_path / "lost"
     shell = "ssh -o BatchMode=yes -o ServerAliveInterval=1 -o ServerAliveCountMax=3 {host}"
     running = hosts.start(
@@ -190,7 +190,7 @@ def test_run_goes_on_without_a_host_that_is_lost(loss, hosts, overrides, whole, 
     out, err = running.communicate(timeout=300)
     assert running.returncode == 0, out + err
     assert "host node2 does not answer and is left out" in err
-    # Ranks that nobody can reach end by themselves.
+    # Ranks that cannot be reached end by themselves.
     wait_until(lambda: nothing_is_left(hosts), 60)
 
     (restart,) = map(json.loads, (run / "restarts.jsonl").read_text().splitlines())
@@ -210,7 +210,7 @@ def test_run_goes_on_without_a_host_that_is_lost(loss, hosts, overrides, whole, 
     assert starts == {(0, 2), (step, 1)}
 
 
-#: Hostfile, options and overrides; what the one line of error says.
+#: Hostfile, options and overrides; a pattern for the one line of error.
 REFUSED = [
     (
         "node1 slots=1\nnode2\n",
@@ -218,7 +218,7 @@ REFUSED = [
         r"hostfile \(.*hosts.txt\), line 2: 'node2' must be 'host",
     ),
     ("node1 slots=1\n" * 2, [], r"line 2: 'node1 slots=1' names node1 again: give it one line"),
-    ("node1 slots=0\n", [], r"line 1: 'node1 slots=0' must have a slot or more"),
+    ("node1 slots=0\n", [], r"line 1: 'node1 slots=0' must have at least one slot"),
     ("\n", [], r"hostfile \(.*hosts.txt\) must name at least one host"),
     (
         BOTH,
@@ -239,7 +239,7 @@ REFUSED = [
     (BOTH, ["--node-rank=2"], r"--node-rank \(2\) must be from 0 to 1, .* among node1, node2"),
     (BOTH, ["--master-port=29777"], r"\(29777\) is taken on host node1: choose another one"),
     (BOTH, ["--node-rank=0", "--master-port=29777"], r"\(29777\) is taken on this host: choose"),
-    (BOTH + "node9 slots=1\n", ["train.global_batch_size=9"], r"host node9 .*: mend it, or leave"),
+    (BOTH + "node9 slots=1\n", ["train.global_batch_size=9"], r"host node9 .*: fix it, or leave"),
     (BOTH, ["--remote-shell=ssh -p 23 {host}"], r"node1 .*refused\).* node2 .*--exclude node2"),
 ]
 

@@ -13,8 +13,8 @@ import pytest
 
 from ds_linclip.config import load_config
 from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.preflight import free_space
-from ds_linclip.preflight.rendezvous import Failed, Meeting, MeetingError
+from ds_linclip.preflight.node_checks import disk_space
+from ds_linclip.preflight.rendezvous import Rendezvous, RendezvousError
 from helpers import EMBEDDED, REPOSITORY
 from helpers.forked_ranks import train_in_ranks
 from helpers.two_hosts import TwoHosts
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def config_file(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded run as a file: quotes of the command line do not come through ssh."""
+    """The embedded run as a file, since ssh takes the quotes of a command line apart."""
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_text(
         f"base: {EMBEDDED}\noutput_dir: {path.parent}/runs\n"
@@ -34,18 +34,18 @@ def config_file(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_preflight(folder: Path, arguments: list[str], who: tuple[int, ...]) -> None:
-    """What the command does, on the ranks that come; code and output of each into ``folder``."""
+def run_preflight(folder: Path, arguments: list[str], ranks: tuple[int, ...]) -> None:
+    """Run the command on some ranks; write exit code and output of each into ``folder``."""
     rank = int(os.environ["RANK"])
-    if rank not in who:
+    if rank not in ranks:
         return
     sys.argv = ["preflight.py", *arguments, "--json", str(folder / f"{rank}.json")]
     out = folder / f"{rank}.out"
-    begun = time.monotonic()
+    started = time.monotonic()
     with out.open("w") as file, contextlib.redirect_stdout(file):
         code = preflight.main()
     (folder / f"{rank}.code").write_text(str(int(code)))
-    (folder / f"{rank}.seconds").write_text(str(time.monotonic() - begun))
+    (folder / f"{rank}.seconds").write_text(str(time.monotonic() - started))
 
 
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:
@@ -53,10 +53,11 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def problems_of(row: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(problem["host"], problem["found"]) for problem in row["problems"]]
+    """Return pairs of a host and what was found there."""
+    return [(host, found) for problem in row["problems"] for host, found in problem["found"]]
 
 
-def test_what_is_wrong_on_one_machine_is_told_at_once(config_file, tmp_path, digits):
+def test_all_problems_of_one_machine_are_reported_at_once(config_file, tmp_path, digits):
     not_a_shard = tmp_path / "00000.tar"
     not_a_shard.write_text("<html>please log in</html>" * 100)
     sources = [f"{digits}/train/{{00000..00009}}.tar", f"{{shards: {not_a_shard}, num_samples: 9}}"]
@@ -69,62 +70,66 @@ def test_what_is_wrong_on_one_machine_is_told_at_once(config_file, tmp_path, dig
 
     assert [(tmp_path / f"{rank}.code").read_text() for rank in (0, 1)] == ["2", "2"]
     rows, table = rows_of(tmp_path / "0.json"), (tmp_path / "0.out").read_text()
-    assert (tmp_path / "1.out").read_text() == ""  # one rank speaks
+    assert (tmp_path / "1.out").read_text() == ""  # only rank 0 prints
     failed = {check for check, row in rows.items() if row["verdict"] == "FAILURE"}
-    told = {"ranks", "output folder", "disk: checkpoints", "training data", "held-out data"}
-    assert failed == told, table
+    expected = {"ranks", "output folder", "disk: checkpoints", "training data", "held-out data"}
+    assert failed == expected, table
     assert "parallel.dp=1 would do, or 6 ranks" in rows["ranks"]["problems"][0]["rule"]
     assert "/sys/linclip" in problems_of(rows["output folder"])[0][1]
     data = problems_of(rows["training data"])
     assert "2 of 10 are missing, first" in data[0][1]
-    assert f"{not_a_shard} is no tar" in data[1][1]
+    assert f"{not_a_shard} is no tar file" in data[1][1]
     assert "nothing" in problems_of(rows["held-out data"])[0][1]
     for check in failed:
         for problem in rows[check]["problems"]:
-            assert problem["host"]
+            assert all(host for host, _ in problem["found"])
             assert problem["rule"]
             assert problem["remedy"] in table
     for check in ("process group", "all-reduce, all ranks", "clocks"):
         assert rows[check]["verdict"] == "ok"
-    assert f"verdict: NOT ready (of {len(rows)} checks 5 failed" in table
+    assert f"verdict: NOT ready ({len(rows)} checks: 5 failed" in table
 
 
-def test_a_rank_that_does_not_come_ends_the_others_in_time(config_file, tmp_path):
+def test_a_rank_that_does_not_arrive_ends_the_others_in_time(config_file, tmp_path):
     run_ranks(3, run_preflight, tmp_path, [str(config_file), "--timeout", "3"], (0, 1))
     assert [(tmp_path / f"{rank}.code").read_text() for rank in (0, 1)] == ["2", "2"]
     assert float((tmp_path / "0.seconds").read_text()) < 20
-    assert (tmp_path / "1.out").read_text() == ""  # told by rank 0, which speaks
+    assert (tmp_path / "1.out").read_text() == ""  # rank 0 knows, and prints it
     ((_, found),) = problems_of(rows_of(tmp_path / "0.json")["answers"])
     assert found == "no answer to 'arrive' within 8 s from ranks of hosts unknown: 2"
-    # Nobody at the master's place.
+    # Nobody listens at the master's port.
     run_ranks(2, run_preflight, tmp_path, [str(config_file), "--timeout", "3"], (1,))
     ((_, found),) = problems_of(rows_of(tmp_path / "1.json")["answers"])
     assert "cannot be reached in 3 s" in found
     assert "refused" in found
 
 
-def ask_in_vain(folder: Path) -> None:
-    meeting = Meeting.join(timeout=3)
-    meeting.wait_for_all()
-    slow = meeting.ask("slow", lambda: time.sleep(60 * meeting.rank))
-    wrong = meeting.ask("wrong", lambda: 1 / (1 - meeting.rank), [1])
-    assert slow == [None, Failed("no end within 3 s"), Failed("no end within 3 s")]
-    assert wrong == [None, Failed("ZeroDivisionError: division by zero"), None]
-    if meeting.rank == 2:
+def gather_in_vain(folder: Path) -> None:
+    rendezvous = Rendezvous.join(timeout=3)
+    rendezvous.wait_for_all()
+    rank = rendezvous.rank
+    slow = rendezvous.gather("slow", lambda: time.sleep(60 * rank))
+    wrong = rendezvous.gather("wrong", lambda: 1 / (1 - rank), [1])
+    assert slow.values == {0: None}
+    assert slow.errors == dict.fromkeys((1, 2), "not finished within 3 s")
+    assert wrong.values == {}
+    assert wrong.errors == {1: "ZeroDivisionError: division by zero"}
+    if rank == 2:
         os._exit(0)
-    with pytest.raises(MeetingError, match=r"no answer to 'gone' within 8 s from ranks of .*: 2"):
-        meeting.ask("gone", lambda: meeting.rank)
-    (folder / str(meeting.rank)).write_text("told")
-    meeting.close()
+    message = r"no answer to 'gone' within 8 s from ranks of .*: 2"
+    with pytest.raises(RendezvousError, match=message):
+        rendezvous.gather("gone", lambda: rank)
+    (folder / str(rank)).write_text("raised")
+    rendezvous.close()
 
 
-def test_a_question_that_a_rank_cannot_answer_does_not_hold_up_the_others(tmp_path):
-    run_ranks(3, ask_in_vain, tmp_path)
+def test_a_rank_that_fails_hangs_or_ends_does_not_hold_up_the_others(tmp_path):
+    run_ranks(3, gather_in_vain, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])
-def test_checkpoints_take_the_room_that_is_asked_for(embedded_overrides, tmp_path, optimizer):
+def test_checkpoints_take_the_room_that_is_required(embedded_overrides, tmp_path, optimizer):
     overrides = [
         *(*embedded_overrides, f"output_dir={tmp_path}", "train.steps=4", "eval.data=null"),
         *("optim.warmup_steps=1", f"optim.kind={optimizer}", "optim.ema_decay=0.9"),
@@ -132,19 +137,19 @@ def test_checkpoints_take_the_room_that_is_asked_for(embedded_overrides, tmp_pat
         *("log.tensorboard=false", "data.num_workers=0"),
     ]
     config = load_config(EMBEDDED, overrides)
-    before = free_space(config)["checkpoints"]
+    before = disk_space(config)["checkpoints"]
     train_in_ranks(config, 1)
-    after = free_space(config)["checkpoints"]
+    after = disk_space(config)["checkpoints"]
     saved = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
-    assert saved == pytest.approx(before.needed * 2 / 3, rel=0.01)  # one more is being written
-    assert after.needed == pytest.approx(before.needed / 3, rel=0.05)
+    assert saved == pytest.approx(before["needed"] * 2 / 3, rel=0.01)  # one more is being written
+    assert after["needed"] == pytest.approx(before["needed"] / 3, rel=0.05)
 
 
 def on_hosts(
     hosts: TwoHosts, slots: int, arguments: list[object], *options: object
 ) -> subprocess.CompletedProcess[str]:
-    """The command of the documentation, from the first host."""
+    """Run the command of docs/preflight.md from the first host."""
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [launcher, "--hostfile", hosts.hostfile(slots), *options]
     command += ["--module", "linclip_launch.preflight", *arguments]
@@ -158,7 +163,7 @@ def test_two_hosts(hosts, config_file, digits, tmp_path):
     arguments = [config_file, f"output_dir={runs}/new", "--json", found]
     master = ["--master_addr", hosts.addresses["node1"]]
 
-    # All right.
+    # Nothing is wrong.
     done = on_hosts(hosts, 2, arguments, *master)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(found)
@@ -202,7 +207,7 @@ def test_two_hosts(hosts, config_file, digits, tmp_path):
     for check, what in (
         ("deepspeed", "deepspeed 9."),
         ("ds_linclip", "git_commit "),
-        ("output folder", "which node1 has made, is not there"),
+        ("output folder", "which node1 has created, is not there"),
         ("training data", "00000.tar cannot be opened"),
     ):
         ((host, value),) = problems_of(rows[check])
@@ -212,7 +217,7 @@ def test_two_hosts(hosts, config_file, digits, tmp_path):
     assert not hosts.processes("node1")
     assert not hosts.processes("node2")
 
-    # The second host is not started: its name is known to the launcher of the first.
+    # The second host is not started; the launcher of the first one knows its name.
     alone = ["--no_ssh", "--node_rank", "0", *master]
     done = on_hosts(hosts, 1, [*arguments, "--timeout", "2"], *alone)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -228,7 +233,7 @@ def metadata_of(package: str) -> Path:
 
 
 def other_commit(folder: Path) -> Path:
-    """What stands for ``.git`` of this checkout, one commit further on."""
+    """Return a replacement for ``.git`` of this checkout that is one commit ahead."""
     copy = folder / "copy"
     subprocess.run(["git", "clone", "--quiet", "--shared", REPOSITORY, copy], check=True)
     commit = "-c user.name=n -c user.email=e commit --quiet --allow-empty -m other"

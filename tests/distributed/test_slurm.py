@@ -18,7 +18,7 @@ from helpers.two_hosts import TwoHosts, two_hosts
 pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "srun")
 STEPS = 60
-#: No cgroups, as many cores as it likes to believe; a node is down after 10 seconds of silence.
+#: No cgroups, more cores than there are; a node counts as down after 10 seconds of silence.
 CONFIG = """\
 ClusterName=two
 SlurmctldHost=node1
@@ -69,9 +69,9 @@ class Slurm:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def start_job_again(self) -> None:
-        """Sooner than Slurm does after two minutes, but not within seconds of its end: Slurm 22.05
-        then takes the new start for the old one, and kills it or gives it a node too few."""
+    def restart_job(self) -> None:
+        """Restart the requeued job now: Slurm itself does so after two minutes. Not within seconds
+        of its end, when Slurm 22.05 confuses both starts, and kills or shrinks the new one."""
         wait_until(lambda: self("sinfo", "--noheader", "-o", "%D %t") == "2 idle\n")
         time.sleep(5)
         self("scontrol", "update", "JobId=1", "StartTime=now")
@@ -80,7 +80,7 @@ class Slurm:
         return dict(re.findall(r"(\w+)=(\S*)", self("scontrol", "show", "job", 1)))
 
 
-def test_job_goes_on_after_a_request_to_leave_and_the_loss_of_a_node(embedded_overrides, tmp_path):
+def test_job_resumes_after_preemption_and_after_the_loss_of_a_node(embedded_overrides, tmp_path):
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)} (slurmctld, slurmd, slurm-client, munge)")
@@ -110,15 +110,15 @@ def test_job_goes_on_after_a_request_to_leave_and_the_loss_of_a_node(embedded_ov
             slurm("scancel", "--signal=TERM", 1)
             wait_until(lambda: slurm.job()["JobState"] == "PENDING", 100)
             left_at = newest_step(run)
-            assert f"step-{left_at:08d} is saved; start again to go on" in said.read_text()
-            slurm.start_job_again()
+            assert f"step-{left_at:08d} is saved; start again to resume" in said.read_text()
+            slurm.restart_job()
 
             wait_until(lambda: stands_beyond(run, left_at + 5))
             hosts.power_off("node2")
             wait_until(lambda: slurm.job()["JobState"] == "PENDING", 100)
             hosts.power_on("node2")
             slurm.start_node("node2")
-            slurm.start_job_again()
+            slurm.restart_job()
             wait_until(lambda: slurm.job()["JobState"] in ("COMPLETED", "FAILED"))
         except AssertionError as error:
             raise AssertionError(said.read_text()) from error

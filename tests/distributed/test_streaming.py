@@ -19,7 +19,8 @@ from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.trainer import train
 from helpers import EMBEDDED
-from helpers.killed_runs import batches, losses, ranks_below
+from helpers.killed_runs import batches, losses
+from linclip_launch.supervise import launcher_and_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults, pytest.mark.slow]
 TRAIN = "linclip_launch.train"
@@ -61,7 +62,7 @@ def kill_a_rank_after(step: int, run: Path, running: subprocess.Popen) -> None:
     while f'{{"step": {step + 2}, ' not in metrics.read_text():
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)
-    os.kill(max(ranks_below(running.pid)), signal.SIGKILL)
+    os.kill(max(launcher_and_ranks(running.pid)[1]), signal.SIGKILL)
     running.communicate(timeout=60)
     assert running.returncode != 0
 

@@ -1,4 +1,4 @@
-"""Runs under ``linclip_launch.supervise`` that are killed, and end as if nothing had happened."""
+"""Runs under ``linclip_launch.supervise`` that are killed and end with the losses of any other."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ds_linclip.config import load_config
@@ -16,7 +17,7 @@ from ds_linclip.process.exit_codes import ExitCode
 from helpers import EMBEDDED, REPOSITORY
 from helpers.forked_ranks import train_in_ranks
 from helpers.killed_runs import batches
-from linclip_launch.process_tree import below, is_running, launcher_and_ranks
+from linclip_launch.supervise import is_running, launcher_and_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 SUPERVISE = ["-m", "linclip_launch.supervise"]
@@ -35,7 +36,7 @@ def overrides(embedded_overrides: list[str]) -> list[str]:
 
 @pytest.fixture
 def supervise() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the supervisor; what it has started ends with the test."""
+    """Start the supervisor; everything below it ends with the test."""
     started = []
 
     def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
@@ -57,6 +58,10 @@ def supervise() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         running.communicate()
 
 
+def below(process: int) -> list[int]:
+    return [child.pid for child in psutil.Process(process).children(recursive=True)]
+
+
 def steps_logged(run: Path) -> list[int]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -72,7 +77,7 @@ def wait_until(condition: Callable[[], bool], running: subprocess.Popen[str]) ->
     until = time.monotonic() + 200
     while not condition():
         assert running.poll() is None, running.communicate()
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, "not within 200 s"
         time.sleep(0.01)
 
 
@@ -84,14 +89,14 @@ def wait_until(condition: Callable[[], bool], running: subprocess.Popen[str]) ->
         ("stopped rank", "launcher", "rank"),
     ],
 )
-def test_run_ends_as_if_nobody_had_disturbed_it(victims, supervise, overrides, tmp_path):
-    """kill -9 of a rank, SIGSTOP of a rank, kill -9 of the launcher, each mid-run; then the end."""
+def test_a_killed_run_ends_like_an_undisturbed_one(victims, supervise, overrides, tmp_path):
+    """kill -9 of a rank, SIGSTOP of a rank, kill -9 of the launcher, each in the middle."""
     config = load_config(
         EMBEDDED, [*overrides, f"output_dir={tmp_path}", "name=whole", "data.num_workers=0"]
     )
     whole, _ = train_in_ranks(config, 2)
     run = tmp_path / "killed"
-    # Not much longer than a healthy start takes, where a hang is to be waited for.
+    # Not much longer than a healthy start takes, since the test waits for the hang to be noticed.
     timeout = ["watchdog.timeout_seconds=12"] if "stopped rank" in victims else []
     options = ("--ranks", 2, "--backoff-seconds", 0.1, "--max-restarts", 1)
     running = supervise(
@@ -132,7 +137,7 @@ def test_run_ends_as_if_nobody_had_disturbed_it(victims, supervise, overrides, t
     assert steps == sorted(set(steps))
     assert all(0.1 <= each["seconds_down"] < 60 for each in restarts)
 
-    # Steps done twice are the same twice, and all are those of a run that nobody disturbed.
+    # Repeated steps have equal losses, and all losses are those of the undisturbed run.
     assert losses_in(run / "metrics.jsonl") == sorted(whole.items())
     undone = losses_in(run / "metrics_undone.jsonl")
     assert undone
@@ -143,7 +148,7 @@ def test_run_ends_as_if_nobody_had_disturbed_it(victims, supervise, overrides, t
 
 
 @pytest.mark.slow
-def test_users_error_is_not_tried_again(supervise, overrides, tmp_path):
+def test_a_users_error_is_not_retried(supervise, overrides, tmp_path):
     running = supervise(
         *(
             "--ranks",
@@ -161,7 +166,7 @@ def test_users_error_is_not_tried_again(supervise, overrides, tmp_path):
 
 
 @pytest.mark.slow
-def test_asked_to_leave_it_does_not_start_again(supervise, overrides, tmp_path):
+def test_a_preempted_run_is_not_restarted(supervise, overrides, tmp_path):
     running = supervise("--ranks", 2, EMBEDDED, *overrides, f"output_dir={tmp_path}")
     wait_until(lambda: len(steps_logged(tmp_path / "embedded")) > 2, running)
     everything = below(running.pid)

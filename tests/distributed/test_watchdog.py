@@ -22,7 +22,7 @@ from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.resilience.watchdog import summarize, watched
 from ds_linclip.trainer import train
 from helpers import EMBEDDED
-from linclip_launch.process_tree import is_running
+from linclip_launch.supervise import is_running
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 TIMEOUT = 5.0

@@ -1,9 +1,8 @@
 """Two hosts on one machine: ``node1`` and ``node2``, joined by a cable, each with a real sshd.
 
-Each has network, processes, mounts and host name of its own (Linux namespaces), so that what is
-killed, listened to and logged in to on one of them leaves the other and this machine alone. The
-file system is this machine's: what a cluster's shared one would be. Nothing of it has a name on
-this machine, and it all ends with the process that made it.
+Each has its own network, processes, mounts and host name (Linux namespaces), so that processes,
+ports and logins of one do not affect the other or this machine. The file system is this machine's,
+like the shared one of a cluster. The namespaces end with the process that created them.
 """
 
 import contextlib
@@ -30,11 +29,11 @@ SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 @dataclass
 class TwoHosts:
-    """The hosts, by name.
+    """Two hosts.
 
     Attributes:
         folder: Keys, configs and ``hostfile``; ``node1.log`` and ``node2.log`` are their sshd's.
-        names: Host names, the same ones for ssh, pdsh and sockets.
+        names: Host names, the same for ssh, pdsh and sockets.
         addresses: IPv4 addresses by name; the interface is ``eth0`` on both.
     """
 
@@ -56,7 +55,7 @@ class TwoHosts:
     ) -> subprocess.Popen[str]:
         """Start a command on a host, as from a shell there; its output is piped, as text.
 
-        The process returned stands outside: signal those that :meth:`processes` names.
+        The process returned is outside of the host: send signals to those of :meth:`processes`.
         """
         return subprocess.Popen(
             [*self._enter(host, cwd), *map(str, command)],
@@ -76,7 +75,7 @@ class TwoHosts:
         timeout: float = 240,
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host to its end; one that takes longer is killed, with the hosts."""
+        """Run a command on a host; after the limit it is killed, with the hosts."""
         with self.start(host, *command, cwd=cwd, **environment) as running:
             try:
                 out, err = running.communicate(timeout=timeout)
@@ -87,12 +86,12 @@ class TwoHosts:
         return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
     def processes(self, host: str) -> dict[int, str]:
-        """What runs on a host beside its init and sshd: command lines by pid, that of outside."""
+        """Return the command lines on a host except init and sshd, by the pid on this machine."""
         found = self._in_namespace(host)
         return {pid: line for pid, line in found.items() if pid not in self._own[host]}
 
     def power_off(self, host: str) -> None:
-        """Kill everything on a host at once; the cable stays, and nobody answers at its end."""
+        """Kill everything on a host at once; the link stays up, but nothing answers."""
         self._unshared[host].kill()
         self._unshared[host].wait()
 
@@ -120,17 +119,17 @@ class TwoHosts:
         self._own[host] = set(self._in_namespace(host))
 
     def link(self, host: str, state: str) -> None:
-        """Take the cable out at a host (``down``), or put it back (``up``): nobody is told."""
+        """Unplug the cable of a host (``down``), or plug it in (``up``), without any message."""
         subprocess.run([*self._wire(host), "ip", "link", "set", "eth0", state], check=True)
 
     def close(self) -> None:
-        """End all of it."""
+        """End the hosts and all their processes."""
         for process in (*self._unshared.values(), *self._networks.values()):
             process.kill()
             process.wait()
 
     def open(self) -> None:
-        """Make the hosts; called by :func:`two_hosts`."""
+        """Create the hosts; called by :func:`two_hosts`."""
         for host in self.names:
             self._networks[host] = subprocess.Popen(
                 ["unshare", "--net", "sleep", "infinity"], preexec_fn=end_with_parent
@@ -150,7 +149,7 @@ class TwoHosts:
             self.power_on(host)
 
     def _write_ssh(self) -> None:
-        """One key for host and user on each; they know each other's, and nobody else's."""
+        """Write one key per host, for host and user; each host accepts these two keys only."""
         sshd = shutil.which("sshd", path=SEARCHED)
         known = [f"{address} {host}" for host, address in self.addresses.items()]
         (self.folder / "hosts").write_text("127.0.0.1 localhost\n" + "\n".join(known) + "\n")
@@ -174,7 +173,7 @@ class TwoHosts:
                 "StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
                 "PermitRootLogin yes\nUsePAM no\nPidFile none\nMaxStartups 100\n"
             )
-            # bash stays: as process 1 it takes in what loses its parent.
+            # bash stays: as process 1 it adopts orphans.
             (folder / "init").write_text(
                 textwrap.dedent(f"""\
                 set -e
@@ -197,7 +196,7 @@ class TwoHosts:
         return [*target, "--net", "--uts", "--mount", "--pid", f"--wdns={cwd or Path.cwd()}", "--"]
 
     def _init(self, host: str) -> int | None:
-        """Process 1 of a host, by its number outside."""
+        """Return the pid of a host's process 1 on this machine."""
         unshared = self._unshared[host].pid
         with contextlib.suppress(FileNotFoundError):
             children = Path(f"/proc/{unshared}/task/{unshared}/children").read_text().split()
@@ -210,7 +209,7 @@ class TwoHosts:
             return {}
         space = os.readlink(f"/proc/{init}/ns/pid")
         for process in Path("/proc").glob("[0-9]*"):
-            # Permission: a process of this machine that is none of ours.
+            # PermissionError: a process that belongs to somebody else.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 state = (process / "stat").read_text().rpartition(")")[2].split()[0]
                 if state not in "ZX" and os.readlink(process / "ns" / "pid") == space:
@@ -235,13 +234,13 @@ class TwoHosts:
 
 @contextlib.contextmanager
 def two_hosts(folder: Path) -> Iterator[TwoHosts]:
-    """Two hosts, for as long as the context lasts; skips the test where they cannot be made.
+    """Yield two hosts; skip the test where they cannot be created.
 
     Args:
         folder: Empty; for keys, configs and logs.
     """
     if os.geteuid() != 0:
-        pytest.skip("two hosts need root, to make namespaces")
+        pytest.skip("two hosts need root, to create namespaces")
     missing = [name for name in PROGRAMS if shutil.which(name, path=SEARCHED) is None]
     if missing:
         pytest.skip(f"two hosts need {', '.join(missing)} (openssh-server, pdsh, iproute2)")

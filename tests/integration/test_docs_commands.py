@@ -26,7 +26,7 @@ PAGES = [page for page in PAGES if page.name != "experiments.md"]
 #: Marks a block that cannot be run here; replacements of commands that take long.
 NEEDS = re.compile(r"^# needs (a cluster|\d+ GPUs|docker|the web)", re.IGNORECASE | re.MULTILINE)
 INSTEAD = [
-    (re.compile(r"^deepspeed (?:--\S+ \S+ )*linclip_launch.train (.*)$", re.MULTILINE),
+    (re.compile(r"^deepspeed (?:--\S+ \S+ )*--module linclip_launch.train (.*)$", re.MULTILINE),
      r"python -m linclip_launch.train \1 --dry-run --devices 64"),
     (re.compile(r"^make (data/embedded)$", re.MULTILINE), r"ds-linclip make-shards digits \1"),
     (re.compile(r"^make ", re.MULTILINE), ": make "),  # tests/test_docs.py asks for them

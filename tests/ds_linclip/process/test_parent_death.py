@@ -1,17 +1,18 @@
-"""What a killed process has started ends with it, multiprocessing's server included."""
+"""Everything below a killed process ends with it, multiprocessing's fork server included."""
 
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
-from linclip_launch.process_tree import below, is_running
+from linclip_launch.supervise import is_running
 
 pytestmark = [
     pytest.mark.faults,
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's"),
+    pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's"),
 ]
 
 #: A launcher that starts a rank; the rank has a data worker and a pool of processes.
@@ -42,12 +43,13 @@ def test_nothing_outlives_a_killed_launcher():
         [sys.executable, "-c", LAUNCHER, RANK], stdout=subprocess.PIPE, text=True
     )
     assert launcher.stdout.readline() == "ready\n"
-    everything = [launcher.pid, *below(launcher.pid)]
+    below = psutil.Process(launcher.pid).children(recursive=True)
+    everything = [launcher.pid, *(process.pid for process in below)]
     # Launcher, rank, data worker, forkserver, its resource tracker, two of the pool.
     assert len(everything) >= 6
     launcher.kill()
-    begun = time.monotonic()
+    started = time.monotonic()
     launcher.wait()
     while any(map(is_running, everything)):
-        assert time.monotonic() - begun < 15, [p for p in everything if is_running(p)]
+        assert time.monotonic() - started < 15, [p for p in everything if is_running(p)]
         time.sleep(0.02)

@@ -6,40 +6,39 @@ from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
 from ds_linclip.config import Config, ParallelConfig, TrainConfig
 from ds_linclip.resilience.restart_policy import (
-    Answer,
     Restart,
     Slots,
-    ask_hosts,
     choose_hosts,
     format_slots,
     newest_step,
     read_hostfile,
-    record,
+    record_restart,
+    restart_reason,
     select_slots,
-    verdict,
 )
+from linclip_launch.remote_hosts import HostReply, run_on_hosts
 
 
 @pytest.mark.parametrize(
-    ("exit_code", "is_complete", "starts_again", "reason"),
+    ("exit_code", "is_complete", "reason"),
     [
-        (0, True, False, "finished"),
-        (0, False, True, "the launcher was killed"),
-        (1, False, True, "failed with exit code 1"),
-        (2, False, False, "the user's to mend"),
-        (3, False, False, "diverged"),
-        (75, False, False, "asked to leave"),
-        (76, False, True, "hung"),
-        (137, False, True, "a rank was ended by signal 9"),
-        (100, False, True, "failed with exit code 100"),
-        (247, False, True, "a rank was ended by signal 9"),
-        (255, False, True, "a host was lost"),
-        (245, False, True, "a rank was ended by signal 11"),
-        (-9, False, True, "the launcher was ended by signal 9"),
+        (0, True, None),
+        (0, False, "the launcher was killed"),
+        (1, False, "failed with exit code 1"),
+        (2, False, None),
+        (3, False, None),
+        (75, False, None),
+        (76, False, "hung"),
+        (137, False, "a rank was ended by signal 9"),
+        (100, False, "failed with exit code 100"),
+        (247, False, "a rank was ended by signal 9"),
+        (255, False, "a host was lost"),
+        (245, False, "a rank was ended by signal 11"),
+        (-9, False, "the launcher was ended by signal 9"),
     ],
 )
-def test_exit_code_decides(exit_code, is_complete, starts_again, reason):
-    assert verdict(exit_code, is_complete=is_complete) == (starts_again, reason)
+def test_exit_code_decides_whether_to_restart(exit_code, is_complete, reason):
+    assert restart_reason(exit_code, is_complete=is_complete) == reason
 
 
 def config_of(batch: int, micro_batch: int | None = None, **axes: int | None) -> Config:
@@ -65,7 +64,7 @@ def slots(**counts: int) -> Slots:
         (config_of(64), {"a": [0, 3], "b": [1, 2, 5]}, {"a": [0, 3], "b": [1, 2]}),
     ],
 )
-def test_most_ranks_that_fit(config, hosts, expected):
+def test_as_many_ranks_as_fit_are_chosen(config, hosts, expected):
     assert choose_hosts(config, hosts) == expected
 
 
@@ -79,7 +78,7 @@ def test_most_ranks_that_fit(config, hosts, expected):
         (config_of(8), {"a": 8, "b": 8}, 2, r"--min-nodes \(2\) hosts must have ranks"),
     ],
 )
-def test_nothing_fits(config, hosts, min_nodes, message):
+def test_hosts_on_which_nothing_fits_are_refused(config, hosts, min_nodes, message):
     with pytest.raises(ValueError, match=message):
         choose_hosts(config, slots(**hosts), min_nodes)
 
@@ -118,27 +117,27 @@ def test_slots_are_selected_as_deepspeed_selects_them(include, exclude):
         ("d", "", r"--include \(d\): host d must be in the hostfile \(a, b\)"),
         ("a@b:4", "", r"--include \(a@b:4\): host b has 4 slots, numbered from 0"),
         ("b:x", "", r"'b:x' must be host or host:slot,slot"),
-        ("", "a@b", r"--exclude \(a@b\) must leave a slot or more"),
+        ("", "a@b", r"--exclude \(a@b\) must leave at least one slot"),
         ("a", "b", r"--include \(a\) and --exclude \(b\) exclude each other"),
     ],
 )
-def test_slots_that_are_not_there_are_refused(include, exclude, message):
+def test_slots_that_do_not_exist_are_refused(include, exclude, message):
     with pytest.raises(ValueError, match=message):
         select_slots({"a": 2, "b": 4}, include, exclude)
 
 
-def test_hosts_are_asked_at_once_and_in_time(tmp_path):
-    """A host that says no, one that never answers, one that is well, one without the command."""
+def test_hosts_reply_at_the_same_time_and_within_the_limit(tmp_path):
+    """A host with an error, a silent one, a healthy one, one without the command."""
     script = tmp_path / "check"
     script.write_text("case $1 in slow) exec sleep 60;; no) echo why >&2; exit 1;; esac; echo yes")
-    begun = time.monotonic()
+    started = time.monotonic()
     commands = {host: ["bash", str(script), host] for host in ("no", "slow", "well")}
-    answers = ask_hosts({**commands, "other": ["/no/such/command"]}, timeout=2)
-    assert answers["no"] == Answer(False, "why")
-    assert answers["slow"] == Answer(False, "no answer in 2 s")
-    assert answers["well"] == Answer(True, "yes")
-    assert not answers["other"].is_good
-    assert time.monotonic() - begun < 10
+    replies = run_on_hosts({**commands, "other": ["/no/such/command"]}, timeout=2)
+    assert replies["no"] == HostReply(False, "why")
+    assert replies["slow"] == HostReply(False, "no answer in 2 s")
+    assert replies["well"] == HostReply(True, "yes")
+    assert not replies["other"].is_ok
+    assert time.monotonic() - started < 10
 
 
 def test_newest_step_is_that_of_a_committed_checkpoint(tmp_path):
@@ -152,7 +151,7 @@ def test_newest_step_is_that_of_a_committed_checkpoint(tmp_path):
 def test_restarts_are_lines_of_json(tmp_path):
     facts = {"exit_code": 247, "reason": "why", "ranks": 2, "hosts": None, "step": 20}
     for second in (1.0, 2.0):
-        record(tmp_path / "run", Restart(time=second, seconds_down=0.5, **facts))
+        record_restart(tmp_path / "run", Restart(time=second, seconds_down=0.5, **facts))
     lines = (tmp_path / "run" / "restarts.jsonl").read_text().splitlines()
     assert [json.loads(x) for x in lines] == [
         {"time": second, "seconds_down": 0.5, **facts} for second in (1.0, 2.0)

@@ -34,7 +34,7 @@ def start(model: Path, images: Path, out: Path, ranks: int) -> subprocess.Popen[
     launch = [Path(sys.executable).parent / "torchrun", f"--nproc-per-node={ranks}", "--standalone"]
     arguments = ["zero-shot", model, "--data", images, "--classes", "imagenet-22k"]
     more = ["--templates", "openai", "--out", out, "--num-workers", "0"]
-    command = [*launch, "linclip_launch.eval", *arguments, *more]
+    command = [*launch, "-m", "linclip_launch.eval", *arguments, *more]
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=REPOSITORY,

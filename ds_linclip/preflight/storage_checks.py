@@ -1,0 +1,204 @@
+"""Checks of what the nodes share: the output folder, the training data, the held-out data."""
+
+import os
+import shutil
+import tarfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from ds_linclip.config import Config
+from ds_linclip.data import Storage, find_shards
+from ds_linclip.data.remote import redact
+from ds_linclip.data.shard_index import expand
+from ds_linclip.preflight.rendezvous import Rendezvous
+from ds_linclip.preflight.table import CheckResult, problems_if
+from ds_linclip.preflight.verdicts import format_range, plural
+
+__all__ = ["check_held_out_data", "check_output_folder", "check_training_data"]
+
+_FILE_SIZE = 2**20  # bytes that every rank writes
+#: Seconds in which a file server may still answer from what it knew before a file was written.
+_VISIBLE_WITHIN = 30.0
+#: Seconds for an fsync of one MiB from which on to warn.
+_SLOW_SYNC = 1.0
+
+
+def check_output_folder(rendezvous: Rendezvous, config: Config) -> CheckResult:
+    """Check that all ranks write into and see one folder.
+
+    Rank 0 creates it in the run folder where there is one, else in ``output_dir``, and removes it.
+    """
+    above = config.run_dir if config.run_dir.is_dir() else Path(config.output_dir)
+    created: list[Path] = []  # on rank 0
+
+    def create() -> str:
+        folder = above / f".preflight-{uuid.uuid4().hex}"
+        created.extend([folder, *(each for each in (above, *above.parents) if not each.exists())])
+        folder.mkdir(parents=True)
+        return str(folder)
+
+    rule = f"output_dir ({config.output_dir}) must be writable"
+    remedy = "give this user the permission to write there, or choose another output_dir"
+    seconds: dict[str, float] = {}
+    try:
+        results = rendezvous.gather("create a folder", create, [0])
+        problems = problems_if(results.failures(), rule, remedy)
+        if not problems:
+            folder, hosts, rank = Path(results.values[0]), rendezvous.hosts, rendezvous.rank
+            rule = f"output_dir ({config.output_dir}) must be one folder, which all hosts see"
+            remedy = "put it on storage that all hosts mount at the same place"
+            written = rendezvous.gather("write", partial(_write, folder, hosts, rank))
+            seconds, writers = written.by_host(max), list(written.values)
+            read = rendezvous.gather("read", partial(_read, folder, hosts, rank, writers), writers)
+            problems = problems_if(written.failures() + read.failures(), rule, remedy)
+    finally:
+        for path in created[:1]:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in created[1:]:
+            with suppress(OSError):  # not empty any more
+                path.rmdir()
+
+    found = config.output_dir
+    if not problems:
+        found += f": written and seen by all; 1 MiB synced in {format_range(seconds, 1e3)} ms"
+    slow = [
+        (host, f"{each:.1f} s to sync 1 MiB") for host, each in seconds.items() if each > _SLOW_SYNC
+    ]
+    problems += problems_if(
+        slow,
+        f"at most {_SLOW_SYNC:g} s: a checkpoint is synced before it counts",
+        "check that storage's load, or choose another output_dir",
+        is_warning=True,
+    )
+    figures = {"fsync_seconds": seconds}
+    return CheckResult(check="output folder", found=found, problems=problems, figures=figures)
+
+
+def _write(folder: Path, hosts: Sequence[str], rank: int) -> float:
+    """Write this rank's file; return the seconds until it is on the disk."""
+    try:
+        # The folder is not created here: on another storage that would hide the difference.
+        with _file_of(folder, rank).open("xb") as file:
+            file.write(_content_of(hosts, rank))
+            file.flush()
+            started = time.perf_counter()
+            os.fsync(file.fileno())
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}, which {hosts[0]} has created, is not there") from error
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
+    return time.perf_counter() - started
+
+
+def _read(folder: Path, hosts: Sequence[str], rank: int, writers: Sequence[int]) -> None:
+    """Wait until the files of all writers are visible, and read that of the next host.
+
+    Raises:
+        ValueError: naming the hosts whose files are not seen, or differ.
+    """
+    until = time.monotonic() + _VISIBLE_WITHIN
+    while True:
+        names = {path.name for path in folder.iterdir()}
+        unseen = [each for each in writers if _file_of(folder, each).name not in names]
+        if not unseen:
+            break
+        if time.monotonic() > until:
+            missing = ", ".join(dict.fromkeys(hosts[each] for each in unseen))
+            raise ValueError(f"{folder}: files of {missing} not seen after {_VISIBLE_WITHIN:.0f} s")
+        time.sleep(0.1)
+    others = [each for each in writers if hosts[each] != hosts[rank]]
+    other = min((each for each in others if each > rank), default=(others or [rank])[0])
+    if _file_of(folder, other).read_bytes() != _content_of(hosts, other):
+        raise ValueError(f"{folder}: a file reads otherwise than {hosts[other]} has written it")
+
+
+def _file_of(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}"
+
+
+def _content_of(hosts: Sequence[str], rank: int) -> bytes:
+    line = f"rank {rank} of {hosts[rank]}\n".encode()
+    return line * (_FILE_SIZE // len(line))
+
+
+def check_training_data(rendezvous: Rendezvous, config: Config) -> CheckResult:
+    """Find all shards on rank 0, as training does; open the first of each source on every host."""
+    rule = "all shards must be there, and the first of every source readable on every host"
+    remedy = "fix data.train, or mount it, or give the host its credentials and network"
+    shards = rendezvous.gather("all shards", partial(_count_shards, config), [0])
+    opened = rendezvous.gather(
+        "first shards", partial(_open_first_shards, config), rendezvous.leaders
+    )
+    problems = problems_if(shards.failures() + opened.failures(), rule, remedy)
+    found = ""
+    if not problems:
+        num_samples, num_shards, num_sources = shards.values[0]
+        found = (
+            f"{plural(num_samples, 'sample')} in {plural(num_shards, 'shard')} of "
+            f"{plural(num_sources, 'source')}; first shards opened in "
+            f"{format_range(opened.by_host(max), 1e3)} ms"
+        )
+    return CheckResult(check="training data", found=found, problems=problems)
+
+
+def _count_shards(config: Config) -> tuple[int, int, int]:
+    """Return the numbers of samples, shards and sources; raise ValueError for a missing shard."""
+    storage = Storage(config.data.cache, config.data.network)
+    groups = find_shards(config.data.train, storage)
+    shards = [shard for group in groups for shard in group.shards]
+    return sum(shard.num_samples for shard in shards), len(shards), len(config.data.train)
+
+
+def _open_first_shards(config: Config) -> float:
+    """Read the head of the first shard of every source; return the seconds of the slowest.
+
+    Raises:
+        ValueError: naming the shard, when it is not there, cannot be read or is no tar file.
+    """
+    storage = Storage(config.data.cache, config.data.network)
+    slowest = 0.0
+    for source in config.data.train:
+        name = f"data.train ({redact(source.shards)})"
+        url = expand(source.shards, name)[0]
+        started = time.perf_counter()
+        try:
+            tarfile.TarInfo.frombuf(storage.head(url)[:512], "utf-8", "replace")
+        except tarfile.TarError as error:
+            raise ValueError(f"{name}: {redact(url)} is no tar file: {error}") from error
+        except OSError as error:
+            raise ValueError(f"{name}: {redact(url)} cannot be opened: {error}") from error
+        slowest = max(slowest, time.perf_counter() - started)
+    storage.check([source.shards for source in config.data.train])
+    return slowest
+
+
+def check_held_out_data(
+    rendezvous: Rendezvous, folder: str, open_evaluation: Callable[[], object]
+) -> CheckResult:
+    """Open the held-out data on every host.
+
+    Args:
+        rendezvous: All ranks; one of each host opens the data.
+        folder: ``eval.data``.
+        open_evaluation: Opens it; raises ValueError when it cannot be scored.
+    """
+
+    def seconds_to_open() -> float:
+        started = time.perf_counter()
+        open_evaluation()
+        return time.perf_counter() - started
+
+    results = rendezvous.gather("held-out data", seconds_to_open, rendezvous.leaders)
+    problems = problems_if(
+        results.failures(),
+        f"eval.data ({folder}) must be readable on every host",
+        "fix eval.data, or mount it there",
+    )
+    found = folder
+    if results.values:
+        found += f" opened in {format_range(results.by_host(max))} s"
+    return CheckResult(check="held-out data", found=found, problems=problems)
