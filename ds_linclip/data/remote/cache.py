@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from ds_linclip.data.remote.backends import RemoteError
 from ds_linclip.data.remote.urls import redact
-from ds_linclip.process.atomic import atomic_file
+from ds_linclip.process.atomic import atomic_file, sync
 
 __all__ = ["CacheError", "DiskCache"]
 
@@ -114,7 +114,7 @@ class DiskCache:
         path = self._path(url)
         # The temporary file stays locked until the copy is open.
         with self._local_errors(), ExitStack() as until_open:
-            with atomic_file(path, durable=True) as partial:
+            with atomic_file(path) as partial:
                 reserved = size or 0
                 file = until_open.enter_context(self._reserve(url, partial, reserved, wait=wait))
                 for block in blocks:
@@ -124,6 +124,9 @@ class DiskCache:
                         reserved = end
                     file.write(block)
                 file.flush()
+                sync(partial)  # or a copy could be empty after a power cut
+                # Another process that counts the files would miss one that is renamed meanwhile.
+                until_open.enter_context(self._folder_locked())
             copy = self.open(url)
             if copy is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))

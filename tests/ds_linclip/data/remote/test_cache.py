@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from ds_linclip.data.remote import Storage
 from ds_linclip.data.remote.backends import RemoteError
@@ -207,6 +208,27 @@ def test_copy_open_here_survives_that_a_forked_process_closes_it(
     storage.open(urls[1]).close()
     done.set()
     child.join(timeout=30)
+
+
+def test_copy_appears_only_while_nobody_counts_the_files(tmp_path: Path) -> None:
+    written, counting = threading.Event(), threading.Event()
+
+    def blocks() -> Iterator[bytes]:
+        yield bytes(MB)
+        written.set()
+        counting.wait()
+
+    cache = DiskCache(str(tmp_path / "cache"), 0.5)
+    arguments = ("http://host/0.tar", MB, blocks())
+    writer = threading.Thread(target=lambda: cache.store(*arguments).close())
+    writer.start()
+    written.wait()
+    with FileLock(tmp_path / "cache" / "shard-cache.lock"):
+        counting.set()
+        time.sleep(0.3)
+        assert [path.suffix for path in cached_files(tmp_path)] == [".tmp"]
+    writer.join(timeout=30)
+    assert [path.suffix for path in cached_files(tmp_path)] == [".tar"]
 
 
 def test_full_disk_is_named(tmp_path: Path) -> None:
