@@ -28,6 +28,7 @@ from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
 from benchmarks import REPOSITORY, results_folder
+from benchmarks.data import loaders
 from benchmarks.data.loaders import Settings, Throughput
 from benchmarks.data.report import RATES, DataReport, DataRow, Requirement
 from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write_train_shard
@@ -38,6 +39,7 @@ MEASURED = ("ds_linclip/data", "benchmarks/data")
 #: webdataset of this project its loader ends in KeyError: 'fname': it does not know the mark that
 #: newer versions put at the end of every shard.
 OPEN_CLIP_PACKAGES = ("webdataset==0.2.86", "pandas")
+LOADERS_SCRIPT = loaders.__file__
 NUM_SHARDS = 4
 BAD_SHARE = 0.05
 #: Sides of the crops from the sample photos, which are 427 pixels high: at their smallest a 256 px
@@ -242,9 +244,8 @@ def measure_apart(python: Path, settings: Settings) -> Throughput:
     Raises:
         CalledProcessError: with the process's standard error, when it fails.
     """
-    script = Path(__file__).with_name("loaders.py")
     done = subprocess.run(
-        [python, script, json.dumps(asdict(settings))],
+        [python, LOADERS_SCRIPT, json.dumps(asdict(settings))],
         check=True,
         capture_output=True,
         text=True,

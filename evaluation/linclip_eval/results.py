@@ -50,7 +50,7 @@ def write_report(
         title: Heading of the summary; the pictures are captioned with it.
         sections: The summary below the title, Markdown, with links to the pictures.
         facts: From :func:`ds_linclip.provenance.run_facts`, and further conditions by name.
-        tables: File name -> rows of a CSV file, at least one, with the same fields in each.
+        tables: File name -> rows of a CSV file, with the same fields in each.
         table_facts: Facts that every row of the tables repeats.
         figures: File name -> picture.
         numbers: What ``results.json`` holds beside title and facts; not written without them.
@@ -143,7 +143,7 @@ def _to_csv(
     """Return rows as CSV, floats with six significant digits."""
     records = [{**(asdict(row) if is_dataclass(row) else row), **facts} for row in rows]
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(records[0]))
+    writer = csv.DictWriter(text, list(records[0]) if records else [])
     writer.writeheader()
     for record in records:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in record.items()})

@@ -127,13 +127,14 @@ def test_command_measures_counts_and_writes(
 
 
 def test_a_failing_measurement_is_reported_in_one_line(
+    bench: ModuleType,
     command: Callable[..., int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
     (tmp_path / "loaders.py").write_text("raise SystemExit('error: no such loader')")
-    monkeypatch.setattr(Path, "with_name", lambda path, name: tmp_path / "loaders.py")
+    monkeypatch.setattr(bench, "LOADERS_SCRIPT", tmp_path / "loaders.py")
     assert command(tmp_path / "out", "--without-open-clip") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no such loader"
     assert not list((tmp_path / "out").iterdir())
