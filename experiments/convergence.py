@@ -2,7 +2,7 @@
 
 ``python -m experiments.convergence OUTPUT_FOLDER`` trains on the embedded dataset, one process per
 core, and writes runs.jsonl, table.md and figure.png into OUTPUT_FOLDER, and the common settings
-into config.yaml. Runs already in runs.jsonl are not repeated, so an interrupted study goes on
+into config.yaml. Runs already in runs.jsonl are not repeated, so an interrupted study continues
 where it stopped; other settings need another folder.
 """
 

@@ -1,7 +1,7 @@
 """Table and picture of a convergence study: runs of several variants and seeds.
 
-Every run is one JSON object on a line of its own, with the fields of :class:`ConvergenceRun`. Intervals are
-two-sided 95 % Student t-intervals of the mean over seeds.
+Every run is one JSON object on a line of its own, with the fields of :class:`ConvergenceRun`.
+Intervals are two-sided 95 % Student t-intervals of the mean over seeds.
 """
 
 import json
@@ -75,21 +75,19 @@ def read_runs(path: str | Path) -> list[ConvergenceRun]:
         ValueError: for a line that is no JSON object or lacks a field, or a file without runs.
     """
     runs = []
+    names = [field.name for field in fields(ConvergenceRun)]
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            runs.append(
-                ConvergenceRun(
-                    **{field.name: entry[field.name] for field in fields(ConvergenceRun)}
-                )
-            )
+            runs.append(ConvergenceRun(**{name: entry[name] for name in names}))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: must be JSON: {error}") from error
         except (KeyError, TypeError) as error:
-            names = ", ".join(field.name for field in fields(ConvergenceRun))
-            raise ValueError(f"{path}, line {number} ({line}) must hold {names}") from error
+            raise ValueError(
+                f"{path}, line {number} ({line}) must hold {', '.join(names)}"
+            ) from error
     if not runs:
         raise ValueError(f"{path} (0 runs) must hold at least one run")
     return runs

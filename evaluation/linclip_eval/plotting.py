@@ -81,6 +81,6 @@ def add_legend(owner: Figure | Axes, handles: Sequence[Artist] | None = None) ->
 
 
 def add_caption(figure: Figure, text: str) -> None:
-    """Write a quiet line or more above the panels: what a picture shows, and where it comes from."""
+    """Write the subject and the origin of a picture above its panels, in a quiet colour."""
     lines = textwrap.fill(text, width=int(14 * figure.get_figwidth()))
     figure.suptitle(lines, x=0.01, ha="left", fontsize=8.5, color=MUTED)
