@@ -52,8 +52,9 @@ def draw_times(scaling: Scaling, *, of: str = "a call") -> Figure:
     def draw(axes: Axes, what: str, direction: str) -> None:
         for name in scaling.attentions[what]:
             line = scaling.line(what, direction, name)
-            lengths = sorted(line)
-            style = _style(name)
+            if not line:
+                continue
+            lengths, style = sorted(line), _style(name)
             axes.plot(lengths, [line[n].seconds for n in lengths], **style)
             low, high = [line[n].low for n in lengths], [line[n].high for n in lengths]
             axes.fill_between(lengths, low, high, color=style["color"], alpha=0.2, linewidth=0)
@@ -89,8 +90,9 @@ def draw_memory(scaling: Scaling) -> Figure:
     def draw(axes: Axes, what: str, direction: str) -> None:
         for name in scaling.attentions[what]:
             line = scaling.line(what, direction, name)
-            lengths = sorted(line)
-            axes.plot(lengths, [line[n].peak_bytes for n in lengths], **_style(name))
+            if line:
+                lengths = sorted(line)
+                axes.plot(lengths, [line[n].peak_bytes for n in lengths], **_style(name))
 
     return _draw_panels(scaling, draw, [], "peak memory of a call", "B")
 
@@ -121,8 +123,9 @@ def _draw_panels(
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(EngFormatter(unit=unit))
             axes.yaxis.set_minor_formatter(NullFormatter())
-            low, high = np.log10(axes.get_ylim())
-            axes.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))  # whole decades have labels
+            if axes.lines:
+                low, high = np.log10(axes.get_ylim())
+                axes.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))  # whole decades have labels
             dress(
                 axes,
                 f"{what}, {direction}",

@@ -16,8 +16,10 @@ from torch.autograd.profiler import profile
 
 from linclip_eval.runtime.fit import CallCost, RuntimePoint
 
-__all__ = ["Inputs", "Limits", "Workload", "measure", "measure_in_turn", "peak_bytes"]
+__all__ = ["FAILED", "Inputs", "Limits", "Workload", "measure", "measure_in_turn", "peak_bytes"]
 
+#: First word of the reason where a call failed.
+FAILED = "failed"
 #: Longest sequence of the first, unreported calls: they compile, and later calls are predicted
 #: from them.
 _FIRST_LOOK = 1024
@@ -382,4 +384,4 @@ def _num_bytes(inputs: Inputs) -> int:
 def _in_words(error: RuntimeError) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    return f"failed ({str(error).strip().partition(chr(10))[0][:100]})"
+    return f"{FAILED} ({str(error).strip().partition(chr(10))[0][:100]})"
