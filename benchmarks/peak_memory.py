@@ -20,7 +20,7 @@ class PeakMemory:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         else:
-            # What is free but held would be used again unseen.
+            # Reuse of memory that is free but held would not show in the resident set.
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # restarts the peak resident set
         self._before = self._peak()

@@ -110,7 +110,7 @@ class ContextReport:
         )
 
     def values(self, field: str, num_ranks: int) -> list[float]:
-        """Return, for every number of tokens, the most of all ranks: its median of repetitions."""
+        """Return the largest value of all ranks, its median over repetitions, for every N."""
         found = []
         for num_tokens in self.tokens:
             most: dict[int, float] = {}

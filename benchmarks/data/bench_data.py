@@ -35,7 +35,7 @@ from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write
 from ds_linclip.provenance import run_facts
 
 MEASURED = ("ds_linclip/data", "benchmarks/data")
-#: What open_clip_torch 3.3.0 asks for training, as far as its data module imports it. With the
+#: Packages that the data module of open_clip_torch 3.3.0 needs for training. With the
 #: webdataset of this project its loader ends in KeyError: 'fname': it does not know the mark that
 #: newer versions put at the end of every shard.
 OPEN_CLIP_PACKAGES = ("webdataset==0.2.86", "pandas")

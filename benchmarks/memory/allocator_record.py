@@ -30,7 +30,7 @@ class AllocatorRecord:
     """
 
     def __enter__(self) -> "AllocatorRecord":
-        # What other threads free would not be counted otherwise: gloo's, for example.
+        # Otherwise memory that other threads free, such as gloo's, would not be counted.
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
         self._flag = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage")
         self._flag.value = True

@@ -59,7 +59,7 @@ def set_token_axis(axes: Axes, tokens: Sequence[int]) -> None:
 
     Args:
         axes: The panel.
-        tokens: All numbers of tokens that were asked for, ascending.
+        tokens: Numbers of tokens of the whole measurement, ascending.
     """
     axes.set_xscale("log")
     axes.set_xlim(0.7 * tokens[0], 1.4 * tokens[-1])

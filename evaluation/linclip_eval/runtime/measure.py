@@ -25,8 +25,8 @@ FAILED = "failed"
 _FIRST_LOOK = 1024
 #: Time that the warm-up of a point may take in addition, as a share of its runs.
 _WARMUP_SHARE = 0.1
-#: On a GPU, calls longer than this are timed one by one, and need no cleared cache.
-_LONG_CALL_SECONDS = 0.5
+#: On a GPU, calls longer than this are timed one by one: a cleared cache makes no difference.
+_LONG_CALL_SECONDS = 0.05
 
 #: Arguments of a call, and a gradient of its output.
 Inputs = tuple[tuple[Tensor, ...], Tensor]
@@ -251,7 +251,9 @@ class _Bench:
             try:
                 self._add_gpu_runs(self.trials[place], calls[place], limits)
             except RuntimeError as error:
-                del calls[place], self.trials[place]
+                del calls[place]
+                if not self.trials[place].runs:
+                    del self.trials[place]
                 self._record_failure(place, error)
         runs = [(call, self.trials[place].runs) for place, call in calls.items()]
         self._call_in_turn(runs, limits.runs, longest)
@@ -335,16 +337,15 @@ class _Bench:
         """Time calls that are not long, each with cold caches or in replays of a CUDA graph."""
         from triton.testing import do_bench, do_bench_cudagraph
 
-        shortest = min(trial.warmup)
+        shortest, room = min(trial.warmup), limits.runs - len(trial.runs)
         left = limits.max_seconds_per_point - sum(trial.runs)
-        if shortest > _LONG_CALL_SECONDS or left <= 0:
+        if shortest > _LONG_CALL_SECONDS or left <= 0 or room < 2:
             return
         if shortest < limits.graph_below_seconds:
             # It makes ten replays, each of the calls that take ``rep`` milliseconds.
             milliseconds = do_bench_cudagraph(call, rep=max(1, int(100 * left)), return_mode="all")
         else:
             milliseconds = do_bench(call, warmup=5, rep=max(1, int(1e3 * left)), return_mode="all")
-        room = limits.runs - len(trial.runs)
         trial.runs += [1e-3 * value for value in milliseconds[:room]]
 
     def _record_failure(self, place: _Place, error: RuntimeError) -> None:

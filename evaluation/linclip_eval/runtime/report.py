@@ -29,7 +29,7 @@ def write_runtime_report(
         points: At least one.
         facts: From :func:`ds_linclip.provenance.run_facts`.
         conditions: Limits and the like, as a sentence.
-        runs: Number of runs that were asked for at every point.
+        runs: Number of runs that were requested at every point.
 
     Returns:
         The text of summary.md.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from ds_linclip.config import ParallelConfig
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.__main__ import main
+from linclip_eval.runtime import measure as module
 from linclip_eval.runtime.fit import CallCost, RuntimePoint, Scaling, crossover, fit_slope
-from linclip_eval.runtime.measure import Inputs, Limits, measure, peak_bytes
+from linclip_eval.runtime.measure import Inputs, Limits, measure, measure_in_turn, peak_bytes
 from linclip_eval.runtime.subjects import ATTENTIONS, DIRECTIONS, SUBJECTS, Subject
 
 TOKENS = [2**i for i in range(8, 17)]
@@ -281,3 +283,46 @@ def test_folder_that_cannot_be_created_is_reported_in_one_line(tmp_path, capsys)
     (tmp_path / "file").write_text("")
     assert main(["runtime", "--out", str(tmp_path / "file"), "--device", "cpu"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+class Sleeper:
+    """Workload that sleeps for a millisecond, with 1000 sequences in the calls of long inputs."""
+
+    what, device, directions, growth = "sleep", torch.device("cpu"), ("inference",), {"softmax": 2}
+
+    def num_sequences(self, num_tokens: int) -> int:
+        return 1000 if num_tokens > 16 else 1
+
+    def inputs(self, num_tokens: int) -> Inputs:
+        return (torch.zeros(num_tokens),), torch.zeros(num_tokens)
+
+    def call(self, attention: str, direction: str, inputs: Inputs) -> Callable[[], object]:
+        return lambda: time.sleep(1e-3)
+
+
+def test_prediction_counts_the_sequences_of_a_call():
+    limits = Limits(runs=1, warmup=0, max_seconds_per_point=1000, max_seconds_per_call=0.9)
+    one, many = measure(Sleeper(), [16, 17], limits)
+    assert one.measured is not None
+    assert many.skipped.startswith("a call predicted to take")
+
+
+def test_every_workload_gets_a_share_of_the_time(monkeypatch):
+    limits = Limits(runs=1, warmup=0)
+    workloads = [Sleeper(), Sleeper()]
+    deadline = time.monotonic() + 1000
+    found = [
+        list(points) for points in measure_in_turn(workloads, 2, [16], limits, deadline=deadline)
+    ]
+    assert [len(points) for points in found] == [1, 2]
+    assert all(point.measured for point in found[-1])
+    deadlines = []
+
+    def record(workload: Sleeper, tokens: list[int], limits: Limits, *, deadline: float) -> list:
+        deadlines.append(deadline - time.monotonic())
+        return []
+
+    monkeypatch.setattr(module, "measure", record)
+    deadline = time.monotonic() + 1000
+    list(measure_in_turn(workloads, 2, [16], limits, deadline=deadline))
+    assert deadlines == pytest.approx([500, 1000], rel=0.1)
