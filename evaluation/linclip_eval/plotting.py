@@ -74,7 +74,8 @@ def add_legend(owner: Figure | Axes, handles: Sequence[Artist] | None = None) ->
     style = {"frameon": False, "fontsize": 9, "labelcolor": INK}
     if isinstance(owner, Figure):
         handles = list(handles or ())
-        columns = min(len(handles), max(1, int(owner.get_figwidth() / 1.6)))
+        longest = max((len(str(handle.get_label())) for handle in handles), default=0)
+        columns = min(len(handles), max(1, int(owner.get_figwidth() / (0.6 + 0.08 * longest))))
         owner.legend(handles=handles, loc="outside lower center", ncols=columns, **style)
     else:
         owner.legend(**({} if handles is None else {"handles": list(handles)}), **style)
