@@ -29,7 +29,7 @@ CHECKS = [Check("linclip Eq. 7", 77, "o", 1e-7, 1e-6)]
 def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """Run the benchmark in this process, in very few calls."""
     limits = {"max_seconds_per_point": 0.001, "quantiles": (0.2, 0.8)}
-    monkeypatch.setattr(bench_attention, "LIMITS", Limits(**limits))
+    monkeypatch.setattr(bench_attention, "LIMITS", {"cpu": Limits(**limits)})
     monkeypatch.setattr(bench_attention, "COPY_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(bench_attention, "CHECK_TOKENS", (15, 77))
     threads = torch.get_num_threads()
