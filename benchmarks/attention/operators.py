@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -94,10 +94,11 @@ class Operators:
         causal: bool,
     ) -> None:
         self.what = "causal" if causal else "bidirectional"
-        self.device, self.directions = torch.device(device), WORKS
+        self.device = torch.device(device)
+        self.directions: Sequence[str] = WORKS
         self._dtype = dtype
         self._implementations = {one.name: one for one in implementations if one.causal == causal}
-        self.growth = {
+        self.growth: Mapping[str, int] = {
             name: 2 if one.family == "sdpa" else 1 for name, one in self._implementations.items()
         }
 

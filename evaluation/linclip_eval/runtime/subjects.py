@@ -1,6 +1,6 @@
 """Subjects of the runtime measurement: attention alone, a layer, a block, whole towers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import open_clip
 import torch
@@ -55,8 +55,9 @@ class Subject:
 
     def __init__(self, what: str, mesh: Mesh, dtype: torch.dtype, *, num_heads: int) -> None:
         config = _config(what)
-        self.what, self.directions = what, DIRECTIONS
-        self.growth = {
+        self.what = what
+        self.directions: Sequence[str] = DIRECTIONS
+        self.growth: Mapping[str, int] = {
             name: 2 if each.kind == "softmax" else 1 for name, each in ATTENTIONS.items()
         }
         self.device = mesh.device
