@@ -8,7 +8,6 @@ to its universal form. Writes ``checkpoint.csv``, ``checkpoint.png`` and ``summa
 
 import argparse
 import json
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import REPOSITORY, results_folder
+from benchmarks import REPOSITORY, benchmark_facts, results_folder
 from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.engine import Engine
@@ -32,7 +31,6 @@ from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
-from ds_linclip.provenance import run_facts
 from linclip_eval.plotting import LINEAR, SOFTMAX, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, write_report
 
@@ -183,8 +181,6 @@ def timed_often(mesh: Mesh, action: Callable[[], object]) -> float:
 
 def write(output: Path, rows: list[CheckpointRow], seconds: dict[str, float]) -> str:
     """Write checkpoint.csv, checkpoint.png and summary.md, whose text is returned."""
-    packages = ("torch", "deepspeed")
-    command = shlex.join(["python", *sys.argv])
     cells = [[r.action, f"{r.ours:.2f}", f"{r.deepspeed:.2f}", f"{r.ratio:.1f}"] for r in rows]
     return write_report(
         output,
@@ -200,7 +196,7 @@ def write(output: Path, rows: list[CheckpointRow], seconds: dict[str, float]) ->
             f"conversion to its universal form is {seconds['ds_convert']:.1f} s of the last row.",
             "![seconds](checkpoint.png)",
         ],
-        facts=run_facts("cpu", command, measured=MEASURED, packages=packages),
+        facts=benchmark_facts("cpu", MEASURED, ("torch", "deepspeed")),
         tables={"checkpoint.csv": rows},
         figures={"checkpoint.png": _draw(rows)},
     )
@@ -217,7 +213,7 @@ def _draw(rows: list[CheckpointRow]) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.set_yticks(range(len(rows)), [row.action for row in rows])
     axes.invert_yaxis()
-    add_legend(axes)
+    add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 

@@ -9,7 +9,6 @@ eighth of the plain form's memory at 32768 pairs.
 import argparse
 import json
 import multiprocessing
-import shlex
 import sys
 import tempfile
 import time
@@ -22,10 +21,9 @@ from matplotlib.figure import Figure
 from open_clip.loss import ClipLoss
 from torch.nn import functional as F
 
-from benchmarks import results_folder
+from benchmarks import benchmark_facts, results_folder
 from benchmarks.peak_memory import PeakMemory
 from ds_linclip.loss.contrastive import clip_loss
-from ds_linclip.provenance import run_facts
 from linclip_eval.plotting import LINEAR, SOFTMAX, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, write_report
 
@@ -129,8 +127,6 @@ def write(folder: Path, rows: Sequence[LossRow], device: str) -> str:
         for row in rows
     ]
     header = ["pairs", "tiles, MiB", "whole, MiB", "ratio", "tiles, s", "whole, s"]
-    packages = ("torch", "open_clip_torch")
-    command = shlex.join(["python", *sys.argv])
     return write_report(
         folder,
         title="Memory of the contrastive loss",
@@ -142,7 +138,7 @@ def write(folder: Path, rows: Sequence[LossRow], device: str) -> str:
             "The last two columns are relative differences between the forms.",
             "![Peak memory over the pairs in the batch](loss.png)",
         ],
-        facts=run_facts(device, command, measured=MEASURED, packages=packages),
+        facts=benchmark_facts(device, MEASURED, ("torch", "open_clip_torch")),
         tables={"loss.csv": rows},
         figures={"loss.png": _draw(rows)},
     )

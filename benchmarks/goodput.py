@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import random
-import shlex
 import signal
 import statistics
 import subprocess
@@ -27,11 +26,10 @@ from typing import Any, BinaryIO
 
 from matplotlib.figure import Figure
 
-from benchmarks import REPOSITORY, results_folder
+from benchmarks import REPOSITORY, benchmark_facts, results_folder
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.data.tar_index import OpenShard
-from ds_linclip.provenance import run_facts
 from linclip_eval.plotting import COLOURS, LINEAR, SOFTMAX, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, write_report
 from linclip_launch.process_tree import is_running, launcher_and_ranks
@@ -346,7 +344,6 @@ def write(
         "steps repeated per kill, median and most": _middle_and_most(repeated),
         "steps or samples lost, doubled or changed": "; ".join(problems) or "none",
     }
-    command = shlex.join(["python", *sys.argv])
     return write_report(
         folder,
         title="Goodput under random kills",
@@ -357,7 +354,7 @@ def write(
             "shards; losses of steps that were repeated must be bitwise what they were.",
             "![Steps over wall time](goodput.png)",
         ],
-        facts=run_facts("cpu", command, measured=MEASURED, packages=("torch", "deepspeed")),
+        facts=benchmark_facts("cpu", MEASURED, ("torch", "deepspeed")),
         tables={"kills.csv": kills},
         figures={"goodput.png": _draw(kills, attempts, totals)},
     )

@@ -8,7 +8,6 @@ arguments.
 """
 
 import argparse
-import shlex
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from benchmarks import results_folder
+from benchmarks import benchmark_facts, results_folder
 from benchmarks.attention.operators import (
     FORMS,
     HEAD_DIM,
@@ -32,13 +31,13 @@ from benchmarks.attention.operators import (
 )
 from benchmarks.attention.report import AttentionReport
 from benchmarks.correctness import Check, check_tensors, output_and_gradients
-from ds_linclip.provenance import run_facts
 from linclip_eval.runtime.fit import RuntimePoint
 from linclip_eval.runtime.measure import FAILED, Limits, measure_in_turn
 from linclip_kernels import linear_attention, linear_attention_reference
 from linclip_kernels.linear_attention.reference import attend
 from linclip_kernels.linear_attention.variant import Variant
 
+MEASURED = ("kernels", "benchmarks/attention", "evaluation/linclip_eval/runtime")
 TOKENS = (77, 197, 577, 1025, 4096, 16_384, 65_536, 262_144, 2**20, 2**22)
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 #: Lengths of the correctness check; measured lengths up to the limit come in addition.
@@ -74,12 +73,7 @@ def main() -> int:
         return 1
     dtype, bandwidth = DTYPE[device], copy_bandwidth(device)
     implementations = Implementation.available(device)
-    facts = run_facts(
-        device,
-        shlex.join(["python", *sys.argv]),
-        measured=["kernels", "benchmarks/attention", "evaluation/linclip_eval/runtime"],
-        packages=("torch", "triton", "flash-linear-attention"),
-    )
+    facts = benchmark_facts(device, MEASURED, ("torch", "triton", "flash-linear-attention"))
     facts |= {"commit": arguments.commit} if arguments.commit else {}
     facts["dtype"] = str(dtype).removeprefix("torch.")
     facts["threads"] = str(arguments.threads)

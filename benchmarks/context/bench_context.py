@@ -10,7 +10,6 @@ measured, 1 a result is wrong or a layer exchanges more or less than it should, 
 import argparse
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -28,12 +27,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import results_folder
+from benchmarks import benchmark_facts, results_folder
 from benchmarks.context.report import CHECK_TOKENS, HEAD_DIM, HEADS, ContextReport, ContextRow
 from benchmarks.correctness import Check, check_tensors, output_and_gradients
 from benchmarks.peak_memory import PeakMemory
 from ds_linclip.parallel.context_parallel import sum_over_ranks, token_slice
-from ds_linclip.provenance import run_facts
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
 
 MEASURED = (
@@ -116,7 +114,7 @@ def main() -> int:
     except OSError as error:
         parser.error(f"output ({output}) must be a folder: {error.strerror}")
     checks, rows = run(plan)
-    facts = run_facts(device, shlex.join(["python", *sys.argv]), measured=MEASURED) | {
+    facts = benchmark_facts(device, MEASURED) | {
         "cores": str(len(os.sched_getaffinity(0))),
         "backend": "nccl" if device == "cuda" else "gloo",
         "dtype": str(DTYPE[device]).removeprefix("torch."),

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import random
-import shlex
 import subprocess
 import sys
 import sysconfig
@@ -27,12 +26,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from benchmarks import REPOSITORY, results_folder
+from benchmarks import REPOSITORY, benchmark_facts, results_folder
 from benchmarks.data import loaders
 from benchmarks.data.loaders import Settings, Throughput
 from benchmarks.data.report import RATES, DataReport, DataRow, Requirement
 from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write_train_shard
-from ds_linclip.provenance import run_facts
 
 MEASURED = ("ds_linclip/data", "benchmarks/data")
 #: Packages that the data module of open_clip_torch 3.3.0 needs for training. With the
@@ -343,8 +341,7 @@ def _write(folder: Path, samples: Sequence[EncodedSample], *, num_bad: int) -> S
 
 def _facts(arguments: argparse.Namespace, rows: Sequence[DataRow]) -> dict[str, str]:
     packages = ("torch", "open_clip_torch", "webdataset", "simplejpeg", "pillow")
-    command = shlex.join(["python", *sys.argv])
-    facts = run_facts("cpu", command, measured=MEASURED, packages=packages) | {
+    facts = benchmark_facts("cpu", MEASURED, packages) | {
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
         "workers": str(arguments.workers),

@@ -9,7 +9,6 @@ step, by axis, and how far they are from the plan. Exit code 1 when a difference
 
 import argparse
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import REPOSITORY
+from benchmarks import REPOSITORY, benchmark_facts
 from benchmarks.layouts.traffic import CONTROL_BYTES, TrafficMeter
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
@@ -32,7 +31,6 @@ from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.planner.plan import plan_rank
-from ds_linclip.provenance import run_facts
 from ds_linclip.trainer import train
 from linclip_eval.results import markdown_table, write_report
 
@@ -274,8 +272,6 @@ def write(folder: Path, rows: Sequence[LayoutRow], steps: int) -> None:
         ]
         for row in rows
     ]
-    packages = ("torch", "deepspeed")
-    command = shlex.join(["python", *sys.argv])
     write_report(
         folder,
         title="The same training in every layout",
@@ -287,7 +283,7 @@ def write(folder: Path, rows: Sequence[LayoutRow], steps: int) -> None:
             f"{CONTROL_BYTES} bytes are not counted).",
             markdown_table([*header, "ZeRO", "off"], cells, align="ll" + "r" * 9),
         ],
-        facts=run_facts("cpu", command, measured=MEASURED, packages=packages),
+        facts=benchmark_facts("cpu", MEASURED, ("torch", "deepspeed")),
         tables={"layouts.csv": rows},
     )
 

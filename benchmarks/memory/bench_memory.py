@@ -10,7 +10,6 @@ between steps are not what is planned, 2 bad arguments.
 import argparse
 import ctypes
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import REPOSITORY, results_folder
+from benchmarks import REPOSITORY, benchmark_facts, results_folder
 from benchmarks.memory.allocator_record import KINDS, AllocatorRecord, live_bytes
 from benchmarks.memory.report import MemoryReport, MemoryRow
 from benchmarks.peak_memory import PeakMemory
@@ -32,7 +31,6 @@ from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.planner.plan import plan_rank
-from ds_linclip.provenance import run_facts
 
 MEASURED = (
     "ds_linclip/parallel",
@@ -91,9 +89,7 @@ class MemoryLayout:
 
 def main() -> int:
     start = time.monotonic()
-    packages = ("torch", "deepspeed")
-    command = shlex.join(["python", *sys.argv])
-    facts = run_facts("cpu", command, measured=MEASURED, packages=packages)
+    facts = benchmark_facts("cpu", MEASURED, ("torch", "deepspeed"))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
