@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -21,9 +21,6 @@ from scipy.stats import binomtest
 from ds_linclip.process.atomic import atomic_file, write_atomically
 from ds_linclip.provenance import run_facts
 from linclip_eval.plotting import add_caption
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 __all__ = ["markdown_table", "percent", "wilson_interval", "write_report", "write_results"]
 
@@ -38,7 +35,7 @@ def write_report(
     title: str,
     sections: Sequence[str],
     facts: Mapping[str, str],
-    tables: "Mapping[str, Sequence[Mapping[str, Any] | DataclassInstance]] | None" = None,
+    tables: Mapping[str, Sequence[Any]] | None = None,
     table_facts: Sequence[str] = (),
     figures: Mapping[str, Figure] | None = None,
     numbers: Mapping[str, Any] | None = None,
@@ -50,7 +47,7 @@ def write_report(
         title: Heading of the summary; the pictures are captioned with it.
         sections: The summary below the title, Markdown, with links to the pictures.
         facts: From :func:`ds_linclip.provenance.run_facts`, and further conditions by name.
-        tables: File name -> rows of a CSV file, with the same fields in each.
+        tables: File name -> rows of a CSV file, dataclasses or mappings with the same fields.
         table_facts: Facts that every row of the tables repeats.
         figures: File name -> picture.
         numbers: What ``results.json`` holds beside title and facts; not written without them.
@@ -137,9 +134,7 @@ def percent(share: float, trials: int | None = None) -> str:
     return f"{100 * share:.2f} ({100 * low:.2f} to {100 * high:.2f})"
 
 
-def _to_csv(
-    rows: "Sequence[Mapping[str, Any] | DataclassInstance]", facts: Mapping[str, str]
-) -> str:
+def _to_csv(rows: Sequence[Any], facts: Mapping[str, str]) -> str:
     """Return rows as CSV, floats with six significant digits."""
     records = [{**(asdict(row) if is_dataclass(row) else row), **facts} for row in rows]
     text = io.StringIO(newline="")
