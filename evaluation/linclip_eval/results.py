@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def percent(share: float, trials: int | None = None) -> str:
 
 def _to_csv(rows: Sequence[Any], facts: Mapping[str, str]) -> str:
     """Return rows as CSV, floats with six significant digits."""
-    records = [{**(asdict(row) if is_dataclass(row) else row), **facts} for row in rows]
+    records = [{**(row if isinstance(row, Mapping) else asdict(row)), **facts} for row in rows]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(records[0]) if records else [])
     writer.writeheader()
