@@ -7,35 +7,32 @@ eighth of the plain form's memory at 32768 pairs.
 """
 
 import argparse
-import csv
-import ctypes
 import json
 import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from open_clip.loss import ClipLoss
 from torch.nn import functional as F
 
+from benchmarks import benchmark_facts, results_folder
+from benchmarks.peak_memory import PeakMemory
 from ds_linclip.loss.contrastive import clip_loss
-from ds_linclip.provenance import device_name, folder_name
+from linclip_eval.plotting import LINEAR, SOFTMAX, add_legend, dress, new_figure
+from linclip_eval.results import markdown_table, write_report
 
+MEASURED = ("ds_linclip/loss", "benchmarks/bench_loss.py")
 DIM = 768
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "loss"
 
 
 @dataclass(frozen=True)
-class Row:
+class LossRow:
     """One number of pairs: peak memory above the inputs in MiB, seconds, agreement."""
 
     pairs: int
@@ -58,17 +55,17 @@ def main() -> int:
     for pairs in sorted(arguments.sizes):
         rows.append(measure_both(pairs, arguments.device))
         print(rows[-1], flush=True)
-    folder = arguments.out or RESULTS / folder_name(device_name(arguments.device))
-    write(folder, rows, arguments.device)
+    device = arguments.device
+    print(write(arguments.out or results_folder("loss", device), rows, device))
     missed = [row for row in rows if row.pairs >= 32768 and row.ratio < 8]
     return 1 if missed else 0
 
 
-def measure_both(pairs: int, device: str) -> Row:
-    """Each form in a fresh process; what they found is compared here.
+def measure_both(pairs: int, device: str) -> LossRow:
+    """Measure each form in a fresh process and compare their results.
 
     Raises:
-        RuntimeError: when a process ends early, for want of memory for example.
+        RuntimeError: when a process fails, for example for lack of memory.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +82,7 @@ def measure_both(pairs: int, device: str) -> Row:
             facts[form] = json.loads(file.with_suffix(".json").read_text())
             gradients[form] = torch.load(file.with_suffix(".pt"), mmap=True)
         tiles, plain = facts["tiles"], facts["plain"]
-        return Row(
+        return LossRow(
             pairs=pairs,
             tiles_mib=tiles["mib"],
             plain_mib=plain["mib"],
@@ -109,76 +106,58 @@ def measure(form: str, pairs: int, device: str, file: Path) -> None:
     texts = F.normalize(images + 4 * texts, dim=-1)
     inputs = [images.requires_grad_(), texts.requires_grad_()]
     scale = torch.tensor(20.0, device=device, requires_grad=True)
-    before = _restart_peak(device)
-    begun = time.perf_counter()
-    loss = clip_loss(*inputs, scale) if form == "tiles" else ClipLoss()(*inputs, scale)
+    peak, start = PeakMemory(device), time.perf_counter()
+    loss = clip_loss(images, texts, scale) if form == "tiles" else ClipLoss()(images, texts, scale)
     loss.backward()
     value = loss.item()
-    seconds = time.perf_counter() - begun
-    facts = {"mib": (_peak(device) - before) / 2**20, "seconds": seconds, "value": value}
+    seconds = time.perf_counter() - start
+    facts = {"mib": peak.growth() / 2**20, "seconds": seconds, "value": value}
     file.with_suffix(".json").write_text(json.dumps(facts))
     torch.save([x.grad.cpu() for x in (*inputs, scale) if x.grad is not None], f"{file}.pt")
 
 
-def _restart_peak(device: str) -> int:
-    """Bytes in use now, from which the peak is counted anew."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but held would be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
-def write(folder: Path, rows: Sequence[Row], device: str) -> None:
-    """``loss.csv``, ``summary.md`` and ``loss.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "loss.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in fields(Row))
-        writer.writerows(asdict(row).values() for row in rows)
-    name = device_name(device)
-    date = time.strftime("%Y-%m-%d", time.gmtime())
-    lines = [
-        "# Memory of the contrastive loss",
-        "",
-        f"`python -m benchmarks.bench_loss --device {device}` on {name}, {date},",
-        f"torch {version('torch')}, open_clip_torch {version('open_clip_torch')}:",
-        f"CLIP's loss of fp32 features [pairs, {DIM}] and its gradients, peak above the inputs; in",
-        "tiles (`ds_linclip.loss.contrastive`) and in one piece (`open_clip.loss.ClipLoss`).",
-        "",
-        "| pairs | tiles, MiB | whole, MiB | ratio | tiles, s | whole, s | value | gradient |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
-        *(
-            f"| {row.pairs} | {row.tiles_mib:.0f} | {row.plain_mib:.0f} | {row.ratio:.1f} "
-            f"| {row.tiles_seconds:.1f} | {row.plain_seconds:.1f} | {row.value_difference:.1e} "
-            f"| {row.gradient_difference:.1e} |"
-            for row in rows
-        ),
-        "",
-        "The last two columns are relative differences between the forms.",
+def write(folder: Path, rows: Sequence[LossRow], device: str) -> str:
+    """Write loss.csv, loss.png and summary.md, whose text is returned."""
+    cells = [
+        [
+            *(row.pairs, f"{row.tiles_mib:.0f}", f"{row.plain_mib:.0f}", f"{row.ratio:.1f}"),
+            *(f"{row.tiles_seconds:.1f}", f"{row.plain_seconds:.1f}"),
+            *(f"{row.value_difference:.1e}", f"{row.gradient_difference:.1e}"),
+        ]
+        for row in rows
     ]
-    (folder / "summary.md").write_text("\n".join(lines) + "\n")
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    header = ["pairs", "tiles, MiB", "whole, MiB", "ratio", "tiles, s", "whole, s"]
+    return write_report(
+        folder,
+        title="Memory of the contrastive loss",
+        sections=[
+            f"CLIP's loss of fp32 features [pairs, {DIM}] and its gradients, peak above the "
+            "inputs; in tiles (`ds_linclip.loss.contrastive`) and in one piece "
+            "(`open_clip.loss.ClipLoss`).",
+            markdown_table([*header, "value", "gradient"], cells, align="r" * 8),
+            "The last two columns are relative differences between the forms.",
+            "![Peak memory over the pairs in the batch](loss.png)",
+        ],
+        facts=benchmark_facts(device, MEASURED, ("torch", "open_clip_torch")),
+        tables={"loss.csv": rows},
+        figures={"loss.png": _draw(rows)},
+    )
+
+
+def _draw(rows: Sequence[LossRow]) -> Figure:
+    figure = new_figure(5, 4)
+    axes = figure.subplots()
     pairs = [row.pairs for row in rows]
-    axes.loglog(pairs, [row.plain_mib for row in rows], "o-", label="one piece (open_clip)")
-    axes.loglog(pairs, [row.tiles_mib for row in rows], "o-", label="tiles (ds_linclip)")
-    axes.set_xlabel("pairs in the batch")
-    axes.set_ylabel("peak memory of loss and gradients, MiB")
+    plain, tiles = [row.plain_mib for row in rows], [row.tiles_mib for row in rows]
+    axes.loglog(pairs, plain, "o-", color=SOFTMAX, label="one piece (open_clip)")
+    axes.loglog(pairs, tiles, "o-", color=LINEAR, label="tiles (ds_linclip)")
+    dress(
+        axes, "loss and gradients", xlabel="pairs in the batch", ylabel="peak above the inputs, MiB"
+    )
     axes.set_xticks(pairs, [f"{size:,}" for size in pairs])
-    axes.legend()
-    axes.grid(which="both", alpha=0.3)
-    figure.savefig(folder / "loss.png", dpi=130)
-    plt.close(figure)
+    axes.minorticks_off()
+    add_legend(axes)
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""What failures cost: ``python -m benchmarks.goodput [--minutes 30] [key=value ...]``.
+"""The cost of failures: ``python -m benchmarks.goodput [--minutes 30] [key=value ...]``.
 
 Trains the embedded model on two gloo ranks under ``linclip_launch.supervise``, and kills a rank,
-now and then the launcher, at random times. Then reports, for every kill, the seconds until the
-next step was done and how many steps were done again; and of the whole run goodput, the share of
-its time that went into steps that counted, and whether every step and every sample was counted
-once. Exit code 1 when one was not.
+now and then the launcher, at random times. Reports the seconds from every kill to the next step and
+the steps that were repeated; the goodput of the run, which is the share of its time that went into
+steps that counted; and whether every step and every sample was counted once. Exit code 1 when one
+was not.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -21,17 +20,18 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
-from benchmarks import REPOSITORY
+from benchmarks import REPOSITORY, benchmark_facts, results_folder
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.data.tar_index import OpenShard
-from ds_linclip.provenance import commit_of, device_name, folder_name
+from linclip_eval.plotting import COLOURS, LINEAR, SOFTMAX, add_legend, dress, new_figure
+from linclip_eval.results import markdown_table, write_report
 from linclip_launch.supervise import is_running, launcher_and_ranks
 
 EMBEDDED = REPOSITORY / "ds_configs" / "train" / "embedded.yaml"
@@ -45,12 +45,12 @@ class Kill:
     """A line of ``kills.csv``; times in seconds since the start of the run.
 
     Attributes:
-        at: When.
+        at: Time of the kill.
         victim: "rank N" or "launcher".
-        step: Last step that was done before.
-        resumed_from: Step of the checkpoint the run went on from.
-        steps_repeated: Done before and done again.
-        seconds_to_step: Until the next step was done; None when the run was killed again before.
+        step: Last step that was finished before.
+        resumed_from: Step of the checkpoint the run resumed from.
+        steps_repeated: Number of steps that were finished before and had to be repeated.
+        seconds_to_step: Time to the next finished step; None when the run was killed again before.
     """
 
     at: float
@@ -63,7 +63,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was seen in the log; seconds since the start of the run."""
+    """A step in the log; ``at`` is in seconds since the start of the run."""
 
     at: float
     step: int
@@ -72,7 +72,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Totals:
-    """Of the whole run, in seconds but for the counts."""
+    """Times in seconds, and counts of steps, of the whole run."""
 
     wall: float
     counted: float
@@ -87,20 +87,15 @@ class Totals:
 
 def main() -> int:
     arguments = _parser().parse_intermixed_args()
-    folder = arguments.out or REPOSITORY / "docs/results/goodput" / folder_name(device_name("cpu"))
     with tempfile.TemporaryDirectory(prefix="goodput-") as output:
-        common = [
-            *arguments.overrides,
-            "eval.data=null",
-            "log.every_steps=1",
-            f"output_dir={output}",
-        ]
-        common += ["log.tensorboard=false", "log.sample_keys=true", "optim.warmup_steps=10"]
+        common = [*arguments.overrides, "eval.data=null", f"output_dir={output}"]
+        common += ["log.every_steps=1", "log.tensorboard=false", "log.sample_keys=true"]
+        common += ["optim.warmup_steps=10"]
         speed = _reference(common)
         num_steps = max(20, round(60 * arguments.minutes / speed))
         every = max(1, round(arguments.seconds_between_saves / speed))
         print(
-            f"{speed:.3f} s per step undisturbed: {num_steps} steps, saved every {every}",
+            f"{speed:.3f} s per step without kills: {num_steps} steps, saved every {every}",
             flush=True,
         )
         overrides = [*common, "name=killed", f"train.steps={num_steps}"]
@@ -110,59 +105,51 @@ def main() -> int:
         attempts = _attempts(config, kills, steps)
         totals = _totals(attempts, wall)
         problems = _problems(config, attempts)
-    write(folder, arguments, kills, attempts, totals, problems, every)
-    print((folder / "summary.md").read_text())
+    folder = arguments.out or results_folder("goodput", "cpu")
+    print(write(folder, kills, attempts, totals, problems, every))
     return 1 if problems else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="for the embedded config, such as data.train")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of steps, without failures")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of training, without failures")
     parser.add_argument("--mean-minutes-between-kills", type=float, default=2.0)
     parser.add_argument("--seconds-between-saves", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=0, help="of times and victims")
-    parser.add_argument("--out", type=Path, help="folder for table and picture")
+    parser.add_argument("--seed", type=int, default=0, help="for times and victims")
+    parser.add_argument("--out", type=Path, help="default: docs/results/goodput/<device>")
     return parser
 
 
 def _supervise(overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "linclip_launch.supervise",
-        "--ranks",
-        RANKS,
-        "--max-restarts",
-        20,
-    ]
-    command += ["--backoff-seconds", 1, EMBEDDED, *overrides]
+    command = [sys.executable, "-m", "linclip_launch.supervise", "--ranks", str(RANKS)]
+    command += ["--max-restarts", "20", "--backoff-seconds", "1", str(EMBEDDED), *overrides]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.Popen([str(part) for part in command], env=environment, cwd=REPOSITORY)
+    return subprocess.Popen(command, env=environment, cwd=REPOSITORY)
 
 
 def _reference(common: Sequence[str]) -> float:
-    """Seconds per step of a short run that nobody disturbs."""
+    """Return the seconds per step of a short run without kills."""
     overrides = [*common, "name=reference", "train.steps=60"]
     if _supervise(overrides).wait() != 0:
-        raise RuntimeError("the undisturbed run has failed")
+        raise RuntimeError("the run without kills failed")
     records = _Log(load_config(EMBEDDED, overrides).run_dir / "metrics.jsonl").read()
     return statistics.median(record["perf/seconds_per_step"] for record in records[10:])
 
 
 class _Log:
-    """Reads a growing file of JSON lines, which a start of the run may cut back first."""
+    """Reader of a growing file of JSON lines, which a restart of the run may truncate."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: BinaryIO | None = None
         self._kept: list[bytes] = []
 
-    def read(self) -> list[dict]:
-        """The lines that have come since the last call."""
+    def read(self) -> list[dict[str, Any]]:
+        """Return the lines that were added since the last call."""
         seen = self._whole_lines()
         if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
-            self._file.close()  # cut back: another file is in its place
+            self._file.close()  # truncated: another file is in its place
             self._file = None
         if self._file is None and self._path.exists():
             self._file = self._path.open("rb")
@@ -174,7 +161,7 @@ class _Log:
         return [json.loads(line) for line in seen]
 
     def _whole_lines(self) -> list[bytes]:
-        """What follows in the open file, up to the last end of a line."""
+        """Return the rest of the open file, up to the last end of a line."""
         lines: list[bytes] = []
         while self._file is not None and (line := self._file.readline()).endswith(b"\n"):
             lines.append(line)
@@ -187,24 +174,24 @@ class _Log:
 def _killed_run(
     config: Config, overrides: Sequence[str], arguments: argparse.Namespace
 ) -> tuple[list[Kill], list[Step], float]:
-    """Run to the end and kill on the way; kills, steps in the order they were done, seconds."""
+    """Run to the end with kills; return kills, steps in the order of the log, and seconds."""
     chance = random.Random(arguments.seed)
     mean = 60 * arguments.mean_minutes_between_kills
-    log, kills, steps = _Log(config.run_dir / "metrics.jsonl"), [], []
+    log = _Log(config.run_dir / "metrics.jsonl")
+    kills: list[Kill] = []
+    steps: list[Step] = []
     start = time.time()
     next_kill = chance.expovariate(1 / mean)
     supervisor = _supervise(overrides)
     try:
         while supervisor.poll() is None:
             now = time.time() - start
-            steps += [Step(now, each["step"], each["train/loss"]) for each in log.read()]
+            steps += _steps(log, now)
             if now >= next_kill:
                 kill = _kill(supervisor.pid, chance, start)
                 if kill:
                     time.sleep(0.3)  # for a step that the others were about to log
-                    steps += [
-                        Step(kill.at, each["step"], each["train/loss"]) for each in log.read()
-                    ]
+                    steps += _steps(log, kill.at)
                     kill.step = steps[-1].step if steps else 0
                     kills.append(kill)
                 next_kill = now + (chance.expovariate(1 / mean) if kill else 0.5)
@@ -212,9 +199,9 @@ def _killed_run(
     finally:
         supervisor.terminate()
     if supervisor.returncode != 0:
-        raise RuntimeError(f"the run has ended with exit code {supervisor.returncode}")
+        raise RuntimeError(f"the run ended with exit code {supervisor.returncode}")
     wall = time.time() - start
-    steps += [Step(wall, each["step"], each["train/loss"]) for each in log.read()]
+    steps += _steps(log, wall)
     restarts = _Log(config.run_dir / "restarts.jsonl").read()
     for kill in kills:
         again = next((r for r in restarts if r["time"] - start > kill.at), None)
@@ -228,8 +215,12 @@ def _killed_run(
     return kills, steps, wall
 
 
+def _steps(log: _Log, at: float) -> list[Step]:
+    return [Step(at, record["step"], record["train/loss"]) for record in log.read()]
+
+
 def _kill(supervisor: int, chance: random.Random, start: float) -> Kill | None:
-    """Kill a rank or the launcher; None when there is none, between two starts."""
+    """Kill a rank or the launcher; return None when there is none, between two starts."""
     launcher, ranks = launcher_and_ranks(supervisor)
     takes_launcher, rank = chance.random() < LAUNCHER_SHARE, chance.randrange(RANKS)
     if launcher is None or (not takes_launcher and len(ranks) < RANKS):
@@ -243,14 +234,14 @@ def _kill(supervisor: int, chance: random.Random, start: float) -> Kill | None:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The steps of one start of the run, and how many of them counted: up to ``last``."""
+    """The steps between two starts of the run; those up to ``last`` counted."""
 
     steps: list[Step]
     last: int
 
 
 def _attempts(config: Config, kills: Sequence[Kill], steps: Sequence[Step]) -> list[Attempt]:
-    """Cut the log into starts of the run; notes in ``kills`` which steps were done again."""
+    """Split the log at the starts of the run; count repeated steps in ``kills``."""
     starts = sorted({kill.at for kill in kills if kill.resumed_from is not None})
     pieces: list[list[Step]] = [
         [step for step in steps if begin < step.at <= end]
@@ -268,8 +259,10 @@ def _attempts(config: Config, kills: Sequence[Kill], steps: Sequence[Step]) -> l
 
 
 def _totals(attempts: Sequence[Attempt], wall: float) -> Totals:
-    """A step lasts from the one before to its own end, with a save between them if there is one;
-    the first after a start, whose beginning nobody sees, as long as the median step."""
+    """Sum up the time of steps, from the end of one to the end of the next, saves included.
+
+    The first step after a start, whose beginning is not in the log, counts as a median step.
+    """
     gaps = [
         (attempt, after.step, after.at - before.at)
         for attempt in attempts
@@ -283,7 +276,7 @@ def _totals(attempts: Sequence[Attempt], wall: float) -> Totals:
 
 
 def _problems(config: Config, attempts: Sequence[Attempt]) -> list[str]:
-    """What was lost, counted twice, or not the same when done again; in words."""
+    """Describe what was lost, counted twice, or different when repeated."""
     wanted = list(range(1, config.train.steps + 1))
     counted = [s.step for attempt in attempts for s in attempt.steps if s.step <= attempt.last]
     problems = [] if counted == wanted else ["steps that counted are not 1, 2, 3, ..."]
@@ -292,7 +285,7 @@ def _problems(config: Config, attempts: Sequence[Attempt]) -> list[str]:
         losses[step.step].add(step.loss)
     differing = [step for step, values in losses.items() if len(values) > 1]
     if differing:
-        problems.append(f"loss of steps {differing[:5]} was not the same when done again")
+        problems.append(f"loss of steps {differing[:5]} was not the same when repeated")
     expected = _expected_keys(config)
     seen = set()
     for rank in range(RANKS):
@@ -307,7 +300,7 @@ def _problems(config: Config, attempts: Sequence[Attempt]) -> list[str]:
 
 
 def _expected_keys(config: Config) -> Callable[[int, int], list[str]]:
-    """Keys by step and rank, from the pure order and the tars alone."""
+    """Return a function of step and rank: sample keys, from the sample order and the tars."""
     groups = find_shards(config.data.train, Storage(config.data.cache, config.data.network))
     order = TrainData(config, groups, dp_rank=0, dp_size=1).order
     keys = []
@@ -329,64 +322,63 @@ def _expected_keys(config: Config) -> Callable[[int, int], list[str]]:
 
 def write(
     folder: Path,
-    arguments: argparse.Namespace,
     kills: Sequence[Kill],
     attempts: Sequence[Attempt],
     totals: Totals,
     problems: Sequence[str],
     every: int,
-) -> None:
-    """``kills.csv``, ``summary.md`` and ``goodput.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "kills.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in fields(Kill))
-        writer.writerows(asdict(kill).values() for kill in kills)
+) -> str:
+    """Write kills.csv, goodput.png and summary.md, whose text is returned."""
     times = [kill.seconds_to_step for kill in kills if kill.seconds_to_step is not None]
     repeated = [kill.steps_repeated for kill in kills if kill.steps_repeated is not None]
     down = totals.wall - totals.counted - totals.repeated
-    lines = [
-        "# Goodput under random kills",
-        "",
-        f"`python -m benchmarks.goodput --minutes {arguments.minutes:g} "
-        f"--mean-minutes-between-kills "
-        f"{arguments.mean_minutes_between_kills:g} --seed {arguments.seed}` on "
-        f"{device_name('cpu')}, {time.strftime('%Y-%m-%d', time.gmtime())}, commit "
-        f"{commit_of(MEASURED)}: {RANKS} gloo ranks, saved every {every} steps.",
-        "",
-        "| | |",
-        "|:---|---:|",
-        f"| wall time, s | {totals.wall:.0f} |",
-        f"| kills of a rank, of the launcher | {sum(k.victim != 'launcher' for k in kills)}, "
-        f"{sum(k.victim == 'launcher' for k in kills)} |",
-        f"| **goodput**: time in steps that counted, saves included | {totals.goodput:.1%} |",
-        f"| time in steps that were done again | {totals.repeated / totals.wall:.1%} |",
-        f"| time down: noticing, starting, loading | {down / totals.wall:.1%} |",
-        f"| steps that counted, done again | {totals.steps}, {totals.steps_repeated} |",
-        f"| from a kill to the next step, median and most, s | {_middle_and_most(times)} |",
-        f"| steps done again per kill, median and most | {_middle_and_most(repeated)} |",
-        f"| steps or samples lost, doubled or changed | {'; '.join(problems) or 'none'} |",
-        "",
-        "Every line of the sample log is compared with the order computed from seed and shards;",
-        "losses of steps that were done again must be bitwise what they were.",
-    ]
-    (folder / "summary.md").write_text("\n".join(lines) + "\n")
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    launchers = sum(kill.victim == "launcher" for kill in kills)
+    figures = {
+        "wall time, s": f"{totals.wall:.0f}",
+        "kills of a rank, of the launcher": f"{len(kills) - launchers}, {launchers}",
+        "goodput: time in steps that counted, saves included": f"{totals.goodput:.1%}",
+        "time in steps that were repeated": f"{totals.repeated / totals.wall:.1%}",
+        "time down: noticing, starting, loading": f"{down / totals.wall:.1%}",
+        "steps that counted, repeated": f"{totals.steps}, {totals.steps_repeated}",
+        "from a kill to the next step, median and most, s": _middle_and_most(times),
+        "steps repeated per kill, median and most": _middle_and_most(repeated),
+        "steps or samples lost, doubled or changed": "; ".join(problems) or "none",
+    }
+    return write_report(
+        folder,
+        title="Goodput under random kills",
+        sections=[
+            f"{RANKS} gloo ranks, saved every {every} steps.",
+            markdown_table(["", ""], list(figures.items())),
+            "Every line of the sample log is compared with the order computed from seed and "
+            "shards; losses of steps that were repeated must be bitwise what they were.",
+            "![Steps over wall time](goodput.png)",
+        ],
+        facts=benchmark_facts("cpu", MEASURED, ("torch", "deepspeed")),
+        tables={"kills.csv": kills},
+        figures={"goodput.png": _draw(kills, attempts, totals)},
+    )
+
+
+def _draw(kills: Sequence[Kill], attempts: Sequence[Attempt], totals: Totals) -> Figure:
+    figure = new_figure(8, 4.4)
+    axes = figure.subplots()
     for attempt in attempts:
         minutes = [step.at / 60 for step in attempt.steps]
-        axes.plot(minutes, [step.step for step in attempt.steps], color="tab:blue")
-    for kill in kills:
-        colour = "tab:orange" if kill.victim == "launcher" else "tab:red"
-        axes.axvline(kill.at / 60, color=colour, linewidth=0.8)
-    axes.plot([], color="tab:red", label="a rank is killed")
-    axes.plot([], color="tab:orange", label="the launcher is killed")
-    axes.set_xlabel("wall time, minutes")
-    axes.set_ylabel("step")
-    axes.set_title(f"goodput {totals.goodput:.0%}")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(folder / "goodput.png", dpi=130)
-    plt.close(figure)
+        axes.plot(minutes, [step.step for step in attempt.steps], color=LINEAR)
+    for label, colour in (("a rank", COLOURS[3]), ("the launcher", SOFTMAX)):
+        places = [k.at / 60 for k in kills if (k.victim == "launcher") == (colour == SOFTMAX)]
+        axes.vlines(
+            places,
+            *(0, 1),
+            transform=axes.get_xaxis_transform(),
+            color=colour,
+            linewidth=0.8,
+            label=f"{label} is killed",
+        )
+    dress(axes, f"goodput {totals.goodput:.0%}", xlabel="wall time, minutes", ylabel="step")
+    add_legend(axes)
+    return figure
 
 
 def _middle_and_most(values: Sequence[float]) -> str:

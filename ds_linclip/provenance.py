@@ -1,4 +1,4 @@
-"""Where a result comes from: device, versions, commit."""
+"""The origin of a result: device, versions, date, commit, command."""
 
 import hashlib
 import platform
@@ -6,13 +6,21 @@ import re
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-__all__ = ["commit_of", "device_name", "folder_name", "software"]
+__all__ = [
+    "commit_of",
+    "device_name",
+    "folder_name",
+    "package_version",
+    "run_facts",
+    "software",
+]
 
 _PACKAGES = (
     *("torch", "triton", "deepspeed", "megatron-core", "open_clip_torch", "webdataset", "numpy"),
@@ -49,6 +57,35 @@ def commit_of(measured: Sequence[str]) -> str:
     return f"{commit}-dirty" if changed else commit
 
 
+def run_facts(
+    device: str, command: str, *, measured: Sequence[str], packages: Sequence[str] = ("torch",)
+) -> dict[str, str]:
+    """Return what a reader needs to make a result again: device, versions, date, commit, command.
+
+    Args:
+        device: "cuda" or "cpu".
+        command: The command line that made the result.
+        measured: Paths from the root of the repository that the result depends on; see
+            :func:`commit_of`.
+        packages: Distributions whose versions matter.
+    """
+    return {
+        "device": device_name(device),
+        **{name: package_version(name) or "not installed" for name in packages},
+        "date_utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": commit_of(measured),
+        "command": command,
+    }
+
+
+def package_version(name: str) -> str | None:
+    """Return the version of an installed distribution, None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def software(device: torch.device) -> dict[str, str | None]:
     """Return the version of everything that results depend on, by name; None where it is absent.
 
@@ -62,18 +99,11 @@ def software(device: torch.device) -> dict[str, str | None]:
         "git_commit": _git_commit(),
         "source": _source(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("ds_linclip", *_PACKAGES)},
+        **{name: package_version(name) for name in ("ds_linclip", *_PACKAGES)},
         "cuda": torch.version.cuda if on_gpu else None,
         "nccl": None if nccl is None else ".".join(map(str, nccl)),
         "driver": _driver() if on_gpu else None,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

@@ -2,8 +2,8 @@
 
 ``python -m experiments.convergence OUTPUT_FOLDER`` trains on the embedded dataset, one process per
 core, and writes runs.jsonl, table.md and figure.png into OUTPUT_FOLDER, and the common settings
-into config.yaml. Runs already in runs.jsonl are not repeated, so an interrupted study goes on
-where it was; other settings need another folder.
+into config.yaml. Runs already in runs.jsonl are not repeated, so an interrupted study continues
+where it stopped; other settings need another folder.
 """
 
 import argparse
@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from ds_linclip.config import Config, load_config, save_config
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.process.atomic import atomic_file, write_atomically
 from ds_linclip.trainer import train
-from experiments.convergence_report import Run, draw, read_runs, summarise, to_markdown
+from experiments.convergence_report import ConvergenceRun, draw, read_runs, summarise, to_markdown
 from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
-#: Attention of both towers; what is not named keeps its default.
+#: Attention settings of both towers; others keep their defaults.
 VARIANTS: dict[str, dict[str, str]] = {
     "softmax": {"kind": "softmax"},
     "Eq. 4": {"normalized": "true"},
@@ -71,21 +72,22 @@ def main() -> int:
                 file.write(json.dumps(asdict(run)) + "\n")
     done.sort(key=lambda run: (list(VARIANTS).index(run.variant), run.num_tokens, run.seed))
     table = to_markdown(summarise(done))
-    (arguments.output / "table.md").write_text(table)
-    draw(done).savefig(arguments.output / "figure.png", dpi=150)
+    write_atomically(arguments.output / "table.md", table)
+    with atomic_file(arguments.output / "figure.png") as partial:
+        draw(done).savefig(partial, format="png")
     print(table)
     return 0
 
 
-def run_one(variant: str, config: Config) -> Run:
+def run_one(variant: str, config: Config) -> ConvergenceRun:
     """Train and score one run in this process, on one core."""
     torch.set_num_threads(1)
     mesh = Mesh.create(config.parallel)
     evaluator = HeldOutEvaluator.from_config(config, device=mesh.device)
-    # What an interrupted study has left of this run has no place in its result.
+    # Remove what an interrupted study left of this run.
     shutil.rmtree(config.run_dir, ignore_errors=True)
     result = train(config, mesh, evaluator)
-    return Run(
+    return ConvergenceRun(
         variant=variant,
         seed=config.train.seed,
         num_tokens=_num_tokens(config),
@@ -122,7 +124,7 @@ def _overrides(output: Path, variant: str, image_size: int, seed: int) -> list[s
     ]
 
 
-def _key(run: Run) -> tuple[str, int, int]:
+def _key(run: ConvergenceRun) -> tuple[str, int, int]:
     return run.variant, run.num_tokens, run.seed
 
 
@@ -131,7 +133,7 @@ def _num_tokens(config: Config) -> int:
 
 
 def _final_loss(config: Config) -> float:
-    """Mean over the logged steps of the last tenth of the run; a single batch is too noisy."""
+    """Return the mean loss of the last tenth of the logged steps: one batch is too noisy."""
     lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "train/loss" in record]
     last = [r["train/loss"] for r in records if r["step"] > 0.9 * config.train.steps]

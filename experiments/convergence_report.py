@@ -1,7 +1,7 @@
-"""A convergence study: runs of several variants and seeds, as a table and a picture.
+"""Table and picture of a convergence study: runs of several variants and seeds.
 
-Every run is one JSON object on a line of its own, with the fields of :class:`Run`. Intervals are
-two-sided 95 % Student t-intervals of the mean over seeds.
+Every run is one JSON object on a line of its own, with the fields of :class:`ConvergenceRun`.
+Intervals are two-sided 95 % Student t-intervals of the mean over seeds.
 """
 
 import json
@@ -18,15 +18,24 @@ from matplotlib.patches import Patch
 from scipy.stats import t as student_t
 
 from linclip_eval.plotting import COLOURS, INK, MUTED, add_legend, dress, new_figure
+from linclip_eval.results import markdown_table
 
-__all__ = ["Interval", "Run", "Summary", "draw", "read_runs", "summarise", "to_markdown"]
+__all__ = [
+    "ConvergenceRun",
+    "Interval",
+    "VariantSummary",
+    "draw",
+    "read_runs",
+    "summarise",
+    "to_markdown",
+]
 
 _BAND = "#f6f7f9"
 
 
 @dataclass(kw_only=True, frozen=True)
-class Run:
-    """What one finished run scored."""
+class ConvergenceRun:
+    """Scores of one finished run."""
 
     variant: str
     seed: int
@@ -48,7 +57,7 @@ class Interval:
 
 
 @dataclass(kw_only=True, frozen=True)
-class Summary:
+class VariantSummary:
     """One variant at one sequence length, over its seeds."""
 
     variant: str
@@ -59,36 +68,38 @@ class Summary:
     loss: Interval
 
 
-def read_runs(path: str | Path) -> list[Run]:
-    """Read runs from JSON lines; keys beyond the fields of :class:`Run` are ignored.
+def read_runs(path: str | Path) -> list[ConvergenceRun]:
+    """Read runs from JSON lines; keys beyond the fields of :class:`ConvergenceRun` are ignored.
 
     Raises:
         ValueError: for a line that is no JSON object or lacks a field, or a file without runs.
     """
     runs = []
+    names = [field.name for field in fields(ConvergenceRun)]
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            runs.append(Run(**{field.name: entry[field.name] for field in fields(Run)}))
+            runs.append(ConvergenceRun(**{name: entry[name] for name in names}))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: must be JSON: {error}") from error
         except (KeyError, TypeError) as error:
-            names = ", ".join(field.name for field in fields(Run))
-            raise ValueError(f"{path}, line {number} ({line}) must hold {names}") from error
+            raise ValueError(
+                f"{path}, line {number} ({line}) must hold {', '.join(names)}"
+            ) from error
     if not runs:
         raise ValueError(f"{path} (0 runs) must hold at least one run")
     return runs
 
 
-def summarise(runs: Iterable[Run]) -> list[Summary]:
-    """Mean and interval of every variant, by sequence length and then in order of appearance.
+def summarise(runs: Iterable[ConvergenceRun]) -> list[VariantSummary]:
+    """Return mean and interval of every variant, by sequence length, then order of appearance.
 
     Raises:
         ValueError: for no runs, or two with the same variant, length and seed.
     """
-    groups: dict[tuple[int, str], list[Run]] = {}
+    groups: dict[tuple[int, str], list[ConvergenceRun]] = {}
     for run in runs:
         group = groups.setdefault((run.num_tokens, run.variant), [])
         if any(run.seed == other.seed for other in group):
@@ -99,7 +110,7 @@ def summarise(runs: Iterable[Run]) -> list[Summary]:
     if not groups:
         raise ValueError("runs ([]) must hold at least one run")
     return [
-        Summary(
+        VariantSummary(
             variant=variant,
             num_tokens=num_tokens,
             num_seeds=len(group),
@@ -111,27 +122,23 @@ def summarise(runs: Iterable[Run]) -> list[Summary]:
     ]
 
 
-def to_markdown(summaries: Sequence[Summary]) -> str:
-    """A Markdown table, one row per variant and sequence length, accuracies in percent."""
-    lines = [
-        "| tokens | variant | seeds | top-1, % | top-5, % | loss |",
-        "|---:|:---|---:|---:|---:|---:|",
-    ]
-    for row in summaries:
-        cells = [
-            str(row.num_tokens),
-            row.variant.replace("|", r"\|"),
-            str(row.num_seeds),
+def to_markdown(summaries: Sequence[VariantSummary]) -> str:
+    """Return a Markdown table, one row per variant and sequence length, accuracies in percent."""
+    cells = [
+        [
+            *(row.num_tokens, row.variant, row.num_seeds),
             _format(row.top1, digits=1, factor=100),
             _format(row.top5, digits=1, factor=100),
             _format(row.loss, digits=3),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        for row in summaries
+    ]
+    header = ["tokens", "variant", "seeds", "top-1, %", "top-5, %", "loss"]
+    return markdown_table(header, cells, align="rlrrrr") + "\n"
 
 
-def draw(runs: Sequence[Run]) -> Figure:
-    """Top-1 accuracy of every variant: a dot per seed, the mean, and its 95 % interval.
+def draw(runs: Sequence[ConvergenceRun]) -> Figure:
+    """Draw top-1 accuracy of every variant: a dot per seed, the mean, and its 95 % interval.
 
     Returns:
         A figure with one panel per sequence length, variants in the order of their appearance.

@@ -1,8 +1,8 @@
 """Runs for scaling laws: sizes x attentions x lengths x seeds on the embedded dataset.
 
 ``python -m experiments.scaling_runs OUTPUT_FOLDER`` trains two runs at a time, one core each, into
-OUTPUT_FOLDER/runs. Finished runs are not repeated, so that an interrupted study goes on where it
-was; other settings need another folder. The laws are fitted by
+OUTPUT_FOLDER/runs. Finished runs are not repeated, so that an interrupted study continues where it
+stopped; other settings need another folder. The laws are fitted by
 
     linclip-eval scaling-laws OUTPUT_FOLDER/runs --out RESULTS
 """
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _overrides(output: Path, attention: str, width: int, steps: int, seed: int) -> list[str]:
-    """Both towers grow in width alone, with heads of one width."""
+    """Return overrides of one run: both towers grow in width alone, with heads of one width."""
     return [
         f"model.vision.attention.kind={attention}",
         f"model.text.attention.kind={attention}",
@@ -88,7 +88,7 @@ def _overrides(output: Path, attention: str, width: int, steps: int, seed: int) 
 
 
 def _is_finished(config: Config) -> bool:
-    """Whether the run folder holds this very run, to its end."""
+    """Return whether the run folder holds this run, finished."""
     if not (config.run_dir / "config.yaml").exists():
         return False
     try:

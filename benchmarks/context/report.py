@@ -1,36 +1,25 @@
-"""What a run of bench_context.py has found: checks, tables and a picture."""
+"""Report of bench_context.py: checks, tables and a picture."""
 
-import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullLocator
 
-from benchmarks.attention.report import LABEL, MUTED, TITLE, dress, table
+from benchmarks.correctness import Check, correctness_table
+from linclip_eval.plotting import COLOURS, add_legend, dress, new_figure, set_token_axis
+from linclip_eval.results import markdown_table, write_report
 
-__all__ = [
-    "CHECK_TOKENS",
-    "HEADS",
-    "HEAD_DIM",
-    "STATE_BYTES",
-    "ContextReport",
-    "ContextRow",
-    "SplitCheck",
-]
+__all__ = ["CHECK_TOKENS", "HEADS", "HEAD_DIM", "STATE_BYTES", "ContextReport", "ContextRow"]
 
 #: Few, so that 262144 tokens in one process leave room on a machine of 16 GiB.
 HEADS, HEAD_DIM = 4, 64
 #: A state is [H, D + 1, D + 1] in float32, whatever the number of tokens.
 STATE_BYTES = HEADS * (HEAD_DIM + 1) ** 2 * 4
-#: Of the check; not divisible by the ranks.
+#: Tokens of the correctness check; not divisible by the ranks.
 CHECK_TOKENS = 4099
-COLOURS = {1: "#64748b", 2: "#58b0e3", 4: "#2563a8"}
 NOTES = """\
 - A layer here is bidirectional linear attention, Eq. 4, of {heads} heads of {dim}, one image,
   forward and backward, without the projections around it: those work token by token and exchange
@@ -52,8 +41,8 @@ class ContextRow:
     """One call on one rank.
 
     Attributes:
-        forward_bytes, backward_bytes: Handed to collectives.
-        peak_mib: What the call adds to the inputs.
+        forward_bytes, backward_bytes: Bytes handed to collectives.
+        peak_mib: Memory that the call adds to the inputs.
     """
 
     num_tokens: int
@@ -67,28 +56,17 @@ class ContextRow:
     peak_mib: float
 
 
-@dataclass(frozen=True)
-class SplitCheck:
-    """Relative RMS against one rank in float64: of split attention, and of one rank."""
-
-    num_ranks: int
-    tensor: str
-    error: float
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.allowed  # NaN does not pass
-
-
 class ContextReport:
-    """The rows of one run, with what was measured where, and the checks."""
+    """Rows and checks of one run.
+
+    Args:
+        facts: Conditions of the run by name; see :func:`linclip_eval.results.write_report`.
+        checks: Split attention against one rank.
+        rows: All measurements.
+    """
 
     def __init__(
-        self,
-        facts: dict[str, str],
-        checks: Sequence[SplitCheck],
-        rows: Sequence[ContextRow],
+        self, facts: dict[str, str], checks: Sequence[Check], rows: Sequence[ContextRow]
     ) -> None:
         self.facts, self.checks, self.rows = facts, checks, rows
         self.tokens = sorted({row.num_tokens for row in rows})
@@ -101,123 +79,89 @@ class ContextReport:
             for row in self.rows
         )
 
-    def write(self, folder: Path) -> None:
-        """Write context.csv, summary.md and context.png."""
-        with (folder / "context.csv").open("w", newline="") as file:
-            common = {name: self.facts[name] for name in ("device", "torch", "date_utc", "commit")}
-            writer = csv.DictWriter(file, [*asdict(self.rows[0]), *common])
-            writer.writeheader()
-            for row in self.rows:
-                values = asdict(row).items()
-                rounded = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values}
-                writer.writerow(rounded | common)
-        (folder / "summary.md").write_text(self.summary())
-        self.draw().savefig(folder / "context.png", dpi=150)
+    def write(self, folder: Path) -> str:
+        """Write context.csv, context.png and summary.md, whose text is returned."""
+        return write_report(
+            folder,
+            title="Context parallelism",
+            sections=[
+                "![Time, exchange and memory over the number of tokens](context.png)",
+                "## Correctness",
+                "Relative RMS against one rank in float64: the worst rank and tensor. Allowed is "
+                "twice the error of one rank, and a rounding.",
+                correctness_table(self.checks),
+                "## Exchanged per layer and rank, bytes",
+                f"The state has H (D + 1)^2 = {STATE_BYTES // 4} float32 numbers: {STATE_BYTES} "
+                "bytes.",
+                self._bytes_table(),
+                "## CPU seconds per rank",
+                self._table_by_tokens("cpu_seconds", "{:.3g}"),
+                "## Wall seconds",
+                self._table_by_tokens("wall_seconds", "{:.3g}"),
+                "## Peak memory beyond the inputs per rank, MiB",
+                self._table_by_tokens("peak_mib", "{:.0f}"),
+                "## How to read this",
+                NOTES.format(heads=HEADS, dim=HEAD_DIM, cores=self.facts["cores"]),
+            ],
+            facts=self.facts,
+            tables={"context.csv": self.rows},
+            table_facts=("device", "torch", "date_utc", "commit"),
+            figures={"context.png": self._draw()},
+        )
 
     def values(self, field: str, num_ranks: int) -> list[float]:
-        """Per number of tokens: most of all ranks, and its median over repetitions."""
+        """Return the largest value of all ranks, its median over repetitions, for every N."""
         found = []
         for num_tokens in self.tokens:
             most: dict[int, float] = {}
-            for row in self.rows:
-                if (row.num_tokens, row.num_ranks) == (num_tokens, num_ranks):
-                    value = float(getattr(row, field))
-                    most[row.repetition] = max(most.get(row.repetition, value), value)
+            for row in self._rows_of(num_ranks, num_tokens):
+                value = float(getattr(row, field))
+                most[row.repetition] = max(most.get(row.repetition, value), value)
             found.append(median(most.values()))
         return found
 
-    def summary(self) -> str:
-        """All but the picture, in Markdown aligned so that it can be read as it is."""
-        notes = NOTES.format(heads=HEADS, dim=HEAD_DIM, cores=self.facts["cores"])
-        sections = [
-            f"# Context parallelism on {self.facts['device']}",
-            table(["", ""], [[*fact] for fact in self.facts.items()], left=2),
-            "## Correctness",
-            f"Relative RMS against one rank in float64, {CHECK_TOKENS} tokens: the worst rank. "
-            "Allowed is twice\nthe error of one rank, and a rounding.",
-            self._correctness(),
-            "## Exchanged per layer and rank, bytes",
-            f"The state has H (D + 1)^2 = {STATE_BYTES // 4} float32 numbers: {STATE_BYTES} bytes.",
-            self._bytes(),
-            "## CPU seconds per rank",
-            self._by_tokens("cpu_seconds", "{:.3g}"),
-            "## Wall seconds",
-            self._by_tokens("wall_seconds", "{:.3g}"),
-            "## Peak memory beyond the inputs per rank, MiB",
-            self._by_tokens("peak_mib", "{:.0f}"),
-            "## How to read this",
-            notes,
-        ]
-        return "\n\n".join(sections) + "\n"
+    def _rows_of(self, num_ranks: int, num_tokens: int) -> Iterator[ContextRow]:
+        return (r for r in self.rows if (r.num_ranks, r.num_tokens) == (num_ranks, num_tokens))
 
-    def _correctness(self) -> str:
-        lines = []
-        for size in self.ranks[1:]:
-            for name in ("o", "dq", "dk", "dv"):
-                same = [c for c in self.checks if (c.num_ranks, c.tensor) == (size, name)]
-                worst = max(same, key=lambda check: check.error / check.allowed)
-                verdict = "pass" if all(check.passed for check in same) else "FAIL"
-                errors = f"{worst.error:.1e}", f"{worst.allowed:.1e}"
-                lines.append([f"{size} ranks, {name}", *errors, verdict])
-        return table(["", "error", "allowed", ""], lines)
-
-    def _bytes(self) -> str:
+    def _bytes_table(self) -> str:
         lines = []
         for size, way in product(self.ranks, ("forward", "backward")):
             counts = (
-                sorted({getattr(r, f"{way}_bytes") for r in self._of(size, num_tokens)})
+                sorted({getattr(row, f"{way}_bytes") for row in self._rows_of(size, num_tokens)})
                 for num_tokens in self.tokens
             )
             cells = [" ... ".join(map(str, count)) for count in counts]
-            lines.append([f"{_ranks(size)}, {way}", str(_expected_bytes(size)), *cells])
-        return table(["N", "formula", *map(str, self.tokens)], lines)
+            lines.append([f"{_ranks(size)}, {way}", _expected_bytes(size), *cells])
+        return markdown_table(["N", "formula", *map(str, self.tokens)], lines)
 
-    def _of(self, num_ranks: int, num_tokens: int) -> Iterable[ContextRow]:
-        return (r for r in self.rows if (r.num_ranks, r.num_tokens) == (num_ranks, num_tokens))
-
-    def _by_tokens(self, field: str, form: str) -> str:
+    def _table_by_tokens(self, field: str, form: str) -> str:
         lines = [
             [_ranks(size), *(form.format(value) for value in self.values(field, size))]
             for size in self.ranks
         ]
-        return table(["N", *map(str, self.tokens)], lines)
+        return markdown_table(["N", *map(str, self.tokens)], lines)
 
-    def draw(self) -> Figure:
-        """Time, exchange and memory of a rank over the number of tokens."""
-        figure = Figure(figsize=(14, 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
+    def _draw(self) -> Figure:
+        """Draw time, exchange and memory of a rank over the number of tokens."""
         on_gpu = self.facts["backend"] == "nccl"
-        time_field = "wall_seconds" if on_gpu else "cpu_seconds"
-        titles = {
-            time_field: ("time per rank, forward + backward", "s" if on_gpu else "CPU seconds"),
+        panels = {
+            "wall_seconds" if on_gpu else "cpu_seconds": (
+                "time per rank, forward + backward",
+                "s" if on_gpu else "CPU seconds",
+            ),
             "forward_bytes": ("exchanged per layer and rank, forward", "bytes"),
             "peak_mib": ("peak memory per rank, beyond inputs", "MiB"),
         }
-        for axes, (field, (title, unit)) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-            for size in self.ranks:
+        figure = new_figure(14, 4.4)
+        for axes, (field, (title, unit)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            for size, colour in zip(self.ranks, COLOURS, strict=False):
                 values = self.values(field, size)
                 if any(values):
-                    style: dict[str, Any] = {"color": COLOURS.get(size), "marker": "o"}
-                    axes.plot(self.tokens, values, label=_ranks(size), markersize=4.5, **style)
-            axes.set_title(title, loc="left", **TITLE)
-            axes.set_ylabel(unit, **LABEL)
-            axes.set_xlabel("tokens N", **LABEL)
+                    axes.plot(self.tokens, values, "o-", color=colour, label=_ranks(size))
             axes.set_yscale("log")
-            axes.legend(frameon=False, fontsize=9)
-            dress(axes)
-            axes.set_xticks(self.tokens, minor=False)
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
-            axes.set_xlim(0.7 * self.tokens[0], 1.4 * self.tokens[-1])
-        facts = self.facts
-        figure.suptitle(
-            f"Context parallelism: {facts['device']}, {facts['dtype']}, {HEADS} heads of "
-            f"{HEAD_DIM}, {facts['date_utc']} UTC, {facts['commit']}",
-            x=0.01,
-            ha="left",
-            fontsize=11,
-            color=MUTED,
-        )
+            set_token_axis(axes, self.tokens)
+            dress(axes, title, xlabel="tokens N", ylabel=unit)
+            add_legend(axes)
         return figure
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import random
-import shlex
 import subprocess
 import sys
 import sysconfig
@@ -20,8 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
@@ -29,17 +26,18 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from benchmarks import REPOSITORY
+from benchmarks import REPOSITORY, benchmark_facts, results_folder
+from benchmarks.data import loaders
 from benchmarks.data.loaders import Settings, Throughput
-from benchmarks.data.report import FIGURES, LOADERS, Report, Requirement, Row
+from benchmarks.data.report import RATES, DataReport, DataRow, Requirement
 from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write_train_shard
-from ds_linclip.provenance import commit_of, device_name, folder_name
 
 MEASURED = ("ds_linclip/data", "benchmarks/data")
-#: What open_clip_torch 3.3.0 asks for training, as far as its data module imports it. With the
+#: Packages that the data module of open_clip_torch 3.3.0 needs for training. With the
 #: webdataset of this project its loader ends in KeyError: 'fname': it does not know the mark that
 #: newer versions put at the end of every shard.
 OPEN_CLIP_PACKAGES = ("webdataset==0.2.86", "pandas")
+LOADERS_SCRIPT = loaders.__file__
 NUM_SHARDS = 4
 BAD_SHARE = 0.05
 #: Sides of the crops from the sample photos, which are 427 pixels high: at their smallest a 256 px
@@ -69,7 +67,7 @@ NOTES = """\
 - Truncated images are cut in half; ds_linclip replaces each by another sample of the shard.
 - Waiting for data is the sum of perf/data_seconds_per_step over that of perf/seconds_per_step,
   without the first logging interval."""
-#: Captions of natural length are made of these.
+#: Vocabulary of captions of natural length.
 WORDS = """a the of in with and on for at by from to old new red blue green white black golden big
 small beautiful ancient modern traditional temple palace roof tower gate garden flower dahlia petal
 blossom leaf tree mountain river lake sky cloud sunset morning evening summer winter spring autumn
@@ -83,7 +81,7 @@ Beijing China Summer_Palace Europe London Paris 2015 2018 III XL 4K"""
 
 @dataclass(frozen=True)
 class Shards:
-    """A set of shards as it was written."""
+    """Shards that were written, and their content."""
 
     paths: list[str]
     num_samples: int
@@ -109,9 +107,7 @@ def main() -> int:
     for name in ("workers", "repetitions", "batch_size", "batches_per_shard"):
         if getattr(arguments, name) < 1:
             parser.error(f"{name.replace('_', '-')} ({getattr(arguments, name)}) must be positive")
-    output = arguments.output or REPOSITORY / "docs" / "results" / "data" / folder_name(
-        device_name("cpu")
-    )
+    output = arguments.output or results_folder("data", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -126,15 +122,13 @@ def main() -> int:
         "duration": f"{time.monotonic() - start:.0f} s",
         "load before": f"{load:.1f} of {len(os.sched_getaffinity(0))} cores",
     }
-    report = Report(facts, rows, requirements, NOTES)
-    report.write(output)
-    print(report.summary())
+    print(DataReport(rows).write(output, facts, requirements, NOTES))
     return 0 if all(requirement.passed for requirement in requirements) else 1
 
 
 def _measure_all(
     folder: Path, arguments: argparse.Namespace
-) -> tuple[list[Row], list[Requirement]]:
+) -> tuple[list[DataRow], list[Requirement]]:
     pythons = {"ds_linclip": Path(sys.executable)}
     if not arguments.without_open_clip:
         pythons["open_clip"] = open_clip_python(folder / "environment")
@@ -164,7 +158,7 @@ def _measure_all(
         )
         throughput = measure_apart(pythons[loader], settings)
         rows.append(
-            Row(
+            DataRow(
                 case=case,
                 repetition=repetition,
                 settings=settings,
@@ -172,7 +166,7 @@ def _measure_all(
                 bytes_per_image=shards[case].bytes_per_image,
             )
         )
-    requirements = judge(rows, shards[DIRTY].num_bad)
+    requirements = check_requirements(rows, shards[DIRTY].num_bad)
     if arguments.training_steps:
         share = waiting_share(training_metrics(folder / "runs", arguments.training_steps))
         name = "share of the embedded run spent waiting for data"
@@ -185,8 +179,8 @@ def write_shards(folder: Path, samples_per_shard: int) -> dict[str, Shards]:
     """Write photos as "clean" shards, the same ones as "dirty" and bigger ones as "large".
 
     Args:
-        folder: Where a folder is made for each.
-        samples_per_shard: Of "clean" and "dirty"; a quarter of it for "large".
+        folder: Gets a folder of shards for each.
+        samples_per_shard: Size of a shard in "clean" and "dirty"; "large" has a quarter of it.
     """
     clean = list(islice(photos(256), NUM_SHARDS * samples_per_shard))
     bad = set(random.Random(0).sample(range(len(clean)), round(BAD_SHARE * len(clean))))
@@ -200,7 +194,7 @@ def write_shards(folder: Path, samples_per_shard: int) -> dict[str, Shards]:
 
 
 def photos(image_size: int) -> Iterator[EncodedSample]:
-    """Endless crops of scikit-learn's two sample photos, as JPEGs with captions.
+    """Yield crops of scikit-learn's two sample photos without end, as JPEGs with captions.
 
     Args:
         image_size: Side in pixels.
@@ -218,10 +212,10 @@ def photos(image_size: int) -> Iterator[EncodedSample]:
 
 
 def open_clip_python(folder: Path) -> Path:
-    """An interpreter that sees this environment's packages, but those open_clip_train needs first.
+    """Return an interpreter that sees this environment's packages behind open_clip_train's own.
 
     Args:
-        folder: Of the environment that is made.
+        folder: Folder of the environment, which is created.
 
     Raises:
         OSError: when the packages cannot be installed.
@@ -246,11 +240,10 @@ def measure_apart(python: Path, settings: Settings) -> Throughput:
     """Measure in a new process.
 
     Raises:
-        CalledProcessError: with what it wrote to its standard error.
+        CalledProcessError: with the process's standard error, when it fails.
     """
-    script = Path(__file__).with_name("bench_data_loaders.py")
     done = subprocess.run(
-        [python, script, json.dumps(asdict(settings))],
+        [python, LOADERS_SCRIPT, json.dumps(asdict(settings))],
         check=True,
         capture_output=True,
         text=True,
@@ -259,30 +252,30 @@ def measure_apart(python: Path, settings: Settings) -> Throughput:
     return Throughput(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def judge(rows: Sequence[Row], num_bad: int) -> list[Requirement]:
-    """Hold the rows to the requirements they allow to judge.
+def check_requirements(rows: Sequence[DataRow], num_bad: int) -> list[Requirement]:
+    """Return a verdict on every requirement that the rows say something about.
 
     Args:
-        rows: Of one run.
+        rows: Measurements of one run.
         num_bad: Truncated images in the dirty shards.
     """
-    report = Report({}, rows, [], "")
+    report = DataReport(rows)
     ours, dirty = (CLEAN, "ds_linclip"), (DIRTY, "ds_linclip")
-    found = []
-    if any(row.settings.loader == "open_clip" for row in rows):
-        for figure, title in FIGURES.items():
-            ratio = report.ratio(figure, ours, (CLEAN, "open_clip"))
-            found.append(
+    verdicts = []
+    for rate, title in RATES.items():
+        if "open_clip" in report.loaders[CLEAN]:
+            middle, low, high = report.ratio(rate, ours, (CLEAN, "open_clip"))
+            verdicts.append(
                 Requirement(
                     f"{title} over open_clip_train's, {CLEAN}",
                     f">= {MIN_RATIO:g}x",
-                    f"{ratio.middle:.2f}x ({ratio.low:.2f} ... {ratio.high:.2f})",
-                    ratio.middle >= MIN_RATIO,
+                    f"{middle:.2f}x ({low:.2f} ... {high:.2f})",
+                    middle >= MIN_RATIO,
                 )
             )
-    for figure, title in FIGURES.items():
-        middle, low, high = (1 - x for x in report.ratio(figure, dirty, ours))
-        found.append(
+    for rate, title in RATES.items():
+        middle, low, high = (1 - x for x in report.ratio(rate, dirty, ours))
+        verdicts.append(
             Requirement(
                 f"loss of {title} with 5 % truncated images",
                 f"<= {MAX_LOSS:.0%}",
@@ -290,10 +283,10 @@ def judge(rows: Sequence[Row], num_bad: int) -> list[Requirement]:
                 middle <= MAX_LOSS,
             )
         )
-    counts = [row.throughput.skipped for row in rows if row.case == DIRTY]
-    totals = sorted({sum(count.values()) for count in counts})
+    counts = [sum(row.throughput.skipped.values()) for row in rows if row.case == DIRTY]
     clean = sum(sum(row.throughput.skipped.values()) for row in rows if row.case != DIRTY)
-    found.append(
+    totals = sorted(set(counts))
+    verdicts.append(
         Requirement(
             "truncated images that were skipped and counted in one epoch",
             f"{num_bad} of {num_bad}",
@@ -301,11 +294,11 @@ def judge(rows: Sequence[Row], num_bad: int) -> list[Requirement]:
             totals == [num_bad] and clean == 0,
         )
     )
-    return found
+    return verdicts
 
 
 def training_metrics(output: Path, steps: int) -> list[dict[str, float]]:
-    """Train the embedded config with the launcher of this machine; returns its metrics.
+    """Train the embedded config with the launcher of this machine; return its metrics.
 
     Args:
         output: Folder of the run.
@@ -321,7 +314,7 @@ def training_metrics(output: Path, steps: int) -> list[dict[str, float]]:
 
 
 def waiting_share(metrics: Iterable[dict[str, float]]) -> float:
-    """Share of the time per step that was spent waiting for data, without the first interval."""
+    """Return the share of a step's time spent waiting for data, without the first interval."""
     intervals = [record for record in metrics if "perf/seconds_per_step" in record]
     waited, passed = (
         sum(record[f"perf/{name}_per_step"] for record in intervals[SKIPPED_INTERVALS:])
@@ -346,34 +339,24 @@ def _write(folder: Path, samples: Sequence[EncodedSample], *, num_bad: int) -> S
     )
 
 
-def _facts(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, str]:
-    per_case = {row.case: row for row in rows}
-    photos = {
-        f"{case.partition(',')[0]}": f"{row.settings.num_samples} photos, JPEG of quality 95, "
-        f"{row.bytes_per_image / 1000:.1f} kB each"
-        for case, row in per_case.items()
-        if case in (CLEAN, LARGE)
-    }
-    theirs = {
-        f"webdataset of {LOADERS[row.settings.loader][0]}": row.throughput.webdataset
-        for row in rows
-        if row.settings.loader == "open_clip"
-    }
+def _facts(arguments: argparse.Namespace, rows: Sequence[DataRow]) -> dict[str, str]:
     packages = ("torch", "open_clip_torch", "webdataset", "simplejpeg", "pillow")
-    return {
-        "device": device_name("cpu"),
+    facts = benchmark_facts("cpu", MEASURED, packages) | {
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        **theirs,
-        **photos,
         "workers": str(arguments.workers),
         "batch size": str(arguments.batch_size),
         "repetitions": str(arguments.repetitions),
-        "date_utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": commit_of(MEASURED),
-        "command": shlex.join(["python", *sys.argv]),
     }
+    for row in rows:
+        if row.settings.loader == "open_clip":
+            facts["webdataset of open_clip_train"] = row.throughput.webdataset
+        if row.case in (CLEAN, LARGE):
+            facts[f"{row.case.partition(',')[0]}:"] = (
+                f"{row.settings.num_samples} photos, JPEG of quality 95, "
+                f"{row.bytes_per_image / 1000:.1f} kB each"
+            )
+    return facts
 
 
 if __name__ == "__main__":

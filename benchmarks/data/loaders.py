@@ -1,9 +1,10 @@
 """One measurement of bench_data.py, in a process of its own: JSON in, JSON out.
 
-``python -m benchmarks.data.loaders SETTINGS`` reads batches from one of two loaders and prints
-what they cost. It also runs in an environment that lacks this project.
+``python benchmarks/data/loaders.py SETTINGS`` reads batches from one of two loaders and prints what
+they cost. It imports no other module of the benchmarks, so that it runs from any folder.
 """
 
+import importlib
 import json
 import logging
 import multiprocessing
@@ -19,23 +20,23 @@ import torch
 
 __all__ = ["Settings", "Throughput", "measure"]
 
-#: Of 10 ms each, as proc(5) counts the time of a process on all common builds of Linux.
+#: proc(5) counts the time of a process in ticks of 10 ms on all common builds of Linux.
 _TICKS_PER_SECOND = 100
 _ENDLESS = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is read, by whom, and for how long.
+    """The loader, what it reads, and for how long.
 
     Attributes:
         loader: "ds_linclip" or "open_clip".
         shards: Paths of tars.
-        num_samples: In all shards, bad ones among them.
-        image_size: Side in pixels of what comes out.
-        batch_size, num_workers: Of either loader.
-        warmup_batches: Read before the clocks start.
-        batches: Read between the two readings of the clocks.
+        num_samples: Samples in all shards, bad ones included.
+        image_size: Side of the images in a batch, in pixels.
+        batch_size, num_workers: Settings of the loader.
+        warmup_batches: Number of batches read before the clocks start.
+        batches: Number of batches read between the two readings of the clocks.
     """
 
     loader: str
@@ -50,13 +51,13 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """What the batches after the warm-up cost.
+    """The cost of the batches after the warm-up.
 
     Attributes:
-        samples: In these batches.
-        wall_seconds: From the last batch of the warm-up to the last batch.
+        samples: Number of samples in these batches.
+        wall_seconds: Time from the last batch of the warm-up to the last batch.
         cpu_seconds: User and system time of the process and its workers in between.
-        skipped: Bad samples of the first epoch by cause; open_clip's loader does not tell.
+        skipped: Bad samples of the first epoch by cause; open_clip's loader does not count them.
         webdataset: Version of the installed package.
     """
 
@@ -120,16 +121,20 @@ def _ds_linclip(settings: Settings) -> _Batches:
 
 
 def _open_clip(settings: Settings) -> _Batches:
-    """As open_clip_train.main builds it; the arguments are what its data module reads of them."""
+    """Yield batches of the loader that open_clip_train.main builds.
+
+    The arguments hold what its data module reads of them.
+    """
     from open_clip import AugmentationCfg, get_tokenizer
     from open_clip.transform import image_transform
-    from open_clip_train.data import get_wds_dataset
+
+    get_wds_dataset = importlib.import_module("open_clip_train.data").get_wds_dataset
 
     logging.disable(logging.WARNING)  # one line for every bad sample
     arguments = Namespace(
         train_data="::".join(settings.shards),
         train_data_upsampling_factors=None,
-        train_num_samples=_ENDLESS,  # or the workers would start anew at the end of every epoch
+        train_num_samples=_ENDLESS,  # or the workers would restart at the end of every epoch
         dataset_resampled=False,
         seed=0,
         batch_size=settings.batch_size,
@@ -145,7 +150,7 @@ def _open_clip(settings: Settings) -> _Batches:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its workers, which are alive."""
+    """Return the CPU time of this process and its living workers."""
     total = time.process_time()
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()

@@ -8,21 +8,18 @@ step, by axis, and how far they are from the plan. Exit code 1 when a difference
 """
 
 import argparse
-import csv
 import json
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import REPOSITORY
+from benchmarks import REPOSITORY, benchmark_facts
 from benchmarks.layouts.traffic import CONTROL_BYTES, TrafficMeter
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
@@ -35,14 +32,18 @@ from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.planner.plan import plan_rank
 from ds_linclip.trainer import train
+from linclip_eval.results import markdown_table, write_report
 
+MEASURED = ("ds_linclip", "benchmarks/layouts")
 TOLERANCE = 1e-5
 BATCH = 32
+#: Columns of bytes: mesh axes, "dp" (the gather of the loss) and "zero".
+AXES = ("tp", "cp", "pp", "dp", "zero")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Sizes of the axes; ranks are their product."""
+class ParallelLayout:
+    """Sizes of the mesh axes; the number of ranks is their product."""
 
     tp: int = 1
     pp: int = 1
@@ -70,37 +71,37 @@ class Layout:
 
 
 LAYOUTS = [
-    Layout(),
-    Layout(micro_batches=2),
-    Layout(micro_batches=8),
-    Layout(tp=2),
-    Layout(pp=2),
-    Layout(pp=2, micro_batches=2),
-    Layout(pp=2, micro_batches=8),
-    Layout(dp=2, zero=1),
-    Layout(dp=2, zero=2, micro_batches=2),
-    Layout(dp=2, zero=3, micro_batches=2),
-    Layout(cp=2),
-    Layout(tp=2, pp=2, micro_batches=2),
-    Layout(tp=2, dp=2, zero=1),
-    Layout(tp=2, dp=2, zero=2),
-    Layout(tp=2, dp=2, zero=3),
-    Layout(pp=2, dp=2, micro_batches=2),
-    Layout(cp=2, dp=2, zero=3),
-    Layout(tp=2, pp=2, dp=2, micro_batches=2),
-    Layout(tp=2, pp=2, cp=2, micro_batches=2),
+    ParallelLayout(),
+    ParallelLayout(micro_batches=2),
+    ParallelLayout(micro_batches=8),
+    ParallelLayout(tp=2),
+    ParallelLayout(pp=2),
+    ParallelLayout(pp=2, micro_batches=2),
+    ParallelLayout(pp=2, micro_batches=8),
+    ParallelLayout(dp=2, zero=1),
+    ParallelLayout(dp=2, zero=2, micro_batches=2),
+    ParallelLayout(dp=2, zero=3, micro_batches=2),
+    ParallelLayout(cp=2),
+    ParallelLayout(tp=2, pp=2, micro_batches=2),
+    ParallelLayout(tp=2, dp=2, zero=1),
+    ParallelLayout(tp=2, dp=2, zero=2),
+    ParallelLayout(tp=2, dp=2, zero=3),
+    ParallelLayout(pp=2, dp=2, micro_batches=2),
+    ParallelLayout(cp=2, dp=2, zero=3),
+    ParallelLayout(tp=2, pp=2, dp=2, micro_batches=2),
+    ParallelLayout(tp=2, pp=2, cp=2, micro_batches=2),
 ]
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a run gave.
+class LayoutResult:
+    """Losses, weights and traffic of one run.
 
     Attributes:
-        losses: By step.
-        weights: The final ones, under open_clip's names.
-        traffic: Bytes of a step by axis, measured, of every rank.
-        planned: The same as planned.
+        losses: Loss by step.
+        weights: Final weights under open_clip's names.
+        traffic: Measured bytes of a step by axis, for every rank.
+        planned: The planner's bytes of a step by axis, for every rank.
     """
 
     losses: dict[int, float]
@@ -110,8 +111,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the table; bytes are those of the rank that has most of them."""
+class LayoutRow:
+    """A line of the table; bytes are those of the rank that exchanges most of them."""
 
     attention: str
     layout: str
@@ -141,24 +142,26 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     rows = []
     for attention in arguments.attention:
-        reference: Result | None = None
+        reference: LayoutResult | None = None
         for layout in LAYOUTS:
             if reference and arguments.layouts and layout.name not in arguments.layouts:
                 continue
             if attention == "softmax" and layout.cp > 1:
                 continue
-            begun = time.perf_counter()
+            start = time.perf_counter()
             result = run(layout, attention, arguments.steps, arguments.overrides)
             reference = reference or result
             rows.append(compare(result, reference, attention, layout))
-            print(f"{_line(rows[-1])} {time.perf_counter() - begun:5.1f} s", flush=True)
+            print(f"{_line(rows[-1])} {time.perf_counter() - start:5.1f} s", flush=True)
             if arguments.out:
                 write(arguments.out, rows, arguments.steps)
     return 0 if all(row.is_good for row in rows) else 1
 
 
-def run(layout: Layout, attention: str, steps: int, overrides: Sequence[str]) -> Result:
-    """Train in processes of their own."""
+def run(
+    layout: ParallelLayout, attention: str, steps: int, overrides: Sequence[str]
+) -> LayoutResult:
+    """Train in processes of their own; return the losses, weights and traffic."""
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
             REPOSITORY / "ds_configs" / "train" / "embedded.yaml",
@@ -179,7 +182,7 @@ def run(layout: Layout, attention: str, steps: int, overrides: Sequence[str]) ->
         records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
         files = [config.run_dir / f"traffic-{rank}.json" for rank in range(layout.ranks)]
         measured, planned = zip(*(json.loads(file.read_text()) for file in files), strict=True)
-        return Result(
+        return LayoutResult(
             losses={r["step"]: r["train/loss"] for r in records if "train/loss" in r},
             weights=torch.load(config.run_dir / "weights.pt"),
             traffic=list(measured),
@@ -203,7 +206,7 @@ def train_rank(config: Config) -> None:
 
 
 def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes by axis that this rank exchanges in a step: measured, and planned."""
+    """Return the bytes by axis that this rank exchanges in a step: measured, and planned."""
     # Nothing is fetched ahead: ZeRO-3 keeps what it has fetched for two uses, and gathers it once.
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": 0}}))
@@ -219,15 +222,17 @@ def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[
     texts = torch.randint(0, text.vocab_size, (local, text.context_length))
     kept = torch.arange(vision.num_kept_patches_at(vision.image_size)).expand(local, -1)
     batch = (images, texts, kept) if vision.patch_dropout else (images, texts)
-    for _ in range(2):  # the first steps also tell shapes, and learn the order of parameters
+    for _ in range(2):  # the first steps also send shapes, and learn the order of parameters
         engine.step(batch, lr=1e-3)
     with TrafficMeter(mesh) as meter:
         engine.step(batch, lr=1e-3)
     return dict(meter.bytes), plan.traffic
 
 
-def compare(result: Result, reference: Result, attention: str, layout: Layout) -> Row:
-    """How far a run is from the reference, and its traffic from the plan."""
+def compare(
+    result: LayoutResult, reference: LayoutResult, attention: str, layout: ParallelLayout
+) -> LayoutRow:
+    """Return how far a run is from the reference, and its traffic from the plan."""
     assert result.losses.keys() == reference.losses.keys()
     assert result.weights.keys() == reference.weights.keys()
     off_plan = 0
@@ -235,11 +240,8 @@ def compare(result: Result, reference: Result, attention: str, layout: Layout) -
         axes = measured.keys() | planned.keys()
         off = (abs(measured.get(axis, 0) - planned.get(axis, 0)) for axis in axes)
         off_plan = max(off_plan, *off, 0)
-    most = {
-        f"{axis}_bytes": max(rank.get(axis, 0) for rank in result.traffic)
-        for axis in ("tp", "cp", "pp", "dp", "zero")
-    }
-    return Row(
+    most = {f"{axis}_bytes": max(rank.get(axis, 0) for rank in result.traffic) for axis in AXES}
+    return LayoutRow(
         attention=attention,
         layout=layout.name,
         ranks=layout.ranks,
@@ -258,43 +260,35 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def write(folder: Path, rows: Sequence[Row], steps: int) -> None:
-    """``layouts.csv`` and ``summary.md``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "layouts.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in fields(Row))
-        writer.writerows(asdict(row).values() for row in rows)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
-    lines = [
-        "# The same training in every layout",
-        "",
-        f"`python -m benchmarks.layouts.check_layouts --out {folder}`: {steps} steps of "
-        f"{BATCH} pairs of the",
-        f"embedded model in fp32, {platform.processor() or platform.machine()}, {packages}.",
-        "Differences are relative, from the single process: the largest of a loss, and of a final",
-        "weight tensor (RMS). Bytes: of a step, on the rank that has most of them; the last column",
-        "is how far any rank is from the plan (control messages of less than "
-        f"{CONTROL_BYTES} bytes are not counted).",
-        "",
-        "| attention | layout | ranks | loss | weights | tp | cp | pp | loss gather | ZeRO | off |",
-        "|:---|:---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-        *(f"| {' | '.join(_cells(row))} |" for row in rows),
+def write(folder: Path, rows: Sequence[LayoutRow], steps: int) -> None:
+    """Write layouts.csv and summary.md."""
+    header = ["attention", "layout", "ranks", "loss", "weights", "tp", "cp", "pp", "loss gather"]
+    cells = [
+        [
+            *(row.attention, row.layout, row.ranks),
+            *(f"{value:.1e}" for value in (row.loss_difference, row.weight_difference)),
+            *(f"{getattr(row, f'{axis}_bytes'):,}" for axis in AXES),
+            row.bytes_off_plan,
+        ]
+        for row in rows
     ]
-    (folder / "summary.md").write_text("\n".join(lines) + "\n")
+    write_report(
+        folder,
+        title="The same training in every layout",
+        sections=[
+            f"{steps} steps of {BATCH} pairs of the embedded model in fp32. Differences are "
+            "relative, from the single process: the largest of a loss, and of a final weight "
+            "tensor (RMS). Bytes: of a step, on the rank that has most of them; the last column "
+            "is how far any rank is from the plan (control messages of less than "
+            f"{CONTROL_BYTES} bytes are not counted).",
+            markdown_table([*header, "ZeRO", "off"], cells, align="ll" + "r" * 9),
+        ],
+        facts=benchmark_facts("cpu", MEASURED, ("torch", "deepspeed")),
+        tables={"layouts.csv": rows},
+    )
 
 
-def _cells(row: Row) -> list[str]:
-    sizes = (row.tp_bytes, row.cp_bytes, row.pp_bytes, row.dp_bytes, row.zero_bytes)
-    return [
-        *(row.attention, row.layout, str(row.ranks)),
-        *(f"{value:.1e}" for value in (row.loss_difference, row.weight_difference)),
-        *(f"{size:,}" for size in sizes),
-        str(row.bytes_off_plan),
-    ]
-
-
-def _line(row: Row) -> str:
+def _line(row: LayoutRow) -> str:
     verdict = "good" if row.is_good else "NOT GOOD"
     return (
         f"{row.attention:8} {row.layout:24} loss {row.loss_difference:.1e} "

@@ -1,4 +1,4 @@
-"""What ranks send each other, counted by axis."""
+"""Bytes that ranks send each other, counted by axis of the mesh."""
 
 from collections import defaultdict
 from typing import Any
@@ -16,8 +16,8 @@ __all__ = ["CONTROL_BYTES", "TrafficMeter"]
 #: Smaller messages are norms, flags and barriers, and are not counted.
 CONTROL_BYTES = 64
 
-#: Operator -> index of the argument that holds the largest message: what is received by a gather,
-#: what is given to a reduction, what is sent.
+#: Operator -> index of the argument that holds the largest message: the output of a gather, the
+#: input of a reduction, the tensors of a send.
 _MESSAGES = {
     "allreduce_": 0,
     "allreduce_coalesced_": 0,
@@ -34,14 +34,14 @@ _MESSAGES = {
 
 
 class TrafficMeter(TorchDispatchMode):
-    """Within the context, adds up the bytes of this rank's collectives and sends, by axis.
+    """Dispatch mode that adds up the bytes of this rank's collectives and sends, by axis.
 
-    The size of a message is that of the whole tensor: what an all-reduce is given, an all-gather
-    gives, a reduce-scatter is given, a broadcast or a send passes on; receives are not counted.
+    The size of a message is that of the whole tensor: the input of an all-reduce or reduce-scatter,
+    the output of an all-gather, the tensor of a broadcast or send; receives are not counted.
 
     Attributes:
-        bytes: By axis: "tp", "cp", "pp", "dp" (the loss) and "zero" (gradients, weights and their
-            norms over data x context); "other" for the rest.
+        bytes: Bytes by axis: "tp", "cp", "pp", "dp" (the loss) and "zero" (gradients, weights and
+            their norms over data x context); "other" for the rest.
     """
 
     def __init__(self, mesh: Mesh) -> None:

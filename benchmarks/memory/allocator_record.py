@@ -1,4 +1,4 @@
-"""What the tensors of training take on a rank: all together in a step, by kind between steps."""
+"""Memory of the tensors of training on a rank: together in a step, by kind between steps."""
 
 import ctypes
 import gc
@@ -24,13 +24,13 @@ _Storages = dict[int, int]
 
 
 class AllocatorRecord:
-    """What the CPU's allocator has given out since the context began, inside of operators too.
+    """Record of the memory that the CPU's allocator gives out within the context.
 
-    Tensors that are older than the context count for nothing.
+    Memory within operators is included; tensors older than the context are not.
     """
 
     def __enter__(self) -> "AllocatorRecord":
-        # What other threads free would not be counted otherwise: gloo's, for example.
+        # Otherwise memory that other threads free, such as gloo's, would not be counted.
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
         self._flag = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage")
         self._flag.value = True
@@ -44,12 +44,12 @@ class AllocatorRecord:
 
     @contextmanager
     def named(self, name: str) -> Iterator[None]:
-        """A part of the context, for :meth:`most`."""
+        """Name a part of the context for :meth:`most`."""
         with record_function(name):
             yield
 
     def most(self, name: str) -> int:
-        """After the context: most bytes at any time within a part of it."""
+        """Return, after the context, the most bytes at any time within a part of it."""
         profiler: Any = self._profile.profiler
         events = list(_flat(profiler.kineto_results.experimental_event_tree()))
         (part,) = (event for event in events if event.name == name)
@@ -62,8 +62,12 @@ class AllocatorRecord:
 
 
 def live_bytes(engine: Engine) -> dict[str, int]:
-    """Bytes of live tensors now, every storage once: those of :data:`KINDS`, as a plan has them,
-    and "other" that Python knows of."""
+    """Return the bytes of live tensors, every storage once.
+
+    Returns:
+        Bytes by kind: those of :data:`KINDS`, which a plan has too, and "other" tensors that Python
+        knows of.
+    """
     gc.collect()
     zero = engine.deepspeed_engine.optimizer
     parameters = list(engine.deepspeed_engine.module.parameters())
@@ -96,7 +100,7 @@ def live_bytes(engine: Engine) -> dict[str, int]:
 
 
 def _master_weights(zero: Any) -> Iterator[Tensor]:
-    """Of this rank's part: ZeRO-3 takes them out of the optimizer's groups between steps."""
+    """Yield this rank's master weights: ZeRO-3 keeps them out of the optimizer's groups."""
     for name in (
         "single_partition_of_fp32_groups",
         "fp32_groups_flat_partition",

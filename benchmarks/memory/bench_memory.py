@@ -15,15 +15,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from benchmarks import REPOSITORY
+from benchmarks import REPOSITORY, benchmark_facts, results_folder
 from benchmarks.memory.allocator_record import KINDS, AllocatorRecord, live_bytes
 from benchmarks.memory.report import MemoryReport, MemoryRow
+from benchmarks.peak_memory import PeakMemory
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
@@ -32,11 +31,11 @@ from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.planner.plan import plan_rank
-from ds_linclip.provenance import commit_of, device_name, folder_name
 
 MEASURED = (
     "ds_linclip/parallel",
-    "ds_linclip/engine/optim.py",
+    "ds_linclip/engine",
+    "ds_linclip/planner",
     "benchmarks/memory/bench_memory.py",
 )
 #: The first steps make the optimizer's state, and let ZeRO-3 learn the order of parameters.
@@ -58,9 +57,12 @@ QUICK_ZERO = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """One run: data-parallel ranks, precision, ZeRO stage, micro-batches of a pair; and what it is
-    to be instead, as overrides of the config."""
+class MemoryLayout:
+    """One run: data-parallel ranks, precision, ZeRO stage, micro-batches of a pair.
+
+    Attributes:
+        more: Further overrides of the config.
+    """
 
     ranks: int
     precision: str
@@ -86,7 +88,8 @@ class Layout:
 
 
 def main() -> int:
-    begun, commit = time.monotonic(), commit_of(MEASURED)
+    start = time.monotonic()
+    facts = benchmark_facts("cpu", MEASURED, ("torch", "deepspeed"))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,11 +101,11 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1])
     parser.add_argument("--quick", action="store_true", help="a tiny model on two ranks")
     arguments = parser.parse_args()
-    overrides = QUICK if arguments.quick else []
+    overrides = list(QUICK) if arguments.quick else []
     if arguments.layers:
         overrides += [f"model.{tower}.layers={arguments.layers}" for tower in ("vision", "text")]
     layouts = [
-        Layout(ranks=ranks, precision=precision, stage=stage, micro_batches=micro_batches)
+        MemoryLayout(ranks=ranks, precision=precision, stage=stage, micro_batches=micro_batches)
         for precision in arguments.precisions
         for micro_batches in arguments.micro_batches
         for ranks in ([2] if arguments.quick else arguments.ranks)
@@ -111,30 +114,24 @@ def main() -> int:
     rows: list[MemoryRow] = []
     for layout in layouts:
         rows += run(layout, overrides, QUICK_ZERO if arguments.quick else None)
-        print(f"{layout.name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    name = device_name("cpu")
-    facts = {
-        "device": name,
-        "torch": version("torch"),
-        "deepspeed": version("deepspeed"),
-        "date_utc": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": commit,
-        "overrides": " ".join(overrides) or "none",
-        "duration": f"{time.monotonic() - begun:.0f} s",
-    }
-    output = arguments.output or Path("docs/results/memory", folder_name(name))
-    output.mkdir(parents=True, exist_ok=True)
+        print(f"{layout.name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    facts["overrides"] = " ".join(overrides) or "none"
+    facts["duration"] = f"{time.monotonic() - start:.0f} s"
     report = MemoryReport(facts, rows)
-    report.write(output)
-    print(report.summary())
+    print(report.write(arguments.output or results_folder("memory", "cpu")))
     return 0 if report.passed else 1
 
 
 def run(
-    layout: Layout, overrides: Sequence[str], zero: dict[str, int] | None = None
+    layout: MemoryLayout, overrides: Sequence[str], zero: dict[str, int] | None = None
 ) -> list[MemoryRow]:
-    """Train a few steps in processes of their own, with DeepSpeed's own settings ``zero``; a row
-    per rank."""
+    """Train a few steps in processes of their own; return a row for every rank.
+
+    Args:
+        layout: The layout that is measured.
+        overrides: Overrides of ds_configs/train/vit_b16.yaml.
+        zero: DeepSpeed's own settings of ZeRO.
+    """
     with tempfile.TemporaryDirectory() as folder:
         buckets = Path(folder, "deepspeed.json")
         buckets.write_text(json.dumps({"zero_optimization": zero or {}}))
@@ -150,11 +147,11 @@ def run(
         return [MemoryRow(**json.loads(file.read_text())) for file in files]
 
 
-def train_rank(layout: Layout, config: Config) -> None:
+def train_rank(layout: MemoryLayout, config: Config) -> None:
     ctypes.CDLL(None).mallopt(-3, MMAP_THRESHOLD)  # M_MMAP_THRESHOLD
     mesh = Mesh.create(config.parallel)
     rank = mesh.rank
-    process = _Process()
+    private_before = _private_bytes()
     plan = plan_rank(config, mesh)
     with AllocatorRecord() as record:
         model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
@@ -163,10 +160,12 @@ def train_rank(layout: Layout, config: Config) -> None:
         batch = random_batch(config, mesh)
         for _ in range(WARMUP):
             engine.step(batch, lr=1e-3)
-        process.begin_step()
+        ctypes.CDLL(None).malloc_trim(0)
+        kept = _private_bytes() - private_before
+        peak = PeakMemory("cpu")
         with record.named("a step"):
             engine.step(batch, lr=1e-3)
-        peak = process.peak()
+        growth = peak.growth()
         live = live_bytes(engine)
     row = MemoryRow(
         ranks=layout.ranks,
@@ -176,8 +175,8 @@ def train_rank(layout: Layout, config: Config) -> None:
         rank=rank,
         num_parameters=plan.num_parameters,
         kept_planned=plan.kept,
-        kept_process=process.own,
-        step_process=peak,
+        kept_process=kept,
+        step_process=kept + growth,
         **{f"kept_{kind}": live[kind] for kind in (*KINDS, "other")},
         **{f"step_{kind}_planned": size for kind, size in plan.memory.items()},
         step=record.most("a step"),
@@ -188,7 +187,7 @@ def train_rank(layout: Layout, config: Config) -> None:
 
 
 def random_batch(config: Config, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and texts; stages of a pipeline but the first get their shapes alone."""
+    """Return images and texts; later stages of a pipeline get tensors without memory."""
     local, length = config.train.global_batch_size // mesh.dp.size, config.model.text.context_length
     images, texts = (local, 3, *config.model.vision.image_size), (local, length)
     if mesh.pp.rank > 0:
@@ -201,37 +200,10 @@ def random_batch(config: Config, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor
     )
 
 
-class _Process:
-    """Memory of this process beyond what it had at the start. Pages that it only reads from its
-    parent, which it was forked from, are not its own."""
-
-    def __init__(self) -> None:
-        self.private_before, self.resident_before = _private_bytes(), _resident_bytes("VmRSS")
-
-    def private(self) -> int:
-        """Bytes, now."""
-        ctypes.CDLL(None).malloc_trim(0)
-        return _private_bytes() - self.private_before
-
-    def begin_step(self) -> None:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        self.own = self.private()
-        self.resident = _resident_bytes("VmRSS")
-
-    def peak(self) -> int:
-        """Most bytes since :meth:`begin_step`."""
-        return self.own + _resident_bytes("VmHWM") - self.resident
-
-
 def _private_bytes() -> int:
+    """Return this process's memory without pages that it only reads from the one it forked from."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
-
-
-def _resident_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,38 @@
-"""What a run of bench_memory.py has found: tables, a picture and a verdict."""
+"""Report of bench_memory.py: tables, a picture and a verdict."""
 
-import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from linclip_eval.plotting import (
+    ATTENTION_COLOURS,
+    INK,
+    LINEAR,
+    SOFTMAX,
+    add_legend,
+    dress,
+    new_figure,
+)
+from linclip_eval.results import markdown_table, write_report
+
 __all__ = ["TOLERANCE", "MemoryReport", "MemoryRow"]
 
-#: Of tensors between steps, relative to the plan.
+#: Largest relative difference of tensors between steps from the plan.
 TOLERANCE = 0.03
 MIB = 2**20
+#: Kinds of tensors, and their colours.
 KINDS = {
-    "weights": "#2563a8",
-    "optimizer": "#58b0e3",
-    "gradients": "#d97706",
+    "weights": LINEAR,
+    "optimizer": ATTENTION_COLOURS["Eq. 4"],
+    "gradients": SOFTMAX,
     "buckets": "#9ca3af",
     "activations": "#5aa469",
 }
-_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 NOTES = """\
 - Tensors between steps: bytes of the storages of live tensors that Python knows of, each once.
 - Tensors in a step: the most that torch's allocator has given out at any time, activations, gloo's
@@ -40,10 +49,10 @@ class MemoryRow:
     """One rank of one layout; everything in bytes.
 
     Attributes:
-        kept_*: Between steps.
-        step*: At the fullest moment of a step.
-        *_planned: As planned.
-        *_process: Of the process; otherwise of tensors.
+        kept_*: Memory between steps.
+        step*: Memory at the fullest moment of a step.
+        *_planned: What the planner predicts.
+        *_process: Memory of the whole process; the others are those of tensors.
     """
 
     ranks: int
@@ -78,99 +87,74 @@ class MemoryRow:
 
 
 class MemoryReport:
-    """The rows of one run, with what was measured where."""
+    """Rows of one run.
+
+    Args:
+        facts: Conditions of the run; see :func:`linclip_eval.results.write_report`.
+        rows: One for every rank of every layout.
+    """
 
     def __init__(self, facts: dict[str, str], rows: Sequence[MemoryRow]) -> None:
         self.facts, self.rows = facts, rows
-        #: Per layout the rank that has most in a step.
-        self.fullest: list[MemoryRow] = []
-        layouts: dict[tuple[Any, ...], list[MemoryRow]] = {}
+        fullest: dict[str, MemoryRow] = {}
         for row in rows:
-            key = row.precision, row.micro_batches, row.ranks, row.stage
-            layouts.setdefault(key, []).append(row)
-        for same in layouts.values():
-            self.fullest.append(max(same, key=lambda row: row.step))
+            name = _name(row)
+            fullest[name] = max(fullest.get(name, row), row, key=lambda each: each.step)
+        #: The rank of every layout that has most in a step.
+        self.fullest = list(fullest.values())
 
     @property
     def passed(self) -> bool:
         return all(abs(row.kept / row.kept_planned - 1) <= TOLERANCE for row in self.rows)
 
-    def write(self, folder: Path) -> None:
-        """Write memory.csv, summary.md and memory.png."""
-        with (folder / "memory.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(field.name for field in fields(MemoryRow))
-            writer.writerows(asdict(row).values() for row in self.rows)
-        (folder / "summary.md").write_text(self.summary())
-        self.draw().savefig(folder / "memory.png", dpi=150)
-
-    def summary(self) -> str:
-        """All but the picture, in Markdown."""
+    def write(self, folder: Path) -> str:
+        """Write memory.csv, memory.png and summary.md, whose text is returned."""
         size = max(row.num_parameters for row in self.rows)
-        sections = [
-            f"# Memory of a rank, {size / 1e6:.1f} M parameters",
-            "\n".join(f"- {name}: {value}" for name, value in self.facts.items()),
-            "MiB of the rank that has most in a step.",
-            "## Between steps",
-            _table(
-                ["plan", "tensors", "tensors / plan", "process"],
-                {
-                    _name(row): [
-                        *(_mib(row.kept_planned), _mib(row.kept)),
-                        *(f"{row.kept / row.kept_planned:.3f}", _mib(row.kept_process)),
-                    ]
-                    for row in self.fullest
-                },
-            ),
-            "## At the fullest moment of a step",
-            "By kind: the plan.",
-            _table(
-                ["plan", "tensors", "tensors / plan", "process", *KINDS],
-                {
-                    _name(row): [
-                        *(_mib(row.step_planned), _mib(row.step)),
-                        *(f"{row.step / row.step_planned:.2f}", _mib(row.step_process)),
-                        *(_mib(getattr(row, f"step_{kind}_planned")) for kind in KINDS),
-                    ]
-                    for row in self.fullest
-                },
-            ),
-            "## How to read this",
-            NOTES,
-        ]
-        return "\n\n".join(sections) + "\n"
+        header = ["layout", "plan", "tensors", "tensors / plan", "process"]
+        between, within = [], []
+        for row in self.fullest:
+            share = f"{row.kept / row.kept_planned:.3f}"
+            sizes = _mib(row.kept_planned), _mib(row.kept), share, _mib(row.kept_process)
+            between.append([_name(row), *sizes])
+            share = f"{row.step / row.step_planned:.2f}"
+            sizes = _mib(row.step_planned), _mib(row.step), share, _mib(row.step_process)
+            kinds = (_mib(getattr(row, f"step_{kind}_planned")) for kind in KINDS)
+            within.append([_name(row), *sizes, *kinds])
+        return write_report(
+            folder,
+            title=f"Memory of a rank, {size / 1e6:.1f} M parameters",
+            sections=[
+                "MiB of the rank that has most in a step.",
+                "![Memory of a rank in every layout](memory.png)",
+                "## Between steps",
+                markdown_table(header, between),
+                "## At the fullest moment of a step",
+                "By kind: the plan.",
+                markdown_table([*header, *KINDS], within),
+                "## How to read this",
+                NOTES,
+            ],
+            facts=self.facts,
+            tables={"memory.csv": self.rows},
+            figures={"memory.png": self._draw()},
+        )
 
-    def draw(self) -> Figure:
-        """Plan on the left of tensors, one of them stacked by kind; the process as a mark."""
+    def _draw(self) -> Figure:
+        """Draw the plan left of the tensors, one of them by kind; the process as a mark."""
         precisions = list(dict.fromkeys(row.precision for row in self.fullest))
-        figure = Figure(figsize=(13, 4.2 * len(precisions) + 0.6), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(13, 4.2 * len(precisions) + 0.6)
         panels = figure.subplots(len(precisions), 2, squeeze=False)
         for (kept, step), precision in zip(panels, precisions, strict=True):
             rows = [row for row in self.fullest if row.precision == precision]
-            for axes, moment in ((kept, "kept"), (step, "step")):
-                _bars(axes, rows, moment)
-                where = "between steps" if moment == "kept" else "at the fullest moment of a step"
-                axes.set_title(
-                    f"{precision}, {where}", loc="left", fontsize=11, color=_INK, weight="bold"
-                )
-        marks: list[Any] = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
-        marks.append(Patch(facecolor="white", edgecolor=_INK, label="plan or tensors, together"))
-        marks += panels[0, 0].get_legend_handles_labels()[0]
-        figure.legend(handles=marks, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-        size = max(row.num_parameters for row in self.rows)
-        figure.suptitle(
-            f"Memory of a rank, {size / 1e6:.1f} M parameters: {self.facts['device']}, deepspeed "
-            f"{self.facts['deepspeed']}, {self.facts['date_utc']} UTC, {self.facts['commit']}",
-            x=0.01,
-            ha="left",
-            fontsize=11,
-            color=_MUTED,
-        )
+            _draw_bars(kept, rows, "kept", f"{precision}, between steps")
+            _draw_bars(step, rows, "step", f"{precision}, at the fullest moment of a step")
+        marks: list[Artist] = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
+        marks.append(Patch(facecolor="white", edgecolor=INK, label="plan or tensors, together"))
+        add_legend(figure, [*marks, *panels[0, 0].get_legend_handles_labels()[0]])
         return figure
 
 
-def _bars(axes: Axes, rows: Sequence[MemoryRow], moment: str) -> None:
+def _draw_bars(axes: Axes, rows: Sequence[MemoryRow], moment: str, title: str) -> None:
     # By kind are the tensors between steps, on the right, and the plan of a step, on the left.
     by_kind, total = (0.2, -0.2) if moment == "kept" else (-0.2, 0.2)
     suffix, other = ("", "_planned") if moment == "kept" else ("_planned", "")
@@ -181,31 +165,19 @@ def _bars(axes: Axes, rows: Sequence[MemoryRow], moment: str) -> None:
             axes.bar(place + by_kind, height, 0.38, bottom, color=colour)
             bottom += height
         height = getattr(row, f"{moment}{other}") / MIB
-        axes.bar(place + total, height, 0.38, facecolor="white", edgecolor=_INK, linewidth=1)
+        axes.bar(place + total, height, 0.38, facecolor="white", edgecolor=INK, linewidth=1)
     process = [getattr(row, f"{moment}_process") / MIB for row in rows]
     places = [place + 0.2 for place in range(len(rows))]
-    axes.plot(places, process, "_", color=_INK, markersize=16, label="process")
-    axes.set_xticks(range(len(rows)), [_name(row, short=True) for row in rows])
-    axes.set_ylabel("MiB", fontsize=9, color=_MUTED)
-    axes.tick_params(axis="both", length=0, labelsize=8.5, labelcolor=_MUTED)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.plot(places, process, "_", color=INK, markersize=16, label="process")
+    dress(axes, title, ylabel="MiB")
+    axes.grid(visible=False, axis="x")
+    axes.set_xticks(range(len(rows)), [_name(row).replace(", ", "\n") for row in rows])
 
 
-def _name(row: MemoryRow, *, short: bool = False) -> str:
+def _name(row: MemoryRow) -> str:
     ranks = f"{row.ranks} rank{'s' if row.ranks > 1 else ''}"
     micro = f", {row.micro_batches} micro-batches" if row.micro_batches > 1 else ""
-    if short:
-        return f"ZeRO-{row.stage}\n{ranks}{micro.replace(', ', chr(10))}"
     return f"{row.precision}, {ranks}, ZeRO-{row.stage}{micro}"
-
-
-def _table(header: Sequence[str], lines: dict[str, list[str]]) -> str:
-    rule = "|:---|" + "---:|" * len(header)
-    body = [f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items()]
-    return "\n".join([f"| layout | {' | '.join(header)} |", rule, *body])
 
 
 def _mib(size: int) -> str:

@@ -1,5 +1,6 @@
-"""How figures look: bare matplotlib figures, without a window system or the state of pyplot."""
+"""The one style of figures: bare matplotlib figures, without a window system or pyplot's state."""
 
+import textwrap
 from collections.abc import Sequence
 
 from matplotlib.artist import Artist
@@ -7,17 +8,35 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import EngFormatter, NullLocator
 
-__all__ = ["COLOURS", "INK", "LINEAR", "MUTED", "SOFTMAX", "add_legend", "dress", "new_figure"]
+__all__ = [
+    "ATTENTION_COLOURS",
+    "COLOURS",
+    "INK",
+    "LINEAR",
+    "MUTED",
+    "SOFTMAX",
+    "add_caption",
+    "add_legend",
+    "dress",
+    "new_figure",
+    "set_token_axis",
+]
 
 INK, MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 LINEAR, SOFTMAX = "#2563a8", "#d97706"
-#: Of models by their order; softmax, where it is among them, comes first.
+#: Colours of models by their order; softmax, where it is among them, comes first.
 COLOURS = (SOFTMAX, LINEAR, "#2a9d6f", "#b5408f", "#7c5cc4", "#0e8a9b", "#a16207", "#64748b")
+ATTENTION_COLOURS = {"softmax": SOFTMAX, "Eq. 7": LINEAR, "Eq. 4": "#58b0e3"}
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure with an Agg canvas, ready for ``savefig`` and ``add_figure``; sizes in inches."""
+    """Return a figure with an Agg canvas, ready for ``savefig`` and ``add_figure``.
+
+    Args:
+        width, height: In inches.
+    """
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), dpi=130, layout=layout)
     FigureCanvasAgg(figure)
@@ -25,7 +44,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def dress(axes: Axes, title: str, *, xlabel: str = "", ylabel: str = "") -> None:
-    """Title, labels and a quiet grid; call it after the scales are set."""
+    """Set title, labels and a quiet grid; call it after the scales are set."""
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, weight="bold")
     axes.set_xlabel(xlabel, fontsize=9, color=MUTED)
     axes.set_ylabel(ylabel, fontsize=9, color=MUTED)
@@ -35,12 +54,34 @@ def dress(axes: Axes, title: str, *, xlabel: str = "", ylabel: str = "") -> None
     axes.spines[:].set_visible(False)
 
 
+def set_token_axis(axes: Axes, tokens: Sequence[int]) -> None:
+    """Make the horizontal axis a logarithmic one of numbers of tokens.
+
+    Args:
+        axes: The panel.
+        tokens: Numbers of tokens of the whole measurement, ascending.
+    """
+    axes.set_xscale("log")
+    axes.set_xlim(0.7 * tokens[0], 1.4 * tokens[-1])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if len(tokens) <= 5:
+        axes.set_xticks(tokens)
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
 def add_legend(owner: Figure | Axes, handles: Sequence[Artist] | None = None) -> None:
-    """Below a figure, or within its axes; without ``handles``, of what is labelled."""
+    """Add a legend below a figure or within axes; without ``handles``, of what is labelled."""
     style = {"frameon": False, "fontsize": 9, "labelcolor": INK}
     if isinstance(owner, Figure):
         handles = list(handles or ())
-        columns = min(len(handles), max(1, int(owner.get_figwidth() / 1.6)))
+        longest = max((len(str(handle.get_label())) for handle in handles), default=0)
+        columns = min(len(handles), max(1, int(owner.get_figwidth() / (0.6 + 0.08 * longest))))
         owner.legend(handles=handles, loc="outside lower center", ncols=columns, **style)
     else:
         owner.legend(**({} if handles is None else {"handles": list(handles)}), **style)
+
+
+def add_caption(figure: Figure, text: str) -> None:
+    """Write the subject and the origin of a picture above its panels, in a quiet colour."""
+    lines = textwrap.fill(text, width=int(14 * figure.get_figwidth()))
+    figure.suptitle(lines, x=0.01, ha="left", fontsize=8.5, color=MUTED)

@@ -1,24 +1,83 @@
-"""What an evaluation leaves behind: numbers for programs, a summary for people."""
+"""The one writer of results: a summary for people, tables and numbers for programs, pictures.
 
+Everything below ``docs/results`` is written here, so that every result names its device, versions,
+commit, date and command in the same way.
+"""
+
+import csv
+import io
 import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
-from ds_linclip.provenance import commit_of, device_name
+from ds_linclip.process.atomic import atomic_file, write_atomically
+from ds_linclip.provenance import run_facts
+from linclip_eval.plotting import add_caption
 
-__all__ = ["markdown_table", "percent", "wilson_interval", "write_results"]
+__all__ = ["markdown_table", "percent", "wilson_interval", "write_report", "write_results"]
 
 #: Characters that Markdown gives a meaning inside a line.
 _MARKUP = re.compile(r"([\\|*_\[\]`])")
-_LIBRARIES = ("torch", "open_clip_torch")
+_MEASURED = ("ds_linclip", "kernels/linclip_kernels", "evaluation")
+
+
+def write_report(
+    folder: Path,
+    *,
+    title: str,
+    sections: Sequence[str],
+    facts: Mapping[str, str],
+    tables: Mapping[str, Sequence[Any]] | None = None,
+    table_facts: Sequence[str] = (),
+    figures: Mapping[str, Figure] | None = None,
+    numbers: Mapping[str, Any] | None = None,
+) -> str:
+    """Write ``summary.md`` and what it rests on; every file appears whole or not at all.
+
+    Args:
+        folder: Created where it is missing.
+        title: Heading of the summary; the pictures are captioned with it.
+        sections: The summary below the title, Markdown, with links to the pictures.
+        facts: From :func:`ds_linclip.provenance.run_facts`, and further conditions by name.
+        tables: File name -> rows of a CSV file, dataclasses or mappings with the same fields.
+        table_facts: Facts that every row of the tables repeats.
+        figures: File name -> picture.
+        numbers: What ``results.json`` holds beside title and facts; not written without them.
+
+    Returns:
+        The text of the summary.
+
+    Raises:
+        OSError: when the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (tables or {}).items():
+        write_atomically(folder / name, _to_csv(rows, {key: facts[key] for key in table_facts}))
+    origin = ", ".join(
+        value if name in ("device", "date_utc") else f"{name} {value}"
+        for name, value in facts.items()
+        if name != "command"
+    )
+    for name, figure in (figures or {}).items():
+        caption = [facts[key] for key in ("device", "date_utc", "commit")]
+        add_caption(figure, f"{title}: {', '.join(caption)}")
+        with atomic_file(folder / name) as partial:
+            figure.savefig(partial, format=Path(name).suffix[1:])
+    if numbers is not None:
+        content = json.dumps({"title": title, **facts, **numbers}, indent=1)
+        write_atomically(folder / "results.json", content + "\n")
+    body = "\n\n".join(section.strip() for section in sections)
+    summary = f"# {title}\n\n{body}\n\n{origin}: `{facts['command']}`\n"
+    write_atomically(folder / "summary.md", summary)
+    return summary
 
 
 def write_results(
@@ -30,39 +89,26 @@ def write_results(
     numbers: Mapping[str, Any],
     device: torch.device,
 ) -> None:
-    """Write ``results.json`` and ``summary.md``, with where, when and by what they were made.
+    """Write ``results.json`` and ``summary.md`` of a linclip-eval command.
 
     Args:
-        folder: Made when it is not there.
+        folder: Created where it is missing.
         command: The subcommand of linclip-eval and its arguments.
         title: Heading of the summary.
         body: The rest of it, Markdown.
         numbers: What was measured, as JSON has it.
-        device: On which.
+        device: The device it was measured on.
     """
-    facts = {
-        "device": device_name(device.type),
-        **{name: version(name) for name in _LIBRARIES},
-        "commit": commit_of(["ds_linclip", "kernels/linclip_kernels", "evaluation"]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": shlex.join(["linclip-eval", *command]),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"title": title, **facts, **numbers}
-    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    libraries = ", ".join(f"{name} {facts[name]}" for name in _LIBRARIES)
-    made = (
-        f"{facts['device']}, {libraries}, commit {facts['commit']}, {facts['date']}: "
-        f"`{facts['command']}`"
-    )
-    summary = f"# {title}\n\n{body.strip()}\n\n{made}\n"
-    (folder / "summary.md").write_text(summary, encoding="utf-8")
+    line = shlex.join(["linclip-eval", *command])
+    packages = ("torch", "open_clip_torch")
+    facts = run_facts(device.type, line, measured=_MEASURED, packages=packages)
+    write_report(folder, title=title, sections=[body], facts=facts, numbers=numbers)
 
 
 def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = ""
 ) -> str:
-    """A Markdown table.
+    """Return a Markdown table.
 
     Args:
         header: Titles of the columns.
@@ -75,19 +121,30 @@ def markdown_table(
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson's score interval)."""
+    """Return the 95 % interval of a share (Wilson's score interval)."""
     interval = binomtest(successes, trials).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def percent(share: float, trials: int | None = None) -> str:
-    """A share in per cent; with the number of trials behind it, also its 95 % interval."""
+    """Return a share in per cent; with the number of trials behind it, also its 95 % interval."""
     if trials is None:
         return f"{100 * share:.2f}"
     low, high = wilson_interval(round(share * trials), trials)
     return f"{100 * share:.2f} ({100 * low:.2f} to {100 * high:.2f})"
 
 
+def _to_csv(rows: Sequence[Any], facts: Mapping[str, str]) -> str:
+    """Return rows as CSV, floats with six significant digits."""
+    records = [{**(row if isinstance(row, Mapping) else asdict(row)), **facts} for row in rows]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(records[0]) if records else [])
+    writer.writeheader()
+    for record in records:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in record.items()})
+    return text.getvalue()
+
+
 def _cell(value: object) -> str:
-    """Names of classes and captions come from anywhere: no mark-up in them."""
+    """Return a table's cell without mark-up: names of classes and captions come from anywhere."""
     return _MARKUP.sub(r"\\\1", " ".join(str(value).split()))

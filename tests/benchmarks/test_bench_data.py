@@ -47,7 +47,7 @@ def row(bench: ModuleType) -> Callable[..., object]:
         throughput = bench.Throughput(
             samples=100, wall_seconds=100 / rate, cpu_seconds=200 / rate, skipped=causes
         )
-        return bench.Row(
+        return bench.DataRow(
             case=case,
             repetition=repetition,
             settings=settings,
@@ -63,7 +63,7 @@ def test_requirements_by_hand(bench: ModuleType, row: Callable[..., object]):
     rows = [row(bench.CLEAN, "ds_linclip", i, rate) for i, rate in enumerate(ours)]
     rows += [row(bench.CLEAN, "open_clip", i, rate) for i, rate in enumerate(theirs)]
     rows += [row(bench.DIRTY, "ds_linclip", i, rate, skipped=5) for i, rate in enumerate(dirty)]
-    wall, cpu, loss, cpu_loss, skipped = bench.judge(rows, 5)
+    wall, cpu, loss, cpu_loss, skipped = bench.check_requirements(rows, 5)
     for ratio in (wall, cpu):
         assert ratio.found == "2.50x (1.67 ... 3.00)"
         assert ratio.passed
@@ -72,9 +72,11 @@ def test_requirements_by_hand(bench: ModuleType, row: Callable[..., object]):
         assert share.passed
     assert skipped.found == "5 in each of 3 runs; 0 where none is"
     assert skipped.passed
-    assert not bench.judge(rows, 6)[-1].passed
+    assert not bench.check_requirements(rows, 6)[-1].passed
     extra = row(bench.CLEAN, "ds_linclip", 3, 1000, skipped=1)
-    verdicts = bench.judge([*rows, extra, row(bench.DIRTY, "ds_linclip", 3, 1, skipped=5)], 5)
+    verdicts = bench.check_requirements(
+        [*rows, extra, row(bench.DIRTY, "ds_linclip", 3, 1, skipped=5)], 5
+    )
     assert [verdict.passed for verdict in verdicts] == [True, True, False, False, False]
 
 
@@ -124,14 +126,15 @@ def test_command_measures_counts_and_writes(
         assert row["torch"] == torch.__version__.partition("+")[0]
 
 
-def test_a_failing_measurement_is_told_in_one_line(
+def test_a_failing_measurement_is_reported_in_one_line(
+    bench: ModuleType,
     command: Callable[..., int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
     (tmp_path / "loaders.py").write_text("raise SystemExit('error: no such loader')")
-    monkeypatch.setattr(Path, "with_name", lambda path, name: tmp_path / "loaders.py")
+    monkeypatch.setattr(bench, "LOADERS_SCRIPT", tmp_path / "loaders.py")
     assert command(tmp_path / "out", "--without-open-clip") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: no such loader"
     assert not list((tmp_path / "out").iterdir())

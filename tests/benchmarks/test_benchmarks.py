@@ -1,27 +1,36 @@
-"""The kernel benchmark: its arithmetic by hand, and the command itself on short inputs."""
+"""The attention benchmarks: arithmetic by hand, and the commands on short inputs."""
 
 import csv
 import importlib
 import math
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.attention import bench_attention, timing
-from benchmarks.attention.report import WORKS, Check, Report, Row, crossover, slope
-from benchmarks.context.report import STATE_BYTES, ContextReport, ContextRow, SplitCheck
+from benchmarks.attention import bench_attention, operators
+from benchmarks.attention.operators import WORKS, Implementation
+from benchmarks.attention.report import AttentionReport
+from benchmarks.context.report import STATE_BYTES, ContextReport, ContextRow
+from benchmarks.correctness import Check
+from linclip_eval.runtime.fit import CallCost, RuntimePoint
+from linclip_eval.runtime.measure import Limits
 
-FACTS = {name: name for name in ("device", "torch", "triton", "date_utc", "commit", "dtype")}
+FACTS = {
+    name: name
+    for name in ("device", "torch", "triton", "date_utc", "commit", "dtype", "command", "cores")
+}
 CHECKS = [Check("linclip Eq. 7", 77, "o", 1e-7, 1e-6)]
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """Run the benchmark in this process, in very few calls."""
-    monkeypatch.setattr(timing, "GROUP_SECONDS", 0.01)
-    monkeypatch.setattr(timing, "COPY_BYTES", {"cpu": 2**20})
+    limits = {"max_seconds_per_point": 0.001, "max_seconds_per_call": 1e4, "quantiles": (0.2, 0.8)}
+    monkeypatch.setattr(bench_attention, "LIMITS", {"cpu": Limits(**limits)})
+    monkeypatch.setattr(bench_attention, "COPY_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(bench_attention, "CHECK_TOKENS", (15, 77))
     threads = torch.get_num_threads()
 
@@ -33,54 +42,44 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     torch.set_num_threads(threads)
 
 
-def row(
-    implementation: str, family: str, num_tokens: int, us_per_head: float, work: str = "forward"
-) -> Row:
-    return Row(
-        implementation=implementation,
-        family=family,
-        causal=False,
-        work=work,
+def point(implementation: Implementation, num_tokens: int, us_per_head: float) -> RuntimePoint:
+    batch, heads = operators.batch_and_heads("cpu", num_tokens)
+    seconds = 1e-6 * us_per_head * batch * heads
+    cost = CallCost(seconds=seconds, low=seconds, high=seconds, runs=9, peak_bytes=2**20)
+    return RuntimePoint(
+        what="causal" if implementation.causal else "bidirectional",
+        attention=implementation.name,
+        direction="forward",
         num_tokens=num_tokens,
-        batch=1,
-        num_heads=2,
-        head_dim=64,
-        us_per_head=us_per_head,
-        copy_share=0.5,
+        measured=cost,
     )
 
 
-def test_slope_is_that_of_the_long_lengths():
-    assert slope({77: 500.0, 2000: 7.0, 4000: 28.0, 8000: 112.0}) == pytest.approx(2)
-    assert math.isnan(slope({77: 1.0, 4096: 2.0}))
-
-
-def test_crossover_is_interpolated_in_log_log():
-    # Ours twice as slow at 100, twice as fast at 10000: equal halfway, at 1000.
-    assert crossover({100: 2.0, 10_000: 2.0}, {100: 1.0, 10_000: 4.0}) == pytest.approx(1000)
-    # What counts is the last change; lengths that only one side has do not.
-    ours = {10: 1.0, 100: 2.0, 10_000: 2.0, 10**6: 9.0}
-    assert crossover(ours, {10: 2.0, 100: 1.0, 10_000: 4.0}) == pytest.approx(1000)
-
-
-def test_crossover_outside_the_measured_lengths():
-    assert crossover({100: 1.0, 1000: 1.0}, {100: 2.0, 1000: 9.0}) == 0
-    assert crossover({100: 1.0, 1000: 9.0}, {100: 2.0, 1000: 8.0}) == math.inf
-    assert math.isnan(crossover({100: 1.0}, {1000: 1.0}))
-
-
-def test_speed_up_is_over_the_fastest_sdpa():
-    rows = [
-        row("linclip Eq. 7", "linclip", 1025, 2.0),
-        row("SDPA flash", "sdpa", 1025, 10.0),
-        row("SDPA cuDNN", "sdpa", 1025, 6.0),
+def test_speed_up_is_over_the_fastest_sdpa_and_slopes_are_those_of_long_sequences(tmp_path: Path):
+    implementations = [
+        Implementation("linclip Eq. 7", "linclip", torch.add),
+        Implementation("SDPA flash", "sdpa", torch.add),
+        Implementation("SDPA cuDNN", "sdpa", torch.add),
     ]
-    summary = Report(FACTS, CHECKS, rows).summary()
-    assert "| linclip Eq. 7, forward          |   3x |" in summary
-    assert "below 1025" in summary
+    ours, flash, cudnn = implementations
+    times = {
+        ours: {77: 500.0, 2000: 7.0, 4000: 28.0, 8000: 112.0},
+        flash: {77: 1000.0, 2000: 42.0, 4000: 28.0, 8000: 112.0},
+        cudnn: {77: 250.0, 2000: 21.0, 4000: 280.0, 8000: 336.0},
+    }
+    points = [point(one, n, us) for one, line in times.items() for n, us in line.items()]
+    report = AttentionReport("cpu", torch.float32, implementations, 1e9, CHECKS, points)
+    summary = report.write(tmp_path, FACTS)
+    assert "| 77 | 0.5 (0.5 to 0.5) |" in summary
+    assert "| 2000 | 3 (3 to 3) |" in summary
+    growth = "2.00 (2.00 to 2.00), N = 2000 to 8000"
+    assert f"| bidirectional, linclip Eq. 7 | {growth} | above 8000 |" in summary
+    assert "| 4000 | 28 | 28 | 280 |" in summary  # time per head
+    # 4 tensors of 2000 * 64 float32 in 7 us, against 1 GB/s.
+    assert f"| 2000 | {4 * 2000 * 64 * 4 / 7e-6 / 1e9:.1%} |" in summary
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_command_measures_and_writes(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -90,9 +89,15 @@ def test_command_measures_and_writes(
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    names = [one.name for one in bench_attention.implementations("cpu")]
-    points = [(r["num_tokens"], r["work"], r["implementation"]) for r in rows]
-    assert points == [(n, work, name) for n in ("15", "77") for work in WORKS for name in names]
+    places = [(r["num_tokens"], r["work"], r["implementation"]) for r in rows]
+    assert places == [
+        (n, work, one.name)
+        for causal in (False, True)
+        for n in ("15", "77")
+        for work in WORKS
+        for one in Implementation.available("cpu")
+        if one.causal == causal
+    ]
     for r in rows:
         assert not r["skipped"]
         assert 0 < float(r["p20_ms"]) <= float(r["median_ms"]) <= float(r["p80_ms"])
@@ -102,23 +107,25 @@ def test_command_measures_and_writes(
         num_bytes = tensors * int(r["num_tokens"]) * heads * 64 * 4
         rate = 1e-6 * num_bytes / float(r["median_ms"])
         assert float(r["gb_per_s"]) == pytest.approx(rate, 1e-3)
-        assert (r["dtype"], r["torch"], r["peak_mib"]) == ("float32", torch.__version__, "")
+        assert (r["dtype"], r["torch"]) == ("float32", version("torch"))
+        assert float(r["peak_mib"]) > 0
 
 
-def test_what_is_skipped_is_recorded(
+def test_skipped_points_are_recorded_with_their_reason(
     command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(bench_attention, "check_forms", lambda device, tokens: CHECKS)
-    assert command(tmp_path, "--device", "cpu", "--tokens", 2**22, 2**40) == 0
+    assert command(tmp_path, "--device", "cpu", "--tokens", 2**30, 2**40) == 0
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     for r in rows:
         assert not r["median_ms"]
-        assert r["skipped"].startswith(("one call predicted to take", "memory: "))
-        assert r["skipped"] in (tmp_path / "summary.md").read_text()
+        assert r["skipped"].startswith(("a call predicted to take", "a call predicted to fill"))
+    reasons = {(r["implementation"], r["work"]): r["skipped"] for r in reversed(rows)}
+    assert all(reason in (tmp_path / "summary.md").read_text() for reason in reasons.values())
     assert command(tmp_path, "--device", "cpu", "--tokens", 15, "--budget-seconds", 1e-9) == 0
     with (tmp_path / "results.csv").open() as file:
-        assert {r["skipped"] for r in csv.DictReader(file)} == {"time budget"}
+        assert {r["skipped"] for r in csv.DictReader(file)} == {"no time left of the budget"}
 
 
 def test_nothing_is_timed_when_the_operator_is_wrong(
@@ -155,7 +162,7 @@ def test_a_failing_call_costs_no_other_result(
         return right(q, k, v, **form)
 
     monkeypatch.setattr(bench_attention, "check_forms", lambda device, tokens: CHECKS)
-    monkeypatch.setattr(bench_attention, "linear_attention", fails_when_long)
+    monkeypatch.setattr(operators, "linear_attention", fails_when_long)
     assert command(tmp_path, "--device", "cpu", "--tokens", 15, 100) == 1
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -164,7 +171,7 @@ def test_a_failing_call_costs_no_other_result(
         ("100", "linclip Eq. 7, causal"),
         ("100", "linclip Eq. 4, causal"),
     }
-    assert {r["skipped"] for r in failed} == {"failed: no such kernel"}
+    assert {r["skipped"] for r in failed} == {"failed (no such kernel) at 100 tokens"}
     assert "error: linclip Eq. 7, causal, forward, N = 100: failed" in capsys.readouterr().err
 
 
@@ -198,20 +205,20 @@ def test_bad_arguments_give_one_line(
     assert error.count("\n") == 1
 
 
-def test_context_report_takes_the_slowest_rank_and_the_median():
+def test_context_report_takes_the_slowest_rank_and_the_median(tmp_path: Path):
     rows = [
         context_row(num_ranks, rank, repetition, seconds)
         for num_ranks, rank, times in ((1, 0, (8, 9, 7)), (2, 0, (3, 5, 4)), (2, 1, (4, 2, 9)))
         for repetition, seconds in enumerate(times)
     ]
-    checks = [SplitCheck(2, name, 1e-7, 1e-6) for name in ("o", "dq", "dk", "dv")]
-    facts = FACTS | {"cores": "2", "backend": "gloo"}
+    checks = [Check("2 ranks", 16, name, 1e-7, 1e-6) for name in ("o", "dq", "dk", "dv")]
+    facts = FACTS | {"backend": "gloo"}
     report = ContextReport(facts, checks, rows)
     assert report.values("cpu_seconds", 1) == [8]
     assert report.values("cpu_seconds", 2) == [5]
     assert report.passed
-    assert f"| {STATE_BYTES} |" in report.summary()
-    assert not ContextReport(facts, [SplitCheck(2, "o", math.nan, 1e-6)], rows).passed
+    assert f"| {STATE_BYTES} |" in report.write(tmp_path)
+    assert not ContextReport(facts, [Check("2 ranks", 16, "o", math.nan, 1e-6)], rows).passed
     more = context_row(2, 0, 0, 1, num_tokens=32, forward_bytes=STATE_BYTES + 4)
     assert not ContextReport(facts, checks, [*rows, more]).passed
 

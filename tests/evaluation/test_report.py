@@ -1,4 +1,4 @@
-"""One page of several results: complete, harmless, and as a browser shows it."""
+"""One page of several results: it is complete, harmless, and shown by a browser."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from linclip_eval.__main__ import main
-from linclip_eval.commands.report import write_report
+from linclip_eval.commands.report import write_page
 from linclip_eval.results import markdown_table
 
 EVIL = "<script>alert(1)</script> [x](javascript:alert(1)) ![y](z.png)"
@@ -35,7 +35,7 @@ def results(tmp_path: Path) -> list[Path]:
 
 
 def test_page_holds_everything(results, tmp_path):
-    page = write_report(results, tmp_path / "out", title="All <results>")
+    page = write_page(results, tmp_path / "out", title="All <results>")
     for folder in results:
         shutil.rmtree(folder)
     text = page.read_text()
@@ -51,7 +51,7 @@ def test_page_holds_everything(results, tmp_path):
 
 
 def test_markdown_has_the_same_and_its_pictures(results, tmp_path):
-    write_report(results, tmp_path / "out", title="All")
+    write_page(results, tmp_path / "out", title="All")
     text = (tmp_path / "out" / "report.md").read_text()
     assert re.findall(r"^#+ .*$", text, re.MULTILINE) == [
         *("# All", "## Accuracy & cost", "### Details", "## Runtime <N>", "### Details")
@@ -64,12 +64,12 @@ def test_markdown_has_the_same_and_its_pictures(results, tmp_path):
 
 def test_bad_folders_are_named(results, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"folders \(\[\]\) must name at least one folder"):
-        write_report([], tmp_path / "out", title="None")
+        write_page([], tmp_path / "out", title="None")
     with pytest.raises(ValueError, match=r"folder \(.*nothing\) must hold a readable summary\.md"):
-        write_report([*results, tmp_path / "nothing"], tmp_path / "out", title="One")
+        write_page([*results, tmp_path / "nothing"], tmp_path / "out", title="One")
     (results[1] / "figure.png").unlink()
     with pytest.raises(ValueError, match=r"summary\.md: picture \(figure\.png\) must be a file"):
-        write_report(results, tmp_path / "out", title="Broken")
+        write_page(results, tmp_path / "out", title="Broken")
     (results[1] / "summary.md").write_text("no title")
     assert main(["report", *map(str, results), "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -78,7 +78,7 @@ def test_bad_folders_are_named(results, tmp_path, capsys):
 
 
 def test_browser_shows_pictures_and_tables(results, tmp_path, browser):
-    page = write_report(results, tmp_path / "out", title="All")
+    page = write_page(results, tmp_path / "out", title="All")
     browser.get(page.as_uri())
     assert browser.title == "All"
     images = browser.execute_script(

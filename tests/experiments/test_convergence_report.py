@@ -6,11 +6,11 @@ from dataclasses import asdict
 import pytest
 from matplotlib.collections import PathCollection
 
-from experiments.convergence_report import Run, draw, read_runs, summarise, to_markdown
+from experiments.convergence_report import ConvergenceRun, draw, read_runs, summarise, to_markdown
 
 
-def run(variant: str, seed: int, top1: float, num_tokens: int = 65) -> Run:
-    return Run(
+def run(variant: str, seed: int, top1: float, num_tokens: int = 65) -> ConvergenceRun:
+    return ConvergenceRun(
         variant=variant,
         seed=seed,
         num_tokens=num_tokens,
@@ -49,7 +49,7 @@ def test_mean_and_interval_by_hand():
 def test_markdown_table():
     assert to_markdown(summarise(RUNS)).splitlines() == [
         "| tokens | variant | seeds | top-1, % | top-5, % | loss |",
-        "|---:|:---|---:|---:|---:|---:|",
+        "| ---: | :--- | ---: | ---: | ---: | ---: |",
         "| 65 | softmax | 3 | 92.0 ± 5.0 | 100.0 ± 0.0 | 0.500 ± 0.000 |",
         "| 65 | Eq. 7 \\| alpha 0 | 2 | 85.0 ± 63.5 | 100.0 ± 0.0 | 0.500 ± 0.000 |",
         "| 257 | softmax | 1 | 94.0 | 100.0 | 0.500 |",
@@ -77,7 +77,7 @@ def test_picture_has_a_panel_per_length_and_a_dot_per_seed(tmp_path):
 
 def test_a_diverged_run_stays_visible():
     rows = [run("softmax", seed, 0.9) for seed in range(2)]
-    diverged = Run(**{**asdict(run("softmax", 2, 0.1)), "loss": float("nan")})
+    diverged = ConvergenceRun(**{**asdict(run("softmax", 2, 0.1)), "loss": float("nan")})
     assert "| nan ± nan |" in to_markdown(summarise([*rows, diverged]))
 
 

@@ -1,4 +1,4 @@
-"""The runs behind the scaling laws: trained once, not again, and not mixed with others."""
+"""The runs behind the scaling laws: trained once and not mixed with others."""
 
 import shutil
 import sys
@@ -24,12 +24,12 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     assert [run.kind for run in runs] == ["linear", "softmax"]
     check_comparable(runs)
     kept, lost = folders
-    begun = (kept / "starts.jsonl").stat().st_mtime_ns
+    started = (kept / "starts.jsonl").stat().st_mtime_ns
     shutil.rmtree(lost)
     assert launch(monkeypatch, str(tmp_path), *SMALL) == 0
-    assert (kept / "starts.jsonl").stat().st_mtime_ns == begun
+    assert (kept / "starts.jsonl").stat().st_mtime_ns == started
     assert read_run(lost).loss == runs[1].loss
     capsys.readouterr()
     assert launch(monkeypatch, str(tmp_path), "optim.lr=1e-3", *SMALL) == 2
     assert "must be another folder" in capsys.readouterr().err
-    assert (kept / "starts.jsonl").stat().st_mtime_ns == begun
+    assert (kept / "starts.jsonl").stat().st_mtime_ns == started

@@ -1,6 +1,6 @@
-"""Runs on two ranks that it forks; what it finds goes to ``<folder>/results.json``.
+"""Measure memory on two forked ranks; write memory.json and the report into a folder.
 
-One start, many checks: see test_memory.py, which reads the file.
+One start, many checks: see test_memory.py, which reads the files.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory.bench_memory import QUICK, QUICK_ZERO, Layout, run
+from benchmarks.memory.bench_memory import QUICK, QUICK_ZERO, MemoryLayout, run
 from benchmarks.memory.report import MemoryReport
 from ds_linclip.config import load_config
 from ds_linclip.engine.initialize import initialize_engine
@@ -21,7 +21,7 @@ from ds_linclip.parallel.spawn import run_ranks
 from helpers import REPOSITORY
 
 VIT_B16 = REPOSITORY / "ds_configs" / "train" / "vit_b16.yaml"
-LAYOUTS = [Layout(ranks=2, precision="fp32", stage=stage) for stage in (1, 2, 3)]
+LAYOUTS = [MemoryLayout(ranks=2, precision="fp32", stage=stage) for stage in (1, 2, 3)]
 #: Name -> overrides without offloading, and those of every way to offload.
 OPTIMIZER, PARAM = "zero.offload_optimizer=cpu", "zero.offload_param=cpu"
 OFFLOADS = {
@@ -34,7 +34,7 @@ STEPS = 3
 
 def main(folder: Path) -> None:
     rows = {layout.name: run(layout, QUICK, QUICK_ZERO) for layout in LAYOUTS}
-    facts = {"device": "a CPU", "deepspeed": "", "date_utc": "", "commit": ""}
+    facts = {"device": "a CPU", "date_utc": "today", "commit": "unknown", "command": "memory_job"}
     MemoryReport(facts, [row for same in rows.values() for row in same]).write(folder)
     run_ranks(2, compare_offloading, folder)
     memory = {
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
 
 
 def compare_offloading(folder: Path) -> None:
-    """Per run and way of offloading: largest relative difference of a loss, and of the weights."""
+    """Write the largest relative difference of a loss, and of the weights, for every offloading."""
     found: dict[str, list[float]] = {}
     for name, (common, ways) in OFFLOADS.items():
         losses, weights = train(common)
@@ -60,7 +60,7 @@ def compare_offloading(folder: Path) -> None:
 
 
 def train(overrides: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses [STEPS] and the final weights, all in one."""
+    """Return losses [STEPS] and the final weights, flat in one tensor."""
     fixed = ["zero.deepspeed_config=null", "parallel.device=cpu", "eval.data=null"]
     fixed += ["train.precision=fp32", "train.global_batch_size=8"]
     config = load_config(VIT_B16, [*fixed, *QUICK, *overrides])

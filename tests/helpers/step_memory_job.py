@@ -1,11 +1,13 @@
-"""Runs the cases that are named; ``<folder>/results.json`` has [measured, planned] bytes of every
-rank at the fullest moment of a step; see test_step_memory.py."""
+"""Run named cases; write [measured, planned] bytes of a step's fullest moment, for every rank.
+
+See test_step_memory.py, which reads ``<folder>/results.json``.
+"""
 
 import json
 import sys
 from pathlib import Path
 
-from benchmarks.memory.bench_memory import Layout, run
+from benchmarks.memory.bench_memory import MemoryLayout, run
 
 #: Wide enough for activations to be a good part, and in the long ones most.
 MODEL = [
@@ -25,9 +27,11 @@ FULL = ("train.activation_checkpointing=full",)
 SELECTIVE = ("train.activation_checkpointing=selective",)
 
 
-def layout(ranks: int, precision: str, stage: int, batch: int, micro: int, *more: str) -> Layout:
+def layout(
+    ranks: int, precision: str, stage: int, batch: int, micro: int, *more: str
+) -> MemoryLayout:
     sizes = (f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}")
-    return Layout(ranks=ranks, precision=precision, stage=stage, more=(*sizes, *more))
+    return MemoryLayout(ranks=ranks, precision=precision, stage=stage, more=(*sizes, *more))
 
 
 CASES = {

@@ -1,7 +1,7 @@
-"""``linclip-eval report``: the results of other commands as one page that holds everything.
+"""``linclip-eval report``: the results of other commands as one self-contained page.
 
-Every folder gives its ``summary.md``; its pictures go into the page. The same is written as
-Markdown, with the pictures beside it.
+Every folder gives its ``summary.md`` and the pictures in it. The same is written as Markdown, with
+the pictures beside it.
 """
 
 import argparse
@@ -17,7 +17,9 @@ import jinja2
 import markdown
 from markupsafe import Markup
 
-__all__ = ["main", "write_report"]
+from ds_linclip.process.atomic import write_atomically
+
+__all__ = ["main", "write_page"]
 
 _SUMMARY = "summary.md"
 _IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
@@ -26,7 +28,7 @@ _TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 
 @dataclass(frozen=True, kw_only=True)
 class _Section:
-    """One summary: a title, the Markdown below it, and the folder of its pictures."""
+    """One summary: its title, the Markdown below it, and the folder of its pictures."""
 
     title: str
     body: str
@@ -48,7 +50,7 @@ class _Section:
                     f"{folder / _SUMMARY}: picture ({name}) must be a file of the folder, "
                     f"{', '.join(_TYPES)}"
                 )
-        # What is a heading here is below the title of its section there.
+        # Headings of the summary are below the title of their section on the page.
         body = re.sub(r"^(#+) ", r"#\1 ", body, flags=re.MULTILINE)
         return cls(title=first[2:].strip(), body=body.strip(), folder=folder)
 
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command.
 
     Raises:
-        ValueError: for a folder without a summary, or a summary without one of its pictures.
+        ValueError: for a folder without a summary, or a summary that lacks one of its pictures.
         OSError: for a file that cannot be written.
     """
     parser = argparse.ArgumentParser(prog="linclip-eval report", description=__doc__)
@@ -65,31 +67,31 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--title", default="Evaluation")
     parser.add_argument("--out", type=Path, required=True, help="folder of report.html, report.md")
     options = parser.parse_args(arguments)
-    print(write_report(options.folders, options.out, title=options.title))
+    print(write_page(options.folders, options.out, title=options.title))
 
 
-def write_report(folders: Sequence[Path], out: Path, *, title: str) -> Path:
+def write_page(folders: Sequence[Path], out: Path, *, title: str) -> Path:
     """Write ``report.html``, which needs no other file, and ``report.md`` with its pictures.
 
     Args:
         folders: Results of linclip-eval's commands, in the order of their sections.
-        out: Made when it is not there.
-        title: Of the page.
+        out: Created where it is missing.
+        title: Title of the page.
 
     Returns:
         Path of the page.
 
     Raises:
-        ValueError: for no folders, one without a summary, or a picture that is not there.
+        ValueError: for no folders, one without a summary, or a missing picture.
         OSError: when ``out`` cannot be written.
     """
     if not folders:
         raise ValueError("folders ([]) must name at least one folder of results")
     sections = [_Section.read(Path(folder)) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text(_to_markdown(sections, out, title), encoding="utf-8")
+    write_atomically(out / "report.md", _to_markdown(sections, out, title))
     page = out / "report.html"
-    page.write_text(_to_html(sections, title), encoding="utf-8")
+    write_atomically(page, _to_html(sections, title))
     return page
 
 
@@ -117,7 +119,7 @@ def _to_html(sections: Sequence[_Section], title: str) -> str:
 
 def _body_to_html(section: _Section) -> Markup:
     converter = markdown.Markdown(extensions=["tables", "sane_lists"])
-    # Names of classes and captions come from anywhere: what looks like HTML in them is text.
+    # Names of classes and captions come from anywhere: HTML in them is shown as text.
     converter.preprocessors.deregister("html_block")
     converter.inlinePatterns.deregister("html")
 

@@ -1,11 +1,12 @@
 """``linclip-eval runtime``: time and memory of softmax and linear attention over the tokens.
 
-As in arXiv 2604.10064: one layer, one block and whole towers on a sequence of N tokens, in
-inference and in training, over many runs after a warm-up; and the bare operator before them.
+Measures what arXiv 2604.10064 does: one layer, one block and whole towers on a sequence of N
+tokens, in inference and in training, over many runs after a warm-up; and the bare operator.
 """
 
 import argparse
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +15,17 @@ import torch
 
 from ds_linclip.config import ParallelConfig
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.provenance import device_name, folder_name
-from linclip_eval.runtime.fit import Point
-from linclip_eval.runtime.measure import Limits, measure
-from linclip_eval.runtime.report import write_report
+from ds_linclip.provenance import device_name, folder_name, run_facts
+from linclip_eval.runtime.measure import Limits, measure_in_turn
+from linclip_eval.runtime.report import write_runtime_report
 from linclip_eval.runtime.subjects import SUBJECTS, Subject
 
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-#: By device: what is measured where the command line does not say.
+_MEASURED = ("ds_linclip/model", "kernels/linclip_kernels", "evaluation/linclip_eval/runtime")
+#: Device -> defaults of the command line.
 _WHAT = {"cpu": ["attention", "layer", "block", "vit-s-16"], "cuda": list(SUBJECTS)}
 _TOKENS = {"cpu": [2**i for i in range(8, 17)], "cuda": [2**i for i in range(8, 23)]}
 _NUM_HEADS = {"cpu": 1, "cuda": 12}
@@ -65,24 +66,22 @@ def main(arguments: Sequence[str]) -> None:
         f"{limits.max_seconds_per_call:g} s for a call; {options.budget_seconds:g} s for "
         f"everything. {dtype}{threads}; `attention` has {num_heads} heads."
     )
-    points: list[Point] = []
-    for place, what in enumerate(subjects):
-        # An equal share of what is left of the time, so that every subject gets to long sequences.
-        left = options.budget_seconds - (time.monotonic() - begin)
-        deadline = time.monotonic() + left / (len(subjects) - place)
-        subject = Subject(what, mesh, _DTYPES[device], num_heads=num_heads)
-        points += measure(subject, tokens, limits, deadline=deadline)
-        # What has been measured stays, whatever comes.
-        write_report(
-            out,
-            points,
-            command=("runtime", *arguments),
-            device=mesh.device,
-            conditions=conditions,
-            runs=limits.runs,
+    facts = run_facts(
+        device,
+        shlex.join(["linclip-eval", "runtime", *arguments]),
+        measured=_MEASURED,
+        packages=("torch", "open_clip_torch"),
+    )
+    workloads = (Subject(what, mesh, _DTYPES[device], num_heads=num_heads) for what in subjects)
+    deadline = begin + options.budget_seconds
+    summary = ""
+    for points in measure_in_turn(workloads, len(subjects), tokens, limits, deadline=deadline):
+        # Written after every subject, so that an interruption loses no more than one.
+        summary = write_runtime_report(
+            out, points, facts=facts, conditions=conditions, runs=limits.runs
         )
-        logger.info("%s: done after %.0f s", what, time.monotonic() - begin)
-    print((out / "summary.md").read_text(encoding="utf-8"))
+        logger.info("%s: done after %.0f s", points[-1].what, time.monotonic() - begin)
+    print(summary)
     mesh.close()
 
 
@@ -125,8 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         "--heads",
         type=int,
         metavar="H",
-        help=f"of 64 features, in `attention`; default: {_NUM_HEADS['cuda']} on a GPU, "
-        f"{_NUM_HEADS['cpu']} on a CPU",
+        help="number of heads of 64 features, in `attention`; default: "
+        f"{_NUM_HEADS['cuda']} on a GPU, {_NUM_HEADS['cpu']} on a CPU",
     )
     parser.add_argument("--runs", type=int, default=Limits.runs, help="default: %(default)s")
     parser.add_argument("--warmup", type=int, default=Limits.warmup, help="default: %(default)s")
@@ -135,23 +134,23 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=Limits.max_seconds_per_point,
         metavar="S",
-        help="runs of one attention at one N end after so long; default: %(default)s",
+        help="time of the runs of one attention at one N; default: %(default)s",
     )
     parser.add_argument(
         "--max-seconds-per-call",
         type=float,
         default=Limits.max_seconds_per_call,
         metavar="S",
-        help="leave out what is predicted to take longer; default: %(default)s",
+        help="leave out calls predicted to take longer; default: %(default)s",
     )
     parser.add_argument(
         "--budget-seconds",
         type=float,
         default=480.0,
         metavar="S",
-        help="for everything, shared equally by --what; default: %(default)s",
+        help="time for everything, shared equally by --what; default: %(default)s",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="of torch on a CPU; default: %(default)s"
+        "--threads", type=int, default=1, help="threads of torch on a CPU; default: %(default)s"
     )
     return parser

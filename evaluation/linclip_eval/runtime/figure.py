@@ -10,85 +10,99 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from linclip_eval.plotting import (
+    ATTENTION_COLOURS,
+    COLOURS,
     INK,
-    LINEAR,
     MUTED,
     SOFTMAX,
     add_legend,
     dress,
     new_figure,
+    set_token_axis,
 )
-from linclip_eval.runtime.fit import Scaling, crossover
+from linclip_eval.runtime.fit import CallCost, Scaling
 
 __all__ = ["draw_memory", "draw_times"]
 
-_STYLES: dict[str, dict[str, Any]] = {
-    "softmax": {"color": SOFTMAX, "marker": "^"},
-    "Eq. 7": {"color": LINEAR, "marker": "o"},
-    "Eq. 4": {"color": "#58b0e3", "marker": "D", "linestyle": "--"},
+#: Part of an attention's name -> its colour and marker; the first that fits.
+_STYLES = {
+    "quadratic": (COLOURS[4], "P"),
+    "plain": (COLOURS[7], "s"),
+    "fla chunk": (COLOURS[2], "s"),
+    "cuDNN": (COLOURS[3], "v"),
+    "softmax": (SOFTMAX, "^"),
+    "SDPA": (SOFTMAX, "^"),
+    "Eq. 7": (ATTENTION_COLOURS["Eq. 7"], "o"),
+    "Eq. 4": (ATTENTION_COLOURS["Eq. 4"], "D"),
 }
-#: Exponent of the guide beside a line, and the factor between them.
-_GUIDES = {"softmax": (2, 1.8), "Eq. 7": (1, 1 / 1.8)}
 
 
-def draw_times(scaling: Scaling) -> Figure:
-    """Time of a call in log-log: a column per subject, a row per direction.
+def draw_times(scaling: Scaling, *, of: str = "a call") -> Figure:
+    """Draw time in log-log: a column per subject, a row per direction.
 
-    Bands are the quartiles. Dotted lines, over the range of the fits, grow with N^2 beside softmax
-    and with N beside Eq. 7; a circle marks from where on Eq. 7 is faster.
+    Bands are quantiles of the runs. Dotted lines, over the range of the fits, grow with N^2 beside
+    the fastest softmax attention and with N beside the first linear one; a circle marks from where
+    on that one is faster.
+
+    Args:
+        scaling: All points.
+        of: What takes the time, for the label.
     """
 
     def draw(axes: Axes, what: str, direction: str) -> None:
-        for attention in scaling.attentions:
-            line = scaling.line(what, direction, attention)
-            lengths = sorted(line)
-            medians = [line[n].seconds for n in lengths]
-            axes.plot(lengths, medians, **_style(attention))
-            axes.fill_between(
-                lengths,
-                [line[n].low for n in lengths],
-                [line[n].high for n in lengths],
-                color=_STYLES[attention]["color"],
-                alpha=0.2,
-                linewidth=0,
+        for name in scaling.attentions[what]:
+            line = scaling.line(what, direction, name)
+            if not line:
+                continue
+            lengths, style = sorted(line), _style(name)
+            axes.plot(lengths, [line[n].seconds for n in lengths], **style)
+            low, high = [line[n].low for n in lengths], [line[n].high for n in lengths]
+            axes.fill_between(lengths, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        first = scaling.linear(what)[0]
+        linear = scaling.line(what, direction, first)
+        _draw_guide(axes, scaling.fastest_softmax(what, direction), 2, 1.8)
+        _draw_guide(axes, linear, 1, 1 / 1.8)
+        place = scaling.crossover(what, direction, first)
+        if place is not None:
+            lengths = sorted(linear)
+            heights = np.log([linear[n].seconds for n in lengths])
+            height = np.exp(np.interp(np.log(place), np.log(lengths), heights))
+            axes.plot(place, height, zorder=3, **_CIRCLE)
+            axes.annotate(
+                f"N = {place:.0f}",
+                (place, height),
+                xytext=(7, -9),
+                textcoords="offset points",
+                fontsize=8,
+                color=INK,
             )
-            if attention in _GUIDES and scaling.slope(what, direction, attention):
-                fitted = np.array(scaling.fitted(what, direction, attention))
-                exponent, factor = _GUIDES[attention]
-                guide = factor * medians[-1] * (fitted / fitted[-1]) ** exponent
-                axes.plot(fitted, guide, linestyle=":", linewidth=1.2, color=MUTED)
-        _mark_crossover(
-            axes,
-            scaling.seconds(what, direction, "softmax"),
-            scaling.seconds(what, direction, "Eq. 7"),
-        )
 
     handles = [
         Line2D([], [], linestyle=":", color=MUTED, label="slopes 1 and 2"),
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker="o",
-            markersize=9,
-            markerfacecolor="none",
-            color=INK,
-            label="Eq. 7 is faster from here on",
-        ),
+        Line2D([], [], linestyle="", label="linear is faster from here on", **_CIRCLE),
     ]
-    return _draw_panels(scaling, draw, handles, "time of a call", "s")
+    return _draw_panels(scaling, draw, handles, f"time of {of}", "s")
 
 
 def draw_memory(scaling: Scaling) -> Figure:
-    """Peak memory of a call, beyond inputs and weights, in log-log; panels as for the times."""
+    """Draw peak memory of a call, beyond inputs and weights, in log-log; panels as for times."""
 
     def draw(axes: Axes, what: str, direction: str) -> None:
-        for attention in scaling.attentions:
-            line = scaling.line(what, direction, attention)
-            lengths = sorted(line)
-            axes.plot(lengths, [line[n].peak_bytes for n in lengths], **_style(attention))
+        for name in scaling.attentions[what]:
+            line = scaling.line(what, direction, name)
+            if line:
+                lengths = sorted(line)
+                axes.plot(lengths, [line[n].peak_bytes for n in lengths], **_style(name))
 
     return _draw_panels(scaling, draw, [], "peak memory of a call", "B")
+
+
+_CIRCLE: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 9,
+    "markerfacecolor": "none",
+    "color": INK,
+}
 
 
 def _draw_panels(
@@ -98,50 +112,50 @@ def _draw_panels(
     label: str,
     unit: str,
 ) -> Figure:
-    rows, columns = len(scaling.directions), len(scaling.subjects)
-    figure = new_figure(1 + 3 * columns, 0.8 + 2.8 * rows)
+    subjects = list(scaling.attentions)
+    rows, columns = len(scaling.directions), len(subjects)
+    figure = new_figure(1 + max(3 * columns, 7), 0.8 + 2.8 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for panels, direction in zip(grid, scaling.directions, strict=True):
-        for axes, what in zip(panels, scaling.subjects, strict=True):
+        for axes, what in zip(panels, subjects, strict=True):
             draw(axes, what, direction)
-            _set_scales(axes, unit)
+            set_token_axis(axes, scaling.tokens)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(EngFormatter(unit=unit))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            if axes.lines:
+                low, high = np.log10(axes.get_ylim())
+                axes.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))  # whole decades have labels
             dress(
                 axes,
                 f"{what}, {direction}",
                 xlabel="tokens N" if direction == scaling.directions[-1] else "",
-                ylabel=label if what == scaling.subjects[0] else "",
+                ylabel=label if what == subjects[0] else "",
             )
-    lines = [Line2D([], [], label=name, **_style(name)) for name in scaling.attentions]
+    names = dict.fromkeys(name for names in scaling.attentions.values() for name in names)
+    labels = dict.fromkeys(name.removesuffix(", causal") for name in names)
+    lines = [Line2D([], [], label=name, **_style(name)) for name in labels]
     add_legend(figure, [*lines, *handles])
     return figure
 
 
-def _style(attention: str) -> dict[str, Any]:
-    return {"markersize": 4, "linewidth": 1.5, **_STYLES[attention]}
-
-
-def _mark_crossover(axes: Axes, softmax: dict[int, float], linear: dict[int, float]) -> None:
-    place = crossover(softmax, linear)
-    if place is None:
+def _draw_guide(axes: Axes, line: dict[int, CallCost], exponent: int, factor: float) -> None:
+    """Draw a dotted line of that slope beside the last decade of a line."""
+    if len(line) < 2:
         return
-    lengths = sorted(linear)
-    height = np.exp(np.interp(np.log(place), np.log(lengths), np.log([linear[n] for n in lengths])))
-    axes.plot(place, height, marker="o", markersize=9, markerfacecolor="none", color=INK, zorder=3)
-    axes.annotate(
-        f"N = {place:.0f}",
-        (place, height),
-        xytext=(7, -9),
-        textcoords="offset points",
-        fontsize=8,
-        color=INK,
-    )
+    last = max(line)
+    lengths = np.array([n for n in sorted(line) if 10 * n >= last])
+    heights = factor * line[last].seconds * (lengths / last) ** exponent
+    axes.plot(lengths, heights, linestyle=":", linewidth=1.2, color=MUTED)
 
 
-def _set_scales(axes: Axes, unit: str) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_major_formatter(EngFormatter(unit=unit))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    low, high = np.log10(axes.get_ylim())
-    axes.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))  # whole decades have labels
+def _style(attention: str) -> dict[str, Any]:
+    colour, marker = next(style for part, style in _STYLES.items() if part in attention)
+    dashes = "--" if "Eq. 4" in attention else "-"
+    return {
+        "color": colour,
+        "marker": marker,
+        "linestyle": dashes,
+        "markersize": 4,
+        "linewidth": 1.5,
+    }

@@ -1,24 +1,24 @@
-"""Times over the number of tokens: how they grow, and from where on one is below another."""
+"""Times over the number of tokens: their growth, and from where on one is below another."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import linregress
 from scipy.stats import t as student_t
 
-__all__ = ["Measured", "Point", "Scaling", "Slope", "crossover", "fit_slope"]
+__all__ = ["CallCost", "RuntimePoint", "Scaling", "Slope", "crossover", "fit_slope"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What a call costs.
+class CallCost:
+    """Time and memory of one call.
 
     Attributes:
-        seconds, low, high: Median, lower and upper quartile of the runs.
-        runs: How many there were.
-        peak_bytes: The most that torch has allocated at once, beyond inputs and weights.
+        seconds, low, high: Median, lower and upper quantile of the runs.
+        runs: Number of runs.
+        peak_bytes: Most memory that torch had allocated at once, beyond inputs and weights.
     """
 
     seconds: float
@@ -29,14 +29,14 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class RuntimePoint:
     """One attention in one direction at one number of tokens: measured, or skipped for a reason."""
 
     what: str
     attention: str
     direction: str
     num_tokens: int
-    measured: Measured | None = None
+    measured: CallCost | None = None
     skipped: str = ""
 
 
@@ -50,7 +50,7 @@ class Slope:
 
 
 def fit_slope(tokens: Sequence[float], seconds: Sequence[float]) -> Slope:
-    """Least squares in log-log.
+    """Fit the exponent of N by least squares in log-log.
 
     Args:
         tokens: Numbers of tokens.
@@ -74,7 +74,7 @@ def fit_slope(tokens: Sequence[float], seconds: Sequence[float]) -> Slope:
 
 
 def crossover(softmax: Mapping[int, float], linear: Mapping[int, float]) -> float | None:
-    """Number of tokens from which on linear attention is faster, interpolated in log-log.
+    """Return the number of tokens from which linear attention is faster, interpolated in log-log.
 
     Args:
         softmax, linear: Number of tokens -> seconds.
@@ -93,45 +93,72 @@ def crossover(softmax: Mapping[int, float], linear: Mapping[int, float]) -> floa
 
 
 class Scaling:
-    """The points of one measurement, and what they say together.
+    """The points of one measurement, by subject, direction and attention.
 
     Args:
         points: At least one.
+        softmax: Names of the attentions that the others are compared with.
+        fit_from: Smallest number of tokens in the fit of a slope; by default a tenth of the largest
+            of each line, where the terms that do not grow are small.
     """
 
-    def __init__(self, points: Sequence[Point]) -> None:
+    def __init__(
+        self,
+        points: Iterable[RuntimePoint],
+        *,
+        softmax: Sequence[str] = ("softmax",),
+        fit_from: int | None = None,
+    ) -> None:
         self.points = list(points)
-        self.subjects = list(dict.fromkeys(point.what for point in points))
-        self.directions = list(dict.fromkeys(point.direction for point in points))
-        self.attentions = list(dict.fromkeys(point.attention for point in points))
-        self.tokens = sorted({point.num_tokens for point in points})
+        self._softmax, self._fit_from = softmax, fit_from
+        self.directions = list(dict.fromkeys(point.direction for point in self.points))
+        self.tokens = sorted({point.num_tokens for point in self.points})
+        #: Subject -> its attentions.
+        self.attentions: dict[str, list[str]] = {}
+        self._lines: dict[tuple[str, str, str], dict[int, CallCost]] = {}
+        for point in self.points:
+            attentions = self.attentions.setdefault(point.what, [])
+            if point.attention not in attentions:
+                attentions.append(point.attention)
+            if point.measured:
+                place = point.what, point.direction, point.attention
+                self._lines.setdefault(place, {})[point.num_tokens] = point.measured
 
-    def line(self, what: str, direction: str, attention: str) -> dict[int, Measured]:
-        """What was measured, by number of tokens."""
-        place = what, direction, attention
-        return {
-            point.num_tokens: point.measured
-            for point in self.points
-            if (point.what, point.direction, point.attention) == place and point.measured
-        }
+    def linear(self, what: str) -> list[str]:
+        """Return the attentions of a subject that are compared with softmax."""
+        return [name for name in self.attentions[what] if name not in self._softmax]
 
-    def seconds(self, what: str, direction: str, attention: str) -> dict[int, float]:
-        """Medians, by number of tokens."""
-        line = self.line(what, direction, attention)
-        return {num_tokens: found.seconds for num_tokens, found in line.items()}
+    def line(self, what: str, direction: str, attention: str) -> dict[int, CallCost]:
+        """Return what was measured, by number of tokens."""
+        return self._lines.get((what, direction, attention), {})
+
+    def fastest_softmax(self, what: str, direction: str) -> dict[int, CallCost]:
+        """Return the softmax attention with the shortest time, by number of tokens."""
+        best: dict[int, CallCost] = {}
+        for name in self._softmax:
+            for num_tokens, cost in self.line(what, direction, name).items():
+                best[num_tokens] = min(cost, best.get(num_tokens, cost), key=lambda c: c.seconds)
+        return best
+
+    def crossover(self, what: str, direction: str, attention: str) -> float | None:
+        """Return :func:`crossover` of the fastest softmax attention and a linear one."""
+        softmax = self.fastest_softmax(what, direction)
+        return crossover(_seconds(softmax), _seconds(self.line(what, direction, attention)))
 
     def fitted(self, what: str, direction: str, attention: str) -> list[int]:
-        """Where a slope is fitted: from a tenth of the largest number of tokens on.
-
-        There the terms that do not grow are small.
-        """
+        """Return the numbers of tokens that a slope is fitted to."""
         lengths = sorted(self.line(what, direction, attention))
-        return [n for n in lengths if 10 * n >= lengths[-1]]
+        smallest = self._fit_from or max(lengths, default=0) / 10
+        return [n for n in lengths if n >= smallest]
 
     def slope(self, what: str, direction: str, attention: str) -> Slope | None:
-        """Over :meth:`fitted`; None with fewer than three numbers of tokens."""
+        """Fit the slope over :meth:`fitted`; None with fewer than three numbers of tokens."""
         lengths = self.fitted(what, direction, attention)
         if len(lengths) < 3:
             return None
-        seconds = self.seconds(what, direction, attention)
-        return fit_slope(lengths, [seconds[n] for n in lengths])
+        line = self.line(what, direction, attention)
+        return fit_slope(lengths, [line[n].seconds for n in lengths])
+
+
+def _seconds(line: Mapping[int, CallCost]) -> dict[int, float]:
+    return {num_tokens: cost.seconds for num_tokens, cost in line.items()}

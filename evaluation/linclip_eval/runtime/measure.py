@@ -1,42 +1,76 @@
-"""How runtime is measured: attentions in turn, within limits, and nothing left out silently."""
+"""Measurement of runtime: attentions called in turn, within limits, every omission recorded."""
 
 import gc
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.autograd.profiler import profile
 
-from linclip_eval.runtime.fit import Measured, Point
-from linclip_eval.runtime.subjects import ATTENTIONS, DIRECTIONS, Inputs, Subject
+from linclip_eval.runtime.fit import CallCost, RuntimePoint
 
-__all__ = ["Limits", "measure", "peak_bytes"]
+__all__ = ["FAILED", "Inputs", "Limits", "Workload", "measure", "measure_in_turn", "peak_bytes"]
 
-#: Longest sequence of the first, unreported calls, which compile, and from which is predicted.
+#: First word of the reason where a call failed.
+FAILED = "failed"
+#: Longest sequence of the first, unreported calls: they compile, and later calls are predicted
+#: from them.
 _FIRST_LOOK = 1024
-#: Of the time of a point: what its warm-up may take in addition.
+#: Time that the warm-up of a point may take in addition, as a share of its runs.
 _WARMUP_SHARE = 0.1
-#: Exponent of N in the time where it grows most.
-_GROWTH = {name: 2 if attention.kind == "softmax" else 1 for name, attention in ATTENTIONS.items()}
+#: On a GPU, calls longer than this are timed one by one: a cleared cache makes no difference.
+_LONG_CALL_SECONDS = 0.05
+
+#: Arguments of a call, and a gradient of its output.
+Inputs = tuple[tuple[Tensor, ...], Tensor]
+
+
+class Workload(Protocol):
+    """One computation with several attentions on the same inputs.
+
+    Attributes:
+        what: Name of the computation.
+        device: Device of the calls.
+        directions: Names of the directions, such as "inference" and "training".
+        growth: Attention -> largest exponent of N in its time.
+    """
+
+    what: str
+    device: torch.device
+    directions: Sequence[str]
+    growth: Mapping[str, int]
+
+    def num_sequences(self, num_tokens: int) -> int:
+        """Return the number of sequences in a call, to which its time is proportional."""
+
+    def inputs(self, num_tokens: int) -> Inputs:
+        """Return random inputs, the same for every attention and direction."""
+
+    def call(self, attention: str, direction: str, inputs: Inputs) -> Callable[[], object]:
+        """Return the call that is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much is measured of one attention at one number of tokens.
+    """Amount of work at one attention, direction and number of tokens.
 
     Attributes:
-        passes: How often all numbers of tokens are gone through, each time for a part of the runs:
-            a slow minute of the machine then meets all of them, and not one alone.
+        passes: Passes over all numbers of tokens, each with a part of the runs: a slow minute of
+            the machine then affects all of them, and not one alone.
         runs: Timed calls.
-        warmup: Calls before them, one in any case, within a tenth of ``max_seconds_per_point``.
-        max_seconds_per_point: When the timed calls have taken so long, no more are made.
-        max_seconds_per_call: What is predicted to take longer is left out.
+        warmup: Calls before them, at least one, within a tenth of ``max_seconds_per_point``.
+        max_seconds_per_point: Time of the timed calls after which no more are made.
+        max_seconds_per_call: Calls predicted to take longer are left out.
+        graph_below_seconds: On a GPU, calls shorter than this are replayed from a CUDA graph,
+            without the gaps between launches.
+        quantiles: Lower and upper quantile of the runs that are reported.
     """
 
     passes: int = 5
@@ -44,6 +78,8 @@ class Limits:
     warmup: int = 100
     max_seconds_per_point: float = 0.5
     max_seconds_per_call: float = 20.0
+    graph_below_seconds: float = 0.0
+    quantiles: tuple[float, float] = (0.25, 0.75)
 
     def __post_init__(self) -> None:
         for name in ("passes", "runs"):
@@ -56,7 +92,7 @@ class Limits:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
 
     def until(self, number: int) -> "Limits":
-        """What is reached with the pass of that number, the first being 1."""
+        """Return what is reached with the pass of that number, the first being 1."""
         share = number / self.passes
         return replace(
             self,
@@ -67,41 +103,68 @@ class Limits:
 
 
 def measure(
-    subject: Subject, tokens: Sequence[int], limits: Limits, *, deadline: float = math.inf
-) -> list[Point]:
-    """Time and memory of every attention, in inference and training, at every number of tokens.
+    workload: Workload, tokens: Sequence[int], limits: Limits, *, deadline: float = math.inf
+) -> list[RuntimePoint]:
+    """Measure time and memory of every attention and direction at every number of tokens.
 
-    The attentions are called in turn, so that whatever else the machine does meets them alike.
+    The attentions are called in turn, so that other work of the machine affects them alike.
 
     Args:
-        subject: What is called.
+        workload: The computation.
         tokens: Numbers of tokens, ascending.
-        limits: Of every point.
+        limits: Limits of every point.
         deadline: In seconds of ``time.monotonic``; what is predicted to end later is left out.
 
     Returns:
         All points, those that were left out with the reason.
     """
-    bench = _Bench(subject, deadline)
-    for direction in DIRECTIONS:
+    bench = _Bench(workload, deadline)
+    for direction in workload.directions:
         bench.visit(direction, min(tokens[0], _FIRST_LOOK), Limits(runs=1, warmup=0))
     bench.trials.clear()
     bench.skipped.clear()
     for number in range(1, limits.passes + 1):
-        for num_tokens, direction in product(tokens, DIRECTIONS):
+        for num_tokens, direction in product(tokens, workload.directions):
             bench.visit(direction, num_tokens, limits.until(number))
-    places = product(tokens, DIRECTIONS, ATTENTIONS)
-    return [bench.point(_Place(direction, name, n)) for n, direction, name in places]
+    places = product(tokens, workload.directions, workload.growth)
+    return [
+        bench.point(_Place(direction, name, n), limits.quantiles) for n, direction, name in places
+    ]
+
+
+def measure_in_turn(
+    workloads: Iterable[Workload],
+    count: int,
+    tokens: Sequence[int],
+    limits: Limits,
+    *,
+    deadline: float,
+) -> Iterator[list[RuntimePoint]]:
+    """Measure one workload after the other; yield all points so far after each.
+
+    Each workload gets an equal share of the time that is left, so that all get to long sequences.
+
+    Args:
+        workloads: Created as they are needed.
+        count: Number of workloads.
+        tokens, limits, deadline: Arguments of :func:`measure`.
+    """
+    points: list[RuntimePoint] = []
+    for place, workload in enumerate(workloads):
+        now = time.monotonic()
+        share = (deadline - now) / (count - place)
+        points += measure(workload, tokens, limits, deadline=now + share)
+        yield points
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most that torch has allocated at any moment of a call, beyond what was there before."""
+    """Return the most memory that torch has allocated during a call, beyond that before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    gc.disable()  # a collection would free what earlier calls have left
+    gc.disable()  # a collection would free what earlier calls left behind
     try:
         with profile(profile_memory=True) as profiler:
             call()
@@ -115,16 +178,22 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Cost:
-    """Of one call."""
+    """Time and memory of one call, from which longer ones are predicted."""
 
     num_tokens: int
+    num_sequences: int
     seconds: float
     num_bytes: int  # its inputs and its peak
 
-    def at(self, num_tokens: int, exponent: int) -> "_Cost":
-        """The most it can be with more tokens."""
-        growth = num_tokens / self.num_tokens
-        return _Cost(num_tokens, self.seconds * growth**exponent, round(self.num_bytes * growth))
+    def at(self, num_tokens: int, num_sequences: int, exponent: int) -> "_Cost":
+        """Return the most that a call with more tokens can cost."""
+        growth, sequences = num_tokens / self.num_tokens, num_sequences / self.num_sequences
+        return _Cost(
+            num_tokens,
+            num_sequences,
+            self.seconds * sequences * growth**exponent,
+            round(self.num_bytes * sequences * growth),
+        )
 
 
 class _Place(NamedTuple):
@@ -135,7 +204,7 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Trial:
-    """What was seen of one place: how many seconds each call took."""
+    """Peak memory of one place, and the seconds of its calls."""
 
     peak_bytes: int
     warmup: list[float]
@@ -143,43 +212,49 @@ class _Trial:
 
 
 class _Bench:
-    """Measures a subject; what it has seen predicts what more tokens will cost.
+    """Measures a workload; the cost of few tokens predicts that of more.
 
     Attributes:
-        trials: What was measured.
-        skipped: Why the rest was not.
+        trials: Measurements by place.
+        skipped: Reasons of the places that were left out.
     """
 
-    def __init__(self, subject: Subject, deadline: float) -> None:
+    def __init__(self, workload: Workload, deadline: float) -> None:
         self.trials: dict[_Place, _Trial] = {}
         self.skipped: dict[_Place, str] = {}
-        self._subject, self._deadline = subject, deadline
-        self._memory = _memory(subject.device)
-        #: By direction and attention.
+        self._workload, self._deadline = workload, deadline
+        self._memory = _memory(workload.device)
+        #: Direction and attention -> cost at the last number of tokens.
         self._seen: dict[tuple[str, str], _Cost] = {}
+        #: Direction and attention -> reason of the failure.
         self._failed: dict[tuple[str, str], str] = {}
 
     def visit(self, direction: str, num_tokens: int, limits: Limits) -> None:
         """Call every attention until its runs, those of earlier visits with them, reach a limit."""
         calls: dict[_Place, Callable[[], object]] = {}
         inputs: Inputs | None = None
-        for place in (_Place(direction, name, num_tokens) for name in ATTENTIONS):
+        for place in (_Place(direction, name, num_tokens) for name in self._workload.growth):
             if not self._is_wanted(place, limits):
                 continue
             try:
-                inputs = inputs or self._subject.inputs(num_tokens)
-                calls[place] = self._subject.call(place.attention, direction, inputs)
+                inputs = inputs or self._workload.inputs(num_tokens)
+                calls[place] = self._workload.call(place.attention, direction, inputs)
                 if place not in self.trials:
                     self.trials[place] = self._begin(calls[place])
             except RuntimeError as error:  # of torch; OutOfMemoryError is one
                 calls.pop(place, None)
-                reason = f"{_in_words(error)} at {num_tokens} tokens"
-                self._failed[direction, place.attention] = reason
-                if place not in self.trials:
-                    self.skipped[place] = reason
+                self._record_failure(place, error)
         longest = limits.max_seconds_per_point
         warmups = [(call, self.trials[place].warmup) for place, call in calls.items()]
         self._call_in_turn(warmups, limits.warmup, _WARMUP_SHARE * longest)
+        for place in list(calls) if self._workload.device.type == "cuda" else ():
+            try:
+                self._add_gpu_runs(self.trials[place], calls[place], limits)
+            except RuntimeError as error:
+                del calls[place]
+                if not self.trials[place].runs:
+                    del self.trials[place]
+                self._record_failure(place, error)
         runs = [(call, self.trials[place].runs) for place, call in calls.items()]
         self._call_in_turn(runs, limits.runs, longest)
         for place in calls:
@@ -187,23 +262,26 @@ class _Bench:
             trial = self.trials[place]
             seconds = float(np.median(trial.runs))
             num_bytes = _num_bytes(inputs) + trial.peak_bytes
-            self._seen[direction, place.attention] = _Cost(num_tokens, seconds, num_bytes)
+            sequences = self._workload.num_sequences(num_tokens)
+            cost = _Cost(num_tokens, sequences, seconds, num_bytes)
+            self._seen[direction, place.attention] = cost
 
-    def point(self, place: _Place) -> Point:
-        """What all visits have found."""
+    def point(self, place: _Place, quantiles: tuple[float, float]) -> RuntimePoint:
+        """Return the result of all visits."""
         trial = self.trials.get(place)
         measured = None
         if trial is not None:
-            low, median, high = np.quantile(trial.runs, (0.25, 0.5, 0.75)).tolist()
-            measured = Measured(
+            lower, upper = quantiles
+            low, median, high = np.quantile(trial.runs, (lower, 0.5, upper)).tolist()
+            measured = CallCost(
                 seconds=median,
                 low=low,
                 high=high,
                 runs=len(trial.runs),
                 peak_bytes=trial.peak_bytes,
             )
-        return Point(
-            what=self._subject.what,
+        return RuntimePoint(
+            what=self._workload.what,
             attention=place.attention,
             direction=place.direction,
             num_tokens=place.num_tokens,
@@ -212,7 +290,7 @@ class _Bench:
         )
 
     def _is_wanted(self, place: _Place, limits: Limits) -> bool:
-        """Whether to make calls there; at first, what speaks against it is noted."""
+        """Return whether to make calls there; at the first visit, record a reason not to."""
         if place in self.trials:
             runs = self.trials[place].runs
             is_due = _is_due(runs, limits.runs, limits.max_seconds_per_point)
@@ -226,8 +304,9 @@ class _Bench:
         direction, name, num_tokens = place
         if (direction, name) in self._failed:
             return self._failed[direction, name]
-        seen = self._seen.get((direction, name), _Cost(num_tokens, seconds=0.0, num_bytes=0))
-        cost = seen.at(num_tokens, _GROWTH[name])
+        sequences = self._workload.num_sequences(num_tokens)
+        seen = self._seen.get((direction, name), _Cost(num_tokens, sequences, 0.0, 0))
+        cost = seen.at(num_tokens, sequences, self._workload.growth[name])
         if cost.seconds > limits.max_seconds_per_call:
             most = f"{limits.max_seconds_per_call:g} s"
             return f"a call predicted to take {cost.seconds:.1f} s, over {most}"
@@ -243,16 +322,37 @@ class _Bench:
 
     def _begin(self, call: Callable[[], object]) -> _Trial:
         warmup: list[float] = []
-        peak = peak_bytes(lambda: warmup.append(self._time(call)), self._subject.device)
+        peak = peak_bytes(lambda: warmup.append(self._time(call)), self._workload.device)
         return _Trial(peak, warmup)
 
     def _call_in_turn(
         self, calls: Sequence[tuple[Callable[[], object], list[float]]], count: int, seconds: float
     ) -> None:
-        """Add the times of calls, until of each there are ``count``, or ``seconds`` in all."""
+        """Time calls in turn, until each has ``count`` times, or took ``seconds`` in all."""
         while due := [(call, times) for call, times in calls if _is_due(times, count, seconds)]:
             for call, times in due:
                 times.append(self._time(call))
+
+    def _add_gpu_runs(self, trial: _Trial, call: Callable[[], object], limits: Limits) -> None:
+        """Time calls that are not long, each with cold caches or in replays of a CUDA graph."""
+        from triton.testing import do_bench, do_bench_cudagraph
+
+        shortest, room = min(trial.warmup), limits.runs - len(trial.runs)
+        left = limits.max_seconds_per_point - sum(trial.runs)
+        if shortest > _LONG_CALL_SECONDS or left <= 0 or room < 2:
+            return
+        if shortest < limits.graph_below_seconds:
+            # It makes ten replays, each of the calls that take ``rep`` milliseconds.
+            milliseconds = do_bench_cudagraph(call, rep=max(1, int(100 * left)), return_mode="all")
+        else:
+            milliseconds = do_bench(call, warmup=5, rep=max(1, int(1e3 * left)), return_mode="all")
+        trial.runs += [1e-3 * value for value in milliseconds[:room]]
+
+    def _record_failure(self, place: _Place, error: RuntimeError) -> None:
+        reason = f"{_in_words(error)} at {place.num_tokens} tokens"
+        self._failed[place.direction, place.attention] = reason
+        if place not in self.trials:
+            self.skipped[place] = reason
 
     def _time(self, call: Callable[[], object]) -> float:
         self._synchronize()
@@ -262,8 +362,8 @@ class _Bench:
         return time.perf_counter() - begin
 
     def _synchronize(self) -> None:
-        if self._subject.device.type == "cuda":
-            torch.cuda.synchronize(self._subject.device)
+        if self._workload.device.type == "cuda":
+            torch.cuda.synchronize(self._workload.device)
 
 
 def _is_due(times: Sequence[float], count: int, seconds: float) -> bool:
@@ -271,7 +371,7 @@ def _is_due(times: Sequence[float], count: int, seconds: float) -> bool:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes that may be filled: all of a GPU, half of a machine."""
+    """Return the bytes that may be filled: all of a GPU, half of a machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
@@ -285,4 +385,4 @@ def _num_bytes(inputs: Inputs) -> int:
 def _in_words(error: RuntimeError) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    return f"failed ({str(error).strip().partition(chr(10))[0][:100]})"
+    return f"{FAILED} ({str(error).strip().partition(chr(10))[0][:100]})"

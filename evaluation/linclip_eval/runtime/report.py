@@ -1,225 +1,212 @@
-"""The report of a runtime measurement: numbers, tables and pictures in a folder."""
+"""Report of a runtime measurement: tables of growth, ratios and memory, numbers and pictures."""
 
-import csv
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from linclip_eval.results import markdown_table, write_results
+from linclip_eval.results import markdown_table, write_report
 from linclip_eval.runtime.figure import draw_memory, draw_times
-from linclip_eval.runtime.fit import Measured, Point, Scaling, crossover
+from linclip_eval.runtime.fit import CallCost, RuntimePoint, Scaling
 from linclip_eval.runtime.subjects import SUBJECTS
 
-__all__ = ["write_report"]
-
-_COLUMNS = (
-    *("what", "attention", "direction", "tokens", "seconds", "low", "high", "runs"),
-    *("peak_bytes", "skipped"),
-)
-_LINEAR = ("Eq. 7", "Eq. 4")
+__all__ = ["comparison_sections", "digits", "tables_by_tokens", "write_runtime_report"]
 
 
-def write_report(
+def write_runtime_report(
     folder: Path,
-    points: Sequence[Point],
+    points: Sequence[RuntimePoint],
     *,
-    command: Sequence[str],
-    device: torch.device,
+    facts: Mapping[str, str],
     conditions: str,
     runs: int,
-) -> None:
+) -> str:
     """Write results.csv, results.json, figure.png, memory.png and summary.md.
 
     Args:
-        folder: Made where it is missing.
+        folder: Created where it is missing.
         points: At least one.
-        command: The subcommand of linclip-eval and its arguments.
-        device: On which it was measured.
+        facts: From :func:`ds_linclip.provenance.run_facts`.
         conditions: Limits and the like, as a sentence.
-        runs: How many were asked for at every point.
+        runs: Number of runs that were requested at every point.
+
+    Returns:
+        The text of summary.md.
 
     Raises:
         OSError: when the folder cannot be written.
     """
     scaling = Scaling(points)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [_row(point) for point in points]
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    draw_times(scaling).savefig(folder / "figure.png")
-    draw_memory(scaling).savefig(folder / "memory.png")
-    write_results(
+    measured = [point.measured for point in points if point.measured]
+    complete = sum(cost.runs == runs for cost in measured)
+    least = min((cost.runs for cost in measured), default=0)
+    return write_report(
         folder,
-        command=command,
         title="Softmax and linear attention over the number of tokens",
-        body=_summary(scaling, conditions, runs),
+        sections=[
+            "Time and peak memory of one call on one sequence of N tokens (batch 1): a forward "
+            "without gradients (inference), a forward and backward (training). Times are medians; "
+            "a range is that of the quartiles. The three attentions are called in turn.",
+            f"{conditions} All {runs} runs were made at {complete} of {len(measured)} points, "
+            f"fewer where they took too long: at least {least}. results.csv has their number, the "
+            "quartiles and the memory of every point.",
+            "\n".join(f"- **{what}**: {SUBJECTS[what]}" for what in scaling.attentions),
+            "![Time over the number of tokens](figure.png)",
+            "![Peak memory over the number of tokens](memory.png)",
+            *comparison_sections(
+                scaling,
+                "the last decade of each line: from a tenth of its largest N on. Outside "
+                "`attention` the projections and the MLP cost O(N) too, so that softmax only comes "
+                "near 2 there",
+            ),
+        ],
+        facts=facts,
+        tables={"results.csv": rows},
+        figures={"figure.png": draw_times(scaling), "memory.png": draw_memory(scaling)},
         numbers={"conditions": conditions, "points": rows, "growth": list(_growth(scaling))},
-        device=device,
     )
 
 
-def _row(point: Point) -> dict[str, Any]:
+def comparison_sections(scaling: Scaling, fitted: str) -> list[str]:
+    """Return the sections of a summary that compare linear attention with softmax.
+
+    Args:
+        scaling: All points.
+        fitted: The numbers of tokens that slopes are fitted to, in words.
+    """
+
+    def ratio(what: str, direction: str, num_tokens: int, linear: CallCost) -> str:
+        softmax = scaling.fastest_softmax(what, direction).get(num_tokens)
+        if softmax is None:
+            return "-"
+        low, high = softmax.low / linear.high, softmax.high / linear.low
+        return f"{digits(softmax.seconds / linear.seconds)} ({digits(low)} to {digits(high)})"
+
+    def peak(what: str, direction: str, num_tokens: int, cost: CallCost) -> str:
+        return digits(cost.peak_bytes / 2**20)
+
+    return [
+        "## Growth",
+        "Exponent of N in the time with its 95 % interval, by least squares in log-log over "
+        f"{fitted}; and the number of tokens from which linear attention is faster than softmax, "
+        "interpolated in log-log.",
+        _growth_table(scaling),
+        "## Time of the fastest softmax over that of linear attention",
+        "The range is from the lower end of one to the upper end of the other, and back.",
+        *tables_by_tokens(scaling, ratio, linear_only=True),
+        "## Peak memory of a call, MiB",
+        "Most memory that torch's allocator has given out at once during one call, beyond inputs "
+        "and weights.",
+        *tables_by_tokens(scaling, peak),
+        "## Left out",
+        _skipped_table(scaling),
+    ]
+
+
+def tables_by_tokens(
+    scaling: Scaling, cell: Callable[[str, str, int, CallCost], str], *, linear_only: bool = False
+) -> Iterator[str]:
+    """Yield a heading and a table, N by attention, for every subject and direction.
+
+    Args:
+        scaling: All points.
+        cell: Subject, direction, number of tokens and cost -> text; called where a cost was
+            measured.
+        linear_only: Leave out the softmax attentions.
+    """
+    for what, direction in product(scaling.attentions, scaling.directions):
+        names = scaling.linear(what) if linear_only else scaling.attentions[what]
+        lines = [scaling.line(what, direction, name) for name in names]
+        rows = [
+            [n, *(cell(what, direction, n, line[n]) if n in line else "-" for line in lines)]
+            for n in scaling.tokens
+        ]
+        yield f"### {what}, {direction}"
+        yield markdown_table(["N", *names], rows)
+
+
+def digits(value: float) -> str:
+    """Return a number with three significant digits, or all before the point."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _row(point: RuntimePoint) -> dict[str, Any]:
+    measured = point.measured and asdict(point.measured)
     return {
         "what": point.what,
         "attention": point.attention,
         "direction": point.direction,
         "tokens": point.num_tokens,
-        **(asdict(point.measured) if point.measured else {}),
+        **(measured or dict.fromkeys(field.name for field in fields(CallCost))),
         "skipped": point.skipped,
     }
 
 
 def _growth(scaling: Scaling) -> Iterator[dict[str, Any]]:
-    """Slope and crossover of every line, where it has them."""
-    for what, direction in product(scaling.subjects, scaling.directions):
-        softmax = scaling.seconds(what, direction, "softmax")
-        for attention in scaling.attentions:
+    """Yield slope and crossover of every line, None where it has none."""
+    for what, direction in product(scaling.attentions, scaling.directions):
+        for attention in scaling.attentions[what]:
             place = what, direction, attention
             slope = scaling.slope(*place)
+            is_linear = attention in scaling.linear(what)
             yield {
                 "what": what,
                 "direction": direction,
                 "attention": attention,
                 "slope": slope and asdict(slope),
                 "fitted_tokens": scaling.fitted(*place),
-                "crossover": (
-                    crossover(softmax, scaling.seconds(*place)) if attention in _LINEAR else None
-                ),
+                "crossover": scaling.crossover(*place) if is_linear else None,
             }
-
-
-def _summary(scaling: Scaling, conditions: str, runs: int) -> str:
-    measured = [point.measured for point in scaling.points if point.measured]
-    complete = sum(found.runs == runs for found in measured)
-    least = min((found.runs for found in measured), default=0)
-    sections = [
-        "Time and peak memory of one call on one sequence of N tokens (batch 1): a forward without "
-        "gradients (inference), a forward and backward (training). Times are medians; a range is "
-        "that of the quartiles. The three attentions are called in turn.",
-        f"{conditions} All {runs} runs were made at {complete} of {len(measured)} points, fewer "
-        f"where they took too long: at least {least}. results.csv has their number, "
-        "the quartiles and the memory of every point.",
-        "\n".join(f"- **{what}**: {SUBJECTS[what]}" for what in scaling.subjects),
-        "![Time over the number of tokens](figure.png)",
-        "## Growth",
-        "Exponent of N in the time with its 95 % interval, by least squares in log-log over the "
-        "last decade of each line: from a tenth of its largest N on. Outside `attention` the "
-        "projections and the MLP cost O(N) too, so that softmax only comes near 2 there.",
-        _growth_table(scaling),
-        "## Crossover",
-        "Number of tokens from which on linear attention is faster than softmax, interpolated in "
-        "log-log.",
-        _crossover_table(scaling),
-        "## Time of softmax over that of linear attention",
-        "The range is from the lower quartile of one to the upper quartile of the other, and back.",
-        *_ratio_tables(scaling),
-        "## Peak memory of a call, MiB",
-        "The most that torch's allocator has given out at once during one call, beyond inputs and "
-        f"weights: {' / '.join(scaling.attentions)}.",
-        "![Peak memory over the number of tokens](memory.png)",
-        *_memory_tables(scaling),
-        "## Left out",
-        _skipped_table(scaling),
-    ]
-    return "\n\n".join(sections)
 
 
 def _growth_table(scaling: Scaling) -> str:
     lines = []
-    for what, direction in product(scaling.subjects, scaling.directions):
-        line = [f"{what}, {direction}"]
-        for attention in scaling.attentions:
-            slope = scaling.slope(what, direction, attention)
-            if slope is None:
-                line.append("fewer than 3 lengths")
-                continue
-            fitted = scaling.fitted(what, direction, attention)
-            line.append(
-                f"{slope.exponent:.2f} ({slope.low:.2f} to {slope.high:.2f}), N = {fitted[0]} to "
-                f"{fitted[-1]}"
+    for what, names in scaling.attentions.items():
+        for name in names:
+            slopes = (_slope(scaling, what, direction, name) for direction in scaling.directions)
+            crossings = (
+                _crossover(scaling, what, direction, name) if name in scaling.linear(what) else ""
+                for direction in scaling.directions
             )
-        lines.append(line)
-    return markdown_table(["", *scaling.attentions], lines)
+            lines.append([f"{what}, {name}", *slopes, *crossings])
+    header = [f"{kind}, {d}" for kind in ("exponent", "faster from N") for d in scaling.directions]
+    return markdown_table(["", *header], lines)
 
 
-def _crossover_table(scaling: Scaling) -> str:
-    lines = []
-    for what, direction in product(scaling.subjects, scaling.directions):
-        softmax = scaling.seconds(what, direction, "softmax")
-        cells = (_crossover(softmax, scaling.seconds(what, direction, name)) for name in _LINEAR)
-        lines.append([f"{what}, {direction}", *cells])
-    return markdown_table(["", *_LINEAR], lines)
+def _slope(scaling: Scaling, *place: str) -> str:
+    slope = scaling.slope(*place)
+    if slope is None:
+        return "fewer than 3 lengths"
+    lengths = scaling.fitted(*place)
+    interval = f"{slope.exponent:.2f} ({slope.low:.2f} to {slope.high:.2f})"
+    return f"{interval}, N = {lengths[0]} to {lengths[-1]}"
 
 
-def _crossover(softmax: Mapping[int, float], linear: Mapping[int, float]) -> str:
-    place = crossover(softmax, linear)
-    if place is not None:
-        return f"{place:.0f}"
+def _crossover(scaling: Scaling, what: str, direction: str, attention: str) -> str:
+    crossing = scaling.crossover(what, direction, attention)
+    if crossing is not None:
+        return f"{crossing:.0f}"
+    softmax = scaling.fastest_softmax(what, direction)
+    linear = scaling.line(what, direction, attention)
     common = sorted(softmax.keys() & linear.keys())
     if not common:
         return "not measured"
-    is_faster = softmax[common[-1]] > linear[common[-1]]
-    which = "linear is faster throughout" if is_faster else "softmax is faster at the end"
-    return f"none in the measured range, {common[0]} to {common[-1]}: {which}"
-
-
-def _ratio_tables(scaling: Scaling) -> Iterator[str]:
-    for direction, attention in product(scaling.directions, _LINEAR):
-        lines = []
-        for num_tokens in scaling.tokens:
-            cells = []
-            for what in scaling.subjects:
-                softmax = scaling.line(what, direction, "softmax").get(num_tokens)
-                linear = scaling.line(what, direction, attention).get(num_tokens)
-                cells.append(_ratio(softmax, linear) if softmax and linear else "-")
-            lines.append([str(num_tokens), *cells])
-        yield f"### {direction}, {attention}"
-        yield markdown_table(["N", *scaling.subjects], lines)
-
-
-def _ratio(above: Measured, below: Measured) -> str:
-    low, high = above.low / below.high, above.high / below.low
-    return f"{_digits(above.seconds / below.seconds)} ({_digits(low)} to {_digits(high)})"
-
-
-def _memory_tables(scaling: Scaling) -> Iterator[str]:
-    for direction in scaling.directions:
-        lines = []
-        for num_tokens in scaling.tokens:
-            cells = []
-            for what in scaling.subjects:
-                found = [
-                    scaling.line(what, direction, attention).get(num_tokens)
-                    for attention in scaling.attentions
-                ]
-                peaks = (_digits(one.peak_bytes / 2**20) if one else "-" for one in found)
-                cells.append(" / ".join(peaks))
-            lines.append([str(num_tokens), *cells])
-        yield f"### {direction}"
-        yield markdown_table(["N", *scaling.subjects], lines)
+    is_faster = softmax[common[-1]].seconds > linear[common[-1]].seconds
+    return f"below {common[0]}" if is_faster else f"above {common[-1]}"
 
 
 def _skipped_table(scaling: Scaling) -> str:
-    """A line for all lengths of one kind of point, with the reason of the shortest."""
-    lines = []
-    for place in product(scaling.subjects, scaling.directions, scaling.attentions):
-        points = [
-            point
-            for point in scaling.points
-            if (point.what, point.direction, point.attention) == place and point.skipped
-        ]
-        if points:
-            lengths = ", ".join(str(point.num_tokens) for point in points)
-            lines.append([*place, lengths, points[0].skipped])
+    """Return a line for all lengths of one kind of point, with the reason of the shortest."""
+    skipped: dict[tuple[str, str, str], list[RuntimePoint]] = {}
+    for point in scaling.points:
+        if point.skipped:
+            place = point.what, point.direction, point.attention
+            skipped.setdefault(place, []).append(point)
+    lines = [
+        [*place, ", ".join(str(point.num_tokens) for point in points), points[0].skipped]
+        for place, points in skipped.items()
+    ]
     header = ["what", "direction", "attention", "N", "why, at the first"]
     return markdown_table(header, lines) if lines else "Nothing."
-
-
-def _digits(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

@@ -1,6 +1,6 @@
-"""What the runtime measurement calls: attention alone, a layer, a block, whole towers."""
+"""Subjects of the runtime measurement: attention alone, a layer, a block, whole towers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import open_clip
 import torch
@@ -13,6 +13,7 @@ from ds_linclip.model.attention import SelfAttention
 from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.model.towers import TextTransformer, VisionTransformer
 from ds_linclip.parallel.mesh import Mesh
+from linclip_eval.runtime.measure import Inputs
 from linclip_kernels import linear_attention
 
 __all__ = ["ATTENTIONS", "DIRECTIONS", "SUBJECTS", "Inputs", "Subject"]
@@ -23,7 +24,7 @@ ATTENTIONS = {
     "Eq. 4": Attention(normalized=True),
 }
 DIRECTIONS = ("inference", "training")
-#: Name -> what it is.
+#: Name -> description.
 SUBJECTS = {
     "attention": "the bare operator on q, k, v [1, N, H, 64]",
     "layer": "a self-attention layer of ViT-B/16's image tower, with its projections",
@@ -35,11 +36,8 @@ SUBJECTS = {
 }
 #: Name -> the model of open_clip whose image tower it is.
 _IMAGE_TOWERS = {"vit-s-16": "ViT-S-16", "vit-b-16": "ViT-B-16", "vit-l-16": "ViT-L-16"}
-#: Of ``attention``, as in all of these models.
+#: Features of a head of ``attention``, as in all of these models.
 _HEAD_DIM = 64
-
-#: What a subject takes, and a gradient of what it gives.
-Inputs = tuple[tuple[Tensor, ...], Tensor]
 
 
 class Subject:
@@ -50,14 +48,18 @@ class Subject:
 
     Args:
         what: One of :data:`SUBJECTS`.
-        mesh: Of this process alone; holds the device.
-        dtype: Of weights, which are random, and tokens.
-        num_heads: H of ``attention``.
+        mesh: Mesh of this process alone; holds the device.
+        dtype: Type of weights, which are random, and tokens.
+        num_heads: Number of heads of ``attention``.
     """
 
     def __init__(self, what: str, mesh: Mesh, dtype: torch.dtype, *, num_heads: int) -> None:
         config = _config(what)
         self.what = what
+        self.directions: Sequence[str] = DIRECTIONS
+        self.growth: Mapping[str, int] = {
+            name: 2 if each.kind == "softmax" else 1 for name, each in ATTENTIONS.items()
+        }
         self.device = mesh.device
         self._dtype = dtype
         self._num_heads = num_heads
@@ -68,8 +70,12 @@ class Subject:
             for name, attention in ATTENTIONS.items()
         }
 
+    def num_sequences(self, num_tokens: int) -> int:
+        """Return 1: every call is on one sequence."""
+        return 1
+
     def inputs(self, num_tokens: int) -> Inputs:
-        """Random inputs of that many tokens, the same for every attention and direction."""
+        """Return random inputs of that many tokens, for every attention and direction."""
         if self.what == "attention":
             heads = 1, num_tokens, self._num_heads
             inputs = self._random(*heads, 3, _HEAD_DIM).unbind(3)  # [1, N, H, D] each, strided
@@ -84,13 +90,12 @@ class Subject:
         return inputs, grad
 
     def call(self, attention: str, direction: str, inputs: Inputs) -> Callable[[], object]:
-        """The call that is measured: a forward, or a forward and the gradients of inputs and
-        weights.
+        """Return a call: a forward, or a forward and the gradients of inputs and weights.
 
         Args:
             attention: One of :data:`ATTENTIONS`.
             direction: One of :data:`DIRECTIONS`.
-            inputs: From :meth:`inputs`.
+            inputs: Result of :meth:`inputs`.
         """
         module, (tensors, grad) = self._modules[attention], inputs
 
@@ -118,25 +123,11 @@ def _make_module(what: str, attention: Attention, mesh: Mesh) -> nn.Module:
     if what == "attention":
         return _Operator(attention)
     if what == "layer":
-        return SelfAttention(
-            vision.width,
-            vision.heads,
-            attention,
-            mesh,
-            causal=False,
-            init_qkv=init.qkv,
-            init_out=init.attn_out,
-        )
+        inits = {"init_qkv": init.qkv, "init_out": init.attn_out}
+        return SelfAttention(vision.width, vision.heads, attention, mesh, causal=False, **inits)
     if what == "block":
-        return Block(
-            vision.width,
-            vision.heads,
-            vision.mlp_ratio,
-            attention,
-            mesh,
-            causal=False,
-            init=init,
-        )
+        sizes = vision.width, vision.heads, vision.mlp_ratio
+        return Block(*sizes, attention, mesh, causal=False, init=init)
     if what == "text":
         units = range(1, text.layers + 2)
         return _TextBlocks(TextTransformer(text, config.embed_dim, mesh, units=units, seed=0))
@@ -157,7 +148,7 @@ class _Operator(nn.Module):
 
 
 class _TextBlocks(nn.Module):
-    """A text tower without its embedding, of texts that end with their last token."""
+    """A text tower without its embedding, for texts that end with their last token."""
 
     def __init__(self, tower: TextTransformer) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from ds_linclip.config import ParallelConfig
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.__main__ import main
-from linclip_eval.runtime.fit import Measured, Point, Scaling, crossover, fit_slope
-from linclip_eval.runtime.measure import Limits, measure, peak_bytes
-from linclip_eval.runtime.subjects import ATTENTIONS, DIRECTIONS, SUBJECTS, Inputs, Subject
+from linclip_eval.runtime import measure as module
+from linclip_eval.runtime.fit import CallCost, RuntimePoint, Scaling, crossover, fit_slope
+from linclip_eval.runtime.measure import Inputs, Limits, measure, measure_in_turn, peak_bytes
+from linclip_eval.runtime.subjects import ATTENTIONS, DIRECTIONS, SUBJECTS, Subject
 
 TOKENS = [2**i for i in range(8, 17)]
-#: Never in the way, however busy the machine is.
+#: Limits that are never reached, however busy the machine is.
 LONG = {"max_seconds_per_point": 1000.0, "max_seconds_per_call": 1000.0}
 
 
@@ -25,9 +27,9 @@ def subject(what: str = "attention", kind: type[Subject] = Subject) -> Subject:
     return kind(what, mesh, torch.float32, num_heads=2)
 
 
-def point(num_tokens: int, seconds: float) -> Point:
-    measured = Measured(seconds=seconds, low=seconds, high=seconds, runs=9, peak_bytes=1)
-    return Point(
+def point(num_tokens: int, seconds: float) -> RuntimePoint:
+    measured = CallCost(seconds=seconds, low=seconds, high=seconds, runs=9, peak_bytes=1)
+    return RuntimePoint(
         what="layer",
         attention="softmax",
         direction="training",
@@ -71,7 +73,7 @@ def test_slope_of_too_little_is_refused(tokens, seconds, message):
 def test_slope_is_fitted_over_the_last_decade():
     # Constant up to 4096, then quadratic: a fit over everything would be far below 2.
     points = [point(n, max(n, 4096) ** 2) for n in TOKENS]
-    scaling = Scaling([*points, Point(**{**vars(point(2**17, 1)), "measured": None})])
+    scaling = Scaling([*points, RuntimePoint(**{**vars(point(2**17, 1)), "measured": None})])
     place = "layer", "training", "softmax"
     assert scaling.fitted(*place) == [8192, 16384, 32768, 65536]
     assert scaling.slope(*place).exponent == pytest.approx(2)
@@ -270,14 +272,57 @@ def test_command_on_a_gpu(tmp_path):
         (["--budget-seconds", "nan"], "budget-seconds (nan) must be positive"),
     ],
 )
-def test_bad_argument_is_told_in_one_line(tmp_path, capsys, arguments, message):
+def test_bad_argument_is_reported_in_one_line(tmp_path, capsys, arguments, message):
     assert main(["runtime", "--out", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
 
 
-def test_folder_that_cannot_be_made_is_told_in_one_line(tmp_path, capsys):
+def test_folder_that_cannot_be_created_is_reported_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["runtime", "--out", str(tmp_path / "file"), "--device", "cpu"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+class Sleeper:
+    """Workload that sleeps for a millisecond, with 1000 sequences in the calls of long inputs."""
+
+    what, device, directions, growth = "sleep", torch.device("cpu"), ("inference",), {"softmax": 2}
+
+    def num_sequences(self, num_tokens: int) -> int:
+        return 1000 if num_tokens > 16 else 1
+
+    def inputs(self, num_tokens: int) -> Inputs:
+        return (torch.zeros(num_tokens),), torch.zeros(num_tokens)
+
+    def call(self, attention: str, direction: str, inputs: Inputs) -> Callable[[], object]:
+        return lambda: time.sleep(1e-3)
+
+
+def test_prediction_counts_the_sequences_of_a_call():
+    limits = Limits(runs=1, warmup=0, max_seconds_per_point=1000, max_seconds_per_call=0.9)
+    one, many = measure(Sleeper(), [16, 17], limits)
+    assert one.measured is not None
+    assert many.skipped.startswith("a call predicted to take")
+
+
+def test_every_workload_gets_a_share_of_the_time(monkeypatch):
+    limits = Limits(runs=1, warmup=0)
+    workloads = [Sleeper(), Sleeper()]
+    deadline = time.monotonic() + 1000
+    found = [
+        list(points) for points in measure_in_turn(workloads, 2, [16], limits, deadline=deadline)
+    ]
+    assert [len(points) for points in found] == [1, 2]
+    assert all(point.measured for point in found[-1])
+    deadlines = []
+
+    def record(workload: Sleeper, tokens: list[int], limits: Limits, *, deadline: float) -> list:
+        deadlines.append(deadline - time.monotonic())
+        return []
+
+    monkeypatch.setattr(module, "measure", record)
+    deadline = time.monotonic() + 1000
+    list(measure_in_turn(workloads, 2, [16], limits, deadline=deadline))
+    assert deadlines == pytest.approx([500, 1000], rel=0.1)
