@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import deepspeed
 import timm.optim
@@ -27,6 +27,7 @@ from ds_linclip.parallel.mesh import Axis, Mesh
 
 STEPS = 11
 SKIPPED = 5  # its gradients are not finite: ten steps count
+OptimKind = Literal["adamw", "lion", "lamb"]
 CONFIG = OptimConfig(lr=0.01, weight_decay=0.1)
 DECAY = 0.4  # reached by the warm-up after five steps
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
@@ -82,7 +83,7 @@ class Toy(nn.Module):
 def main(folder: Path) -> None:
     mesh = Mesh.create()
     results = {}
-    for kind in ("adamw", "lion", "lamb"):
+    for kind in get_args(OptimKind):
         expected, averages = train_in_one_process(kind, STEPS)
         for form in (name for name in FORMS if name.startswith("fp32")):
             results[f"{kind}_{form}"] = whole_run(mesh, kind, form, expected, averages)
@@ -95,7 +96,7 @@ def main(folder: Path) -> None:
 
 
 def whole_run(
-    mesh: Mesh, kind: str, form: str, expected: dict[str, Tensor], averages: dict[str, Tensor]
+    mesh: Mesh, kind: OptimKind, form: str, expected: dict[str, Tensor], averages: dict[str, Tensor]
 ) -> dict[str, float]:
     engine = make_engine(mesh, kind, form)
     train(engine, mesh, range(STEPS))
@@ -115,7 +116,7 @@ def whole_run(
     }
 
 
-def make_engine(mesh: Mesh, kind: str, form: str) -> Any:
+def make_engine(mesh: Mesh, kind: OptimKind, form: str) -> Any:
     torch.manual_seed(0)
     model = Toy()
     optimizer = build_optimizer(model, dataclasses.replace(CONFIG, kind=kind))
@@ -163,7 +164,9 @@ def set_schedule(groups: list[dict[str, Any]], step: int) -> None:
         group["ema_decay"] = ema_decay(step, DECAY)
 
 
-def train_in_one_process(kind: str, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def train_in_one_process(
+    kind: OptimKind, steps: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the weights after the last step and their averages, computed by hand."""
     torch.manual_seed(0)
     model = Toy()
@@ -201,7 +204,7 @@ def lamb_on_split_parameters(mesh: Mesh) -> dict[str, float]:
     reference = [nn.Parameter(split.clone()), nn.Parameter(both.clone())]
     mine = slice(3 * mesh.rank, 3 * mesh.rank + 3)
     parameters = [nn.Parameter(split[mine].clone()), nn.Parameter(both.clone())]
-    parameters[0].tensor_model_parallel = True
+    vars(parameters[0])["tensor_model_parallel"] = True
     groups = [{"params": parameters, "weight_decay": 0.1}]
     optimizer = Lamb(groups, lr=0.1, betas=(0.9, 0.98))
     alone = Axis(rank=0, size=1, group=mesh.tp.group)
@@ -241,7 +244,8 @@ def resume(mesh: Mesh, form: str, folder: Path) -> dict[str, float]:
     In 16 bits there is no training in one process to compare with to the last digit: the averages
     are kept by hand from the fp32 weights that DeepSpeed shows.
     """
-    whole, by_hand = make_engine(mesh, "adamw", form), {}
+    whole = make_engine(mesh, "adamw", form)
+    by_hand: dict[str, Tensor] = {}
     for step in range(3):
         train(whole, mesh, [step])
         decay = min(DECAY, (1 + step) / (10 + step))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_linclip.config import Attention, ModelConfig, ParallelConfig, TextTower, VisionTower
 from ds_linclip.model import CLIP
+from ds_linclip.model.block import Recompute
 from ds_linclip.parallel.mesh import Mesh
 
 #: Words in the names of operators that "selective" must not run again.
 COSTLY = ("mm", "matmul", "linear", "attention", "c10d")
 
 
-def small_config(kind: str, head_norm: bool = False) -> ModelConfig:
+def small_config(kind: Literal["linear", "softmax"], head_norm: bool = False) -> ModelConfig:
     attention = Attention(kind=kind, head_norm=head_norm)
     return ModelConfig(
         embed_dim=24,
@@ -61,7 +62,13 @@ class Watch(TorchDispatchMode):
         return sum(size for reference, size in self._seen.values() if not reference.expired())
 
 
-def measure(parallel: ParallelConfig, kind: str, recompute: str, *, drop: bool) -> dict[str, Any]:
+def measure(
+    parallel: ParallelConfig,
+    kind: Literal["linear", "softmax"],
+    recompute: Recompute,
+    *,
+    drop: bool,
+) -> dict[str, Any]:
     """Return gradients, bytes held after the forward, and operators of one step."""
     mesh = Mesh.create(parallel)
     torch.manual_seed(0)
@@ -76,18 +83,21 @@ def measure(parallel: ParallelConfig, kind: str, recompute: str, *, drop: bool) 
         held = watch.held()
         (scale.exp()[0] * image @ text.T).log_softmax(1).diagonal().sum().backward()
     return {
-        "gradients": {name: p.grad.clone() for name, p in model.named_parameters()},
+        "gradients": {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        },
         "held": held,
         "operators": dict(watch.counts),
     }
 
 
 def all_measures(parallel: ParallelConfig, folder: Path) -> None:
+    kinds: tuple[Literal["linear", "softmax"], ...] = ("linear", "softmax")
     found = {
         (kind, drop, recompute): measure(parallel, kind, recompute, drop=drop)
-        for kind in (("linear",) if parallel.cp > 1 else ("linear", "softmax"))
+        for kind in kinds[: 1 if parallel.cp > 1 else 2]
         for drop in (False, True)
-        for recompute in ("none", "selective", "full")
+        for recompute in get_args(Recompute)
     }
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import open_clip
 import torch
@@ -70,7 +71,7 @@ class StandInData:
             )
 
 
-def random_data(num_images: int, num_captions: Sequence[int], **options: object) -> StandInData:
+def random_data(num_images: int, num_captions: Sequence[int], **options: Any) -> StandInData:
     """Return random images of five classes; image i has ``num_captions[i % len]`` captions."""
     generator = torch.Generator().manual_seed(1)
     images = 2 * torch.randn(num_images, 3, 8, 8, generator=generator)

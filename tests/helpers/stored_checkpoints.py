@@ -29,7 +29,7 @@ def random_weights(model: CLIP) -> dict[str, Tensor]:
 def split_dims(model: CLIP) -> dict[str, int | None]:
     """Return the dimension of each parameter that tensor parallelism splits."""
     return {
-        name: p.partition_dim if getattr(p, "tensor_model_parallel", False) else None
+        name: vars(p)["partition_dim"] if vars(p).get("tensor_model_parallel") else None
         for name, p in model.named_parameters()
     }
 
@@ -73,10 +73,17 @@ def write_checkpoint(
                     whole = kinds[kind][name]
                     mine = whole if dim is None else whole.chunk(tp, dim)[tp_rank]
                     ranks[rank][f"{kind}/{name}"] = mine.reshape(-1)[start:end]
-                facts = {"split_dim": dim, "tp_rank": tp_rank, "start": start}
-                file = f"rank-{rank:05d}.safetensors"
-                shared = {"shape": list(shape), "kinds": there, "file": file}
-                pieces.append(StoredPiece(name=name, numel=end - start, **facts, **shared))
+                piece = StoredPiece(
+                    name=name,
+                    numel=end - start,
+                    split_dim=dim,
+                    tp_rank=tp_rank,
+                    start=start,
+                    shape=list(shape),
+                    kinds=there,
+                    file=f"rank-{rank:05d}.safetensors",
+                )
+                pieces.append(piece)
     files = {f"rank-{r:05d}.safetensors": tensors for r, tensors in enumerate(ranks)}
     written = {name: asdict(write_shard(path / name, files[name])) for name in files}
     save_config(config, path / "config.yaml")

@@ -113,11 +113,13 @@ def loss_against_one_process(mesh: Mesh) -> dict[str, float]:
     mean_loss = loss.detach().clone()
     dist.all_reduce(mean_loss)
     # Data parallelism averages the gradients of parameters; a feature's is summed by its owner.
-    dist.all_reduce(part_scale.grad)
+    gradients = (part.grad, whole.grad, part_scale.grad, whole_scale.grad)
+    of_part, of_whole, of_part_scale, of_whole_scale = (g for g in gradients if g is not None)
+    dist.all_reduce(of_part_scale)
     return {
-        "loss": abs(mean_loss / mesh.world_size - expected).item(),
-        "features": (part.grad / mesh.world_size - whole.grad[:, mine]).abs().max().item(),
-        "scale": abs(part_scale.grad / mesh.world_size - whole_scale.grad).item(),
+        "loss": (mean_loss / mesh.world_size - expected).abs().item(),
+        "features": (of_part / mesh.world_size - of_whole[:, mine]).abs().max().item(),
+        "scale": abs(of_part_scale / mesh.world_size - of_whole_scale).item(),
     }
 
 

@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ class TwoHosts:
             self._networks[host] = subprocess.Popen(
                 ["unshare", "--net", "sleep", "infinity"], preexec_fn=end_with_parent
             )
-            self._wait(lambda host=host: self._has_network(host), "a network namespace")
+            self._wait(partial(self._has_network, host), "a network namespace")
         first, second = (str(self._networks[host].pid) for host in self.names)
         cable = ["ip", "link", "add", "eth0", "netns", first, "type", "veth"]
         _run([*cable, "peer", "name", "eth0", "netns", second])
