@@ -54,9 +54,9 @@ def check_tensors(
     """Check o, dq, dk, dv: allowed is twice the error of a plain computation, and a rounding.
 
     Args:
-        subject: What was computed, for messages.
+        subject: Name of the computation, for messages.
         num_tokens: N.
-        found: What is checked.
+        found: The results to check.
         plain: The definition in the dtype of ``found``.
         exact: The definition in float64.
     """

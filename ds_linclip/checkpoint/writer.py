@@ -69,7 +69,7 @@ class CheckpointWriter:
         The copies stay allocated for the next save: as much host memory as the state takes.
 
         Args:
-            state: What this rank holds.
+            state: The state that this rank holds.
             step: Optimizer steps done.
             facts: Further content of the manifest.
         """

@@ -297,7 +297,7 @@ def expand(pattern: str, name: str) -> list[str]:
     """Return the paths or URLs that a brace pattern names.
 
     Args:
-        pattern: As in bash and webdataset: ``{00000..00009}``, ``{a,b}``.
+        pattern: A path or URL with braces as in bash and webdataset: ``{00000..00009}``, ``{a,b}``.
         name: Name of the pattern in messages.
 
     Raises:

@@ -44,7 +44,7 @@ class FlatTensor:
     Attributes:
         tensor: The elements on this rank; what no fragment covers is padding.
         parameters: All parameters that are in it on any rank.
-        fragments: What this rank has of them.
+        fragments: The parts of them that this rank holds.
     """
 
     tensor: Tensor

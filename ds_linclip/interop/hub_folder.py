@@ -93,7 +93,7 @@ def write_hub_folder(
     """Write config and weights, holding no more than one tensor at a time.
 
     Args:
-        folder: From :func:`new_folder`.
+        folder: The folder that :func:`new_folder` yields.
         config: The architecture.
         layout: Result of :func:`tensor_layout`.
         read: Returns the tensor of a key on the CPU, in open_clip's layout and any floating dtype.
@@ -165,7 +165,7 @@ def parse_config(
     """Return the architecture that a ``model_cfg`` describes.
 
     Args:
-        model_cfg: As open_clip writes it.
+        model_cfg: The model's config in open_clip's form.
         towers: The towers to read; another one keeps its default values.
 
     Raises:

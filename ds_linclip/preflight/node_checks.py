@@ -94,7 +94,7 @@ def check_layout(hosts: Sequence[str], config: Config) -> CheckResult:
 
 
 class Node(TypedDict):
-    """What one rank finds on its host.
+    """The findings of one rank on its host.
 
     Attributes:
         software: Versions by name, see :func:`~ds_linclip.provenance.software`.
@@ -226,7 +226,7 @@ def check_disk_space(
     Args:
         rendezvous: All ranks; one of each host looks.
         config: The run's configuration.
-        min_free_bytes: What must be free for checkpoints and the cache whatever they need.
+        min_free_bytes: Bytes that must be free beside the needs of checkpoints and the cache.
     """
     results = rendezvous.gather("disk", partial(disk_space, config), rendezvous.leaders)
     problems = problems_if(

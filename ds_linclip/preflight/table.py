@@ -23,8 +23,8 @@ class Problem:
     """A rule that some hosts break: a person must fix it or, with ``is_warning``, should know it.
 
     Attributes:
-        rule: What must be so.
-        remedy: What to do.
+        rule: The condition that must hold.
+        remedy: The way to fix it.
         found: Pairs of a host, or several, and what was found there.
         is_warning: Whether training can start all the same.
     """

@@ -1,4 +1,4 @@
-"""What all ranks returned in one check: compared between hosts, and put into words."""
+"""Comparison between hosts of what all ranks returned in one check, in words."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class RankResults:
 
     Attributes:
         hosts: The host of every rank.
-        values: What the check returned, by rank.
+        values: The results of the check, by rank.
         errors: Why it returned nothing, by rank.
     """
 

@@ -23,7 +23,7 @@ class Preempted(Exception):
 
 @dataclass(frozen=True)
 class RunRequests:
-    """What to do after a step.
+    """Actions to take after a step.
 
     Attributes:
         save: Save a checkpoint.

@@ -261,7 +261,7 @@ def summarize(found: Sequence[_Facts]) -> str:
     These are the ranks that do not run or, if all run, those that have entered the fewest phases.
 
     Args:
-        found: What is known of every rank, in rank order.
+        found: The known facts of every rank, in rank order.
     """
     culprits = [facts for facts in found if facts["state"] != "running"]
     if not culprits:

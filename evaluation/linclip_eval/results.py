@@ -46,11 +46,11 @@ def write_report(
         folder: Created where it is missing.
         title: Heading of the summary; the pictures are captioned with it.
         sections: The summary below the title, Markdown, with links to the pictures.
-        facts: From :func:`ds_linclip.provenance.run_facts`, and further conditions by name.
+        facts: The result of :func:`ds_linclip.provenance.run_facts`, and further conditions.
         tables: File name -> rows of a CSV file, dataclasses or mappings with the same fields.
         table_facts: Facts that every row of the tables repeats.
         figures: File name -> picture.
-        numbers: What ``results.json`` holds beside title and facts; not written without them.
+        numbers: Content of ``results.json`` beside title and facts; not written without them.
 
     Returns:
         The text of the summary.
@@ -96,7 +96,7 @@ def write_results(
         command: The subcommand of linclip-eval and its arguments.
         title: Heading of the summary.
         body: The rest of it, Markdown.
-        numbers: What was measured, as JSON has it.
+        numbers: The measurements, of types that JSON has.
         device: The device it was measured on.
     """
     line = shlex.join(["linclip-eval", *command])
@@ -112,7 +112,7 @@ def markdown_table(
 
     Args:
         header: Titles of the columns.
-        rows: As many cells each.
+        rows: Rows of as many cells.
         align: "l" or "r" for each column; by default the first to the left, the others right.
     """
     align = align or "l" + "r" * (len(header) - 1)

@@ -36,8 +36,9 @@ def test_memory_between_steps_is_as_planned(job):
 
 
 def test_peak_memory_is_as_planned_and_lower_where_more_is_sharded(job):
-    """Of the rank that has most. All that the allocator gives out counts, and so small a model has
-    more of it under ZeRO-3 than under ZeRO-2: gloo copies a bucket once more to scatter it."""
+    """The rank with the highest use counts. All that the allocator gives out counts, and so small
+    a model has more of it under ZeRO-3 than under ZeRO-2: gloo copies a bucket once more to
+    scatter it."""
     fullest: list[int] = []
     for name, ranks in memory(job).items():
         step, planned = max((step, planned) for _, _, step, planned in ranks)

@@ -1,4 +1,4 @@
-"""With a pipeline or micro-batches the gradient is that of the whole batch."""
+"""The gradient with a pipeline or micro-batches is that of the whole batch."""
 
 from pathlib import Path
 

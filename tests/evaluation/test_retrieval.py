@@ -96,7 +96,7 @@ def test_median_of_an_even_number_is_rounded_down():
 
 
 def test_collapsed_features_score_by_chance():
-    """Of equal similarities the lower index comes first, whether it is right or not."""
+    """The lower index comes first among equal similarities, whether it is right or not."""
     num = 50
     result = rank_captions(
         features_of(np.ones((num, 3)), np.ones((num, 3)), list(range(num))), device="cpu"

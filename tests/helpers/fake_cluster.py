@@ -12,8 +12,8 @@ class FakeCluster(Rendezvous):
 
     Args:
         hosts: The host of every rank.
-        results: What every rank returns, by the name of the gathering; an exception stands for an
-            error, None for a rank that did not take part.
+        results: The return value of every rank, by the name of the gathering; an exception stands
+            for an error, None for a rank that did not take part.
     """
 
     def __init__(self, hosts: Sequence[str], **results: Sequence[Any]) -> None:

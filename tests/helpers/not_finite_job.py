@@ -61,7 +61,7 @@ WHERE_BAD = 7  # the row of the global batch with the bad pixel: the last rank's
 
 
 def steps_that_are_not_finite(config_file: str, overrides: list[str], folder: Path) -> None:
-    """In every form: take two steps, save, take a bad and a good one, load, repeat the good one."""
+    """Take two steps, save, take a bad and a good one, load, repeat the good one; in every form."""
     results = {}
     for name in FORMS:
         config = load_config(

@@ -30,7 +30,7 @@ INSTEAD = [
      r"python -m linclip_launch.train \1 --dry-run --devices 64"),
     (re.compile(r"^make (data/embedded)$", re.MULTILINE), r"ds-linclip make-shards digits \1"),
     (re.compile(r"^make ", re.MULTILINE), ": make "),  # tests/test_docs.py asks for them
-    (re.compile(r"^tensorboard .*", re.MULTILINE), r"timeout 20 \g<0> || [ $? = 124 ]"),  # goes on
+    (re.compile(r"^tensorboard .*", re.MULTILINE), r"timeout 20 \g<0> || [ $? = 124 ]"),
     (re.compile(r"(?<![\w.])/data/"), "volumes/"),
 ]  # fmt: skip
 

@@ -292,7 +292,7 @@ def find(browser: Any, tag: str, show: str) -> list[Any]:
 
 def test_tensorboard_shows_it_all(monitored, tensorboard, browser, tmp_path):
     def opened(page: str, tag: str, show: str, is_there: Any) -> list[Any]:
-        """What a page shows once it is there, or after half a minute."""
+        """Return what a page shows once it is loaded, or after half a minute."""
         browser.get("about:blank")
         browser.get(f"{tensorboard}/#{page}")
         deadline = time.monotonic() + 30

@@ -36,7 +36,7 @@ def check(chosen: list[tuple[Case, int]]) -> None:
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_training_kernels_fit_into_registers(capability: int) -> None:
-    """What CLIP towers launch in training: bfloat16, heads of 64, all of Eq. 4 and Eq. 7."""
+    """The launches of CLIP towers in training: bfloat16, heads of 64, all of Eq. 4 and Eq. 7."""
     training = [case for case in cases() if case.dtype == "bf16" and case.dim == 64]
     if capability < 90:  # for compute capability 8.0, the default feature map
         training = [case for case in training if case.variant.feature_map == "affine"]

@@ -46,7 +46,7 @@ def draw_times(scaling: Scaling, *, of: str = "a call") -> Figure:
 
     Args:
         scaling: All points.
-        of: What takes the time, for the label.
+        of: Subject of the measurement, for the label.
     """
 
     def draw(axes: Axes, what: str, direction: str) -> None:

@@ -27,7 +27,7 @@ def write_runtime_report(
     Args:
         folder: Created where it is missing.
         points: At least one.
-        facts: From :func:`ds_linclip.provenance.run_facts`.
+        facts: The result of :func:`ds_linclip.provenance.run_facts`.
         conditions: Limits and the like, as a sentence.
         runs: Number of runs that were requested at every point.
 

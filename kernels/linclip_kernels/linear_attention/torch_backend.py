@@ -53,7 +53,7 @@ def forward(
         q, k: [B, N, H, D].
         v: [B, N, H, Dv].
         initial: The state [S, H, D + 1, Dv + 1] of earlier keys, one per sequence.
-        boundaries: Where the S sequences begin and end; None: S = B sequences of N tokens.
+        boundaries: Begin and end of the S sequences; None: S = B sequences of N tokens.
         variant: The variant to compute.
         return_state: Whether to compute the state.
 

@@ -414,7 +414,7 @@ def scan_flipped(path: Path, sound: bytes) -> None:
 
 
 def run_in_time(target: Callable[..., None], *arguments: object) -> None:
-    """In a process of its own, so that an endless loop ends."""
+    """A process of its own makes an endless loop end."""
     process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     process.start()
     process.join(60)

@@ -52,7 +52,7 @@ def config_of(tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.fixture
 def checkpoint(config_of: Callable[..., Config], mesh: Mesh) -> Path:
-    """Of four ranks, with running averages of all but the locked image tower."""
+    """Write a checkpoint of four ranks, with running averages of all but the locked image tower."""
     config = config_of(*SOFTMAX, "optim.ema_decay=0.5")
     model = CLIP(config.model, mesh)
     averages = {k: v for k, v in random_weights(model).items() if not k.startswith("visual.")}

@@ -56,7 +56,7 @@ def write_folder(path: Path, weights: dict[str, torch.Tensor], **more: object) -
 
 
 def loaded(folder: Path, mesh: Mesh, loss: str = "softmax") -> dict[str, torch.Tensor]:
-    """What a run that starts from the folder has."""
+    """Return the weights of a run that starts from the folder."""
     model = CLIP(read_config(folder), mesh, loss=loss)
     load_pretrained(model, InitConfig(pretrained=str(folder)))
     return to_open_clip(model)

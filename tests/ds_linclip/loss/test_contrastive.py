@@ -286,7 +286,8 @@ class Collectives(TorchDispatchMode):
 def collectives(
     loss: Loss, inputs: list[Tensor], group: dist.ProcessGroup, *, watched: bool
 ) -> list[list[tuple[str, int]]]:
-    """What forward, backward, and a forward without gradient communicate; [] if not watched."""
+    """Return the traffic of forward, backward, and a forward without gradient; [] if not
+    watched."""
     # A mode costs every process a second of imports: one rank's is enough.
     modes = [Collectives() for _ in range(3)] if watched else []
     contexts = iter(modes)
@@ -338,7 +339,7 @@ RETURNED: dict[str, Loss] = {"clip": returned_clip, "siglip": returned_siglip}
 
 
 def part_of_batch(name: str, num_ranks: int, position: int) -> list[Tensor]:
-    """What one rank of a group holds of the batch of the whole group."""
+    """Return the part of the whole group's batch that one rank holds."""
     images, texts, *scalars = batch(name, num_ranks * LOCAL)
     mine = slice(position * LOCAL, (position + 1) * LOCAL)
     return [x.detach().requires_grad_() for x in (images[mine], texts[mine], *scalars)]

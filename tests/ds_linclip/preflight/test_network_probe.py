@@ -1,4 +1,4 @@
-"""What is reported about clocks and links, on clusters that cannot be had here."""
+"""Reports about clocks and links, on clusters that cannot be had in a test."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is reported about nodes, on clusters that cannot be had here."""
+"""Reports about nodes, on clusters that cannot be had in a test."""
 
 import json
 

@@ -89,7 +89,7 @@ class Meta(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What a program needs, beside lengths, to find its part."""
+    """The values that a program needs, beside lengths, to find its part."""
 
     p_table: Tensor | None
     num_heads: int

@@ -38,7 +38,7 @@ class View(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a program works."""
+    """The place of a program in the problem."""
 
     i_part: Any  # part, numbered over all sequences
     i_s: Any  # sequence

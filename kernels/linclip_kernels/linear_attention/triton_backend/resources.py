@@ -90,7 +90,7 @@ class Usage:
 
     @property
     def blocks_per_sm(self) -> int:
-        """How many registers, shared memory and warps of a multiprocessor allow."""
+        """The number of programs that fit on a multiprocessor."""
         registers = self.num_warps * 256 * -(-32 * self.registers // 256)
         return min(
             BLOCKS_PER_SM,
