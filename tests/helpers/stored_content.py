@@ -17,7 +17,7 @@ MB = 1_000_000
 
 def make_storage(folder: Path, megabytes: float = 500, **network: Any) -> Storage:
     """Return a storage with its cache in ``folder/cache``, of so many megabytes."""
-    settings = {"connect_timeout": 5.0, "read_timeout": 1.0, "max_tries": 3, "backoff": 0.01}
+    settings = {"connect_timeout": 5.0, "read_timeout": 5.0, "max_tries": 3, "backoff": 0.01}
     return Storage(
         CacheConfig(dir=str(folder / "cache"), max_gib=megabytes * MB / 2**30),
         NetworkConfig(**(settings | {"max_backoff": 0.1} | network)),

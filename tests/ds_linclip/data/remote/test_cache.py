@@ -119,7 +119,7 @@ def test_killed_download_leaves_neither_a_lock_nor_a_copy_and_makes_room(
     url = server.url("/0.tar", whole(content, seconds=15), whole(content))
     storage = make_storage(tmp_path, megabytes=9)
     (victim,) = start_all(Storage.open, (storage, url))
-    wait_for(lambda: [path for path in cached_files(tmp_path) if path.suffix == ".tmp"])
+    wait_for(lambda: [path for path in cached_files(tmp_path) if path.stat().st_size == 8 * MB])
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
     (partial,) = cached_files(tmp_path)

@@ -74,7 +74,7 @@ def test_used_before_and_after_a_fork(server: MisbehavingServer, storage: Storag
     assert child.exitcode == 0
     began = time.monotonic()
     assert storage.read(side) == b"{}"
-    assert time.monotonic() - began < 0.9  # the connection was not lost to the child
+    assert time.monotonic() - began < 4.5  # the connection was not lost to the child
     held.close()
     assert [server.num_requests[f"/{i}.tar"] for i in range(4)] == [1] * 4
 
