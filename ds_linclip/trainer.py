@@ -29,7 +29,7 @@ from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import describe, plan_rank
 from ds_linclip.process.consensus import AgreedError
-from ds_linclip.process.phase import Progress
+from ds_linclip.process.phase import PhaseTracker
 from ds_linclip.resilience.divergence import Diverged, DivergenceGuard
 from ds_linclip.resilience.preemption import (
     Preempted,
@@ -63,7 +63,7 @@ def train(
     config: Config,
     mesh: Mesh,
     evaluate: Evaluator | None = None,
-    phases: Progress | None = None,
+    phases: PhaseTracker | None = None,
 ) -> TrainResult:
     """Train a model, resuming from the run folder's newest checkpoint if there is one.
 
@@ -85,7 +85,7 @@ def train(
         Diverged: on all ranks together, when training cannot continue.
     """
     with ExitStack() as resources:
-        return Trainer(config, mesh, evaluate, phases or Progress(), resources).run()
+        return Trainer(config, mesh, evaluate, phases or PhaseTracker(), resources).run()
 
 
 class Trainer:
@@ -110,7 +110,7 @@ class Trainer:
         config: Config,
         mesh: Mesh,
         evaluate: Evaluator | None,
-        phases: Progress,
+        phases: PhaseTracker,
         resources: ExitStack,
     ) -> None:
         self._config, self._mesh, self._evaluator, self._phases = config, mesh, evaluate, phases

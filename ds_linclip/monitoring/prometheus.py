@@ -10,13 +10,13 @@ from prometheus_client.registry import Collector
 from ds_linclip.checkpoint.directory import committed, step_of
 from ds_linclip.config import Config
 from ds_linclip.monitoring.scalars import SCALARS, Scalar, ScalarSink
-from ds_linclip.process.phase import Progress
+from ds_linclip.process.phase import PhaseTracker
 
 __all__ = ["prometheus_endpoint"]
 
 
 @contextmanager
-def prometheus_endpoint(config: Config, phases: Progress) -> Iterator[ScalarSink]:
+def prometheus_endpoint(config: Config, phases: PhaseTracker) -> Iterator[ScalarSink]:
     """Serve metrics on ``log.prometheus_port`` of all addresses of this host; yield its sink.
 
     A thread answers with the last scalars and with the phase of the run at that moment; training
@@ -46,7 +46,7 @@ def prometheus_endpoint(config: Config, phases: Progress) -> Iterator[ScalarSink
 class _RunCollector(Collector):
     """The metrics of a run, created at every scrape."""
 
-    def __init__(self, config: Config, phases: Progress) -> None:
+    def __init__(self, config: Config, phases: PhaseTracker) -> None:
         self._config = config
         self._phases = phases
         self._values: Mapping[str, float] = {}

@@ -8,13 +8,13 @@ from ds_linclip.monitoring.prometheus import prometheus_endpoint
 from ds_linclip.monitoring.scalars import ScalarSink
 from ds_linclip.monitoring.trackers import trackio_run, wandb_run
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.process.phase import Progress
+from ds_linclip.process.phase import PhaseTracker
 
 __all__ = ["open_sinks"]
 
 
 @contextmanager
-def open_sinks(config: Config, mesh: Mesh, phases: Progress) -> Iterator[Sequence[ScalarSink]]:
+def open_sinks(config: Config, mesh: Mesh, phases: PhaseTracker) -> Iterator[Sequence[ScalarSink]]:
     """Yield the receivers that ``log`` configures, on rank 0; none on the other ranks.
 
     Raises:

@@ -3,7 +3,7 @@
 import time
 from typing import NamedTuple
 
-__all__ = ["Phase", "Progress"]
+__all__ = ["Phase", "PhaseTracker"]
 
 
 class Phase(NamedTuple):
@@ -23,7 +23,7 @@ class Phase(NamedTuple):
     since: float
 
 
-class Progress:
+class PhaseTracker:
     """The current phase, written by the training loop and read by other threads at any time.
 
     Entering a phase is one assignment, cheap enough for any place in the loop.

@@ -24,7 +24,7 @@ from ds_linclip.config import Config, WatchdogConfig
 from ds_linclip.parallel.mesh import DEFAULT_TIMEOUT, Mesh
 from ds_linclip.process.atomic import write_atomically
 from ds_linclip.process.exit_codes import ExitCode
-from ds_linclip.process.phase import Progress
+from ds_linclip.process.phase import PhaseTracker
 
 __all__ = ["collective_timeout", "summarize", "watched"]
 
@@ -44,8 +44,9 @@ def collective_timeout(config: WatchdogConfig) -> timedelta:
 
 
 @contextmanager
-def watched(config: Config, mesh: Mesh) -> Iterator[Progress]:
-    """Yield the :class:`Progress` of the training loop, and end all ranks if one stays in a phase.
+def watched(config: Config, mesh: Mesh) -> Iterator[PhaseTracker]:
+    """Yield the :class:`PhaseTracker` of the training loop, and end all ranks if one stays in a
+    phase.
 
     Before the loop enters its first phase nothing is watched, as the run folder may still belong to
     another run.
@@ -66,7 +67,7 @@ def watched(config: Config, mesh: Mesh) -> Iterator[Progress]:
         config: The run's configuration; with ``watchdog.timeout_seconds`` 0 nothing is watched.
         mesh: The ranks, all of which call this together.
     """
-    progress = Progress()
+    progress = PhaseTracker()
     if config.watchdog.timeout_seconds == 0:
         yield progress
         return
@@ -97,7 +98,12 @@ class _Watchdog(threading.Thread):
     """
 
     def __init__(
-        self, progress: Progress, run_dir: Path, run: str, place: tuple[int, int], timeout: float
+        self,
+        progress: PhaseTracker,
+        run_dir: Path,
+        run: str,
+        place: tuple[int, int],
+        timeout: float,
     ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._progress = progress

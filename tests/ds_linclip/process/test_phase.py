@@ -1,10 +1,10 @@
 import time
 
-from ds_linclip.process.phase import Progress
+from ds_linclip.process.phase import PhaseTracker
 
 
 def test_phases_are_counted_and_keep_their_step():
-    progress = Progress()
+    progress = PhaseTracker()
     assert (progress.current.entered, progress.current.phase) == (0, "")
     progress.enter("waiting for data", 12)
     progress.enter("saving")

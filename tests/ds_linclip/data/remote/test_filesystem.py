@@ -116,7 +116,7 @@ def test_unreachable_server_is_named_after_all_tries(storage: Storage) -> None:
 
 
 def test_impossible_host_is_named_at_once(storage: Storage) -> None:
-    with pytest.raises(RemoteError, match=r"http://a\.\.b/0\.tar cannot be fetched: \w*Error"):
+    with pytest.raises(RemoteError, match=r"http://a\.\.b/0\.tar cannot be fetched: Unicode"):
         storage.open("http://a..b/0.tar")
 
 
