@@ -27,12 +27,13 @@ data/embedded: | $(STAMP)
 train: $(STAMP) | data/embedded
 	launch/local.sh ds_configs/train/embedded.yaml
 
-# What finds most mistakes in two minutes: style, types, and tests in one process.
+# Style, types and the quick tests of one process, in two minutes.
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not distributed and not long" --durations 5
+	@$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -q -m "not slow and not distributed and not long"; tests=$$?; \
+	wait $$types && exit $$tests
 
 # Everything that needs no GPU and is not marked slow: what starts several processes one by one, and
 # beside it all that does not, shown at the end. (Two of the first kind at once would wait for each

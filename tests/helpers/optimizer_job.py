@@ -23,7 +23,7 @@ from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.lamb import Lamb
 from ds_linclip.engine.optim import build_optimizer, ema_decay, weight_decay_groups
 from ds_linclip.engine.zero_state import ParameterPiece, RankState, fill_module
-from ds_linclip.parallel.mesh import Axis, Mesh
+from ds_linclip.parallel.mesh import Axis, Mesh, prepare_for_deepspeed
 
 STEPS = 11
 SKIPPED = 5  # its gradients are not finite: ten steps count
@@ -128,6 +128,7 @@ def make_engine(mesh: Mesh, kind: OptimKind, form: str) -> Any:
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
     }
+    prepare_for_deepspeed()
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
