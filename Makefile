@@ -32,7 +32,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(BIN)/mypy & types=$$!; \
-	$(BIN)/python -m pytest -q -m "not slow and not distributed and not long"; tests=$$?; \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not distributed and not long"; tests=$$?; \
 	wait $$types && exit $$tests
 
 # Everything that needs no GPU and is not marked slow: what starts several processes one by one, and

@@ -95,6 +95,7 @@ def test_shards_hold_photos_and_the_promised_number_of_bad_ones(bench: ModuleTyp
     assert share == pytest.approx(1 - 0.05 / 2, abs=0.01)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_command_measures_counts_and_writes(
     bench: ModuleType,

@@ -79,6 +79,7 @@ def test_speed_up_is_over_the_fastest_sdpa_and_slopes_are_those_of_long_sequence
     assert f"| 2000 | {4 * 2000 * 64 * 4 / 7e-6 / 1e9:.1%} |" in summary
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_command_measures_and_writes(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -111,6 +112,7 @@ def test_command_measures_and_writes(
         assert float(r["peak_mib"]) > 0
 
 
+@pytest.mark.long
 def test_skipped_points_are_recorded_with_their_reason(
     command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -148,6 +150,7 @@ def test_nothing_is_timed_when_the_operator_is_wrong(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_failing_call_costs_no_other_result(
     command: Callable[..., int],
     tmp_path: Path,

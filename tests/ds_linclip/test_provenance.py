@@ -9,6 +9,8 @@ import pytest
 
 from ds_linclip import provenance
 
+pytestmark = pytest.mark.long
+
 PRINT_COMMIT = "import provenance; print(provenance.commit_of(['measured.py']))"
 
 

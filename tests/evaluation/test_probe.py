@@ -203,6 +203,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_command_writes_numbers_summary_search_and_figure(model_folder, sets, tmp_path):
     out = tmp_path / "out"
     words = [str(model_folder), "--train", str(sets / "train"), "--test", str(sets / "test")]

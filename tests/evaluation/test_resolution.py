@@ -44,6 +44,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [out / "test", out / "test_unseen"]
 
 
+@pytest.mark.long
 def test_every_size_and_domain_is_scored(models, domains, tmp_path, capsys):
     out = tmp_path / "out"
     labels = [f"{name}={folder}" for name, folder in models.items()]

@@ -9,6 +9,8 @@ import pytest
 
 from helpers import REPOSITORY, job_environment
 
+pytestmark = pytest.mark.long
+
 CONFIGS = REPOSITORY / "ds_configs" / "train"
 LARGE = [str(CONFIGS / "vit_l16.yaml"), "--dry-run", "--num-samples", "407332084"]
 #: A model with enough layers to tell stages apart, planned in a moment.

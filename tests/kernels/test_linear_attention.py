@@ -43,6 +43,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
 @pytest.mark.parametrize(("num_tokens", "dtype", "dim"), SHAPES)
 def test_torch_backend_matches_definition(
@@ -124,11 +125,13 @@ def test_nan_stays_where_the_formula_puts_it(variant: str) -> None:
     check_nan_stays_where_the_formula_puts_it(VARIANTS[variant], "torch", "cpu")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
 def test_cancelling_sums(variant: str) -> None:
     check_cancelling_sums(VARIANTS[variant], "torch", "cpu", 2000)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", MAP_VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_tokens", [2, 77, 300])
@@ -153,6 +156,7 @@ def test_sequences_are_independent(variant: str) -> None:
     check_sequences_are_independent(variants[variant], "torch", "cpu", lengths)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", [*VARIANTS, *MAP_VARIANTS])
 def test_long_sequences_are_cut_into_pieces(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**VARIANTS, **MAP_VARIANTS}[variant]
@@ -182,6 +186,7 @@ def test_returned_state_may_be_changed_in_place(variant: str) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.long
 def test_inductor_takes_a_strided_initial_state() -> None:
     inputs, grad = make_inputs((1, 30, 2, 16, 24), torch.float32)
     _, state = linear_attention(*inputs, return_state=True)
@@ -213,6 +218,7 @@ def test_states_add() -> None:
     assert (whole[:, :, 0, -1] == 90).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
 def test_gradcheck_of_states(variant: str) -> None:
     options = {**VARIANTS, **MAP_VARIANTS}[variant]
@@ -262,6 +268,7 @@ def test_activation_checkpointing(variant: str, use_reentrant: bool) -> None:
     assert all(map(torch.equal, plain, (out, *(x.grad for x in inputs))))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
 def test_compiles_to_one_graph_for_all_lengths(variant: str) -> None:
     options = {**VARIANTS, **MAP_VARIANTS}[variant]

@@ -33,6 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 halves = partial(from_state, backend="torch")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", BIDIRECTIONAL)
 @pytest.mark.parametrize(
     ("num_keys", "num_queries", "dtype"),
@@ -123,6 +124,7 @@ def test_state_may_be_changed_in_place() -> None:
     assert all(map(torch.equal, torch.autograd.grad(state, inputs[1:], grad), expected))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["eq4", "eq7-quadratic"])
 def test_compiles_to_one_graph_for_all_lengths(variant: str) -> None:
     options = BIDIRECTIONAL[variant]

@@ -22,6 +22,8 @@ from linclip_kernels.linear_attention.triton_backend.resources import (
 )
 from linclip_kernels.linear_attention.variant import Variant
 
+pytestmark = pytest.mark.long
+
 #: Bytes per thread that the assembler may keep outside registers to fit another block.
 NEGLIGIBLE_STACK = 16
 

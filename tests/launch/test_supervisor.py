@@ -14,6 +14,8 @@ from ds_linclip.process.exit_codes import ExitCode
 from helpers import EMBEDDED
 from linclip_launch import supervise
 
+pytestmark = pytest.mark.long
+
 #: Starts one rank, which ends with exit code 75 when it gets SIGTERM, as training does.
 LAUNCHER = """
 import subprocess, sys

@@ -15,6 +15,8 @@ from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
 from ds_linclip.trainer import train
 
+pytestmark = pytest.mark.long
+
 SHARD = "rank-00000.safetensors"
 SMALL = [
     "model.vision.layers=1",

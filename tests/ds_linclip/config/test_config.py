@@ -29,6 +29,7 @@ EMBEDDED = "ds_configs/train/embedded.yaml"
 NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_config_loads_and_survives_saving(path, tmp_path):
     config = load_config(path)
@@ -65,6 +66,7 @@ def test_command_line_wins_over_file_and_file_over_base(tmp_path):
 PATTERN = "/a/{0..9}.tar"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("override", "sources"),
     [

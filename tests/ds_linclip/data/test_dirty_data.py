@@ -131,6 +131,7 @@ def peak_and_skipped(patterns: Sequence[str]) -> tuple[float, float, dict[str, i
     return high_water() - memory, slowest, dict(skipped)
 
 
+@pytest.mark.long
 def test_bomb_and_huge_caption_cost_nothing(tmp_path: Path) -> None:
     rejected = sound_samples()
     keys = list(rejected)

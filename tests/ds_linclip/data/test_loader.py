@@ -67,6 +67,7 @@ def test_epoch_holds_every_sample_once_and_crops_differ(patterns: list[str]) -> 
     assert not any(torch.equal(images[0][key], images[1][key]) for key in images[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_workers", [1, 2, 5])
 def test_workers_change_nothing(patterns: list[str], num_workers: int) -> None:
     expected = take(train_data(patterns), 7)
@@ -84,6 +85,7 @@ def test_slow_reader_keeps_its_batches(patterns: list[str]) -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_is_bit_identical(patterns: list[str], num_workers: int) -> None:
     through = take(train_data(patterns), 9)
@@ -92,6 +94,7 @@ def test_resume_is_bit_identical(patterns: list[str], num_workers: int) -> None:
         assert_same(take(resumed, 9 - start, start), through[start:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_lanes", [1, 3])
 def test_ranks_share_the_same_global_batches(patterns: list[str], num_lanes: int) -> None:
     whole = take(train_data(patterns, num_lanes=num_lanes), 6)
@@ -150,6 +153,7 @@ def test_workers_end_with_the_iterator(patterns: list[str]) -> None:
     assert not workers & set(multiprocessing.active_children())
 
 
+@pytest.mark.long
 def test_fewer_shards_than_readers(tmp_path: Path) -> None:
     patterns = write_shards(tmp_path, sound_samples())
     one_shard = [patterns[0].replace("{00000..00003}", "00002")]

@@ -111,6 +111,7 @@ def test_xmp_rotation_is_applied_in_training_too() -> None:
     assert np.array_equal(found, np.asarray(upright))
 
 
+@pytest.mark.long
 def test_pixels_do_not_depend_on_the_strips_they_are_converted_in() -> None:
     """Larger than one strip, in the modes that are converted."""
     for mode in ("RGBA", "LA", "P", "L", "I;16"):
@@ -220,6 +221,7 @@ LARGEST: list[tuple[str, str, tuple[int, int], dict[str, object]]] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("file_format", "mode", "size", "arguments"),
     [case for case in LARGEST if case[:2] not in (("WEBP", "RGB"), ("PNG", "LA"))],
@@ -247,6 +249,7 @@ def for_training(content: bytes) -> torch.Tensor:
     return TrainTransform((0.9, 1.0), seed=0)(content, (224, 224), 0)
 
 
+@pytest.mark.long
 def test_largest_images_cost_bounded_memory_and_time() -> None:
     # In a process of its own, where nothing else uses memory.
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -70,6 +70,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @torch.no_grad()
 def test_open_clip_computes_our_features(config_of, mesh, tmp_path, loss):
@@ -142,6 +143,7 @@ def test_asking_for_a_missing_average_is_an_error(config_of, mesh, tmp_path):
     assert export_checkpoint(config.run_dir, tmp_path / "out").weights == "raw"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
 def test_half_precision(checkpoint, tmp_path, name):
     export_checkpoint(checkpoint, tmp_path / "full")
@@ -166,6 +168,7 @@ def test_weight_beyond_the_range_of_fp16_is_named(config_of, mesh, tmp_path, cap
     assert main([str(config.run_dir), str(tmp_path / "out"), "--dtype=bf16"]) == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "damage", ["bit", "short", "gone", "config", "manifest", "place", "format", "old"]
 )
@@ -231,6 +234,7 @@ def test_bad_places_are_named(checkpoint, tmp_path, capsys):
     assert main([str(run), str(tmp_path / "empty"), "--step=6"]) == 0
 
 
+@pytest.mark.long
 def test_the_command_prints_one_line(tmp_path):
     command = [sys.executable, "-m", "ds_linclip", "export", tmp_path / "nowhere", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -320,6 +324,7 @@ def test_card_hides_what_is_secret_in_urls(config_of, mesh, tmp_path):
     assert "The run folder of the checkpoint has no metrics." in card
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "attention", [[], SOFTMAX, ["model.vision.attention.head_norm=true"]], ids=str
 )
@@ -365,6 +370,7 @@ watcher.join()
 """
 
 
+@pytest.mark.long
 def test_memory_is_bounded_by_the_largest_parameter(config_of, mesh, tmp_path):
     """Anonymous memory, what a process cannot give back by dropping pages of files: sampled every
     2 ms, growth over what it was after the imports. Model: 330 MB; largest parameter: 25 MB."""

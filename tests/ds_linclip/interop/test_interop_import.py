@@ -126,6 +126,7 @@ def test_a_file_needs_its_architecture(mesh, tmp_path, capsys):
     assert loaded(out, mesh)["text_projection"].equal(weights["text_projection"])
 
 
+@pytest.mark.long
 def test_a_models_name_is_enough(mesh, tmp_path):
     weights = open_clip.create_model("ViT-S-32").state_dict()
     save_file(weights, tmp_path / "w.safetensors")
@@ -138,6 +139,7 @@ def test_a_models_name_is_enough(mesh, tmp_path):
         assert value.equal(narrow), key
 
 
+@pytest.mark.long
 def test_every_architecture_that_is_accepted_has_the_expected_state_dict():
     accepted = []
     for name in open_clip.list_models():
@@ -279,6 +281,7 @@ def test_linear_attention_comes_back_as_it_was(mesh, tmp_path):
         assert after[key].equal(value), key
 
 
+@pytest.mark.long
 def test_export_import_and_training_from_it(embedded_overrides, tmp_path):
     """Three runs of one step with equal losses: from the export, from the import of the export,
     and both with the loss that the exported weights give."""

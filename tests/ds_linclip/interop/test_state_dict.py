@@ -75,6 +75,7 @@ def is_uniform(weight: torch.Tensor) -> bool:
     return bool(weight.abs().max() < 2 * weight.std())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["ViT-S-16", "ViT-B-16", pytest.param("ViT-L-16", marks=pytest.mark.slow)]
 )

@@ -239,6 +239,7 @@ def test_bias_must_be_one_number() -> None:
         siglip_loss(features, features, torch.tensor(1.0), features)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_is_a_small_part_of_that_of_all_logits(name: str) -> None:
     num_pairs, dim = 4096, 64

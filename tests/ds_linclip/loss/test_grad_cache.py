@@ -85,6 +85,7 @@ def test_logit_scale_gradient_passes_only_inward(
     assert sum(gradient[2].item() for gradient in gradients) == pytest.approx(expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 8])
 def test_two_passes_give_the_gradient_of_the_batch_in_one_piece(
@@ -121,6 +122,7 @@ def test_two_passes_give_the_gradient_of_the_batch_in_one_piece(
         assert difference <= 1e-6, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_logit_scale_stays_in_range_and_comes_back_under_zero(stage: int, precision: str) -> None:

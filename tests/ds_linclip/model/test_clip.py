@@ -61,6 +61,7 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_forward_returns_normalized_fp32_features_and_the_initial_scale(
     mesh: Mesh, kind: str
@@ -73,6 +74,7 @@ def test_forward_returns_normalized_fp32_features_and_the_initial_scale(
     assert log_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_gradient_reaches_every_parameter(mesh: Mesh, kind: str) -> None:
     model = build(mesh, ATTENTIONS[kind])

@@ -83,6 +83,7 @@ def weights_by_formula(attention: SelfAttention, q: Tensor, k: Tensor) -> Tensor
     ).transpose(1, 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_statistics_are_those_of_the_weights_that_make_the_output(mesh, form):
@@ -252,6 +253,7 @@ def write_data(folder: Path, *, captions: bool) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("captions", [True, False])
 def test_command_compares_models(hub_folders, tmp_path, capsys, captions):
     data, out = write_data(tmp_path / "data", captions=captions), tmp_path / "out"

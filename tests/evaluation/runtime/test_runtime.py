@@ -112,6 +112,7 @@ def test_peak_is_the_most_that_lives_at_once():
     assert peak_bytes(call, x.device) == pytest.approx(12e6, rel=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "what",
     [
@@ -216,6 +217,7 @@ def test_fewer_runs_are_recorded():
     assert {point.measured.runs for point in points} == {1}
 
 
+@pytest.mark.long
 def test_command_writes_everything(tmp_path, capsys):
     tokens = ["32", "64", "128", "256"]
     arguments = ["--out", str(tmp_path / "new"), "--device", "cpu", "--what", "attention", "layer"]

@@ -137,6 +137,7 @@ def test_run_is_read(run):
     assert found.provenance["git_commit"] == "abc123"
 
 
+@pytest.mark.long
 def test_law_is_recovered_within_its_interval(runs):
     for quantity, alpha in (("loss", -0.1), ("zero-shot error", -0.2)):
         for law in fit_laws(runs, quantity).values():
@@ -154,6 +155,7 @@ def test_same_law_gives_no_difference(runs):
     assert found.ratio_interval[0] < 1 < found.ratio_interval[1]
 
 
+@pytest.mark.long
 def test_other_exponent_and_level_are_told_apart(tmp_path):
     write_study(tmp_path, ("softmax",), noise=0.01)
     write_study(tmp_path, ("linear",), noise=0.01, loss=lambda c: 2 * loss_law(c, -0.3))
@@ -176,6 +178,7 @@ def test_levels_are_not_compared_without_shared_compute(tmp_path):
     assert (found.compute, found.ratio, found.ratio_interval) == (None, None, None)
 
 
+@pytest.mark.long
 def test_command_writes_everything(study, runs, tmp_path, capsys):
     out = tmp_path / "out"
     folders = sorted(study.iterdir())
@@ -203,6 +206,7 @@ def test_command_writes_everything(study, runs, tmp_path, capsys):
     assert (out / "figure.png").stat().st_size > 20_000
 
 
+@pytest.mark.long
 def test_one_kind_of_attention_is_fitted_and_not_compared(tmp_path):
     write_study(tmp_path / "runs", ("linear",))
     out = tmp_path / "out"
@@ -228,6 +232,7 @@ def test_figure_has_a_dot_per_run_on_logarithmic_axes(runs):
     assert sum("M parameters" in label for label in labels) == len(WIDTHS)
 
 
+@pytest.mark.long
 def test_unfinished_runs_are_named_and_skipped_on_request(study, tmp_path, capsys):
     cut = write_run(tmp_path, "linear", 32, 800, 0)
     write_metrics(cut, [r for r in read_metrics(cut) if r["step"] <= 700])
@@ -305,6 +310,7 @@ def with_towers_of_two_kinds(run: Path) -> None:
     save_config(config, run / "config.yaml")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -330,6 +336,7 @@ def test_invalid_run_folder_is_always_an_error(run, spoil, message, tmp_path, ca
         read_run(run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("override", "name"),
     [

@@ -50,6 +50,7 @@ def test_true_class_outside_the_five_is_named():
     assert draw_predictions([prediction()]).axes[1].get_xlabel() == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_figures_render_without_pyplot_state(count, tmp_path):
     figure = draw_predictions([prediction() for _ in range(count)])

@@ -350,6 +350,7 @@ def test_file_without_read_permission_is_counted(tmp_path: Path) -> None:
     assert counts == {"success": 1, "image_unreadable": 1}
 
 
+@pytest.mark.long
 def test_command_reports_what_failed(tmp_path: Path) -> None:
     expected = write_dirty_folder(tmp_path / "images")
     arguments = ["folder", tmp_path / "images", tmp_path / "out", "--workers", "2"]
@@ -412,6 +413,7 @@ def test_mistakes_are_one_line_errors(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.long
 def test_command_exits_with_2_for_a_mistake(tmp_path: Path) -> None:
     command = [str(COMMAND), "make-shards", "folder", str(tmp_path / "no"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -279,6 +279,7 @@ def test_failed_write_keeps_the_old_sizes(
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
+@pytest.mark.long
 def test_command_writes_report_and_figure(dirty: str, tmp_path: Path) -> None:
     arguments = ["inspect-shards", dirty, "--out", str(tmp_path / "a" / "report"), "--workers", "2"]
     done = subprocess.run(
@@ -342,6 +343,7 @@ def test_mistakes_are_one_line_errors(
     assert message in error
 
 
+@pytest.mark.long
 def test_command_exits_with_2_for_a_mistake(tmp_path: Path) -> None:
     command = [str(COMMAND), "inspect-shards", "nothing.tar", "--out", str(tmp_path / "report")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

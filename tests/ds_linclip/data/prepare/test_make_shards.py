@@ -155,6 +155,7 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_command_line(tmp_path: Path) -> None:
     arguments = ["scenes", str(tmp_path / "set"), "--num-shards", "1", "--image-size", "32"]
     arguments += ["--samples-per-shard", "3"]

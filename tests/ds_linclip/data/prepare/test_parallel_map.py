@@ -72,6 +72,7 @@ def test_closing_early_ends_the_processes() -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.long
 def test_interrupted_command_leaves_no_files_and_no_processes(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(3000):

@@ -144,6 +144,7 @@ def test_absent_s3_credentials_are_named(
     assert "RemoteError: s3://shards/a/00000.tar: credentials are absent or refused" in message
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wait", [0.0, 60.0])
 def test_s3_bodies_that_break_or_stall_are_retried(
     bucket: str,
@@ -165,6 +166,7 @@ def test_s3_bodies_that_break_or_stall_are_retried(
     assert server.num_requests["/shards/0.tar"] < 10
 
 
+@pytest.mark.long
 def test_refused_s3_credentials_are_named_at_once(
     bucket: str, server: MisbehavingServer, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

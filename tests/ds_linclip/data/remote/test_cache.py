@@ -81,6 +81,7 @@ def test_processes_and_threads_that_open_a_file_at_once_share_one_download(
     assert server.num_requests["/0.tar"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("code", "message"),
     [(404, "RemoteNotFoundError: .*/0.tar"), (503, "RemoteError: .*/0.tar .* HTTP status 503")],
