@@ -143,7 +143,7 @@ def state_of(engine: Engine) -> list[Tensor]:
 def changed(before: list[Tensor], after: list[Tensor]) -> int:
     """Return how many tensors differ in any bit."""
     assert len(before) == len(after)
-    # As bytes: the padding of ZeRO's partitions is never written, and may hold NaN, unequal to itself.
+    # As bytes: the unwritten padding of ZeRO's partitions may hold NaN, unequal to itself.
     pairs = zip(before, after, strict=True)
     return sum(not _bytes(a).equal(_bytes(b)) for a, b in pairs)
 
