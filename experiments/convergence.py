@@ -12,6 +12,7 @@ import os
 import shutil
 import statistics
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from itertools import product
@@ -48,28 +49,25 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("overrides", nargs="*", help="dotted assignments for every run")
     arguments = parser.parse_intermixed_args()
+    log = arguments.output / "runs.jsonl"
     try:
         _keep_settings(arguments.output, load_config(arguments.config, arguments.overrides))
-        log = arguments.output / "runs.jsonl"
         done = read_runs(log) if log.exists() else []
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    configs = {}
+    finished = {(run.variant, run.num_tokens, run.seed) for run in done}
+    configs = []
     plan = product(arguments.image_sizes, range(arguments.seeds), arguments.variants)
     for image_size, seed, variant in plan:
         overrides = [*_overrides(arguments.output, variant, image_size, seed), *arguments.overrides]
         config = load_config(arguments.config, overrides)
-        if not any(_key(run) == (variant, _num_tokens(config), seed) for run in done):
-            configs[variant, image_size, seed] = config
-    os.environ["TQDM_DISABLE"] = "1"  # in the runs: tqdm reads it when a process imports it
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run_one, key[0], config) for key, config in configs.items()]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="study", unit="run"):
-            run = future.result()
-            done.append(run)
-            with log.open("a") as file:
-                file.write(json.dumps(asdict(run)) + "\n")
+        if (variant, config.model.vision.num_tokens, seed) not in finished:
+            configs.append((variant, config))
+    for run in train_all(configs, os.cpu_count() or 1):
+        done.append(run)
+        with log.open("a") as file:
+            file.write(json.dumps(asdict(run)) + "\n")
     done.sort(key=lambda run: (list(VARIANTS).index(run.variant), run.num_tokens, run.seed))
     table = to_markdown(summarise(done))
     write_atomically(arguments.output / "table.md", table)
@@ -79,8 +77,21 @@ def main() -> int:
     return 0
 
 
-def run_one(variant: str, config: Config) -> ConvergenceRun:
-    """Train and score one run in this process, on one core."""
+def train_all(configs: Sequence[tuple[str, Config]], processes: int) -> Iterator[ConvergenceRun]:
+    """Train and score runs, one core each; yield each when it is finished.
+
+    Args:
+        configs: The variant and the configuration of every run.
+        processes: Number of runs at a time.
+    """
+    os.environ["TQDM_DISABLE"] = "1"  # in the runs: tqdm reads it when a process imports it
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_run_one, *each) for each in configs]
+        for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run"):
+            yield future.result()
+
+
+def _run_one(variant: str, config: Config) -> ConvergenceRun:
     torch.set_num_threads(1)
     mesh = Mesh.create(config.parallel)
     evaluator = HeldOutEvaluator.from_config(config, device=mesh.device)
@@ -90,7 +101,7 @@ def run_one(variant: str, config: Config) -> ConvergenceRun:
     return ConvergenceRun(
         variant=variant,
         seed=config.train.seed,
-        num_tokens=_num_tokens(config),
+        num_tokens=config.model.vision.num_tokens,
         top1=result.evaluation["eval/zeroshot_top1"],
         top5=result.evaluation["eval/zeroshot_top5"],
         loss=_final_loss(config),
@@ -116,20 +127,9 @@ def _overrides(output: Path, variant: str, image_size: int, seed: int) -> list[s
         f"name={slug}_{image_size}px_seed{seed}",
         f"train.seed={seed}",
         f"model.vision.image_size={image_size}",
-        "data.num_workers=0",
-        "log.tensorboard=false",
-        "log.num_images=0",
-        "eval.every_steps=0",
-        "checkpoint.every_steps=1000000",
+        *("data.num_workers=0", "log.tensorboard=false", "log.num_images=0"),
+        *("eval.every_steps=0", "checkpoint.every_steps=1000000"),
     ]
-
-
-def _key(run: ConvergenceRun) -> tuple[str, int, int]:
-    return run.variant, run.num_tokens, run.seed
-
-
-def _num_tokens(config: Config) -> int:
-    return config.model.vision.num_tokens
 
 
 def _final_loss(config: Config) -> float:

@@ -5,7 +5,6 @@ Intervals are two-sided 95 % Student t-intervals of the mean over seeds.
 """
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from scipy.stats import sem
 from scipy.stats import t as student_t
 
 from linclip_eval.plotting import COLOURS, INK, MUTED, add_legend, dress, new_figure
@@ -54,6 +54,19 @@ class Interval:
 
     mean: float
     half_width: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Interval":
+        """Return the interval of the mean; not a number where a value is not."""
+        if len(values) < 2:
+            return cls(mean=values[0], half_width=None)
+        quantile = student_t.ppf(0.975, len(values) - 1)
+        return cls(mean=statistics.fmean(values), half_width=float(quantile * sem(values)))
+
+    def text(self, digits: int, factor: float = 1.0) -> str:
+        """Return mean and half width, multiplied by ``factor``."""
+        numbers = [self.mean] if self.half_width is None else [self.mean, self.half_width]
+        return " ± ".join(f"{factor * number:.{digits}f}" for number in numbers)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -99,14 +112,14 @@ def summarise(runs: Iterable[ConvergenceRun]) -> list[VariantSummary]:
     Raises:
         ValueError: for no runs, or two with the same variant, length and seed.
     """
-    groups: dict[tuple[int, str], list[ConvergenceRun]] = {}
+    groups: dict[tuple[int, str], dict[int, ConvergenceRun]] = {}
     for run in runs:
-        group = groups.setdefault((run.num_tokens, run.variant), [])
-        if any(run.seed == other.seed for other in group):
+        group = groups.setdefault((run.num_tokens, run.variant), {})
+        if run.seed in group:
             raise ValueError(
                 f"seed ({run.seed}) must be unique within {run.variant}, {run.num_tokens} tokens"
             )
-        group.append(run)
+        group[run.seed] = run
     if not groups:
         raise ValueError("runs ([]) must hold at least one run")
     return [
@@ -114,9 +127,10 @@ def summarise(runs: Iterable[ConvergenceRun]) -> list[VariantSummary]:
             variant=variant,
             num_tokens=num_tokens,
             num_seeds=len(group),
-            top1=_interval([run.top1 for run in group]),
-            top5=_interval([run.top5 for run in group]),
-            loss=_interval([run.loss for run in group]),
+            **{
+                score: Interval.of([getattr(run, score) for run in group.values()])
+                for score in ("top1", "top5", "loss")
+            },
         )
         for (num_tokens, variant), group in sorted(groups.items(), key=lambda item: item[0][0])
     ]
@@ -127,9 +141,7 @@ def to_markdown(summaries: Sequence[VariantSummary]) -> str:
     cells = [
         [
             *(row.num_tokens, row.variant, row.num_seeds),
-            _format(row.top1, digits=1, factor=100),
-            _format(row.top5, digits=1, factor=100),
-            _format(row.loss, digits=3),
+            *(row.top1.text(1, factor=100), row.top5.text(1, factor=100), row.loss.text(3)),
         ]
         for row in summaries
     ]
@@ -146,7 +158,7 @@ def draw(runs: Sequence[ConvergenceRun]) -> Figure:
     Raises:
         ValueError: as :func:`summarise`.
     """
-    summaries = summarise(runs)
+    summaries = {(row.num_tokens, row.variant): row.top1 for row in summarise(runs)}
     lengths = sorted({run.num_tokens for run in runs})
     variants = list(dict.fromkeys(run.variant for run in runs))
     figure = new_figure(2.4 + 3.9 * len(lengths), 1.4 + 0.5 * len(variants))
@@ -158,12 +170,18 @@ def draw(runs: Sequence[ConvergenceRun]) -> Figure:
             scores = [
                 100 * run.top1
                 for run in runs
-                if run.variant == variant and run.num_tokens == num_tokens
+                if (run.num_tokens, run.variant) == (num_tokens, variant)
             ]
-            for summary in summaries:
-                if summary.variant == variant and summary.num_tokens == num_tokens:
-                    _draw_row(axes, row, scores, summary.top1, COLOURS[row % len(COLOURS)])
-        _dress_panel(axes, num_tokens, variants)
+            if scores:
+                interval = summaries[num_tokens, variant]
+                _draw_row(axes, row, scores, interval, COLOURS[row % len(COLOURS)])
+        dress(axes, f"{num_tokens} tokens", xlabel="zero-shot top-1, %")
+        axes.grid(visible=False, axis="y")
+        axes.set_yticks(range(len(variants)), variants, fontsize=9.5, color=INK)
+        axes.set_ylim(len(variants) - 0.5, -0.5)
+        axes.use_sticky_edges = False
+        axes.margins(x=0.06)
+        axes.set_xlim(max(0, axes.get_xlim()[0]), min(101, axes.get_xlim()[1]))
     add_legend(
         figure,
         [
@@ -173,23 +191,6 @@ def draw(runs: Sequence[ConvergenceRun]) -> Figure:
         ],
     )
     return figure
-
-
-def _interval(values: Sequence[float]) -> Interval:
-    count = len(values)
-    mean = statistics.fmean(values)
-    if count < 2:
-        return Interval(mean=mean, half_width=None)
-    deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-    quantile = float(student_t.ppf(0.975, count - 1))
-    return Interval(mean=mean, half_width=quantile * deviation / math.sqrt(count))
-
-
-def _format(interval: Interval, *, digits: int, factor: float = 1.0) -> str:
-    mean = f"{factor * interval.mean:.{digits}f}"
-    if interval.half_width is None:
-        return mean
-    return f"{mean} ± {factor * interval.half_width:.{digits}f}"
 
 
 def _draw_row(
@@ -205,22 +206,5 @@ def _draw_row(
         axes.scatter(
             score, row + 2 * offset, s=26, color=colour, edgecolor="white", linewidth=0.8, zorder=3
         )
-    axes.annotate(
-        f"{mean:.1f}",
-        (mean, row - 0.17),
-        xytext=(0, 2),
-        textcoords="offset points",
-        ha="center",
-        fontsize=8,
-        color=INK,
-    )
-
-
-def _dress_panel(axes: Axes, num_tokens: int, variants: Sequence[str]) -> None:
-    dress(axes, f"{num_tokens} tokens", xlabel="zero-shot top-1, %")
-    axes.grid(visible=False, axis="y")
-    axes.set_yticks(range(len(variants)), variants, fontsize=9.5, color=INK)
-    axes.set_ylim(len(variants) - 0.5, -0.5)
-    axes.use_sticky_edges = False
-    axes.margins(x=0.06)
-    axes.set_xlim(max(0, axes.get_xlim()[0]), min(101, axes.get_xlim()[1]))
+    text = f"{mean:.1f}"
+    axes.text(mean, row - 0.2, text, ha="center", va="bottom", fontsize=8, color=INK)

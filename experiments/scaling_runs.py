@@ -8,17 +8,12 @@ stopped; other settings need another folder. The laws are fitted by
 """
 
 import argparse
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ds_linclip.config import Config, load_config
-from experiments.convergence import run_one
+from experiments.convergence import train_all
 from linclip_eval.scaling_laws.runs import UnfinishedRun, read_run
 
 #: Linear attention is Eq. 7, the default form.
@@ -52,38 +47,27 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    os.environ["TQDM_DISABLE"] = "1"  # in the runs: tqdm reads it when a process imports it
-    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        # The longest first: the last one to end then ends soon after the one before.
-        configs.sort(key=lambda c: c.train.steps * c.model.vision.width, reverse=True)
-        futures = [
-            pool.submit(run_one, config.model.vision.attention.kind, config) for config in configs
-        ]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run"):
-            future.result()
+    # The longest first: the last one to end then ends soon after the one before.
+    configs.sort(key=lambda c: c.train.steps * c.model.vision.width, reverse=True)
+    named = [(config.model.vision.attention.kind, config) for config in configs]
+    for _ in train_all(named, arguments.processes):
+        pass
     return 0
 
 
 def _overrides(output: Path, attention: str, width: int, steps: int, seed: int) -> list[str]:
     """Return overrides of one run: both towers grow in width alone, with heads of one width."""
     return [
-        f"model.vision.attention.kind={attention}",
-        f"model.text.attention.kind={attention}",
-        f"model.vision.width={width}",
-        f"model.text.width={width}",
-        f"model.vision.head_width={_HEAD_WIDTH}",
-        f"model.text.heads={width // _HEAD_WIDTH}",
-        f"output_dir={output / 'runs'}",
-        f"name={attention}_width{width}_steps{steps}_seed{seed}",
-        f"train.steps={steps}",
-        f"train.seed={seed}",
-        "train.global_batch_size=64",
-        "data.num_workers=0",
-        "log.every_steps=1",
-        "log.tensorboard=false",
-        "log.num_images=0",
-        "eval.every_steps=0",
-        "checkpoint.every_steps=0",
+        *(f"model.{tower}.attention.kind={attention}" for tower in ("vision", "text")),
+        *(f"model.{tower}.width={width}" for tower in ("vision", "text")),
+        *(f"model.vision.head_width={_HEAD_WIDTH}", f"model.text.heads={width // _HEAD_WIDTH}"),
+        *(
+            f"output_dir={output / 'runs'}",
+            f"name={attention}_width{width}_steps{steps}_seed{seed}",
+        ),
+        *(f"train.steps={steps}", f"train.seed={seed}", "train.global_batch_size=64"),
+        *("data.num_workers=0", "log.every_steps=1", "log.tensorboard=false", "log.num_images=0"),
+        *("eval.every_steps=0", "checkpoint.every_steps=0"),
     ]
 
 
