@@ -6,9 +6,7 @@ to its universal form. Writes ``checkpoint.csv``, ``checkpoint.png`` and ``summa
 ``docs/results/checkpoint/<device>``.
 """
 
-import argparse
-import json
-import shutil
+import itertools
 import statistics
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import REPOSITORY, benchmark_facts, results_folder
+from benchmarks import REPOSITORY, BenchmarkParser, benchmark_facts, measure_on_ranks
 from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.engine import Engine
@@ -30,7 +28,6 @@ from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.spawn import run_ranks
 from linclip_eval.plotting import LINEAR, SOFTMAX, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, write_report
 
@@ -53,95 +50,99 @@ class CheckpointRow:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="default: docs/results/checkpoint/<device>")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        run_ranks(2, save_and_load, folder)
-        run_ranks(1, load_on_one, folder)
-        seconds: dict[str, float] = {}
-        for path in sorted(folder.glob("*.json")):
-            seconds |= json.loads(path.read_text())
+    parser = BenchmarkParser("checkpoint", __doc__, "--out")
+    output = parser.folder(parser.parse_args(), "cpu")
+    facts = benchmark_facts("cpu", MEASURED, ("torch", "deepspeed"))
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = measure_on_ranks(2, save_and_load, Path(folder))[0]
+        seconds |= measure_on_ranks(1, load_on_one, Path(folder))[0]
+    theirs_on_one = seconds["ds_convert"] + seconds["ds_load_on_one"]
     rows = [
         CheckpointRow("training waits for a save", seconds["asynchronous"], seconds["ds_save"]),
         CheckpointRow("a save is on the disk", seconds["synchronous"], seconds["ds_save"]),
         CheckpointRow("load, same ranks", seconds["load"], seconds["ds_load"]),
-        CheckpointRow(
-            "load on one rank instead of two",
-            seconds["load_on_one"],
-            seconds["ds_convert"] + seconds["ds_load_on_one"],
-        ),
+        CheckpointRow("load on one rank instead of two", seconds["load_on_one"], theirs_on_one),
     ]
-    print(write(arguments.out or results_folder("checkpoint", "cpu"), rows, seconds))
+    cells = [[r.action, f"{r.ours:.2f}", f"{r.deepspeed:.2f}", f"{r.ratio:.1f}"] for r in rows]
+    summary = write_report(
+        output,
+        title="Checkpoints against DeepSpeed's",
+        sections=[
+            "ViT-B/16 and its text tower, fp32, AdamW, ZeRO-1, two gloo ranks: "
+            f"{seconds['ranks_bytes'] / 2**20:.0f} MiB on the disk. Medians of {REPETITIONS}; ours "
+            "are synced to the disk, hashed, and verified before they are loaded, DeepSpeed's are "
+            "not.",
+            markdown_table(["", "ours, s", "DeepSpeed, s", "ratio"], cells),
+            f"A step takes {seconds['step']:.2f} s, and {seconds['step_beside_a_save']:.2f} s "
+            "while a checkpoint is being written beside it by the same two cores. DeepSpeed's "
+            f"conversion to its universal form is {seconds['ds_convert']:.1f} s of the last row.",
+            "![seconds](checkpoint.png)",
+        ],
+        facts=facts,
+        tables={"checkpoint.csv": rows},
+        figures={"checkpoint.png": _draw(rows)},
+    )
+    print(summary)
     return 0
 
 
-def save_and_load(folder: Path) -> None:
+def save_and_load(folder: Path) -> dict[str, float]:
     """Measure saves and loads on two ranks."""
     mesh, config = Mesh.create(), make_config(folder)
     engine, batch = make_engine(config, mesh), make_batch()
-    steps = [timed(mesh, lambda: engine.step(batch, lr=1e-4)) for _ in range(REPETITIONS + 1)]
+    train = partial(engine.step, batch, lr=1e-4)
+    step = median_time(mesh, train)
     config.checkpoint.asynchronous = False
-    sync = CheckpointManager(config, mesh, {})
-    synchronous = [timed(mesh, partial(sync.save, engine, n, {})) for n in range(4)]
+    sync, numbers = CheckpointManager(config, mesh, {}), itertools.count()
+    synchronous = median_time(mesh, lambda: sync.save(engine, next(numbers), {}))
     config.checkpoint.asynchronous = True
     store = CheckpointManager(config, mesh, {})
     waits, beside = [], []
     for number in range(10, 10 + REPETITIONS + 1):
         waits.append(timed(mesh, partial(store.save, engine, number, {})))
-        beside.append(timed(mesh, lambda: engine.step(batch, lr=1e-4)))
+        beside.append(timed(mesh, train))
         store.wait()
-    newest = store.newest()
-    assert newest is not None
-    theirs = engine.deepspeed_engine
-    save = timed_often(
-        mesh, lambda: theirs.save_checkpoint(str(folder / "deepspeed"), tag="x", save_latest=False)
-    )
-
-    def load() -> None:
-        store.load(engine, store.newest() or newest)
-
+    theirs, path = engine.deepspeed_engine, str(folder / "deepspeed")
     seconds = {
-        "step": statistics.median(steps[1:]),
+        "step": step,
         "step_beside_a_save": statistics.median(beside[1:]),
-        "synchronous": statistics.median(synchronous[1:]),
+        "synchronous": synchronous,
         "asynchronous": statistics.median(waits[1:]),
-        "ds_save": save,
-        "load": timed_often(mesh, load),
-        "ds_load": timed_often(
-            mesh, lambda: theirs.load_checkpoint(str(folder / "deepspeed"), tag="x")
-        ),
-        "ranks_bytes": sum(p.stat().st_size for p in newest.iterdir()),
+        "ds_save": median_time(mesh, partial(theirs.save_checkpoint, path, "x", save_latest=False)),
+        "load": median_time(mesh, partial(load_newest, store, engine)),
+        "ds_load": median_time(mesh, partial(theirs.load_checkpoint, path, "x")),
+        "ranks_bytes": sum(file.stat().st_size for file in store.last.iterdir()),
     }
-    if mesh.rank == 0:
-        (folder / "two.json").write_text(json.dumps(seconds))
     mesh.close()
+    return seconds
 
 
-def load_on_one(folder: Path) -> None:
+def load_on_one(folder: Path) -> dict[str, float]:
     """Measure loads on one rank of what two have saved."""
     mesh, config = Mesh.create(), make_config(folder)
     engine = make_engine(config, mesh)
     store = CheckpointManager(config, mesh, {})
-    newest = store.newest()
-    assert newest is not None
     theirs, universal = engine.deepspeed_engine, folder / "universal"
     module = "deepspeed.checkpoint.ds_to_universal"
     convert = [sys.executable, "-m", module, "--inject_missing_state"]
-    folders = ["--input_folder", folder / "deepspeed" / "x", "--output_folder", universal / "x"]
-    start = time.perf_counter()
-    subprocess.run([*convert, *map(str, folders)], check=True, capture_output=True)
-    converted = time.perf_counter() - start
+    convert += ["--input_folder", str(folder / "deepspeed" / "x")]
+    convert += ["--output_folder", str(universal / "x")]
+    run = partial(subprocess.run, convert, check=True, capture_output=True)
     seconds = {
-        "load_on_one": timed_often(mesh, lambda: store.load(engine, store.newest() or newest)),
-        "ds_convert": converted,
+        "load_on_one": median_time(mesh, partial(load_newest, store, engine)),
+        "ds_convert": timed(mesh, run),
     }
     theirs._config.load_universal_checkpoint = True
-    seconds["ds_load_on_one"] = timed(mesh, lambda: theirs.load_checkpoint(str(universal), tag="x"))
-    (folder / "one.json").write_text(json.dumps(seconds))
-    shutil.rmtree(universal)
+    load = partial(theirs.load_checkpoint, str(universal), "x")
+    seconds["ds_load_on_one"] = timed(mesh, load)
     mesh.close()
+    return seconds
+
+
+def load_newest(store: CheckpointManager, engine: Engine) -> None:
+    newest = store.newest()
+    assert newest is not None
+    store.load(engine, newest)
 
 
 def make_config(folder: Path) -> Config:
@@ -174,32 +175,9 @@ def timed(mesh: Mesh, action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def timed_often(mesh: Mesh, action: Callable[[], object]) -> float:
+def median_time(mesh: Mesh, action: Callable[[], object]) -> float:
     """Return the median time, after a first time that does not count."""
     return statistics.median([timed(mesh, action) for _ in range(REPETITIONS + 1)][1:])
-
-
-def write(output: Path, rows: list[CheckpointRow], seconds: dict[str, float]) -> str:
-    """Write checkpoint.csv, checkpoint.png and summary.md, whose text is returned."""
-    cells = [[r.action, f"{r.ours:.2f}", f"{r.deepspeed:.2f}", f"{r.ratio:.1f}"] for r in rows]
-    return write_report(
-        output,
-        title="Checkpoints against DeepSpeed's",
-        sections=[
-            "ViT-B/16 and its text tower, fp32, AdamW, ZeRO-1, two gloo ranks: "
-            f"{seconds['ranks_bytes'] / 2**20:.0f} MiB on the disk. Medians of {REPETITIONS}; ours "
-            "are synced to the disk, hashed, and verified before they are loaded, DeepSpeed's are "
-            "not.",
-            markdown_table(["", "ours, s", "DeepSpeed, s", "ratio"], cells),
-            f"A step takes {seconds['step']:.2f} s, and {seconds['step_beside_a_save']:.2f} s "
-            "while a checkpoint is being written beside it by the same two cores. DeepSpeed's "
-            f"conversion to its universal form is {seconds['ds_convert']:.1f} s of the last row.",
-            "![seconds](checkpoint.png)",
-        ],
-        facts=benchmark_facts("cpu", MEASURED, ("torch", "deepspeed")),
-        tables={"checkpoint.csv": rows},
-        figures={"checkpoint.png": _draw(rows)},
-    )
 
 
 def _draw(rows: list[CheckpointRow]) -> Figure:

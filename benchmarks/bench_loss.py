@@ -6,26 +6,25 @@ whole matrices of logits under autograd. Both must agree. Writes ``loss.csv``, `
 eighth of the plain form's memory at 32768 pairs.
 """
 
-import argparse
-import json
-import multiprocessing
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from multiprocessing import get_context
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from open_clip.loss import ClipLoss
 from torch.nn import functional as F
 
-from benchmarks import benchmark_facts, results_folder
+from benchmarks import BenchmarkParser, benchmark_facts
 from benchmarks.peak_memory import PeakMemory
 from ds_linclip.loss.contrastive import clip_loss
 from linclip_eval.plotting import LINEAR, SOFTMAX, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, write_report
+from linclip_kernels.linear_attention.reference import relative_rms
 
 MEASURED = ("ds_linclip/loss", "benchmarks/bench_loss.py")
 DIM = 768
@@ -46,79 +45,18 @@ class LossRow:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = BenchmarkParser("loss", __doc__, "--out")
     parser.add_argument("--sizes", nargs="+", type=int, default=[4096, 8192, 16384, 32768])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, help="default: docs/results/loss/<device>")
     arguments = parser.parse_args()
+    device = arguments.device
+    output = parser.folder(arguments, device)
+    facts = benchmark_facts(device, MEASURED, ("torch", "open_clip_torch"))
     rows = []
     for pairs in sorted(arguments.sizes):
-        rows.append(measure_both(pairs, arguments.device))
+        rows.append(measure_both(pairs, device))
         print(rows[-1], flush=True)
-    device = arguments.device
-    print(write(arguments.out or results_folder("loss", device), rows, device))
-    missed = [row for row in rows if row.pairs >= 32768 and row.ratio < 8]
-    return 1 if missed else 0
-
-
-def measure_both(pairs: int, device: str) -> LossRow:
-    """Measure each form in a fresh process and compare their results.
-
-    Raises:
-        RuntimeError: when a process fails, for example for lack of memory.
-    """
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        facts, gradients = {}, {}
-        for form in ("tiles", "plain"):
-            file = Path(folder) / form
-            process = context.Process(target=measure, args=(form, pairs, device, file))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise RuntimeError(
-                    f"{form} at {pairs} pairs ended with {process.exitcode}: out of memory?"
-                )
-            facts[form] = json.loads(file.with_suffix(".json").read_text())
-            gradients[form] = torch.load(file.with_suffix(".pt"), mmap=True)
-        tiles, plain = facts["tiles"], facts["plain"]
-        return LossRow(
-            pairs=pairs,
-            tiles_mib=tiles["mib"],
-            plain_mib=plain["mib"],
-            ratio=plain["mib"] / tiles["mib"],
-            tiles_seconds=tiles["seconds"],
-            plain_seconds=plain["seconds"],
-            value_difference=abs(tiles["value"] / plain["value"] - 1),
-            gradient_difference=max(
-                ((ours - theirs).norm() / theirs.norm()).item()
-                for ours, theirs in zip(gradients["tiles"], gradients["plain"], strict=True)
-            ),
-        )
-
-
-def measure(form: str, pairs: int, device: str, file: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images, texts = (
-        F.normalize(torch.randn(pairs, DIM, generator=generator), dim=-1).to(device)
-        for _ in range(2)
-    )
-    texts = F.normalize(images + 4 * texts, dim=-1)
-    inputs = [images.requires_grad_(), texts.requires_grad_()]
-    scale = torch.tensor(20.0, device=device, requires_grad=True)
-    peak, start = PeakMemory(device), time.perf_counter()
-    loss = clip_loss(images, texts, scale) if form == "tiles" else ClipLoss()(images, texts, scale)
-    loss.backward()
-    value = loss.item()
-    seconds = time.perf_counter() - start
-    facts = {"mib": peak.growth() / 2**20, "seconds": seconds, "value": value}
-    file.with_suffix(".json").write_text(json.dumps(facts))
-    torch.save([x.grad.cpu() for x in (*inputs, scale) if x.grad is not None], f"{file}.pt")
-
-
-def write(folder: Path, rows: Sequence[LossRow], device: str) -> str:
-    """Write loss.csv, loss.png and summary.md, whose text is returned."""
-    cells = [
+    table = [
         [
             *(row.pairs, f"{row.tiles_mib:.0f}", f"{row.plain_mib:.0f}", f"{row.ratio:.1f}"),
             *(f"{row.tiles_seconds:.1f}", f"{row.plain_seconds:.1f}"),
@@ -127,21 +65,71 @@ def write(folder: Path, rows: Sequence[LossRow], device: str) -> str:
         for row in rows
     ]
     header = ["pairs", "tiles, MiB", "whole, MiB", "ratio", "tiles, s", "whole, s"]
-    return write_report(
-        folder,
+    summary = write_report(
+        output,
         title="Memory of the contrastive loss",
         sections=[
             f"CLIP's loss of fp32 features [pairs, {DIM}] and its gradients, peak above the "
             "inputs; in tiles (`ds_linclip.loss.contrastive`) and in one piece "
             "(`open_clip.loss.ClipLoss`).",
-            markdown_table([*header, "value", "gradient"], cells, align="r" * 8),
+            markdown_table([*header, "value", "gradient"], table, align="r" * 8),
             "The last two columns are relative differences between the forms.",
             "![Peak memory over the pairs in the batch](loss.png)",
         ],
-        facts=benchmark_facts(device, MEASURED, ("torch", "open_clip_torch")),
+        facts=facts,
         tables={"loss.csv": rows},
         figures={"loss.png": _draw(rows)},
     )
+    print(summary)
+    return 1 if any(row.pairs >= 32768 and row.ratio < 8 for row in rows) else 0
+
+
+def measure_both(pairs: int, device: str) -> LossRow:
+    """Measure each form in a fresh process and compare their results.
+
+    Raises:
+        BrokenProcessPool: when a process is killed, for example for lack of memory.
+    """
+    found = []
+    for form in ("tiles", "plain"):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found.append(pool.submit(measure, form, pairs, device).result())
+    (tiles_mib, tiles_seconds, tiles), (plain_mib, plain_seconds, plain) = found
+    value, *gradients = (
+        relative_rms(torch.from_numpy(ours), torch.from_numpy(theirs))
+        for ours, theirs in zip(tiles, plain, strict=True)
+    )
+    return LossRow(
+        pairs=pairs,
+        tiles_mib=tiles_mib,
+        plain_mib=plain_mib,
+        ratio=plain_mib / tiles_mib,
+        tiles_seconds=tiles_seconds,
+        plain_seconds=plain_seconds,
+        value_difference=value,
+        gradient_difference=max(gradients),
+    )
+
+
+def measure(form: str, pairs: int, device: str) -> tuple[float, float, list[np.ndarray]]:
+    """Return the peak in MiB, seconds, and loss and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (
+        F.normalize(torch.randn(pairs, DIM, generator=generator), dim=-1).to(device)
+        for _ in range(2)
+    )
+    texts = F.normalize(images + 4 * texts, dim=-1)
+    scale = torch.tensor(20.0, device=device)
+    inputs = [x.requires_grad_() for x in (images, texts, scale)]
+    function = clip_loss if form == "tiles" else ClipLoss()
+    peak, start = PeakMemory(device), time.perf_counter()
+    loss = function(images, texts, scale)
+    loss.backward()
+    value = loss.detach().cpu()
+    seconds = time.perf_counter() - start
+    mib = peak.growth() / 2**20
+    gradients = [x.grad.cpu() for x in inputs if x.grad is not None]
+    return mib, seconds, [x.numpy() for x in (value, *gradients)]
 
 
 def _draw(rows: Sequence[LossRow]) -> Figure:

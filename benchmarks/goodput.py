@@ -22,11 +22,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import REPOSITORY, benchmark_facts, results_folder
+from benchmarks import REPOSITORY, BenchmarkParser, benchmark_facts
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.data.tar_index import OpenShard
@@ -61,32 +61,33 @@ class Kill:
     seconds_to_step: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """A step in the log; ``at`` is in seconds since the start of the run."""
+    """A step in the log.
+
+    Attributes:
+        at: Time when it was seen, in seconds since the start of the run.
+        counts: Whether no kill undid it.
+        seconds: Time since the step before, saves included; None for the first after a start.
+    """
 
     at: float
     step: int
     loss: float
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Times in seconds, and counts of steps, of the whole run."""
-
-    wall: float
-    counted: float
-    repeated: float
-    steps: int
-    steps_repeated: int
-
-    @property
-    def goodput(self) -> float:
-        return self.counted / self.wall
+    counts: bool = True
+    seconds: float | None = None
 
 
 def main() -> int:
-    arguments = _parser().parse_intermixed_args()
+    parser = BenchmarkParser("goodput", __doc__, "--out")
+    parser.add_argument("overrides", nargs="*", help="for the embedded config, such as data.train")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of training, without failures")
+    parser.add_argument("--mean-minutes-between-kills", type=float, default=2.0)
+    parser.add_argument("--seconds-between-saves", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0, help="for times and victims")
+    arguments = parser.parse_intermixed_args()
+    folder = parser.folder(arguments, "cpu")
+    facts = benchmark_facts("cpu", MEASURED, ("torch", "deepspeed"))
     with tempfile.TemporaryDirectory(prefix="goodput-") as output:
         common = [*arguments.overrides, "eval.data=null", f"output_dir={output}"]
         common += ["log.every_steps=1", "log.tensorboard=false", "log.sample_keys=true"]
@@ -94,31 +95,17 @@ def main() -> int:
         speed = _reference(common)
         num_steps = max(20, round(60 * arguments.minutes / speed))
         every = max(1, round(arguments.seconds_between_saves / speed))
-        print(
-            f"{speed:.3f} s per step without kills: {num_steps} steps, saved every {every}",
-            flush=True,
-        )
+        plan = f"{num_steps} steps, saved every {every}"
+        print(f"{speed:.3f} s per step without kills: {plan}", flush=True)
         overrides = [*common, "name=killed", f"train.steps={num_steps}"]
         overrides += [f"checkpoint.every_steps={every}"]
         config = load_config(EMBEDDED, overrides)
         kills, steps, wall = _killed_run(config, overrides, arguments)
-        attempts = _attempts(config, kills, steps)
-        totals = _totals(attempts, wall)
-        problems = _problems(config, attempts)
-    folder = arguments.out or results_folder("goodput", "cpu")
-    print(write(folder, kills, attempts, totals, problems, every))
+        _mark_repeated(kills, steps)
+        problems = _problems(config, steps)
+    facts["saved every"] = f"{every} steps"
+    print(write(folder, facts, kills, steps, wall, problems))
     return 1 if problems else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("overrides", nargs="*", help="for the embedded config, such as data.train")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of training, without failures")
-    parser.add_argument("--mean-minutes-between-kills", type=float, default=2.0)
-    parser.add_argument("--seconds-between-saves", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=0, help="for times and victims")
-    parser.add_argument("--out", type=Path, help="default: docs/results/goodput/<device>")
-    return parser
 
 
 def _supervise(overrides: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -138,37 +125,20 @@ def _reference(common: Sequence[str]) -> float:
 
 
 class _Log:
-    """Reader of a growing file of JSON lines, which a restart of the run may truncate."""
+    """Reader of a growing file of JSON lines, whose last ones a restart of the run removes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: BinaryIO | None = None
-        self._kept: list[bytes] = []
+        self._read: list[bytes] = []
 
     def read(self) -> list[dict[str, Any]]:
         """Return the lines that were added since the last call."""
-        seen = self._whole_lines()
-        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
-            self._file.close()  # truncated: another file is in its place
-            self._file = None
-        if self._file is None and self._path.exists():
-            self._file = self._path.open("rb")
-            before, self._kept = self._kept, []
-            now = self._whole_lines()
-            pairs = zip(before, now, strict=False)
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            seen += now[shared:]
-        return [json.loads(line) for line in seen]
-
-    def _whole_lines(self) -> list[bytes]:
-        """Return the rest of the open file, up to the last end of a line."""
-        lines: list[bytes] = []
-        while self._file is not None and (line := self._file.readline()).endswith(b"\n"):
-            lines.append(line)
-        if self._file is not None and line:
-            self._file.seek(-len(line), os.SEEK_CUR)
-        self._kept += lines
-        return lines
+        content = self._path.read_bytes() if self._path.exists() else b""
+        lines = content[: content.rfind(b"\n") + 1].splitlines()
+        pairs = zip(self._read, lines, strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self._read = lines
+        return [json.loads(line) for line in lines[shared:]]
 
 
 def _killed_run(
@@ -232,58 +202,30 @@ def _kill(supervisor: int, chance: random.Random, start: float) -> Kill | None:
     return Kill(time.time() - start, "launcher" if takes_launcher else f"rank {rank}", step=0)
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """The steps between two starts of the run; those up to ``last`` counted."""
-
-    steps: list[Step]
-    last: int
-
-
-def _attempts(config: Config, kills: Sequence[Kill], steps: Sequence[Step]) -> list[Attempt]:
-    """Split the log at the starts of the run; count repeated steps in ``kills``."""
-    starts = sorted({kill.at for kill in kills if kill.resumed_from is not None})
-    pieces: list[list[Step]] = [
-        [step for step in steps if begin < step.at <= end]
-        for begin, end in itertools.pairwise([0.0, *starts, float("inf")])
-    ]
-    resumed = [kill.resumed_from for kill in kills if kill.resumed_from is not None]
-    attempts = [
-        Attempt(piece, last)
-        for piece, last in zip(pieces, [*resumed, config.train.steps], strict=True)
-    ]
-    counted_kills = [kill for kill in kills if kill.resumed_from is not None]
-    for kill, attempt in zip(counted_kills, attempts, strict=False):
-        kill.steps_repeated = sum(step.step > attempt.last for step in attempt.steps)
-    return attempts
+def _mark_repeated(kills: Sequence[Kill], steps: Sequence[Step]) -> None:
+    """Set what follows from the kills: which steps counted, and the time of each."""
+    begin = 0.0
+    for kill in kills:
+        if kill.resumed_from is not None:
+            undone = [s for s in steps if begin < s.at <= kill.at and s.step > kill.resumed_from]
+            kill.steps_repeated = len(undone)
+            for step in undone:
+                step.counts = False
+            begin = kill.at
+    for before, after in itertools.pairwise(steps):
+        if not any(before.at <= kill.at < after.at for kill in kills):
+            after.seconds = after.at - before.at
 
 
-def _totals(attempts: Sequence[Attempt], wall: float) -> Totals:
-    """Sum up the time of steps, from the end of one to the end of the next, saves included.
-
-    The first step after a start, whose beginning is not in the log, counts as a median step.
-    """
-    gaps = [
-        (attempt, after.step, after.at - before.at)
-        for attempt in attempts
-        for before, after in itertools.pairwise(attempt.steps)
-    ]
-    median = statistics.median(seconds for *_, seconds in gaps)
-    gaps += [(each, each.steps[0].step, median) for each in attempts if each.steps]
-    counted = [seconds for attempt, step, seconds in gaps if step <= attempt.last]
-    repeated = [seconds for attempt, step, seconds in gaps if step > attempt.last]
-    return Totals(wall, sum(counted), sum(repeated), len(counted), len(repeated))
-
-
-def _problems(config: Config, attempts: Sequence[Attempt]) -> list[str]:
+def _problems(config: Config, steps: Sequence[Step]) -> list[str]:
     """Describe what was lost, counted twice, or different when repeated."""
     wanted = list(range(1, config.train.steps + 1))
-    counted = [s.step for attempt in attempts for s in attempt.steps if s.step <= attempt.last]
+    counted = [step.step for step in steps if step.counts]
     problems = [] if counted == wanted else ["steps that counted are not 1, 2, 3, ..."]
     losses = defaultdict(set)
-    for step in (step for attempt in attempts for step in attempt.steps):
+    for step in steps:
         losses[step.step].add(step.loss)
-    differing = [step for step, values in losses.items() if len(values) > 1]
+    differing = [number for number, values in losses.items() if len(values) > 1]
     if differing:
         problems.append(f"loss of steps {differing[:5]} was not the same when repeated")
     expected = _expected_keys(config)
@@ -322,61 +264,64 @@ def _expected_keys(config: Config) -> Callable[[int, int], list[str]]:
 
 def write(
     folder: Path,
+    facts: dict[str, str],
     kills: Sequence[Kill],
-    attempts: Sequence[Attempt],
-    totals: Totals,
+    steps: Sequence[Step],
+    wall: float,
     problems: Sequence[str],
-    every: int,
 ) -> str:
     """Write kills.csv, goodput.png and summary.md, whose text is returned."""
+    # A first step after a start, whose beginning is not in the log, has the median time.
+    median = statistics.median(step.seconds for step in steps if step.seconds is not None)
+    counted, undone = (
+        [step.seconds or median for step in steps if step.counts == counts]
+        for counts in (True, False)
+    )
+    goodput, repeated = sum(counted) / wall, sum(undone) / wall
     times = [kill.seconds_to_step for kill in kills if kill.seconds_to_step is not None]
-    repeated = [kill.steps_repeated for kill in kills if kill.steps_repeated is not None]
-    down = totals.wall - totals.counted - totals.repeated
+    repeats = [kill.steps_repeated for kill in kills if kill.steps_repeated is not None]
     launchers = sum(kill.victim == "launcher" for kill in kills)
     figures = {
-        "wall time, s": f"{totals.wall:.0f}",
+        "wall time, s": f"{wall:.0f}",
         "kills of a rank, of the launcher": f"{len(kills) - launchers}, {launchers}",
-        "goodput: time in steps that counted, saves included": f"{totals.goodput:.1%}",
-        "time in steps that were repeated": f"{totals.repeated / totals.wall:.1%}",
-        "time down: noticing, starting, loading": f"{down / totals.wall:.1%}",
-        "steps that counted, repeated": f"{totals.steps}, {totals.steps_repeated}",
+        "goodput: time in steps that counted, saves included": f"{goodput:.1%}",
+        "time in steps that were repeated": f"{repeated:.1%}",
+        "time down: noticing, starting, loading": f"{1 - goodput - repeated:.1%}",
+        "steps that counted, repeated": f"{len(counted)}, {len(undone)}",
         "from a kill to the next step, median and most, s": _middle_and_most(times),
-        "steps repeated per kill, median and most": _middle_and_most(repeated),
+        "steps repeated per kill, median and most": _middle_and_most(repeats),
         "steps or samples lost, doubled or changed": "; ".join(problems) or "none",
     }
     return write_report(
         folder,
         title="Goodput under random kills",
         sections=[
-            f"{RANKS} gloo ranks, saved every {every} steps.",
+            f"{RANKS} gloo ranks.",
             markdown_table(["", ""], list(figures.items())),
             "Every line of the sample log is compared with the order computed from seed and "
             "shards; losses of steps that were repeated must be bitwise what they were.",
             "![Steps over wall time](goodput.png)",
         ],
-        facts=benchmark_facts("cpu", MEASURED, ("torch", "deepspeed")),
+        facts=facts,
         tables={"kills.csv": kills},
-        figures={"goodput.png": _draw(kills, attempts, totals)},
+        figures={"goodput.png": _draw(kills, steps, f"goodput {goodput:.0%}")},
     )
 
 
-def _draw(kills: Sequence[Kill], attempts: Sequence[Attempt], totals: Totals) -> Figure:
+def _draw(kills: Sequence[Kill], steps: Sequence[Step], title: str) -> Figure:
     figure = new_figure(8, 4.4)
     axes = figure.subplots()
-    for attempt in attempts:
-        minutes = [step.at / 60 for step in attempt.steps]
-        axes.plot(minutes, [step.step for step in attempt.steps], color=LINEAR)
-    for label, colour in (("a rank", COLOURS[3]), ("the launcher", SOFTMAX)):
-        places = [k.at / 60 for k in kills if (k.victim == "launcher") == (colour == SOFTMAX)]
-        axes.vlines(
-            places,
-            *(0, 1),
-            transform=axes.get_xaxis_transform(),
-            color=colour,
-            linewidth=0.8,
-            label=f"{label} is killed",
-        )
-    dress(axes, f"goodput {totals.goodput:.0%}", xlabel="wall time, minutes", ylabel="step")
+    starts = [i for i, step in enumerate(steps) if step.seconds is None]
+    for begin, end in itertools.pairwise([*starts, len(steps)]):
+        piece = steps[begin:end]
+        axes.plot([s.at / 60 for s in piece], [s.step for s in piece], color=LINEAR)
+    for is_launcher, colour in ((False, COLOURS[3]), (True, SOFTMAX)):
+        label = f"{'the launcher' if is_launcher else 'a rank'} is killed"
+        places = [k.at / 60 for k in kills if (k.victim == "launcher") == is_launcher]
+        # From the bottom to the top of the panel.
+        style = {"transform": axes.get_xaxis_transform(), "linewidth": 0.8}
+        axes.vlines(places, 0, 1, color=colour, label=label, **style)
+    dress(axes, title, xlabel="wall time, minutes", ylabel="step")
     add_legend(axes)
     return figure
 

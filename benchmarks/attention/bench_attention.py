@@ -7,21 +7,18 @@ figure.png into OUTPUT_FOLDER. Exit codes: 0 measured, 1 the operator is wrong o
 arguments.
 """
 
-import argparse
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import benchmark_facts, results_folder
+from benchmarks import BenchmarkParser, benchmark_facts
 from benchmarks.attention.operators import (
     FORMS,
     HEAD_DIM,
@@ -62,8 +59,20 @@ LIMITS = {
 
 def main() -> int:
     start = time.monotonic()
-    arguments = _parse()
-    device, tokens, output = arguments.device, sorted(set(arguments.tokens)), arguments.output
+    parser = BenchmarkParser("kernels", __doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--budget-seconds", type=float, default=420)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch, on a CPU")
+    parser.add_argument("--commit", help="what to record where the folder is no git checkout")
+    arguments = parser.parse_args()
+    device, tokens = arguments.device, sorted(set(arguments.tokens))
+    if device not in DTYPE:
+        parser.error(f"device ({device!r}) must be 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("device ('cuda') must be available: this machine has no CUDA device")
+    parser.check_positive(arguments, "tokens", "budget_seconds", "threads")
+    output = parser.folder(arguments, device)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     checks = check_forms(device, tokens)
@@ -137,42 +146,6 @@ def _definition(q: Tensor, k: Tensor, v: Tensor, **form: Any) -> Tensor:
 def _corners(x: Tensor) -> Tensor:
     """Return the first and last head of the first and last batch, [2, N, 2, ...]."""
     return x[[0, -1]][:, :, [0, -1]]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
-def _parse() -> argparse.Namespace:
-    parser = _Parser(description=__doc__.partition("\n\n")[2])
-    parser.add_argument("output", type=Path, nargs="?", help="docs/results/kernels/<device>")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
-    parser.add_argument("--budget-seconds", type=float, default=420)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch, on a CPU")
-    parser.add_argument("--commit", help="what to record where the folder is no git checkout")
-    arguments = parser.parse_args()
-    device = arguments.device
-    if device not in DTYPE:
-        parser.error(f"device ({device!r}) must be 'cpu' or 'cuda'")
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("device ('cuda') must be available: this machine has no CUDA device")
-    if min(arguments.tokens) < 1:
-        parser.error(f"tokens ({min(arguments.tokens)}) must be at least 1")
-    if not arguments.budget_seconds > 0:
-        parser.error(f"budget-seconds ({arguments.budget_seconds}) must be positive")
-    if arguments.threads < 1:
-        parser.error(f"threads ({arguments.threads}) must be at least 1")
-    arguments.output = arguments.output or results_folder("kernels", device)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=arguments.output):
-            pass
-    except OSError as error:
-        reason = error.strerror
-        parser.error(f"output ({arguments.output}) must be a folder one can write to: {reason}")
-    return arguments
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Report of bench_context.py: checks, tables and a picture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -113,24 +113,23 @@ class ContextReport:
         """Return the largest value of all ranks, its median over repetitions, for every N."""
         found = []
         for num_tokens in self.tokens:
-            most: dict[int, float] = {}
+            by_repetition: dict[int, list[float]] = {}
             for row in self._rows_of(num_ranks, num_tokens):
-                value = float(getattr(row, field))
-                most[row.repetition] = max(most.get(row.repetition, value), value)
-            found.append(median(most.values()))
+                by_repetition.setdefault(row.repetition, []).append(getattr(row, field))
+            found.append(float(median(map(max, by_repetition.values()))))
         return found
 
-    def _rows_of(self, num_ranks: int, num_tokens: int) -> Iterator[ContextRow]:
-        return (r for r in self.rows if (r.num_ranks, r.num_tokens) == (num_ranks, num_tokens))
+    def _rows_of(self, num_ranks: int, num_tokens: int) -> list[ContextRow]:
+        return [r for r in self.rows if (r.num_ranks, r.num_tokens) == (num_ranks, num_tokens)]
 
     def _bytes_table(self) -> str:
         lines = []
         for size, way in product(self.ranks, ("forward", "backward")):
-            counts = (
-                sorted({getattr(row, f"{way}_bytes") for row in self._rows_of(size, num_tokens)})
-                for num_tokens in self.tokens
-            )
-            cells = [" ... ".join(map(str, count)) for count in counts]
+            cells = []
+            for num_tokens in self.tokens:
+                rows = self._rows_of(size, num_tokens)
+                counts = sorted({getattr(row, f"{way}_bytes") for row in rows})
+                cells.append(" ... ".join(map(str, counts)))
             lines.append([f"{_ranks(size)}, {way}", _expected_bytes(size), *cells])
         return markdown_table(["N", "formula", *map(str, self.tokens)], lines)
 
@@ -143,17 +142,16 @@ class ContextReport:
 
     def _draw(self) -> Figure:
         """Draw time, exchange and memory of a rank over the number of tokens."""
-        on_gpu = self.facts["backend"] == "nccl"
-        panels = {
-            "wall_seconds" if on_gpu else "cpu_seconds": (
-                "time per rank, forward + backward",
-                "s" if on_gpu else "CPU seconds",
-            ),
-            "forward_bytes": ("exchanged per layer and rank, forward", "bytes"),
-            "peak_mib": ("peak memory per rank, beyond inputs", "MiB"),
-        }
+        time, unit = "cpu_seconds", "CPU seconds"
+        if self.facts["backend"] == "nccl":
+            time, unit = "wall_seconds", "s"
+        panels = (
+            (time, "time per rank, forward + backward", unit),
+            ("forward_bytes", "exchanged per layer and rank, forward", "bytes"),
+            ("peak_mib", "peak memory per rank, beyond inputs", "MiB"),
+        )
         figure = new_figure(14, 4.4)
-        for axes, (field, (title, unit)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for axes, (field, title, unit) in zip(figure.subplots(1, 3), panels, strict=True):
             for size, colour in zip(self.ranks, COLOURS, strict=False):
                 values = self.values(field, size)
                 if any(values):

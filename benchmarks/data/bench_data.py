@@ -14,29 +14,30 @@ import platform
 import random
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from benchmarks import REPOSITORY, benchmark_facts, results_folder
+from benchmarks import REPOSITORY, BenchmarkParser, benchmark_facts
 from benchmarks.data import loaders
-from benchmarks.data.loaders import Settings, Throughput
 from benchmarks.data.report import RATES, DataReport, DataRow, Requirement
 from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write_train_shard
 
 MEASURED = ("ds_linclip/data", "benchmarks/data")
+PACKAGES = ("torch", "open_clip_torch", "webdataset", "simplejpeg", "pillow")
 #: Packages that the data module of open_clip_torch 3.3.0 needs for training. With the
 #: webdataset of this project its loader ends in KeyError: 'fname': it does not know the mark that
 #: newer versions put at the end of every shard.
-OPEN_CLIP_PACKAGES = ("webdataset==0.2.86", "pandas")
+OPEN_CLIP_PACKAGES = ("webdataset==0.2.86", "pandas>=3")
 LOADERS_SCRIPT = loaders.__file__
 NUM_SHARDS = 4
 BAD_SHARE = 0.05
@@ -49,6 +50,8 @@ CLEAN, DIRTY, LARGE, SMALL = (
     "512 px, to 224 px",
     "512 px, to 112 px",
 )
+#: Case -> what :func:`write_shards` calls its shards, and the side of the output.
+CASES = {CLEAN: ("clean", 224), DIRTY: ("dirty", 224), LARGE: ("large", 224), SMALL: ("large", 112)}
 #: Intervals of the training run that are not counted: workers start in the first.
 SKIPPED_INTERVALS = 1
 MIN_RATIO, MAX_LOSS, MAX_WAIT = 2.0, 0.10, 0.02
@@ -61,22 +64,12 @@ NOTES = """\
   resize (bicubic, antialiased), tokenise, shuffle and batch. Both end with what the model takes:
   normalised float32 images and token ids on the CPU. open_clip_train normalises in the worker,
   ds_linclip in the training process, which is inside both figures.
-- open_clip_train's loader is get_wds_dataset with open_clip's image_transform and tokenizer, in a
-  throw-away environment with the webdataset that its package asks for; all else is the same.
+- open_clip_train's loader is get_wds_dataset with open_clip's image_transform and tokenizer, with
+  the webdataset that its package asks for; all else is the same.
 - Photos are crops of the two sample photos of scikit-learn; those of 512 px are enlarged.
 - Truncated images are cut in half; ds_linclip replaces each by another sample of the shard.
 - Waiting for data is the sum of perf/data_seconds_per_step over that of perf/seconds_per_step,
   without the first logging interval."""
-#: Vocabulary of captions of natural length.
-WORDS = """a the of in with and on for at by from to old new red blue green white black golden big
-small beautiful ancient modern traditional temple palace roof tower gate garden flower dahlia petal
-blossom leaf tree mountain river lake sky cloud sunset morning evening summer winter spring autumn
-city street market bridge boat island beach house kitchen table chair lamp wallpaper poster canvas
-print photo photograph picture image vector illustration background pattern texture design style art
-vintage stock free download best sale shop travel guide hotel restaurant food recipe chocolate cake
-wedding dress shoes leather bag watch phone case car engine football team player music guitar
-festival concert woman man child dog cat horse bird portrait closeup panorama aerial view landscape
-Beijing China Summer_Palace Europe London Paris 2015 2018 III XL 4K"""
 
 
 @dataclass(frozen=True)
@@ -90,11 +83,8 @@ class Shards:
 
 
 def main() -> int:
-    start, load = time.monotonic(), os.getloadavg()[0]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path, nargs="?", help="docs/results/data/<device>")
+    start = time.monotonic()
+    parser = BenchmarkParser("data", __doc__)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=100)
@@ -104,24 +94,19 @@ def main() -> int:
         "--without-open-clip", action="store_true", help="where packages cannot be installed"
     )
     arguments = parser.parse_args()
-    for name in ("workers", "repetitions", "batch_size", "batches_per_shard"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"{name.replace('_', '-')} ({getattr(arguments, name)}) must be positive")
-    output = arguments.output or results_folder("data", "cpu")
+    parser.check_positive(arguments, "workers", "repetitions", "batch_size", "batches_per_shard")
+    output = parser.folder(arguments, "cpu")
+    facts = benchmark_facts("cpu", MEASURED, PACKAGES)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            output.mkdir(parents=True, exist_ok=True)
             rows, requirements = _measure_all(Path(folder), arguments)
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", None) or str(error)
-            print(
-                f"error: {reason.strip().splitlines()[-1].removeprefix('error: ')}", file=sys.stderr
-            )
+            last = reason.strip().splitlines()[-1].removeprefix("error: ")
+            print(f"error: {last}", file=sys.stderr)
             return 2
-    facts = _facts(arguments, rows) | {
-        "duration": f"{time.monotonic() - start:.0f} s",
-        "load before": f"{load:.1f} of {len(os.sched_getaffinity(0))} cores",
-    }
+    facts |= _conditions(arguments, rows)
+    facts["duration"] = f"{time.monotonic() - start:.0f} s"
     print(DataReport(rows).write(output, facts, requirements, NOTES))
     return 0 if all(requirement.passed for requirement in requirements) else 1
 
@@ -129,49 +114,43 @@ def main() -> int:
 def _measure_all(
     folder: Path, arguments: argparse.Namespace
 ) -> tuple[list[DataRow], list[Requirement]]:
-    pythons = {"ds_linclip": Path(sys.executable)}
+    names = ["ds_linclip"]
     if not arguments.without_open_clip:
-        pythons["open_clip"] = open_clip_python(folder / "environment")
-    per_shard = arguments.batches_per_shard * arguments.batch_size
-    sets = write_shards(folder, per_shard)
-    shards = {CLEAN: sets["clean"], DIRTY: sets["dirty"], LARGE: sets["large"]}
-    shards[SMALL] = shards[LARGE]
+        install_for_open_clip(folder / "packages")
+        names.append("open_clip")
+    sets = write_shards(folder, arguments.batches_per_shard * arguments.batch_size)
     plan = [
         (repetition, case, loader)
         for repetition in range(arguments.repetitions)
-        for case in shards
-        for loader in pythons
+        for case in CASES
+        for loader in names
         if (case, loader) != (DIRTY, "open_clip")
     ]
     rows = []
     for repetition, case, loader in tqdm(plan, desc="bench", unit="run"):
-        batches = shards[case].num_samples // arguments.batch_size
-        settings = Settings(
-            loader=loader,
-            shards=shards[case].paths,
-            num_samples=shards[case].num_samples,
-            image_size=112 if case == SMALL else 224,
-            batch_size=arguments.batch_size,
-            num_workers=arguments.workers,
-            warmup_batches=-(-batches // 4),
-            batches=batches,
-        )
-        throughput = measure_apart(pythons[loader], settings)
+        name, image_size = CASES[case]
+        batches = sets[name].num_samples // arguments.batch_size
+        settings = {
+            "loader": loader,
+            "num_samples": sets[name].num_samples,
+            "image_size": image_size,
+            "batch_size": arguments.batch_size,
+            "num_workers": arguments.workers,
+            "warmup_batches": -(-batches // 4),
+            "batches": batches,
+        }
+        packages = folder / "packages" if loader == "open_clip" else None
+        found = measure_apart({"shards": sets[name].paths, **settings}, packages)
+        size = round(sets[name].bytes_per_image)
         rows.append(
-            DataRow(
-                case=case,
-                repetition=repetition,
-                settings=settings,
-                throughput=throughput,
-                bytes_per_image=shards[case].bytes_per_image,
-            )
+            DataRow(case=case, repetition=repetition, bytes_per_image=size, **settings, **found)
         )
-    requirements = check_requirements(rows, shards[DIRTY].num_bad)
+    requirements = check_requirements(rows, sets["dirty"].num_bad)
     if arguments.training_steps:
         share = waiting_share(training_metrics(folder / "runs", arguments.training_steps))
         name = "share of the embedded run spent waiting for data"
-        found = f"{share:.2%}"
-        requirements.append(Requirement(name, f"<= {MAX_WAIT:.0%}", found, share <= MAX_WAIT))
+        found_share = f"{share:.2%}"
+        requirements.append(Requirement(name, f"<= {MAX_WAIT:.0%}", found_share, share <= MAX_WAIT))
     return rows, requirements
 
 
@@ -184,7 +163,10 @@ def write_shards(folder: Path, samples_per_shard: int) -> dict[str, Shards]:
     """
     clean = list(islice(photos(256), NUM_SHARDS * samples_per_shard))
     bad = set(random.Random(0).sample(range(len(clean)), round(BAD_SHARE * len(clean))))
-    dirty = [_truncated(one) if index in bad else one for index, one in enumerate(clean)]
+    dirty = [
+        replace(one, image=one.image[: len(one.image) // 2]) if index in bad else one
+        for index, one in enumerate(clean)
+    ]
     large = list(islice(photos(512), max(len(clean) // 4, NUM_SHARDS)))
     return {
         "clean": _write(folder / "clean", clean, num_bad=0),
@@ -200,7 +182,7 @@ def photos(image_size: int) -> Iterator[EncodedSample]:
         image_size: Side in pixels.
     """
     whole = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    words = WORDS.split()
+    words = " ".join(IMAGENET_CLASSNAMES).split()
     rng = random.Random(0)
     while True:
         photo, side = rng.choice(whole), rng.randint(*CROP_SIDES)
@@ -211,45 +193,39 @@ def photos(image_size: int) -> Iterator[EncodedSample]:
         yield RawSample(image, caption, "https://scikit-learn.org", photo.size).encode()
 
 
-def open_clip_python(folder: Path) -> Path:
-    """Return an interpreter that sees this environment's packages behind open_clip_train's own.
-
-    Args:
-        folder: Folder of the environment, which is created.
+def install_for_open_clip(folder: Path) -> None:
+    """Install what open_clip_train's loader needs into a folder, to be found before our own.
 
     Raises:
         OSError: when the packages cannot be installed.
     """
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
-    paths = sysconfig.get_paths("venv", vars={"base": str(folder), "platbase": str(folder)})
-    own = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    Path(paths["purelib"], "project.pth").write_text("\n".join(sorted(own)) + "\n")
-    python = folder / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, *OPEN_CLIP_PACKAGES], capture_output=True, text=True)
-    if done.returncode:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    target = ["--no-deps", "--target", str(folder)]  # everything they depend on is installed
+    if subprocess.run([*pip, *target, *OPEN_CLIP_PACKAGES], capture_output=True).returncode:
         packages = " and ".join(OPEN_CLIP_PACKAGES)
         raise OSError(
             f"open_clip_train needs {packages}, which pip could not install; "
             "--without-open-clip leaves it out"
         )
-    return python
 
 
-def measure_apart(python: Path, settings: Settings) -> Throughput:
-    """Measure in a new process.
+def measure_apart(arguments: dict[str, Any], packages: Path | None) -> dict[str, Any]:
+    """Return what ``loaders.measure`` does in a new process that finds ``packages`` first.
 
     Raises:
         CalledProcessError: with the process's standard error, when it fails.
     """
+    paths = [str(packages)] if packages else []
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
-        [python, LOADERS_SCRIPT, json.dumps(asdict(settings))],
+        [sys.executable, LOADERS_SCRIPT, json.dumps(arguments)],
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
     )
-    return Throughput(**json.loads(done.stdout.splitlines()[-1]))
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def check_requirements(rows: Sequence[DataRow], num_bad: int) -> list[Requirement]:
@@ -260,41 +236,26 @@ def check_requirements(rows: Sequence[DataRow], num_bad: int) -> list[Requiremen
         num_bad: Truncated images in the dirty shards.
     """
     report = DataReport(rows)
-    ours, dirty = (CLEAN, "ds_linclip"), (DIRTY, "ds_linclip")
     verdicts = []
     for rate, title in RATES.items():
-        if "open_clip" in report.loaders[CLEAN]:
-            middle, low, high = report.ratio(rate, ours, (CLEAN, "open_clip"))
-            verdicts.append(
-                Requirement(
-                    f"{title} over open_clip_train's, {CLEAN}",
-                    f">= {MIN_RATIO:g}x",
-                    f"{middle:.2f}x ({low:.2f} ... {high:.2f})",
-                    middle >= MIN_RATIO,
-                )
-            )
+        if (CLEAN, "open_clip") in report.lines:
+            middle, low, high = report.over_open_clip(CLEAN, rate)
+            name, rule = f"{title} over open_clip_train's, {CLEAN}", f">= {MIN_RATIO:g}x"
+            found = f"{middle:.2f}x ({low:.2f} ... {high:.2f})"
+            verdicts.append(Requirement(name, rule, found, middle >= MIN_RATIO))
     for rate, title in RATES.items():
-        middle, low, high = (1 - x for x in report.ratio(rate, dirty, ours))
-        verdicts.append(
-            Requirement(
-                f"loss of {title} with 5 % truncated images",
-                f"<= {MAX_LOSS:.0%}",
-                f"{middle:.1%} ({high:.1%} ... {low:.1%})",
-                middle <= MAX_LOSS,
-            )
-        )
-    counts = [sum(row.throughput.skipped.values()) for row in rows if row.case == DIRTY]
-    clean = sum(sum(row.throughput.skipped.values()) for row in rows if row.case != DIRTY)
+        kept = report.ratio(rate, (DIRTY, "ds_linclip"), (CLEAN, "ds_linclip"))
+        middle, low, high = (1 - x for x in kept)
+        name, rule = f"loss of {title} with 5 % truncated images", f"<= {MAX_LOSS:.0%}"
+        found = f"{middle:.1%} ({high:.1%} ... {low:.1%})"
+        verdicts.append(Requirement(name, rule, found, middle <= MAX_LOSS))
+    counts = [row.skipped for row in rows if row.case == DIRTY]
     totals = sorted(set(counts))
-    verdicts.append(
-        Requirement(
-            "truncated images that were skipped and counted in one epoch",
-            f"{num_bad} of {num_bad}",
-            f"{', '.join(map(str, totals))} in each of {len(counts)} runs; {clean} where none is",
-            totals == [num_bad] and clean == 0,
-        )
-    )
-    return verdicts
+    clean = sum(row.skipped for row in rows if row.case != DIRTY)
+    name = "truncated images that were skipped and counted in one epoch"
+    found = f"{', '.join(map(str, totals))} in each of {len(counts)} runs; {clean} where none is"
+    passed = totals == [num_bad] and clean == 0
+    return [*verdicts, Requirement(name, f"{num_bad} of {num_bad}", found, passed)]
 
 
 def training_metrics(output: Path, steps: int) -> list[dict[str, float]]:
@@ -323,10 +284,6 @@ def waiting_share(metrics: Iterable[dict[str, float]]) -> float:
     return waited / passed
 
 
-def _truncated(sample: EncodedSample) -> EncodedSample:
-    return replace(sample, image=sample.image[: len(sample.image) // 2])
-
-
 def _write(folder: Path, samples: Sequence[EncodedSample], *, num_bad: int) -> Shards:
     folder.mkdir()
     for number in range(NUM_SHARDS):
@@ -339,21 +296,19 @@ def _write(folder: Path, samples: Sequence[EncodedSample], *, num_bad: int) -> S
     )
 
 
-def _facts(arguments: argparse.Namespace, rows: Sequence[DataRow]) -> dict[str, str]:
-    packages = ("torch", "open_clip_torch", "webdataset", "simplejpeg", "pillow")
-    facts = benchmark_facts("cpu", MEASURED, packages) | {
-        "cores": str(len(os.sched_getaffinity(0))),
+def _conditions(arguments: argparse.Namespace, rows: Sequence[DataRow]) -> dict[str, str]:
+    facts = {
         "python": platform.python_version(),
         "workers": str(arguments.workers),
         "batch size": str(arguments.batch_size),
         "repetitions": str(arguments.repetitions),
     }
     for row in rows:
-        if row.settings.loader == "open_clip":
-            facts["webdataset of open_clip_train"] = row.throughput.webdataset
+        if row.loader == "open_clip":
+            facts["webdataset of open_clip_train"] = row.webdataset
         if row.case in (CLEAN, LARGE):
             facts[f"{row.case.partition(',')[0]}:"] = (
-                f"{row.settings.num_samples} photos, JPEG of quality 95, "
+                f"{row.num_samples} photos, JPEG of quality 95, "
                 f"{row.bytes_per_image / 1000:.1f} kB each"
             )
     return facts

@@ -9,18 +9,21 @@ step, by axis, and how far they are from the plan. Exit code 1 when a difference
 
 import argparse
 import json
+import math
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks import REPOSITORY, benchmark_facts
-from benchmarks.layouts.traffic import CONTROL_BYTES, TrafficMeter
+from benchmarks import REPOSITORY, benchmark_facts, measure_on_ranks
+from benchmarks.traffic import CONTROL_BYTES, TrafficMeter
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
@@ -29,85 +32,39 @@ from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.model import CLIP
 from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.planner.plan import plan_rank
 from ds_linclip.trainer import train
 from linclip_eval.results import markdown_table, write_report
+from linclip_kernels.linear_attention.reference import relative_rms
 
-MEASURED = ("ds_linclip", "benchmarks/layouts")
+MEASURED = ("ds_linclip", "benchmarks")
 TOLERANCE = 1e-5
 BATCH = 32
 #: Columns of bytes: mesh axes, "dp" (the gather of the loss) and "zero".
 AXES = ("tp", "cp", "pp", "dp", "zero")
+#: Sizes of the mesh axes, which are 1 where they are not named, ZeRO's stage, micro-batches.
+LAYOUTS = (
+    *("single", "single-micro2", "single-micro8", "tp2", "pp2", "pp2-micro2", "pp2-micro8"),
+    *("dp2-zero1", "dp2-zero2-micro2", "dp2-zero3-micro2", "cp2", "tp2-pp2-micro2"),
+    *("tp2-dp2-zero1", "tp2-dp2-zero2", "tp2-dp2-zero3", "pp2-dp2-zero1-micro2"),
+    *("cp2-dp2-zero3", "tp2-pp2-dp2-zero1-micro2", "tp2-pp2-cp2-micro2"),
+)
 
 
-@dataclass(frozen=True)
-class ParallelLayout:
-    """Sizes of the mesh axes; the number of ranks is their product."""
-
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    dp: int = 1
-    zero: int = 1
-    micro_batches: int = 1
-
-    @property
-    def ranks(self) -> int:
-        return self.tp * self.pp * self.dp * self.cp
-
-    @property
-    def name(self) -> str:
-        sizes = {axis: getattr(self, axis) for axis in ("tp", "pp", "cp", "dp")}
-        words = [f"{axis}{size}" for axis, size in sizes.items() if size > 1] or ["single"]
-        words += [f"zero{self.zero}"] if self.dp > 1 else []
-        words += [f"micro{self.micro_batches}"] if self.micro_batches > 1 else []
-        return "-".join(words)
-
-    def overrides(self) -> list[str]:
-        sizes = [f"parallel.{axis}={getattr(self, axis)}" for axis in ("tp", "pp", "dp", "cp")]
-        micro_batch = BATCH // self.dp // self.micro_batches
-        return [*sizes, f"zero.stage={self.zero}", f"train.micro_batch_size={micro_batch}"]
-
-
-LAYOUTS = [
-    ParallelLayout(),
-    ParallelLayout(micro_batches=2),
-    ParallelLayout(micro_batches=8),
-    ParallelLayout(tp=2),
-    ParallelLayout(pp=2),
-    ParallelLayout(pp=2, micro_batches=2),
-    ParallelLayout(pp=2, micro_batches=8),
-    ParallelLayout(dp=2, zero=1),
-    ParallelLayout(dp=2, zero=2, micro_batches=2),
-    ParallelLayout(dp=2, zero=3, micro_batches=2),
-    ParallelLayout(cp=2),
-    ParallelLayout(tp=2, pp=2, micro_batches=2),
-    ParallelLayout(tp=2, dp=2, zero=1),
-    ParallelLayout(tp=2, dp=2, zero=2),
-    ParallelLayout(tp=2, dp=2, zero=3),
-    ParallelLayout(pp=2, dp=2, micro_batches=2),
-    ParallelLayout(cp=2, dp=2, zero=3),
-    ParallelLayout(tp=2, pp=2, dp=2, micro_batches=2),
-    ParallelLayout(tp=2, pp=2, cp=2, micro_batches=2),
-]
-
-
-@dataclass(frozen=True)
-class LayoutResult:
-    """Losses, weights and traffic of one run.
+class RankResult(NamedTuple):
+    """What a rank has after a run.
 
     Attributes:
         losses: Loss by step.
         weights: Final weights under open_clip's names.
-        traffic: Measured bytes of a step by axis, for every rank.
-        planned: The planner's bytes of a step by axis, for every rank.
+        traffic: Measured bytes of a step by axis.
+        planned: The planner's bytes of a step by axis.
     """
 
     losses: dict[int, float]
     weights: dict[str, Tensor]
-    traffic: list[dict[str, int]]
-    planned: list[dict[str, int]]
+    traffic: dict[str, int]
+    planned: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -131,37 +88,46 @@ class LayoutRow:
         exact = max(self.loss_difference, self.weight_difference) <= TOLERANCE
         return exact and self.bytes_off_plan < CONTROL_BYTES
 
+    def __str__(self) -> str:
+        return (
+            f"{self.attention:8} {self.layout:24} loss {self.loss_difference:.1e} "
+            f"weights {self.weight_difference:.1e} bytes off plan {self.bytes_off_plan:4} "
+            f"{'good' if self.is_good else 'NOT GOOD':8}"
+        )
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="for the embedded config, such as data.train")
     parser.add_argument("--out", type=Path, help="folder for layouts.csv and summary.md")
-    parser.add_argument("--layouts", nargs="+", help=", ".join(each.name for each in LAYOUTS))
+    parser.add_argument("--layouts", nargs="+", help=", ".join(LAYOUTS))
     parser.add_argument("--attention", nargs="+", default=["linear", "softmax"])
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_intermixed_args()
     rows = []
     for attention in arguments.attention:
-        reference: LayoutResult | None = None
+        reference: RankResult | None = None
         for layout in LAYOUTS:
-            if reference and arguments.layouts and layout.name not in arguments.layouts:
+            if reference and arguments.layouts and layout not in arguments.layouts:
                 continue
-            if attention == "softmax" and layout.cp > 1:
+            if attention == "softmax" and "cp" in layout:
                 continue
             start = time.perf_counter()
-            result = run(layout, attention, arguments.steps, arguments.overrides)
-            reference = reference or result
-            rows.append(compare(result, reference, attention, layout))
-            print(f"{_line(rows[-1])} {time.perf_counter() - start:5.1f} s", flush=True)
+            ranks = run(layout, attention, arguments.steps, arguments.overrides)
+            reference = reference or ranks[0]
+            rows.append(compare(ranks, reference, attention, layout))
+            print(f"{rows[-1]} {time.perf_counter() - start:5.1f} s", flush=True)
             if arguments.out:
                 write(arguments.out, rows, arguments.steps)
     return 0 if all(row.is_good for row in rows) else 1
 
 
-def run(
-    layout: ParallelLayout, attention: str, steps: int, overrides: Sequence[str]
-) -> LayoutResult:
-    """Train in processes of their own; return the losses, weights and traffic."""
+def run(layout: str, attention: str, steps: int, overrides: Sequence[str]) -> list[RankResult]:
+    """Train in processes of their own; return the result of every rank."""
+    sizes = dict.fromkeys(("dp", "zero", "micro"), 1)
+    sizes |= {name: int(size) for name, size in re.findall(r"([a-z]+)(\d)", layout)}
+    micro_batch = BATCH // sizes["dp"] // sizes.pop("micro")
+    stage = sizes.pop("zero")
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
             REPOSITORY / "ds_configs" / "train" / "embedded.yaml",
@@ -175,34 +141,27 @@ def run(
                 # would take it for one.
                 *("optim.lr=3e-4", "optim.eps=1e-4"),
                 *(f"model.{t}.attention.kind={attention}" for t in ("vision", "text")),
-                *layout.overrides(),
+                *(f"parallel.{axis}={size}" for axis, size in sizes.items()),
+                *(f"zero.stage={stage}", f"train.micro_batch_size={micro_batch}"),
             ],
         )
-        run_ranks(layout.ranks, train_rank, config)
-        records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
-        files = [config.run_dir / f"traffic-{rank}.json" for rank in range(layout.ranks)]
-        measured, planned = zip(*(json.loads(file.read_text()) for file in files), strict=True)
-        return LayoutResult(
-            losses={r["step"]: r["train/loss"] for r in records if "train/loss" in r},
-            weights=torch.load(config.run_dir / "weights.pt"),
-            traffic=list(measured),
-            planned=list(planned),
-        )
+        return measure_on_ranks(math.prod(sizes.values()), train_rank, config)
 
 
-def train_rank(config: Config) -> None:
+def train_rank(config: Config) -> RankResult:
     mesh = Mesh.create(config.parallel)
+    weights: dict[str, Tensor] = {}
 
     def keep_weights(model: CLIP, writer: MetricWriter, step: int) -> Mapping[str, float]:
-        weights = to_open_clip(model)
-        if mesh.rank == 0:
-            torch.save(weights, config.run_dir / "weights.pt")
+        weights.update(to_open_clip(model))
         return {}
 
     train(config, mesh, keep_weights)
     traffic = traffic_of_a_step(config, mesh)
-    (config.run_dir / f"traffic-{mesh.rank}.json").write_text(json.dumps(traffic))
+    records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    losses = {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
     mesh.close()
+    return RankResult(losses, weights, *traffic)
 
 
 def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[str, int]]:
@@ -224,40 +183,38 @@ def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[
     batch = (images, texts, kept) if vision.patch_dropout else (images, texts)
     for _ in range(2):  # the first steps also send shapes, and learn the order of parameters
         engine.step(batch, lr=1e-3)
-    with TrafficMeter(mesh) as meter:
+    axes = {"tp": mesh.tp, "cp": mesh.cp, "pp": mesh.pp, "dp": mesh.dp, "zero": mesh.replicas}
+    with TrafficMeter({name: axis.group for name, axis in axes.items()}) as meter:
         engine.step(batch, lr=1e-3)
     return dict(meter.bytes), plan.traffic
 
 
 def compare(
-    result: LayoutResult, reference: LayoutResult, attention: str, layout: ParallelLayout
+    ranks: Sequence[RankResult], reference: RankResult, attention: str, layout: str
 ) -> LayoutRow:
     """Return how far a run is from the reference, and its traffic from the plan."""
-    assert result.losses.keys() == reference.losses.keys()
-    assert result.weights.keys() == reference.weights.keys()
-    off_plan = 0
-    for measured, planned in zip(result.traffic, result.planned, strict=True):
-        axes = measured.keys() | planned.keys()
-        off = (abs(measured.get(axis, 0) - planned.get(axis, 0)) for axis in axes)
-        off_plan = max(off_plan, *off, 0)
-    most = {f"{axis}_bytes": max(rank.get(axis, 0) for rank in result.traffic) for axis in AXES}
+    losses, weights, *_ = ranks[0]
+    assert losses.keys() == reference.losses.keys()
+    assert weights.keys() == reference.weights.keys()
+    off_plan = [
+        abs(rank.traffic.get(axis, 0) - rank.planned.get(axis, 0))
+        for rank in ranks
+        for axis in rank.traffic.keys() | rank.planned.keys()
+    ]
+    most = {f"{axis}_bytes": max(rank.traffic.get(axis, 0) for rank in ranks) for axis in AXES}
     return LayoutRow(
         attention=attention,
-        layout=layout.name,
-        ranks=layout.ranks,
+        layout=layout,
+        ranks=len(ranks),
         loss_difference=max(
-            abs(result.losses[step] / loss - 1) for step, loss in reference.losses.items()
+            abs(losses[step] / loss - 1) for step, loss in reference.losses.items()
         ),
         weight_difference=max(
-            relative_rms(result.weights[name], weight) for name, weight in reference.weights.items()
+            relative_rms(weights[name], weight) for name, weight in reference.weights.items()
         ),
-        bytes_off_plan=off_plan,
+        bytes_off_plan=max(off_plan, default=0),
         **most,
     )
-
-
-def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def write(folder: Path, rows: Sequence[LayoutRow], steps: int) -> None:
@@ -285,14 +242,6 @@ def write(folder: Path, rows: Sequence[LayoutRow], steps: int) -> None:
         ],
         facts=benchmark_facts("cpu", MEASURED, ("torch", "deepspeed")),
         tables={"layouts.csv": rows},
-    )
-
-
-def _line(row: LayoutRow) -> str:
-    verdict = "good" if row.is_good else "NOT GOOD"
-    return (
-        f"{row.attention:8} {row.layout:24} loss {row.loss_difference:.1e} "
-        f"weights {row.weight_difference:.1e} bytes off plan {row.bytes_off_plan:4} {verdict:8}"
     )
 
 

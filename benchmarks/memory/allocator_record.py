@@ -15,9 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ds_linclip.engine.engine import Engine
 
-__all__ = ["KINDS", "AllocatorRecord", "live_bytes"]
-
-KINDS = ("weights", "gradients", "optimizer", "buckets")
+__all__ = ["AllocatorRecord", "live_bytes"]
 
 #: Address of a storage -> its bytes.
 _Storages = dict[int, int]
@@ -65,8 +63,8 @@ def live_bytes(engine: Engine) -> dict[str, int]:
     """Return the bytes of live tensors, every storage once.
 
     Returns:
-        Bytes by kind: those of :data:`KINDS`, which a plan has too, and "other" tensors that Python
-        knows of.
+        Bytes by kind: "weights", "buckets", "gradients" and "optimizer", which a plan has too, and
+        "other" tensors that Python knows of.
     """
     gc.collect()
     zero = engine.deepspeed_engine.optimizer

@@ -7,21 +7,20 @@ memory.csv (one row per rank) and memory.png into OUTPUT_FOLDER. Exit codes: 0 m
 between steps are not what is planned, 2 bad arguments.
 """
 
-import argparse
 import ctypes
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import product
 
+import psutil
 import torch
 
-from benchmarks import REPOSITORY, benchmark_facts, results_folder
-from benchmarks.memory.allocator_record import KINDS, AllocatorRecord, live_bytes
-from benchmarks.memory.report import MemoryReport, MemoryRow
+from benchmarks import REPOSITORY, BenchmarkParser, benchmark_facts, measure_on_ranks
+from benchmarks.memory.allocator_record import AllocatorRecord, live_bytes
+from benchmarks.memory.report import MemoryRow, is_as_planned, write_memory_report
 from benchmarks.peak_memory import PeakMemory
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
@@ -29,7 +28,6 @@ from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.planner.plan import plan_rank
 
 MEASURED = (
@@ -56,44 +54,9 @@ QUICK_ZERO = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryLayout:
-    """One run: data-parallel ranks, precision, ZeRO stage, micro-batches of a pair.
-
-    Attributes:
-        more: Further overrides of the config.
-    """
-
-    ranks: int
-    precision: str
-    stage: int
-    micro_batches: int = 1
-    more: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        words = [f"zero{self.stage}", self.precision, f"ranks{self.ranks}"]
-        words += [f"micro{self.micro_batches}"] if self.micro_batches > 1 else []
-        return "-".join(words)
-
-    def overrides(self) -> list[str]:
-        return [
-            f"train.global_batch_size={self.ranks * self.micro_batches}",
-            "train.micro_batch_size=1",
-            f"train.precision={self.precision}",
-            f"zero.stage={self.stage}",
-            f"parallel.dp={self.ranks}",
-            *self.more,
-        ]
-
-
 def main() -> int:
     start = time.monotonic()
-    facts = benchmark_facts("cpu", MEASURED, ("torch", "deepspeed"))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path, nargs="?", help="docs/results/memory/<device>")
+    parser = BenchmarkParser("memory", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
@@ -101,56 +64,48 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1])
     parser.add_argument("--quick", action="store_true", help="a tiny model on two ranks")
     arguments = parser.parse_args()
+    output = parser.folder(arguments, "cpu")
+    facts = benchmark_facts("cpu", MEASURED, ("torch", "deepspeed"))
     overrides = list(QUICK) if arguments.quick else []
     if arguments.layers:
         overrides += [f"model.{tower}.layers={arguments.layers}" for tower in ("vision", "text")]
-    layouts = [
-        MemoryLayout(ranks=ranks, precision=precision, stage=stage, micro_batches=micro_batches)
-        for precision in arguments.precisions
-        for micro_batches in arguments.micro_batches
-        for ranks in ([2] if arguments.quick else arguments.ranks)
-        for stage in arguments.stages
-    ]
     rows: list[MemoryRow] = []
-    for layout in layouts:
-        rows += run(layout, overrides, QUICK_ZERO if arguments.quick else None)
-        print(f"{layout.name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    all_ranks = [2] if arguments.quick else arguments.ranks
+    for precision, micro_batches, ranks, stage in product(
+        arguments.precisions, arguments.micro_batches, all_ranks, arguments.stages
+    ):
+        layout = [f"train.precision={precision}", f"zero.stage={stage}", "train.micro_batch_size=1"]
+        layout.append(f"train.global_batch_size={ranks * micro_batches}")
+        rows += run(ranks, [*overrides, *layout], QUICK_ZERO if arguments.quick else None)
+        print(f"{rows[-1].layout}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     facts["overrides"] = " ".join(overrides) or "none"
     facts["duration"] = f"{time.monotonic() - start:.0f} s"
-    report = MemoryReport(facts, rows)
-    print(report.write(arguments.output or results_folder("memory", "cpu")))
-    return 0 if report.passed else 1
+    print(write_memory_report(output, facts, rows))
+    return 0 if is_as_planned(rows) else 1
 
 
 def run(
-    layout: MemoryLayout, overrides: Sequence[str], zero: dict[str, int] | None = None
+    ranks: int, overrides: Sequence[str], zero: dict[str, int] | None = None
 ) -> list[MemoryRow]:
     """Train a few steps in processes of their own; return a row for every rank.
 
     Args:
-        layout: The layout that is measured.
+        ranks: Number of processes, by default all on the data axis.
         overrides: Overrides of ds_configs/train/vit_b16.yaml.
         zero: DeepSpeed's own settings of ZeRO.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        buckets = Path(folder, "deepspeed.json")
-        buckets.write_text(json.dumps({"zero_optimization": zero or {}}))
-        config = load_config(
-            REPOSITORY / "ds_configs" / "train" / "vit_b16.yaml",
-            [
-                *(f"output_dir={folder}", "parallel.device=cpu", "eval.data=null"),
-                *(f"zero.deepspeed_config={buckets}", *overrides, *layout.overrides()),
-            ],
-        )
-        run_ranks(layout.ranks, train_rank, layout, config)
-        files = [Path(folder, f"{rank}.json") for rank in range(layout.ranks)]
-        return [MemoryRow(**json.loads(file.read_text())) for file in files]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(json.dumps({"zero_optimization": zero or {}}))
+        file.flush()
+        common = [f"zero.deepspeed_config={file.name}", "parallel.device=cpu", "eval.data=null"]
+        vit_b16 = REPOSITORY / "ds_configs" / "train" / "vit_b16.yaml"
+        config = load_config(vit_b16, [*common, f"parallel.dp={ranks}", *overrides])
+        return measure_on_ranks(ranks, measure_rank, config)
 
 
-def train_rank(layout: MemoryLayout, config: Config) -> None:
+def measure_rank(config: Config) -> MemoryRow:
     ctypes.CDLL(None).mallopt(-3, MMAP_THRESHOLD)  # M_MMAP_THRESHOLD
     mesh = Mesh.create(config.parallel)
-    rank = mesh.rank
     private_before = _private_bytes()
     plan = plan_rank(config, mesh)
     with AllocatorRecord() as record:
@@ -168,22 +123,22 @@ def train_rank(layout: MemoryLayout, config: Config) -> None:
         growth = peak.growth()
         live = live_bytes(engine)
     row = MemoryRow(
-        ranks=layout.ranks,
-        precision=layout.precision,
-        stage=layout.stage,
-        micro_batches=layout.micro_batches,
-        rank=rank,
+        ranks=mesh.world_size,
+        precision=config.train.precision,
+        stage=config.zero.stage,
+        micro_batches=config.num_micro_batches(mesh.dp.size),
+        rank=mesh.rank,
         num_parameters=plan.num_parameters,
         kept_planned=plan.kept,
         kept_process=kept,
         step_process=kept + growth,
-        **{f"kept_{kind}": live[kind] for kind in (*KINDS, "other")},
+        **{f"kept_{kind}": size for kind, size in live.items()},
         **{f"step_{kind}_planned": size for kind, size in plan.memory.items()},
         step=record.most("a step"),
     )
-    Path(config.output_dir, f"{rank}.json").write_text(json.dumps(asdict(row)))
     mesh.barrier()
     mesh.close()
+    return row
 
 
 def random_batch(config: Config, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,8 +157,8 @@ def random_batch(config: Config, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor
 
 def _private_bytes() -> int:
     """Return this process's memory without pages that it only reads from the one it forked from."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    private: int = psutil.Process().memory_full_info().uss
+    return private
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from linclip_eval.plotting import (
 )
 from linclip_eval.results import markdown_table, write_report
 
-__all__ = ["TOLERANCE", "MemoryReport", "MemoryRow"]
+__all__ = ["MemoryRow", "is_as_planned", "write_memory_report"]
 
 #: Largest relative difference of tensors between steps from the plan.
 TOLERANCE = 0.03
@@ -77,6 +77,12 @@ class MemoryRow:
     step_process: int
 
     @property
+    def layout(self) -> str:
+        ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}"
+        micro = f", {self.micro_batches} micro-batches" if self.micro_batches > 1 else ""
+        return f"{self.precision}, {ranks}, ZeRO-{self.stage}{micro}"
+
+    @property
     def kept(self) -> int:
         kinds = (getattr(self, f"kept_{kind}", 0) for kind in KINDS)
         return self.kept_other + sum(kinds)
@@ -86,72 +92,68 @@ class MemoryRow:
         return sum(getattr(self, f"step_{kind}_planned") for kind in KINDS)
 
 
-class MemoryReport:
-    """Rows of one run.
+def is_as_planned(rows: Sequence[MemoryRow]) -> bool:
+    """Return whether the tensors between steps are those of the plan, on every rank."""
+    return all(abs(row.kept / row.kept_planned - 1) <= TOLERANCE for row in rows)
+
+
+def write_memory_report(folder: Path, facts: dict[str, str], rows: Sequence[MemoryRow]) -> str:
+    """Write memory.csv, memory.png and summary.md, whose text is returned.
 
     Args:
+        folder: Created where it is missing.
         facts: Conditions of the run; see :func:`linclip_eval.results.write_report`.
         rows: One for every rank of every layout.
     """
+    by_layout: dict[str, MemoryRow] = {}
+    for row in rows:
+        other = by_layout.setdefault(row.layout, row)
+        by_layout[row.layout] = row if row.step > other.step else other
+    fullest = list(by_layout.values())
+    between, within = [], []
+    for row in fullest:
+        share = f"{row.kept / row.kept_planned:.3f}"
+        sizes = _mib(row.kept_planned), _mib(row.kept), share, _mib(row.kept_process)
+        between.append([row.layout, *sizes])
+        share = f"{row.step / row.step_planned:.2f}"
+        sizes = _mib(row.step_planned), _mib(row.step), share, _mib(row.step_process)
+        kinds = (_mib(getattr(row, f"step_{kind}_planned")) for kind in KINDS)
+        within.append([row.layout, *sizes, *kinds])
+    header = ["layout", "plan", "tensors", "tensors / plan", "process"]
+    size = max(row.num_parameters for row in rows)
+    return write_report(
+        folder,
+        title=f"Memory of a rank, {size / 1e6:.1f} M parameters",
+        sections=[
+            "MiB of the rank that has most in a step.",
+            "![Memory of a rank in every layout](memory.png)",
+            "## Between steps",
+            markdown_table(header, between),
+            "## At the fullest moment of a step",
+            "By kind: the plan.",
+            markdown_table([*header, *KINDS], within),
+            "## How to read this",
+            NOTES,
+        ],
+        facts=facts,
+        tables={"memory.csv": rows},
+        figures={"memory.png": _draw(fullest)},
+    )
 
-    def __init__(self, facts: dict[str, str], rows: Sequence[MemoryRow]) -> None:
-        self.facts, self.rows = facts, rows
-        fullest: dict[str, MemoryRow] = {}
-        for row in rows:
-            name = _name(row)
-            fullest[name] = max(fullest.get(name, row), row, key=lambda each: each.step)
-        #: The rank of every layout that has most in a step.
-        self.fullest = list(fullest.values())
 
-    @property
-    def passed(self) -> bool:
-        return all(abs(row.kept / row.kept_planned - 1) <= TOLERANCE for row in self.rows)
-
-    def write(self, folder: Path) -> str:
-        """Write memory.csv, memory.png and summary.md, whose text is returned."""
-        size = max(row.num_parameters for row in self.rows)
-        header = ["layout", "plan", "tensors", "tensors / plan", "process"]
-        between, within = [], []
-        for row in self.fullest:
-            share = f"{row.kept / row.kept_planned:.3f}"
-            sizes = _mib(row.kept_planned), _mib(row.kept), share, _mib(row.kept_process)
-            between.append([_name(row), *sizes])
-            share = f"{row.step / row.step_planned:.2f}"
-            sizes = _mib(row.step_planned), _mib(row.step), share, _mib(row.step_process)
-            kinds = (_mib(getattr(row, f"step_{kind}_planned")) for kind in KINDS)
-            within.append([_name(row), *sizes, *kinds])
-        return write_report(
-            folder,
-            title=f"Memory of a rank, {size / 1e6:.1f} M parameters",
-            sections=[
-                "MiB of the rank that has most in a step.",
-                "![Memory of a rank in every layout](memory.png)",
-                "## Between steps",
-                markdown_table(header, between),
-                "## At the fullest moment of a step",
-                "By kind: the plan.",
-                markdown_table([*header, *KINDS], within),
-                "## How to read this",
-                NOTES,
-            ],
-            facts=self.facts,
-            tables={"memory.csv": self.rows},
-            figures={"memory.png": self._draw()},
-        )
-
-    def _draw(self) -> Figure:
-        """Draw the plan left of the tensors, one of them by kind; the process as a mark."""
-        precisions = list(dict.fromkeys(row.precision for row in self.fullest))
-        figure = new_figure(13, 4.2 * len(precisions) + 0.6)
-        panels = figure.subplots(len(precisions), 2, squeeze=False)
-        for (kept, step), precision in zip(panels, precisions, strict=True):
-            rows = [row for row in self.fullest if row.precision == precision]
-            _draw_bars(kept, rows, "kept", f"{precision}, between steps")
-            _draw_bars(step, rows, "step", f"{precision}, at the fullest moment of a step")
-        marks: list[Artist] = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
-        marks.append(Patch(facecolor="white", edgecolor=INK, label="plan or tensors, together"))
-        add_legend(figure, [*marks, *panels[0, 0].get_legend_handles_labels()[0]])
-        return figure
+def _draw(rows: Sequence[MemoryRow]) -> Figure:
+    """Draw the plan left of the tensors, one of them by kind; the process as a mark."""
+    precisions = list(dict.fromkeys(row.precision for row in rows))
+    figure = new_figure(13, 4.2 * len(precisions) + 0.6)
+    panels = figure.subplots(len(precisions), 2, squeeze=False)
+    for (kept, step), precision in zip(panels, precisions, strict=True):
+        same = [row for row in rows if row.precision == precision]
+        _draw_bars(kept, same, "kept", f"{precision}, between steps")
+        _draw_bars(step, same, "step", f"{precision}, at the fullest moment of a step")
+    marks: list[Artist] = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
+    marks.append(Patch(facecolor="white", edgecolor=INK, label="plan or tensors, together"))
+    add_legend(figure, [*marks, *panels[0, 0].get_legend_handles_labels()[0]])
+    return figure
 
 
 def _draw_bars(axes: Axes, rows: Sequence[MemoryRow], moment: str, title: str) -> None:
@@ -171,13 +173,7 @@ def _draw_bars(axes: Axes, rows: Sequence[MemoryRow], moment: str, title: str) -
     axes.plot(places, process, "_", color=INK, markersize=16, label="process")
     dress(axes, title, ylabel="MiB")
     axes.grid(visible=False, axis="x")
-    axes.set_xticks(range(len(rows)), [_name(row).replace(", ", "\n") for row in rows])
-
-
-def _name(row: MemoryRow) -> str:
-    ranks = f"{row.ranks} rank{'s' if row.ranks > 1 else ''}"
-    micro = f", {row.micro_batches} micro-batches" if row.micro_batches > 1 else ""
-    return f"{row.precision}, {ranks}, ZeRO-{row.stage}{micro}"
+    axes.set_xticks(range(len(rows)), [row.layout.replace(", ", "\n") for row in rows])
 
 
 def _mib(size: int) -> str:

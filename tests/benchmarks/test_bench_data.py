@@ -33,26 +33,22 @@ def command(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 def row(bench: ModuleType) -> Callable[..., object]:
     def make(case: str, loader: str, repetition: int, rate: float, skipped: int = 0) -> object:
         """A measurement of ``rate`` samples per second, and half of it per CPU-second."""
-        settings = bench.Settings(
+        return bench.DataRow(
+            case=case,
+            repetition=repetition,
+            bytes_per_image=30_000,
             loader=loader,
-            shards=[],
             num_samples=100,
             image_size=224,
             batch_size=10,
             num_workers=1,
             warmup_batches=1,
             batches=10,
-        )
-        causes = {"image_undecodable": skipped} if skipped else {}
-        throughput = bench.Throughput(
-            samples=100, wall_seconds=100 / rate, cpu_seconds=200 / rate, skipped=causes
-        )
-        return bench.DataRow(
-            case=case,
-            repetition=repetition,
-            settings=settings,
-            throughput=throughput,
-            bytes_per_image=30_000,
+            samples=100,
+            wall_seconds=100 / rate,
+            cpu_seconds=200 / rate,
+            skipped=skipped,
+            webdataset="",
         )
 
     return make
@@ -107,7 +103,7 @@ def test_command_measures_counts_and_writes(
     loaders = importlib.import_module("benchmarks.data.loaders")
     threads = torch.get_num_threads()
     # A process for each measurement would import torch each time.
-    monkeypatch.setattr(bench, "measure_apart", lambda python, s: loaders.measure(s))
+    monkeypatch.setattr(bench, "measure_apart", lambda settings, _: loaders.measure(**settings))
     code = command(tmp_path / "out", "--without-open-clip", "--training-steps", 0)
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out

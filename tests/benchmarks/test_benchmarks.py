@@ -187,8 +187,8 @@ def test_nan_does_not_pass():
     [
         (["--device", "tpu"], "device ('tpu') must be 'cpu' or 'cuda'"),
         (["--tokens"], "argument --tokens: expected at least one argument"),
-        (["--tokens", 0, 77], "tokens (0) must be at least 1"),
-        (["--threads", 0], "threads (0) must be at least 1"),
+        (["--tokens", 0, 77], "tokens (0) must be positive"),
+        (["--threads", 0], "threads (0) must be positive"),
         (["--budget-seconds", 0], "budget-seconds (0.0) must be positive"),
         ([__file__], "must be a folder one can write to"),
     ],

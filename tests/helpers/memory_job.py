@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory.bench_memory import QUICK, QUICK_ZERO, MemoryLayout, run
-from benchmarks.memory.report import MemoryReport
+from benchmarks.memory.bench_memory import QUICK, QUICK_ZERO, run
+from benchmarks.memory.report import write_memory_report
 from ds_linclip.config import load_config
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
@@ -21,7 +21,7 @@ from ds_linclip.parallel.spawn import run_ranks
 from helpers import REPOSITORY
 
 VIT_B16 = REPOSITORY / "ds_configs" / "train" / "vit_b16.yaml"
-LAYOUTS = [MemoryLayout(ranks=2, precision="fp32", stage=stage) for stage in (1, 2, 3)]
+COMMON = ["train.precision=fp32", "train.global_batch_size=2", "train.micro_batch_size=1"]
 #: Name -> overrides without offloading, and those of every way to offload.
 OPTIMIZER, PARAM = "zero.offload_optimizer=cpu", "zero.offload_param=cpu"
 OFFLOADS = {
@@ -33,9 +33,12 @@ STEPS = 3
 
 
 def main(folder: Path) -> None:
-    rows = {layout.name: run(layout, QUICK, QUICK_ZERO) for layout in LAYOUTS}
+    rows = {
+        f"zero{stage}": run(2, [*QUICK, *COMMON, f"zero.stage={stage}"], QUICK_ZERO)
+        for stage in (1, 2, 3)
+    }
     facts = {"device": "a CPU", "date_utc": "today", "commit": "unknown", "command": "memory_job"}
-    MemoryReport(facts, [row for same in rows.values() for row in same]).write(folder)
+    write_memory_report(folder, facts, [row for same in rows.values() for row in same])
     run_ranks(2, compare_offloading, folder)
     memory = {
         name: [[row.kept, row.kept_planned, row.step, row.step_planned] for row in same]

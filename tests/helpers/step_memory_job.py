@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.memory.bench_memory import MemoryLayout, run
+from benchmarks.memory.bench_memory import run
 
 #: Wide enough for activations to be a good part, and in the long ones most.
 MODEL = [
@@ -29,9 +29,10 @@ SELECTIVE = ("train.activation_checkpointing=selective",)
 
 def layout(
     ranks: int, precision: str, stage: int, batch: int, micro: int, *more: str
-) -> MemoryLayout:
-    sizes = (f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}")
-    return MemoryLayout(ranks=ranks, precision=precision, stage=stage, more=(*sizes, *more))
+) -> tuple[int, list[str]]:
+    """Return the ranks and the overrides of a case."""
+    sizes = [f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}"]
+    return ranks, [f"train.precision={precision}", f"zero.stage={stage}", *sizes, *more]
 
 
 CASES = {
@@ -59,10 +60,11 @@ CASES = {
 
 
 def main(folder: Path, names: list[str]) -> None:
-    found = {
-        name: [[row.step, row.step_planned] for row in run(CASES[name], MODEL, ZERO)]
-        for name in names
-    }
+    found = {}
+    for name in names:
+        ranks, overrides = CASES[name]
+        rows = run(ranks, [*MODEL, *overrides], ZERO)
+        found[name] = [[row.step, row.step_planned] for row in rows]
     (folder / "results.json").write_text(json.dumps(found))
 
 

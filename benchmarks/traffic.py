@@ -1,6 +1,7 @@
 """Bytes that ranks send each other, counted by axis of the mesh."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,8 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["CONTROL_BYTES", "TrafficMeter"]
 
@@ -39,18 +38,19 @@ class TrafficMeter(TorchDispatchMode):
     The size of a message is that of the whole tensor: the input of an all-reduce or reduce-scatter,
     the output of an all-gather, the tensor of a broadcast or send; receives are not counted.
 
+    Args:
+        groups: The axes and their groups; sends are counted as those of "pp".
+
     Attributes:
-        bytes: Bytes by axis: "tp", "cp", "pp", "dp" (the loss) and "zero" (gradients, weights and
-            their norms over data x context); "other" for the rest.
+        bytes: Bytes by axis; "other" for the rest.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
         super().__init__()
         self.bytes: dict[str, int] = defaultdict(int)
-        axes = {"tp": mesh.tp, "cp": mesh.cp, "pp": mesh.pp, "dp": mesh.dp, "zero": mesh.replicas}
-        self._by_name = {axis.group.group_name: name for name, axis in axes.items()}
+        self._by_name = {group.group_name: axis for axis, group in groups.items()}
         # DeepSpeed's pipeline makes groups of its own, with the same ranks.
-        self._by_ranks = {_ranks(axis.group): name for name, axis in axes.items()}
+        self._by_ranks = {_ranks(group): axis for axis, group in groups.items()}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
