@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks import REPOSITORY, BenchmarkParser, benchmark_facts
 from benchmarks.data import loaders
-from benchmarks.data.report import RATES, DataReport, DataRow, Requirement
+from benchmarks.data.report import RATES, DataReport, Requirement
 from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write_train_shard
 
 MEASURED = ("ds_linclip/data", "benchmarks/data")
@@ -70,6 +70,10 @@ NOTES = """\
 - Truncated images are cut in half; ds_linclip replaces each by another sample of the shard.
 - Waiting for data is the sum of perf/data_seconds_per_step over that of perf/seconds_per_step,
   without the first logging interval."""
+
+
+#: A row of data.csv; see :class:`DataReport`.
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def main() -> int:
 
 def _measure_all(
     folder: Path, arguments: argparse.Namespace
-) -> tuple[list[DataRow], list[Requirement]]:
+) -> tuple[list[Row], list[Requirement]]:
     names = ["ds_linclip"]
     if not arguments.without_open_clip:
         install_for_open_clip(folder / "packages")
@@ -142,9 +146,8 @@ def _measure_all(
         packages = folder / "packages" if loader == "open_clip" else None
         found = measure_apart({"shards": sets[name].paths, **settings}, packages)
         size = round(sets[name].bytes_per_image)
-        rows.append(
-            DataRow(case=case, repetition=repetition, bytes_per_image=size, **settings, **found)
-        )
+        place = {"case": case, "repetition": repetition, "bytes_per_image": size}
+        rows.append(place | settings | found)
     requirements = check_requirements(rows, sets["dirty"].num_bad)
     if arguments.training_steps:
         share = waiting_share(training_metrics(folder / "runs", arguments.training_steps))
@@ -228,7 +231,7 @@ def measure_apart(arguments: dict[str, Any], packages: Path | None) -> dict[str,
     return found
 
 
-def check_requirements(rows: Sequence[DataRow], num_bad: int) -> list[Requirement]:
+def check_requirements(rows: Sequence[Row], num_bad: int) -> list[Requirement]:
     """Return a verdict on every requirement that the rows say something about.
 
     Args:
@@ -249,9 +252,9 @@ def check_requirements(rows: Sequence[DataRow], num_bad: int) -> list[Requiremen
         name, rule = f"loss of {title} with 5 % truncated images", f"<= {MAX_LOSS:.0%}"
         found = f"{middle:.1%} ({high:.1%} ... {low:.1%})"
         verdicts.append(Requirement(name, rule, found, middle <= MAX_LOSS))
-    counts = [row.skipped for row in rows if row.case == DIRTY]
+    counts = [row["skipped"] for row in rows if row["case"] == DIRTY]
     totals = sorted(set(counts))
-    clean = sum(row.skipped for row in rows if row.case != DIRTY)
+    clean = sum(row["skipped"] for row in rows if row["case"] != DIRTY)
     name = "truncated images that were skipped and counted in one epoch"
     found = f"{', '.join(map(str, totals))} in each of {len(counts)} runs; {clean} where none is"
     passed = totals == [num_bad] and clean == 0
@@ -296,7 +299,7 @@ def _write(folder: Path, samples: Sequence[EncodedSample], *, num_bad: int) -> S
     )
 
 
-def _conditions(arguments: argparse.Namespace, rows: Sequence[DataRow]) -> dict[str, str]:
+def _conditions(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, str]:
     facts = {
         "python": platform.python_version(),
         "workers": str(arguments.workers),
@@ -304,12 +307,12 @@ def _conditions(arguments: argparse.Namespace, rows: Sequence[DataRow]) -> dict[
         "repetitions": str(arguments.repetitions),
     }
     for row in rows:
-        if row.loader == "open_clip":
-            facts["webdataset of open_clip_train"] = row.webdataset
-        if row.case in (CLEAN, LARGE):
-            facts[f"{row.case.partition(',')[0]}:"] = (
-                f"{row.num_samples} photos, JPEG of quality 95, "
-                f"{row.bytes_per_image / 1000:.1f} kB each"
+        if row["loader"] == "open_clip":
+            facts["webdataset of open_clip_train"] = row["webdataset"]
+        if row["case"] in (CLEAN, LARGE):
+            facts[f"{row['case'].partition(',')[0]}:"] = (
+                f"{row['num_samples']} photos, JPEG of quality 95, "
+                f"{row['bytes_per_image'] / 1000:.1f} kB each"
             )
     return facts
 

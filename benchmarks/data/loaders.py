@@ -52,7 +52,7 @@ def measure(
     Returns:
         "samples" in these batches; "wall_seconds" from the last batch of the warm-up to the last
         one; "cpu_seconds" of the process and its workers in between; "skipped" bad samples of the
-        first epoch, which open_clip's loader does not count; the version of "webdataset".
+        first epoch, which open_clip's loader does not count; the version of "webdataset"; rates.
     """
     import webdataset
 
@@ -71,12 +71,15 @@ def measure(
         if number == warmup_batches - 1:
             start = time.perf_counter(), _cpu_seconds()
     end = time.perf_counter(), _cpu_seconds()
+    samples, wall, cpu = batches * batch_size, end[0] - start[0], end[1] - start[1]
     return {
-        "samples": batches * batch_size,
-        "wall_seconds": end[0] - start[0],
-        "cpu_seconds": end[1] - start[1],
+        "samples": samples,
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
         "skipped": skipped,
         "webdataset": webdataset.__version__,
+        "samples_per_second": samples / wall,
+        "samples_per_cpu_second": samples / cpu,
     }
 
 

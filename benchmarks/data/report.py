@@ -1,10 +1,9 @@
 """Report of bench_data.py: ratios, tables and a picture."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -12,49 +11,15 @@ from matplotlib.lines import Line2D
 from linclip_eval.plotting import INK, LINEAR, SOFTMAX, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, write_report
 
-__all__ = ["RATES", "DataReport", "DataRow", "Requirement", "Spread"]
+__all__ = ["RATES", "DataReport", "Requirement", "Spread"]
 
-#: Rates of a :class:`DataRow`, and their titles.
+#: Rates of a row, and their titles.
 RATES = {
     "samples_per_second": "samples / s",
     "samples_per_cpu_second": "samples / CPU-second",
 }
-#: ``DataRow.loader`` -> the name of its project, and its colour.
+#: Loader -> the name of its project, and its colour.
 LOADERS = {"ds_linclip": ("ds_linclip", LINEAR), "open_clip": ("open_clip_train", SOFTMAX)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataRow:
-    """A measurement: its place in the run, then arguments and results of ``loaders.measure``.
-
-    Attributes:
-        case: The shards and the size of the output.
-        bytes_per_image: Mean size of the files.
-    """
-
-    case: str
-    repetition: int
-    bytes_per_image: int
-    loader: str
-    num_samples: int
-    image_size: int
-    batch_size: int
-    num_workers: int
-    warmup_batches: int
-    batches: int
-    samples: int
-    wall_seconds: float
-    cpu_seconds: float
-    skipped: int
-    webdataset: str
-
-    @property
-    def samples_per_second(self) -> float:
-        return self.samples / self.wall_seconds
-
-    @property
-    def samples_per_cpu_second(self) -> float:
-        return self.samples / self.cpu_seconds
 
 
 class Spread(NamedTuple):
@@ -78,16 +43,17 @@ class DataReport:
     """Rows of one run.
 
     Args:
-        rows: All measurements.
+        rows: All measurements: "case", "repetition", "bytes_per_image", and the arguments and
+            results of ``loaders.measure``.
     """
 
-    def __init__(self, rows: Sequence[DataRow]) -> None:
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.rows = rows
         #: Case and loader of everything that was measured, cases in their order.
         self.lines = [
             (case, loader)
-            for case in dict.fromkeys(row.case for row in rows)
-            for loader in dict.fromkeys(row.loader for row in rows if row.case == case)
+            for case in dict.fromkeys(row["case"] for row in rows)
+            for loader in dict.fromkeys(row["loader"] for row in rows if row["case"] == case)
         ]
 
     def write(
@@ -129,12 +95,7 @@ class DataReport:
                 notes,
             ],
             facts=facts,
-            tables={
-                "data.csv": [
-                    asdict(row) | {rate: round(getattr(row, rate), 1) for rate in RATES}
-                    for row in self.rows
-                ]
-            },
+            tables={"data.csv": self.rows},
             table_facts=("device", "torch", "date_utc", "commit"),
             figures={"data.png": self._draw()},
         )
@@ -160,8 +121,8 @@ class DataReport:
         return self.ratio(rate, (case, "ds_linclip"), (case, "open_clip"))
 
     def _values(self, case: str, loader: str, rate: str) -> dict[int, float]:
-        rows = (row for row in self.rows if (row.case, row.loader) == (case, loader))
-        return {row.repetition: getattr(row, rate) for row in rows}
+        rows = (row for row in self.rows if (row["case"], row["loader"]) == (case, loader))
+        return {row["repetition"]: row[rate] for row in rows}
 
     def _draw(self) -> Figure:
         """Draw median and range of both rates, a line per case and loader."""

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,6 +129,10 @@ def run(layout: str, attention: str, steps: int, overrides: Sequence[str]) -> li
     micro_batch = BATCH // sizes["dp"] // sizes.pop("micro")
     stage = sizes.pop("zero")
     with tempfile.TemporaryDirectory() as folder:
+        # Nothing is fetched ahead: ZeRO-3 keeps what it has fetched for two uses, and gathers it
+        # once.
+        settings = Path(folder, "deepspeed.json")
+        settings.write_text('{"zero_optimization": {"stage3_prefetch_bucket_size": 0}}')
         config = load_config(
             REPOSITORY / "ds_configs" / "train" / "embedded.yaml",
             [
@@ -142,7 +146,8 @@ def run(layout: str, attention: str, steps: int, overrides: Sequence[str]) -> li
                 *("optim.lr=3e-4", "optim.eps=1e-4"),
                 *(f"model.{t}.attention.kind={attention}" for t in ("vision", "text")),
                 *(f"parallel.{axis}={size}" for axis, size in sizes.items()),
-                *(f"zero.stage={stage}", f"train.micro_batch_size={micro_batch}"),
+                *(f"zero.stage={stage}", f"zero.deepspeed_config={settings}"),
+                f"train.micro_batch_size={micro_batch}",
             ],
         )
         return measure_on_ranks(math.prod(sizes.values()), train_rank, config)
@@ -166,15 +171,10 @@ def train_rank(config: Config) -> RankResult:
 
 def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[str, int]]:
     """Return the bytes by axis that this rank exchanges in a step: measured, and planned."""
-    # Nothing is fetched ahead: ZeRO-3 keeps what it has fetched for two uses, and gathers it once.
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        file.write(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": 0}}))
-        file.flush()
-        config = replace(config, zero=replace(config.zero, deepspeed_config=file.name))
-        units = stage_units(config, mesh.pp)
-        model = CLIP(config.model, mesh, loss=config.loss.kind, units=units)
-        plan = plan_rank(config, mesh)
-        engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
+    units = stage_units(config, mesh.pp)
+    model = CLIP(config.model, mesh, loss=config.loss.kind, units=units)
+    plan = plan_rank(config, mesh)
+    engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
     vision, text = config.model.vision, config.model.text
     local = config.train.global_batch_size // mesh.dp.size
     images = torch.randn(local, 3, *vision.image_size)
