@@ -46,17 +46,30 @@ class BenchmarkParser(argparse.ArgumentParser):
             if not least > 0:
                 self.error(f"{name.replace('_', '-')} ({least}) must be positive")
 
-    def folder(self, arguments: argparse.Namespace, device: str) -> Path:
-        """Return the folder for the results on a device, "cuda" or "cpu"; create it."""
+    def begin(
+        self,
+        arguments: argparse.Namespace,
+        device: str,
+        measured: Sequence[str],
+        packages: Sequence[str] = ("torch",),
+    ) -> tuple[Path, dict[str, str]]:
+        """Return the folder for the results, created, and the facts of a run that begins.
+
+        Args:
+            arguments: The parsed command line.
+            device: "cuda" or "cpu".
+            measured, packages: Arguments of :func:`~ds_linclip.provenance.run_facts`.
+        """
         results = REPOSITORY / "docs" / "results" / self._what
         given: Path | None = getattr(arguments, self._output.dest)
         output = given or results / folder_name(device_name(device))
         try:
             output.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=output):
-                return output
+                pass
         except OSError as error:
             self.error(f"output ({output}) must be a folder one can write to: {error.strerror}")
+        return output, benchmark_facts(device, measured, packages)
 
 
 def measure_on_ranks(num_ranks: int, measure: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -12,15 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import REPOSITORY, BenchmarkParser, benchmark_facts, measure_on_ranks
+from benchmarks import REPOSITORY, BenchmarkParser, measure_on_ranks
 from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.engine import Engine
@@ -36,34 +35,23 @@ REPETITIONS = 3
 BATCH = 4
 
 
-@dataclass(frozen=True)
-class CheckpointRow:
-    """Median seconds of one action, here and in DeepSpeed."""
-
-    action: str
-    ours: float
-    deepspeed: float
-
-    @property
-    def ratio(self) -> float:
-        return self.deepspeed / self.ours
-
-
 def main() -> int:
     parser = BenchmarkParser("checkpoint", __doc__, "--out")
-    output = parser.folder(parser.parse_args(), "cpu")
-    facts = benchmark_facts("cpu", MEASURED, ("torch", "deepspeed"))
+    output, facts = parser.begin(parser.parse_args(), "cpu", MEASURED, ("torch", "deepspeed"))
     with tempfile.TemporaryDirectory() as folder:
         seconds = measure_on_ranks(2, save_and_load, Path(folder))[0]
         seconds |= measure_on_ranks(1, load_on_one, Path(folder))[0]
     theirs_on_one = seconds["ds_convert"] + seconds["ds_load_on_one"]
-    rows = [
-        CheckpointRow("training waits for a save", seconds["asynchronous"], seconds["ds_save"]),
-        CheckpointRow("a save is on the disk", seconds["synchronous"], seconds["ds_save"]),
-        CheckpointRow("load, same ranks", seconds["load"], seconds["ds_load"]),
-        CheckpointRow("load on one rank instead of two", seconds["load_on_one"], theirs_on_one),
+    pairs = {
+        "training waits for a save": (seconds["asynchronous"], seconds["ds_save"]),
+        "a save is on the disk": (seconds["synchronous"], seconds["ds_save"]),
+        "load, same ranks": (seconds["load"], seconds["ds_load"]),
+        "load on one rank instead of two": (seconds["load_on_one"], theirs_on_one),
+    }
+    cells = [
+        [action, f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}"]
+        for action, (ours, theirs) in pairs.items()
     ]
-    cells = [[r.action, f"{r.ours:.2f}", f"{r.deepspeed:.2f}", f"{r.ratio:.1f}"] for r in rows]
     summary = write_report(
         output,
         title="Checkpoints against DeepSpeed's",
@@ -79,8 +67,13 @@ def main() -> int:
             "![seconds](checkpoint.png)",
         ],
         facts=facts,
-        tables={"checkpoint.csv": rows},
-        figures={"checkpoint.png": _draw(rows)},
+        tables={
+            "checkpoint.csv": [
+                {"action": action, "ours": ours, "deepspeed": theirs}
+                for action, (ours, theirs) in pairs.items()
+            ]
+        },
+        figures={"checkpoint.png": _draw(pairs)},
     )
     print(summary)
     return 0
@@ -180,16 +173,16 @@ def median_time(mesh: Mesh, action: Callable[[], object]) -> float:
     return statistics.median([timed(mesh, action) for _ in range(REPETITIONS + 1)][1:])
 
 
-def _draw(rows: list[CheckpointRow]) -> Figure:
+def _draw(pairs: Mapping[str, tuple[float, float]]) -> Figure:
     figure = new_figure(7, 3.4)
     axes = figure.subplots()
-    for offset, label, colour in ((-0.2, "ours", LINEAR), (0.2, "DeepSpeed", SOFTMAX)):
-        values = [getattr(row, label.lower()) for row in rows]
-        places = [place + offset for place in range(len(rows))]
+    for number, (label, colour) in enumerate((("ours", LINEAR), ("DeepSpeed", SOFTMAX))):
+        places = [place - 0.2 + 0.4 * number for place in range(len(pairs))]
+        values = [pair[number] for pair in pairs.values()]
         axes.barh(places, values, 0.4, label=label, color=colour)
     dress(axes, "seconds")
     axes.grid(visible=False, axis="y")
-    axes.set_yticks(range(len(rows)), [row.action for row in rows])
+    axes.set_yticks(range(len(pairs)), list(pairs))
     axes.invert_yaxis()
     add_legend(figure, axes.get_legend_handles_labels()[0])
     return figure

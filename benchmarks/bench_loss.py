@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 
 import numpy as np
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 from open_clip.loss import ClipLoss
 from torch.nn import functional as F
 
-from benchmarks import BenchmarkParser, benchmark_facts
+from benchmarks import BenchmarkParser
 from benchmarks.peak_memory import PeakMemory
 from ds_linclip.loss.contrastive import clip_loss
 from linclip_eval.plotting import LINEAR, SOFTMAX, add_legend, dress, new_figure
@@ -30,18 +29,8 @@ MEASURED = ("ds_linclip/loss", "benchmarks/bench_loss.py")
 DIM = 768
 
 
-@dataclass(frozen=True)
-class LossRow:
-    """One number of pairs: peak memory above the inputs in MiB, seconds, agreement."""
-
-    pairs: int
-    tiles_mib: float
-    plain_mib: float
-    ratio: float
-    tiles_seconds: float
-    plain_seconds: float
-    value_difference: float
-    gradient_difference: float
+#: A line of loss.csv: pairs, peak memory above the inputs in MiB, seconds, agreement.
+Row = dict[str, float]
 
 
 def main() -> int:
@@ -50,17 +39,17 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     device = arguments.device
-    output = parser.folder(arguments, device)
-    facts = benchmark_facts(device, MEASURED, ("torch", "open_clip_torch"))
+    output, facts = parser.begin(arguments, device, MEASURED, ("torch", "open_clip_torch"))
     rows = []
     for pairs in sorted(arguments.sizes):
         rows.append(measure_both(pairs, device))
         print(rows[-1], flush=True)
     table = [
         [
-            *(row.pairs, f"{row.tiles_mib:.0f}", f"{row.plain_mib:.0f}", f"{row.ratio:.1f}"),
-            *(f"{row.tiles_seconds:.1f}", f"{row.plain_seconds:.1f}"),
-            *(f"{row.value_difference:.1e}", f"{row.gradient_difference:.1e}"),
+            row["pairs"],
+            *(f"{row[name]:.0f}" for name in ("tiles_mib", "plain_mib")),
+            *(f"{row[name]:.1f}" for name in ("ratio", "tiles_seconds", "plain_seconds")),
+            *(f"{row[name]:.1e}" for name in ("value_difference", "gradient_difference")),
         ]
         for row in rows
     ]
@@ -81,10 +70,10 @@ def main() -> int:
         figures={"loss.png": _draw(rows)},
     )
     print(summary)
-    return 1 if any(row.pairs >= 32768 and row.ratio < 8 for row in rows) else 0
+    return 1 if any(row["pairs"] >= 32768 and row["ratio"] < 8 for row in rows) else 0
 
 
-def measure_both(pairs: int, device: str) -> LossRow:
+def measure_both(pairs: int, device: str) -> Row:
     """Measure each form in a fresh process and compare their results.
 
     Raises:
@@ -99,16 +88,16 @@ def measure_both(pairs: int, device: str) -> LossRow:
         relative_rms(torch.from_numpy(ours), torch.from_numpy(theirs))
         for ours, theirs in zip(tiles, plain, strict=True)
     )
-    return LossRow(
-        pairs=pairs,
-        tiles_mib=tiles_mib,
-        plain_mib=plain_mib,
-        ratio=plain_mib / tiles_mib,
-        tiles_seconds=tiles_seconds,
-        plain_seconds=plain_seconds,
-        value_difference=value,
-        gradient_difference=max(gradients),
-    )
+    return {
+        "pairs": pairs,
+        "tiles_mib": tiles_mib,
+        "plain_mib": plain_mib,
+        "ratio": plain_mib / tiles_mib,
+        "tiles_seconds": tiles_seconds,
+        "plain_seconds": plain_seconds,
+        "value_difference": value,
+        "gradient_difference": max(gradients),
+    }
 
 
 def measure(form: str, pairs: int, device: str) -> tuple[float, float, list[np.ndarray]]:
@@ -132,13 +121,16 @@ def measure(form: str, pairs: int, device: str) -> tuple[float, float, list[np.n
     return mib, seconds, [x.numpy() for x in (value, *gradients)]
 
 
-def _draw(rows: Sequence[LossRow]) -> Figure:
+def _draw(rows: Sequence[Row]) -> Figure:
     figure = new_figure(5, 4)
     axes = figure.subplots()
-    pairs = [row.pairs for row in rows]
-    plain, tiles = [row.plain_mib for row in rows], [row.tiles_mib for row in rows]
-    axes.loglog(pairs, plain, "o-", color=SOFTMAX, label="one piece (open_clip)")
-    axes.loglog(pairs, tiles, "o-", color=LINEAR, label="tiles (ds_linclip)")
+    pairs = [row["pairs"] for row in rows]
+    for form, colour, label in (
+        ("plain", SOFTMAX, "one piece (open_clip)"),
+        ("tiles", LINEAR, "tiles (ds_linclip)"),
+    ):
+        memory = [row[f"{form}_mib"] for row in rows]
+        axes.loglog(pairs, memory, "o-", color=colour, label=label)
     dress(
         axes, "loss and gradients", xlabel="pairs in the batch", ylabel="peak above the inputs, MiB"
     )

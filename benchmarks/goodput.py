@@ -26,7 +26,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import REPOSITORY, BenchmarkParser, benchmark_facts
+from benchmarks import REPOSITORY, BenchmarkParser
 from ds_linclip.config import Config, load_config
 from ds_linclip.data import Storage, TrainData, find_shards
 from ds_linclip.data.tar_index import OpenShard
@@ -86,8 +86,7 @@ def main() -> int:
     parser.add_argument("--seconds-between-saves", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0, help="for times and victims")
     arguments = parser.parse_intermixed_args()
-    folder = parser.folder(arguments, "cpu")
-    facts = benchmark_facts("cpu", MEASURED, ("torch", "deepspeed"))
+    folder, facts = parser.begin(arguments, "cpu", MEASURED, ("torch", "deepspeed"))
     with tempfile.TemporaryDirectory(prefix="goodput-") as output:
         common = [*arguments.overrides, "eval.data=null", f"output_dir={output}"]
         common += ["log.every_steps=1", "log.tensorboard=false", "log.sample_keys=true"]

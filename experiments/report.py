@@ -13,8 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import product, starmap
+from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageFilter, ImageOps
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from ds_linclip.data.prepare.digits import CLASSNAMES, TEMPLATES, digit_samples
 from ds_linclip.data.prepare.shard_writer import write_labelled_folder
 from ds_linclip.process.atomic import atomic_directory, write_atomically
+from experiments.scaling_runs import ATTENTIONS, run_name, train_runs
 from linclip_eval.commands.report import write_page
 
 REPOSITORY = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ DOMAINS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "inverted": ImageOps.invert,
     "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(2)),
 }
-ATTENTIONS, WIDTHS, STEPS = ("softmax", "linear"), (32, 64, 96), (150, 450)
+WIDTHS, STEPS = (32, 64, 96), (150, 450)
 
 
 def main() -> int:
@@ -42,7 +42,11 @@ def main() -> int:
     options = parser.parse_args()
     out = options.output.resolve() if options.output else Path("runs/report")
     os.chdir(REPOSITORY)  # so that the results name no path outside of it
-    runs = {attention: _run_folder(out, attention) for attention in ATTENTIONS}
+    folders = {
+        place: out / "runs" / run_name(*place)
+        for place in product(ATTENTIONS, WIDTHS, STEPS, range(options.seeds))
+    }
+    runs = {a: folders[a, WIDTHS[-1], STEPS[-1], 0] for a in ATTENTIONS}
     models = [f"{attention}={run}" for attention, run in runs.items()]
     test = EMBEDDED / "test"
     domains = [f"digits={test}", *(f"{name}={out / 'domains' / name}" for name in DOMAINS)]
@@ -56,20 +60,14 @@ def main() -> int:
         "resolution": ("resolution", *models, "--data", *domains, "--sizes", 16, 24, 32, 48, 64),
         "diagnostics": (
             "diagnostics",
-            *(f"{a} {w}={_run_folder(out, a, width=w)}" for a in ATTENTIONS for w in WIDTHS),
+            *(f"{a} {w}={folders[a, w, STEPS[-1], 0]}" for a in ATTENTIONS for w in WIDTHS),
             *("--data", test),
         ),
-        "scaling-laws": (
-            "scaling-laws",
-            *starmap(
-                partial(_run_folder, out), product(ATTENTIONS, WIDTHS, STEPS, range(options.seeds))
-            ),
-        ),
+        "scaling-laws": ("scaling-laws", *folders.values()),
         "runtime": ("runtime", "--budget-seconds", 90),
     }
     try:
-        sizes = ["--widths", *WIDTHS, "--steps", *STEPS, "--seeds", options.seeds]
-        _run(["-m", "experiments.scaling_runs", out, *sizes])
+        train_runs(out, widths=WIDTHS, steps=STEPS, seeds=options.seeds)
         _write_domains(out / "domains")
         for name, stage in tqdm(stages.items(), "evaluations", unit="evaluation"):
             command = ["-m", "linclip_eval", *map(str, stage), "--out", str(out / name)]
@@ -78,31 +76,22 @@ def main() -> int:
             if not done.exists() or json.loads(done.read_text()) != command:
                 _run(command, out / f"{name}.log")
                 write_atomically(done, json.dumps(command))
-    except subprocess.CalledProcessError as error:
-        print(f"error: {shlex.join(error.cmd)} ended with {error.returncode}", file=sys.stderr)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     page = write_page([out / name for name in stages], out, title="The embedded runs, evaluated")
     print(page)
     return 0
 
 
-def _run_folder(
-    out: Path, attention: str, width: int = WIDTHS[-1], steps: int = STEPS[-1], seed: int = 0
-) -> Path:
-    return out / "runs" / f"{attention}_width{width}_steps{steps}_seed{seed}"
-
-
-def _run(arguments: Sequence[object], log: Path | None = None) -> None:
-    command = [sys.executable, *map(str, arguments)]
-    if log is None:
-        subprocess.run(command, check=True)
-        return
+def _run(arguments: Sequence[str], log: Path) -> None:
+    """Run a Python program; raise ValueError when it fails."""
+    command = [sys.executable, *arguments]
     with log.open("w") as file:
-        try:
-            subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT)
-        except subprocess.CalledProcessError:
-            print(log.read_text()[-2000:], file=sys.stderr)
-            raise
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        print(log.read_text()[-2000:], file=sys.stderr)
+        raise ValueError(f"{shlex.join(command)} ended with {done.returncode}")
 
 
 def _write_domains(folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import BenchmarkParser, benchmark_facts
+from benchmarks import BenchmarkParser
 from benchmarks.attention.operators import (
     FORMS,
     HEAD_DIM,
@@ -72,7 +72,8 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("device ('cuda') must be available: this machine has no CUDA device")
     parser.check_positive(arguments, "tokens", "budget_seconds", "threads")
-    output = parser.folder(arguments, device)
+    packages = ("torch", "triton", "flash-linear-attention")
+    output, facts = parser.begin(arguments, device, MEASURED, packages)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     checks = check_forms(device, tokens)
@@ -82,7 +83,6 @@ def main() -> int:
         return 1
     dtype, bandwidth = DTYPE[device], copy_bandwidth(device)
     implementations = Implementation.available(device)
-    facts = benchmark_facts(device, MEASURED, ("torch", "triton", "flash-linear-attention"))
     facts |= {"commit": arguments.commit} if arguments.commit else {}
     facts["dtype"] = str(dtype).removeprefix("torch.")
     facts["threads"] = str(arguments.threads)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from benchmarks import BenchmarkParser, benchmark_facts
+from benchmarks import BenchmarkParser
 from benchmarks.context.report import (
     CHECK_TOKENS,
     HEAD_DIM,
@@ -71,8 +71,8 @@ def main() -> int:
     if device == "cuda" and torch.cuda.device_count() < ranks[-1]:
         found = torch.cuda.device_count()
         parser.error(f"ranks ({ranks[-1]}) must be at most the number of GPUs ({found})")
-    output = parser.folder(arguments, device)
-    facts = benchmark_facts(device, MEASURED) | {
+    output, facts = parser.begin(arguments, device, MEASURED)
+    facts |= {
         "backend": "nccl" if device == "cuda" else "gloo",
         "dtype": str(DTYPE[device]).removeprefix("torch."),
         "repetitions": str(arguments.repetitions),

@@ -27,7 +27,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from benchmarks import REPOSITORY, BenchmarkParser, benchmark_facts
+from benchmarks import REPOSITORY, BenchmarkParser
 from benchmarks.data import loaders
 from benchmarks.data.report import RATES, DataReport, Requirement
 from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write_train_shard
@@ -99,8 +99,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     parser.check_positive(arguments, "workers", "repetitions", "batch_size", "batches_per_shard")
-    output = parser.folder(arguments, "cpu")
-    facts = benchmark_facts("cpu", MEASURED, PACKAGES)
+    output, facts = parser.begin(arguments, "cpu", MEASURED, PACKAGES)
     with tempfile.TemporaryDirectory() as folder:
         try:
             rows, requirements = _measure_all(Path(folder), arguments)

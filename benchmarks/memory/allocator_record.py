@@ -3,14 +3,13 @@
 import ctypes
 import gc
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from ds_linclip.engine.engine import Engine
@@ -40,14 +39,8 @@ class AllocatorRecord:
         self._profile.__exit__(*error)
         self._flag.value = False
 
-    @contextmanager
-    def named(self, name: str) -> Iterator[None]:
-        """Name a part of the context for :meth:`most`."""
-        with record_function(name):
-            yield
-
     def most(self, name: str) -> int:
-        """Return, after the context, the most bytes at any time within a part of it."""
+        """Return, after the context, the most bytes at any time in a ``record_function`` of it."""
         profiler: Any = self._profile.profiler
         events = list(_flat(profiler.kineto_results.experimental_event_tree()))
         (part,) = (event for event in events if event.name == name)

@@ -17,10 +17,11 @@ from itertools import product
 
 import psutil
 import torch
+from torch.profiler import record_function
 
-from benchmarks import REPOSITORY, BenchmarkParser, benchmark_facts, measure_on_ranks
+from benchmarks import REPOSITORY, BenchmarkParser, measure_on_ranks
 from benchmarks.memory.allocator_record import AllocatorRecord, live_bytes
-from benchmarks.memory.report import MemoryRow, is_as_planned, write_memory_report
+from benchmarks.memory.report import Row, is_as_planned, layout_name, write_memory_report
 from benchmarks.peak_memory import PeakMemory
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
@@ -36,6 +37,8 @@ MEASURED = (
     "ds_linclip/planner",
     "benchmarks/memory/bench_memory.py",
 )
+#: Kinds of tensors that live between steps.
+KINDS = ("weights", "gradients", "optimizer", "buckets")
 #: The first steps make the optimizer's state, and let ZeRO-3 learn the order of parameters.
 WARMUP = 2
 #: Below it malloc recycles memory without giving it back, and resident memory says little.
@@ -64,12 +67,11 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1])
     parser.add_argument("--quick", action="store_true", help="a tiny model on two ranks")
     arguments = parser.parse_args()
-    output = parser.folder(arguments, "cpu")
-    facts = benchmark_facts("cpu", MEASURED, ("torch", "deepspeed"))
+    output, facts = parser.begin(arguments, "cpu", MEASURED, ("torch", "deepspeed"))
     overrides = list(QUICK) if arguments.quick else []
     if arguments.layers:
         overrides += [f"model.{tower}.layers={arguments.layers}" for tower in ("vision", "text")]
-    rows: list[MemoryRow] = []
+    rows: list[Row] = []
     all_ranks = [2] if arguments.quick else arguments.ranks
     for precision, micro_batches, ranks, stage in product(
         arguments.precisions, arguments.micro_batches, all_ranks, arguments.stages
@@ -77,16 +79,18 @@ def main() -> int:
         layout = [f"train.precision={precision}", f"zero.stage={stage}", "train.micro_batch_size=1"]
         layout.append(f"train.global_batch_size={ranks * micro_batches}")
         rows += run(ranks, [*overrides, *layout], QUICK_ZERO if arguments.quick else None)
-        print(f"{rows[-1].layout}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{layout_name(rows[-1])}: {time.monotonic() - start:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     facts["overrides"] = " ".join(overrides) or "none"
     facts["duration"] = f"{time.monotonic() - start:.0f} s"
     print(write_memory_report(output, facts, rows))
     return 0 if is_as_planned(rows) else 1
 
 
-def run(
-    ranks: int, overrides: Sequence[str], zero: dict[str, int] | None = None
-) -> list[MemoryRow]:
+def run(ranks: int, overrides: Sequence[str], zero: dict[str, int] | None = None) -> list[Row]:
     """Train a few steps in processes of their own; return a row for every rank.
 
     Args:
@@ -103,7 +107,7 @@ def run(
         return measure_on_ranks(ranks, measure_rank, config)
 
 
-def measure_rank(config: Config) -> MemoryRow:
+def measure_rank(config: Config) -> Row:
     ctypes.CDLL(None).mallopt(-3, MMAP_THRESHOLD)  # M_MMAP_THRESHOLD
     mesh = Mesh.create(config.parallel)
     private_before = _private_bytes()
@@ -118,24 +122,24 @@ def measure_rank(config: Config) -> MemoryRow:
         ctypes.CDLL(None).malloc_trim(0)
         kept = _private_bytes() - private_before
         peak = PeakMemory("cpu")
-        with record.named("a step"):
+        with record_function("a step"):
             engine.step(batch, lr=1e-3)
         growth = peak.growth()
         live = live_bytes(engine)
-    row = MemoryRow(
-        ranks=mesh.world_size,
-        precision=config.train.precision,
-        stage=config.zero.stage,
-        micro_batches=config.num_micro_batches(mesh.dp.size),
-        rank=mesh.rank,
-        num_parameters=plan.num_parameters,
-        kept_planned=plan.kept,
-        kept_process=kept,
-        step_process=kept + growth,
-        **{f"kept_{kind}": size for kind, size in live.items()},
-        **{f"step_{kind}_planned": size for kind, size in plan.memory.items()},
-        step=record.most("a step"),
-    )
+    row = {
+        "ranks": mesh.world_size,
+        "precision": config.train.precision,
+        "stage": config.zero.stage,
+        "micro_batches": config.num_micro_batches(mesh.dp.size),
+        "rank": mesh.rank,
+        "num_parameters": plan.num_parameters,
+        "kept_planned": plan.kept,
+        **{f"kept_{kind}": live[kind] for kind in (*KINDS, "other")},
+        "kept_process": kept,
+        **{f"step_{kind}_planned": plan.memory[kind] for kind in (*KINDS, "activations")},
+        "step": record.most("a step"),
+        "step_process": kept + growth,
+    }
     mesh.barrier()
     mesh.close()
     return row

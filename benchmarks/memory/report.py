@@ -1,8 +1,8 @@
 """Report of bench_memory.py: tables, a picture and a verdict."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -20,8 +20,12 @@ from linclip_eval.plotting import (
 )
 from linclip_eval.results import markdown_table, write_report
 
-__all__ = ["MemoryRow", "is_as_planned", "write_memory_report"]
+__all__ = ["Row", "is_as_planned", "layout_name", "totals", "write_memory_report"]
 
+#: A line of memory.csv, one rank of one layout, in bytes: "kept" is between steps, "step" at the
+#: fullest moment of one; "planned" is what the planner predicts, "process" the memory of the whole
+#: process, the others that of tensors.
+Row = dict[str, Any]
 #: Largest relative difference of tensors between steps from the plan.
 TOLERANCE = 0.03
 MIB = 2**20
@@ -44,60 +48,26 @@ NOTES = """\
   and a dry run prints."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryRow:
-    """One rank of one layout; everything in bytes.
-
-    Attributes:
-        kept_*: Memory between steps.
-        step*: Memory at the fullest moment of a step.
-        *_planned: What the planner predicts.
-        *_process: Memory of the whole process; the others are those of tensors.
-    """
-
-    ranks: int
-    precision: str
-    stage: int
-    micro_batches: int
-    rank: int
-    num_parameters: int
-    kept_planned: int
-    kept_weights: int
-    kept_gradients: int
-    kept_optimizer: int
-    kept_buckets: int
-    kept_other: int
-    kept_process: int
-    step_weights_planned: int
-    step_gradients_planned: int
-    step_optimizer_planned: int
-    step_buckets_planned: int
-    step_activations_planned: int
-    step: int
-    step_process: int
-
-    @property
-    def layout(self) -> str:
-        ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}"
-        micro = f", {self.micro_batches} micro-batches" if self.micro_batches > 1 else ""
-        return f"{self.precision}, {ranks}, ZeRO-{self.stage}{micro}"
-
-    @property
-    def kept(self) -> int:
-        kinds = (getattr(self, f"kept_{kind}", 0) for kind in KINDS)
-        return self.kept_other + sum(kinds)
-
-    @property
-    def step_planned(self) -> int:
-        return sum(getattr(self, f"step_{kind}_planned") for kind in KINDS)
+def layout_name(row: Row) -> str:
+    ranks = f"{row['ranks']} rank{'s' if row['ranks'] > 1 else ''}"
+    micro = f", {row['micro_batches']} micro-batches" if row["micro_batches"] > 1 else ""
+    return f"{row['precision']}, {ranks}, ZeRO-{row['stage']}{micro}"
 
 
-def is_as_planned(rows: Sequence[MemoryRow]) -> bool:
+def totals(row: Row, moment: str) -> tuple[int, int]:
+    """Return the bytes of all tensors, as planned and as measured, at one moment."""
+    if moment == "step":
+        return sum(row[f"step_{kind}_planned"] for kind in KINDS), row["step"]
+    return row["kept_planned"], sum(row.get(f"kept_{kind}", 0) for kind in (*KINDS, "other"))
+
+
+def is_as_planned(rows: Sequence[Row]) -> bool:
     """Return whether the tensors between steps are those of the plan, on every rank."""
-    return all(abs(row.kept / row.kept_planned - 1) <= TOLERANCE for row in rows)
+    sizes = (totals(row, "kept") for row in rows)
+    return all(abs(tensors / planned - 1) <= TOLERANCE for planned, tensors in sizes)
 
 
-def write_memory_report(folder: Path, facts: dict[str, str], rows: Sequence[MemoryRow]) -> str:
+def write_memory_report(folder: Path, facts: dict[str, str], rows: Sequence[Row]) -> str:
     """Write memory.csv, memory.png and summary.md, whose text is returned.
 
     Args:
@@ -105,22 +75,11 @@ def write_memory_report(folder: Path, facts: dict[str, str], rows: Sequence[Memo
         facts: Conditions of the run; see :func:`linclip_eval.results.write_report`.
         rows: One for every rank of every layout.
     """
-    by_layout: dict[str, MemoryRow] = {}
-    for row in rows:
-        other = by_layout.setdefault(row.layout, row)
-        by_layout[row.layout] = row if row.step > other.step else other
-    fullest = list(by_layout.values())
-    between, within = [], []
-    for row in fullest:
-        share = f"{row.kept / row.kept_planned:.3f}"
-        sizes = _mib(row.kept_planned), _mib(row.kept), share, _mib(row.kept_process)
-        between.append([row.layout, *sizes])
-        share = f"{row.step / row.step_planned:.2f}"
-        sizes = _mib(row.step_planned), _mib(row.step), share, _mib(row.step_process)
-        kinds = (_mib(getattr(row, f"step_{kind}_planned")) for kind in KINDS)
-        within.append([row.layout, *sizes, *kinds])
-    header = ["layout", "plan", "tensors", "tensors / plan", "process"]
-    size = max(row.num_parameters for row in rows)
+    by_layout: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda each: each["step"]):
+        by_layout[layout_name(row)] = row
+    fullest = [by_layout[name] for name in dict.fromkeys(map(layout_name, rows))]
+    size = max(row["num_parameters"] for row in rows)
     return write_report(
         folder,
         title=f"Memory of a rank, {size / 1e6:.1f} M parameters",
@@ -128,10 +87,10 @@ def write_memory_report(folder: Path, facts: dict[str, str], rows: Sequence[Memo
             "MiB of the rank that has most in a step.",
             "![Memory of a rank in every layout](memory.png)",
             "## Between steps",
-            markdown_table(header, between),
+            _table(fullest, "kept", ()),
             "## At the fullest moment of a step",
             "By kind: the plan.",
-            markdown_table([*header, *KINDS], within),
+            _table(fullest, "step", tuple(KINDS)),
             "## How to read this",
             NOTES,
         ],
@@ -141,13 +100,25 @@ def write_memory_report(folder: Path, facts: dict[str, str], rows: Sequence[Memo
     )
 
 
-def _draw(rows: Sequence[MemoryRow]) -> Figure:
+def _table(rows: Sequence[Row], moment: str, kinds: Sequence[str]) -> str:
+    lines = []
+    for row in rows:
+        planned, tensors = totals(row, moment)
+        share = f"{tensors / planned:.3f}" if moment == "kept" else f"{tensors / planned:.2f}"
+        sizes = _mib(planned), _mib(tensors), share, _mib(row[f"{moment}_process"])
+        by_kind = (_mib(row[f"{moment}_{kind}_planned"]) for kind in kinds)
+        lines.append([layout_name(row), *sizes, *by_kind])
+    header = ["layout", "plan", "tensors", "tensors / plan", "process", *kinds]
+    return markdown_table(header, lines)
+
+
+def _draw(rows: Sequence[Row]) -> Figure:
     """Draw the plan left of the tensors, one of them by kind; the process as a mark."""
-    precisions = list(dict.fromkeys(row.precision for row in rows))
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
     figure = new_figure(13, 4.2 * len(precisions) + 0.6)
     panels = figure.subplots(len(precisions), 2, squeeze=False)
     for (kept, step), precision in zip(panels, precisions, strict=True):
-        same = [row for row in rows if row.precision == precision]
+        same = [row for row in rows if row["precision"] == precision]
         _draw_bars(kept, same, "kept", f"{precision}, between steps")
         _draw_bars(step, same, "step", f"{precision}, at the fullest moment of a step")
     marks: list[Artist] = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
@@ -156,24 +127,23 @@ def _draw(rows: Sequence[MemoryRow]) -> Figure:
     return figure
 
 
-def _draw_bars(axes: Axes, rows: Sequence[MemoryRow], moment: str, title: str) -> None:
+def _draw_bars(axes: Axes, rows: Sequence[Row], moment: str, title: str) -> None:
     # By kind are the tensors between steps, on the right, and the plan of a step, on the left.
-    by_kind, total = (0.2, -0.2) if moment == "kept" else (-0.2, 0.2)
-    suffix, other = ("", "_planned") if moment == "kept" else ("_planned", "")
+    suffix, by_kind = ("", 0.2) if moment == "kept" else ("_planned", -0.2)
     for place, row in enumerate(rows):
         bottom = 0.0
         for kind, colour in KINDS.items():
-            height = getattr(row, f"{moment}_{kind}{suffix}", 0) / MIB
+            height = row.get(f"{moment}_{kind}{suffix}", 0) / MIB
             axes.bar(place + by_kind, height, 0.38, bottom, color=colour)
             bottom += height
-        height = getattr(row, f"{moment}{other}") / MIB
-        axes.bar(place + total, height, 0.38, facecolor="white", edgecolor=INK, linewidth=1)
-    process = [getattr(row, f"{moment}_process") / MIB for row in rows]
+        height = totals(row, moment)[0 if moment == "kept" else 1] / MIB
+        axes.bar(place - by_kind, height, 0.38, facecolor="white", edgecolor=INK, linewidth=1)
+    process = [row[f"{moment}_process"] / MIB for row in rows]
     places = [place + 0.2 for place in range(len(rows))]
     axes.plot(places, process, "_", color=INK, markersize=16, label="process")
     dress(axes, title, ylabel="MiB")
     axes.grid(visible=False, axis="x")
-    axes.set_xticks(range(len(rows)), [row.layout.replace(", ", "\n") for row in rows])
+    axes.set_xticks(range(len(rows)), [layout_name(row).replace(", ", "\n") for row in rows])
 
 
 def _mib(size: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.memory.bench_memory import QUICK, QUICK_ZERO, run
-from benchmarks.memory.report import write_memory_report
+from benchmarks.memory.report import totals, write_memory_report
 from ds_linclip.config import load_config
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
     write_memory_report(folder, facts, [row for same in rows.values() for row in same])
     run_ranks(2, compare_offloading, folder)
     memory = {
-        name: [[row.kept, row.kept_planned, row.step, row.step_planned] for row in same]
+        name: [[*totals(row, "kept")[::-1], *totals(row, "step")[::-1]] for row in same]
         for name, same in rows.items()
     }
     (folder / "memory.json").write_text(json.dumps(memory))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.memory.bench_memory import run
+from benchmarks.memory.report import totals
 
 #: Wide enough for activations to be a good part, and in the long ones most.
 MODEL = [
@@ -64,7 +65,7 @@ def main(folder: Path, names: list[str]) -> None:
     for name in names:
         ranks, overrides = CASES[name]
         rows = run(ranks, [*MODEL, *overrides], ZERO)
-        found[name] = [[row.step, row.step_planned] for row in rows]
+        found[name] = [totals(row, "step")[::-1] for row in rows]
     (folder / "results.json").write_text(json.dumps(found))
 
 
