@@ -27,7 +27,7 @@ from benchmarks.context.report import (
     HEAD_DIM,
     HEADS,
     ContextReport,
-    ContextRow,
+    Row,
 )
 from benchmarks.correctness import Check, check_tensors, output_and_gradients
 from benchmarks.peak_memory import PeakMemory
@@ -87,7 +87,7 @@ def main() -> int:
         )
         found_by_rank = [json.loads(file.read_text()) for file in Path(folder).glob("*.json")]
     checks = [Check(**check) for checks, _ in found_by_rank for check in checks]
-    rows = [ContextRow(**row) for _, rows in found_by_rank for row in rows]
+    rows = [row for _, rows in found_by_rank for row in rows]
     facts["duration"] = f"{time.monotonic() - start:.0f} s"
     report = ContextReport(facts, checks, rows)
     print(report.write(output))
@@ -118,7 +118,7 @@ def _one_rank(
         dist.barrier()
         if rank < size:
             rows.append(_measure(num_tokens, repetition, groups[size], device))
-    found = [asdict(check) for check in checks], [asdict(row) for row in rows]
+    found = [asdict(check) for check in checks], rows
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -138,7 +138,7 @@ def _check(group: dist.ProcessGroup, device: str) -> list[Check]:
     return check_tensors(f"{group.size()} ranks", CHECK_TOKENS, found, plain, exact)
 
 
-def _measure(num_tokens: int, repetition: int, group: dist.ProcessGroup, device: str) -> ContextRow:
+def _measure(num_tokens: int, repetition: int, group: dist.ProcessGroup, device: str) -> Row:
     """Measure one forward and backward, after a short one in which kernels are compiled."""
     own = token_slice(num_tokens, group.rank(), group.size())
     packed = _packed(own.stop - own.start, device)
@@ -155,17 +155,17 @@ def _measure(num_tokens: int, repetition: int, group: dist.ProcessGroup, device:
         torch.autograd.grad(out, inputs, grad)
     if device == "cuda":
         torch.cuda.synchronize()
-    return ContextRow(
-        num_tokens=num_tokens,
-        num_ranks=group.size(),
-        rank=group.rank(),
-        repetition=repetition,
-        cpu_seconds=time.process_time() - cpu,
-        wall_seconds=time.perf_counter() - wall,
-        forward_bytes=sum(forward.bytes.values()),
-        backward_bytes=sum(backward.bytes.values()),
-        peak_mib=peak.growth() / 2**20,
-    )
+    return {
+        "num_tokens": num_tokens,
+        "num_ranks": group.size(),
+        "rank": group.rank(),
+        "repetition": repetition,
+        "cpu_seconds": time.process_time() - cpu,
+        "wall_seconds": time.perf_counter() - wall,
+        "forward_bytes": sum(forward.bytes.values()),
+        "backward_bytes": sum(backward.bytes.values()),
+        "peak_mib": peak.growth() / 2**20,
+    }
 
 
 def _packed(num_tokens: int, device: str) -> Tensor:

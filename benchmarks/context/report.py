@@ -1,10 +1,10 @@
 """Report of bench_context.py: checks, tables and a picture."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -12,8 +12,10 @@ from benchmarks.correctness import Check, correctness_table
 from linclip_eval.plotting import COLOURS, add_legend, dress, new_figure, set_token_axis
 from linclip_eval.results import markdown_table, write_report
 
-__all__ = ["CHECK_TOKENS", "HEADS", "HEAD_DIM", "STATE_BYTES", "ContextReport", "ContextRow"]
+__all__ = ["CHECK_TOKENS", "HEADS", "HEAD_DIM", "STATE_BYTES", "ContextReport", "Row"]
 
+#: A line of context.csv: one call on one rank.
+Row = dict[str, Any]
 #: Few, so that 262144 tokens in one process leave room on a machine of 16 GiB.
 HEADS, HEAD_DIM = 4, 64
 #: A state is [H, D + 1, D + 1] in float32, whatever the number of tokens.
@@ -36,26 +38,6 @@ NOTES = """\
   that wall time says nothing about machines with more: compare CPU seconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ContextRow:
-    """One call on one rank.
-
-    Attributes:
-        forward_bytes, backward_bytes: Bytes handed to collectives.
-        peak_mib: Memory that the call adds to the inputs.
-    """
-
-    num_tokens: int
-    num_ranks: int
-    rank: int
-    repetition: int
-    cpu_seconds: float
-    wall_seconds: float
-    forward_bytes: int
-    backward_bytes: int
-    peak_mib: float
-
-
 class ContextReport:
     """Rows and checks of one run.
 
@@ -65,18 +47,16 @@ class ContextReport:
         rows: All measurements.
     """
 
-    def __init__(
-        self, facts: dict[str, str], checks: Sequence[Check], rows: Sequence[ContextRow]
-    ) -> None:
+    def __init__(self, facts: dict[str, str], checks: Sequence[Check], rows: Sequence[Row]) -> None:
         self.facts, self.checks, self.rows = facts, checks, rows
-        self.tokens = sorted({row.num_tokens for row in rows})
-        self.ranks = sorted({row.num_ranks for row in rows})
+        self.tokens = sorted({row["num_tokens"] for row in rows})
+        self.ranks = sorted({row["num_ranks"] for row in rows})
 
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks) and all(
-            {row.forward_bytes, row.backward_bytes} == {_expected_bytes(row.num_ranks)}
-            for row in self.rows
+            row[f"{way}_bytes"] == _expected_bytes(row["num_ranks"])
+            for row, way in product(self.rows, ("forward", "backward"))
         )
 
     def write(self, folder: Path) -> str:
@@ -115,12 +95,13 @@ class ContextReport:
         for num_tokens in self.tokens:
             by_repetition: dict[int, list[float]] = {}
             for row in self._rows_of(num_ranks, num_tokens):
-                by_repetition.setdefault(row.repetition, []).append(getattr(row, field))
+                by_repetition.setdefault(row["repetition"], []).append(row[field])
             found.append(float(median(map(max, by_repetition.values()))))
         return found
 
-    def _rows_of(self, num_ranks: int, num_tokens: int) -> list[ContextRow]:
-        return [r for r in self.rows if (r.num_ranks, r.num_tokens) == (num_ranks, num_tokens)]
+    def _rows_of(self, num_ranks: int, num_tokens: int) -> list[Row]:
+        place = num_ranks, num_tokens
+        return [row for row in self.rows if (row["num_ranks"], row["num_tokens"]) == place]
 
     def _bytes_table(self) -> str:
         lines = []
@@ -128,7 +109,7 @@ class ContextReport:
             cells = []
             for num_tokens in self.tokens:
                 rows = self._rows_of(size, num_tokens)
-                counts = sorted({getattr(row, f"{way}_bytes") for row in rows})
+                counts = sorted({row[f"{way}_bytes"] for row in rows})
                 cells.append(" ... ".join(map(str, counts)))
             lines.append([f"{_ranks(size)}, {way}", _expected_bytes(size), *cells])
         return markdown_table(["N", "formula", *map(str, self.tokens)], lines)

@@ -15,9 +15,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,33 +66,8 @@ class RankResult(NamedTuple):
     planned: dict[str, int]
 
 
-@dataclass(frozen=True)
-class LayoutRow:
-    """A line of the table; bytes are those of the rank that exchanges most of them."""
-
-    attention: str
-    layout: str
-    ranks: int
-    loss_difference: float
-    weight_difference: float
-    tp_bytes: int
-    cp_bytes: int
-    pp_bytes: int
-    dp_bytes: int
-    zero_bytes: int
-    bytes_off_plan: int
-
-    @property
-    def is_good(self) -> bool:
-        exact = max(self.loss_difference, self.weight_difference) <= TOLERANCE
-        return exact and self.bytes_off_plan < CONTROL_BYTES
-
-    def __str__(self) -> str:
-        return (
-            f"{self.attention:8} {self.layout:24} loss {self.loss_difference:.1e} "
-            f"weights {self.weight_difference:.1e} bytes off plan {self.bytes_off_plan:4} "
-            f"{'good' if self.is_good else 'NOT GOOD':8}"
-        )
+#: A line of layouts.csv; bytes are those of the rank that exchanges most of them.
+Row = dict[str, Any]
 
 
 def main() -> int:
@@ -115,11 +89,17 @@ def main() -> int:
             start = time.perf_counter()
             ranks = run(layout, attention, arguments.steps, arguments.overrides)
             reference = reference or ranks[0]
-            rows.append(compare(ranks, reference, attention, layout))
-            print(f"{rows[-1]} {time.perf_counter() - start:5.1f} s", flush=True)
+            row = compare(ranks, reference)
+            rows.append({"attention": attention, "layout": layout, "ranks": len(ranks), **row})
+            print(
+                f"{attention:8} {layout:24} loss {row['loss_difference']:.1e} "
+                f"weights {row['weight_difference']:.1e} bytes off plan {row['bytes_off_plan']:4} "
+                f"{'good' if is_good(row) else 'NOT GOOD':8} {time.perf_counter() - start:5.1f} s",
+                flush=True,
+            )
             if arguments.out:
                 write(arguments.out, rows, arguments.steps)
-    return 0 if all(row.is_good for row in rows) else 1
+    return 0 if all(map(is_good, rows)) else 1
 
 
 def run(layout: str, attention: str, steps: int, overrides: Sequence[str]) -> list[RankResult]:
@@ -189,9 +169,7 @@ def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[
     return dict(meter.bytes), plan.traffic
 
 
-def compare(
-    ranks: Sequence[RankResult], reference: RankResult, attention: str, layout: str
-) -> LayoutRow:
+def compare(ranks: Sequence[RankResult], reference: RankResult) -> Row:
     """Return how far a run is from the reference, and its traffic from the plan."""
     losses, weights, *_ = ranks[0]
     assert losses.keys() == reference.losses.keys()
@@ -201,31 +179,30 @@ def compare(
         for rank in ranks
         for axis in rank.traffic.keys() | rank.planned.keys()
     ]
-    most = {f"{axis}_bytes": max(rank.traffic.get(axis, 0) for rank in ranks) for axis in AXES}
-    return LayoutRow(
-        attention=attention,
-        layout=layout,
-        ranks=len(ranks),
-        loss_difference=max(
-            abs(losses[step] / loss - 1) for step, loss in reference.losses.items()
-        ),
-        weight_difference=max(
+    return {
+        "loss_difference": max(abs(losses[n] / loss - 1) for n, loss in reference.losses.items()),
+        "weight_difference": max(
             relative_rms(weights[name], weight) for name, weight in reference.weights.items()
         ),
-        bytes_off_plan=max(off_plan, default=0),
-        **most,
-    )
+        **{f"{axis}_bytes": max(rank.traffic.get(axis, 0) for rank in ranks) for axis in AXES},
+        "bytes_off_plan": max(off_plan, default=0),
+    }
 
 
-def write(folder: Path, rows: Sequence[LayoutRow], steps: int) -> None:
+def is_good(row: Row) -> bool:
+    exact = max(row["loss_difference"], row["weight_difference"]) <= TOLERANCE
+    return exact and row["bytes_off_plan"] < CONTROL_BYTES
+
+
+def write(folder: Path, rows: Sequence[Row], steps: int) -> None:
     """Write layouts.csv and summary.md."""
     header = ["attention", "layout", "ranks", "loss", "weights", "tp", "cp", "pp", "loss gather"]
     cells = [
         [
-            *(row.attention, row.layout, row.ranks),
-            *(f"{value:.1e}" for value in (row.loss_difference, row.weight_difference)),
-            *(f"{getattr(row, f'{axis}_bytes'):,}" for axis in AXES),
-            row.bytes_off_plan,
+            *(row[name] for name in ("attention", "layout", "ranks")),
+            *(f"{row[name]:.1e}" for name in ("loss_difference", "weight_difference")),
+            *(f"{row[f'{axis}_bytes']:,}" for axis in AXES),
+            row["bytes_off_plan"],
         ]
         for row in rows
     ]
