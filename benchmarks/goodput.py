@@ -100,7 +100,6 @@ def main() -> int:
         overrides += [f"checkpoint.every_steps={every}"]
         config = load_config(EMBEDDED, overrides)
         kills, steps, wall = _killed_run(config, overrides, arguments)
-        _mark_repeated(kills, steps)
         problems = _problems(config, steps)
     facts["saved every"] = f"{every} steps"
     print(write(folder, facts, kills, steps, wall, problems))
@@ -119,25 +118,21 @@ def _reference(common: Sequence[str]) -> float:
     overrides = [*common, "name=reference", "train.steps=60"]
     if _supervise(overrides).wait() != 0:
         raise RuntimeError("the run without kills failed")
-    records = _Log(load_config(EMBEDDED, overrides).run_dir / "metrics.jsonl").read()
+    records = _records_after([], load_config(EMBEDDED, overrides).run_dir / "metrics.jsonl")
     return statistics.median(record["perf/seconds_per_step"] for record in records[10:])
 
 
-class _Log:
-    """Reader of a growing file of JSON lines, whose last ones a restart of the run removes."""
+def _records_after(seen: list[bytes], path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a growing file that are not in ``seen``, and keep its lines there.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._read: list[bytes] = []
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return the lines that were added since the last call."""
-        content = self._path.read_bytes() if self._path.exists() else b""
-        lines = content[: content.rfind(b"\n") + 1].splitlines()
-        pairs = zip(self._read, lines, strict=False)
-        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self._read = lines
-        return [json.loads(line) for line in lines[shared:]]
+    A restart of the run removes the last lines of its log.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    pairs = zip(seen, lines, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    seen[:] = lines
+    return [json.loads(line) for line in lines[shared:]]
 
 
 def _killed_run(
@@ -146,21 +141,26 @@ def _killed_run(
     """Run to the end with kills; return kills, steps in the order of the log, and seconds."""
     chance = random.Random(arguments.seed)
     mean = 60 * arguments.mean_minutes_between_kills
-    log = _Log(config.run_dir / "metrics.jsonl")
     kills: list[Kill] = []
     steps: list[Step] = []
+    seen: list[bytes] = []
+
+    def look(at: float) -> None:
+        records = _records_after(seen, config.run_dir / "metrics.jsonl")
+        steps.extend(Step(at, record["step"], record["train/loss"]) for record in records)
+
     start = time.time()
     next_kill = chance.expovariate(1 / mean)
     supervisor = _supervise(overrides)
     try:
         while supervisor.poll() is None:
             now = time.time() - start
-            steps += _steps(log, now)
+            look(now)
             if now >= next_kill:
                 kill = _kill(supervisor.pid, chance, start)
                 if kill:
                     time.sleep(0.3)  # for a step that the others were about to log
-                    steps += _steps(log, kill.at)
+                    look(kill.at)
                     kill.step = steps[-1].step if steps else 0
                     kills.append(kill)
                 next_kill = now + (chance.expovariate(1 / mean) if kill else 0.5)
@@ -170,22 +170,10 @@ def _killed_run(
     if supervisor.returncode != 0:
         raise RuntimeError(f"the run ended with exit code {supervisor.returncode}")
     wall = time.time() - start
-    steps += _steps(log, wall)
-    restarts = _Log(config.run_dir / "restarts.jsonl").read()
-    for kill in kills:
-        again = next((r for r in restarts if r["time"] - start > kill.at), None)
-        if again is None:  # just as the run ended
-            continue
-        following = [r["time"] - start for r in restarts if r["time"] > again["time"]]
-        until = min(following, default=wall)
-        done = [s.at for s in steps if again["time"] - start < s.at < until]
-        kill.resumed_from = again["step"]
-        kill.seconds_to_step = done[0] - kill.at if done else None
+    look(wall)
+    restarts = _records_after([], config.run_dir / "restarts.jsonl")
+    _judge(kills, steps, [(each["time"] - start, each["step"]) for each in restarts])
     return kills, steps, wall
-
-
-def _steps(log: _Log, at: float) -> list[Step]:
-    return [Step(at, record["step"], record["train/loss"]) for record in log.read()]
 
 
 def _kill(supervisor: int, chance: random.Random, start: float) -> Kill | None:
@@ -201,16 +189,27 @@ def _kill(supervisor: int, chance: random.Random, start: float) -> Kill | None:
     return Kill(time.time() - start, "launcher" if takes_launcher else f"rank {rank}", step=0)
 
 
-def _mark_repeated(kills: Sequence[Kill], steps: Sequence[Step]) -> None:
-    """Set what follows from the kills: which steps counted, and the time of each."""
+def _judge(
+    kills: Sequence[Kill], steps: Sequence[Step], restarts: Sequence[tuple[float, int]]
+) -> None:
+    """Set what followed each kill, which steps counted, and how long each took.
+
+    ``restarts`` has the time of each, and the step that it resumed from.
+    """
     begin = 0.0
     for kill in kills:
-        if kill.resumed_from is not None:
-            undone = [s for s in steps if begin < s.at <= kill.at and s.step > kill.resumed_from]
-            kill.steps_repeated = len(undone)
-            for step in undone:
-                step.counts = False
-            begin = kill.at
+        later = [restart for restart in restarts if restart[0] > kill.at]
+        if not later:  # killed just as the run ended
+            continue
+        again, last = later[0]
+        until = later[1][0] if len(later) > 1 else float("inf")
+        done = [step.at for step in steps if again < step.at < until]
+        undone = [step for step in steps if begin < step.at <= kill.at and step.step > last]
+        for step in undone:
+            step.counts = False
+        kill.resumed_from, kill.steps_repeated = last, len(undone)
+        kill.seconds_to_step = done[0] - kill.at if done else None
+        begin = kill.at
     for before, after in itertools.pairwise(steps):
         if not any(before.at <= kill.at < after.at for kill in kills):
             after.seconds = after.at - before.at

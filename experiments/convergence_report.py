@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,17 +21,7 @@ from scipy.stats import t as student_t
 from linclip_eval.plotting import COLOURS, INK, MUTED, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table
 
-__all__ = [
-    "ConvergenceRun",
-    "Interval",
-    "VariantSummary",
-    "draw",
-    "read_runs",
-    "summarise",
-    "to_markdown",
-]
-
-_BAND = "#f6f7f9"
+__all__ = ["ConvergenceRun", "draw", "read_runs", "summarise", "to_markdown"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -164,9 +155,9 @@ def draw(runs: Sequence[ConvergenceRun]) -> Figure:
     figure = new_figure(2.4 + 3.9 * len(lengths), 1.4 + 0.5 * len(variants))
     panels = figure.subplots(1, len(lengths), sharex=True, sharey=True, squeeze=False)[0]
     for axes, num_tokens in zip(panels, lengths, strict=True):
+        dress(axes, f"{num_tokens} tokens", xlabel="zero-shot top-1, %")
+        axes.grid(visible=False, axis="y")
         for row, variant in enumerate(variants):
-            if row % 2 == 0:
-                axes.axhspan(row - 0.5, row + 0.5, color=_BAND, zorder=0, linewidth=0)
             scores = [
                 100 * run.top1
                 for run in runs
@@ -175,8 +166,6 @@ def draw(runs: Sequence[ConvergenceRun]) -> Figure:
             if scores:
                 interval = summaries[num_tokens, variant]
                 _draw_row(axes, row, scores, interval, COLOURS[row % len(COLOURS)])
-        dress(axes, f"{num_tokens} tokens", xlabel="zero-shot top-1, %")
-        axes.grid(visible=False, axis="y")
         axes.set_yticks(range(len(variants)), variants, fontsize=9.5, color=INK)
         axes.set_ylim(len(variants) - 0.5, -0.5)
         axes.use_sticky_edges = False
@@ -196,15 +185,11 @@ def draw(runs: Sequence[ConvergenceRun]) -> Figure:
 def _draw_row(
     axes: Axes, row: int, scores: Sequence[float], interval: Interval, colour: str
 ) -> None:
-    mean = 100 * interval.mean
-    if interval.half_width is not None:
-        reach = 100 * interval.half_width
-        axes.barh(row, 2 * reach, left=mean - reach, height=0.34, color=colour, alpha=0.25)
+    mean, reach = 100 * interval.mean, 100 * (interval.half_width or 0)
+    axes.barh(row, 2 * reach, left=mean - reach, height=0.34, color=colour, alpha=0.25)
     axes.vlines(mean, row - 0.17, row + 0.17, color=colour, linewidth=2)
-    for place, score in enumerate(scores):  # spread a little, so that equal scores stay visible
-        offset = 0.1 * (place - (len(scores) - 1) / 2) / max(len(scores) - 1, 1)
-        axes.scatter(
-            score, row + 2 * offset, s=26, color=colour, edgecolor="white", linewidth=0.8, zorder=3
-        )
-    text = f"{mean:.1f}"
-    axes.text(mean, row - 0.2, text, ha="center", va="bottom", fontsize=8, color=INK)
+    # Spread a little, so that equal scores stay visible.
+    places = np.linspace(row - 0.1, row + 0.1, len(scores)) if len(scores) > 1 else [row]
+    style = {"s": 26, "color": colour, "edgecolor": "white", "linewidth": 0.8, "zorder": 3}
+    axes.scatter(scores, places, **style)
+    axes.text(mean, row - 0.2, f"{mean:.1f}", ha="center", va="bottom", fontsize=8, color=INK)

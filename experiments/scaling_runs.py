@@ -56,12 +56,7 @@ def train_runs(
 ) -> None:
     """Train every run that is not finished; both towers grow in width alone.
 
-    Args:
-        output: The runs go to its folder "runs", under the names of :func:`run_name`.
-        widths, steps, seeds: Sizes, lengths, and the number of seeds.
-        processes: Number of runs at a time.
-        config: The common config, and ...
-        overrides: ... what is changed in all runs.
+    The runs go to the folder ``runs`` of ``output``, under the names of :func:`run_name`.
 
     Raises:
         ValueError: for a config that is not valid, or a folder with runs of other settings.

@@ -31,11 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "linclip Eq. 7": {"causal": False, "normalized": False},
     "linclip Eq. 4": {"causal": False, "normalized": True},
     "linclip Eq. 7, causal": {"causal": True, "normalized": False},
-    "linclip Eq. 4, quadratic": {
-        "causal": False,
-        "normalized": True,
-        "feature_map": "quadratic",
-    },
+    "linclip Eq. 4, quadratic": {"causal": False, "normalized": True, "feature_map": "quadratic"},
     "linclip Eq. 4, causal": {"causal": True, "normalized": True},
 }
 

@@ -92,14 +92,13 @@ class AttentionReport:
     def _row(self, point: RuntimePoint) -> dict[str, object]:
         (one,) = (each for each in self.implementations if each.name == point.attention)
         batch, heads = batch_and_heads(self.device, point.num_tokens)
-        cost, measured = point.measured, dict.fromkeys(_MEASURED_COLUMNS)
-        if cost is not None:
+        measured: dict[str, object] = dict.fromkeys(_MEASURED_COLUMNS)
+        if (cost := point.measured) is not None:
             per_head = cost.seconds / (batch * heads)
             rate = self._traffic(point.direction, point.num_tokens) / per_head
             values = (
-                *(1e3 * cost.seconds, 1e3 * cost.low, 1e3 * cost.high, cost.runs),
-                *(1e6 * per_head, cost.peak_bytes / 2**20, 1e-9 * rate),
-                rate / self.copy_bandwidth,
+                *(1e3 * cost.seconds, 1e3 * cost.low, 1e3 * cost.high, cost.runs, 1e6 * per_head),
+                *(cost.peak_bytes / 2**20, 1e-9 * rate, rate / self.copy_bandwidth),
             )
             measured = dict(zip(_MEASURED_COLUMNS, values, strict=True))
         return {

@@ -22,24 +22,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from benchmarks import BenchmarkParser
-from benchmarks.context.report import (
-    CHECK_TOKENS,
-    HEAD_DIM,
-    HEADS,
-    ContextReport,
-    Row,
-)
+from benchmarks.context.report import CHECK_TOKENS, HEAD_DIM, HEADS, ContextReport, Row
 from benchmarks.correctness import Check, check_tensors, output_and_gradients
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.traffic import TrafficMeter
 from ds_linclip.parallel.context_parallel import sum_over_ranks, token_slice
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
 
-MEASURED = (
-    "kernels/linclip_kernels",
-    "benchmarks",
-    "ds_linclip/parallel/context_parallel.py",
-)
+MEASURED = ("kernels/linclip_kernels", "benchmarks", "ds_linclip/parallel/context_parallel.py")
 RANKS = (1, 2, 4)
 TOKENS = (16_384, 32_768, 65_536, 131_072, 262_144)
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}

@@ -24,16 +24,12 @@ STATE_BYTES = HEADS * (HEAD_DIM + 1) ** 2 * 4
 CHECK_TOKENS = 4099
 NOTES = """\
 - A layer here is bidirectional linear attention, Eq. 4, of {heads} heads of {dim}, one image,
-  forward and backward, without the projections around it: those work token by token and exchange
-  nothing. With one rank it is the whole operator, otherwise its two halves and the sum of the
-  state over ranks.
-- Bytes are those of the tensors handed to collectives, forward and backward, seen by a dispatch
-  mode around the call; a backend may send more or less of them over its links.
-- CPU seconds are user and system time of a rank's process in the call, one thread for torch. Every
-  figure is that of the slowest rank, or the one with most memory, and the median over repetitions;
-  all points are measured once per repetition, in turn.
-- Peak memory is what the call adds to the inputs: growth of the peak resident set on a CPU, of
-  torch.cuda.max_memory_allocated on a GPU.
+  without the projections around it: those work token by token and exchange nothing.
+- Bytes are those of the tensors handed to collectives; a backend may send more or less of them.
+- Every figure is that of the slowest rank, or the one with most memory, and the median over
+  repetitions; all points are measured once per repetition, in turn.
+- CPU seconds are user and system time of a rank's process with one thread for torch. Peak memory is
+  what the call adds to the inputs: resident set, or torch.cuda.max_memory_allocated.
 - On a CPU all ranks share the machine's {cores} cores with whatever else runs (see the load), so
   that wall time says nothing about machines with more: compare CPU seconds."""
 

@@ -57,13 +57,11 @@ SKIPPED_INTERVALS = 1
 MIN_RATIO, MAX_LOSS, MAX_WAIT = 2.0, 0.10, 0.02
 NOTES = """\
 - Every measurement is a process of its own with one thread, and the loaders take turns. The time is
-  that between two batches, one epoch apart; start-up (imports, opening, the first quarter of an
-  epoch) is not in it. CPU time is user and system time of the process and its workers between the
-  same two batches.
+  that between two batches, one epoch apart, after the first quarter of an epoch; CPU time is that
+  of the process and its workers.
 - Both loaders read the files of the same shards from the page cache, decode, crop (scale 0.9 to 1),
-  resize (bicubic, antialiased), tokenise, shuffle and batch. Both end with what the model takes:
-  normalised float32 images and token ids on the CPU. open_clip_train normalises in the worker,
-  ds_linclip in the training process, which is inside both figures.
+  resize (bicubic, antialiased), tokenise, shuffle, batch and normalise, which ds_linclip does in
+  the training process, open_clip_train in the worker; both figures include it.
 - open_clip_train's loader is get_wds_dataset with open_clip's image_transform and tokenizer, with
   the webdataset that its package asks for; all else is the same.
 - Photos are crops of the two sample photos of scikit-learn; those of 512 px are enlarged.
@@ -108,7 +106,8 @@ def main() -> int:
             last = reason.strip().splitlines()[-1].removeprefix("error: ")
             print(f"error: {last}", file=sys.stderr)
             return 2
-    facts |= _conditions(arguments, rows)
+    facts |= {name: str(getattr(arguments, name)) for name in ("workers", "repetitions")}
+    facts |= {"batch size": str(arguments.batch_size), **_conditions(rows)}
     facts["duration"] = f"{time.monotonic() - start:.0f} s"
     print(DataReport(rows).write(output, facts, requirements, NOTES))
     return 0 if all(requirement.passed for requirement in requirements) else 1
@@ -171,9 +170,9 @@ def write_shards(folder: Path, samples_per_shard: int) -> dict[str, Shards]:
     ]
     large = list(islice(photos(512), max(len(clean) // 4, NUM_SHARDS)))
     return {
-        "clean": _write(folder / "clean", clean, num_bad=0),
+        "clean": _write(folder / "clean", clean),
         "dirty": _write(folder / "dirty", dirty, num_bad=len(bad)),
-        "large": _write(folder / "large", large, num_bad=0),
+        "large": _write(folder / "large", large),
     }
 
 
@@ -217,14 +216,16 @@ def measure_apart(arguments: dict[str, Any], packages: Path | None) -> dict[str,
     Raises:
         CalledProcessError: with the process's standard error, when it fails.
     """
-    paths = [str(packages)] if packages else []
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if packages:
+        paths = filter(None, [str(packages), os.environ.get("PYTHONPATH")])
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
         [sys.executable, LOADERS_SCRIPT, json.dumps(arguments)],
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        env=environment,
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -286,7 +287,7 @@ def waiting_share(metrics: Iterable[dict[str, float]]) -> float:
     return waited / passed
 
 
-def _write(folder: Path, samples: Sequence[EncodedSample], *, num_bad: int) -> Shards:
+def _write(folder: Path, samples: Sequence[EncodedSample], num_bad: int = 0) -> Shards:
     folder.mkdir()
     for number in range(NUM_SHARDS):
         write_train_shard(folder, number, samples[number::NUM_SHARDS])
@@ -298,13 +299,9 @@ def _write(folder: Path, samples: Sequence[EncodedSample], *, num_bad: int) -> S
     )
 
 
-def _conditions(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, str]:
-    facts = {
-        "python": platform.python_version(),
-        "workers": str(arguments.workers),
-        "batch size": str(arguments.batch_size),
-        "repetitions": str(arguments.repetitions),
-    }
+def _conditions(rows: Sequence[Row]) -> dict[str, str]:
+    """Return what the rows tell of packages and photos."""
+    facts = {"python": platform.python_version()}
     for row in rows:
         if row["loader"] == "open_clip":
             facts["webdataset of open_clip_train"] = row["webdataset"]
