@@ -32,11 +32,9 @@ class Check:
 
 
 def output_and_gradients(function: Callable[..., Tensor], packed: Tensor) -> list[Tensor]:
-    """Return o, dq, dk, dv [B, N, H, D] of an attention.
+    """Return o, dq, dk, dv [B, N, H, D] of a function of q, k, v.
 
-    Args:
-        function: Takes q, k, v [B, N, H, D].
-        packed: q, k, v and the output gradient, [B, N, H, 4, D].
+    ``packed`` is q, k, v and the output gradient, [B, N, H, 4, D].
     """
     *inputs, grad = packed.detach().unbind(3)
     leaves = [x.requires_grad_() for x in inputs]
@@ -54,11 +52,8 @@ def check_tensors(
     """Check o, dq, dk, dv: allowed is twice the error of a plain computation, and a rounding.
 
     Args:
-        subject: Name of the computation, for messages.
-        num_tokens: N.
-        found: The results to check.
-        plain: The definition in the dtype of ``found``.
-        exact: The definition in float64.
+        subject, num_tokens: Name of the computation and N, for messages.
+        found, plain, exact: The results to check; the definition in their dtype, and in float64.
     """
     checks = []
     for name, value, rough, truth in zip(("o", "dq", "dk", "dv"), found, plain, exact, strict=True):

@@ -177,11 +177,7 @@ def write_shards(folder: Path, samples_per_shard: int) -> dict[str, Shards]:
 
 
 def photos(image_size: int) -> Iterator[EncodedSample]:
-    """Yield crops of scikit-learn's two sample photos without end, as JPEGs with captions.
-
-    Args:
-        image_size: Side in pixels.
-    """
+    """Yield crops of scikit-learn's two sample photos without end, as JPEGs with captions."""
     whole = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     words = " ".join(IMAGENET_CLASSNAMES).split()
     rng = random.Random(0)
@@ -262,12 +258,7 @@ def check_requirements(rows: Sequence[Row], num_bad: int) -> list[Requirement]:
 
 
 def training_metrics(output: Path, steps: int) -> list[dict[str, float]]:
-    """Train the embedded config with the launcher of this machine; return its metrics.
-
-    Args:
-        output: Folder of the run.
-        steps: At least two logging intervals.
-    """
+    """Train the embedded config, two logging intervals or more, and return its metrics."""
     config = "ds_configs/train/embedded.yaml"
     overrides = [f"output_dir={output}", "name=wait", f"train.steps={steps}"]
     overrides += ["optim.warmup_steps=1", "eval.every_steps=0", "log.tensorboard=false"]

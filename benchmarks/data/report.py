@@ -108,9 +108,7 @@ class DataReport:
     def ratio(self, rate: str, ours: tuple[str, str], theirs: tuple[str, str]) -> Spread:
         """Return the ratio of one rate's medians, and the range of its ratio in one repetition.
 
-        Args:
-            rate: One of :data:`RATES`.
-            ours, theirs: Case and loader.
+        ``ours`` and ``theirs`` are case and loader.
         """
         a, b = self._values(*ours, rate), self._values(*theirs, rate)
         pairs = [a[repetition] / b[repetition] for repetition in a.keys() & b.keys()]

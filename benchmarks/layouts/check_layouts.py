@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import REPOSITORY, benchmark_facts, measure_on_ranks
+from benchmarks.memory.bench_memory import random_batch
 from benchmarks.traffic import CONTROL_BYTES, TrafficMeter
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
@@ -109,10 +110,6 @@ def run(layout: str, attention: str, steps: int, overrides: Sequence[str]) -> li
     micro_batch = BATCH // sizes["dp"] // sizes.pop("micro")
     stage = sizes.pop("zero")
     with tempfile.TemporaryDirectory() as folder:
-        # Nothing is fetched ahead: ZeRO-3 keeps what it has fetched for two uses, and gathers it
-        # once.
-        settings = Path(folder, "deepspeed.json")
-        settings.write_text('{"zero_optimization": {"stage3_prefetch_bucket_size": 0}}')
         config = load_config(
             REPOSITORY / "ds_configs" / "train" / "embedded.yaml",
             [
@@ -126,8 +123,7 @@ def run(layout: str, attention: str, steps: int, overrides: Sequence[str]) -> li
                 *("optim.lr=3e-4", "optim.eps=1e-4"),
                 *(f"model.{t}.attention.kind={attention}" for t in ("vision", "text")),
                 *(f"parallel.{axis}={size}" for axis, size in sizes.items()),
-                *(f"zero.stage={stage}", f"zero.deepspeed_config={settings}"),
-                f"train.micro_batch_size={micro_batch}",
+                *(f"zero.stage={stage}", f"train.micro_batch_size={micro_batch}"),
             ],
         )
         return measure_on_ranks(math.prod(sizes.values()), train_rank, config)
@@ -151,16 +147,18 @@ def train_rank(config: Config) -> RankResult:
 
 def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[str, int]]:
     """Return the bytes by axis that this rank exchanges in a step: measured, and planned."""
+    # Nothing is fetched ahead: ZeRO-3 keeps what it has fetched for two uses, and gathers it once.
+    settings = Path(config.output_dir, f"deepspeed-{mesh.rank}.json")
+    settings.write_text('{"zero_optimization": {"stage3_prefetch_bucket_size": 0}}')
+    config.zero.deepspeed_config = str(settings)
     units = stage_units(config, mesh.pp)
     model = CLIP(config.model, mesh, loss=config.loss.kind, units=units)
     plan = plan_rank(config, mesh)
     engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
-    vision, text = config.model.vision, config.model.text
-    local = config.train.global_batch_size // mesh.dp.size
-    images = torch.randn(local, 3, *vision.image_size)
-    texts = torch.randint(0, text.vocab_size, (local, text.context_length))
-    kept = torch.arange(vision.num_kept_patches_at(vision.image_size)).expand(local, -1)
-    batch = (images, texts, kept) if vision.patch_dropout else (images, texts)
+    batch, vision = random_batch(config, mesh), config.model.vision
+    if vision.patch_dropout:
+        kept = torch.arange(vision.num_kept_patches_at(vision.image_size))
+        batch = *batch, kept.expand(len(batch[0]), -1)
     for _ in range(2):  # the first steps also send shapes, and learn the order of parameters
         engine.step(batch, lr=1e-3)
     axes = {"tp": mesh.tp, "cp": mesh.cp, "pp": mesh.pp, "dp": mesh.dp, "zero": mesh.replicas}

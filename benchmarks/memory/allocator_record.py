@@ -16,9 +16,6 @@ from ds_linclip.engine.engine import Engine
 
 __all__ = ["AllocatorRecord", "live_bytes"]
 
-#: Address of a storage -> its bytes.
-_Storages = dict[int, int]
-
 
 class AllocatorRecord:
     """Record of the memory that the CPU's allocator gives out within the context.
@@ -62,7 +59,10 @@ def live_bytes(engine: Engine) -> dict[str, int]:
     gc.collect()
     zero = engine.deepspeed_engine.optimizer
     parameters = list(engine.deepspeed_engine.module.parameters())
-    master = list(_master_weights(zero))
+    # This rank's master weights: ZeRO-3 keeps them out of the optimizer's groups.
+    names = "single_partition_of_fp32_groups", "fp32_groups_flat_partition"
+    names += ("fp32_partitioned_groups_flat",)
+    master = [tensor for name in names for tensor in getattr(zero, name, [])]
     state = zero.optimizer.state.values()
     kinds = {
         "weights": _storages(_of(parameters, "data", "ds_tensor")),
@@ -90,23 +90,14 @@ def live_bytes(engine: Engine) -> dict[str, int]:
     return found
 
 
-def _master_weights(zero: Any) -> Iterator[Tensor]:
-    """Yield this rank's master weights: ZeRO-3 keeps them out of the optimizer's groups."""
-    for name in (
-        "single_partition_of_fp32_groups",
-        "fp32_groups_flat_partition",
-        "fp32_partitioned_groups_flat",
-    ):
-        yield from getattr(zero, name, [])
-
-
 def _of(owners: Iterable[Any], *names: str) -> Iterator[Any]:
     for owner in owners:
         yield from (getattr(owner, name, None) for name in names)
 
 
-def _storages(tensors: Iterable[Any]) -> _Storages:
-    found: _Storages = {}
+def _storages(tensors: Iterable[Any]) -> dict[int, int]:
+    """Return the bytes of the tensors' storages by address."""
+    found = {}
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.device.type != "meta":
             storage = tensor.untyped_storage()

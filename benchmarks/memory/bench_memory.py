@@ -31,12 +31,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import plan_rank
 
-MEASURED = (
-    "ds_linclip/parallel",
-    "ds_linclip/engine",
-    "ds_linclip/planner",
-    "benchmarks/memory/bench_memory.py",
-)
+MEASURED = ("ds_linclip/parallel", "ds_linclip/engine", "ds_linclip/planner", "benchmarks/memory")
 #: Kinds of tensors that live between steps.
 KINDS = ("weights", "gradients", "optimizer", "buckets")
 #: The first steps make the optimizer's state, and let ZeRO-3 learn the order of parameters.
@@ -79,11 +74,7 @@ def main() -> int:
         layout = [f"train.precision={precision}", f"zero.stage={stage}", "train.micro_batch_size=1"]
         layout.append(f"train.global_batch_size={ranks * micro_batches}")
         rows += run(ranks, [*overrides, *layout], QUICK_ZERO if arguments.quick else None)
-        print(
-            f"{layout_name(rows[-1])}: {time.monotonic() - start:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{layout_name(rows[-1])}: {time.monotonic() - start:.0f} s", file=sys.stderr)
     facts["overrides"] = " ".join(overrides) or "none"
     facts["duration"] = f"{time.monotonic() - start:.0f} s"
     print(write_memory_report(output, facts, rows))
@@ -145,7 +136,7 @@ def measure_rank(config: Config) -> Row:
     return row
 
 
-def random_batch(config: Config, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(config: Config, mesh: Mesh) -> tuple[torch.Tensor, ...]:
     """Return images and texts; later stages of a pipeline get tensors without memory."""
     local, length = config.train.global_batch_size // mesh.dp.size, config.model.text.context_length
     images, texts = (local, 3, *config.model.vision.image_size), (local, length)
