@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory", "resident_bytes"]
+__all__ = ["PeakMemory"]
 
 
 class PeakMemory:
@@ -30,12 +30,7 @@ class PeakMemory:
         return self._peak() - self._before
 
     def _peak(self) -> int:
-        return (
-            torch.cuda.max_memory_allocated() if self._device == "cuda" else resident_bytes("VmHWM")
-        )
-
-
-def resident_bytes(field: str) -> int:
-    """Return the bytes of a field of /proc/self/status: VmRSS is resident now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+        if self._device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -143,11 +143,7 @@ def to_markdown(summaries: Sequence[VariantSummary]) -> str:
 def draw(runs: Sequence[ConvergenceRun]) -> Figure:
     """Draw top-1 accuracy of every variant: a dot per seed, the mean, and its 95 % interval.
 
-    Returns:
-        A figure with one panel per sequence length, variants in the order of their appearance.
-
-    Raises:
-        ValueError: as :func:`summarise`.
+    There is one panel per sequence length, with the variants in the order of their appearance.
     """
     summaries = {(row.num_tokens, row.variant): row.top1 for row in summarise(runs)}
     lengths = sorted({run.num_tokens for run in runs})
@@ -190,6 +186,5 @@ def _draw_row(
     axes.vlines(mean, row - 0.17, row + 0.17, color=colour, linewidth=2)
     # Spread a little, so that equal scores stay visible.
     places = np.linspace(row - 0.1, row + 0.1, len(scores)) if len(scores) > 1 else [row]
-    style = {"s": 26, "color": colour, "edgecolor": "white", "linewidth": 0.8, "zorder": 3}
-    axes.scatter(scores, places, **style)
+    axes.scatter(scores, places, s=26, color=colour, edgecolor="white", linewidth=0.8, zorder=3)
     axes.text(mean, row - 0.2, f"{mean:.1f}", ha="center", va="bottom", fontsize=8, color=INK)

@@ -51,10 +51,7 @@ _COMMON = Limits(
     quantiles=(0.2, 0.8),
 )
 #: A graph takes long to capture, so that there is one pass on a GPU.
-LIMITS = {
-    "cuda": replace(_COMMON, passes=1, runs=1000, max_seconds_per_point=0.2),
-    "cpu": _COMMON,
-}
+LIMITS = {"cuda": replace(_COMMON, passes=1, runs=1000, max_seconds_per_point=0.2), "cpu": _COMMON}
 
 
 def main() -> int:

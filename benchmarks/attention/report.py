@@ -22,6 +22,19 @@ FIT_FROM = 1025
 TENSORS = {"forward": 4, "forward+backward": 4 + 7}
 
 
+#: Columns of what was measured at a point.
+COSTS = (
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "calls",
+    "us_per_head",
+    "peak_mib",
+    "gb_per_s",
+    "copy_share",
+)
+
+
 @dataclass(frozen=True)
 class AttentionReport:
     """The points of one run, and the checks before it.
@@ -92,7 +105,7 @@ class AttentionReport:
     def _row(self, point: RuntimePoint) -> dict[str, object]:
         (one,) = (each for each in self.implementations if each.name == point.attention)
         batch, heads = batch_and_heads(self.device, point.num_tokens)
-        measured: dict[str, object] = dict.fromkeys(_MEASURED_COLUMNS)
+        measured: dict[str, object] = dict.fromkeys(COSTS)
         if (cost := point.measured) is not None:
             per_head = cost.seconds / (batch * heads)
             rate = self._traffic(point.direction, point.num_tokens) / per_head
@@ -100,7 +113,7 @@ class AttentionReport:
                 *(1e3 * cost.seconds, 1e3 * cost.low, 1e3 * cost.high, cost.runs, 1e6 * per_head),
                 *(cost.peak_bytes / 2**20, 1e-9 * rate, rate / self.copy_bandwidth),
             )
-            measured = dict(zip(_MEASURED_COLUMNS, values, strict=True))
+            measured = dict(zip(COSTS, values, strict=True))
         return {
             "implementation": one.name,
             "family": one.family,
@@ -113,9 +126,3 @@ class AttentionReport:
             **measured,
             "skipped": point.skipped,
         }
-
-
-_MEASURED_COLUMNS = (
-    *("median_ms", "p20_ms", "p80_ms", "calls", "us_per_head", "peak_mib", "gb_per_s"),
-    "copy_share",
-)

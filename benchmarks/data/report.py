@@ -14,10 +14,7 @@ from linclip_eval.results import markdown_table, write_report
 __all__ = ["RATES", "DataReport", "Requirement", "Spread"]
 
 #: Rates of a row, and their titles.
-RATES = {
-    "samples_per_second": "samples / s",
-    "samples_per_cpu_second": "samples / CPU-second",
-}
+RATES = {"samples_per_second": "samples / s", "samples_per_cpu_second": "samples / CPU-second"}
 #: Loader -> the name of its project, and its colour.
 LOADERS = {"ds_linclip": ("ds_linclip", LINEAR), "open_clip": ("open_clip_train", SOFTMAX)}
 

@@ -60,9 +60,9 @@ def live_bytes(engine: Engine) -> dict[str, int]:
     zero = engine.deepspeed_engine.optimizer
     parameters = list(engine.deepspeed_engine.module.parameters())
     # This rank's master weights: ZeRO-3 keeps them out of the optimizer's groups.
-    names = "single_partition_of_fp32_groups", "fp32_groups_flat_partition"
-    names += ("fp32_partitioned_groups_flat",)
-    master = [tensor for name in names for tensor in getattr(zero, name, [])]
+    groups = "single_partition_of_fp32_groups", "fp32_groups_flat_partition"
+    groups_of_zero3 = getattr(zero, "fp32_partitioned_groups_flat", [])
+    master = [each for name in groups for each in getattr(zero, name, [])] + [*groups_of_zero3]
     state = zero.optimizer.state.values()
     kinds = {
         "weights": _storages(_of(parameters, "data", "ds_tensor")),
