@@ -29,8 +29,17 @@ MEASURED = ("ds_linclip/loss", "benchmarks/bench_loss.py")
 DIM = 768
 
 
-#: A line of loss.csv: pairs, peak memory above the inputs in MiB, seconds, agreement.
-Row = dict[str, float]
+#: Columns of loss.csv and their formats: peak memory above the inputs in MiB, seconds, agreement.
+COLUMNS = {
+    "pairs": "d",
+    "tiles_mib": ".0f",
+    "plain_mib": ".0f",
+    "ratio": ".1f",
+    "tiles_seconds": ".1f",
+    "plain_seconds": ".1f",
+    "value_difference": ".1e",
+    "gradient_difference": ".1e",
+}
 
 
 def main() -> int:
@@ -44,15 +53,7 @@ def main() -> int:
     for pairs in sorted(arguments.sizes):
         rows.append(measure_both(pairs, device))
         print(rows[-1], flush=True)
-    table = [
-        [
-            row["pairs"],
-            *(f"{row[name]:.0f}" for name in ("tiles_mib", "plain_mib")),
-            *(f"{row[name]:.1f}" for name in ("ratio", "tiles_seconds", "plain_seconds")),
-            *(f"{row[name]:.1e}" for name in ("value_difference", "gradient_difference")),
-        ]
-        for row in rows
-    ]
+    table = [[f"{row[name]:{form}}" for name, form in COLUMNS.items()] for row in rows]
     header = ["pairs", "tiles, MiB", "whole, MiB", "ratio", "tiles, s", "whole, s"]
     summary = write_report(
         output,
@@ -73,7 +74,7 @@ def main() -> int:
     return 1 if any(row["pairs"] >= 32768 and row["ratio"] < 8 for row in rows) else 0
 
 
-def measure_both(pairs: int, device: str) -> Row:
+def measure_both(pairs: int, device: str) -> dict[str, float]:
     """Measure each form in a fresh process and compare their results.
 
     Raises:
@@ -88,16 +89,9 @@ def measure_both(pairs: int, device: str) -> Row:
         relative_rms(torch.from_numpy(ours), torch.from_numpy(theirs))
         for ours, theirs in zip(tiles, plain, strict=True)
     )
-    return {
-        "pairs": pairs,
-        "tiles_mib": tiles_mib,
-        "plain_mib": plain_mib,
-        "ratio": plain_mib / tiles_mib,
-        "tiles_seconds": tiles_seconds,
-        "plain_seconds": plain_seconds,
-        "value_difference": value,
-        "gradient_difference": max(gradients),
-    }
+    memory = tiles_mib, plain_mib, plain_mib / tiles_mib
+    values = pairs, *memory, tiles_seconds, plain_seconds, value, max(gradients)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def measure(form: str, pairs: int, device: str) -> tuple[float, float, list[np.ndarray]]:
@@ -121,7 +115,7 @@ def measure(form: str, pairs: int, device: str) -> tuple[float, float, list[np.n
     return mib, seconds, [x.numpy() for x in (value, *gradients)]
 
 
-def _draw(rows: Sequence[Row]) -> Figure:
+def _draw(rows: Sequence[dict[str, float]]) -> Figure:
     figure = new_figure(5, 4)
     axes = figure.subplots()
     pairs = [row["pairs"] for row in rows]

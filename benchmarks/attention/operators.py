@@ -72,13 +72,8 @@ class Implementation:
 class Operators:
     """Workload of :func:`linclip_eval.runtime.measure.measure`: causal or bidirectional operators.
 
-    Inputs are random packed views of [B, N, H, 3, D], as in the model.
-
-    Args:
-        implementations: All implementations.
-        device: "cuda" or "cpu".
-        dtype: Type of the inputs.
-        causal: Whether to measure the causal implementations or the bidirectional ones.
+    Inputs are random packed views of [B, N, H, 3, D], as in the model. Of all implementations, the
+    causal ones are measured, or the others.
     """
 
     def __init__(

@@ -24,14 +24,8 @@ TENSORS = {"forward": 4, "forward+backward": 4 + 7}
 
 #: Columns of what was measured at a point.
 COSTS = (
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "calls",
-    "us_per_head",
-    "peak_mib",
-    "gb_per_s",
-    "copy_share",
+    *("median_ms", "p20_ms", "p80_ms", "calls", "us_per_head"),
+    *("peak_mib", "gb_per_s", "copy_share"),
 )
 
 
@@ -40,8 +34,7 @@ class AttentionReport:
     """The points of one run, and the checks before it.
 
     Attributes:
-        device: "cuda" or "cpu".
-        dtype: Type of the inputs.
+        device, dtype: "cuda" or "cpu", and the type of the inputs.
         implementations: Everything that was measured.
         copy_bandwidth: Bytes that a copy reads and writes per second.
     """

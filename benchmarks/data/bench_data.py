@@ -150,8 +150,8 @@ def _measure_all(
     if arguments.training_steps:
         share = waiting_share(training_metrics(folder / "runs", arguments.training_steps))
         name = "share of the embedded run spent waiting for data"
-        found_share = f"{share:.2%}"
-        requirements.append(Requirement(name, f"<= {MAX_WAIT:.0%}", found_share, share <= MAX_WAIT))
+        values = f"<= {MAX_WAIT:.0%}", f"{share:.2%}", share <= MAX_WAIT
+        requirements.append(Requirement(name, *values))
     return rows, requirements
 
 
