@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from linclip_eval.protocols import ImageBatch, ImageSet, map_over_ranks, show_progress
+from ds_linclip.process.consensus import map_over_ranks
+from linclip_eval.protocols import ImageBatch, ImageSet
 
 __all__ = ["Features", "best_ranks", "extract_features", "similarities"]
 
@@ -91,13 +92,10 @@ def extract_features(
     """
 
     def embed_batches(numbers: Sequence[int]) -> Iterator[Features]:
-        batches = data.batches(numbers)
-        for batch in show_progress(
-            batches, len(numbers), title="images", unit="batch", group=group
-        ):
+        for batch in data.batches(numbers):
             yield _embed(batch, encode_image, embed_texts, device)
 
-    parts = map_over_ranks(embed_batches, range(data.num_batches), group)
+    parts = map_over_ranks(embed_batches, range(data.num_batches), group, title="batches of images")
     if not any(len(part.images) for part in parts):
         raise ValueError("data (0 readable images) must hold at least one image that can be read")
     return _join(parts)

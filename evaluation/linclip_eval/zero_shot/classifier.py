@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from linclip_eval.protocols import map_over_ranks, show_progress
+from ds_linclip.process.consensus import map_over_ranks
 from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
 
 __all__ = ["Template", "build_classifier", "parse_template"]
@@ -88,7 +89,8 @@ def build_classifier(
         raise ValueError("templates ([]) must hold at least one template")
     make_prompts = [parse_template(template) for template in templates]
 
-    def load_or_embed(prompts: Sequence[Sequence[str]]) -> Tensor:
+    def load_or_embed(classes: Sequence[Sequence[str]]) -> Tensor:
+        prompts = [[make(name) for name in names for make in make_prompts] for names in classes]
         if cache_dir is None:
             return _embed(prompts, encode_text, tokenizer, device)
         key = hashlib.sha256(json.dumps([fingerprint, prompts]).encode()).hexdigest()
@@ -99,17 +101,10 @@ def build_classifier(
             save_tensor(path, features)
         return features
 
-    def embed_chunks(chunks: Sequence[Sequence[Sequence[str]]]) -> Iterator[Tensor]:
-        for classes in show_progress(
-            chunks, len(chunks), title="classes", unit="chunk", group=group
-        ):
-            prompts = [[make(name) for name in names for make in make_prompts] for names in classes]
-            yield load_or_embed(prompts)
-
     starts = range(0, len(texts), _CLASSES_PER_CHUNK)
     chunks = [texts[start : start + _CLASSES_PER_CHUNK] for start in starts]
-    features = torch.cat(map_over_ranks(embed_chunks, chunks, group))  # [C, E]
-    return features.to(device).T.contiguous()
+    parts = map_over_ranks(partial(map, load_or_embed), chunks, group, title="chunks of classes")
+    return torch.cat(parts).to(device).T.contiguous()  # [E, C]
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from linclip_eval.protocols import ImageBatch, ImageSet, map_over_ranks, show_progress
+from ds_linclip.process.consensus import map_over_ranks
+from linclip_eval.protocols import ImageBatch, ImageSet
 from linclip_eval.zero_shot.class_lists import ClassList, is_ancestor
 from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
 
@@ -196,11 +197,7 @@ def zero_shot(
     def classify_parts(spans: Sequence[range]) -> Iterator[Tensor]:
         files = {span: _part_file(parts_dir, span) for span in spans} if parts_dir else {}
         kept = {span: load_tensor(file) for span, file in files.items()}
-        missing = list(chain(*(span for span in spans if kept.get(span) is None)))
-        batches = data.batches(missing)
-        batches = iter(
-            show_progress(batches, len(missing), title="images", unit="batch", group=group)
-        )
+        batches = iter(data.batches([*chain(*(s for s in spans if kept.get(s) is None))]))
         for span in spans:
             part = kept.get(span)
             if part is None:
@@ -212,7 +209,8 @@ def zero_shot(
     size = _BATCHES_PER_PART if parts_dir else 1
     starts = range(0, data.num_batches, size)
     spans = [range(start, min(start + size, data.num_batches)) for start in starts]
-    rows = torch.cat(map_over_ranks(classify_parts, spans, group)).numpy()
+    parts = map_over_ranks(classify_parts, spans, group, title="parts of the images")
+    rows = torch.cat(parts).numpy()
     result = ZeroShotResult(
         classes=classes, labels=rows[:, 0], top=rows[:, 1:], predictions=tuple(predictions)
     )
