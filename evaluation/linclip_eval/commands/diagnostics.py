@@ -99,25 +99,23 @@ def main(arguments: Sequence[str]) -> None:
             except ValueError as error:
                 raise ValueError(f"model ({source}): {error}") from error
             about.append((name, *_describe(model)))
-    table = [{"model": name, **asdict(row)} for name, rows in statistics.items() for row in rows]
-    outputs.write_csv(options.out / "layers.csv", table[0], (row.values() for row in table))
-    draw_diagnostics(statistics).savefig(options.out / "figure.png")
+    rows = {name: [asdict(row) for row in found] for name, found in statistics.items()}
     header = ("model", "weights", "image tokens", "head widths", "vision", "text")
     outputs.publish(
         options.out,
-        command=("diagnostics", *arguments),
+        ("diagnostics", *arguments),
+        mesh.device,
         title="Attention, layer by layer",
-        paragraphs=[
+        sections=[
             f"{len(images)} images of `{options.data}` and {len(texts)} texts.",
             markdown_table(header, about, align="llrrll"),
             *_findings(statistics),
             "![Statistics of every layer](figure.png)",
             _NOTES,
         ],
-        numbers={
-            "models": {name: [asdict(row) for row in rows] for name, rows in statistics.items()}
-        },
-        device=mesh.device,
+        tables={"layers.csv": [{"model": name, **row} for name in rows for row in rows[name]]},
+        figures={"figure.png": draw_diagnostics(statistics)},
+        numbers={"models": rows},
     )
 
 
