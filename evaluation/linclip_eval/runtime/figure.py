@@ -38,15 +38,11 @@ _STYLES = {
 
 
 def draw_times(scaling: Scaling, *, of: str = "a call") -> Figure:
-    """Draw time in log-log: a column per subject, a row per direction.
+    """Draw the time ``of`` something in log-log: a column per subject, a row per direction.
 
     Bands are quantiles of the runs. Dotted lines, over the range of the fits, grow with N^2 beside
     the fastest softmax attention and with N beside the first linear one; a circle marks from where
     on that one is faster.
-
-    Args:
-        scaling: All points.
-        of: Subject of the measurement, for the label.
     """
 
     def draw(axes: Axes, what: str, direction: str) -> None:

@@ -50,14 +50,7 @@ class Slope:
 
 
 def fit_slope(tokens: Sequence[float], seconds: Sequence[float]) -> Slope:
-    """Fit the exponent of N by least squares in log-log.
-
-    Args:
-        tokens: Numbers of tokens.
-        seconds: Times at these.
-
-    Returns:
-        The exponent, with a t-interval from the scatter about the line.
+    """Fit the exponent of N by least squares in log-log, with a t-interval from the scatter.
 
     Raises:
         ValueError: for fewer than three numbers of tokens, or values that are not positive.
@@ -67,10 +60,8 @@ def fit_slope(tokens: Sequence[float], seconds: Sequence[float]) -> Slope:
     if not all(0 < value < math.inf for value in (*tokens, *seconds)):
         raise ValueError("tokens and seconds must be positive and finite")
     fit = linregress(np.log(tokens), np.log(seconds))
-    reach = student_t.ppf(0.975, len(tokens) - 2) * fit.stderr
-    return Slope(
-        exponent=float(fit.slope), low=float(fit.slope - reach), high=float(fit.slope + reach)
-    )
+    slope, reach = float(fit.slope), float(student_t.ppf(0.975, len(tokens) - 2) * fit.stderr)
+    return Slope(exponent=slope, low=slope - reach, high=slope + reach)
 
 
 def crossover(softmax: Mapping[int, float], linear: Mapping[int, float]) -> float | None:
@@ -141,7 +132,10 @@ class Scaling:
         return best
 
     def crossover(self, what: str, direction: str, attention: str) -> float | None:
-        """Return :func:`crossover` of the fastest softmax attention and a linear one."""
+        """Return :func:`crossover` of the fastest softmax attention and a linear one; None for one
+        of softmax."""
+        if attention in self._softmax:
+            return None
         softmax = self.fastest_softmax(what, direction)
         return crossover(_seconds(softmax), _seconds(self.line(what, direction, attention)))
 

@@ -55,14 +55,12 @@ class Subject:
 
     def __init__(self, what: str, mesh: Mesh, dtype: torch.dtype, *, num_heads: int) -> None:
         config = _config(what)
-        self.what = what
+        self.what, self.device = what, mesh.device
         self.directions: Sequence[str] = DIRECTIONS
         self.growth: Mapping[str, int] = {
             name: 2 if each.kind == "softmax" else 1 for name, each in ATTENTIONS.items()
         }
-        self.device = mesh.device
-        self._dtype = dtype
-        self._num_heads = num_heads
+        self._dtype, self._num_heads = dtype, num_heads
         self._width = config.text.width if what == "text" else config.vision.width
         self._embed_dim = config.embed_dim
         self._modules = {
@@ -71,11 +69,11 @@ class Subject:
         }
 
     def num_sequences(self, num_tokens: int) -> int:
-        """Return 1: every call is on one sequence."""
+        """Return 1."""
         return 1
 
     def inputs(self, num_tokens: int) -> Inputs:
-        """Return random inputs of that many tokens, for every attention and direction."""
+        """Return random inputs of that many tokens."""
         if self.what == "attention":
             heads = 1, num_tokens, self._num_heads
             inputs = self._random(*heads, 3, _HEAD_DIM).unbind(3)  # [1, N, H, D] each, strided
@@ -90,13 +88,7 @@ class Subject:
         return inputs, grad
 
     def call(self, attention: str, direction: str, inputs: Inputs) -> Callable[[], object]:
-        """Return a call: a forward, or a forward and the gradients of inputs and weights.
-
-        Args:
-            attention: One of :data:`ATTENTIONS`.
-            direction: One of :data:`DIRECTIONS`.
-            inputs: Result of :meth:`inputs`.
-        """
+        """Return a forward, or a forward and the gradients of inputs and weights."""
         module, (tensors, grad) = self._modules[attention], inputs
 
         def infer() -> object:
