@@ -122,8 +122,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _open(options: argparse.Namespace, model: LoadedModel) -> tuple[LabelledData, LabelledData]:
     classes = imagenet_classes(options.classes, "lemma").ids if options.classes else None
-    train = inputs.open_images(options, options.train, model, classes=classes, split="train")
-    test = inputs.open_images(options, options.test, model, classes=classes)
+    common = inputs.data_options(options, model) | {"classes": classes}
+    train = LabelledData(options.train, split="train", **common)
+    test = LabelledData(options.test, **common)
     if train.fingerprint == test.fingerprint:
         raise ValueError(f"--train and --test ({options.test}) must be different images")
     if (most := max(options.num_neighbors)) > train.num_samples:

@@ -26,12 +26,7 @@ _TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for a folder without a summary, or a summary that lacks one of its pictures.
-        OSError: for a file that cannot be written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     parser = argparse.ArgumentParser(prog="linclip-eval report", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="results of other commands")
     parser.add_argument("--title", default="Evaluation")

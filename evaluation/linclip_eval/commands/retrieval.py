@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from ds_linclip.data import LabelledData
 from ds_linclip.inference import LoadedModel
 from linclip_eval.commands import inputs, outputs
 from linclip_eval.plotting import COLOURS, MUTED, add_legend, dress, new_figure
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     with inputs.all_ranks() as mesh:
         model = inputs.model_from_arguments(options, mesh)
-        open_data = partial(inputs.open_images, options, options.data, model, needs_classes=False)
+        common = inputs.data_options(options, model)
+        open_data = partial(LabelledData, options.data, needs_classes=False, **common)
         data = mesh.agree(open_data, (ValueError, OSError))
         result = retrieval(
             model.encode_image,

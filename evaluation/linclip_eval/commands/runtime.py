@@ -39,12 +39,7 @@ _DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for bad input.
-        OSError: for a file that cannot be written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     options = _parser().parse_args(arguments)
     begin = time.monotonic()
     _check(options)
