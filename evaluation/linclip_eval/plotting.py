@@ -2,13 +2,15 @@
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
 __all__ = [
     "ATTENTION_COLOURS",
@@ -21,6 +23,8 @@ __all__ = [
     "add_legend",
     "dress",
     "new_figure",
+    "ring",
+    "set_log_ticks",
     "set_token_axis",
 ]
 
@@ -52,6 +56,19 @@ def dress(axes: Axes, title: str, *, xlabel: str = "", ylabel: str = "") -> None
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
+
+
+def set_log_ticks(axis: Axis, multiples: Sequence[float], form: str = "g") -> None:
+    """Label these multiples of powers of ten on a logarithmic axis, and nothing between them."""
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter(StrMethodFormatter(f"{{x:{form}}}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def ring(colour: str) -> dict[str, Any]:
+    """Return the style of a hollow circle around a point."""
+    face = {"markerfacecolor": "none", "markeredgecolor": colour}
+    return {"linestyle": "", "marker": "o", "markersize": 9, "markeredgewidth": 1.2, **face}
 
 
 def set_token_axis(axes: Axes, tokens: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ from linclip_eval.plotting import (
     add_legend,
     dress,
     new_figure,
+    ring,
     set_token_axis,
 )
 from linclip_eval.runtime.fit import CallCost, Scaling
@@ -63,7 +64,7 @@ def draw_times(scaling: Scaling, *, of: str = "a call") -> Figure:
             lengths = sorted(linear)
             heights = np.log([linear[n].seconds for n in lengths])
             height = np.exp(np.interp(np.log(place), np.log(lengths), heights))
-            axes.plot(place, height, zorder=3, **_CIRCLE)
+            axes.plot(place, height, zorder=3, **ring(INK))
             axes.annotate(
                 f"N = {place:.0f}",
                 (place, height),
@@ -75,7 +76,7 @@ def draw_times(scaling: Scaling, *, of: str = "a call") -> Figure:
 
     handles = [
         Line2D([], [], linestyle=":", color=MUTED, label="slopes 1 and 2"),
-        Line2D([], [], linestyle="", label="linear is faster from here on", **_CIRCLE),
+        Line2D([], [], label="linear is faster from here on", **ring(INK)),
     ]
     return _draw_panels(scaling, draw, handles, f"time of {of}", "s")
 
@@ -91,14 +92,6 @@ def draw_memory(scaling: Scaling) -> Figure:
                 axes.plot(lengths, [line[n].peak_bytes for n in lengths], **_style(name))
 
     return _draw_panels(scaling, draw, [], "peak memory of a call", "B")
-
-
-_CIRCLE: dict[str, Any] = {
-    "marker": "o",
-    "markersize": 9,
-    "markerfacecolor": "none",
-    "color": INK,
-}
 
 
 def _draw_panels(
