@@ -59,7 +59,7 @@ class RetrievalResult:
             direction: ``image_to_text`` or ``text_to_image``.
             k: The number of candidates, from 1.
         """
-        return float((self._ranks(direction) <= k).mean())
+        return float((getattr(self, direction) <= k).mean())
 
     def metrics(self) -> dict[str, float]:
         """Return recalls in [0, 1] and ranks from 1, under open_clip's names.
@@ -68,15 +68,12 @@ class RetrievalResult:
         """
         metrics: dict[str, float] = {}
         for direction in DIRECTIONS:
-            ranks = self._ranks(direction)
+            ranks = getattr(self, direction)
             metrics[f"{direction}_mean_rank"] = float(ranks.mean())
             metrics[f"{direction}_median_rank"] = float(math.floor(np.median(ranks)))
             for k in RECALLS:
                 metrics[f"{direction}_R@{k}"] = self.recall(direction, k)
         return metrics
-
-    def _ranks(self, direction: str) -> NDArray[np.int64]:
-        return {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}[direction]
 
 
 def retrieval(

@@ -195,7 +195,8 @@ def zero_shot(
         return _labels_and_top(batch, logits)
 
     def classify_parts(spans: Sequence[range]) -> Iterator[Tensor]:
-        files = {span: _part_file(parts_dir, span) for span in spans} if parts_dir else {}
+        names = {span: f"batches-{span.start:07d}-{span.stop:07d}.safetensors" for span in spans}
+        files = {span: parts_dir / names[span] for span in spans} if parts_dir else {}
         kept = {span: load_tensor(file) for span, file in files.items()}
         batches = iter(data.batches([*chain(*(s for s in spans if kept.get(s) is None))]))
         for span in spans:
@@ -245,10 +246,6 @@ def _labels_and_top(batch: ImageBatch, logits: Tensor) -> Tensor:
     return torch.cat([labels[:, None], torch.cat([top.cpu(), unreadable])], dim=1).int()
 
 
-def _part_file(folder: Path, span: range) -> Path:
-    return folder / f"batches-{span.start:07d}-{span.stop:07d}.safetensors"
-
-
 def _check_labels(batch: ImageBatch, num_classes: int) -> None:
     for label in chain(batch.labels.tolist(), batch.unreadable_labels.tolist()):
         if not 0 <= label < num_classes:
@@ -282,11 +279,9 @@ def _predictions(batch: ImageBatch, logits: Tensor, classes: ClassList) -> list[
 def _log_uncounted(result: ZeroShotResult) -> None:
     if len(result.classes) <= 5:
         logger.info("top-5 over %d classes counts every sample as right", len(result.classes))
-    for count, problem in (
-        (result.num_nonfinite, "have non-finite logits"),
-        (result.num_unreadable, "cannot be read"),
-    ):
-        if count:
-            logger.warning(
-                "%d of %d images %s and count as wrong", count, result.num_samples, problem
-            )
+    message = "%d of %d images %s and count as wrong"
+    if result.num_nonfinite:
+        how = "have non-finite logits"
+        logger.warning(message, result.num_nonfinite, result.num_samples, how)
+    if result.num_unreadable:
+        logger.warning(message, result.num_unreadable, result.num_samples, "cannot be read")

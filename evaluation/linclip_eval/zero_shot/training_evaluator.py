@@ -1,14 +1,14 @@
 """Zero-shot accuracy during training: the task is opened once and scored repeatedly."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol, Self
 
 import open_clip
 import torch
 import torch.distributed as dist
 from open_clip.transform import PreprocessCfg
+from torch import Tensor
 
 from ds_linclip.config import Config
 from ds_linclip.data import EvalTransform
@@ -29,21 +29,17 @@ class HeldOutEvaluator:
     Attributes:
         task: The task, opened and checked before training, so that bad data stop the run at its
             start and not at the first evaluation.
-        context_length: The number of tokens of the model's text tower.
+        tokenizer: Maps prompts to token ids [B, L].
         device: The device of the model.
         group: The ranks that divide the work among themselves; None: this process alone.
         num_images: The number of predictions that rank 0 of ``group`` draws at each call.
     """
 
     task: ZeroShotTask
-    context_length: int
+    tokenizer: Callable[[list[str]], Tensor]
     device: torch.device
     group: dist.ProcessGroup | None = None
     num_images: int = 0
-
-    @cached_property
-    def _tokenizer(self) -> open_clip.SimpleTokenizer:
-        return open_clip.SimpleTokenizer(context_length=self.context_length)
 
     @classmethod
     def from_config(
@@ -67,7 +63,7 @@ class HeldOutEvaluator:
         )
         return cls(
             task=task,
-            context_length=config.model.text.context_length,
+            tokenizer=open_clip.SimpleTokenizer(context_length=config.model.text.context_length),
             device=device,
             group=group,
             num_images=config.log.num_images,
@@ -78,7 +74,7 @@ class HeldOutEvaluator:
         draws = self.group is None or dist.get_rank(self.group) == 0
         return self.task.score(
             model,
-            tokenizer=self._tokenizer,
+            tokenizer=self.tokenizer,
             device=self.device,
             group=self.group,
             num_predictions=self.num_images if draws else 0,
