@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_linclip.process.consensus import map_over_ranks
-from linclip_eval.protocols import ImageBatch, ImageSet
+from linclip_eval.protocols import Encoder, ImageBatch, ImageSet
 
 __all__ = ["Features", "best_ranks", "extract_features", "similarities"]
 
@@ -66,7 +66,7 @@ class Features:
 
 
 def extract_features(
-    encode_image: Callable[[Tensor], Tensor],
+    encode_image: Encoder,
     data: ImageSet,
     *,
     device: torch.device | str,
@@ -76,12 +76,9 @@ def extract_features(
     """Embed every image of a data set once, and its captions.
 
     Args:
-        encode_image: Maps images [B, 3, H, W] to image features [B, E], normalised or not. It must
-            not communicate over ``group``.
         data: The images, the same on every rank.
         device: The device that images are copied to.
-        embed_texts: Maps captions to text features [B, E], likewise; None: captions are left out.
-        group: The ranks that divide the batches among themselves; None: this process alone.
+        embed_texts: Maps captions to features [B, E]; None: captions are left out.
 
     Returns:
         The same features on all ranks.
@@ -156,7 +153,7 @@ def best_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
 @torch.no_grad()
 def _embed(
     batch: ImageBatch,
-    encode_image: Callable[[Tensor], Tensor],
+    encode_image: Encoder,
     embed_texts: Callable[[list[str]], Tensor] | None,
     device: torch.device | str,
 ) -> Features:

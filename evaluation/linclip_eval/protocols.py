@@ -1,11 +1,29 @@
-"""The images that evaluators take; ``ds_linclip.data.LabelledData`` is an :class:`ImageSet`."""
+"""What evaluators take of a model and of its data; ``ds_linclip.data.LabelledData`` is an
+:class:`ImageSet`.
 
-from collections.abc import Iterable, Sequence
+Where an evaluator takes a ``group``, it is the process group whose ranks call together and divide
+the work among themselves; None: this process alone.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["ImageBatch", "ImageSet"]
+__all__ = ["Encoder", "Encoders", "ImageBatch", "ImageSet", "Tokenizer"]
+
+#: Maps images [B, 3, H, W], or token ids [B, L], to features [B, E], normalised or not. It must not
+#: communicate between ranks.
+Encoder = Callable[[Tensor], Tensor]
+#: Maps texts to token ids [B, L].
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+class Encoders(Protocol):
+    """A model in eval mode; each method is an :data:`Encoder`."""
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
+    def encode_text(self, texts: Tensor) -> Tensor: ...
 
 
 class ImageBatch(Protocol):

@@ -7,17 +7,15 @@ first.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from linclip_eval.features import Features, best_ranks, extract_features, similarities
-from linclip_eval.protocols import ImageSet
+from linclip_eval.protocols import Encoder, ImageSet, Tokenizer
 
 __all__ = ["DIRECTIONS", "RECALLS", "RetrievalResult", "rank_captions", "retrieval"]
 
@@ -77,11 +75,11 @@ class RetrievalResult:
 
 
 def retrieval(
-    encode_image: Callable[[Tensor], Tensor],
-    encode_text: Callable[[Tensor], Tensor],
+    encode_image: Encoder,
+    encode_text: Encoder,
     data: ImageSet,
     *,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     device: torch.device | str,
     group: ProcessGroup | None = None,
     strict: bool = True,
@@ -89,13 +87,8 @@ def retrieval(
     """Rank all captions for every image, and all images for every caption.
 
     Args:
-        encode_image: Maps images [B, 3, H, W] to image features [B, E], normalised or not. It must
-            not communicate over ``group``.
-        encode_text: Maps token ids [B, L] to text features [B, E], likewise.
         data: The images; every line of an image's text is a caption.
-        tokenizer: Maps captions to token ids [B, L].
         device: The device of the model, which also computes similarities.
-        group: The ranks that divide the images among themselves; None: this process alone.
         strict: Whether an image without a caption is an error. Otherwise it counts as not found.
 
     Returns:

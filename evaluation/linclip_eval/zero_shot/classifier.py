@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_linclip.process.consensus import map_over_ranks
+from linclip_eval.protocols import Encoder, Tokenizer
 from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
 
 __all__ = ["Template", "build_classifier", "parse_template"]
@@ -47,11 +48,11 @@ def parse_template(template: Template) -> Callable[[str], str]:
 
 
 def build_classifier(
-    encode_text: Callable[[Tensor], Tensor],
+    encode_text: Encoder,
     texts: Sequence[Sequence[str]],
     templates: Sequence[Template],
     *,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     device: torch.device | str,
     group: ProcessGroup | None = None,
     cache_dir: Path | None = None,
@@ -60,14 +61,10 @@ def build_classifier(
     """Embed every class as the mean of its prompts, as CLIP does (arXiv 2103.00020, 3.1.4).
 
     Args:
-        encode_text: Maps token ids [B, L] to text features [B, E], normalised or not. It must not
-            communicate over ``group``.
         texts: The names of each of C classes, in the order of their labels; each name goes into
             each template.
         templates: Prompt templates, see :func:`parse_template`.
-        tokenizer: Maps prompts to token ids [B, L].
         device: The device of the model and of the result.
-        group: The ranks that divide the classes among themselves; None: this process alone.
         cache_dir: A folder of class features, from which an interrupted call resumes; several jobs
             may share it. None: nothing is kept.
         fingerprint: A text that identifies model, weights and tokenizer in ``cache_dir``.
@@ -110,8 +107,8 @@ def build_classifier(
 @torch.no_grad()
 def _embed(
     prompts: Sequence[Sequence[str]],
-    encode_text: Callable[[Tensor], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
+    encode_text: Encoder,
+    tokenizer: Tokenizer,
     device: torch.device | str,
 ) -> Tensor:
     """Return the features [classes, E], on the CPU, of classes given by their prompts."""

@@ -7,7 +7,7 @@ score is a ratio of counts over them.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_linclip.process.consensus import map_over_ranks
-from linclip_eval.protocols import ImageBatch, ImageSet
+from linclip_eval.protocols import Encoder, ImageBatch, ImageSet
 from linclip_eval.zero_shot.class_lists import ClassList, is_ancestor
 from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
 
@@ -145,7 +145,7 @@ class ZeroShotResult:
 
 
 def zero_shot(
-    encode_image: Callable[[Tensor], Tensor],
+    encode_image: Encoder,
     classifier: Tensor,
     data: ImageSet,
     classes: ClassList,
@@ -160,12 +160,9 @@ def zero_shot(
     caller sets evaluation mode and autocast of ``encode_image``.
 
     Args:
-        encode_image: Maps images [B, 3, H, W] to image features [B, E], normalised or not. It must
-            not communicate over ``group``.
         classifier: [E, C] from :func:`build_classifier`.
         data: The images, the same on every rank.
         classes: The C classes behind the columns of ``classifier``.
-        group: The ranks that divide the batches among themselves; None: this process alone.
         parts_dir: A folder for finished parts, from which an interrupted call resumes. It must
             belong to this model, classifier, data and batch size. None: nothing is kept.
         num_predictions: The number of this rank's first images to keep for display.
@@ -253,7 +250,7 @@ def _check_labels(batch: ImageBatch, num_classes: int) -> None:
 
 
 @torch.no_grad()
-def _logits(encode_image: Callable[[Tensor], Tensor], classifier: Tensor, images: Tensor) -> Tensor:
+def _logits(encode_image: Encoder, classifier: Tensor, images: Tensor) -> Tensor:
     if len(images) == 0:
         return classifier.new_empty(0, classifier.shape[1])
     features = encode_image(images.to(classifier.device, non_blocking=True))

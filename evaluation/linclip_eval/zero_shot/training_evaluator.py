@@ -1,6 +1,6 @@
 """Zero-shot accuracy during training: the task is opened once and scored repeatedly."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -8,12 +8,12 @@ import open_clip
 import torch
 import torch.distributed as dist
 from open_clip.transform import PreprocessCfg
-from torch import Tensor
 
 from ds_linclip.config import Config
 from ds_linclip.data import EvalTransform
+from linclip_eval.protocols import Encoders, Tokenizer
 from linclip_eval.zero_shot.evaluate import ZeroShotResult
-from linclip_eval.zero_shot.task import Encoders, ZeroShotTask
+from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = ["HeldOutEvaluator"]
 
@@ -24,19 +24,18 @@ class _Writer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutEvaluator:
-    """The held-out task of a run; every rank of ``group`` scores models on it together.
+    """The held-out task of a run; the ranks of ``group`` score models on it together.
 
     Attributes:
         task: The task, opened and checked before training, so that bad data stop the run at its
             start and not at the first evaluation.
-        tokenizer: Maps prompts to token ids [B, L].
+        tokenizer: The tokenizer of the model.
         device: The device of the model.
-        group: The ranks that divide the work among themselves; None: this process alone.
         num_images: The number of predictions that rank 0 of ``group`` draws at each call.
     """
 
     task: ZeroShotTask
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Tokenizer
     device: torch.device
     group: dist.ProcessGroup | None = None
     num_images: int = 0
@@ -81,15 +80,9 @@ class HeldOutEvaluator:
         )
 
     def __call__(self, model: Encoders, writer: _Writer, step: int) -> Mapping[str, float]:
-        """Score a model during training.
+        """Return top-1 and top-5 accuracy during training, by their TensorBoard tags.
 
-        Args:
-            model: Its encoders, in eval mode.
-            writer: Receives a figure of the first predictions.
-            step: The training step.
-
-        Returns:
-            Top-1 and top-5 accuracy by their TensorBoard tags.
+        ``writer`` receives a figure of the first predictions.
         """
         result = self.score(model)
         if result.predictions:
