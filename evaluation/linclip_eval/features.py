@@ -73,15 +73,12 @@ def extract_features(
     embed_texts: Callable[[list[str]], Tensor] | None = None,
     group: ProcessGroup | None = None,
 ) -> Features:
-    """Embed every image of a data set once, and its captions.
+    """Embed every image of a data set once, and its captions; every rank returns the same features.
 
     Args:
         data: The images, the same on every rank.
         device: The device that images are copied to.
         embed_texts: Maps captions to features [B, E]; None: captions are left out.
-
-    Returns:
-        The same features on all ranks.
 
     Raises:
         ValueError: on all ranks, for data without a readable image, or when reading them raised
@@ -112,8 +109,7 @@ def similarities(
     equal features have equal cosines, so ties are exact.
 
     Args:
-        queries: [Q, E], rows of length 1.
-        candidates: [M, E], rows of length 1.
+        queries, candidates: [Q, E] and [M, E], rows of length 1.
         device: The device that computes.
         at_once: The approximate number of cosines in a block.
 

@@ -51,12 +51,8 @@ class RetrievalResult:
         return len(self.text_to_image)
 
     def recall(self, direction: str, k: int) -> float:
-        """Return the share of queries with a right answer among their first k candidates.
-
-        Args:
-            direction: ``image_to_text`` or ``text_to_image``.
-            k: The number of candidates, from 1.
-        """
+        """Return the share of queries, of one of :data:`DIRECTIONS`, with a right answer among
+        their first k candidates."""
         return float((getattr(self, direction) <= k).mean())
 
     def metrics(self) -> dict[str, float]:
@@ -84,15 +80,12 @@ def retrieval(
     group: ProcessGroup | None = None,
     strict: bool = True,
 ) -> RetrievalResult:
-    """Rank all captions for every image, and all images for every caption.
+    """Rank all captions for every image, and all images for every caption, the same on all ranks.
 
     Args:
         data: The images; every line of an image's text is a caption.
         device: The device of the model, which also computes similarities.
         strict: Whether an image without a caption is an error. Otherwise it counts as not found.
-
-    Returns:
-        The same result on all ranks.
 
     Raises:
         ValueError: on all ranks, for data without a readable image or a caption, with ``strict``
@@ -115,10 +108,6 @@ def retrieval(
 
 def rank_captions(features: Features, *, device: torch.device | str) -> RetrievalResult:
     """Rank captions and images by features that have already been extracted.
-
-    Args:
-        features: Features of images and captions.
-        device: The device that computes similarities.
 
     Raises:
         ValueError: when there is no caption.

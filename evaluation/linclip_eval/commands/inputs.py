@@ -88,12 +88,10 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_sources(arguments: Sequence[str], name: str) -> dict[str, str]:
     """Return sources by label from arguments ``LABEL=SOURCE`` or ``SOURCE``.
 
-    Args:
-        arguments: The values on the command line. Without a label, the last part of a path is it.
-        name: The name of the argument, for messages.
+    Without a label, the last part of a path is it.
 
     Raises:
-        ValueError: when a label is repeated.
+        ValueError: when a label is repeated, naming the argument ``name``.
     """
     sources: dict[str, str] = {}
     for argument in arguments:
@@ -138,12 +136,7 @@ def score_task(
 ) -> tuple[ZeroShotTask, ZeroShotResult]:
     """Open the task that :func:`add_task_arguments` describes and score a model on it.
 
-    Args:
-        options: The parsed command line.
-        folder: The images.
-        model: The model, the same on all ranks.
-        mesh: The ranks that divide the work among themselves.
-        out: The folder of results, which also keeps finished parts.
+    ``out``, the folder of results, also keeps finished parts.
 
     Raises:
         ValueError: on all ranks, when the task cannot be opened or scored.

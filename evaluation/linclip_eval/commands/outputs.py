@@ -27,12 +27,7 @@ _MEASURED = ("ds_linclip", "kernels/linclip_kernels", "evaluation")
 
 
 def command_facts(command: Sequence[str], device: str) -> dict[str, str]:
-    """Return :func:`~ds_linclip.provenance.run_facts` of a subcommand with its arguments.
-
-    Args:
-        command: The subcommand and its arguments.
-        device: "cuda" or "cpu".
-    """
+    """Return :func:`~ds_linclip.provenance.run_facts` of a subcommand with its arguments."""
     line = shlex.join(["linclip-eval", *command])
     return run_facts(device, line, measured=_MEASURED, packages=("torch", "open_clip_torch"))
 
@@ -48,9 +43,8 @@ def publish(
     numbers: Mapping[str, Any],
     figures: Mapping[str, Figure] | None = None,
 ) -> None:
-    """Write the results of a command by :func:`~linclip_eval.results.write_report`; print them.
-
-    Tables keep every digit.
+    """Write the results of a command by :func:`~linclip_eval.results.write_report`, tables with
+    every digit, and print the summary.
 
     Args:
         out: The folder of results.
@@ -58,12 +52,11 @@ def publish(
         device: The device that made the measurements.
         title, sections, tables, numbers, figures: Arguments of ``write_report``.
     """
-    facts = command_facts(command, device.type)
     summary = write_report(
         out,
         title=title,
         sections=sections,
-        facts=facts,
+        facts=command_facts(command, device.type),
         tables=tables,
         float_format="",
         figures=figures,

@@ -67,12 +67,11 @@ def fit_slope(tokens: Sequence[float], seconds: Sequence[float]) -> Slope:
 def crossover(softmax: Mapping[int, float], linear: Mapping[int, float]) -> float | None:
     """Return the number of tokens from which linear attention is faster, interpolated in log-log.
 
+    It is the last crossing between numbers of tokens that both have; None where there is none, or
+    where linear attention is slower at the largest.
+
     Args:
         softmax, linear: Number of tokens -> seconds.
-
-    Returns:
-        The last crossing between numbers of tokens that both have; None where there is none, or
-        where linear attention is slower at the largest.
     """
     lengths = sorted(softmax.keys() & linear.keys())
     gains = [math.log(softmax[n] / linear[n]) for n in lengths]

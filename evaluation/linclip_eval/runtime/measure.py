@@ -109,9 +109,7 @@ def measure(
     The attentions are called in turn, so that other work of the machine affects them alike.
 
     Args:
-        workload: The computation.
         tokens: Numbers of tokens, ascending.
-        limits: Limits of every point.
         deadline: In seconds of ``time.monotonic``; what is predicted to end later is left out.
 
     Returns:
@@ -144,8 +142,7 @@ def measure_in_turn(
     Each workload gets an equal share of the time that is left, so that all get to long sequences.
 
     Args:
-        workloads: Created as they are needed.
-        count: Number of workloads.
+        workloads: ``count`` of them, created as they are needed.
         tokens, limits, deadline: Arguments of :func:`measure`.
     """
     points: list[RuntimePoint] = []
@@ -199,15 +196,11 @@ class _Trial:
 
 
 class _Bench:
-    """Measures a workload; the cost of few tokens predicts that of more.
-
-    Attributes:
-        trials: Measurements by place.
-        skipped: Reasons of the places that were left out.
-    """
+    """Measures a workload; the cost of few tokens predicts that of more."""
 
     def __init__(self, workload: Workload, deadline: float) -> None:
         self.trials: dict[_Place, _Trial] = {}
+        #: Why places were left out.
         self.skipped: dict[_Place, str] = {}
         self._workload, self._deadline = workload, deadline
         self._on_gpu = workload.device.type == "cuda"

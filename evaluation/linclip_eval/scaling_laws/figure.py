@@ -36,10 +36,6 @@ def draw_scaling_laws(
 
     A dot is a run, its shape the size of the model; rings mark the frontier (means over seeds); a
     line is the law with its 95 % bootstrap band.
-
-    Args:
-        runs: All runs of the study.
-        laws: The laws by quantity and kind of attention.
     """
     figure = new_figure(10.4, 5.0)
     sizes = sorted({run.num_parameters for run in runs})

@@ -83,10 +83,6 @@ def fit_scaling_law(points: Sequence[RunPoint], seed: int = 0) -> ScalingLaw:
     frontier when no point with as much compute or less has a value as low. Every resample repeats
     the whole procedure, frontier included; one whose frontier is a single point is left out.
 
-    Args:
-        points: One point per run.
-        seed: The seed of the resampling.
-
     Raises:
         ValueError: when the frontier has fewer than three points, or a value is not positive and
             finite.

@@ -40,12 +40,10 @@ class Prediction:
     """One classified image, for display.
 
     Attributes:
-        key: The key of the image.
         caption: Its caption; empty when it has none.
         image: [3, H, W] on the CPU, normalised as the model saw it.
         true_class: The title of its class.
         top_classes: The titles of the five most likely classes (or of all), most likely first.
-        top_probabilities: The probabilities of these classes.
     """
 
     key: str

@@ -29,10 +29,7 @@ _TEMPLATES: dict[str, Sequence[Template]] = {
 class ZeroShotTask:
     """A data set with its classes and prompts, ready to score models.
 
-    Attributes:
-        data: The images, transformed for one model.
-        classes: The classes that the labels index.
-        templates: The prompt templates.
+    ``classes`` are those that the labels of ``data`` index.
     """
 
     data: LabelledData
@@ -55,16 +52,12 @@ class ZeroShotTask:
         """Open a folder of images as a task.
 
         Args:
-            folder: See :class:`LabelledData`. A folder in clip_benchmark's layout names its classes
-                and templates itself.
-            transform: Maps an image file to model input.
-            batch_size: Images per forward and rank.
-            num_workers: Decoding processes per rank.
+            folder: A folder in clip_benchmark's layout names its classes and templates itself.
+            transform, batch_size, num_workers, strict: See :class:`LabelledData`.
             classes: A class list for :func:`imagenet_classes`, for a folder that names none.
             names: The names that prompts use for these classes.
             templates: "one", "simple" (open_clip's 7), "openai" (its 80), or a file with one
                 template per line; used with ``classes`` only.
-            strict: Whether an unknown or empty class or an unreadable image is an error.
 
         Raises:
             ValueError: when folder, class list or templates cannot be read or do not match.
