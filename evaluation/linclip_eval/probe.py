@@ -226,13 +226,10 @@ def _fit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(images, labels)
-    converged = True
-    for warning in caught:
-        if issubclass(warning.category, ConvergenceWarning):
-            converged = False
-        else:
-            warnings.warn(warning.message, stacklevel=2)
-    return model, converged
+    others = [each for each in caught if not issubclass(each.category, ConvergenceWarning)]
+    for each in others:
+        warnings.warn(each.message, stacklevel=2)
+    return model, len(others) == len(caught)
 
 
 def _predict(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from ds_linclip.data import LabelledData
@@ -171,20 +172,12 @@ def _draw(probe: LinearProbe) -> Figure:
     """Draw validation accuracy by strength; fits that did not converge are hollow."""
     figure = new_figure(6.4, 3.2)
     axes = figure.subplots()
-    strengths = [fit.strength for fit in probe.search]
-    scores = [100 * fit.validation_top1 for fit in probe.search]
-    axes.plot(strengths, scores, color=LINEAR, linewidth=1.2, alpha=0.5)
-    for converged, label, face in ((True, "converged", LINEAR), (False, "not converged", "white")):
-        shown = [i for i, fit in enumerate(probe.search) if fit.converged is converged]
-        axes.scatter(
-            [strengths[i] for i in shown],
-            [scores[i] for i in shown],
-            s=28,
-            facecolor=face,
-            edgecolor=LINEAR,
-            zorder=3,
-            label=label,
-        )
+    points = np.array([(fit.strength, 100 * fit.validation_top1) for fit in probe.search])
+    converged = np.array([fit.converged for fit in probe.search])
+    axes.plot(*points.T, color=LINEAR, linewidth=1.2, alpha=0.5)
+    look = {"s": 28, "edgecolor": LINEAR, "zorder": 3}
+    axes.scatter(*points[converged].T, facecolor=LINEAR, label="converged", **look)
+    axes.scatter(*points[~converged].T, facecolor="white", label="not converged", **look)
     axes.axvline(probe.strength, color=MUTED, linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     dress(axes, "Validation images", xlabel="L2 strength (dotted: chosen)", ylabel="top-1, %")

@@ -77,13 +77,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, values in (
-        ("tokens", options.tokens or []),
-        ("heads", [] if options.heads is None else [options.heads]),
-        ("threads", [options.threads]),
-    ):
-        if values and min(values) < 1:
-            raise ValueError(f"{name} ({min(values)}) must be at least 1")
+    counts = [("heads", options.heads), ("threads", options.threads)]
+    for name, count in [*counts, *(("tokens", n) for n in options.tokens or ())]:
+        if count is not None and count < 1:
+            raise ValueError(f"{name} ({count}) must be at least 1")
     if not options.budget_seconds > 0:
         raise ValueError(f"budget-seconds ({options.budget_seconds:g}) must be positive")
 

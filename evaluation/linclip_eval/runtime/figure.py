@@ -65,14 +65,8 @@ def draw_times(scaling: Scaling, *, of: str = "a call") -> Figure:
             heights = np.log([linear[n].seconds for n in lengths])
             height = np.exp(np.interp(np.log(place), np.log(lengths), heights))
             axes.plot(place, height, zorder=3, **ring(INK))
-            axes.annotate(
-                f"N = {place:.0f}",
-                (place, height),
-                xytext=(7, -9),
-                textcoords="offset points",
-                fontsize=8,
-                color=INK,
-            )
+            look = {"textcoords": "offset points", "fontsize": 8, "color": INK}
+            axes.annotate(f"N = {place:.0f}", (place, height), (7, -9), **look)
 
     handles = [
         Line2D([], [], linestyle=":", color=MUTED, label="slopes 1 and 2"),
@@ -141,10 +135,5 @@ def _draw_guide(axes: Axes, line: dict[int, CallCost], exponent: int, factor: fl
 def _style(attention: str) -> dict[str, Any]:
     colour, marker = next(style for part, style in _STYLES.items() if part in attention)
     dashes = "--" if "Eq. 4" in attention else "-"
-    return {
-        "color": colour,
-        "marker": marker,
-        "linestyle": dashes,
-        "markersize": 4,
-        "linewidth": 1.5,
-    }
+    line = {"linestyle": dashes, "linewidth": 1.5}
+    return {"color": colour, "marker": marker, "markersize": 4, **line}

@@ -44,16 +44,9 @@ def draw_scaling_laws(
         for kind, law in laws[quantity].items():
             _draw_law(axes, law, _COLOURS[kind])
         for run in runs:
-            axes.scatter(
-                run.compute,
-                run.value(quantity),
-                marker=markers[run.num_parameters],
-                s=30,
-                color=_COLOURS[run.kind],
-                edgecolor="white",
-                linewidth=0.7,
-                zorder=3,
-            )
+            look = {"marker": markers[run.num_parameters], "color": _COLOURS[run.kind], "s": 30}
+            edge = {"edgecolor": "white", "linewidth": 0.7}
+            axes.scatter(run.compute, run.value(quantity), zorder=3, **look, **edge)
         _finish(axes, quantity, [run.value(quantity) for run in runs])
     handles = [
         *(Line2D([], [], color=_COLOURS[kind], linewidth=2, label=kind) for kind in laws["loss"]),

@@ -113,14 +113,10 @@ def _embed(
 ) -> Tensor:
     """Return the features [classes, E], on the CPU, of classes given by their prompts."""
     flat = [prompt for class_prompts in prompts for prompt in class_prompts]
-    features = torch.cat(
-        [
-            F.normalize(
-                encode_text(tokenizer(flat[i : i + _PROMPTS_PER_FORWARD]).to(device)).float(),
-                dim=-1,
-            )
-            for i in range(0, len(flat), _PROMPTS_PER_FORWARD)
-        ]
-    )
-    means = [part.mean(dim=0) for part in features.split([len(each) for each in prompts])]
+    parts = []
+    for start in range(0, len(flat), _PROMPTS_PER_FORWARD):
+        tokens = tokenizer(flat[start : start + _PROMPTS_PER_FORWARD]).to(device)
+        parts.append(F.normalize(encode_text(tokens).float(), dim=-1))
+    by_class = torch.cat(parts).split([len(each) for each in prompts])
+    means = [features.mean(dim=0) for features in by_class]
     return F.normalize(torch.stack(means), dim=-1).cpu().contiguous()
