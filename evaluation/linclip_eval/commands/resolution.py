@@ -5,8 +5,6 @@ Learned positions are resampled to the grid of each size, bicubic, as in open_cl
 
 import argparse
 import math
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch.utils.benchmark import Timer
 
 from ds_linclip.inference import LoadedModel, load_model
 from linclip_eval.commands import inputs, outputs
@@ -25,8 +24,7 @@ from linclip_eval.results import markdown_table, percent, wilson_interval
 __all__ = ["main"]
 
 _SIZES = (112, 160, 224, 336, 448, 672, 1024)
-_TIMED_SECONDS = 2.0
-_MAX_TIMED = 50
+_TIMED_SECONDS = 1.0
 _TIMED_BATCH = 8
 
 
@@ -110,15 +108,12 @@ def _seconds_per_image(model: LoadedModel) -> float:
     """Return the median time of the image tower over batches of noise, per image."""
     size = (_TIMED_BATCH, 3, *model.image_size)
     images = torch.randn(size, device=model.device, dtype=model.dtype)
-    seconds: list[float] = []
-    start = time.monotonic()
-    while len(seconds) < 3 or (
-        len(seconds) < _MAX_TIMED and time.monotonic() - start < _TIMED_SECONDS
-    ):
-        before = time.perf_counter()
-        model.encode_image(images).sum().item()  # waits for the device
-        seconds.append(time.perf_counter() - before)
-    return statistics.median(seconds[1:]) / len(images)
+    timer = Timer(
+        "encode(images)",
+        globals={"encode": model.encode_image, "images": images},
+        num_threads=torch.get_num_threads(),
+    )
+    return timer.blocked_autorange(min_run_time=_TIMED_SECONDS).median / _TIMED_BATCH
 
 
 def _table(scores: Sequence[_Score], domains: Sequence[str]) -> str:

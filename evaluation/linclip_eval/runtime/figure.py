@@ -48,22 +48,19 @@ def draw_times(scaling: Scaling, *, of: str = "a call") -> Figure:
 
     def draw(axes: Axes, what: str, direction: str) -> None:
         for name in scaling.attentions[what]:
-            line = scaling.line(what, direction, name)
-            if not line:
-                continue
-            lengths, style = sorted(line), _style(name)
-            axes.plot(lengths, [line[n].seconds for n in lengths], **style)
-            low, high = [line[n].low for n in lengths], [line[n].high for n in lengths]
-            axes.fill_between(lengths, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            if line := scaling.line(what, direction, name):
+                lengths, costs, style = list(line), line.values(), _style(name)
+                axes.plot(lengths, [cost.seconds for cost in costs], **style)
+                low, high = [cost.low for cost in costs], [cost.high for cost in costs]
+                axes.fill_between(lengths, low, high, color=style["color"], alpha=0.2, linewidth=0)
         first = scaling.linear(what)[0]
         linear = scaling.line(what, direction, first)
         _draw_guide(axes, scaling.fastest_softmax(what, direction), 2, 1.8)
         _draw_guide(axes, linear, 1, 1 / 1.8)
         place = scaling.crossover(what, direction, first)
         if place is not None:
-            lengths = sorted(linear)
-            heights = np.log([linear[n].seconds for n in lengths])
-            height = np.exp(np.interp(np.log(place), np.log(lengths), heights))
+            heights = np.log([cost.seconds for cost in linear.values()])
+            height = np.exp(np.interp(np.log(place), np.log(list(linear)), heights))
             axes.plot(place, height, zorder=3, **ring(INK))
             look = {"textcoords": "offset points", "fontsize": 8, "color": INK}
             axes.annotate(f"N = {place:.0f}", (place, height), (7, -9), **look)
@@ -80,10 +77,8 @@ def draw_memory(scaling: Scaling) -> Figure:
 
     def draw(axes: Axes, what: str, direction: str) -> None:
         for name in scaling.attentions[what]:
-            line = scaling.line(what, direction, name)
-            if line:
-                lengths = sorted(line)
-                axes.plot(lengths, [line[n].peak_bytes for n in lengths], **_style(name))
+            if line := scaling.line(what, direction, name):
+                axes.plot(list(line), [cost.peak_bytes for cost in line.values()], **_style(name))
 
     return _draw_panels(scaling, draw, [], "peak memory of a call", "B")
 
@@ -127,7 +122,7 @@ def _draw_guide(axes: Axes, line: dict[int, CallCost], exponent: int, factor: fl
     if len(line) < 2:
         return
     last = max(line)
-    lengths = np.array([n for n in sorted(line) if 10 * n >= last])
+    lengths = np.array([n for n in line if 10 * n >= last])
     heights = factor * line[last].seconds * (lengths / last) ** exponent
     axes.plot(lengths, heights, linestyle=":", linewidth=1.2, color=MUTED)
 

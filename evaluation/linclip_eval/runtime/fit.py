@@ -106,7 +106,7 @@ class Scaling:
         #: Subject -> its attentions.
         self.attentions: dict[str, list[str]] = {}
         self._lines: dict[tuple[str, str, str], dict[int, CallCost]] = {}
-        for point in self.points:
+        for point in sorted(self.points, key=lambda point: point.num_tokens):
             attentions = self.attentions.setdefault(point.what, [])
             if point.attention not in attentions:
                 attentions.append(point.attention)
@@ -119,7 +119,7 @@ class Scaling:
         return [name for name in self.attentions[what] if name not in self._softmax]
 
     def line(self, what: str, direction: str, attention: str) -> dict[int, CallCost]:
-        """Return what was measured, by number of tokens."""
+        """Return what was measured, by increasing number of tokens."""
         return self._lines.get((what, direction, attention), {})
 
     def fastest_softmax(self, what: str, direction: str) -> dict[int, CallCost]:
@@ -140,9 +140,9 @@ class Scaling:
 
     def fitted(self, what: str, direction: str, attention: str) -> list[int]:
         """Return the numbers of tokens that a slope is fitted to."""
-        lengths = sorted(self.line(what, direction, attention))
-        smallest = self._fit_from or max(lengths, default=0) / 10
-        return [n for n in lengths if n >= smallest]
+        line = self.line(what, direction, attention)
+        smallest = self._fit_from or max(line, default=0) / 10
+        return [n for n in line if n >= smallest]
 
     def slope(self, what: str, direction: str, attention: str) -> Slope | None:
         """Fit the slope over :meth:`fitted`; None with fewer than three numbers of tokens."""

@@ -16,7 +16,6 @@ __all__ = ["draw_predictions"]
 
 _TRACK = "#eef0f3"
 _RIGHT, _WRONG, _OTHER = "#2a9d6f", "#d1495b", "#b8c0cc"
-_COLUMNS = 2
 
 
 def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
@@ -33,17 +32,16 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
     """
     if not predictions:
         raise ValueError("predictions ([]) must hold at least one prediction")
-    columns = min(_COLUMNS, len(predictions))
+    columns = min(2, len(predictions))
     rows = -(-len(predictions) // columns)
     figure = new_figure(5.6 * columns, 2.3 * rows)
     grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1.0, 1.35] * columns)
-    for cell, axes in enumerate(grid.reshape(rows * columns, 2)):
-        if cell < len(predictions):
-            _draw_image(axes[0], predictions[cell])
-            _draw_bars(axes[1], predictions[cell])
-        else:
-            for each in axes:
-                each.set_axis_off()
+    cells = grid.reshape(rows * columns, 2)
+    for (image_axes, bar_axes), prediction in zip(cells, predictions, strict=False):
+        _draw_image(image_axes, prediction)
+        _draw_bars(bar_axes, prediction)
+    for axes in cells[len(predictions) :].flat:
+        axes.set_axis_off()
     return figure
 
 
