@@ -36,11 +36,7 @@ ATTENTION_COLOURS = {"softmax": SOFTMAX, "Eq. 7": LINEAR, "Eq. 4": "#58b0e3"}
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure with an Agg canvas, ready for ``savefig`` and ``add_figure``.
-
-    Args:
-        width, height: In inches.
-    """
+    """Return a figure, its size in inches, ready for ``savefig`` and ``add_figure``."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), dpi=130, layout=layout)
     FigureCanvasAgg(figure)
@@ -72,12 +68,7 @@ def ring(colour: str) -> dict[str, Any]:
 
 
 def set_token_axis(axes: Axes, tokens: Sequence[int]) -> None:
-    """Make the horizontal axis a logarithmic one of numbers of tokens.
-
-    Args:
-        axes: The panel.
-        tokens: Numbers of tokens of the whole measurement, ascending.
-    """
+    """Make the horizontal axis a logarithmic one for all of ``tokens``, ascending numbers."""
     axes.set_xscale("log")
     axes.set_xlim(0.7 * tokens[0], 1.4 * tokens[-1])
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -95,7 +86,7 @@ def add_legend(owner: Figure | Axes, handles: Sequence[Artist] | None = None) ->
         columns = min(len(handles), max(1, int(owner.get_figwidth() / (0.6 + 0.08 * longest))))
         owner.legend(handles=handles, loc="outside lower center", ncols=columns, **style)
     else:
-        owner.legend(**({} if handles is None else {"handles": list(handles)}), **style)
+        owner.legend(handles=handles, **style)
 
 
 def add_caption(figure: Figure, text: str) -> None:

@@ -84,12 +84,9 @@ def write_report(
 def markdown_table(
     header: Sequence[str], rows: Sequence[Sequence[object]], *, align: str = ""
 ) -> str:
-    """Return a Markdown table.
+    """Return a Markdown table with escaped cells.
 
-    Args:
-        header: Titles of the columns.
-        rows: Rows of as many cells.
-        align: "l" or "r" for each column; by default the first to the left, the others right.
+    ``align`` has "l" or "r" for each column; by default the first is to the left, the others right.
     """
     align = align or "l" + "r" * (len(header) - 1)
     lines = [header, [{"l": ":---", "r": "---:"}[side] for side in align], *rows]

@@ -1,4 +1,4 @@
-"""``linclip-eval report``: the results of other commands as one self-contained page.
+"""Show the results of other commands as one self-contained page.
 
 Every folder gives its ``summary.md`` and the pictures in it. The same is written as Markdown, with
 the pictures beside it.

@@ -60,10 +60,7 @@ def _publish(
     features, metrics = result.features, result.metrics()
     missing = features.uncaptioned
     # The captions of one image are not independent of each other: images are the trials.
-    trials = {
-        "image_to_text": result.num_images,
-        "text_to_image": len(np.unique(features.owners)),
-    }
+    trials = {"image_to_text": result.num_images, "text_to_image": len(np.unique(features.owners))}
     rows = [
         [
             direction.replace("_", " "),

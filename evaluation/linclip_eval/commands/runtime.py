@@ -1,4 +1,4 @@
-"""``linclip-eval runtime``: time and memory of softmax and linear attention over the tokens.
+"""Measure how time and memory of softmax and linear attention grow with the number of tokens.
 
 Measures what arXiv 2604.10064 does: one layer, one block and whole towers on a sequence of N
 tokens, in inference and in training, over many runs after a warm-up; and the bare operator.
@@ -86,11 +86,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="linclip-eval runtime",
-        description="Measure how time and memory of softmax and linear attention grow with the "
-        "number of tokens.",
-    )
+    parser = argparse.ArgumentParser(prog="linclip-eval runtime", description=__doc__)
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default: docs/results/runtime/<device>"
     )

@@ -119,10 +119,7 @@ def _publish(
         model.device,
         title=f"Zero-shot classification: {model.title}",
         sections=sections,
-        tables={
-            "per_class.csv": per_class_table(result),
-            "confusions.csv": [header, *wrong],
-        },
+        tables={"per_class.csv": per_class_table(result), "confusions.csv": [header, *wrong]},
         numbers={
             **outputs.model_facts(model),
             "classes": classes.name,

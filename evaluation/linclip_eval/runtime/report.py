@@ -66,9 +66,7 @@ def write_runtime_report(
 def comparison_sections(scaling: Scaling, fitted: str) -> list[str]:
     """Return the sections of a summary that compare linear attention with softmax.
 
-    Args:
-        scaling: All points.
-        fitted: The numbers of tokens that slopes are fitted to, in words.
+    ``fitted`` says which numbers of tokens slopes are fitted to.
     """
 
     def ratio(what: str, direction: str, num_tokens: int, linear: CallCost) -> str:
@@ -105,10 +103,8 @@ def tables_by_tokens(
     """Yield a heading and a table, N by attention, for every subject and direction.
 
     Args:
-        scaling: All points.
         cell: Subject, direction, number of tokens and cost -> text; called where a cost was
             measured.
-        linear_only: Leave out the softmax attentions.
     """
     for what, direction in product(scaling.attentions, scaling.directions):
         names = scaling.linear(what) if linear_only else scaling.attentions[what]

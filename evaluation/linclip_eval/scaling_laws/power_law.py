@@ -14,13 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Interval",
-    "RunPoint",
-    "ScalingLaw",
-    "fit_scaling_law",
-    "percentile_interval",
-]
+__all__ = ["Interval", "RunPoint", "ScalingLaw", "fit_scaling_law", "percentile_interval"]
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
