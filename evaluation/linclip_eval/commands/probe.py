@@ -175,7 +175,7 @@ def _draw(probe: LinearProbe) -> Figure:
     points = np.array([(fit.strength, 100 * fit.validation_top1) for fit in probe.search])
     converged = np.array([fit.converged for fit in probe.search])
     axes.plot(*points.T, color=LINEAR, linewidth=1.2, alpha=0.5)
-    look = {"s": 28, "edgecolor": LINEAR, "zorder": 3}
+    look: dict[str, Any] = {"s": 28, "edgecolor": LINEAR, "zorder": 3}
     axes.scatter(*points[converged].T, facecolor=LINEAR, label="converged", **look)
     axes.scatter(*points[~converged].T, facecolor="white", label="not converged", **look)
     axes.axvline(probe.strength, color=MUTED, linewidth=0.8, linestyle=":")

@@ -62,7 +62,7 @@ def draw_times(scaling: Scaling, *, of: str = "a call") -> Figure:
             heights = np.log([cost.seconds for cost in linear.values()])
             height = np.exp(np.interp(np.log(place), np.log(list(linear)), heights))
             axes.plot(place, height, zorder=3, **ring(INK))
-            look = {"textcoords": "offset points", "fontsize": 8, "color": INK}
+            look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": INK}
             axes.annotate(f"N = {place:.0f}", (place, height), (7, -9), **look)
 
     handles = [
