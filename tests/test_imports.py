@@ -30,7 +30,7 @@ RESERVED = {
     "deepspeed": ["ds_linclip.parallel", "ds_linclip.engine"],
     "megatron": ["ds_linclip.parallel", "ds_linclip.engine"],
     "linclip_kernels": [
-        *("linclip_kernels", "ds_linclip.model.attention", "linclip_eval.runtime.subjects"),
+        *("linclip_kernels", "ds_linclip.model.attention"),
         *("benchmarks", "experiments"),
     ],
 }

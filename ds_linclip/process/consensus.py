@@ -5,15 +5,24 @@ In all functions here ``group`` is the process group whose ranks call together, 
 process alone; what travels between ranks must be picklable.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from tqdm import tqdm
 
-__all__ = ["AgreedError", "agree", "from_first_rank", "gather", "require_equal"]
+__all__ = [
+    "AgreedError",
+    "agree",
+    "from_first_rank",
+    "gather",
+    "map_over_ranks",
+    "require_equal",
+]
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class AgreedError(ValueError):
@@ -86,3 +95,36 @@ def require_equal(value: object, name: str, group: ProcessGroup | None) -> None:
     for rank, other in enumerate(values := gather(value, group)):
         if other != values[0]:
             raise AgreedError(f"{name} of rank {rank} must be those of rank 0")
+
+
+def map_over_ranks(
+    work: Callable[[Sequence[Item]], Iterable[T]],
+    items: Sequence[Item],
+    group: ProcessGroup | None,
+    *,
+    title: str | None = None,
+) -> list[T]:
+    """Divide items among the ranks of ``group`` and return the results of all on every rank.
+
+    Args:
+        work: Yields one result for each of the items it is given; must not communicate over
+            ``group``.
+        items: The same on every rank; item i goes to rank i modulo the number of ranks.
+        title: Title of a progress bar, which the first rank shows after five seconds; None: no bar.
+
+    Returns:
+        The results, in the order of the items.
+
+    Raises:
+        AgreedError: on every rank, when ``work`` raised ValueError or OSError on one of them.
+    """
+    rank = 0 if group is None else dist.get_rank(group)
+    world_size = 1 if group is None else dist.get_world_size(group)
+    own = items[rank::world_size]
+    hidden = title is None or rank > 0
+
+    def results() -> list[T]:
+        return list(tqdm(work(own), title, len(own), delay=5, leave=False, disable=hidden))
+
+    shares = gather(agree(results, group, (ValueError, OSError)), group)
+    return [shares[i % world_size][i // world_size] for i in range(len(items))]

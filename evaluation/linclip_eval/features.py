@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from linclip_eval.protocols import ImageBatch, ImageSet, map_over_ranks, show_progress
+from ds_linclip.process.consensus import map_over_ranks
+from linclip_eval.protocols import Encoder, ImageBatch, ImageSet
 
 __all__ = ["Features", "best_ranks", "extract_features", "similarities"]
 
@@ -65,25 +66,19 @@ class Features:
 
 
 def extract_features(
-    encode_image: Callable[[Tensor], Tensor],
+    encode_image: Encoder,
     data: ImageSet,
     *,
     device: torch.device | str,
     embed_texts: Callable[[list[str]], Tensor] | None = None,
     group: ProcessGroup | None = None,
 ) -> Features:
-    """Embed every image of a data set once, and its captions.
+    """Embed every image of a data set once, and its captions; every rank returns the same features.
 
     Args:
-        encode_image: Maps images [B, 3, H, W] to image features [B, E], normalised or not. It must
-            not communicate over ``group``.
         data: The images, the same on every rank.
         device: The device that images are copied to.
-        embed_texts: Maps captions to text features [B, E], likewise; None: captions are left out.
-        group: The ranks that divide the batches among themselves; None: this process alone.
-
-    Returns:
-        The same features on all ranks.
+        embed_texts: Maps captions to features [B, E]; None: captions are left out.
 
     Raises:
         ValueError: on all ranks, for data without a readable image, or when reading them raised
@@ -91,13 +86,10 @@ def extract_features(
     """
 
     def embed_batches(numbers: Sequence[int]) -> Iterator[Features]:
-        batches = data.batches(numbers)
-        for batch in show_progress(
-            batches, len(numbers), title="images", unit="batch", group=group
-        ):
+        for batch in data.batches(numbers):
             yield _embed(batch, encode_image, embed_texts, device)
 
-    parts = map_over_ranks(embed_batches, range(data.num_batches), group)
+    parts = map_over_ranks(embed_batches, range(data.num_batches), group, title="batches of images")
     if not any(len(part.images) for part in parts):
         raise ValueError("data (0 readable images) must hold at least one image that can be read")
     return _join(parts)
@@ -117,8 +109,7 @@ def similarities(
     equal features have equal cosines, so ties are exact.
 
     Args:
-        queries: [Q, E], rows of length 1.
-        candidates: [M, E], rows of length 1.
+        queries, candidates: [Q, E] and [M, E], rows of length 1.
         device: The device that computes.
         at_once: The approximate number of cosines in a block.
 
@@ -158,7 +149,7 @@ def best_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
 @torch.no_grad()
 def _embed(
     batch: ImageBatch,
-    encode_image: Callable[[Tensor], Tensor],
+    encode_image: Encoder,
     embed_texts: Callable[[list[str]], Tensor] | None,
     device: torch.device | str,
 ) -> Features:

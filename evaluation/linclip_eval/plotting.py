@@ -2,13 +2,15 @@
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
 __all__ = [
     "ATTENTION_COLOURS",
@@ -21,6 +23,8 @@ __all__ = [
     "add_legend",
     "dress",
     "new_figure",
+    "ring",
+    "set_log_ticks",
     "set_token_axis",
 ]
 
@@ -32,11 +36,7 @@ ATTENTION_COLOURS = {"softmax": SOFTMAX, "Eq. 7": LINEAR, "Eq. 4": "#58b0e3"}
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure with an Agg canvas, ready for ``savefig`` and ``add_figure``.
-
-    Args:
-        width, height: In inches.
-    """
+    """Return a figure, its size in inches, ready for ``savefig`` and ``add_figure``."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), dpi=130, layout=layout)
     FigureCanvasAgg(figure)
@@ -54,13 +54,21 @@ def dress(axes: Axes, title: str, *, xlabel: str = "", ylabel: str = "") -> None
     axes.spines[:].set_visible(False)
 
 
-def set_token_axis(axes: Axes, tokens: Sequence[int]) -> None:
-    """Make the horizontal axis a logarithmic one of numbers of tokens.
+def set_log_ticks(axis: Axis, multiples: Sequence[float], form: str = "g") -> None:
+    """Label these multiples of powers of ten on a logarithmic axis, and nothing between them."""
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter(StrMethodFormatter(f"{{x:{form}}}"))
+    axis.set_minor_locator(NullLocator())
 
-    Args:
-        axes: The panel.
-        tokens: Numbers of tokens of the whole measurement, ascending.
-    """
+
+def ring(colour: str) -> dict[str, Any]:
+    """Return the style of a hollow circle around a point."""
+    face = {"markerfacecolor": "none", "markeredgecolor": colour}
+    return {"linestyle": "", "marker": "o", "markersize": 9, "markeredgewidth": 1.2, **face}
+
+
+def set_token_axis(axes: Axes, tokens: Sequence[int]) -> None:
+    """Make the horizontal axis a logarithmic one for all of ``tokens``, ascending numbers."""
     axes.set_xscale("log")
     axes.set_xlim(0.7 * tokens[0], 1.4 * tokens[-1])
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -78,7 +86,7 @@ def add_legend(owner: Figure | Axes, handles: Sequence[Artist] | None = None) ->
         columns = min(len(handles), max(1, int(owner.get_figwidth() / (0.6 + 0.08 * longest))))
         owner.legend(handles=handles, loc="outside lower center", ncols=columns, **style)
     else:
-        owner.legend(**({} if handles is None else {"handles": list(handles)}), **style)
+        owner.legend(handles=handles, **style)
 
 
 def add_caption(figure: Figure, text: str) -> None:

@@ -86,9 +86,7 @@ class LinearProbe:
 
     Attributes:
         accuracy: Its accuracy on the test images.
-        strength: The chosen strength, see :class:`ProbeFit`.
-        num_iterations: The number of L-BFGS iterations of the final fit, on all training images.
-        converged: Whether the final fit converged.
+        strength, num_iterations, converged: Those of the final fit, see :class:`ProbeFit`.
         search: The fits among which the strength was chosen, by increasing strength.
     """
 
@@ -120,9 +118,6 @@ def knn(
         train, test: Features from the same model.
         num_neighbors: The numbers of neighbours k, one classifier for each.
         device: The device that computes cosines.
-
-    Returns:
-        The accuracy for each number of neighbours.
 
     Raises:
         ValueError: when a k is not in [1, number of training images], or features are not finite.
@@ -231,13 +226,10 @@ def _fit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(images, labels)
-    converged = True
-    for warning in caught:
-        if issubclass(warning.category, ConvergenceWarning):
-            converged = False
-        else:
-            warnings.warn(warning.message, stacklevel=2)
-    return model, converged
+    others = [each for each in caught if not issubclass(each.category, ConvergenceWarning)]
+    for each in others:
+        warnings.warn(each.message, stacklevel=2)
+    return model, len(others) == len(caught)
 
 
 def _predict(

@@ -1,22 +1,29 @@
-"""The images that evaluators take, in batches, and how ranks divide such work among themselves.
+"""What evaluators take of a model and of its data; ``ds_linclip.data.LabelledData`` is an
+:class:`ImageSet`.
 
-``ds_linclip.data.LabelledData`` is an :class:`ImageSet`.
+Where an evaluator takes a ``group``, it is the process group whose ranks call together and divide
+the work among themselves; None: this process alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from tqdm import tqdm
 
-from ds_linclip.process.consensus import agree, gather
+__all__ = ["Encoder", "Encoders", "ImageBatch", "ImageSet", "Tokenizer"]
 
-__all__ = ["ImageBatch", "ImageSet", "map_over_ranks", "show_progress"]
+#: Maps images [B, 3, H, W], or token ids [B, L], to features [B, E], normalised or not. It must not
+#: communicate between ranks.
+Encoder = Callable[[Tensor], Tensor]
+#: Maps texts to token ids [B, L].
+Tokenizer = Callable[[list[str]], Tensor]
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+
+class Encoders(Protocol):
+    """A model in eval mode; each method is an :data:`Encoder`."""
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
+    def encode_text(self, texts: Tensor) -> Tensor: ...
 
 
 class ImageBatch(Protocol):
@@ -42,41 +49,3 @@ class ImageSet(Protocol):
     @property
     def num_batches(self) -> int: ...
     def batches(self, numbers: Sequence[int]) -> Iterable[ImageBatch]: ...
-
-
-def map_over_ranks(
-    work: Callable[[Sequence[Item]], Iterable[Result]],
-    items: Sequence[Item],
-    group: ProcessGroup | None,
-) -> list[Result]:
-    """Divide items among the ranks of a group and return the results of all items on every rank.
-
-    Args:
-        work: Returns one result, which can be pickled, for each of the items it is given. It must
-            not communicate over ``group``.
-        items: The same on every rank; item i goes to rank i modulo the number of ranks.
-        group: The ranks that call this function together; None: this process alone.
-
-    Returns:
-        The results, in the order of the items.
-
-    Raises:
-        AgreedError: on every rank, when ``work`` raised ValueError or OSError on one of them.
-    """
-    rank, world_size = _rank(group), 1 if group is None else dist.get_world_size(group)
-    share = agree(lambda: list(work(items[rank::world_size])), group, (ValueError, OSError))
-    shares = gather(share, group)
-    return [shares[i % world_size][i // world_size] for i in range(len(items))]
-
-
-def show_progress(
-    items: Iterable[Item], total: int, *, title: str, unit: str, group: ProcessGroup | None
-) -> Iterable[Item]:
-    """Return ``items`` behind a progress bar, which the first rank shows after five seconds."""
-    hidden = _rank(group) > 0
-    bar: Iterable[Item] = tqdm(items, title, total, unit=unit, delay=5, leave=False, disable=hidden)
-    return bar
-
-
-def _rank(group: ProcessGroup | None) -> int:
-    return 0 if group is None else dist.get_rank(group)

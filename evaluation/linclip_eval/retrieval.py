@@ -7,17 +7,15 @@ first.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from linclip_eval.features import Features, best_ranks, extract_features, similarities
-from linclip_eval.protocols import ImageSet
+from linclip_eval.protocols import Encoder, ImageSet, Tokenizer
 
 __all__ = ["DIRECTIONS", "RECALLS", "RetrievalResult", "rank_captions", "retrieval"]
 
@@ -53,13 +51,9 @@ class RetrievalResult:
         return len(self.text_to_image)
 
     def recall(self, direction: str, k: int) -> float:
-        """Return the share of queries with a right answer among their first k candidates.
-
-        Args:
-            direction: ``image_to_text`` or ``text_to_image``.
-            k: The number of candidates, from 1.
-        """
-        return float((self._ranks(direction) <= k).mean())
+        """Return the share of queries, of one of :data:`DIRECTIONS`, with a right answer among
+        their first k candidates."""
+        return float((getattr(self, direction) <= k).mean())
 
     def metrics(self) -> dict[str, float]:
         """Return recalls in [0, 1] and ranks from 1, under open_clip's names.
@@ -68,41 +62,30 @@ class RetrievalResult:
         """
         metrics: dict[str, float] = {}
         for direction in DIRECTIONS:
-            ranks = self._ranks(direction)
+            ranks = getattr(self, direction)
             metrics[f"{direction}_mean_rank"] = float(ranks.mean())
             metrics[f"{direction}_median_rank"] = float(math.floor(np.median(ranks)))
             for k in RECALLS:
                 metrics[f"{direction}_R@{k}"] = self.recall(direction, k)
         return metrics
 
-    def _ranks(self, direction: str) -> NDArray[np.int64]:
-        return {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}[direction]
-
 
 def retrieval(
-    encode_image: Callable[[Tensor], Tensor],
-    encode_text: Callable[[Tensor], Tensor],
+    encode_image: Encoder,
+    encode_text: Encoder,
     data: ImageSet,
     *,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     device: torch.device | str,
     group: ProcessGroup | None = None,
     strict: bool = True,
 ) -> RetrievalResult:
-    """Rank all captions for every image, and all images for every caption.
+    """Rank all captions for every image, and all images for every caption, the same on all ranks.
 
     Args:
-        encode_image: Maps images [B, 3, H, W] to image features [B, E], normalised or not. It must
-            not communicate over ``group``.
-        encode_text: Maps token ids [B, L] to text features [B, E], likewise.
         data: The images; every line of an image's text is a caption.
-        tokenizer: Maps captions to token ids [B, L].
         device: The device of the model, which also computes similarities.
-        group: The ranks that divide the images among themselves; None: this process alone.
         strict: Whether an image without a caption is an error. Otherwise it counts as not found.
-
-    Returns:
-        The same result on all ranks.
 
     Raises:
         ValueError: on all ranks, for data without a readable image or a caption, with ``strict``
@@ -125,10 +108,6 @@ def retrieval(
 
 def rank_captions(features: Features, *, device: torch.device | str) -> RetrievalResult:
     """Rank captions and images by features that have already been extracted.
-
-    Args:
-        features: Features of images and captions.
-        device: The device that computes similarities.
 
     Raises:
         ValueError: when there is no caption.

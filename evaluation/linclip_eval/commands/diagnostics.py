@@ -63,10 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", required=True, help="folder in clip_benchmark's layout")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument(
-        "--num-images",
-        type=int,
-        default=64,
-        help="evenly spaced, with captions; default: 64",
+        "--num-images", type=int, default=64, help="evenly spaced, with captions; default: 64"
     )
     parser.add_argument(
         "--image-size", type=int, help="side in pixels; default: the size the model was trained on"
@@ -93,31 +90,31 @@ def main(arguments: Sequence[str]) -> None:
                 )
             images, texts = _samples(options.data, model, options.num_images)
             try:
-                statistics[name] = diagnose(
-                    model.module, images, texts, max_tokens=options.max_tokens
-                )
+                statistics[name] = diagnose(model.module, images, texts, options.max_tokens)
             except ValueError as error:
                 raise ValueError(f"model ({source}): {error}") from error
-            about.append((name, *_describe(model)))
-    table = [{"model": name, **asdict(row)} for name, rows in statistics.items() for row in rows]
-    outputs.write_csv(options.out / "layers.csv", table[0], (row.values() for row in table))
-    draw_diagnostics(statistics).savefig(options.out / "figure.png")
+            vision, text = model.module.config.vision, model.module.config.text
+            heads = f"{vision.head_width}, {text.width // text.heads}"
+            num_tokens = vision.num_tokens_at(model.image_size)
+            variants = _variant(vision.attention), _variant(text.attention)
+            about.append((name, model.name, num_tokens, heads, *variants))
+    rows = {name: [asdict(row) for row in found] for name, found in statistics.items()}
     header = ("model", "weights", "image tokens", "head widths", "vision", "text")
     outputs.publish(
         options.out,
-        command=("diagnostics", *arguments),
+        ("diagnostics", *arguments),
+        mesh.device,
         title="Attention, layer by layer",
-        paragraphs=[
+        sections=[
             f"{len(images)} images of `{options.data}` and {len(texts)} texts.",
             markdown_table(header, about, align="llrrll"),
             *_findings(statistics),
             "![Statistics of every layer](figure.png)",
             _NOTES,
         ],
-        numbers={
-            "models": {name: [asdict(row) for row in rows] for name, rows in statistics.items()}
-        },
-        device=mesh.device,
+        tables={"layers.csv": [{"model": name, **row} for name in rows for row in rows[name]]},
+        figures={"figure.png": draw_diagnostics(statistics)},
+        numbers={"models": rows},
     )
 
 
@@ -140,19 +137,6 @@ def _spread(length: int, count: int) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
-def _describe(model: LoadedModel) -> Sequence[object]:
-    """Return weights, image tokens, head widths and the attention of both towers."""
-    assert isinstance(model.module, CLIP)
-    vision, text = model.module.config.vision, model.module.config.text
-    return (
-        model.name,
-        vision.num_tokens_at(model.image_size),
-        f"{vision.head_width}, {text.width // text.heads}",
-        _variant(vision.attention),
-        _variant(text.attention),
-    )
-
-
 def _variant(attention: Attention) -> str:
     if attention.kind == "softmax":
         return "softmax"
@@ -170,23 +154,19 @@ def _findings(statistics: Mapping[str, Sequence[LayerStatistic]]) -> list[str]:
     """Return a table for each tower, followed by sentences about it."""
     parts = []
     for tower in ("vision", "text"):
-        models = {name: _means(rows, tower) for name, rows in statistics.items()}
+        #: Model -> statistic -> layer -> mean.
+        models: dict[str, dict[str, dict[int, float]]] = {name: {} for name in statistics}
+        for name, found in statistics.items():
+            for row in found:
+                if row.tower == tower:
+                    models[name].setdefault(row.statistic, {})[row.layer] = row.mean
         rows = [
-            (heading, *(_cell(means.get(name), digits) for means in models.values()))
-            for name, (heading, digits) in _ROWS.items()
+            (heading, *(_cell(means.get(statistic), digits) for means in models.values()))
+            for statistic, (heading, digits) in _ROWS.items()
         ]
         table = markdown_table(("mean over layers", *models), rows)
         parts += [f"## {tower.capitalize()} tower", table, _sentences(models)]
     return parts
-
-
-def _means(rows: Sequence[LayerStatistic], tower: str) -> dict[str, dict[int, float]]:
-    """Return the means of one tower: statistic -> layer -> mean."""
-    means: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row.tower == tower:
-            means.setdefault(row.statistic, {})[row.layer] = row.mean
-    return means
 
 
 def _cell(means: Mapping[int, float] | None, digits: int) -> str:
@@ -201,21 +181,16 @@ def _cell(means: Mapping[int, float] | None, digits: int) -> str:
 def _sentences(models: Mapping[str, Mapping[str, Mapping[int, float]]]) -> str:
     entropies = {name: fmean(means["entropy"].values()) for name, means in models.items()}
     selective = sorted(entropies, key=lambda name: entropies[name])
-    lines = [
-        "- Entropy, from the most to the least selective: "
-        + ", ".join(f"{name} {entropies[name]:.3f}" for name in selective)
-    ]
+    similarities = {name: means["token_similarity"] for name, means in models.items()}
+    order = ", ".join(f"{name} {entropies[name]:.3f}" for name in selective)
+    ends = ", ".join(f"{name} {s[0]:.2f} to {s[max(s)]:.2f}" for name, s in similarities.items())
+    lines = [f"Entropy, from the most to the least selective: {order}."]
     for name, means in models.items():
         if "contrast_bound" in means:
             contrast, bound = means["contrast"], means["contrast_bound"]
             layer = max(contrast, key=lambda layer: contrast[layer])
             lines.append(
-                f"- {name}: contrast is highest in layer {layer}, {contrast[layer]:.2f} where 1 + "
-                f"cos allows {bound[layer]:.2f}"
+                f"{name}: contrast is highest in layer {layer}, {contrast[layer]:.2f} where 1 + "
+                f"cos allows {bound[layer]:.2f}."
             )
-    similarities = {name: means["token_similarity"] for name, means in models.items()}
-    lines.append(
-        "- Token cosine, from the input to the last block: "
-        + ", ".join(f"{name} {s[0]:.2f} to {s[max(s)]:.2f}" for name, s in similarities.items())
-    )
-    return "\n".join(f"{line}." for line in lines)
+    return outputs.bullets([*lines, f"Token cosine, from the input to the last block: {ends}."])

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from ds_linclip.data import LabelledData
 from ds_linclip.inference import PRECISIONS, LoadedModel, load_model
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, NamePolicy
@@ -20,8 +19,8 @@ __all__ = [
     "add_precision_argument",
     "add_task_arguments",
     "all_ranks",
+    "data_options",
     "model_from_arguments",
-    "open_images",
     "parse_sources",
     "score_task",
 ]
@@ -89,12 +88,10 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_sources(arguments: Sequence[str], name: str) -> dict[str, str]:
     """Return sources by label from arguments ``LABEL=SOURCE`` or ``SOURCE``.
 
-    Args:
-        arguments: The values on the command line. Without a label, the last part of a path is it.
-        name: The name of the argument, for messages.
+    Without a label, the last part of a path is it.
 
     Raises:
-        ValueError: when a label is repeated.
+        ValueError: when a label is repeated, naming the argument ``name``.
     """
     sources: dict[str, str] = {}
     for argument in arguments:
@@ -117,40 +114,21 @@ def all_ranks() -> Iterator[Mesh]:
 
 
 def model_from_arguments(options: argparse.Namespace, mesh: Mesh) -> LoadedModel:
-    """Load the model that :func:`add_model_arguments` describes.
-
-    Raises:
-        ValueError: on all ranks, when :func:`load_model` fails.
-    """
+    """Load the model that :func:`add_model_arguments` describes; see :func:`load_model`."""
     return load_model(
         options.model, mesh, precision=options.precision, image_size=options.image_size
     )
 
 
-def open_images(
-    options: argparse.Namespace,
-    folder: str,
-    model: LoadedModel,
-    *,
-    classes: Sequence[str] | None = None,
-    split: str = "test",
-    needs_classes: bool = True,
-) -> LabelledData:
-    """Open a folder for a model as :func:`add_data_arguments` describes.
-
-    Raises:
-        ValueError: when :class:`LabelledData` refuses the folder.
-    """
-    return LabelledData(
-        folder,
-        transform=model.transform,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-        classes=classes,
-        split=split,
-        needs_classes=needs_classes,
-        strict=not options.lenient,
-    )
+def data_options(options: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
+    """Return the arguments of :class:`~ds_linclip.data.LabelledData` that a command line and a
+    model give; see :func:`add_data_arguments`."""
+    return {
+        "transform": model.transform,
+        "batch_size": options.batch_size,
+        "num_workers": options.num_workers,
+        "strict": not options.lenient,
+    }
 
 
 def score_task(
@@ -158,12 +136,7 @@ def score_task(
 ) -> tuple[ZeroShotTask, ZeroShotResult]:
     """Open the task that :func:`add_task_arguments` describes and score a model on it.
 
-    Args:
-        options: The parsed command line.
-        folder: The images.
-        model: The model, the same on all ranks.
-        mesh: The ranks that divide the work among themselves.
-        out: The folder of results, which also keeps finished parts.
+    ``out``, the folder of results, also keeps finished parts.
 
     Raises:
         ValueError: on all ranks, when the task cannot be opened or scored.
@@ -171,13 +144,10 @@ def score_task(
     open_task = partial(
         ZeroShotTask.open,
         folder,
-        transform=model.transform,
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
         classes=options.classes,
         names=options.names or "lemma",
         templates=options.templates or "one",
-        strict=not options.lenient,
+        **data_options(options, model),
     )
     task = mesh.agree(open_task, (ValueError, OSError))
     result = task.score(

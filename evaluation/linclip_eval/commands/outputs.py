@@ -1,63 +1,68 @@
-"""The files that the commands write, and sentences that their summaries share."""
+"""The results that the commands write, and sentences that their summaries share."""
 
-import csv
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from ds_linclip.inference import LoadedModel
-from linclip_eval.results import wilson_interval, write_results
+from ds_linclip.provenance import run_facts
+from linclip_eval.features import Features
+from linclip_eval.results import write_report
 
 __all__ = [
     "bullets",
+    "command_facts",
     "describe",
     "describe_unreadable",
     "model_facts",
     "publish",
-    "share_interval",
-    "write_csv",
+    "remarks",
 ]
+
+_MEASURED = ("ds_linclip", "kernels/linclip_kernels", "evaluation")
+
+
+def command_facts(command: Sequence[str], device: str) -> dict[str, str]:
+    """Return :func:`~ds_linclip.provenance.run_facts` of a subcommand with its arguments."""
+    line = shlex.join(["linclip-eval", *command])
+    return run_facts(device, line, measured=_MEASURED, packages=("torch", "open_clip_torch"))
 
 
 def publish(
     out: Path,
-    *,
     command: Sequence[str],
-    title: str,
-    paragraphs: Iterable[str],
-    numbers: Mapping[str, Any],
     device: torch.device,
+    *,
+    title: str,
+    sections: Sequence[str],
+    tables: Mapping[str, Sequence[Any]],
+    numbers: Mapping[str, Any],
+    figures: Mapping[str, Figure] | None = None,
 ) -> None:
-    """Write ``results.json`` and ``summary.md`` as :func:`write_results`, and print the summary.
+    """Write the results of a command by :func:`~linclip_eval.results.write_report`, tables with
+    every digit, and print the summary.
 
     Args:
         out: The folder of results.
         command: The subcommand and its arguments.
-        title: The heading of the summary.
-        paragraphs: The body of the summary, in Markdown; empty ones are left out.
-        numbers: The measurements.
-        device: The device that made them.
+        device: The device that made the measurements.
+        title, sections, tables, numbers, figures: Arguments of ``write_report``.
     """
-    write_results(
+    summary = write_report(
         out,
-        command=command,
         title=title,
-        body="\n\n".join(paragraph for paragraph in paragraphs if paragraph),
+        sections=sections,
+        facts=command_facts(command, device.type),
+        tables=tables,
+        float_format="",
+        figures=figures,
         numbers=numbers,
-        device=device,
     )
-    print((out / "summary.md").read_text(encoding="utf-8"))
-
-
-def write_csv(path: Path, header: Iterable[object], rows: Iterable[Iterable[object]]) -> None:
-    """Write a table with a header line; its folder is created when missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+    print(summary)
 
 
 def model_facts(model: LoadedModel) -> dict[str, Any]:
@@ -75,19 +80,19 @@ def describe(model: LoadedModel) -> str:
     return f"`{model.name}` at {height} x {width} px"
 
 
-def share_interval(share: float, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of ``trials``."""
-    return wilson_interval(round(share * trials), trials)
-
-
 def bullets(lines: Iterable[str]) -> str:
     """Return a Markdown list; empty when there are no lines."""
     return "\n".join(f"- {line}" for line in lines)
 
 
-def describe_unreadable(images: str, unreadable: Sequence[tuple[str, str]]) -> list[str]:
-    """Return a line with the number and the first of some unreadable images, if there are any."""
-    if not unreadable:
-        return []
-    key, reason = unreadable[0]
-    return [f"{images}: {len(unreadable)} ({key}: {reason}, ...)"]
+def describe_unreadable(features: Features) -> str:
+    """Return the number and the first of the images that cannot be read; empty without any."""
+    if not features.unreadable:
+        return ""
+    key, reason = features.unreadable[0]
+    return f"{len(features.unreadable)} ({key}: {reason}, ...)"
+
+
+def remarks(found: Mapping[str, object]) -> list[str]:
+    """Return a line for each remark, its text and its value, except those without a value."""
+    return [f"{text}: {value}" for text, value in found.items() if value]

@@ -5,12 +5,13 @@ images; the first one then fits the classifiers alone.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from ds_linclip.data import LabelledData
@@ -19,23 +20,10 @@ from linclip_eval.commands import inputs, outputs
 from linclip_eval.features import Features, extract_features
 from linclip_eval.plotting import LINEAR, MUTED, add_legend, dress, new_figure
 from linclip_eval.probe import Accuracy, LinearProbe, knn, linear_probe
-from linclip_eval.results import markdown_table, percent
+from linclip_eval.results import markdown_table, percent, wilson_interval
 from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, imagenet_classes
 
 __all__ = ["main"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Probes:
-    """Fitted classifiers and the features they were fitted to and tested on."""
-
-    train: Features
-    test: Features
-    #: Number of neighbours -> accuracy.
-    knn: Mapping[int, Accuracy]
-    linear_probe: LinearProbe
-    #: Defects of the folders, one line each.
-    findings: Sequence[str]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,14 +39,60 @@ def main(arguments: Sequence[str]) -> None:
     # On a large set the fits take hours, longer than the other ranks would wait.
     if mesh.rank > 0:
         return
-    probes = _Probes(
-        train=train,
-        test=test,
-        knn=knn(train, test, num_neighbors=options.num_neighbors, device=model.device),
-        linear_probe=linear_probe(train, test, seed=options.seed),
-        findings=[finding for data in sets for finding in data.findings.describe()],
+    neighbors = knn(train, test, num_neighbors=options.num_neighbors, device=model.device)
+    probe = linear_probe(train, test, seed=options.seed)
+    num_test = probe.accuracy.num_samples
+    findings = [finding for data in sets for finding in data.findings.describe()]
+    classifiers = {f"{k} nearest neighbours": accuracy for k, accuracy in neighbors.items()}
+    rows = [
+        [
+            name,
+            *(percent(accuracy.topk(k), num_test) for k in (1, 5)),
+            percent(accuracy.mean_per_class_recall),
+        ]
+        for name, accuracy in {**classifiers, "linear probe": probe.accuracy}.items()
+    ]
+    outputs.publish(
+        options.out,
+        ("probe", *arguments),
+        model.device,
+        title=f"Classifiers on frozen features: {model.title}",
+        sections=[
+            f"{outputs.describe(model)}, its image features frozen: learned from "
+            f"{len(train.images)} images, scored on {num_test}. 95 % intervals (Wilson) in "
+            "brackets.",
+            outputs.bullets([*findings, *_remarks(probe, train, test)]),
+            markdown_table(["", "top-1, %", "top-5, %", "mean per-class recall, %"], rows),
+            "Neighbours vote as in arXiv 2104.14294. The linear probe is that of arXiv 2103.00020, "
+            "A.3, but on the features after the projection into the space shared with texts; its "
+            f"L2 strength, {probe.strength:.3g}, has the best accuracy on a validation fifth of "
+            "the training images.",
+            "![Validation accuracy by L2 strength](search.png)",
+        ],
+        tables={"search.csv": probe.search},
+        figures={"search.png": _draw(probe)},
+        numbers={
+            **outputs.model_facts(model),
+            "num_train": len(train.images),
+            "num_test": num_test,
+            **{
+                f"unreadable_{name}": [
+                    {"key": key, "reason": reason} for key, reason in features.unreadable
+                ]
+                for name, features in (("train", train), ("test", test))
+            },
+            "findings": findings,
+            "knn": {k: _scores(accuracy) for k, accuracy in neighbors.items()},
+            "linear_probe": {
+                **_scores(probe.accuracy),
+                "strength": probe.strength,
+                "num_iterations": probe.num_iterations,
+                "converged": probe.converged,
+                "num_unconverged": probe.num_unconverged,
+                "search": [asdict(fit) for fit in probe.search],
+            },
+        },
     )
-    _write(options.out, probes, model, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,8 +123,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _open(options: argparse.Namespace, model: LoadedModel) -> tuple[LabelledData, LabelledData]:
     classes = imagenet_classes(options.classes, "lemma").ids if options.classes else None
-    train = inputs.open_images(options, options.train, model, classes=classes, split="train")
-    test = inputs.open_images(options, options.test, model, classes=classes)
+    common = inputs.data_options(options, model) | {"classes": classes}
+    train = LabelledData(options.train, split="train", **common)
+    test = LabelledData(options.test, **common)
     if train.fingerprint == test.fingerprint:
         raise ValueError(f"--train and --test ({options.test}) must be different images")
     if (most := max(options.num_neighbors)) > train.num_samples:
@@ -102,108 +137,47 @@ def _open(options: argparse.Namespace, model: LoadedModel) -> tuple[LabelledData
     return train, test
 
 
-def _write(out: Path, probes: _Probes, model: LoadedModel, arguments: Sequence[str]) -> None:
-    probe, num_test = probes.linear_probe, probes.linear_probe.accuracy.num_samples
-    search = [asdict(fit) for fit in probe.search]
-    outputs.write_csv(out / "search.csv", search[0], (fit.values() for fit in search))
-    _draw(probe).savefig(out / "search.png")
-    rows = [
-        [
-            name,
-            *(percent(accuracy.topk(k), num_test) for k in (1, 5)),
-            percent(accuracy.mean_per_class_recall),
-        ]
-        for name, accuracy in (
-            *((f"{k} nearest neighbours", accuracy) for k, accuracy in probes.knn.items()),
-            ("linear probe", probe.accuracy),
-        )
-    ]
-    outputs.publish(
-        out,
-        command=("probe", *arguments),
-        title=f"Classifiers on frozen features: {model.title}",
-        paragraphs=[
-            f"{outputs.describe(model)}, its image features frozen: learned from "
-            f"{len(probes.train.images)} images, scored on {num_test}. 95 % intervals (Wilson) in "
-            "brackets.",
-            outputs.bullets([*probes.findings, *_remarks(probes)]),
-            markdown_table(["", "top-1, %", "top-5, %", "mean per-class recall, %"], rows),
-            "Neighbours vote as in arXiv 2104.14294. The linear probe is that of arXiv 2103.00020, "
-            "A.3, but on the features after the projection into the space shared with texts; its "
-            f"L2 strength, {probe.strength:.3g}, has the best accuracy on a validation fifth of "
-            "the training images.",
-            "![Validation accuracy by L2 strength](search.png)",
-        ],
-        numbers={
-            **outputs.model_facts(model),
-            "num_train": len(probes.train.images),
-            "num_test": num_test,
-            **{
-                f"unreadable_{name}": [
-                    {"key": key, "reason": reason} for key, reason in features.unreadable
-                ]
-                for name, features in (("train", probes.train), ("test", probes.test))
-            },
-            "findings": list(probes.findings),
-            "knn": {k: _scores(accuracy) for k, accuracy in probes.knn.items()},
-            "linear_probe": {
-                **_scores(probe.accuracy),
-                "strength": probe.strength,
-                "num_iterations": probe.num_iterations,
-                "converged": probe.converged,
-                "num_unconverged": probe.num_unconverged,
-                "search": search,
-            },
-        },
-        device=model.device,
-    )
-
-
 def _scores(accuracy: Accuracy) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for k in (1, 5):
         scores[f"top{k}"] = accuracy.topk(k)
-        scores[f"top{k}_interval"] = outputs.share_interval(accuracy.topk(k), accuracy.num_samples)
+        scores[f"top{k}_interval"] = wilson_interval(accuracy.topk(k), accuracy.num_samples)
     return scores | {"mean_per_class_recall": accuracy.mean_per_class_recall}
 
 
-def _remarks(probes: _Probes) -> list[str]:
+def _remarks(probe: LinearProbe, train: Features, test: Features) -> list[str]:
     """Return what a reader of the numbers must know."""
-    remarks = []
-    probe = probes.linear_probe
-    if probe.num_unconverged:
-        final = "not the final one" if probe.converged else "the final one among them"
-        count = f"{probe.num_unconverged} of {len(probe.search) + 1}"
-        remarks.append(f"fits of the linear probe that did not converge: {count}, {final}")
-    if probe.strength in (probe.search[0].strength, probe.search[-1].strength):
-        remarks.append("the L2 strength is at the end of its range: a better one may lie beyond")
-    remarks += outputs.describe_unreadable(
-        "training images that cannot be read, and are left out", probes.train.unreadable
+    final = "not the final one" if probe.converged else "the final one among them"
+    count = f"{probe.num_unconverged} of {len(probe.search) + 1}"
+    is_at_end = probe.strength in (probe.search[0].strength, probe.search[-1].strength)
+    return outputs.remarks(
+        {
+            "fits of the linear probe that did not converge": (
+                probe.num_unconverged and f"{count}, {final}"
+            ),
+            "the L2 strength is at the end of its range": (
+                is_at_end and "a better one may lie beyond"
+            ),
+            "training images that cannot be read, and are left out": (
+                outputs.describe_unreadable(train)
+            ),
+            "test images that cannot be read, and count as wrong": (
+                outputs.describe_unreadable(test)
+            ),
+        }
     )
-    remarks += outputs.describe_unreadable(
-        "test images that cannot be read, and count as wrong", probes.test.unreadable
-    )
-    return remarks
 
 
 def _draw(probe: LinearProbe) -> Figure:
     """Draw validation accuracy by strength; fits that did not converge are hollow."""
     figure = new_figure(6.4, 3.2)
     axes = figure.subplots()
-    strengths = [fit.strength for fit in probe.search]
-    scores = [100 * fit.validation_top1 for fit in probe.search]
-    axes.plot(strengths, scores, color=LINEAR, linewidth=1.2, alpha=0.5)
-    for converged, label, face in ((True, "converged", LINEAR), (False, "not converged", "white")):
-        shown = [i for i, fit in enumerate(probe.search) if fit.converged is converged]
-        axes.scatter(
-            [strengths[i] for i in shown],
-            [scores[i] for i in shown],
-            s=28,
-            facecolor=face,
-            edgecolor=LINEAR,
-            zorder=3,
-            label=label,
-        )
+    points = np.array([(fit.strength, 100 * fit.validation_top1) for fit in probe.search])
+    converged = np.array([fit.converged for fit in probe.search])
+    axes.plot(*points.T, color=LINEAR, linewidth=1.2, alpha=0.5)
+    look: dict[str, Any] = {"s": 28, "edgecolor": LINEAR, "zorder": 3}
+    axes.scatter(*points[converged].T, facecolor=LINEAR, label="converged", **look)
+    axes.scatter(*points[~converged].T, facecolor="white", label="not converged", **look)
     axes.axvline(probe.strength, color=MUTED, linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     dress(axes, "Validation images", xlabel="L2 strength (dotted: chosen)", ylabel="top-1, %")

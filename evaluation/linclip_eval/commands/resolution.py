@@ -5,27 +5,26 @@ Learned positions are resampled to the grid of each size, bicubic, as in open_cl
 
 import argparse
 import math
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch.utils.benchmark import Timer
 
 from ds_linclip.inference import LoadedModel, load_model
 from linclip_eval.commands import inputs, outputs
 from linclip_eval.plotting import COLOURS, add_legend, dress, new_figure
-from linclip_eval.results import markdown_table, percent
+from linclip_eval.results import markdown_table, percent, wilson_interval
 
 __all__ = ["main"]
 
 _SIZES = (112, 160, 224, 336, 448, 672, 1024)
-_TIMED_SECONDS = 2.0
-_MAX_TIMED = 50
+_TIMED_SECONDS = 1.0
 _TIMED_BATCH = 8
 
 
@@ -83,87 +82,71 @@ def main(arguments: Sequence[str]) -> None:
                             seconds_per_image=seconds,
                         )
                     )
-        if mesh.rank == 0:
-            _write(options.out, scores, arguments, mesh.device)
+    if mesh.rank > 0:
+        return
+    num_samples = {score.domain: score.num_samples for score in scores}
+    counts = ", ".join(f"{count} of {domain}" for domain, count in num_samples.items())
+    outputs.publish(
+        options.out,
+        ("resolution", *arguments),
+        mesh.device,
+        title="Zero-shot accuracy and cost over image sizes",
+        sections=[
+            "The same weights, with learned positions resampled to each size. Accuracies with "
+            f"95 % intervals (Wilson) over the images: {counts}. The time is that of the image "
+            f"tower alone, the median over batches of {_TIMED_BATCH} images.",
+            _table(scores, list(num_samples)),
+            "![Accuracy and cost over image sizes](figure.png)",
+        ],
+        tables={"resolution.csv": scores},
+        figures={"figure.png": _draw(scores, list(num_samples))},
+        numbers={"scores": [asdict(score) for score in scores]},
+    )
 
 
 def _seconds_per_image(model: LoadedModel) -> float:
     """Return the median time of the image tower over batches of noise, per image."""
     size = (_TIMED_BATCH, 3, *model.image_size)
     images = torch.randn(size, device=model.device, dtype=model.dtype)
-    seconds: list[float] = []
-    start = time.monotonic()
-    while len(seconds) < 3 or (
-        len(seconds) < _MAX_TIMED and time.monotonic() - start < _TIMED_SECONDS
-    ):
-        before = time.perf_counter()
-        model.encode_image(images).sum().item()  # waits for the device
-        seconds.append(time.perf_counter() - before)
-    return statistics.median(seconds[1:]) / len(images)
-
-
-def _write(
-    out: Path, scores: Sequence[_Score], arguments: Sequence[str], device: torch.device
-) -> None:
-    rows = [asdict(score) for score in scores]
-    outputs.write_csv(out / "resolution.csv", rows[0], (row.values() for row in rows))
-    _draw(scores).savefig(out / "figure.png")
-    num_samples = {score.domain: score.num_samples for score in scores}
-    counts = ", ".join(f"{count} of {domain}" for domain, count in num_samples.items())
-    outputs.publish(
-        out,
-        command=("resolution", *arguments),
-        title="Zero-shot accuracy and cost over image sizes",
-        paragraphs=[
-            "The same weights, with learned positions resampled to each size. Accuracies with 95 % "
-            f"intervals (Wilson) over the images: {counts}. The time is that of the image tower "
-            f"alone, the median over batches of {_TIMED_BATCH} images.",
-            _table(scores, list(num_samples)),
-            "![Accuracy and cost over image sizes](figure.png)",
-        ],
-        numbers={"scores": rows},
-        device=device,
+    timer = Timer(
+        "encode(images)",
+        globals={"encode": model.encode_image, "images": images},
+        num_threads=torch.get_num_threads(),
     )
+    return timer.blocked_autorange(min_run_time=_TIMED_SECONDS).median / _TIMED_BATCH
 
 
 def _table(scores: Sequence[_Score], domains: Sequence[str]) -> str:
-    by_key = {(score.model, score.size, score.domain): score for score in scores}
-    rows = []
-    for model, size in dict.fromkeys((score.model, score.size) for score in scores):
-        row = [by_key[model, size, domain] for domain in domains]
-        cost = f"{1000 * row[0].seconds_per_image:.2f}"
-        rows.append((model, size, cost, *(percent(s.top1, s.num_samples) for s in row)))
+    lines: dict[tuple[str, int], list[_Score]] = {}
+    for score in scores:
+        lines.setdefault((score.model, score.size), []).append(score)
+    rows = [
+        (
+            *place,
+            f"{1000 * line[0].seconds_per_image:.2f}",
+            *(percent(score.top1, score.num_samples) for score in line),
+        )
+        for place, line in lines.items()
+    ]
     header = ("model", "px", "ms per image", *(f"{domain}: top-1, %" for domain in domains))
     return markdown_table(header, rows)
 
 
-def _draw(scores: Sequence[_Score]) -> Figure:
-    domains = list(dict.fromkeys(score.domain for score in scores))
-    places = range(1, len(domains) + 2)
-    rows = math.ceil(len(places) / 2)
-    figure = new_figure(9, 3.4 * rows)
-    *panels, cost = (figure.add_subplot(rows, 2, place) for place in places)
+def _draw(scores: Sequence[_Score], domains: Sequence[str]) -> Figure:
+    num_rows = math.ceil((len(domains) + 1) / 2)
+    figure = new_figure(9, 3.4 * num_rows)
+    *panels, cost = (figure.add_subplot(num_rows, 2, i + 1) for i in range(len(domains) + 1))
     models = dict.fromkeys(score.model for score in scores)
     for model, colour in zip(models, cycle(COLOURS), strict=False):
         style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": colour, "label": model}
         for axes, domain in zip(panels, domains, strict=True):
-            line = [s for s in scores if (s.model, s.domain) == (model, domain)]
-            low, high = zip(*(_error_bar(score) for score in line), strict=True)
-            axes.errorbar(
-                [score.size for score in line],
-                [100 * score.top1 for score in line],
-                yerr=(low, high),
-                capsize=2,
-                **style,
-            )
-        line = [s for s in scores if (s.model, s.domain) == (model, domains[0])]
-        cost.plot(
-            [score.size for score in line],
-            [1000 * score.seconds_per_image for score in line],
-            **style,
-        )
+            line = [score for score in scores if (score.model, score.domain) == (model, domain)]
+            sizes = [score.size for score in line]
+            top1 = [100 * score.top1 for score in line]
+            bars = np.transpose([_error_bar(score) for score in line])
+            axes.errorbar(sizes, top1, yerr=bars, capsize=2, **style)
+        cost.plot(sizes, [1000 * score.seconds_per_image for score in line], **style)
     cost.set_yscale("log")
-    sizes = sorted({score.size for score in scores})
     for axes in (*panels, cost):
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -177,5 +160,5 @@ def _draw(scores: Sequence[_Score]) -> Figure:
 
 def _error_bar(score: _Score) -> tuple[float, float]:
     """Return how far the interval reaches below and above the accuracy, in per cent."""
-    low, high = outputs.share_interval(score.top1, score.num_samples)
+    low, high = wilson_interval(score.top1, score.num_samples)
     return 100 * max(score.top1 - low, 0), 100 * max(high - score.top1, 0)

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from ds_linclip.data import LabelledData
 from ds_linclip.inference import LoadedModel
 from linclip_eval.commands import inputs, outputs
-from linclip_eval.features import Features
 from linclip_eval.plotting import COLOURS, MUTED, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, percent
 from linclip_eval.retrieval import DIRECTIONS, RECALLS, RetrievalResult, retrieval
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     with inputs.all_ranks() as mesh:
         model = inputs.model_from_arguments(options, mesh)
-        open_data = partial(inputs.open_images, options, options.data, model, needs_classes=False)
+        common = inputs.data_options(options, model)
+        open_data = partial(LabelledData, options.data, needs_classes=False, **common)
         data = mesh.agree(open_data, (ValueError, OSError))
         result = retrieval(
             model.encode_image,
@@ -46,24 +47,20 @@ def main(arguments: Sequence[str]) -> None:
         )
         if mesh.rank == 0:
             findings = data.findings.describe() if options.lenient else []
-            _write(options.out, result, findings, model, arguments)
+            _publish(options.out, arguments, model, result, findings)
 
 
-def _write(
+def _publish(
     out: Path,
+    arguments: Sequence[str],
+    model: LoadedModel,
     result: RetrievalResult,
     findings: Sequence[str],
-    model: LoadedModel,
-    arguments: Sequence[str],
 ) -> None:
     features, metrics = result.features, result.metrics()
-    outputs.write_csv(out / "ranks.csv", ["direction", "key", "caption", "rank"], _ranks(result))
-    _draw(result).savefig(out / "recall.png")
+    missing = features.uncaptioned
     # The captions of one image are not independent of each other: images are the trials.
-    trials = {
-        "image_to_text": result.num_images,
-        "text_to_image": len(np.unique(features.owners)),
-    }
+    trials = {"image_to_text": result.num_images, "text_to_image": len(np.unique(features.owners))}
     rows = [
         [
             direction.replace("_", " "),
@@ -75,17 +72,34 @@ def _write(
     ]
     header = ["", *(f"R@{k}, %" for k in RECALLS), "median rank", "mean rank"]
     num_repeated = sum(count for count in Counter(features.captions).values() if count > 1)
+    defects = {
+        "captions that occur more than once, where only the image's own one counts as right": (
+            num_repeated and f"{num_repeated} of {len(features.captions)}"
+        ),
+        "images without a caption, which count as not found": (
+            missing and f"{len(missing)} ({missing[0]}, ...)"
+        ),
+        "images that cannot be read, which count as not found, and whose captions are left out": (
+            outputs.describe_unreadable(features)
+        ),
+        "images and captions with features that are not finite, which count as not found": (
+            features.num_nonfinite
+        ),
+    }
     outputs.publish(
         out,
-        command=("retrieval", *arguments),
+        ("retrieval", *arguments),
+        model.device,
         title=f"Retrieval of images and captions: {model.title}",
-        paragraphs=[
+        sections=[
             f"{outputs.describe(model)} on {result.num_images} images with {result.num_captions} "
             "captions. 95 % intervals (Wilson) in brackets, with images as trials.",
-            outputs.bullets([*findings, *_remarks(features, num_repeated)]),
+            outputs.bullets([*findings, *outputs.remarks(defects)]),
             markdown_table(header, rows),
             "![Recall at every k](recall.png)",
         ],
+        tables={"ranks.csv": [("direction", "key", "caption", "rank"), *_ranks(result)]},
+        figures={"recall.png": _draw(result)},
         numbers={
             **outputs.model_facts(model),
             "num_images": result.num_images,
@@ -93,37 +107,11 @@ def _write(
             "num_repeated_captions": num_repeated,
             "num_nonfinite": features.num_nonfinite,
             "unreadable": [{"key": key, "reason": reason} for key, reason in features.unreadable],
-            "uncaptioned": list(features.uncaptioned),
-            "findings": list(findings),
+            "uncaptioned": missing,
+            "findings": findings,
             **metrics,
         },
-        device=model.device,
     )
-
-
-def _remarks(features: Features, num_repeated: int) -> list[str]:
-    """Return what a reader of the numbers must know."""
-    remarks = []
-    if num_repeated:
-        remarks.append(
-            "captions that occur more than once, where only the image's own one counts as right: "
-            f"{num_repeated} of {len(features.captions)}"
-        )
-    if missing := features.uncaptioned:
-        remarks.append(
-            f"images without a caption, which count as not found: {len(missing)} ({missing[0]}, "
-            "...)"
-        )
-    remarks += outputs.describe_unreadable(
-        "images that cannot be read, which count as not found, and whose captions are left out",
-        features.unreadable,
-    )
-    if features.num_nonfinite:
-        remarks.append(
-            "images and captions with features that are not finite, which count as not found: "
-            f"{features.num_nonfinite}"
-        )
-    return remarks
 
 
 def _ranks(result: RetrievalResult) -> Iterator[tuple[str, str, str, int]]:

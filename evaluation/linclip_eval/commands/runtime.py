@@ -1,4 +1,4 @@
-"""``linclip-eval runtime``: time and memory of softmax and linear attention over the tokens.
+"""Measure how time and memory of softmax and linear attention grow with the number of tokens.
 
 Measures what arXiv 2604.10064 does: one layer, one block and whole towers on a sequence of N
 tokens, in inference and in training, over many runs after a warm-up; and the bare operator.
@@ -6,7 +6,6 @@ tokens, in inference and in training, over many runs after a warm-up; and the ba
 
 import argparse
 import logging
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 
 from ds_linclip.config import ParallelConfig
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.provenance import device_name, folder_name, run_facts
+from ds_linclip.provenance import device_name, folder_name
+from linclip_eval.commands import outputs
 from linclip_eval.runtime.measure import Limits, measure_in_turn
 from linclip_eval.runtime.report import write_runtime_report
 from linclip_eval.runtime.subjects import SUBJECTS, Subject
@@ -24,7 +24,13 @@ __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-_MEASURED = ("ds_linclip/model", "kernels/linclip_kernels", "evaluation/linclip_eval/runtime")
+#: Field of :class:`Limits` that is an option -> what it limits.
+_LIMITS = {
+    "runs": "timed calls",
+    "warmup": "calls before them",
+    "max_seconds_per_point": "time of the runs of one attention at one N",
+    "max_seconds_per_call": "leave out calls predicted to take longer",
+}
 #: Device -> defaults of the command line.
 _WHAT = {"cpu": ["attention", "layer", "block", "vit-s-16"], "cuda": list(SUBJECTS)}
 _TOKENS = {"cpu": [2**i for i in range(8, 17)], "cuda": [2**i for i in range(8, 23)]}
@@ -33,21 +39,11 @@ _DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: for bad input.
-        OSError: for a file that cannot be written.
-    """
+    """Run the command; errors in its input are ValueError or OSError."""
     options = _parser().parse_args(arguments)
     begin = time.monotonic()
     _check(options)
-    limits = Limits(
-        runs=options.runs,
-        warmup=options.warmup,
-        max_seconds_per_point=options.max_seconds_per_point,
-        max_seconds_per_call=options.max_seconds_per_call,
-    )
+    limits = Limits(**{name: getattr(options, name) for name in _LIMITS})
     mesh = Mesh.create(ParallelConfig(device=options.device))
     device = mesh.device.type
     out = options.out or Path("docs/results/runtime") / folder_name(device_name(device))
@@ -66,12 +62,7 @@ def main(arguments: Sequence[str]) -> None:
         f"{limits.max_seconds_per_call:g} s for a call; {options.budget_seconds:g} s for "
         f"everything. {dtype}{threads}; `attention` has {num_heads} heads."
     )
-    facts = run_facts(
-        device,
-        shlex.join(["linclip-eval", "runtime", *arguments]),
-        measured=_MEASURED,
-        packages=("torch", "open_clip_torch"),
-    )
+    facts = outputs.command_facts(["runtime", *arguments], device)
     workloads = (Subject(what, mesh, _DTYPES[device], num_heads=num_heads) for what in subjects)
     deadline = begin + options.budget_seconds
     summary = ""
@@ -86,23 +77,16 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, values in (
-        ("tokens", options.tokens or []),
-        ("heads", [] if options.heads is None else [options.heads]),
-        ("threads", [options.threads]),
-    ):
-        if values and min(values) < 1:
-            raise ValueError(f"{name} ({min(values)}) must be at least 1")
+    counts = [("heads", options.heads), ("threads", options.threads)]
+    for name, count in [*counts, *(("tokens", n) for n in options.tokens or ())]:
+        if count is not None and count < 1:
+            raise ValueError(f"{name} ({count}) must be at least 1")
     if not options.budget_seconds > 0:
         raise ValueError(f"budget-seconds ({options.budget_seconds:g}) must be positive")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="linclip-eval runtime",
-        description="Measure how time and memory of softmax and linear attention grow with the "
-        "number of tokens.",
-    )
+    parser = argparse.ArgumentParser(prog="linclip-eval runtime", description=__doc__)
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default: docs/results/runtime/<device>"
     )
@@ -127,22 +111,11 @@ def _parser() -> argparse.ArgumentParser:
         help="number of heads of 64 features, in `attention`; default: "
         f"{_NUM_HEADS['cuda']} on a GPU, {_NUM_HEADS['cpu']} on a CPU",
     )
-    parser.add_argument("--runs", type=int, default=Limits.runs, help="default: %(default)s")
-    parser.add_argument("--warmup", type=int, default=Limits.warmup, help="default: %(default)s")
-    parser.add_argument(
-        "--max-seconds-per-point",
-        type=float,
-        default=Limits.max_seconds_per_point,
-        metavar="S",
-        help="time of the runs of one attention at one N; default: %(default)s",
-    )
-    parser.add_argument(
-        "--max-seconds-per-call",
-        type=float,
-        default=Limits.max_seconds_per_call,
-        metavar="S",
-        help="leave out calls predicted to take longer; default: %(default)s",
-    )
+    for name, text in _LIMITS.items():
+        default = getattr(Limits, name)
+        option = f"--{name.replace('_', '-')}"
+        text = f"{text}; default: {default}"
+        parser.add_argument(option, type=type(default), default=default, metavar="X", help=text)
     parser.add_argument(
         "--budget-seconds",
         type=float,

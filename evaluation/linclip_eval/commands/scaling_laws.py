@@ -4,18 +4,17 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import torch
 
 from linclip_eval.commands import outputs
 from linclip_eval.results import markdown_table
 from linclip_eval.scaling_laws.figure import draw_scaling_laws
-from linclip_eval.scaling_laws.power_law import Interval, ScalingLaw
+from linclip_eval.scaling_laws.power_law import Interval
 from linclip_eval.scaling_laws.runs import (
     QUANTITIES,
     FinishedRun,
-    Kind,
     LawComparison,
     Quantity,
     UnfinishedRun,
@@ -26,8 +25,6 @@ from linclip_eval.scaling_laws.runs import (
 )
 
 __all__ = ["main"]
-
-Laws = Mapping[Quantity, Mapping[Kind, ScalingLaw]]
 
 _RULES = """\
 - Compute: three forwards (the backward counts two) of both towers for every sample seen, matrix
@@ -53,7 +50,9 @@ def main(arguments: Sequence[str]) -> None:
         help="a run folder, or a folder that holds only run folders",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--note", help="a sentence for the summary, on the limits of the runs")
+    parser.add_argument(
+        "--note", default="", help="a sentence for the summary, on the limits of the runs"
+    )
     parser.add_argument(
         "--skip-unfinished",
         action="store_true",
@@ -63,46 +62,67 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     runs, skipped = _read(_run_folders(options.runs), skip_unfinished=options.skip_unfinished)
     check_comparable(runs)
-    laws: Laws = {quantity: fit_laws(runs, quantity) for quantity in QUANTITIES}
+    laws = {quantity: fit_laws(runs, quantity) for quantity in QUANTITIES}
+    named = [(quantity, *pair) for quantity in QUANTITIES for pair in laws[quantity].items()]
     comparisons = {
         quantity: compare_laws(found["linear"], found["softmax"])
         for quantity, found in laws.items()
         if len(found) == 2
     }
-    rows = [run.row() for run in runs]
-    outputs.write_csv(options.out / "runs.csv", rows[0], (row.values() for row in rows))
-    draw_scaling_laws(runs, laws).savefig(options.out / "figure.png")
+    provenance = _provenance(runs)
+    unfinished = f"Skipped, {len(skipped)} not finished:\n\n{outputs.bullets(skipped)}"
     outputs.publish(
         options.out,
-        command=("scaling-laws", *arguments),
+        ("scaling-laws", *arguments),
+        torch.device("cpu"),
         title="Scaling laws: softmax and linear attention",
-        paragraphs=[
-            _introduction(runs),
-            f"Skipped, {len(skipped)} not finished:\n\n{outputs.bullets(skipped)}"
-            if skipped
-            else "",
-            options.note or "",
+        sections=[
+            _introduction(runs, provenance),
+            unfinished if skipped else "",
+            options.note,
             _verdicts(comparisons),
             "![Loss and zero-shot error over compute](figure.png)",
-            _law_table(laws),
+            markdown_table(
+                ("quantity", "attention", "frontier points", "alpha (95 %)", "beta"),
+                [
+                    (
+                        *(quantity, kind, law.frontier.shape[1]),
+                        _with_interval(law.alpha, law.alpha_interval, ".3f"),
+                        f"exp({law.log_beta:.2f})",
+                    )
+                    for quantity, kind, law in named
+                ],
+                align="llrrr",
+            ),
             _setting_table(runs),
             _RULES,
         ],
+        tables={"runs.csv": [run.row() for run in runs]},
+        figures={"figure.png": draw_scaling_laws(runs, laws)},
         numbers={
             "num_runs": len(runs),
             "skipped": skipped,
-            "runs_made_with": _provenance(runs),
+            "runs_made_with": provenance,
             "laws": [
-                {"quantity": quantity, "attention": kind, **_law_numbers(law)}
-                for quantity, found in laws.items()
-                for kind, law in found.items()
+                {
+                    "quantity": quantity,
+                    "attention": kind,
+                    "alpha": law.alpha,
+                    "alpha_interval": law.alpha_interval,
+                    "log_beta": law.log_beta,
+                    "frontier": [
+                        {"compute": compute, "value": value}
+                        for compute, value in law.frontier.T.tolist()
+                    ],
+                    "num_resamples": len(law.resampled),
+                }
+                for quantity, kind, law in named
             ],
             "comparisons": [
                 {"quantity": quantity, "verdict": found.verdict, **vars(found)}
                 for quantity, found in comparisons.items()
             ],
         },
-        device=torch.device("cpu"),
     )
 
 
@@ -135,38 +155,21 @@ def _read(folders: Sequence[Path], *, skip_unfinished: bool) -> tuple[list[Finis
 
 def _provenance(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
     """Return every device, commit, version and world size that trained a run."""
-    found: dict[str, set[str]] = {}
-    for run in runs:
-        found.setdefault("devices", set()).update(run.provenance.get("devices", {}))
-        for name in ("git_commit", "torch", "deepspeed", "world_size"):
-            found.setdefault(name, set()).add(str(run.provenance.get(name)))
+    starts = [run.provenance for run in runs]
+    found = {"devices": {device for start in starts for device in start.get("devices", {})}}
+    for name in ("git_commit", "torch", "deepspeed", "world_size"):
+        found[name] = {str(start.get(name)) for start in starts}
     return {name: sorted(values) for name, values in found.items()}
 
 
-def _law_numbers(law: ScalingLaw) -> dict[str, Any]:
-    compute, value = law.frontier
-    return {
-        "alpha": law.alpha,
-        "alpha_interval": law.alpha_interval,
-        "log_beta": law.log_beta,
-        "frontier": [
-            {"compute": float(c), "value": float(v)} for c, v in zip(compute, value, strict=True)
-        ],
-        "num_resamples": len(law.resampled),
-    }
-
-
-def _introduction(runs: Sequence[FinishedRun]) -> str:
+def _introduction(runs: Sequence[FinishedRun], provenance: Mapping[str, Sequence[str]]) -> str:
     config = runs[0].config
-    trained_with = "; ".join(
-        f"{name.replace('_', ' ')} {', '.join(values)}"
-        for name, values in _provenance(runs).items()
-    )
+    words = [f"{name.replace('_', ' ')} {', '.join(found)}" for name, found in provenance.items()]
     return (
         f"{len(runs)} finished runs of {len({run.setting for run in runs})} settings on "
         f"{', '.join(f'`{source.shards}`' for source in config.data.train)}, global batch "
         f"{config.train.global_batch_size}, scored on `{config.eval.data}`. Trained with: "
-        f"{trained_with}."
+        f"{'; '.join(words)}."
     )
 
 
@@ -192,41 +195,22 @@ def _verdicts(comparisons: Mapping[Quantity, LawComparison]) -> str:
     return outputs.bullets(lines)
 
 
-def _law_table(laws: Laws) -> str:
-    rows = [
-        (
-            quantity,
-            kind,
-            law.frontier.shape[1],
-            _with_interval(law.alpha, law.alpha_interval, ".3f"),
-            f"exp({law.log_beta:.2f})",
-        )
-        for quantity, found in laws.items()
-        for kind, law in found.items()
-    ]
-    header = ("quantity", "attention", "frontier points", "alpha (95 %)", "beta")
-    return markdown_table(header, rows, align="llrrr")
-
-
 def _setting_table(runs: Sequence[FinishedRun]) -> str:
     """Return a table of means over seeds, by attention and compute."""
     groups: dict[str, list[FinishedRun]] = {}
     for run in sorted(runs, key=lambda run: (run.kind != "softmax", run.compute)):
         groups.setdefault(run.setting, []).append(run)
-    rows = []
-    for group in groups.values():
-        run = group[0]
-        values = (sum(each.value(q) for each in group) / len(group) for q in QUANTITIES)
-        rows.append(
-            (
-                run.kind,
-                f"{run.num_parameters / 1e6:.3g}",
-                run.samples_seen,
-                f"{run.compute:.3g}",
-                len(group),
-                *(f"{value:.3f}" for value in values),
-            )
+    rows = [
+        (
+            group[0].kind,
+            f"{group[0].num_parameters / 1e6:.3g}",
+            group[0].samples_seen,
+            f"{group[0].compute:.3g}",
+            len(group),
+            *(f"{fmean(run.value(quantity) for run in group):.3f}" for quantity in QUANTITIES),
         )
+        for group in groups.values()
+    ]
     header = ("attention", "parameters, M", "samples seen", "FLOPs", "seeds", *QUANTITIES)
     return markdown_table(header, rows)
 

@@ -10,18 +10,26 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ds_linclip.config import load_config
 from ds_linclip.inference import LoadedModel
 from linclip_eval.commands import inputs, outputs
-from linclip_eval.results import markdown_table, percent
+from linclip_eval.results import markdown_table, percent, wilson_interval
 from linclip_eval.zero_shot.evaluate import ZeroShotResult
 from linclip_eval.zero_shot.task import ZeroShotTask
 
-__all__ = ["main", "write_per_class_csv"]
+__all__ = ["main", "per_class_table"]
 
 _NUM_CONFUSIONS_SHOWN = 20
+#: Accuracy in ``results.json`` -> its name in the summary.
+_SHARES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "top10": "top-10",
+    "merged_top1": "top-1, classes with the same texts merged",
+    "merged_top5": "top-5, classes with the same texts merged",
+    "hierarchical_top1": "top-1, WordNet ancestors count as right",
+}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -41,27 +49,7 @@ def main(arguments: Sequence[str]) -> None:
         out = mesh.agree(partial(_complete, options, model), (ValueError, OSError))
         task, result = inputs.score_task(options, options.data, model, mesh, out)
         if mesh.rank == 0:
-            _write(out, result, task, model, arguments)
-
-
-def write_per_class_csv(result: ZeroShotResult, path: Path) -> None:
-    """Write one line per class: label, id, name, images, top-1/5/10 accuracy, and the class that
-    its images are most often confused with.
-
-    The accuracies of a class without images are left empty.
-    """
-    classes = result.classes
-    most_confused: dict[int, tuple[str, int]] = {}
-    for true, predicted, count in result.confusions():
-        most_confused.setdefault(true, (classes.ids[predicted], count))
-    hits = [result.class_hits(k).tolist() for k in (1, 5, 10)]
-    rows = []
-    for label, samples in enumerate(result.class_samples.tolist()):
-        scores = [class_hits[label] / samples if samples else "" for class_hits in hits]
-        confused = most_confused.get(label, ("", 0))
-        rows.append([label, classes.ids[label], classes.title(label), samples, *scores, *confused])
-    header = ["label", "class", "name", "num_samples", "top1", "top5", "top10"]
-    outputs.write_csv(path, [*header, "most_confused_with", "num_confused"], rows)
+            _publish(out, arguments, model, task, result)
 
 
 def _complete(options: argparse.Namespace, model: LoadedModel) -> Path:
@@ -83,69 +71,32 @@ def _complete(options: argparse.Namespace, model: LoadedModel) -> Path:
     return run / "eval" / checkpoint.name
 
 
-def _write(
+def _publish(
     out: Path,
-    result: ZeroShotResult,
-    task: ZeroShotTask,
-    model: LoadedModel,
     arguments: Sequence[str],
+    model: LoadedModel,
+    task: ZeroShotTask,
+    result: ZeroShotResult,
 ) -> None:
     classes, count = result.classes, result.num_samples
-    confusions = result.confusions()
-    write_per_class_csv(result, out / "per_class.csv")
-    outputs.write_csv(
-        out / "confusions.csv",
-        ["class", "name", "taken_for", "name_of_taken_for", "num_images"],
-        (
-            [classes.ids[true], classes.title(true), classes.ids[taken], classes.title(taken), n]
-            for true, taken, n in confusions
-        ),
-    )
-    shares: dict[str, float | None] = {
+    num_empty = int((result.class_samples == 0).sum())
+    num_equal = sum(n for n in Counter(classes.texts).values() if n > 1)
+    findings, confusions = task.data.findings.describe(), result.confusions()
+    shares = {
         **{f"top{k}": result.topk(k) for k in (1, 5, 10)},
         **{f"merged_top{k}": result.merged_topk(k) for k in (1, 5)},
         "hierarchical_top1": result.hierarchical_top1,
     }
-    numbers: dict[str, Any] = {
-        **outputs.model_facts(model),
-        "classes": classes.name,
-        "num_classes": len(classes),
-        "num_classes_without_images": int((result.class_samples == 0).sum()),
-        "num_classes_of_equal_texts": sum(n for n in Counter(classes.texts).values() if n > 1),
-        "num_templates": len(task.templates),
-        "num_samples": count,
-        "num_unreadable": result.num_unreadable,
-        "num_nonfinite": result.num_nonfinite,
-        **shares,
-        **{
-            f"{name}_interval": outputs.share_interval(share, count)
-            for name, share in shares.items()
-            if share is not None
-        },
-        "mean_per_class_recall": result.mean_per_class_recall,
-        "findings": task.data.findings.describe(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    rows = [
-        ("top-1", percent(numbers["top1"], count)),
-        ("top-5", percent(numbers["top5"], count)),
-        ("top-10", percent(numbers["top10"], count)),
-        ("top-1, classes with the same texts merged", percent(numbers["merged_top1"], count)),
-        ("top-5, classes with the same texts merged", percent(numbers["merged_top5"], count)),
-        ("mean per-class recall", percent(numbers["mean_per_class_recall"])),
-    ]
-    if result.hierarchical_top1 is not None:
-        rows.insert(
-            5, ("top-1, WordNet ancestors count as right", percent(result.hierarchical_top1, count))
-        )
-    paragraphs = [
-        f"{outputs.describe(model)} on {count} images of "
-        f"{len(classes) - numbers['num_classes_without_images']} of {len(classes)} classes of "
-        f"{classes.name}, {len(task.templates)} templates; "
-        f"{numbers['num_classes_of_equal_texts']} classes share their texts with others, "
-        f"{result.num_unreadable} images could not be read and {result.num_nonfinite} had "
-        "logits that are not finite: both count as wrong.",
-        outputs.bullets(numbers["findings"]),
+    known = {name: share for name, share in shares.items() if share is not None}
+    recall = result.mean_per_class_recall
+    rows = [(_SHARES[name], percent(share, count)) for name, share in known.items()]
+    rows.append(("mean per-class recall", percent(recall)))
+    sections = [
+        f"{outputs.describe(model)} on {count} images of {len(classes) - num_empty} of "
+        f"{len(classes)} classes of {classes.name}, {len(task.templates)} templates; {num_equal} "
+        f"classes share their texts with others, {result.num_unreadable} images could not be read "
+        f"and {result.num_nonfinite} had logits that are not finite: both count as wrong.",
+        outputs.bullets(findings),
         markdown_table(("", "% (95 % interval)"), rows),
     ]
     if confusions:
@@ -153,15 +104,55 @@ def _write(
             (classes.title(true), classes.title(taken), f"{n} of {result.class_samples[true]}")
             for true, taken, n in confusions[:_NUM_CONFUSIONS_SHOWN]
         ]
-        paragraphs += [
+        sections += [
             "Most frequent confusions (all in `confusions.csv`, every class in `per_class.csv`):",
             markdown_table(("class", "taken for", "images"), shown, align="llr"),
         ]
+    header = ("class", "name", "taken_for", "name_of_taken_for", "num_images")
+    wrong = [
+        (classes.ids[true], classes.title(true), classes.ids[taken], classes.title(taken), n)
+        for true, taken, n in confusions
+    ]
     outputs.publish(
         out,
-        command=("zero-shot", *arguments),
+        ("zero-shot", *arguments),
+        model.device,
         title=f"Zero-shot classification: {model.title}",
-        paragraphs=paragraphs,
-        numbers=numbers,
-        device=model.device,
+        sections=sections,
+        tables={"per_class.csv": per_class_table(result), "confusions.csv": [header, *wrong]},
+        numbers={
+            **outputs.model_facts(model),
+            "classes": classes.name,
+            "num_classes": len(classes),
+            "num_classes_without_images": num_empty,
+            "num_classes_of_equal_texts": num_equal,
+            "num_templates": len(task.templates),
+            "num_samples": count,
+            "num_unreadable": result.num_unreadable,
+            "num_nonfinite": result.num_nonfinite,
+            **shares,
+            **{f"{name}_interval": wilson_interval(known[name], count) for name in known},
+            "mean_per_class_recall": recall,
+            "findings": findings,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
     )
+
+
+def per_class_table(result: ZeroShotResult) -> list[tuple[object, ...]]:
+    """Return a header and a row per class, with the class its images are most often taken for.
+
+    The accuracies of a class without images are None.
+    """
+    classes = result.classes
+    most_confused: dict[int, tuple[str, int]] = {}
+    for true, taken, count in result.confusions():
+        most_confused.setdefault(true, (classes.ids[taken], count))
+    hits = [result.class_hits(k).tolist() for k in (1, 5, 10)]
+    header = ("label", "class", "name", "num_samples", "top1", "top5", "top10")
+    table: list[tuple[object, ...]] = [(*header, "most_confused_with", "num_confused")]
+    for label, samples in enumerate(result.class_samples.tolist()):
+        scores = (class_hits[label] / samples if samples else None for class_hits in hits)
+        confused = most_confused.get(label, ("", 0))
+        table.append((label, classes.ids[label], classes.title(label), samples, *scores, *confused))
+    return table

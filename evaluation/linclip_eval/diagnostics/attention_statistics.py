@@ -78,13 +78,9 @@ def contrast_bound(q: Tensor, k: Tensor, *, causal: bool) -> Tensor:
 
 
 def token_similarity(tokens: Tensor) -> Tensor:
-    """Return the mean cosine over all pairs of different tokens; over-smoothing drives it to 1.
+    """Return the mean cosine [B] over all pairs of different tokens of each sequence [B, N, width].
 
-    Args:
-        tokens: [B, N, width].
-
-    Returns:
-        The mean cosine of each sequence, [B] (arXiv 2203.05962).
+    Over-smoothing drives it to 1 (arXiv 2203.05962).
     """
     num_tokens = tokens.shape[1]
     total = F.normalize(tokens, dim=-1).sum(dim=1).square().sum(dim=-1)  # [B]: all pairs

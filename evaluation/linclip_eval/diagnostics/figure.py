@@ -1,15 +1,16 @@
 """The figure of diagnostics: a panel per tower and statistic, a line per model over the layers."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
 from linclip_eval.diagnostics.measure import LayerStatistic
-from linclip_eval.plotting import COLOURS, INK, MUTED, add_legend, dress, new_figure
+from linclip_eval.plotting import COLOURS, INK, MUTED, add_legend, dress, new_figure, set_log_ticks
 
 __all__ = ["draw_diagnostics"]
 
@@ -27,14 +28,8 @@ _UNIFORM = {"entropy": 1.0, "contrast": 1.0, "variation": 0.0}
 
 
 def draw_diagnostics(models: Mapping[str, Sequence[LayerStatistic]]) -> Figure:
-    """Draw the statistics of :func:`linclip_eval.diagnostics.measure.diagnose`.
-
-    Args:
-        models: The statistics of each model by its label.
-
-    Returns:
-        A figure with an Agg canvas, ready for ``savefig``.
-    """
+    """Draw the statistics of each model, by its label, over the layers."""
+    colours = dict(zip(models, cycle(COLOURS), strict=False))
     figure = new_figure(11, 12.4)
     parts = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for part, tower in zip(parts, ("vision", "text"), strict=True):
@@ -42,16 +37,16 @@ def draw_diagnostics(models: Mapping[str, Sequence[LayerStatistic]]) -> Figure:
             f"{tower.capitalize()} tower", x=0.01, ha="left", fontsize=13, color=INK, weight="bold"
         )
         for axes, statistic in zip(part.subplots(2, 3).flat, _PANELS, strict=True):
-            for colour, found in zip(_colours(models), models.values(), strict=True):
+            for name, found in models.items():
                 here = [row for row in found if row.tower == tower]
-                _draw_lines(axes, here, statistic, colour)
+                _draw_lines(axes, here, statistic, colours[name])
             _finish(axes, statistic)
     add_legend(
         figure,
         [
             *(
                 Line2D([], [], color=colour, marker="o", markersize=4, label=name)
-                for colour, name in zip(_colours(models), models, strict=True)
+                for name, colour in colours.items()
             ),
             Patch(color=MUTED, alpha=0.2, label="5 to 95 % of heads and samples"),
             Line2D([], [], color=MUTED, linestyle="--", label="bound of 1 + cos"),
@@ -59,10 +54,6 @@ def draw_diagnostics(models: Mapping[str, Sequence[LayerStatistic]]) -> Figure:
         ],
     )
     return figure
-
-
-def _colours(models: Mapping[str, object]) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(models))]
 
 
 def _draw_lines(axes: Axes, found: Sequence[LayerStatistic], statistic: str, colour: str) -> None:
@@ -86,9 +77,7 @@ def _finish(axes: Axes, statistic: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     if statistic in ("contrast", "gain"):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        set_log_ticks(axes.yaxis, (1, 2, 5))
     if statistic in _UNIFORM:
         axes.axhline(_UNIFORM[statistic], color=MUTED, linestyle=":", linewidth=1.2)
     dress(axes, _PANELS[statistic], xlabel="layer")

@@ -51,7 +51,7 @@ class LayerStatistic:
 
 @torch.no_grad()
 def diagnose(
-    model: CLIP, images: Iterable[Tensor], texts: Iterable[Tensor], *, max_tokens: int = 4096
+    model: CLIP, images: Iterable[Tensor], texts: Iterable[Tensor], max_tokens: int = 4096
 ) -> list[LayerStatistic]:
     """Measure the attention and the tokens of every layer of both towers.
 
@@ -110,14 +110,10 @@ class _TowerRecorder:
             raise ValueError(f"{inputs} (none) must hold at least one batch for the {tower} tower")
         for (layer, statistic), parts in sorted(self._values.items()):
             values = torch.cat(parts)
+            mean = values.mean().item()
             low, high = values.quantile(torch.tensor([0.05, 0.95]).to(values)).tolist()
             yield LayerStatistic(
-                tower=tower,
-                layer=layer,
-                statistic=statistic,
-                mean=values.mean().item(),
-                low=low,
-                high=high,
+                tower=tower, layer=layer, statistic=statistic, mean=mean, low=low, high=high
             )
 
     def _record_input(self, block: nn.Module, inputs: tuple[Tensor]) -> None:

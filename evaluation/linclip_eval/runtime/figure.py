@@ -18,6 +18,7 @@ from linclip_eval.plotting import (
     add_legend,
     dress,
     new_figure,
+    ring,
     set_token_axis,
 )
 from linclip_eval.runtime.fit import CallCost, Scaling
@@ -38,48 +39,35 @@ _STYLES = {
 
 
 def draw_times(scaling: Scaling, *, of: str = "a call") -> Figure:
-    """Draw time in log-log: a column per subject, a row per direction.
+    """Draw the time ``of`` something in log-log: a column per subject, a row per direction.
 
     Bands are quantiles of the runs. Dotted lines, over the range of the fits, grow with N^2 beside
     the fastest softmax attention and with N beside the first linear one; a circle marks from where
     on that one is faster.
-
-    Args:
-        scaling: All points.
-        of: Subject of the measurement, for the label.
     """
 
     def draw(axes: Axes, what: str, direction: str) -> None:
         for name in scaling.attentions[what]:
-            line = scaling.line(what, direction, name)
-            if not line:
-                continue
-            lengths, style = sorted(line), _style(name)
-            axes.plot(lengths, [line[n].seconds for n in lengths], **style)
-            low, high = [line[n].low for n in lengths], [line[n].high for n in lengths]
-            axes.fill_between(lengths, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            if line := scaling.line(what, direction, name):
+                lengths, costs, style = list(line), line.values(), _style(name)
+                axes.plot(lengths, [cost.seconds for cost in costs], **style)
+                low, high = [cost.low for cost in costs], [cost.high for cost in costs]
+                axes.fill_between(lengths, low, high, color=style["color"], alpha=0.2, linewidth=0)
         first = scaling.linear(what)[0]
         linear = scaling.line(what, direction, first)
         _draw_guide(axes, scaling.fastest_softmax(what, direction), 2, 1.8)
         _draw_guide(axes, linear, 1, 1 / 1.8)
         place = scaling.crossover(what, direction, first)
         if place is not None:
-            lengths = sorted(linear)
-            heights = np.log([linear[n].seconds for n in lengths])
-            height = np.exp(np.interp(np.log(place), np.log(lengths), heights))
-            axes.plot(place, height, zorder=3, **_CIRCLE)
-            axes.annotate(
-                f"N = {place:.0f}",
-                (place, height),
-                xytext=(7, -9),
-                textcoords="offset points",
-                fontsize=8,
-                color=INK,
-            )
+            heights = np.log([cost.seconds for cost in linear.values()])
+            height = np.exp(np.interp(np.log(place), np.log(list(linear)), heights))
+            axes.plot(place, height, zorder=3, **ring(INK))
+            look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": INK}
+            axes.annotate(f"N = {place:.0f}", (place, height), (7, -9), **look)
 
     handles = [
         Line2D([], [], linestyle=":", color=MUTED, label="slopes 1 and 2"),
-        Line2D([], [], linestyle="", label="linear is faster from here on", **_CIRCLE),
+        Line2D([], [], label="linear is faster from here on", **ring(INK)),
     ]
     return _draw_panels(scaling, draw, handles, f"time of {of}", "s")
 
@@ -89,20 +77,10 @@ def draw_memory(scaling: Scaling) -> Figure:
 
     def draw(axes: Axes, what: str, direction: str) -> None:
         for name in scaling.attentions[what]:
-            line = scaling.line(what, direction, name)
-            if line:
-                lengths = sorted(line)
-                axes.plot(lengths, [line[n].peak_bytes for n in lengths], **_style(name))
+            if line := scaling.line(what, direction, name):
+                axes.plot(list(line), [cost.peak_bytes for cost in line.values()], **_style(name))
 
     return _draw_panels(scaling, draw, [], "peak memory of a call", "B")
-
-
-_CIRCLE: dict[str, Any] = {
-    "marker": "o",
-    "markersize": 9,
-    "markerfacecolor": "none",
-    "color": INK,
-}
 
 
 def _draw_panels(
@@ -144,7 +122,7 @@ def _draw_guide(axes: Axes, line: dict[int, CallCost], exponent: int, factor: fl
     if len(line) < 2:
         return
     last = max(line)
-    lengths = np.array([n for n in sorted(line) if 10 * n >= last])
+    lengths = np.array([n for n in line if 10 * n >= last])
     heights = factor * line[last].seconds * (lengths / last) ** exponent
     axes.plot(lengths, heights, linestyle=":", linewidth=1.2, color=MUTED)
 
@@ -152,10 +130,5 @@ def _draw_guide(axes: Axes, line: dict[int, CallCost], exponent: int, factor: fl
 def _style(attention: str) -> dict[str, Any]:
     colour, marker = next(style for part, style in _STYLES.items() if part in attention)
     dashes = "--" if "Eq. 4" in attention else "-"
-    return {
-        "color": colour,
-        "marker": marker,
-        "linestyle": dashes,
-        "markersize": 4,
-        "linewidth": 1.5,
-    }
+    line = {"linestyle": dashes, "linewidth": 1.5}
+    return {"color": colour, "marker": marker, "markersize": 4, **line}

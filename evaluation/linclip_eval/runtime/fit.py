@@ -50,14 +50,7 @@ class Slope:
 
 
 def fit_slope(tokens: Sequence[float], seconds: Sequence[float]) -> Slope:
-    """Fit the exponent of N by least squares in log-log.
-
-    Args:
-        tokens: Numbers of tokens.
-        seconds: Times at these.
-
-    Returns:
-        The exponent, with a t-interval from the scatter about the line.
+    """Fit the exponent of N by least squares in log-log, with a t-interval from the scatter.
 
     Raises:
         ValueError: for fewer than three numbers of tokens, or values that are not positive.
@@ -67,21 +60,18 @@ def fit_slope(tokens: Sequence[float], seconds: Sequence[float]) -> Slope:
     if not all(0 < value < math.inf for value in (*tokens, *seconds)):
         raise ValueError("tokens and seconds must be positive and finite")
     fit = linregress(np.log(tokens), np.log(seconds))
-    reach = student_t.ppf(0.975, len(tokens) - 2) * fit.stderr
-    return Slope(
-        exponent=float(fit.slope), low=float(fit.slope - reach), high=float(fit.slope + reach)
-    )
+    slope, reach = float(fit.slope), float(student_t.ppf(0.975, len(tokens) - 2) * fit.stderr)
+    return Slope(exponent=slope, low=slope - reach, high=slope + reach)
 
 
 def crossover(softmax: Mapping[int, float], linear: Mapping[int, float]) -> float | None:
     """Return the number of tokens from which linear attention is faster, interpolated in log-log.
 
+    It is the last crossing between numbers of tokens that both have; None where there is none, or
+    where linear attention is slower at the largest.
+
     Args:
         softmax, linear: Number of tokens -> seconds.
-
-    Returns:
-        The last crossing between numbers of tokens that both have; None where there is none, or
-        where linear attention is slower at the largest.
     """
     lengths = sorted(softmax.keys() & linear.keys())
     gains = [math.log(softmax[n] / linear[n]) for n in lengths]
@@ -116,7 +106,7 @@ class Scaling:
         #: Subject -> its attentions.
         self.attentions: dict[str, list[str]] = {}
         self._lines: dict[tuple[str, str, str], dict[int, CallCost]] = {}
-        for point in self.points:
+        for point in sorted(self.points, key=lambda point: point.num_tokens):
             attentions = self.attentions.setdefault(point.what, [])
             if point.attention not in attentions:
                 attentions.append(point.attention)
@@ -129,7 +119,7 @@ class Scaling:
         return [name for name in self.attentions[what] if name not in self._softmax]
 
     def line(self, what: str, direction: str, attention: str) -> dict[int, CallCost]:
-        """Return what was measured, by number of tokens."""
+        """Return what was measured, by increasing number of tokens."""
         return self._lines.get((what, direction, attention), {})
 
     def fastest_softmax(self, what: str, direction: str) -> dict[int, CallCost]:
@@ -141,15 +131,18 @@ class Scaling:
         return best
 
     def crossover(self, what: str, direction: str, attention: str) -> float | None:
-        """Return :func:`crossover` of the fastest softmax attention and a linear one."""
+        """Return :func:`crossover` of the fastest softmax attention and a linear one; None for one
+        of softmax."""
+        if attention in self._softmax:
+            return None
         softmax = self.fastest_softmax(what, direction)
         return crossover(_seconds(softmax), _seconds(self.line(what, direction, attention)))
 
     def fitted(self, what: str, direction: str, attention: str) -> list[int]:
         """Return the numbers of tokens that a slope is fitted to."""
-        lengths = sorted(self.line(what, direction, attention))
-        smallest = self._fit_from or max(lengths, default=0) / 10
-        return [n for n in lengths if n >= smallest]
+        line = self.line(what, direction, attention)
+        smallest = self._fit_from or max(line, default=0) / 10
+        return [n for n in line if n >= smallest]
 
     def slope(self, what: str, direction: str, attention: str) -> Slope | None:
         """Fit the slope over :meth:`fitted`; None with fewer than three numbers of tokens."""

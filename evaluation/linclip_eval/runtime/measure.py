@@ -82,9 +82,8 @@ class Limits:
     quantiles: tuple[float, float] = (0.25, 0.75)
 
     def __post_init__(self) -> None:
-        for name in ("passes", "runs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.runs < 1:
+            raise ValueError(f"runs ({self.runs}) must be at least 1")
         if self.warmup < 0:
             raise ValueError(f"warmup ({self.warmup}) must not be negative")
         for name in ("max_seconds_per_point", "max_seconds_per_call"):
@@ -110,9 +109,7 @@ def measure(
     The attentions are called in turn, so that other work of the machine affects them alike.
 
     Args:
-        workload: The computation.
         tokens: Numbers of tokens, ascending.
-        limits: Limits of every point.
         deadline: In seconds of ``time.monotonic``; what is predicted to end later is left out.
 
     Returns:
@@ -145,8 +142,7 @@ def measure_in_turn(
     Each workload gets an equal share of the time that is left, so that all get to long sequences.
 
     Args:
-        workloads: Created as they are needed.
-        count: Number of workloads.
+        workloads: ``count`` of them, created as they are needed.
         tokens, limits, deadline: Arguments of :func:`measure`.
     """
     points: list[RuntimePoint] = []
@@ -176,30 +172,18 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return int(np.cumsum([0, *(num_bytes for _, num_bytes in changes)]).max())
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """Time and memory of one call, from which longer ones are predicted."""
-
-    num_tokens: int
-    num_sequences: int
-    seconds: float
-    num_bytes: int  # its inputs and its peak
-
-    def at(self, num_tokens: int, num_sequences: int, exponent: int) -> "_Cost":
-        """Return the most that a call with more tokens can cost."""
-        growth, sequences = num_tokens / self.num_tokens, num_sequences / self.num_sequences
-        return _Cost(
-            num_tokens,
-            num_sequences,
-            self.seconds * sequences * growth**exponent,
-            round(self.num_bytes * sequences * growth),
-        )
-
-
 class _Place(NamedTuple):
     direction: str
     attention: str
     num_tokens: int
+
+
+class _Cost(NamedTuple):
+    """Cost of a call for each of its sequences, which predicts that of longer sequences."""
+
+    num_tokens: int
+    seconds: float
+    num_bytes: float  # of inputs and peak
 
 
 @dataclass
@@ -212,18 +196,14 @@ class _Trial:
 
 
 class _Bench:
-    """Measures a workload; the cost of few tokens predicts that of more.
-
-    Attributes:
-        trials: Measurements by place.
-        skipped: Reasons of the places that were left out.
-    """
+    """Measures a workload; the cost of few tokens predicts that of more."""
 
     def __init__(self, workload: Workload, deadline: float) -> None:
         self.trials: dict[_Place, _Trial] = {}
+        #: Why places were left out.
         self.skipped: dict[_Place, str] = {}
         self._workload, self._deadline = workload, deadline
-        self._memory = _memory(workload.device)
+        self._on_gpu = workload.device.type == "cuda"
         #: Direction and attention -> cost at the last number of tokens.
         self._seen: dict[tuple[str, str], _Cost] = {}
         #: Direction and attention -> reason of the failure.
@@ -231,60 +211,48 @@ class _Bench:
 
     def visit(self, direction: str, num_tokens: int, limits: Limits) -> None:
         """Call every attention until its runs, those of earlier visits with them, reach a limit."""
+        workload, longest = self._workload, limits.max_seconds_per_point
         calls: dict[_Place, Callable[[], object]] = {}
         inputs: Inputs | None = None
-        for place in (_Place(direction, name, num_tokens) for name in self._workload.growth):
+        for place in (_Place(direction, name, num_tokens) for name in workload.growth):
             if not self._is_wanted(place, limits):
                 continue
             try:
-                inputs = inputs or self._workload.inputs(num_tokens)
-                calls[place] = self._workload.call(place.attention, direction, inputs)
+                inputs = inputs or workload.inputs(num_tokens)
+                call = workload.call(place.attention, direction, inputs)
                 if place not in self.trials:
-                    self.trials[place] = self._begin(calls[place])
+                    self.trials[place] = self._begin(call)
+                calls[place] = call
             except RuntimeError as error:  # of torch; OutOfMemoryError is one
-                calls.pop(place, None)
                 self._record_failure(place, error)
-        longest = limits.max_seconds_per_point
         warmups = [(call, self.trials[place].warmup) for place, call in calls.items()]
         self._call_in_turn(warmups, limits.warmup, _WARMUP_SHARE * longest)
-        for place in list(calls) if self._workload.device.type == "cuda" else ():
+        for place in list(calls) if self._on_gpu else ():
             try:
                 self._add_gpu_runs(self.trials[place], calls[place], limits)
             except RuntimeError as error:
                 del calls[place]
-                if not self.trials[place].runs:
-                    del self.trials[place]
                 self._record_failure(place, error)
         runs = [(call, self.trials[place].runs) for place, call in calls.items()]
         self._call_in_turn(runs, limits.runs, longest)
         for place in calls:
             assert inputs is not None
-            trial = self.trials[place]
+            trial, sequences = self.trials[place], workload.num_sequences(num_tokens)
             seconds = float(np.median(trial.runs))
-            num_bytes = _num_bytes(inputs) + trial.peak_bytes
-            sequences = self._workload.num_sequences(num_tokens)
-            cost = _Cost(num_tokens, sequences, seconds, num_bytes)
+            num_bytes = trial.peak_bytes + sum(x.nbytes for x in (*inputs[0], inputs[1]))
+            cost = _Cost(num_tokens, seconds / sequences, num_bytes / sequences)
             self._seen[direction, place.attention] = cost
 
     def point(self, place: _Place, quantiles: tuple[float, float]) -> RuntimePoint:
         """Return the result of all visits."""
-        trial = self.trials.get(place)
         measured = None
-        if trial is not None:
-            lower, upper = quantiles
-            low, median, high = np.quantile(trial.runs, (lower, 0.5, upper)).tolist()
-            measured = CallCost(
-                seconds=median,
-                low=low,
-                high=high,
-                runs=len(trial.runs),
-                peak_bytes=trial.peak_bytes,
-            )
+        if trial := self.trials.get(place):
+            low, high, median = np.quantile(trial.runs, (*quantiles, 0.5)).tolist()
+            count, peak = len(trial.runs), trial.peak_bytes
+            measured = CallCost(seconds=median, low=low, high=high, runs=count, peak_bytes=peak)
         return RuntimePoint(
             what=self._workload.what,
-            attention=place.attention,
-            direction=place.direction,
-            num_tokens=place.num_tokens,
+            **place._asdict(),
             measured=measured,
             skipped=self.skipped.get(place, ""),
         )
@@ -304,16 +272,17 @@ class _Bench:
         direction, name, num_tokens = place
         if (direction, name) in self._failed:
             return self._failed[direction, name]
-        sequences = self._workload.num_sequences(num_tokens)
-        seen = self._seen.get((direction, name), _Cost(num_tokens, sequences, 0.0, 0))
-        cost = seen.at(num_tokens, sequences, self._workload.growth[name])
-        if cost.seconds > limits.max_seconds_per_call:
+        seen = self._seen.get((direction, name), _Cost(num_tokens, 0.0, 0.0))
+        sequences, growth = self._workload.num_sequences(num_tokens), num_tokens / seen.num_tokens
+        seconds = sequences * seen.seconds * growth ** self._workload.growth[name]
+        num_bytes, memory = sequences * seen.num_bytes * growth, _memory(self._workload.device)
+        if seconds > limits.max_seconds_per_call:
             most = f"{limits.max_seconds_per_call:g} s"
-            return f"a call predicted to take {cost.seconds:.1f} s, over {most}"
-        if cost.num_bytes > self._memory:
-            most = f"{self._memory / 2**30:.1f} GiB"
-            return f"a call predicted to fill {cost.num_bytes / 2**30:.1f} GiB, over {most}"
-        if not self._has_time(2 * cost.seconds):  # one to warm up, one that counts
+            return f"a call predicted to take {seconds:.1f} s, over {most}"
+        if num_bytes > memory:
+            most = f"{memory / 2**30:.1f} GiB"
+            return f"a call predicted to fill {num_bytes / 2**30:.1f} GiB, over {most}"
+        if not self._has_time(2 * seconds):  # one to warm up, one that counts
             return "no time left of the budget"
         return None
 
@@ -349,9 +318,14 @@ class _Bench:
         trial.runs += [1e-3 * value for value in milliseconds[:room]]
 
     def _record_failure(self, place: _Place, error: RuntimeError) -> None:
-        reason = f"{_in_words(error)} at {place.num_tokens} tokens"
+        words = "out of memory"
+        if not isinstance(error, torch.OutOfMemoryError):
+            words = f"{FAILED} ({str(error).strip().partition(chr(10))[0][:100]})"
+        reason = f"{words} at {place.num_tokens} tokens"
         self._failed[place.direction, place.attention] = reason
-        if place not in self.trials:
+        trial = self.trials.get(place)
+        if trial is None or not trial.runs:
+            self.trials.pop(place, None)
             self.skipped[place] = reason
 
     def _time(self, call: Callable[[], object]) -> float:
@@ -362,7 +336,7 @@ class _Bench:
         return time.perf_counter() - begin
 
     def _synchronize(self) -> None:
-        if self._workload.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize(self._workload.device)
 
 
@@ -375,14 +349,3 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _num_bytes(inputs: Inputs) -> int:
-    tensors, grad = inputs
-    return sum(x.numel() * x.element_size() for x in (*tensors, grad))
-
-
-def _in_words(error: RuntimeError) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{FAILED} ({str(error).strip().partition(chr(10))[0][:100]})"

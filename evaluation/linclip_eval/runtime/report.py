@@ -22,7 +22,7 @@ def write_runtime_report(
     conditions: str,
     runs: int,
 ) -> str:
-    """Write results.csv, results.json, figure.png, memory.png and summary.md.
+    """Write results.csv, results.json, figure.png, memory.png and summary.md; return its text.
 
     Args:
         folder: Created where it is missing.
@@ -30,12 +30,6 @@ def write_runtime_report(
         facts: The result of :func:`ds_linclip.provenance.run_facts`.
         conditions: Limits and the like, as a sentence.
         runs: Number of runs that were requested at every point.
-
-    Returns:
-        The text of summary.md.
-
-    Raises:
-        OSError: when the folder cannot be written.
     """
     scaling = Scaling(points)
     rows = [_row(point) for point in points]
@@ -72,9 +66,7 @@ def write_runtime_report(
 def comparison_sections(scaling: Scaling, fitted: str) -> list[str]:
     """Return the sections of a summary that compare linear attention with softmax.
 
-    Args:
-        scaling: All points.
-        fitted: The numbers of tokens that slopes are fitted to, in words.
+    ``fitted`` says which numbers of tokens slopes are fitted to.
     """
 
     def ratio(what: str, direction: str, num_tokens: int, linear: CallCost) -> str:
@@ -111,10 +103,8 @@ def tables_by_tokens(
     """Yield a heading and a table, N by attention, for every subject and direction.
 
     Args:
-        scaling: All points.
         cell: Subject, direction, number of tokens and cost -> text; called where a cost was
             measured.
-        linear_only: Leave out the softmax attentions.
     """
     for what, direction in product(scaling.attentions, scaling.directions):
         names = scaling.linear(what) if linear_only else scaling.attentions[what]
@@ -133,13 +123,13 @@ def digits(value: float) -> str:
 
 
 def _row(point: RuntimePoint) -> dict[str, Any]:
-    measured = point.measured and asdict(point.measured)
+    no_cost = {field.name: None for field in fields(CallCost)}
     return {
         "what": point.what,
         "attention": point.attention,
         "direction": point.direction,
         "tokens": point.num_tokens,
-        **(measured or dict.fromkeys(field.name for field in fields(CallCost))),
+        **(asdict(point.measured) if point.measured else no_cost),
         "skipped": point.skipped,
     }
 
@@ -150,41 +140,40 @@ def _growth(scaling: Scaling) -> Iterator[dict[str, Any]]:
         for attention in scaling.attentions[what]:
             place = what, direction, attention
             slope = scaling.slope(*place)
-            is_linear = attention in scaling.linear(what)
             yield {
                 "what": what,
                 "direction": direction,
                 "attention": attention,
                 "slope": slope and asdict(slope),
                 "fitted_tokens": scaling.fitted(*place),
-                "crossover": scaling.crossover(*place) if is_linear else None,
+                "crossover": scaling.crossover(*place),
             }
 
 
 def _growth_table(scaling: Scaling) -> str:
-    lines = []
+    rows = []
     for what, names in scaling.attentions.items():
         for name in names:
-            slopes = (_slope(scaling, what, direction, name) for direction in scaling.directions)
-            crossings = (
-                _crossover(scaling, what, direction, name) if name in scaling.linear(what) else ""
-                for direction in scaling.directions
+            places = [(what, direction, name) for direction in scaling.directions]
+            slopes = [_slope(scaling, *place) for place in places]
+            rows.append(
+                [f"{what}, {name}", *slopes, *(_crossover(scaling, *place) for place in places)]
             )
-            lines.append([f"{what}, {name}", *slopes, *crossings])
     header = [f"{kind}, {d}" for kind in ("exponent", "faster from N") for d in scaling.directions]
-    return markdown_table(["", *header], lines)
+    return markdown_table(["", *header], rows)
 
 
 def _slope(scaling: Scaling, *place: str) -> str:
-    slope = scaling.slope(*place)
+    slope, lengths = scaling.slope(*place), scaling.fitted(*place)
     if slope is None:
         return "fewer than 3 lengths"
-    lengths = scaling.fitted(*place)
     interval = f"{slope.exponent:.2f} ({slope.low:.2f} to {slope.high:.2f})"
     return f"{interval}, N = {lengths[0]} to {lengths[-1]}"
 
 
 def _crossover(scaling: Scaling, what: str, direction: str, attention: str) -> str:
+    if attention not in scaling.linear(what):
+        return ""
     crossing = scaling.crossover(what, direction, attention)
     if crossing is not None:
         return f"{crossing:.0f}"

@@ -1,11 +1,11 @@
 """Subjects of the runtime measurement: attention alone, a layer, a block, whole towers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ds_linclip.config import Attention, ModelConfig
 from ds_linclip.interop.hub_folder import parse_config
@@ -14,7 +14,6 @@ from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.model.towers import TextTransformer, VisionTransformer
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.runtime.measure import Inputs
-from linclip_kernels import linear_attention
 
 __all__ = ["ATTENTIONS", "DIRECTIONS", "SUBJECTS", "Inputs", "Subject"]
 
@@ -55,14 +54,12 @@ class Subject:
 
     def __init__(self, what: str, mesh: Mesh, dtype: torch.dtype, *, num_heads: int) -> None:
         config = _config(what)
-        self.what = what
+        self.what, self.device = what, mesh.device
         self.directions: Sequence[str] = DIRECTIONS
         self.growth: Mapping[str, int] = {
             name: 2 if each.kind == "softmax" else 1 for name, each in ATTENTIONS.items()
         }
-        self.device = mesh.device
-        self._dtype = dtype
-        self._num_heads = num_heads
+        self._dtype, self._num_heads = dtype, num_heads
         self._width = config.text.width if what == "text" else config.vision.width
         self._embed_dim = config.embed_dim
         self._modules = {
@@ -71,11 +68,11 @@ class Subject:
         }
 
     def num_sequences(self, num_tokens: int) -> int:
-        """Return 1: every call is on one sequence."""
+        """Return 1."""
         return 1
 
     def inputs(self, num_tokens: int) -> Inputs:
-        """Return random inputs of that many tokens, for every attention and direction."""
+        """Return random inputs of that many tokens."""
         if self.what == "attention":
             heads = 1, num_tokens, self._num_heads
             inputs = self._random(*heads, 3, _HEAD_DIM).unbind(3)  # [1, N, H, D] each, strided
@@ -90,23 +87,27 @@ class Subject:
         return inputs, grad
 
     def call(self, attention: str, direction: str, inputs: Inputs) -> Callable[[], object]:
-        """Return a call: a forward, or a forward and the gradients of inputs and weights.
-
-        Args:
-            attention: One of :data:`ATTENTIONS`.
-            direction: One of :data:`DIRECTIONS`.
-            inputs: Result of :meth:`inputs`.
-        """
+        """Return a forward, or a forward and the gradients of inputs and weights."""
         module, (tensors, grad) = self._modules[attention], inputs
+        weights = [] if self.what == "attention" else list(module.parameters())
 
         def infer() -> object:
             with torch.no_grad():
-                return module(*tensors)
+                return self._forward(module, *tensors)
 
         def train() -> object:
-            return torch.autograd.grad(module(*tensors), [*tensors, *module.parameters()], grad)
+            return torch.autograd.grad(self._forward(module, *tensors), [*tensors, *weights], grad)
 
         return infer if direction == "inference" else train
+
+    def _forward(self, module: Any, x: Tensor, *more: Tensor) -> Any:
+        if self.what == "attention":
+            return module.attend(x, *more)
+        if self.what == "text":  # of texts that end with their last token
+            texts = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+            texts[:, -1] = 1
+            return module(texts, x)
+        return module(x)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self._dtype)
@@ -120,42 +121,13 @@ def _make_module(what: str, attention: Attention, mesh: Mesh) -> nn.Module:
     config, init = _config(what), BlockInit.vision()
     vision, text = config.vision, config.text
     vision.attention = text.attention = attention
-    if what == "attention":
-        return _Operator(attention)
-    if what == "layer":
+    if what in ("attention", "layer"):
         inits = {"init_qkv": init.qkv, "init_out": init.attn_out}
         return SelfAttention(vision.width, vision.heads, attention, mesh, causal=False, **inits)
     if what == "block":
         sizes = vision.width, vision.heads, vision.mlp_ratio
         return Block(*sizes, attention, mesh, causal=False, init=init)
+    width = config.embed_dim
     if what == "text":
-        units = range(1, text.layers + 2)
-        return _TextBlocks(TextTransformer(text, config.embed_dim, mesh, units=units, seed=0))
-    units = range(1, vision.layers + 2)
-    return VisionTransformer(vision, config.embed_dim, mesh, units=units, seed=0)
-
-
-class _Operator(nn.Module):
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.attention.kind == "linear":
-            return linear_attention(q, k, v, normalized=self.attention.normalized)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-class _TextBlocks(nn.Module):
-    """A text tower without its embedding, for texts that end with their last token."""
-
-    def __init__(self, tower: TextTransformer) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, x: Tensor) -> Tensor:
-        texts = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
-        texts[:, -1] = 1
-        features: Tensor = self.tower(texts, x)
-        return features
+        return TextTransformer(text, width, mesh, units=range(1, text.layers + 2), seed=0)
+    return VisionTransformer(vision, width, mesh, units=range(1, vision.layers + 2), seed=0)

@@ -1,16 +1,24 @@
 """The figure of a scaling study: loss and zero-shot error over compute, with their laws."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from linclip_eval.plotting import LINEAR, MUTED, SOFTMAX, add_legend, dress, new_figure
+from linclip_eval.plotting import (
+    LINEAR,
+    MUTED,
+    SOFTMAX,
+    add_legend,
+    dress,
+    new_figure,
+    ring,
+    set_log_ticks,
+)
 from linclip_eval.scaling_laws.power_law import ScalingLaw
 from linclip_eval.scaling_laws.runs import QUANTITIES, FinishedRun, Kind, Quantity
 
@@ -28,42 +36,27 @@ def draw_scaling_laws(
 
     A dot is a run, its shape the size of the model; rings mark the frontier (means over seeds); a
     line is the law with its 95 % bootstrap band.
-
-    Args:
-        runs: All runs of the study.
-        laws: The laws by quantity and kind of attention.
     """
     figure = new_figure(10.4, 5.0)
     sizes = sorted({run.num_parameters for run in runs})
-    markers = {size: _MARKERS[place % len(_MARKERS)] for place, size in enumerate(sizes)}
+    markers = dict(zip(sizes, cycle(_MARKERS), strict=False))
     for axes, quantity in zip(figure.subplots(1, len(QUANTITIES)), QUANTITIES, strict=True):
         for kind, law in laws[quantity].items():
             _draw_law(axes, law, _COLOURS[kind])
         for run in runs:
-            axes.scatter(
-                run.compute,
-                run.value(quantity),
-                marker=markers[run.num_parameters],
-                s=30,
-                color=_COLOURS[run.kind],
-                edgecolor="white",
-                linewidth=0.7,
-                zorder=3,
-            )
+            look = {"marker": markers[run.num_parameters], "color": _COLOURS[run.kind], "s": 30}
+            edge = {"edgecolor": "white", "linewidth": 0.7}
+            axes.scatter(run.compute, run.value(quantity), zorder=3, **look, **edge)
         _finish(axes, quantity, [run.value(quantity) for run in runs])
-    kinds = list(laws[QUANTITIES[0]])
-    add_legend(
-        figure,
-        [
-            *(Line2D([], [], color=_COLOURS[kind], linewidth=2, label=kind) for kind in kinds),
-            Patch(facecolor=MUTED, alpha=0.25, label="95 % bootstrap band"),
-            Line2D([], [], label="frontier", **_ring(MUTED)),
-            *(
-                Line2D([], [], marker=marker, linestyle="", color=MUTED, label=_size(size))
-                for size, marker in markers.items()
-            ),
-        ],
-    )
+    handles = [
+        *(Line2D([], [], color=_COLOURS[kind], linewidth=2, label=kind) for kind in laws["loss"]),
+        Patch(facecolor=MUTED, alpha=0.25, label="95 % bootstrap band"),
+        Line2D([], [], label="frontier", **ring(MUTED)),
+    ]
+    for size, marker in markers.items():
+        label = f"{size / 1e6:.3g} M parameters"
+        handles.append(Line2D([], [], marker=marker, linestyle="", color=MUTED, label=label))
+    add_legend(figure, handles)
     return figure
 
 
@@ -72,22 +65,7 @@ def _draw_law(axes: Axes, law: ScalingLaw, colour: str) -> None:
     along = np.geomspace(compute[0], compute[-1], 100)
     axes.plot(along, law.at(along), color=colour, linewidth=1.8, zorder=2)
     axes.fill_between(along, *law.band(along), color=colour, alpha=0.15, linewidth=0, zorder=1)
-    axes.plot(compute, value, zorder=4, **_ring(colour))
-
-
-def _ring(colour: str) -> dict[str, Any]:
-    return {
-        "marker": "o",
-        "markersize": 10,
-        "markerfacecolor": "none",
-        "markeredgecolor": colour,
-        "markeredgewidth": 1.2,
-        "linestyle": "",
-    }
-
-
-def _size(num_parameters: int) -> str:
-    return f"{num_parameters / 1e6:.3g} M parameters"
+    axes.plot(compute, value, zorder=4, **ring(colour))
 
 
 def _finish(axes: Axes, quantity: Quantity, values: Sequence[float]) -> None:
@@ -99,10 +77,6 @@ def _finish(axes: Axes, quantity: Quantity, values: Sequence[float]) -> None:
     room = (high / low) ** 0.25
     axes.set_ylim(low / room, high * room)
     decades = np.log10(high / low)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes.yaxis.set_major_locator(LogLocator(subs=_WITHIN_A_DECADE if decades < 1 else (1, 3)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0e}"))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
+    set_log_ticks(axes.xaxis, (1, 3), ".0e")
+    set_log_ticks(axes.yaxis, _WITHIN_A_DECADE if decades < 1 else (1, 3))
     dress(axes, title[quantity], xlabel="training compute, FLOPs")

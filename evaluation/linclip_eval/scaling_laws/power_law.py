@@ -14,13 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Interval",
-    "RunPoint",
-    "ScalingLaw",
-    "fit_scaling_law",
-    "percentile_interval",
-]
+__all__ = ["Interval", "RunPoint", "ScalingLaw", "fit_scaling_law", "percentile_interval"]
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -82,10 +76,6 @@ def fit_scaling_law(points: Sequence[RunPoint], seed: int = 0) -> ScalingLaw:
     Runs that differ only in their seed are one point, with their mean value. A point is on the
     frontier when no point with as much compute or less has a value as low. Every resample repeats
     the whole procedure, frontier included; one whose frontier is a single point is left out.
-
-    Args:
-        points: One point per run.
-        seed: The seed of the resampling.
 
     Raises:
         ValueError: when the frontier has fewer than three points, or a value is not positive and

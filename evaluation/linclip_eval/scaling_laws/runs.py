@@ -9,14 +9,15 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ds_linclip.config import Attention, Config, load_config
+from ds_linclip.config import Config, load_config
 from ds_linclip.model.flops import forward_flops, num_parameters, training_flops
 from linclip_eval.scaling_laws.power_law import (
     Interval,
@@ -65,7 +66,6 @@ class FinishedRun:
     Attributes:
         folder: The run folder.
         config: The configuration of its latest start.
-        kind: The kind of attention of both towers.
         loss: The training loss, mean over the logged steps of the last tenth.
         top1: Zero-shot accuracy after the last step, in [0, 1].
         provenance: Commit, versions and devices of its latest start.
@@ -73,10 +73,14 @@ class FinishedRun:
 
     folder: Path
     config: Config
-    kind: Kind
     loss: float
     top1: float
     provenance: dict[str, Any]
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of attention of both towers."""
+        return self.config.model.vision.attention.kind
 
     @property
     def compute(self) -> float:
@@ -186,10 +190,14 @@ def read_run(folder: Path) -> FinishedRun:
     final = [loss for step, loss in losses.items() if step > 0.9 * steps]
     if any(value is None or not math.isfinite(value) for value in (*final, scores[-1])):
         raise ValueError(f"{folder}: loss and {_TOP1} at the end must be finite: it diverged")
+    image, text = config.model.vision.attention, config.model.text.attention
+    if str(image) != str(text):  # the fields without effect on softmax may differ
+        raise ValueError(
+            f"{folder}: model.text.attention ({text}) must be model.vision.attention ({image})"
+        )
     return FinishedRun(
         folder=folder,
         config=config,
-        kind=_attention(folder, config).kind,
         loss=statistics.fmean(final),
         top1=scores[-1],
         provenance=starts[-1],
@@ -205,8 +213,8 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
     """
     seen: dict[tuple[str, int], FinishedRun] = {}
     variants: dict[Kind, FinishedRun] = {}
+    first = runs[0]
     for run in runs:
-        first = runs[0]
         for name in _PROTOCOL:
             mine, others = attrgetter(name)(run.config), attrgetter(name)(first.config)
             if mine != others:
@@ -214,7 +222,7 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
                     f"{name} ({mine}) of {run.folder} must be that of {first.folder} ({others})"
                 )
         like = variants.setdefault(run.kind, run)
-        if _attention(run.folder, run.config) != _attention(like.folder, like.config):
+        if str(run.config.model.vision.attention) != str(like.config.model.vision.attention):
             raise ValueError(
                 f"attention of {run.folder} must be the variant of {like.folder}: "
                 "one law is fitted to runs of one variant"
@@ -298,25 +306,10 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def _check_starts(folder: Path, starts: Sequence[dict[str, Any]]) -> None:
     """Check that a run was never resumed with other settings, such as another length."""
     for name in _FIXED:
-        values = [_entry(start.get("config"), name) for start in starts]
+        values = [reduce(_entry, name.split("."), start.get("config")) for start in starts]
         if any(value != values[-1] for value in values):
             raise ValueError(f"{folder}: {name} must be the same at every start of the run")
 
 
-def _entry(config: Any, name: str) -> Any:
-    for key in name.split("."):
-        config = config.get(key) if isinstance(config, dict) else None
-    return config
-
-
-def _attention(folder: Path, config: Config) -> Attention:
-    """Return the attention of both towers, without fields that have no effect on softmax."""
-    image, text = config.model.vision.attention, config.model.text.attention
-    if image.kind == text.kind == "softmax":
-        return Attention(kind="softmax")
-    if image != text:
-        raise ValueError(
-            f"{folder}: model.text.attention ({asdict(text)}) must be model.vision.attention "
-            f"({asdict(image)})"
-        )
-    return image
+def _entry(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, dict) else None

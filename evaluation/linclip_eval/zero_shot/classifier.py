@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from linclip_eval.protocols import map_over_ranks, show_progress
+from ds_linclip.process.consensus import map_over_ranks
+from linclip_eval.protocols import Encoder, Tokenizer
 from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
 
 __all__ = ["Template", "build_classifier", "parse_template"]
@@ -46,11 +48,11 @@ def parse_template(template: Template) -> Callable[[str], str]:
 
 
 def build_classifier(
-    encode_text: Callable[[Tensor], Tensor],
+    encode_text: Encoder,
     texts: Sequence[Sequence[str]],
     templates: Sequence[Template],
     *,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     device: torch.device | str,
     group: ProcessGroup | None = None,
     cache_dir: Path | None = None,
@@ -59,14 +61,10 @@ def build_classifier(
     """Embed every class as the mean of its prompts, as CLIP does (arXiv 2103.00020, 3.1.4).
 
     Args:
-        encode_text: Maps token ids [B, L] to text features [B, E], normalised or not. It must not
-            communicate over ``group``.
         texts: The names of each of C classes, in the order of their labels; each name goes into
             each template.
         templates: Prompt templates, see :func:`parse_template`.
-        tokenizer: Maps prompts to token ids [B, L].
         device: The device of the model and of the result.
-        group: The ranks that divide the classes among themselves; None: this process alone.
         cache_dir: A folder of class features, from which an interrupted call resumes; several jobs
             may share it. None: nothing is kept.
         fingerprint: A text that identifies model, weights and tokenizer in ``cache_dir``.
@@ -88,7 +86,8 @@ def build_classifier(
         raise ValueError("templates ([]) must hold at least one template")
     make_prompts = [parse_template(template) for template in templates]
 
-    def load_or_embed(prompts: Sequence[Sequence[str]]) -> Tensor:
+    def load_or_embed(classes: Sequence[Sequence[str]]) -> Tensor:
+        prompts = [[make(name) for name in names for make in make_prompts] for names in classes]
         if cache_dir is None:
             return _embed(prompts, encode_text, tokenizer, device)
         key = hashlib.sha256(json.dumps([fingerprint, prompts]).encode()).hexdigest()
@@ -99,36 +98,25 @@ def build_classifier(
             save_tensor(path, features)
         return features
 
-    def embed_chunks(chunks: Sequence[Sequence[Sequence[str]]]) -> Iterator[Tensor]:
-        for classes in show_progress(
-            chunks, len(chunks), title="classes", unit="chunk", group=group
-        ):
-            prompts = [[make(name) for name in names for make in make_prompts] for names in classes]
-            yield load_or_embed(prompts)
-
     starts = range(0, len(texts), _CLASSES_PER_CHUNK)
     chunks = [texts[start : start + _CLASSES_PER_CHUNK] for start in starts]
-    features = torch.cat(map_over_ranks(embed_chunks, chunks, group))  # [C, E]
-    return features.to(device).T.contiguous()
+    parts = map_over_ranks(partial(map, load_or_embed), chunks, group, title="chunks of classes")
+    return torch.cat(parts).to(device).T.contiguous()  # [E, C]
 
 
 @torch.no_grad()
 def _embed(
     prompts: Sequence[Sequence[str]],
-    encode_text: Callable[[Tensor], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
+    encode_text: Encoder,
+    tokenizer: Tokenizer,
     device: torch.device | str,
 ) -> Tensor:
     """Return the features [classes, E], on the CPU, of classes given by their prompts."""
     flat = [prompt for class_prompts in prompts for prompt in class_prompts]
-    features = torch.cat(
-        [
-            F.normalize(
-                encode_text(tokenizer(flat[i : i + _PROMPTS_PER_FORWARD]).to(device)).float(),
-                dim=-1,
-            )
-            for i in range(0, len(flat), _PROMPTS_PER_FORWARD)
-        ]
-    )
-    means = [part.mean(dim=0) for part in features.split([len(each) for each in prompts])]
+    parts = []
+    for start in range(0, len(flat), _PROMPTS_PER_FORWARD):
+        tokens = tokenizer(flat[start : start + _PROMPTS_PER_FORWARD]).to(device)
+        parts.append(F.normalize(encode_text(tokens).float(), dim=-1))
+    by_class = torch.cat(parts).split([len(each) for each in prompts])
+    means = [features.mean(dim=0) for features in by_class]
     return F.normalize(torch.stack(means), dim=-1).cpu().contiguous()

@@ -7,7 +7,7 @@ score is a ratio of counts over them.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from linclip_eval.protocols import ImageBatch, ImageSet, map_over_ranks, show_progress
+from ds_linclip.process.consensus import map_over_ranks
+from linclip_eval.protocols import Encoder, ImageBatch, ImageSet
 from linclip_eval.zero_shot.class_lists import ClassList, is_ancestor
 from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
 
@@ -39,12 +40,10 @@ class Prediction:
     """One classified image, for display.
 
     Attributes:
-        key: The key of the image.
         caption: Its caption; empty when it has none.
         image: [3, H, W] on the CPU, normalised as the model saw it.
         true_class: The title of its class.
         top_classes: The titles of the five most likely classes (or of all), most likely first.
-        top_probabilities: The probabilities of these classes.
     """
 
     key: str
@@ -144,7 +143,7 @@ class ZeroShotResult:
 
 
 def zero_shot(
-    encode_image: Callable[[Tensor], Tensor],
+    encode_image: Encoder,
     classifier: Tensor,
     data: ImageSet,
     classes: ClassList,
@@ -159,12 +158,9 @@ def zero_shot(
     caller sets evaluation mode and autocast of ``encode_image``.
 
     Args:
-        encode_image: Maps images [B, 3, H, W] to image features [B, E], normalised or not. It must
-            not communicate over ``group``.
         classifier: [E, C] from :func:`build_classifier`.
         data: The images, the same on every rank.
         classes: The C classes behind the columns of ``classifier``.
-        group: The ranks that divide the batches among themselves; None: this process alone.
         parts_dir: A folder for finished parts, from which an interrupted call resumes. It must
             belong to this model, classifier, data and batch size. None: nothing is kept.
         num_predictions: The number of this rank's first images to keep for display.
@@ -194,13 +190,10 @@ def zero_shot(
         return _labels_and_top(batch, logits)
 
     def classify_parts(spans: Sequence[range]) -> Iterator[Tensor]:
-        files = {span: _part_file(parts_dir, span) for span in spans} if parts_dir else {}
+        names = {span: f"batches-{span.start:07d}-{span.stop:07d}.safetensors" for span in spans}
+        files = {span: parts_dir / names[span] for span in spans} if parts_dir else {}
         kept = {span: load_tensor(file) for span, file in files.items()}
-        missing = list(chain(*(span for span in spans if kept.get(span) is None)))
-        batches = data.batches(missing)
-        batches = iter(
-            show_progress(batches, len(missing), title="images", unit="batch", group=group)
-        )
+        batches = iter(data.batches([*chain(*(s for s in spans if kept.get(s) is None))]))
         for span in spans:
             part = kept.get(span)
             if part is None:
@@ -212,7 +205,8 @@ def zero_shot(
     size = _BATCHES_PER_PART if parts_dir else 1
     starts = range(0, data.num_batches, size)
     spans = [range(start, min(start + size, data.num_batches)) for start in starts]
-    rows = torch.cat(map_over_ranks(classify_parts, spans, group)).numpy()
+    parts = map_over_ranks(classify_parts, spans, group, title="parts of the images")
+    rows = torch.cat(parts).numpy()
     result = ZeroShotResult(
         classes=classes, labels=rows[:, 0], top=rows[:, 1:], predictions=tuple(predictions)
     )
@@ -247,10 +241,6 @@ def _labels_and_top(batch: ImageBatch, logits: Tensor) -> Tensor:
     return torch.cat([labels[:, None], torch.cat([top.cpu(), unreadable])], dim=1).int()
 
 
-def _part_file(folder: Path, span: range) -> Path:
-    return folder / f"batches-{span.start:07d}-{span.stop:07d}.safetensors"
-
-
 def _check_labels(batch: ImageBatch, num_classes: int) -> None:
     for label in chain(batch.labels.tolist(), batch.unreadable_labels.tolist()):
         if not 0 <= label < num_classes:
@@ -258,7 +248,7 @@ def _check_labels(batch: ImageBatch, num_classes: int) -> None:
 
 
 @torch.no_grad()
-def _logits(encode_image: Callable[[Tensor], Tensor], classifier: Tensor, images: Tensor) -> Tensor:
+def _logits(encode_image: Encoder, classifier: Tensor, images: Tensor) -> Tensor:
     if len(images) == 0:
         return classifier.new_empty(0, classifier.shape[1])
     features = encode_image(images.to(classifier.device, non_blocking=True))
@@ -284,11 +274,9 @@ def _predictions(batch: ImageBatch, logits: Tensor, classes: ClassList) -> list[
 def _log_uncounted(result: ZeroShotResult) -> None:
     if len(result.classes) <= 5:
         logger.info("top-5 over %d classes counts every sample as right", len(result.classes))
-    for count, problem in (
-        (result.num_nonfinite, "have non-finite logits"),
-        (result.num_unreadable, "cannot be read"),
-    ):
-        if count:
-            logger.warning(
-                "%d of %d images %s and count as wrong", count, result.num_samples, problem
-            )
+    message = "%d of %d images %s and count as wrong"
+    if result.num_nonfinite:
+        how = "have non-finite logits"
+        logger.warning(message, result.num_nonfinite, result.num_samples, how)
+    if result.num_unreadable:
+        logger.warning(message, result.num_unreadable, result.num_samples, "cannot be read")

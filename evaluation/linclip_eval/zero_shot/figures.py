@@ -16,7 +16,6 @@ __all__ = ["draw_predictions"]
 
 _TRACK = "#eef0f3"
 _RIGHT, _WRONG, _OTHER = "#2a9d6f", "#d1495b", "#b8c0cc"
-_COLUMNS = 2
 
 
 def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
@@ -28,38 +27,30 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
     Args:
         predictions: At least one; images [3, H, W] are normalised with open_clip's mean and std.
 
-    Returns:
-        A figure with an Agg canvas, ready for ``savefig`` and ``add_figure``.
-
     Raises:
         ValueError: for no predictions.
     """
     if not predictions:
         raise ValueError("predictions ([]) must hold at least one prediction")
-    columns = min(_COLUMNS, len(predictions))
+    columns = min(2, len(predictions))
     rows = -(-len(predictions) // columns)
     figure = new_figure(5.6 * columns, 2.3 * rows)
     grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1.0, 1.35] * columns)
-    for cell, axes in enumerate(grid.reshape(rows * columns, 2)):
-        if cell < len(predictions):
-            _draw_image(axes[0], predictions[cell])
-            _draw_bars(axes[1], predictions[cell])
-        else:
-            axes[0].set_axis_off()
-            axes[1].set_axis_off()
+    cells = grid.reshape(rows * columns, 2)
+    for (image_axes, bar_axes), prediction in zip(cells, predictions, strict=False):
+        _draw_image(image_axes, prediction)
+        _draw_bars(bar_axes, prediction)
+    for axes in cells[len(predictions) :].flat:
+        axes.set_axis_off()
     return figure
 
 
 def _draw_image(axes: Axes, prediction: Prediction) -> None:
     axes.imshow(_to_pixels(prediction.image).numpy(), interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color(_TRACK)
-    caption = _plain(
-        "\n".join(textwrap.wrap(prediction.caption, 32, max_lines=2, placeholder=" …"))
-    )
-    axes.set_xlabel(caption, fontsize=8, color=INK)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color(_TRACK)
+    lines = textwrap.wrap(prediction.caption, 32, max_lines=2, placeholder=" …")
+    axes.set_xlabel(_plain("\n".join(lines)), fontsize=8, color=INK)
 
 
 def _draw_bars(axes: Axes, prediction: Prediction) -> None:
@@ -75,12 +66,8 @@ def _draw_bars(axes: Axes, prediction: Prediction) -> None:
         axes.text(0, place - 0.28, label, fontsize=8, color=INK, weight=weight, va="bottom")
         share = f"{100 * probability:.1f} %"
         axes.text(1, place - 0.28, share, fontsize=8, color=MUTED, ha="right", va="bottom")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(4.4, -0.9)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set(xlim=(0, 1), ylim=(4.4, -0.9), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
     if prediction.true_class not in prediction.top_classes:
         true_class = textwrap.shorten(prediction.true_class, 34, placeholder=" …")
         axes.set_xlabel(_plain(f"true: {true_class}"), fontsize=8, color=_RIGHT, weight="bold")

@@ -1,23 +1,22 @@
 """A zero-shot task: images, their classes, and the prompts that name the classes."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import open_clip
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_linclip.data import EvalTransform, LabelledData
 from ds_linclip.process.consensus import from_first_rank, require_equal
+from linclip_eval.protocols import Encoders, Tokenizer
 from linclip_eval.zero_shot.class_lists import ClassList, NamePolicy, imagenet_classes
 from linclip_eval.zero_shot.classifier import Template, build_classifier, parse_template
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, zero_shot
 
-__all__ = ["Encoders", "ZeroShotTask"]
+__all__ = ["ZeroShotTask"]
 
 _TEMPLATES: dict[str, Sequence[Template]] = {
     "one": ("a photo of a {}.",),
@@ -26,21 +25,11 @@ _TEMPLATES: dict[str, Sequence[Template]] = {
 }
 
 
-class Encoders(Protocol):
-    """The two encoders that a task needs of a model; see :func:`zero_shot` for their shapes."""
-
-    def encode_image(self, images: Tensor) -> Tensor: ...
-    def encode_text(self, texts: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotTask:
     """A data set with its classes and prompts, ready to score models.
 
-    Attributes:
-        data: The images, transformed for one model.
-        classes: The classes that the labels index.
-        templates: The prompt templates.
+    ``classes`` are those that the labels of ``data`` index.
     """
 
     data: LabelledData
@@ -63,16 +52,12 @@ class ZeroShotTask:
         """Open a folder of images as a task.
 
         Args:
-            folder: See :class:`LabelledData`. A folder in clip_benchmark's layout names its classes
-                and templates itself.
-            transform: Maps an image file to model input.
-            batch_size: Images per forward and rank.
-            num_workers: Decoding processes per rank.
+            folder: A folder in clip_benchmark's layout names its classes and templates itself.
+            transform, batch_size, num_workers, strict: See :class:`LabelledData`.
             classes: A class list for :func:`imagenet_classes`, for a folder that names none.
             names: The names that prompts use for these classes.
             templates: "one", "simple" (open_clip's 7), "openai" (its 80), or a file with one
                 template per line; used with ``classes`` only.
-            strict: Whether an unknown or empty class or an unreadable image is an error.
 
         Raises:
             ValueError: when folder, class list or templates cannot be read or do not match.
@@ -98,20 +83,16 @@ class ZeroShotTask:
         self,
         model: Encoders,
         *,
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Tokenizer,
         device: torch.device,
         group: ProcessGroup | None = None,
         num_predictions: int = 0,
         cache_dir: Path | None = None,
         fingerprint: str = "",
     ) -> ZeroShotResult:
-        """Classify all images with a model; every rank of ``group`` calls this together.
+        """Classify all images with a model, whose device is ``device``.
 
         Args:
-            model: Its encoders, in eval mode.
-            tokenizer: Maps prompts to token ids [B, L].
-            device: The device of the model.
-            group: The ranks that divide the work among themselves; None: this process alone.
             num_predictions: The number of this rank's first images to keep for display.
             cache_dir: A folder for class features and finished batches, from which an interrupted
                 call resumes; None: nothing is kept.

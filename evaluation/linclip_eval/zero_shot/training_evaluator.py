@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol, Self
 
 import open_clip
@@ -12,8 +11,9 @@ from open_clip.transform import PreprocessCfg
 
 from ds_linclip.config import Config
 from ds_linclip.data import EvalTransform
+from linclip_eval.protocols import Encoders, Tokenizer
 from linclip_eval.zero_shot.evaluate import ZeroShotResult
-from linclip_eval.zero_shot.task import Encoders, ZeroShotTask
+from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = ["HeldOutEvaluator"]
 
@@ -24,26 +24,21 @@ class _Writer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutEvaluator:
-    """The held-out task of a run; every rank of ``group`` scores models on it together.
+    """The held-out task of a run; the ranks of ``group`` score models on it together.
 
     Attributes:
         task: The task, opened and checked before training, so that bad data stop the run at its
             start and not at the first evaluation.
-        context_length: The number of tokens of the model's text tower.
+        tokenizer: The tokenizer of the model.
         device: The device of the model.
-        group: The ranks that divide the work among themselves; None: this process alone.
         num_images: The number of predictions that rank 0 of ``group`` draws at each call.
     """
 
     task: ZeroShotTask
-    context_length: int
+    tokenizer: Tokenizer
     device: torch.device
     group: dist.ProcessGroup | None = None
     num_images: int = 0
-
-    @cached_property
-    def _tokenizer(self) -> open_clip.SimpleTokenizer:
-        return open_clip.SimpleTokenizer(context_length=self.context_length)
 
     @classmethod
     def from_config(
@@ -67,7 +62,7 @@ class HeldOutEvaluator:
         )
         return cls(
             task=task,
-            context_length=config.model.text.context_length,
+            tokenizer=open_clip.SimpleTokenizer(context_length=config.model.text.context_length),
             device=device,
             group=group,
             num_images=config.log.num_images,
@@ -78,22 +73,16 @@ class HeldOutEvaluator:
         draws = self.group is None or dist.get_rank(self.group) == 0
         return self.task.score(
             model,
-            tokenizer=self._tokenizer,
+            tokenizer=self.tokenizer,
             device=self.device,
             group=self.group,
             num_predictions=self.num_images if draws else 0,
         )
 
     def __call__(self, model: Encoders, writer: _Writer, step: int) -> Mapping[str, float]:
-        """Score a model during training.
+        """Return top-1 and top-5 accuracy during training, by their TensorBoard tags.
 
-        Args:
-            model: Its encoders, in eval mode.
-            writer: Receives a figure of the first predictions.
-            step: The training step.
-
-        Returns:
-            Top-1 and top-5 accuracy by their TensorBoard tags.
+        ``writer`` receives a figure of the first predictions.
         """
         result = self.score(model)
         if result.predictions:

@@ -74,7 +74,8 @@ def evaluator(folder: Path, **options) -> HeldOutEvaluator:
     task = ZeroShotTask.open(
         folder, transform=EvalTransform(PreprocessCfg(size=(16, 16))), batch_size=2
     )
-    return HeldOutEvaluator(task=task, context_length=8, device=torch.device("cpu"), **options)
+    tokenizer = open_clip.SimpleTokenizer(context_length=8)
+    return HeldOutEvaluator(task=task, tokenizer=tokenizer, device=torch.device("cpu"), **options)
 
 
 def test_folder_is_scored_exactly(folder):

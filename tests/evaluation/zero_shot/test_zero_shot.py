@@ -1,6 +1,5 @@
 """Zero-shot classification against open_clip's own, on one rank and on three."""
 
-import csv
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_linclip.parallel.spawn import run_ranks
-from linclip_eval.commands.zero_shot import write_per_class_csv
+from linclip_eval.commands.zero_shot import per_class_table
 from linclip_eval.zero_shot.class_lists import ClassList
 from linclip_eval.zero_shot.classifier import build_classifier
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, stable_topk, zero_shot
@@ -312,16 +311,15 @@ def test_nonfinite_logits_count_as_wrong(caplog):
     assert "2 of 2 images have non-finite logits" in caplog.text
 
 
-def test_per_class_csv(tmp_path):
+def test_per_class_table():
     scores = torch.tensor([[3.0, 2, 1], [1.0, 2, 3]]) / 10
-    write_per_class_csv(score_fixed(scores, [0, 0]), tmp_path / "per_class.csv")
-    with open(tmp_path / "per_class.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    header, *lines = per_class_table(score_fixed(scores, [0, 0]))
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
     assert [row["name"] for row in rows] == ["class 0", "class 1", "class 2"]
     first, second = rows[:2]
-    assert [first[key] for key in ("num_samples", "top1", "top5")] == ["2", "0.5", "1.0"]
-    assert (first["most_confused_with"], first["num_confused"]) == ("class 2", "1")
-    assert [second[key] for key in ("num_samples", "top1", "top5")] == ["0", "", ""]
+    assert [first[key] for key in ("num_samples", "top1", "top5")] == [2, 0.5, 1.0]
+    assert (first["most_confused_with"], first["num_confused"]) == ("class 2", 1)
+    assert [second[key] for key in ("num_samples", "top1", "top5")] == [0, None, None]
 
 
 def test_interrupted_evaluation_resumes(tmp_path):

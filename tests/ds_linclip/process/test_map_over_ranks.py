@@ -2,8 +2,7 @@
 
 import pytest
 
-from ds_linclip.process.consensus import AgreedError
-from linclip_eval.protocols import map_over_ranks
+from ds_linclip.process.consensus import AgreedError, map_over_ranks
 
 
 def test_results_are_in_the_order_of_the_items():
