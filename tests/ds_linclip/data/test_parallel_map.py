@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ds_linclip.data.prepare.parallel_map import ordered_map
+from ds_linclip.data.parallel_map import ordered_map
 
 
 def is_group_alive(group: int) -> bool:
