@@ -5,7 +5,6 @@ Resize modes are those of img2dataset; pixels are decoded as in training.
 
 import csv
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from ds_linclip.data.transforms import (
     MAX_TEXT_BYTES,
     decode_image,
     decode_text,
+    open_image,
 )
 
 __all__ = ["RESIZE_MODES", "PairLoader", "PairSet", "ResizeMode", "csv_pairs", "folder_pairs"]
@@ -123,7 +123,7 @@ class PairLoader:
     """A picklable function that reads, checks and resizes one pair.
 
     Attributes:
-        root: The folder that relative image paths start from.
+        root: See :class:`PairSet`.
         resize: "no" keeps the bytes of the file, after decoding them as a check; "border" scales
             the longer side to ``image_size`` and fills the square with white; "keep_ratio" scales
             the shorter side to it; "center_crop" also crops the central square.
@@ -143,34 +143,28 @@ class PairLoader:
         url, text, caption_in_file = pair
         readable_url = os.fsencode(url).decode("utf-8", "replace")
         path = os.path.join(self.root, url)
-        caption = None
+        caption, step = None, "download"
         try:
             if caption_in_file:
                 caption = decode_text(_read(os.path.splitext(path)[0] + ".txt", "text"))
             else:
                 caption = _checked_text(text)
             content = _read(path, "image")
+            step = "resize"
+            image = decode_image(content)
+            original_size = image.size
+            if self.resize == "no":
+                stored, extension = content, _EXTENSIONS[open_image(content).format or ""]
+            else:
+                image = _resized(image, self.resize, self.image_size)
+                stored, extension = encode_jpeg(image), "jpg"
         except BadSample as error:
-            return FailedSample(readable_url, caption, "failed_to_download", error.cause)
-        try:
-            return self._encode(content, caption, readable_url)
-        except BadSample as error:
-            return FailedSample(readable_url, caption, "failed_to_resize", error.cause)
-
-    def _encode(self, content: bytes, caption: str, url: str) -> EncodedSample:
-        image = decode_image(content)
-        original_size = image.size
-        if self.resize == "no":
-            with Image.open(io.BytesIO(content), formats=tuple(_EXTENSIONS)) as opened:
-                stored, extension = content, _EXTENSIONS[opened.format or ""]
-        else:
-            image = _resized(image, self.resize, self.image_size)
-            stored, extension = encode_jpeg(image), "jpg"
+            return FailedSample(readable_url, caption, f"failed_to_{step}", error.cause)
         return EncodedSample(
             image=stored,
             extension=extension,
             caption=caption,
-            url=url,
+            url=readable_url,
             size=image.size,
             original_size=original_size,
             exif=None,

@@ -104,13 +104,8 @@ def _style(axes: Axes, title: str, label: str) -> None:
 def _mark(axes: Axes, x: float, text: str, colour: str) -> None:
     """Draw a labelled vertical line."""
     axes.axvline(x, color=colour, linewidth=1.2)
-    axes.annotate(
-        f" {text}",
-        (x, 1.0),
-        xycoords=("data", "axes fraction"),
-        va="top",
-        color=colour,
-        fontsize=9,
+    axes.text(
+        x, 1.0, f" {text}", transform=axes.get_xaxis_transform(), va="top", color=colour, fontsize=9
     )
 
 
