@@ -8,11 +8,12 @@ import argparse
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -222,53 +223,33 @@ def _check_samples_per_shard(value: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, or 2 for bad input."""
-    options = _parser().parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
+    command, out = options.pop("command"), options["out"]
     try:
-        summary = _run(options)
+        summary = _run(command, options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{options.command} in {options.out}: {summary}\n")
+    sys.stdout.write(f"{command} in {out}: {summary}\n")
     return 0
 
 
-def _run(options: argparse.Namespace) -> str:
-    """Write the data set and return a summary of it."""
-    if options.command == "digits":
-        written = make_digits(options.out, image_size=options.image_size, seed=options.seed)
-        return "written" if written else "already complete"
-    if options.command == "scenes":
-        written = make_scenes(
-            options.out,
-            num_shards=options.num_shards,
-            samples_per_shard=options.samples_per_shard,
-            image_size=options.image_size,
-            seed=options.seed,
-            num_test=options.test,
-        )
-        return "written" if written else "already complete"
-    if options.command == "csv":
-        pairs = csv_pairs(
-            options.source,
-            image_column=options.image_column,
-            caption_column=options.caption_column,
-            separator="\t" if options.separator == r"\t" else options.separator,
-        )
+def _run(command: str, options: dict[str, Any]) -> str:
+    """Write the data set and return a summary; options have the names of the arguments above."""
+    if command in ("digits", "scenes"):
+        make: Callable[..., bool] = make_digits if command == "digits" else make_scenes
+        return "written" if make(**options) else "already complete"
+    source = options.pop("source")
+    if command == "csv":
+        names = ("image_column", "caption_column", "separator")
+        pairs = csv_pairs(source, **{name: options.pop(name) for name in names})
     else:
-        pairs = folder_pairs(options.source)
-    counts = make_pairs(
-        options.out,
-        pairs,
-        samples_per_shard=options.samples_per_shard,
-        resize=options.resize,
-        image_size=options.image_size,
-        shuffle_seed=options.shuffle_seed,
-        num_workers=options.workers,
-    )
-    last = (len(pairs.images) - 1) // options.samples_per_shard
+        pairs = folder_pairs(source)
+    counts = make_pairs(pairs=pairs, **options)
+    last = (len(pairs.images) - 1) // options["samples_per_shard"]
     name = "00000" if last == 0 else f"{{00000..{last:05d}}}"
     summary = "already complete" if counts is None else _summary(counts)
-    return f"{summary}\ndata.train=['{options.out}/{name}.tar']"
+    return f"{summary}\ndata.train=['{options['out']}/{name}.tar']"
 
 
 def _summary(counts: Counter[str]) -> str:
@@ -291,7 +272,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--num-shards", type=int, default=8, help="default: 8")
     command.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
-    command.add_argument("--test", type=int, default=0, help="scenes in each held-out folder")
+    command.add_argument(
+        "--test", dest="num_test", type=int, default=0, help="scenes in each held-out folder"
+    )
     command = commands.add_parser("folder", help="images with captions in .txt files beside them")
     command.add_argument("source", type=Path, help="folder of images, searched recursively")
     _add_pair_options(command)
@@ -300,13 +283,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_pair_options(command)
     command.add_argument("--image-column", default="filepath", help="default: filepath")
     command.add_argument("--caption-column", default="title", help="default: title")
-    command.add_argument("--separator", default=r"\t", help=r"default: '\t', a tab")
+    command.add_argument(
+        "--separator",
+        type=lambda word: "\t" if word == r"\t" else word,
+        default=r"\t",
+        help=r"default: '\t', a tab",
+    )
     return parser
 
 
 def _add_pair_options(command: argparse.ArgumentParser) -> None:
     add = partial(command.add_argument, metavar="N")
-    most, cores = _MAX_SAMPLES_PER_SHARD, num_usable_cores()
+    most = _MAX_SAMPLES_PER_SHARD
     command.add_argument("out", type=Path, help="folder to write")
     add("--samples-per-shard", type=int, default=most, help=f"default and maximum: {most}")
     command.add_argument(
@@ -323,4 +311,10 @@ def _add_pair_options(command: argparse.ArgumentParser) -> None:
         metavar="SEED",
         help="seed of the order of pairs; none keeps the order of the source; default: 0",
     )
-    add("--workers", type=int, default=cores, help="processes; default: one per core")
+    add(
+        "--workers",
+        dest="num_workers",
+        type=int,
+        default=num_usable_cores(),
+        help="processes; default: one per core",
+    )

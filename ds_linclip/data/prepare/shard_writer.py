@@ -79,8 +79,7 @@ class FailedSample:
     """A source from which no sample could be made.
 
     Attributes:
-        url: The source of the image.
-        caption: The caption; None when it is missing or unusable.
+        url, caption: See :class:`EncodedSample`; None when the caption is missing or unusable.
         status: The step that failed: ``failed_to_download`` or ``failed_to_resize``, img2dataset's
             words.
         cause: The name under which the failure is counted.
@@ -103,9 +102,7 @@ class RawSample:
 
     Attributes:
         image: The RGB image.
-        caption: The caption, not empty.
-        url: The source of the image.
-        original_size: Width and height in pixels before any scaling.
+        caption, url, original_size: See :class:`EncodedSample`.
         label: The class number; used in held-out folders only.
     """
 
@@ -176,11 +173,10 @@ def write_labelled_folder(
     classnames: Sequence[str],
     templates: Sequence[str],
 ) -> None:
-    """Write a held-out folder: class names, templates, and one tar in ``test``.
+    """Write a held-out folder: one tar in ``test``, which must not exist yet, and two lists.
 
     Args:
-        folder: The folder, which must not have a ``test`` folder.
-        samples: The labelled samples.
+        folder, samples: The folder, and its labelled samples.
         classnames: The names of the classes, in the order of their labels.
         templates: Prompt templates with ``{c}`` for the name.
     """
