@@ -25,10 +25,6 @@ class Storage:
 
     It may be pickled, used after a fork and by several threads: every process opens its own
     connections and starts its own threads.
-
-    Args:
-        cache: Folder of the copies and their total size.
-        network: Time-outs, number of tries and of parallel downloads.
     """
 
     def __init__(self, cache: CacheConfig, network: NetworkConfig) -> None:
@@ -81,7 +77,7 @@ class Storage:
             return copy
         with cache.locked(url, wait=not ahead):
             copy = cache.open(url)
-            if copy is not None and (not refetch or cache.was_fetched_twice(url)):
+            if copy is not None and (not refetch or cache.was_fetched_twice(copy)):
                 return copy
             if copy is not None:
                 copy.close()
@@ -93,7 +89,7 @@ class Storage:
 
             copy = remote.retry(url, download, 1 if ahead else self._network.max_tries)
             if refetch:
-                cache.mark_fetched_twice(url)
+                cache.mark_fetched_twice(copy)
             return copy
 
     def read(
