@@ -12,12 +12,11 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from ds_linclip.data.tar_index import BadSample, OpenShard, Role
+from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample, OpenShard, Role
 from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 
 __all__ = ["ClassFolder", "ClassLabels", "LabelledPart", "LabelledTar"]
 
-_IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")  # as in tars
 _MAX_CLASS_BYTES = 32
 _NOWHERE = (-1, 0)  # offset and size
 
@@ -206,7 +205,7 @@ class ClassFolder(LabelledPart):
         images, others = [], []
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.name.lower().endswith(_IMAGE_EXTENSIONS):
+                if entry.name.lower().endswith(IMAGE_SUFFIXES):
                     images.append(entry.name)
                 elif not entry.is_dir():
                     others.append(entry.name)
