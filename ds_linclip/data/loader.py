@@ -34,22 +34,17 @@ _SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True)
 class Batch:
-    """Image-text pairs of one rank in one step.
+    """Image-text pairs of one rank in one step."""
 
-    Attributes:
-        images: [B, 3, H, W] float32, normalised.
-        texts: [B, L] int64 token ids.
-        keys: Key of each sample within its shard.
-        captions: The texts of the token ids.
-        skipped: Number of bad samples that were replaced in this batch, by cause.
-        problems: Problems of the shards that were opened for this batch.
-    """
-
-    images: Tensor
-    texts: Tensor
+    images: Tensor  # [B, 3, H, W] float32, normalised
+    texts: Tensor  # [B, L] int64 token ids
+    #: Key of each sample within its shard.
     keys: list[str] = field(default_factory=list)
+    #: The texts of the token ids.
     captions: list[str] = field(default_factory=list)
+    #: Number of bad samples that were replaced in this batch, by cause.
     skipped: Counter[str] = field(default_factory=Counter)
+    #: Problems of the shards that were opened for this batch.
     problems: list[ShardProblem] = field(default_factory=list)
 
 
@@ -57,15 +52,12 @@ class Batch:
 class _Part:
     """The part of a batch that one worker decodes.
 
-    Attributes:
-        memory: [B * (8 * L + 3 * H * W)] uint8, token ids and then pixels; a second tensor would
-            cost a round trip between processes.
-        image_size: (H, W).
-        keys, captions, skipped, problems: See :class:`Batch`.
+    Its token ids, and then its pixels, share ``memory``, [B * (8 * L + 3 * H * W)] uint8: a second
+    tensor would cost a round trip between processes.
     """
 
     memory: Tensor
-    image_size: tuple[int, int]
+    image_size: tuple[int, int]  # (H, W)
     keys: list[str]
     captions: list[str]
     skipped: Counter[str]
@@ -163,9 +155,14 @@ class TrainData:
             DataError: when a sample and all candidates to replace it are bad, or when the file
                 system or the network fails.
         """
+        places = (
+            (step, step + skipped_batches, part)
+            for step in itertools.count(start_step)
+            for part in range(self._num_parts)
+        )
         loaded = ordered_map(
             self._read,
-            self._places(start_step, skipped_batches),
+            places,
             num_workers=min(self._config.data.num_workers, self._num_parts),
             prefetch_factor=self._config.data.prefetch_batches,
         )
@@ -180,14 +177,8 @@ class TrainData:
                 del part  # otherwise its memory stays in use during the step
                 yield batch
 
-    def _places(self, start_step: int, skipped_batches: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (step, batch number, part number) for all parts of every step, without end."""
-        for step in itertools.count(start_step):
-            for part in range(self._num_parts):
-                yield step, step + skipped_batches, part
-
     def _read(self, place: tuple[int, int, int]) -> _Part:
-        """Decode a part of this rank's batch, in a worker."""
+        """Decode a part of this rank's batch: place is (step, batch number, part number)."""
         step, batch, part = place
         size = self._config.train.global_batch_size
         positions = self.order.step_positions(

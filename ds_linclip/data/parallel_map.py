@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ def ordered_map(
     *,
     num_workers: int,
     prefetch_factor: int = 2,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield the result of every item, in the order of the items; workers end with the iterator.
 
     Args:

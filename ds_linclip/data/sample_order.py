@@ -305,9 +305,8 @@ def _drawn(sizes: _Array, seed: tuple[int, int], number: int) -> tuple[_Array, _
     """Draw shards with replacement until a pass is full; the last shard is cut to fit."""
     total, draws = int(sizes.sum()), len(sizes)
     while True:
-        shards = (_bits(draws, seed, _SHARD_STREAM, number) % np.uint64(len(sizes))).astype(
-            np.int64
-        )
+        bits = _bits(draws, seed, _SHARD_STREAM, number)
+        shards = (bits % np.uint64(len(sizes))).astype(np.int64)
         ends = np.cumsum(sizes[shards])
         if ends[-1] >= total:
             break

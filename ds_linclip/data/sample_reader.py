@@ -37,19 +37,12 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image-text pair.
+    """One image-text pair."""
 
-    Attributes:
-        image: [3, H, W] uint8.
-        tokens: [L] int64.
-        key: Key within the shard.
-        caption: The text of the tokens.
-    """
-
-    image: Tensor
-    tokens: Tensor
-    key: str
-    caption: str
+    image: Tensor  # [3, H, W] uint8
+    tokens: Tensor  # [L] int64
+    key: str  # within the shard
+    caption: str  # the text of the tokens
 
 
 @dataclass(frozen=True)

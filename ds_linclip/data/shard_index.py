@@ -38,13 +38,7 @@ _MAX_COUNTED_BY_HEADERS = 256  # counting takes a few hundred ms per shard
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file.
-
-    Attributes:
-        url: Path or URL.
-        num_samples: Expected number of samples.
-        exact: Whether the number was counted; otherwise it is the mean over the source.
-    """
+    """A tar's path or URL, and its number of samples: exact, or the mean over its source."""
 
     url: str
     num_samples: int
@@ -53,12 +47,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardGroup:
-    """Shards that are shuffled together.
-
-    Attributes:
-        shards: The shards in the order of the config.
-        samples_per_epoch: Number of their samples in an epoch.
-    """
+    """Shards that are shuffled together, in the config's order, and their samples per epoch."""
 
     shards: list[Shard]
     samples_per_epoch: int

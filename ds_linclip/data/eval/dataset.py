@@ -24,25 +24,15 @@ __all__ = ["LabelledBatch", "LabelledData"]
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """B decoded images and U images that could not be decoded, with their classes.
-
-    Attributes:
-        number: The number of the batch.
-        images: [B, 3, H, W] float32, normalised; [0, 3, 0, 0] when no image can be decoded.
-        labels: [B] int64 class numbers.
-        keys: The key of each image: its name in its tar, or its path in the folder.
-        captions: The text of each image; empty when it has none.
-        unreadable_labels: [U] int64, the class numbers of the images that cannot be decoded.
-        unreadable: The key of each of these images and the reason.
-    """
+    """B decoded images and U images that could not be decoded, with their classes."""
 
     number: int
-    images: Tensor
-    labels: Tensor
-    keys: list[str]
-    captions: list[str]
-    unreadable_labels: Tensor
-    unreadable: list[tuple[str, str]]
+    images: Tensor  # [B, 3, H, W] float32, normalised; [0, 3, 0, 0] when no image can be decoded
+    labels: Tensor  # [B] int64 class numbers
+    keys: list[str]  # the name of each image in its tar, or its path in the folder
+    captions: list[str]  # the text of each image; empty when it has none
+    unreadable_labels: Tensor  # [U] int64
+    unreadable: list[tuple[str, str]]  # key and reason
 
     def pin_memory(self) -> Self:
         """Return the batch in pinned memory, for torch's DataLoader."""

@@ -18,29 +18,19 @@ _LENGTHS = ("caption_characters", "caption_tokens", "image_width", "image_height
 
 @dataclass
 class ShardFindings:
-    """The findings of one shard, or the sum of those of several.
+    """The findings of one shard, or the sum of those of several."""
 
-    Attributes:
-        expected: The number of samples by the stated sizes of the shards.
-        unsized: The number of shards without a stated size, which are taken to be complete.
-        found, read: The numbers of samples in the tars and of those that were read.
-        seconds: The time of reading and decoding, summed over workers.
-        samples_by_cause, shards_by_cause: The number of samples and of shards with each defect.
-        problems: The defects of single shards.
-        characters, tokens: Usable samples by the length of their caption.
-        sizes, image_bytes, formats, modes: Usable samples by (width, height) in pixels, size of the
-            file, and Pillow's format and mode.
-    """
-
-    expected: int = 0
-    unsized: int = 0
-    found: int = 0
-    read: int = 0
+    expected: int = 0  # samples by the stated sizes of the shards
+    unsized: int = 0  # shards without a stated size, which are taken to be complete
+    found: int = 0  # samples in the tars
+    read: int = 0  # samples
     bytes_read: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of reading and decoding, summed over workers
     samples_by_cause: Counter[str] = field(default_factory=Counter)
     shards_by_cause: Counter[str] = field(default_factory=Counter)
-    problems: list[dict[str, str | int]] = field(default_factory=list)
+    problems: list[dict[str, str | int]] = field(default_factory=list)  # of single shards
+    # Usable samples by length of the caption, (width, height) in pixels, size of the file, and
+    # Pillow's format and mode.
     characters: Counter[int] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)

@@ -82,8 +82,7 @@ def make_scenes(
 
     Args:
         out: A folder that does not exist, is empty, or holds the same data set.
-        num_shards: The number of training shards.
-        samples_per_shard: The number of scenes in each of them.
+        num_shards, samples_per_shard: The number of training shards, and of scenes in each of them.
         image_size: The side of the images in pixels.
         seed: The seed of all scenes, not negative.
         num_test: The number of scenes in each held-out folder.

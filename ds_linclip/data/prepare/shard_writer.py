@@ -46,26 +46,16 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample that is ready to be written.
+    """A sample that is ready to be written."""
 
-    Attributes:
-        image: The bytes of the image file.
-        extension: The extension of its tar member: ``jpg``, ``png``, ``webp`` or ``gif``.
-        caption: The caption, not empty.
-        url: The source of the image.
-        size, original_size: Width and height in pixels, now and before any scaling.
-        exif: The EXIF data as JSON; None: they were not read.
-        sha256: The hash of the image file before any scaling.
-    """
-
-    image: bytes
-    extension: str
-    caption: str
-    url: str
-    size: tuple[int, int]
-    original_size: tuple[int, int]
-    exif: str | None
-    sha256: str
+    image: bytes  # the file
+    extension: str  # of its tar member: jpg, png, webp or gif
+    caption: str  # not empty
+    url: str  # the source of the image
+    size: tuple[int, int]  # (width, height) in pixels
+    original_size: tuple[int, int]  # the same before any scaling
+    exif: str | None  # as JSON; None: not read
+    sha256: str  # of the image file before any scaling
 
     def meta(self, key: str) -> dict[str, Any]:
         """Return the fields of the JSON member and of the parquet row."""
@@ -76,19 +66,12 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class FailedSample:
-    """A source from which no sample could be made.
-
-    Attributes:
-        url, caption: See :class:`EncodedSample`; None when the caption is missing or unusable.
-        status: The step that failed: ``failed_to_download`` or ``failed_to_resize``, img2dataset's
-            words.
-        cause: The name under which the failure is counted.
-    """
+    """A source from which no sample could be made."""
 
     url: str
-    caption: str | None
-    status: str
-    cause: str
+    caption: str | None  # None: missing or unusable
+    status: str  # in img2dataset's words: failed_to_download or failed_to_resize
+    cause: str  # the name under which it is counted
 
     def meta(self, key: str) -> dict[str, Any]:
         """Return the fields of the parquet row."""
@@ -98,19 +81,13 @@ class FailedSample:
 
 @dataclass(frozen=True)
 class RawSample:
-    """An image before it is encoded, with its caption and source.
-
-    Attributes:
-        image: The RGB image.
-        caption, url, original_size: See :class:`EncodedSample`.
-        label: The class number; used in held-out folders only.
-    """
+    """An RGB image before it is encoded, with its caption and source as in an encoded sample."""
 
     image: Image.Image
     caption: str
     url: str
     original_size: tuple[int, int]
-    label: int = -1
+    label: int = -1  # the class number; used in held-out folders only
 
     def encode(self) -> EncodedSample:
         """Return the sample with its image as a JPEG file."""
