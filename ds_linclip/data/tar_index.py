@@ -183,7 +183,7 @@ def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
             elif kind == b"S":
                 offset = _after_sparse_map(fd, header, offset)
             elif kind in (b"1", b"2", b"3", b"4", b"5", b"6"):
-                size = 0  # links, devices and folders have no content, whatever they say
+                size = 0  # links, devices and folders have no content, whatever their size says
             extension = None
         offset += -(-size // _BLOCK) * _BLOCK
     if extension is not None:

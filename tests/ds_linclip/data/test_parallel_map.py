@@ -65,6 +65,15 @@ def test_error_of_one_item_reaches_the_caller(num_workers: int) -> None:
         next(results)
 
 
+def test_error_of_the_data_is_one_line_and_keeps_the_traceback_of_its_worker() -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        list(ordered_map(os.stat, ["/none"], num_workers=1))
+    assert str(caught.value) == "[Errno 2] No such file or directory: '/none'"
+    (note,) = caught.value.__notes__
+    assert "Traceback" in note
+    assert "self.function(item)" in note
+
+
 def test_closing_early_ends_the_processes() -> None:
     with closing(ordered_map(operator.neg, range(10**9), num_workers=2)) as results:
         assert [next(results) for _ in range(3)] == [0, -1, -2]
