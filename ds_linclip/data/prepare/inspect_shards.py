@@ -111,11 +111,7 @@ def inspect_shards(
     return {
         "patterns": list(patterns),
         "decode": decode,
-        "shards": {
-            "listed": len(listed),
-            "inspected": len(shards),
-            "unsized": total.unsized,
-        },
+        "shards": {"listed": len(listed), "inspected": len(shards), "unsized": total.unsized},
         "sizes_files": _write_sizes(sizes) if write_sizes else {},
         **summarise(total, seconds=seconds, num_workers=num_workers),
     }
