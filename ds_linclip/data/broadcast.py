@@ -24,9 +24,7 @@ def broadcast_batches(
     counts of bad samples stay on the reading rank.
 
     Args:
-        data: The run's data.
-        config: The run's configuration.
-        mesh: The run's ranks.
+        data, config, mesh: The run's data, configuration and ranks.
         start_step: Number of finished optimizer steps.
         skipped_batches: Number of batches that the run has left out, after loss spikes.
 

@@ -9,50 +9,42 @@ import hashlib
 import itertools
 import math
 import os
-import signal
-import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from ds_linclip.config import Config, check_batch
+from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.remote import Storage, is_remote, redact
 from ds_linclip.data.sample_order import GroupSizes, SampleOrder
 from ds_linclip.data.sample_reader import DataError, SampleReader, ShardProblem
 from ds_linclip.data.shard_index import ShardGroup, raise_file_limit
 from ds_linclip.data.transforms import CaptionTokenizer, Normalizer, TrainTransform
-from ds_linclip.process.parent_death import end_with_parent
 
-__all__ = ["Batch", "TrainData", "ordered_loader"]
+__all__ = ["Batch", "TrainData"]
 
-_Item = TypeVar("_Item")
 _SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Image-text pairs of one rank in one step.
+    """Image-text pairs of one rank in one step."""
 
-    Attributes:
-        images: [B, 3, H, W] float32, normalised.
-        texts: [B, L] int64 token ids.
-        keys: Key of each sample within its shard.
-        captions: The texts of the token ids.
-        skipped: Number of bad samples that were replaced in this batch, by cause.
-        problems: Problems of the shards that were opened for this batch.
-    """
-
-    images: Tensor
-    texts: Tensor
+    images: Tensor  # [B, 3, H, W] float32, normalised
+    texts: Tensor  # [B, L] int64 token ids
+    #: Key of each sample within its shard.
     keys: list[str] = field(default_factory=list)
+    #: The texts of the token ids.
     captions: list[str] = field(default_factory=list)
+    #: Number of bad samples that were replaced in this batch, by cause.
     skipped: Counter[str] = field(default_factory=Counter)
+    #: Problems of the shards that were opened for this batch.
     problems: list[ShardProblem] = field(default_factory=list)
 
 
@@ -60,45 +52,23 @@ class Batch:
 class _Part:
     """The part of a batch that one worker decodes.
 
-    Token ids and pixels share one tensor: every tensor costs a round trip between processes.
-
-    Attributes:
-        memory: [B * (8 * L + 3 * H * W)] uint8, token ids and then pixels.
-        context_length: L.
-        image_size: (H, W).
+    Its token ids, and then its pixels, share ``memory``, [B * (8 * L + 3 * H * W)] uint8: a second
+    tensor would cost a round trip between processes.
     """
 
     memory: Tensor
-    context_length: int
-    image_size: tuple[int, int]
-    keys: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-    problems: list[ShardProblem] = field(default_factory=list)
+    image_size: tuple[int, int]  # (H, W)
+    keys: list[str]
+    captions: list[str]
+    skipped: Counter[str]
+    problems: list[ShardProblem]
 
-    @staticmethod
-    def num_bytes(num_samples: int, context_length: int, image_size: tuple[int, int]) -> int:
-        return num_samples * (8 * context_length + 3 * image_size[0] * image_size[1])
-
-    @property
-    def texts(self) -> Tensor:
-        """Token ids [B, L] int64."""
-        return self._split()[0].view(torch.int64).view(-1, self.context_length)
-
-    @property
-    def images(self) -> Tensor:
-        """Pixels [B, 3, H, W] uint8, channels last in memory."""
-        return self._split()[1].view(-1, *self.image_size, 3).permute(0, 3, 1, 2)
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return _views(self.memory, len(self.keys), self.image_size)
 
     def pin_memory(self) -> Self:
         """Return a copy in pinned memory; called by torch's DataLoader."""
         return replace(self, memory=self.memory.pin_memory())
-
-    def _split(self) -> tuple[Tensor, Tensor]:
-        per_sample = self.num_bytes(1, self.context_length, self.image_size)
-        num_samples = len(self.memory) // per_sample
-        end = 8 * self.context_length * num_samples
-        return self.memory[:end], self.memory[end:]
 
 
 class TrainData:
@@ -150,10 +120,12 @@ class TrainData:
         storage = Storage(data.cache, data.network)
         storage.check(urls)
         _check_visible(urls, storage)
+        self._config = config
+        self._dp_rank, self._dp_size = dp_rank, dp_size
         local_size = config.train.global_batch_size // dp_size
         self._num_parts = max(1, min(data.num_workers, local_size))
         lanes_per_reader = -(-self.order.num_lanes // (dp_size * self._num_parts)) + 2
-        reader = SampleReader(
+        self._reader = SampleReader(
             groups,
             storage,
             TrainTransform(data.crop_scale, seed=config.train.seed),
@@ -161,19 +133,12 @@ class TrainData:
             open_shards=lanes_per_reader * data.shuffle_shards + 2,
             max_bad_in_a_row=data.max_bad_in_a_row,
         )
-        self._prefetch_batches = data.prefetch_batches
-        self._num_workers = min(data.num_workers, self._num_parts)
+        self._prefetches = any(map(is_remote, urls))
+        self._ring: deque[Tensor] = deque()
         _check_shared_memory(config, local_size)
-        prefetch = any(map(is_remote, urls))
-        self._dataset = _PartDataset(
-            config, self.order, reader, (dp_rank, dp_size), self._num_parts, prefetch
-        )
 
     def batches(
-        self,
-        start_step: int,
-        device: torch.device | str = "cpu",
-        skipped_batches: int = 0,
+        self, start_step: int, device: torch.device | str = "cpu", skipped_batches: int = 0
     ) -> Iterator[Batch]:
         """Yield the batches of steps ``start_step``, ``start_step + 1``, ... without end.
 
@@ -190,18 +155,21 @@ class TrainData:
             DataError: when a sample and all candidates to replace it are bad, or when the file
                 system or the network fails.
         """
-        loader = ordered_loader(
-            self._dataset,
-            self._places(start_step, skipped_batches),
-            num_workers=self._num_workers,
-            prefetch_factor=self._prefetch_batches,
+        places = (
+            (step, step + skipped_batches, part)
+            for step in itertools.count(start_step)
+            for part in range(self._num_parts)
+        )
+        loaded = ordered_map(
+            self._read,
+            places,
+            num_workers=min(self._config.data.num_workers, self._num_parts),
+            prefetch_factor=self._config.data.prefetch_batches,
         )
         device = torch.device(device)
         normalize = Normalizer(device)
         parts: list[_Part] = []
-        for part in loader:
-            if isinstance(part, DataError):
-                raise part
+        for part in loaded:
             parts.append(part)
             if len(parts) == self._num_parts:
                 batch = _joined(parts, normalize, device)
@@ -209,70 +177,36 @@ class TrainData:
                 del part  # otherwise its memory stays in use during the step
                 yield batch
 
-    def _places(self, start_step: int, skipped_batches: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (step, batch number, part number) for all parts of every step, without end."""
-        for step in itertools.count(start_step):
-            for part in range(self._num_parts):
-                yield step, step + skipped_batches, part
-
-
-class _PartDataset(Dataset[_Part | DataError]):
-    """Decodes the part of this rank's batch for (step, batch number, part number)."""
-
-    def __init__(
-        self,
-        config: Config,
-        order: SampleOrder,
-        reader: SampleReader,
-        dp_place: tuple[int, int],
-        num_parts: int,
-        prefetch: bool,
-    ) -> None:
-        self._config = config
-        self._order = order
-        self._reader = reader
-        self._dp_rank, self._dp_size = dp_place
-        self._num_parts = num_parts
-        self._prefetch = prefetch
-        self._ring: deque[Tensor] = deque()
-
-    def __getitem__(self, place: tuple[int, int, int]) -> _Part | DataError:
+    def _read(self, place: tuple[int, int, int]) -> _Part:
+        """Decode a part of this rank's batch: place is (step, batch number, part number)."""
         step, batch, part = place
-        positions = self._order.step_positions(
-            batch,
-            global_batch_size=self._config.train.global_batch_size,
-            dp_rank=self._dp_rank,
-            dp_size=self._dp_size,
+        size = self._config.train.global_batch_size
+        positions = self.order.step_positions(
+            batch, global_batch_size=size, dp_rank=self._dp_rank, dp_size=self._dp_size
         )
-        try:
-            return self._read(step, np.array_split(positions, self._num_parts)[part])
-        except DataError as error:
-            return error  # as a value: if raised, it would arrive with a traceback as its message
-
-    def _read(self, step: int, positions: np.ndarray) -> _Part:
-        image_size = self._config.image_size_at(step)
-        pools = self._order.pool_shards(positions)
+        positions = np.array_split(positions, self._num_parts)[part]
+        pools = self.order.pool_shards(positions)
         self._reader.keep(pools)
-        if self._prefetch:
+        if self._prefetches:
             self._reader.prefetch(pools)
-            self._reader.prefetch(self._order.pool_shards(positions, following=True))
-        shards, indices = self._order.locate(positions)
-        context_length = self._config.model.text.context_length
-        memory = self._memory(_Part.num_bytes(len(positions), context_length, image_size))
-        part = _Part(memory, context_length, image_size)
-        texts, images = part.texts, part.images
-        places = zip(positions.tolist(), shards.tolist(), indices.tolist(), strict=True)
-        for row, place in enumerate(places):
-            sample, cause = self._reader.read(*place, image_size)
+            self._reader.prefetch(self.order.pool_shards(positions, following=True))
+        image_size = self._config.image_size_at(step)
+        bytes_per_sample = 8 * self._config.model.text.context_length + 3 * math.prod(image_size)
+        memory = self._memory(len(positions) * bytes_per_sample)
+        texts, images = _views(memory, len(positions), image_size)
+        found = _Part(memory, image_size, [], [], Counter(), [])
+        places = zip(positions, *self.order.locate(positions), strict=True)
+        for row, (position, shard, index) in enumerate(places):
+            sample, cause = self._reader.read(int(position), int(shard), int(index), image_size)
             images[row] = sample.image
             texts[row] = sample.tokens
-            part.keys.append(sample.key)
-            part.captions.append(sample.caption)
+            found.keys.append(sample.key)
+            found.captions.append(sample.caption)
             if cause is not None:
-                part.skipped[cause] += 1
-        part.problems.extend(self._reader.problems)
+                found.skipped[cause] += 1
+        found.problems.extend(self._reader.problems)
         self._reader.problems.clear()
-        return part
+        return found
 
     def _memory(self, num_bytes: int) -> Tensor:
         """Return memory for one part; in a worker, shared with the training process.
@@ -283,9 +217,7 @@ class _PartDataset(Dataset[_Part | DataError]):
         if get_worker_info() is None:
             return torch.empty(num_bytes, dtype=torch.uint8)
         ahead = self._config.data.prefetch_batches
-        memory: Tensor | None = None
-        if len(self._ring) == ahead + 2:
-            memory = self._ring.popleft()
+        memory = self._ring.popleft() if len(self._ring) == ahead + 2 else None
         if memory is None or len(memory) != num_bytes:
             try:
                 memory = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
@@ -298,28 +230,19 @@ class _PartDataset(Dataset[_Part | DataError]):
         return memory
 
 
-def ordered_loader(
-    dataset: Dataset[_Item], sampler: Iterable[Any], *, num_workers: int, prefetch_factor: int = 2
-) -> DataLoader[_Item]:
-    """Return a DataLoader whose items are whole batches, in the sampler's order."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        pin_memory=torch.cuda.is_initialized(),  # not in a CPU run on a machine with GPUs
-        worker_init_fn=_start_worker,
-        # Without its own generator the loader draws a seed from the global one.
-        generator=torch.Generator(),
-    )
+def _views(memory: Tensor, num_samples: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return token ids [B, L] int64 and pixels [B, 3, H, W] uint8, channels last in memory."""
+    first_pixel = len(memory) - num_samples * 3 * math.prod(image_size)
+    texts = memory[:first_pixel].view(torch.int64).view(num_samples, -1)
+    return texts, memory[first_pixel:].view(num_samples, *image_size, 3).permute(0, 3, 1, 2)
 
 
 def _joined(parts: Sequence[_Part], normalize: Normalizer, device: torch.device) -> Batch:
     """Return one batch on ``device``, normalized there; asynchronous from pinned memory."""
+    texts, images = zip(*(part.tensors() for part in parts), strict=True)
     return Batch(
-        images=normalize([part.images for part in parts]),
-        texts=torch.cat([part.texts.to(device, non_blocking=True) for part in parts]),
+        images=normalize(images),
+        texts=torch.cat([text.to(device, non_blocking=True) for text in texts]),
         keys=[key for part in parts for key in part.keys],
         captions=[caption for part in parts for caption in part.captions],
         skipped=sum((part.skipped for part in parts), Counter()),
@@ -358,21 +281,3 @@ def _check_shared_memory(config: Config, local_size: int) -> None:
             f"every rank needs {needed / 2**20:.0f} MiB of {_SHARED_MEMORY}, which has "
             f"{free / 2**20:.0f} MiB free; in Docker use --ipc=host or a larger --shm-size"
         )
-
-
-def _start_worker(_worker: int) -> None:
-    end_with_parent()
-    torch.set_num_threads(1)
-    # Only the training process handles signals: after SIGTERM it needs its workers to finish and
-    # save a step. It ends them itself.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
-
-
-def _exit_on_sigterm_from(process: int) -> None:
-    """Exit on SIGTERM from that process, and ignore it from others."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
-        pass
-    os._exit(0)

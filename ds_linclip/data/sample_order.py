@@ -12,8 +12,9 @@ a pool and permutes the pool's samples. Positions alternate over the lanes, skip
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +28,8 @@ _SHARD_STREAM = 0
 _POOL_STREAM = 1
 
 
-@dataclass(frozen=True)
-class GroupSizes:
-    """Sizes of the shards of one group, which are shuffled together.
-
-    Attributes:
-        shard_sizes: Number of samples in every shard.
-        samples_per_epoch: Number of positions of the group in every epoch.
-    """
+class GroupSizes(NamedTuple):
+    """Sizes of the shards of a group, which are shuffled together, and its positions per epoch."""
 
     shard_sizes: Sequence[int]
     samples_per_epoch: int
@@ -75,9 +70,11 @@ class SampleOrder:
                 raise ValueError(
                     f"data.train ({len(group.shard_sizes)} shards) must hold at least one sample"
                 )
+        draw = _drawn if with_replacement else _permuted
+        sizes = [np.asarray(group.shard_sizes, dtype=np.int64) for group in groups]
         self._groups = [
-            _Group(group.shard_sizes, (seed, number), num_lanes, shuffle_shards, with_replacement)
-            for number, group in enumerate(groups)
+            _Group(each, (seed, number), num_lanes, shuffle_shards, draw)
+            for number, each in enumerate(sizes)
         ]
         self._per_epoch = [group.samples_per_epoch for group in groups]
         self._first_shard = np.cumsum([0, *(len(group.shard_sizes) for group in groups)])
@@ -86,7 +83,7 @@ class SampleOrder:
         self.num_lanes = num_lanes * len(groups)
         facts = [
             *(seed, num_lanes, shuffle_shards, with_replacement),
-            *(([int(size) for size in g.shard_sizes], g.samples_per_epoch) for g in groups),
+            *zip(map(np.ndarray.tolist, sizes), self._per_epoch, strict=True),
         ]
         self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -173,33 +170,24 @@ class SampleOrder:
                 return
 
 
+@dataclass
 class _Group:
     """The endless stream of one group, pass after pass over its shards."""
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        seed: tuple[int, int],
-        num_lanes: int,
-        shuffle_shards: int,
-        with_replacement: bool,
-    ) -> None:
-        self._sizes = np.asarray(sizes, dtype=np.int64)
-        self._num_samples = int(self._sizes.sum())
-        self._seed = seed
-        self._num_lanes = num_lanes
-        self._shuffle_shards = shuffle_shards
-        self._with_replacement = with_replacement
-        self._passes: dict[int, _Pass] = {}
-        self._pools: dict[int, _Pool] = {}
+    sizes: _Array
+    seed: tuple[int, int]
+    num_lanes: int
+    shuffle_shards: int
+    draw: Callable[[_Array, tuple[int, int], int], tuple[_Array, _Array]]
+    passes: dict[int, "_Pass"] = field(default_factory=dict)
+    pools: dict[int, "_Pool"] = field(default_factory=dict)
 
     def locate(self, offsets: _Array) -> tuple[_Array, _Array]:
         shards, indices = np.empty_like(offsets), np.empty_like(offsets)
         for one_pass, lane, pool_number, rows, in_pool in self._by_pool(offsets):
-            pool = self._pools.get(lane)
+            pool = self.pools.get(lane)
             if pool is None or (pool.pass_number, pool.number) != (one_pass.number, pool_number):
-                pool = _Pool(one_pass, lane, pool_number, self._seed)
-                self._pools[lane] = pool
+                pool = self.pools[lane] = _Pool(one_pass, lane, pool_number, self.seed)
             shards[rows], indices[rows] = pool.samples_at(in_pool)
         return shards, indices
 
@@ -220,7 +208,7 @@ class _Group:
                 yield lane, self._pass(one_pass.number + 1).pool(lane, 0)[0]
 
     def _by_pass(self, offsets: _Array) -> Iterator[tuple["_Pass", npt.NDArray[np.intp], _Array]]:
-        passes, in_pass = np.divmod(offsets, self._num_samples)
+        passes, in_pass = np.divmod(offsets, self.sizes.sum())
         for number in np.unique(passes):
             rows = np.flatnonzero(passes == number)
             yield self._pass(int(number)), rows, in_pass[rows]
@@ -240,15 +228,12 @@ class _Group:
                     yield one_pass, int(lane), int(number), rows[chosen], in_pool
 
     def _pass(self, number: int) -> "_Pass":
-        if number not in self._passes:
-            if len(self._passes) >= 2:  # a batch spans two passes at most, save for tiny sets
-                del self._passes[min(self._passes)]
-            draw = _drawn if self._with_replacement else _permuted
-            shards, sizes = draw(self._sizes, self._seed, number)
-            self._passes[number] = _Pass(
-                number, shards, sizes, self._num_lanes, self._shuffle_shards
-            )
-        return self._passes[number]
+        if number not in self.passes:
+            if len(self.passes) >= 2:  # a batch spans two passes at most, save for tiny sets
+                del self.passes[min(self.passes)]
+            shards, sizes = self.draw(self.sizes, self.seed, number)
+            self.passes[number] = _Pass(number, shards, sizes, self.num_lanes, self.shuffle_shards)
+        return self.passes[number]
 
 
 class _Pass:
@@ -320,9 +305,8 @@ def _drawn(sizes: _Array, seed: tuple[int, int], number: int) -> tuple[_Array, _
     """Draw shards with replacement until a pass is full; the last shard is cut to fit."""
     total, draws = int(sizes.sum()), len(sizes)
     while True:
-        shards = (_bits(draws, seed, _SHARD_STREAM, number) % np.uint64(len(sizes))).astype(
-            np.int64
-        )
+        bits = _bits(draws, seed, _SHARD_STREAM, number)
+        shards = (bits % np.uint64(len(sizes))).astype(np.int64)
         ends = np.cumsum(sizes[shards])
         if ends[-1] >= total:
             break

@@ -37,19 +37,12 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image-text pair.
+    """One image-text pair."""
 
-    Attributes:
-        image: [3, H, W] uint8.
-        tokens: [L] int64.
-        key: Key within the shard.
-        caption: The text of the tokens.
-    """
-
-    image: Tensor
-    tokens: Tensor
-    key: str
-    caption: str
+    image: Tensor  # [3, H, W] uint8
+    tokens: Tensor  # [L] int64
+    key: str  # within the shard
+    caption: str  # the text of the tokens
 
 
 @dataclass(frozen=True)
@@ -75,9 +68,7 @@ class SampleReader:
 
     Args:
         groups: All shards, numbered consecutively over the groups.
-        storage: Opens the shards.
-        transform: Decodes and crops images.
-        tokenize: Tokenizes captions.
+        storage, transform, tokenize: Open shards, decode images, and tokenize captions.
         open_shards: Maximum number of open shards.
         max_bad_in_a_row: Number of candidates to try for one sample.
 
@@ -116,8 +107,7 @@ class SampleReader:
 
         Args:
             position: Global position; the augmentation depends on it and the seed only.
-            shard: Shard number.
-            index: Index within the shard.
+            shard, index: Number of the shard, and index within it.
             image_size: Height and width of the image.
 
         Returns:
@@ -126,26 +116,29 @@ class SampleReader:
         Raises:
             DataError: when all candidates are bad, or a shard cannot be reached.
         """
-        first_cause: str | None = None
-        tried = 0
-        for number, candidates in self._candidates(shard, index):
-            for candidate in candidates:
-                try:
-                    return self._load(position, number, candidate, image_size), first_cause
-                except BadSample as error:
-                    first_cause = first_cause or error.cause
-                    tried += 1
-                    if tried == self._max_bad_in_a_row:
-                        raise DataError(self._all_bad(shard, index, tried, first_cause)) from error
-                    if error.whole_shard:
-                        break
-        raise DataError(self._all_bad(shard, index, tried, first_cause))
+        causes: list[str] = []
+        lost = None
+        for number, candidate in self._candidates(shard, index):
+            if number == lost:
+                continue
+            try:
+                sample = self._load(position, number, candidate, image_size)
+                return sample, causes[0] if causes else None
+            except BadSample as error:
+                causes.append(error.cause)
+                lost = number if error.whole_shard else None
+                if len(causes) == self._max_bad_in_a_row:
+                    break
+        raise DataError(
+            f"data.train ({redact(self._shards[shard].url)}) must hold usable samples: from sample "
+            f"{index} on, {len(causes)} candidates in a row are bad (data.max_bad_in_a_row is "
+            f"{self._max_bad_in_a_row}, the first cause {causes[0]})"
+        )
 
     def keep(self, pools: Mapping[int, set[int]]) -> None:
         """Close the shards that lanes no longer need, so that the cache may evict them.
 
-        Args:
-            pools: Current shards of some lanes; other lanes keep theirs.
+        ``pools`` has the current shards of some lanes; other lanes keep theirs.
         """
         for lane, shards in pools.items():
             for number in self._pools.get(lane, set()) - shards:
@@ -171,20 +164,14 @@ class SampleReader:
         image = self._transform(content, image_size, position)
         return Sample(image, self._tokenize(caption), shard.keys[index], caption)
 
-    def _candidates(self, shard: int, index: int) -> Iterator[tuple[int, Sequence[int]]]:
+    def _candidates(self, shard: int, index: int) -> Iterator[tuple[int, int]]:
+        """Yield shard and index of a sample, and of those that may replace it."""
         first, count = self._bounds[shard]
         for step in range(count):
             number = first + (shard - first + step) % count
             size = self._shards[number].num_samples
-            yield number, [(index + i) % size for i in range(min(_TRIES_PER_SHARD, size))]
-
-    def _all_bad(self, shard: int, index: int, tried: int, cause: str | None) -> str:
-        url = redact(self._shards[shard].url)
-        return (
-            f"data.train ({url}) must hold usable samples: from sample {index} on, {tried} "
-            f"candidates in a row are bad (data.max_bad_in_a_row is {self._max_bad_in_a_row}, the "
-            f"first cause {cause})"
-        )
+            for i in range(min(_TRIES_PER_SHARD, size)):
+                yield number, (index + i) % size
 
     def _shard(self, number: int) -> OpenShard:
         """Return an open shard; remember also that it is lost or broken, but not an OSError."""

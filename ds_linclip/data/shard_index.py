@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,13 +38,7 @@ _MAX_COUNTED_BY_HEADERS = 256  # counting takes a few hundred ms per shard
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file.
-
-    Attributes:
-        url: Path or URL.
-        num_samples: Expected number of samples.
-        exact: Whether the number was counted; otherwise it is the mean over the source.
-    """
+    """A tar's path or URL, and its number of samples: exact, or the mean over its source."""
 
     url: str
     num_samples: int
@@ -51,12 +47,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardGroup:
-    """Shards that are shuffled together.
-
-    Attributes:
-        shards: The shards in the order of the config.
-        samples_per_epoch: Number of their samples in an epoch.
-    """
+    """Shards that are shuffled together, in the config's order, and their samples per epoch."""
 
     shards: list[Shard]
     samples_per_epoch: int
@@ -132,12 +123,9 @@ def _by_weight(sources: Sequence[Source], found: Sequence[list[Shard]]) -> list[
     """Return groups with weighted shares of an epoch that has as many samples as all sources."""
     weights = [source.weight or 0.0 for source in sources]
     total = sum(map(_total, found))
-    ends = [round(total * sum(weights[: i + 1]) / sum(weights)) for i in range(len(weights))]
-    starts = [0, *ends[:-1]]
-    return [
-        ShardGroup(shards, end - start)
-        for shards, start, end in zip(found, starts, ends, strict=True)
-    ]
+    ends = [round(total * sum(weights[:i]) / sum(weights)) for i in range(len(weights) + 1)]
+    shares = [end - start for start, end in pairwise(ends)]
+    return list(map(ShardGroup, found, shares))
 
 
 class _Sizes:
@@ -145,6 +133,8 @@ class _Sizes:
 
     def __init__(self, source: Source, storage: Storage, name: str) -> None:
         self._source, self._storage, self._name = source, storage, name
+        # Some stores refuse access to files that do not exist.
+        self._read = partial(storage.read, refused_is_absent=True)
         self._urls = expand(source.shards, name)
 
     def shards(self, *, count_headers: bool) -> list[Shard]:
@@ -153,9 +143,14 @@ class _Sizes:
             # Statistics are written last, so a remote shard with statistics exists.
             unsure = [url for url in self._urls if url not in counts or not is_remote(url)]
             exist = pool.map(self._storage.exists, unsure)
-            self._check_existing(
-                [url for url, there in zip(unsure, exist, strict=True) if not there]
-            )
+            missing = [url for url, there in zip(unsure, exist, strict=True) if not there]
+            if len(missing) == len(self._urls):
+                raise ValueError(f"{self._name} matches no file")
+            if missing:
+                raise ValueError(
+                    f"{self._name} must name existing files: {len(missing)} of {len(self._urls)} "
+                    f"are missing, first {redact(missing[0])}"
+                )
             unknown = [url for url in self._urls if url not in counts]
             if unknown and self._source.num_samples is None and count_headers:
                 self._check_few(unknown)
@@ -171,7 +166,12 @@ class _Sizes:
     def _counts_beside(self, pool: ThreadPoolExecutor) -> dict[str, int]:
         """Return the counts of the shards that have one in a file beside them."""
         counts: dict[str, int] = {}
-        for folder, urls in self._by_folder().items():
+        folders: dict[str, list[str]] = {}
+        for url in self._urls:
+            path, query = _split_query(url)
+            folder, slash, _ = path.rpartition("/")
+            folders.setdefault(f"{folder}{slash}sizes.json{query}", []).append(url)
+        for folder, urls in folders.items():
             sizes = self._read_json(folder) or {}
             for url in urls:
                 size = sizes.get(_split_query(url)[0].rpartition("/")[2])
@@ -192,15 +192,6 @@ class _Sizes:
             rest = rest if any(self._count_beside(url) is not None for url in ends) else []
         found = zip(rest, pool.map(self._count_beside, rest), strict=True)
         return counts | {url: count for url, count in found if count is not None}
-
-    def _by_folder(self) -> dict[str, list[str]]:
-        """Return the shards by the URL of their folder's ``sizes.json``."""
-        folders: dict[str, list[str]] = {}
-        for url in self._urls:
-            path, query = _split_query(url)
-            folder, slash, _ = path.rpartition("/")
-            folders.setdefault(f"{folder}{slash}sizes.json{query}", []).append(url)
-        return folders
 
     def _count_beside(self, url: str) -> int | None:
         """Return the number of samples from the statistics or the parquet file beside a shard."""
@@ -234,25 +225,12 @@ class _Sizes:
             raise ValueError(f"{self._name}: {redact(url)} must hold an object with numbers")
         return values
 
-    def _read(self, url: str) -> bytes | None:
-        # Some stores refuse access to files that do not exist.
-        return self._storage.read(url, refused_is_absent=True)
-
     def _as_count(self, value: object, url: str) -> int:
         if not isinstance(value, int) or value < 0:
             raise ValueError(
                 f"{self._name}: {redact(url)} must hold numbers of samples; it has {value!r}"
             )
         return value
-
-    def _check_existing(self, missing: Sequence[str]) -> None:
-        if len(missing) == len(self._urls):
-            raise ValueError(f"{self._name} matches no file")
-        if missing:
-            raise ValueError(
-                f"{self._name} must name existing files: {len(missing)} of {len(self._urls)} are "
-                f"missing, first {redact(missing[0])}"
-            )
 
     def _check_few(self, unknown: Sequence[str]) -> None:
         """Check that the headers can be counted: only those of a few local shards are."""
@@ -285,23 +263,16 @@ class _Sizes:
                 f"{self._name}: num_samples ({total}) must {rule} the number of samples in the "
                 f"files beside the shards ({known})"
             )
-        ends = [(total - known) * (i + 1) // len(urls) for i in range(len(urls))]
-        starts = [0, *ends[:-1]]
-        return {
-            url: Shard(url, end - start, exact=False)
-            for url, start, end in zip(urls, starts, ends, strict=True)
-        }
+        ends = [0, *((total - known) * (i + 1) // len(urls) for i in range(len(urls)))]
+        shares = zip(urls, pairwise(ends), strict=True)
+        return {url: Shard(url, end - start, exact=False) for url, (start, end) in shares}
 
 
 def expand(pattern: str, name: str) -> list[str]:
-    """Return the paths or URLs that a brace pattern names.
-
-    Args:
-        pattern: A path or URL with braces as in bash and webdataset: ``{00000..00009}``, ``{a,b}``.
-        name: Name of the pattern in messages.
+    """Return the paths or URLs of a pattern with braces as in bash: ``{00..19}``, ``{a,b}``.
 
     Raises:
-        ValueError: for an invalid pattern, or a URL that cannot be used.
+        ValueError: with ``name`` for the pattern: it is invalid, or a URL cannot be used.
     """
     if not is_remote(pattern):
         pattern = os.path.expanduser(pattern)

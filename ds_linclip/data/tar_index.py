@@ -7,25 +7,19 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal, TypedDict
 
 import numpy as np
 
-__all__ = ["BadSample", "OpenShard", "Role"]
+__all__ = ["IMAGE_SUFFIXES", "BadSample", "OpenShard", "Role"]
 
 Role = Literal["image", "text", "class", "meta"]
 
+#: Ends of the names of images, in tars and in folders.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 _ROLES: tuple[Role, ...] = ("image", "text", "class", "meta")
-_ROLE_OF_EXTENSION: dict[str, int] = {
-    extension: _ROLES.index(role)
-    for role, extensions in {
-        "image": ("jpg", "jpeg", "png", "webp", "gif"),
-        "text": ("txt",),
-        "class": ("cls",),
-        "meta": ("json",),
-    }.items()
-    for extension in extensions
-}
+_ROLE_OF_EXTENSION = {suffix[1:]: 0 for suffix in IMAGE_SUFFIXES}
+_ROLE_OF_EXTENSION |= {"txt": 1, "cls": 2, "json": 3}
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -144,12 +138,12 @@ class _BrokenTarError(ValueError):
     """There is no valid header where one is expected."""
 
 
-class _Extension(NamedTuple):
+class _Extension(TypedDict, total=False):
     """Values for a member from the extended headers before it."""
 
-    name: str | None = None
-    size: int | None = None
-    sparse: bool = False
+    name: str
+    size: int
+    sparse: bool
 
 
 def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
@@ -162,7 +156,7 @@ def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
     """
     fd = file.fileno()
     offset = 0
-    extension = None
+    extension: _Extension | None = None
     while offset <= end:  # also at the end: reading there may raise an error
         header = os.pread(fd, _BLOCK, offset)
         if _ZEROS.startswith(header):
@@ -171,13 +165,14 @@ def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
         offset += _BLOCK
         if kind in (b"x", b"L", b"X", b"K", b"g"):
             records = _read_records(fd, offset, size)
-            # The first of several counts, as in tarfile.
-            extension = _extended(kind, records, extension)
+            if kind != b"g":  # values for the whole tar: dates, comments
+                # The first of several counts, as in tarfile.
+                extension = {**_extended(kind, records), **(extension or {})}
         else:
             name, sparse = None, False
             if extension is not None:
-                name, pax_size, sparse = extension
-                size = size if pax_size is None else pax_size
+                name, sparse = extension.get("name"), extension.get("sparse", False)
+                size = extension.get("size", size)
             if name is None:
                 name = _name(header)
             if kind == b"\0":  # V7 marks folders by a slash
@@ -188,9 +183,7 @@ def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
             elif kind == b"S":
                 offset = _after_sparse_map(fd, header, offset)
             elif kind in (b"1", b"2", b"3", b"4", b"5", b"6"):
-                size = (
-                    0  # links, devices and folders have no content, whatever their size field says
-                )
+                size = 0  # links, devices and folders have no content, whatever their size says
             extension = None
         offset += -(-size // _BLOCK) * _BLOCK
     if extension is not None:
@@ -238,28 +231,18 @@ def _read_records(fd: int, offset: int, size: int) -> bytes:
     return records
 
 
-def _extended(kind: bytes, records: bytes, outer: _Extension | None) -> _Extension | None:
-    """Add the values of one more header: a long name (L) or pax records (x, X)."""
-    if kind == b"g":  # values for the whole tar: dates, comments
-        return outer
-    extension = _Extension()
+def _extended(kind: bytes, records: bytes) -> _Extension:
+    """Return the values of a long name (L) or of pax records (x, X); of a long link (K), none."""
     if kind == b"L":
-        name = records.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-        extension = _Extension(name=name)
+        return {"name": records.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
     # Nearly all pax headers have only dates and owners, which a search finds quickly.
-    elif kind != b"K" and (b"path=" in records or b"size=" in records or b"GNU." in records):
-        extension = _pax_extension(records)
-    if outer is None:
-        return extension
-    return _Extension(
-        extension.name if outer.name is None else outer.name,
-        extension.size if outer.size is None else outer.size,
-        extension.sparse or outer.sparse,
-    )
+    if kind != b"K" and (b"path=" in records or b"size=" in records or b"GNU." in records):
+        return _pax_extension(records)
+    return {}
 
 
 def _pax_extension(records: bytes) -> _Extension:
-    name, size, sparse = None, None, False
+    values: _Extension = {}
     at = 0
     while at < len(records) and records[at]:
         found = _PAX_RECORD.match(records, at)
@@ -268,15 +251,15 @@ def _pax_extension(records: bytes) -> _Extension:
             raise _BrokenTarError("pax record")
         key, content = found[2], records[found.end() : end - 1]
         if key == b"path":
-            name = content.rstrip(b"/").decode("utf-8", "surrogateescape")
+            values["name"] = content.rstrip(b"/").decode("utf-8", "surrogateescape")
         elif key == b"size":
             if not content.isdigit() or len(content) > 20 or int(content) > _MAX_MEMBER_BYTES:
                 raise _BrokenTarError("pax size")
-            size = int(content)
+            values["size"] = int(content)
         elif key.startswith(b"GNU.sparse."):
-            sparse = True
+            values["sparse"] = True
         at = end
-    return _Extension(name, size, sparse)
+    return values
 
 
 def _after_sparse_map(fd: int, header: bytes, offset: int) -> int:

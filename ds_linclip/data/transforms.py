@@ -50,17 +50,8 @@ _MAX_SCANS = 100  # each passes over the whole image; encoders write about ten
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 # Exceptions of Pillow's plugins for broken files of these formats.
 _DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 # A marker that is followed by a segment, or the end marker.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
@@ -145,11 +136,7 @@ class TrainTransform:
 
 
 class CaptionTokenizer:
-    """open_clip's tokenizer in bounded time and memory.
-
-    Args:
-        context_length: Number of token ids per caption.
-    """
+    """open_clip's tokenizer in bounded time and memory, for ``context_length`` ids per caption."""
 
     def __init__(self, context_length: int) -> None:
         self._tokenizer = SimpleTokenizer(context_length=context_length)
@@ -203,11 +190,7 @@ def decode_text(content: bytes) -> str:
 
 
 class Normalizer:
-    """Normalization of whole batches with open_clip's mean and standard deviation.
-
-    Args:
-        device: Device of the result.
-    """
+    """Normalization of whole batches on a device with open_clip's mean and standard deviation."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

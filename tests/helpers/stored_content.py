@@ -34,7 +34,7 @@ def cached_files(folder: Path) -> list[Path]:
     """Return the files of the cache in ``folder``, copies and half-written ones, without locks."""
     cache = folder / "cache"
     files = sorted(cache.iterdir()) if cache.exists() else []
-    return [path for path in files if path.suffix not in (".lock", ".fetched-twice")]
+    return [path for path in files if path.suffix != ".lock"]
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -1,19 +1,21 @@
 """Held-out images with their classes, in batches that are the same on any number of ranks."""
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler, Subset
 
-from ds_linclip.data.eval.image_index import FolderFindings, LabelledImages
-from ds_linclip.data.loader import ordered_loader
+from ds_linclip.data.eval.image_index import FolderFindings, open_parts, read_classes
+from ds_linclip.data.eval.sources import LabelledPart
+from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.tar_index import BadSample
 from ds_linclip.data.transforms import EvalTransform
 
@@ -22,25 +24,15 @@ __all__ = ["LabelledBatch", "LabelledData"]
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """B decoded images and U images that could not be decoded, with their classes.
-
-    Attributes:
-        number: The number of the batch.
-        images: [B, 3, H, W] float32, normalised; [0, 3, 0, 0] when no image can be decoded.
-        labels: [B] int64 class numbers.
-        keys: The key of each image: its name in its tar, or its path in the folder.
-        captions: The text of each image; empty when it has none.
-        unreadable_labels: [U] int64, the class numbers of the images that cannot be decoded.
-        unreadable: The key of each of these images and the reason.
-    """
+    """B decoded images and U images that could not be decoded, with their classes."""
 
     number: int
-    images: Tensor
-    labels: Tensor
-    keys: list[str]
-    captions: list[str]
-    unreadable_labels: Tensor
-    unreadable: list[tuple[str, str]]
+    images: Tensor  # [B, 3, H, W] float32, normalised; [0, 3, 0, 0] when no image can be decoded
+    labels: Tensor  # [B] int64 class numbers
+    keys: list[str]  # the name of each image in its tar, or its path in the folder
+    captions: list[str]  # the text of each image; empty when it has none
+    unreadable_labels: Tensor  # [U] int64
+    unreadable: list[tuple[str, str]]  # key and reason
 
     def pin_memory(self) -> Self:
         """Return the batch in pinned memory, for torch's DataLoader."""
@@ -76,7 +68,8 @@ class LabelledData:
         findings: The defects of the folder that show without decoding.
 
     Raises:
-        ValueError: for the arguments and defects that :class:`LabelledImages` refuses; while
+        ValueError: naming ``eval.data`` or the argument, for a folder that lacks a file, has an
+            unknown form, holds no image, cannot be read or, if ``strict``, has defects; while
             iterating, for an image that cannot be accessed or, if ``strict``, decoded.
     """
 
@@ -94,21 +87,40 @@ class LabelledData:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1")
-        self._images = LabelledImages(
-            Path(folder), classes, split=split, needs_classes=needs_classes, strict=strict
+        self._folder, self._strict = Path(folder), strict
+        self._transform, self._batch_size, self._num_workers = transform, batch_size, num_workers
+        self.classnames, self.templates, labels = read_classes(
+            self._folder, classes, needs_classes=needs_classes
         )
-        self._dataset = _BatchDataset(Path(folder), self._images, transform, batch_size, strict)
-        self._num_workers = num_workers
-        self.classnames: list[str] = self._images.classnames
-        self.templates: list[str] = self._images.templates
-        self.findings: FolderFindings = self._images.findings
-        self.num_samples = len(self._images)
+        try:
+            parts = open_parts(self._folder, labels, split)
+        except OSError as error:
+            raise ValueError(f"eval.data ({folder}) must be readable: {error}") from error
+        self.findings = FolderFindings.of(parts, self.classnames)
+        self._parts = [part for part in parts if len(part.labels)]
+        self._check(has_ids=classes is not None)
+        self._labels = np.concatenate([part.labels for part in self._parts])
+        self._ends = list(accumulate(len(part.labels) for part in self._parts))
+        self._open_part = self._parts[0]
+        self.num_samples = len(self._labels)
         self.num_batches = -(-self.num_samples // batch_size)
+
+    def _check(self, *, has_ids: bool) -> None:
+        findings = self.findings
+        has_defects = bool(findings.unknown_classes or findings.problems)
+        defects = "; ".join(findings.describe())
+        if not self._parts:
+            end = f": {defects}" if has_defects else ""
+            raise ValueError(f"eval.data ({self._folder}) must hold at least one sample{end}")
+        if self._strict and (has_defects or (has_ids and findings.empty_classes)):
+            raise ValueError(
+                f"eval.data ({self._folder}) must hold whole samples of its classes: {defects}"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of keys, labels and arguments; the same for every copy of the folder."""
-        return self._digest(self._images.fingerprint())
+        return self._digest(self._content)
 
     @cached_property
     def version(self) -> str:
@@ -117,11 +129,19 @@ class LabelledData:
         Raises:
             OSError: when the file system does not answer.
         """
-        return self._digest(self._images.version())
+        versions = "".join(part.version() for part in self._parts)
+        return self._digest(hashlib.sha256((self._content + versions).encode()).hexdigest())
+
+    @cached_property
+    def _content(self) -> str:
+        """SHA-256 of all keys and labels, in order."""
+        digest = hashlib.sha256(self._labels.astype("<i4").tobytes())
+        for part in self._parts:
+            digest.update(b"\0".join(part.names.to_pylist()) + b"\0")
+        return digest.hexdigest()
 
     def _digest(self, images: str) -> str:
-        data = self._dataset
-        content = f"{images} {data.transform.preprocess} {data.batch_size} {data.strict}"
+        content = f"{images} {self._transform.preprocess} {self._batch_size} {self._strict}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def batches(self, numbers: Sequence[int]) -> Iterator[LabelledBatch]:
@@ -133,45 +153,30 @@ class LabelledData:
         for number in numbers:
             if not 0 <= number < self.num_batches:
                 raise ValueError(f"numbers ({number}) must be in [0, {self.num_batches})")
-        share = Subset(self._dataset, numbers)
-        sampler = SequentialSampler(share)
-        for item in ordered_loader(share, sampler, num_workers=self._num_workers):
-            if isinstance(item, ValueError):
-                raise item
-            yield item
+        yield from ordered_map(self._read, numbers, num_workers=self._num_workers)
 
     def __iter__(self) -> Iterator[LabelledBatch]:
         return self.batches(range(self.num_batches))
 
-
-@dataclass(frozen=True)
-class _BatchDataset(Dataset[LabelledBatch | ValueError]):
-    """Batches by their number; an unusable image is returned as an error."""
-
-    folder: Path
-    images: LabelledImages
-    transform: EvalTransform
-    batch_size: int
-    strict: bool
-
-    def __getitem__(self, number: int) -> LabelledBatch | ValueError:
-        start = number * self.batch_size
+    def _read(self, number: int) -> LabelledBatch:
+        """Decode a batch, in a worker."""
+        start = number * self._batch_size
         pixels: list[Tensor] = []
         captions: list[str] = []
         readable: dict[int, str] = {}  # number of a sample -> its key
         unreadable: dict[int, tuple[str, str]] = {}  # number of a sample -> its key, the reason
-        for sample in range(start, min(start + self.batch_size, len(self.images))):
-            part, row = self.images.find(sample)
+        for sample in range(start, min(start + self._batch_size, self.num_samples)):
+            part, row = self._find(sample)
             try:
                 content, caption = part.read(row)
-                pixels.append(self.transform(content))
+                pixels.append(self._transform(content))
             except (BadSample, OSError, ValueError) as error:
                 # A file system that does not answer is not a defect of the image.
-                if self.strict or isinstance(error, OSError):
-                    # Returned, since an error raised in a worker arrives as a traceback.
-                    return ValueError(
-                        f"eval.data ({self.folder}): {part.where(row)} must be readable: {error}"
-                    )
+                if self._strict or isinstance(error, OSError):
+                    where = part.where(part.key(row))
+                    raise ValueError(
+                        f"eval.data ({self._folder}): {where} must be readable: {error}"
+                    ) from error
                 unreadable[sample] = (part.key(row), str(error))
                 continue
             captions.append(caption)
@@ -179,12 +184,21 @@ class _BatchDataset(Dataset[LabelledBatch | ValueError]):
         return LabelledBatch(
             number=number,
             images=torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0),
-            labels=self._labels(readable),
+            labels=self._labels_of(readable),
             keys=list(readable.values()),
             captions=captions,
-            unreadable_labels=self._labels(unreadable),
+            unreadable_labels=self._labels_of(unreadable),
             unreadable=list(unreadable.values()),
         )
 
-    def _labels(self, samples: Iterable[int]) -> Tensor:
-        return torch.from_numpy(self.images.labels[list(samples)].astype(np.int64))
+    def _find(self, sample: int) -> tuple[LabelledPart, int]:
+        """Return the part that holds an image, and its row there; other parts are closed."""
+        index = bisect_right(self._ends, sample)
+        part = self._parts[index]
+        if part is not self._open_part:
+            self._open_part.close()
+            self._open_part = part
+        return part, sample - self._ends[index] + len(part.labels)
+
+    def _labels_of(self, samples: Iterable[int]) -> Tensor:
+        return torch.from_numpy(self._labels[list(samples)].astype(np.int64))

@@ -1,4 +1,4 @@
-"""The labelled images of a held-out folder, by number, in one fixed order.
+"""The parts of a held-out folder, its classes, and its defects.
 
 A folder has one of four forms:
 
@@ -11,26 +11,26 @@ A folder has one of four forms:
 
 A set of captions, such as clip_benchmark's for retrieval, has tars with an image and ``txt`` per
 sample, and no classes.
+
+Tars are in the order of their names, samples in the order of their tar; folders of classes and the
+files in them are in the order of their names.
 """
 
-import hashlib
 import os
 import re
-from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from tqdm import tqdm
 
 from ds_linclip.data.eval.sources import ClassFolder, ClassLabels, LabelledPart, LabelledTar
 
-__all__ = ["FolderFindings", "LabelledImages"]
+__all__ = ["FolderFindings", "open_parts", "read_classes"]
 
 _CLASSNAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
@@ -46,7 +46,6 @@ class FolderFindings:
     """The defects of a held-out folder that show in names, sizes and classes.
 
     Attributes:
-        num_classes: The length of the list of classes.
         unknown_classes: The number of images left out, by the class that is not in the list.
         first_unknown: The first of these images; empty when there are none.
         empty_classes: The classes of the list without an image.
@@ -61,6 +60,25 @@ class FolderFindings:
     first_unknown: str
     empty_classes: tuple[str, ...]
     problems: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, parts: Sequence[LabelledPart], classnames: Sequence[str]) -> Self:
+        """Add up the defects of all parts."""
+        unknown: Counter[str] = Counter()
+        problems: dict[str, list[str]] = defaultdict(list)
+        counts = np.zeros(len(classnames), np.int64)
+        for part in parts:
+            unknown.update(part.unknown_classes)
+            for cause, names in part.problems.items():
+                problems[cause] += names
+            counts += np.bincount(part.labels, minlength=len(classnames))
+        return cls(
+            num_classes=len(classnames),
+            unknown_classes=dict(unknown),
+            first_unknown=next((part.first_unknown for part in parts if part.first_unknown), ""),
+            empty_classes=tuple(classnames[label] for label in np.flatnonzero(counts == 0)),
+            problems=dict(problems),
+        )
 
     def describe(self) -> list[str]:
         """Return a line for each kind of defect, with counts and the first examples."""
@@ -82,116 +100,51 @@ class FolderFindings:
         return lines
 
 
-class LabelledImages:
-    """The images of a folder with their labels; only names, offsets and classes are read at first.
-
-    Tars are in the order of their names, samples in the order of their tar; folders of classes and
-    the files in them are in the order of their names.
-
-    Args:
-        folder, classes, split, needs_classes, strict: See :class:`LabelledData`.
-
-    Attributes:
-        classnames: The names or ids of the classes, in the order of their labels.
-        templates: Prompt templates; empty when ``classes`` was given.
-        labels: [N] int32 class numbers.
-        findings: The defects of the folder.
+def read_classes(
+    folder: Path, classes: Sequence[str] | None, *, needs_classes: bool
+) -> tuple[list[str], list[str], ClassLabels]:
+    """Return names or ids of the classes, prompt templates (none with ``classes``), and labels.
 
     Raises:
-        ValueError: naming ``eval.data`` or ``classes``, for a list of classes that is empty or
-            repeats one; for a folder that lacks a file, has an unknown form, holds no image or
-            cannot be read; if ``strict``, for a folder with defects.
+        ValueError: naming ``classes``, which is empty or repeats one, or ``eval.data``, which lacks
+            a file.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        classes: Sequence[str] | None = None,
-        *,
-        split: str = "test",
-        needs_classes: bool = True,
-        strict: bool = True,
-    ) -> None:
-        self.templates: list[str] = []
-        if classes is None and not needs_classes and not (folder / _CLASSNAMES).exists():
-            self.classnames = [""]
-            class_list = ClassLabels(_NO_CLASSES, 1)
-        elif classes is None:
-            self.classnames = _read_lines(folder / _CLASSNAMES)
-            self.templates = _read_lines(folder / _TEMPLATES)
-            class_list = ClassLabels({}, len(self.classnames))
-        else:
-            self.classnames = list(classes)
-            class_list = ClassLabels(_labels_by_id(classes), len(classes))
-        try:
-            parts = _open_parts(folder, class_list, split)
-        except OSError as error:
-            raise ValueError(f"eval.data ({folder}) must be readable: {error}") from error
-        self.labels = np.concatenate([part.labels for part in parts])
-        self.findings = _findings(parts, self.labels, self.classnames)
-        self._parts = [part for part in parts if len(part.labels)]
-        self._ends = list(accumulate(len(part.labels) for part in self._parts))
-        self._check(folder, strict, has_ids=classes is not None)
-        self._current = self._parts[0]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def find(self, number: int) -> tuple[LabelledPart, int]:
-        """Return the part that holds an image, and its row there; other parts are closed."""
-        index = bisect_right(self._ends, number)
-        part = self._parts[index]
-        if part is not self._current:
-            self._current.close()
-            self._current = part
-        return part, number - self._ends[index] + len(part.labels)
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of all keys and labels, in order."""
-        digest = hashlib.sha256(self.labels.astype("<i4").tobytes())
-        for part in self._parts:
-            digest.update(b"\0".join(part.names.to_pylist()) + b"\0")
-        return digest.hexdigest()
-
-    def version(self) -> str:
-        """Return the SHA-256 of the fingerprint and of the files' sizes and times.
-
-        Raises:
-            OSError: when the file system does not answer.
-        """
-        digest = hashlib.sha256(self.fingerprint().encode())
-        for part in self._parts:
-            digest.update(part.version().encode())
-        return digest.hexdigest()
-
-    def _check(self, folder: Path, strict: bool, *, has_ids: bool) -> None:
-        findings = self.findings
-        has_defects = bool(findings.unknown_classes or findings.problems)
-        defects = "; ".join(findings.describe())
-        if not self._parts:
-            end = f": {defects}" if has_defects else ""
-            raise ValueError(f"eval.data ({folder}) must hold at least one sample{end}")
-        if strict and (has_defects or (has_ids and findings.empty_classes)):
-            raise ValueError(
-                f"eval.data ({folder}) must hold whole samples of its classes: {defects}"
-            )
+    if classes is not None:
+        if not classes:
+            raise ValueError("classes ([]) must hold at least one id")
+        repeated = [name for name, count in Counter(classes).items() if count > 1]
+        if repeated:
+            raise ValueError(f"classes ({_first(repeated)}) must be named once each")
+        ids = {name: label for label, name in enumerate(classes)}
+        return list(classes), [], ClassLabels(ids, len(classes))
+    if not needs_classes and not (folder / _CLASSNAMES).exists():
+        return [""], [], ClassLabels(_NO_CLASSES, 1)
+    names = _read_lines(folder / _CLASSNAMES)
+    return names, _read_lines(folder / _TEMPLATES), ClassLabels({}, len(names))
 
 
-def _open_parts(folder: Path, classes: ClassLabels, split: str) -> Sequence[LabelledPart]:
-    open_part: Callable[[Path], LabelledPart]
-    paths = _find_tars(folder, split)
-    if paths and classes.ids == _NO_CLASSES:
-        open_part = partial(LabelledTar, classes=classes, class_id="")
-    elif paths:
-        named = any(path.stem in classes.ids or _SYNSET.fullmatch(path.stem) for path in paths)
-        is_class = named and bool(classes.ids)
+def open_parts(folder: Path, classes: ClassLabels, split: str) -> list[LabelledPart]:
+    """Index all tars or folders, in order; only names, offsets and classes are read.
 
-        def open_part(path: Path) -> LabelledPart:
-            return LabelledTar(path, classes, class_id=path.stem if is_class else None)
+    Args:
+        folder: A folder in one of the forms above.
+        classes: The result of :func:`read_classes`.
+        split: The folder of tars that is preferred to ``test``.
 
-    elif classes.ids:
-        paths = _find_folders(folder)
-        open_part = partial(ClassFolder, classes=classes)
+    Raises:
+        ValueError: naming ``eval.data``: the folder has an unknown form.
+        OSError: when the file system does not answer.
+    """
+    tars = _find_tars(folder, split)
+    named = classes.ids and any(t.stem in classes.ids or _SYNSET.fullmatch(t.stem) for t in tars)
+
+    def open_part(path: Path) -> LabelledPart:
+        if not tars:
+            return ClassFolder(path, classes)
+        class_id = "" if classes.ids == _NO_CLASSES else path.stem if named else None
+        return LabelledTar(path, classes, class_id=class_id)
+
+    paths = tars or (_find_folders(folder) if classes.ids else [])
     if not paths:
         form = ", or one with a folder of images for each class" if classes.ids else ""
         raise ValueError(
@@ -215,34 +168,6 @@ def _find_folders(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
     return [folder / name for name in sorted(names)]
-
-
-def _findings(
-    parts: Sequence[LabelledPart], labels: np.ndarray, classnames: Sequence[str]
-) -> FolderFindings:
-    unknown: Counter[str] = Counter()
-    problems: dict[str, list[str]] = defaultdict(list)
-    for part in parts:
-        unknown.update(part.unknown_classes)
-        for cause, names in part.problems.items():
-            problems[cause] += names
-    counts = np.bincount(labels, minlength=len(classnames))
-    return FolderFindings(
-        num_classes=len(classnames),
-        unknown_classes=dict(unknown),
-        first_unknown=next((part.first_unknown for part in parts if part.first_unknown), ""),
-        empty_classes=tuple(classnames[label] for label in np.flatnonzero(counts == 0)),
-        problems=dict(problems),
-    )
-
-
-def _labels_by_id(classes: Sequence[str]) -> dict[str, int]:
-    if not classes:
-        raise ValueError("classes ([]) must hold at least one id")
-    repeated = [name for name, count in Counter(classes).items() if count > 1]
-    if repeated:
-        raise ValueError(f"classes ({_first(repeated)}) must be named once each")
-    return {name: label for label, name in enumerate(classes)}
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -4,7 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -12,24 +12,18 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from ds_linclip.data.tar_index import BadSample, OpenShard, Role
+from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample, OpenShard, Role
 from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 
 __all__ = ["ClassFolder", "ClassLabels", "LabelledPart", "LabelledTar"]
 
-_IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")  # as in tars
 _MAX_CLASS_BYTES = 32
 _NOWHERE = (-1, 0)  # offset and size
 
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """The labels of classes by their ids.
-
-    Attributes:
-        ids: The label of each id; empty when classes have only numbers.
-        num_classes: The number of classes.
-    """
+    """The label of each class's id (none when classes have only numbers), and their number."""
 
     ids: Mapping[str, int]
     num_classes: int
@@ -38,24 +32,25 @@ class ClassLabels:
         """Return the label of an id or class number; None when it is unknown."""
         if name in self.ids:
             return self.ids[name]
-        try:
-            number = int(name)
-        except ValueError:
-            return None
-        return number if 0 <= number < self.num_classes else None
+        with suppress(ValueError):
+            if 0 <= int(name) < self.num_classes:
+                return int(name)
+        return None
 
 
 class LabelledPart(ABC):
     """A tar or folder: images and their labels, in a fixed order.
 
     Attributes:
-        path: The path of the tar or folder.
         names: Keys or file names, as bytes in one buffer: Python strings of millions of names would
             take several times the memory.
         labels: [n] int32 class numbers.
         unknown_classes: The number of images left out, by the class that is not in the list.
         first_unknown: The first of these images.
         problems: Descriptions of samples that are left out or will be unreadable, by cause.
+
+    Raises:
+        OSError: from the constructor, when the file system does not answer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,9 +65,9 @@ class LabelledPart(ABC):
         """Return the name of one image."""
         return os.fsdecode(self.names[row].as_py())
 
-    def where(self, row: int) -> str:
+    @abstractmethod
+    def where(self, key: str) -> str:
         """Return the description of an image for messages."""
-        return self._where(self.key(row))
 
     @abstractmethod
     def read(self, row: int) -> tuple[bytes, str]:
@@ -97,9 +92,6 @@ class LabelledPart(ABC):
             self._file.close()
             self._file = None
 
-    @abstractmethod
-    def _where(self, key: str) -> str: ...
-
     def _fill(self, keys: Iterable[str], labels: Iterable[int]) -> None:
         self.names = pa.array([os.fsencode(key) for key in keys], pa.binary())
         self.labels = np.array(labels, np.int32)
@@ -107,7 +99,7 @@ class LabelledPart(ABC):
     def _leave_out(self, class_name: str, keys: list[str]) -> None:
         if keys:
             self.unknown_classes[class_name] += len(keys)
-            self.first_unknown = self.first_unknown or self._where(keys[0])
+            self.first_unknown = self.first_unknown or self.where(keys[0])
 
 
 class LabelledTar(LabelledPart):
@@ -116,13 +108,9 @@ class LabelledTar(LabelledPart):
     Its file is open only while it is read: a set may have more tars than a process may open files.
 
     Args:
-        path: The path of the tar.
-        classes: The known classes.
+        path, classes: The tar, and the known classes.
         class_id: The class of all images without a ``cls`` member; None: each image must have one;
             empty: ``cls`` members are ignored.
-
-    Raises:
-        OSError: when the file system does not answer.
     """
 
     def __init__(self, path: Path, classes: ClassLabels, *, class_id: str | None) -> None:
@@ -158,7 +146,7 @@ class LabelledTar(LabelledPart):
         except UnicodeDecodeError as error:
             raise BadSample("text_not_utf8") from error
 
-    def _where(self, key: str) -> str:
+    def where(self, key: str) -> str:
         return f"sample {key} of {self.path}"
 
     def _read_labels(self, shard: OpenShard, classes: ClassLabels) -> dict[int, int]:
@@ -168,7 +156,7 @@ class LabelledTar(LabelledPart):
             try:
                 content = shard.read(index, "class", max_bytes=_MAX_CLASS_BYTES)
             except BadSample as error:
-                self.problems[error.cause].append(self._where(key))
+                self.problems[error.cause].append(self.where(key))
                 continue
             name = content.decode("utf-8", "replace").strip()
             label = classes.label(name)
@@ -190,7 +178,7 @@ class LabelledTar(LabelledPart):
             except BadSample as error:
                 if error.cause != "text_missing":
                     self._unreadable[row] = error.cause
-                    self.problems[error.cause].append(self.where(row))
+                    self.problems[error.cause].append(self.where(self.key(row)))
             images.append(image)
         self._images = np.array(images, np.int64).reshape(-1, 2)
 
@@ -210,22 +198,14 @@ class LabelledTar(LabelledPart):
 
 
 class ClassFolder(LabelledPart):
-    """A folder of images, named by the id of their class; hidden files are ignored.
-
-    Args:
-        path: The path of the folder.
-        classes: The known classes.
-
-    Raises:
-        OSError: when the file system does not answer.
-    """
+    """A folder of images, named by the id of their class; hidden files are ignored."""
 
     def __init__(self, path: Path, classes: ClassLabels) -> None:
         super().__init__(path)
         images, others = [], []
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.name.lower().endswith(_IMAGE_EXTENSIONS):
+                if entry.name.lower().endswith(IMAGE_SUFFIXES):
                     images.append(entry.name)
                 elif not entry.is_dir():
                     others.append(entry.name)
@@ -235,7 +215,7 @@ class ClassFolder(LabelledPart):
             return
         self._fill(keys, [classes.ids[path.name]] * len(keys))
         for name in _visible(others):
-            self.problems["image_extension"].append(self._where(f"{path.name}/{name}"))
+            self.problems["image_extension"].append(self.where(f"{path.name}/{name}"))
 
     def read(self, row: int) -> tuple[bytes, str]:
         with open(self.path.parent / self.key(row), "rb") as file:
@@ -248,7 +228,7 @@ class ClassFolder(LabelledPart):
         files = (self.path.parent / self.key(row) for row in range(len(self.labels)))
         return f"{self.path.name} {[_identity(os.stat(file)) for file in files]}"
 
-    def _where(self, key: str) -> str:
+    def where(self, key: str) -> str:
         return f"image {self.path.parent / key}"
 
 

@@ -5,10 +5,8 @@ Resize modes are those of img2dataset; pixels are decoded as in training.
 
 import csv
 import hashlib
-import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,13 +14,14 @@ from typing import Literal, get_args
 from PIL import Image
 
 from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample, encode_jpeg
-from ds_linclip.data.tar_index import BadSample
+from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample
 from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
     MAX_PIXELS,
     MAX_TEXT_BYTES,
     decode_image,
     decode_text,
+    open_image,
 )
 
 __all__ = ["RESIZE_MODES", "PairLoader", "PairSet", "ResizeMode", "csv_pairs", "folder_pairs"]
@@ -30,7 +29,6 @@ __all__ = ["RESIZE_MODES", "PairLoader", "PairSet", "ResizeMode", "csv_pairs", "
 ResizeMode = Literal["no", "border", "keep_ratio", "center_crop"]
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 _MAX_JPEG_SIDE = 65500  # the limit of libjpeg; the format itself allows 65535
 _MAX_FIELD = 2**31 - 1  # fits into a C long on every platform
@@ -38,20 +36,13 @@ _MAX_FIELD = 2**31 - 1  # fits into a C long on every platform
 
 @dataclass(frozen=True)
 class PairSet:
-    """A list of image-text pairs whose image files have not been read yet.
+    """A list of image-text pairs whose image files have not been read yet."""
 
-    Attributes:
-        root: The folder that relative image paths start from.
-        images: The paths of the images.
-        captions: The caption of each image, None where the table has none. If the whole list is
-            None, each caption is in a ``.txt`` file beside its image.
-        fingerprint: A hash that changes when the files change.
-    """
-
-    root: str
-    images: list[str]
+    root: str  # the folder that relative image paths start from
+    images: list[str]  # paths
+    #: None where the table has none; a None for all: in a ``.txt`` file beside each image.
     captions: list[str | None] | None
-    fingerprint: str
+    fingerprint: str  # changes when the files change
 
 
 def folder_pairs(folder: Path) -> PairSet:
@@ -67,14 +58,14 @@ def folder_pairs(folder: Path) -> PairSet:
     digest = hashlib.sha256()
     for path in sorted(_files_below(folder)):
         suffix = os.path.splitext(path)[1].lower()
-        if suffix in _IMAGE_SUFFIXES:
+        if suffix in IMAGE_SUFFIXES:
             images.append(path)
-        if suffix in (*_IMAGE_SUFFIXES, ".txt"):
+        if suffix in (*IMAGE_SUFFIXES, ".txt"):
             file = folder / path
             state = file.stat() if file.exists() else file.lstat()  # a link may be broken
             digest.update(os.fsencode(path) + b"\0%d %d\0" % (state.st_size, state.st_mtime_ns))
     if not images:
-        raise ValueError(f"source ({folder}) must hold images ({', '.join(_IMAGE_SUFFIXES)})")
+        raise ValueError(f"source ({folder}) must hold images ({', '.join(IMAGE_SUFFIXES)})")
     return PairSet(str(folder), images, None, digest.hexdigest())
 
 
@@ -93,12 +84,10 @@ def csv_pairs(file: Path, *, image_column: str, caption_column: str, separator: 
     if len(separator) != 1 or separator in '"\r\n':
         raise ValueError(f"separator ({separator!r}) must be one character, no quote or line end")
     images, captions = [], []
-    # A caption that is not UTF-8 makes one bad sample, not a bad table.
-    with (
-        open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines,
-        _fields_of_any_length(),
-    ):
+    # A caption that is not UTF-8, or very long, makes one bad sample, not a bad table.
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=separator, strict=True)
+        limit = csv.field_size_limit(_MAX_FIELD)
         try:
             columns = reader.fieldnames or []
             for name, value in (("image_column", image_column), ("caption_column", caption_column)):
@@ -111,6 +100,8 @@ def csv_pairs(file: Path, *, image_column: str, caption_column: str, separator: 
             raise ValueError(
                 f"source ({file}) must be a csv file: line {reader.reader.line_num}: {error}"
             ) from error
+        finally:
+            csv.field_size_limit(limit)  # it is global
     if not images:
         raise ValueError(f"source ({file}) must hold rows")
     with open(file, "rb") as content:
@@ -123,7 +114,7 @@ class PairLoader:
     """A picklable function that reads, checks and resizes one pair.
 
     Attributes:
-        root: The folder that relative image paths start from.
+        root: See :class:`PairSet`.
         resize: "no" keeps the bytes of the file, after decoding them as a check; "border" scales
             the longer side to ``image_size`` and fills the square with white; "keep_ratio" scales
             the shorter side to it; "center_crop" also crops the central square.
@@ -143,49 +134,33 @@ class PairLoader:
         url, text, caption_in_file = pair
         readable_url = os.fsencode(url).decode("utf-8", "replace")
         path = os.path.join(self.root, url)
-        caption = None
+        caption, step = None, "download"
         try:
             if caption_in_file:
                 caption = decode_text(_read(os.path.splitext(path)[0] + ".txt", "text"))
             else:
                 caption = _checked_text(text)
             content = _read(path, "image")
+            step = "resize"
+            image = decode_image(content)
+            original_size = image.size
+            if self.resize == "no":
+                stored, extension = content, _EXTENSIONS[open_image(content).format or ""]
+            else:
+                image = _resized(image, self.resize, self.image_size)
+                stored, extension = encode_jpeg(image), "jpg"
         except BadSample as error:
-            return FailedSample(readable_url, caption, "failed_to_download", error.cause)
-        try:
-            return self._encode(content, caption, readable_url)
-        except BadSample as error:
-            return FailedSample(readable_url, caption, "failed_to_resize", error.cause)
-
-    def _encode(self, content: bytes, caption: str, url: str) -> EncodedSample:
-        image = decode_image(content)
-        original_size = image.size
-        if self.resize == "no":
-            with Image.open(io.BytesIO(content), formats=tuple(_EXTENSIONS)) as opened:
-                stored, extension = content, _EXTENSIONS[opened.format or ""]
-        else:
-            image = _resized(image, self.resize, self.image_size)
-            stored, extension = encode_jpeg(image), "jpg"
+            return FailedSample(readable_url, caption, f"failed_to_{step}", error.cause)
         return EncodedSample(
             image=stored,
             extension=extension,
             caption=caption,
-            url=url,
+            url=readable_url,
             size=image.size,
             original_size=original_size,
             exif=None,
             sha256=hashlib.sha256(content).hexdigest(),
         )
-
-
-@contextmanager
-def _fields_of_any_length() -> Iterator[None]:
-    """Lift csv's limit, which is global: a long caption makes one bad sample, not a bad table."""
-    before = csv.field_size_limit(_MAX_FIELD)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
 
 
 def _files_below(folder: Path) -> Iterator[str]:

@@ -10,17 +10,19 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import cache, partial
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
+from ds_linclip.data.parallel_map import num_usable_cores, ordered_map
 from ds_linclip.data.prepare.inspection_figure import draw_inspection
 from ds_linclip.data.prepare.inspection_report import (
     CONTEXT_LENGTH,
@@ -28,9 +30,8 @@ from ds_linclip.data.prepare.inspection_report import (
     summarise,
     to_text,
 )
-from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
-from ds_linclip.data.remote import Storage, is_remote, redact
-from ds_linclip.data.sample_reader import ShardProblem, open_shard
+from ds_linclip.data.remote import Storage, is_remote, local_path, redact
+from ds_linclip.data.sample_reader import open_shard
 from ds_linclip.data.shard_index import Shard, find_shards
 from ds_linclip.data.tar_index import BadSample, OpenShard
 from ds_linclip.data.transforms import (
@@ -79,43 +80,39 @@ def inspect_shards(
             that ``write_sizes`` does not allow.
         OSError: when a shard cannot be reached or ``sizes.json`` cannot be written.
     """
-    limits = {"max_shards": max_shards, "max_samples": max_samples, "workers": num_workers}
-    for name, value in limits.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} ({value}) must be at least 1")
-        if write_sizes and value is not None and name != "workers":
+    for name, value in (("max_shards", max_shards), ("max_samples", max_samples)):
+        _check_at_least_one(name, value)
+        if write_sizes and value is not None:
             raise ValueError(f"{name} ({value}) must be left out with write_sizes")
+    _check_at_least_one("workers", num_workers)
     if write_sizes:
-        for pattern in patterns:
-            _local_path(pattern)
+        _check_local(patterns)
     sources = [Source(shards=pattern) for pattern in patterns]
     groups = find_shards(sources, _storage(cache_dir), count_headers=False)
     listed = [shard for group in groups for shard in group.shards]
-    sizes = _SizesFiles(listed if write_sizes else [])
+    if write_sizes:
+        _check_writable(listed)
     shards = [listed[i] for i in _spread(len(listed), max_shards)]
     quotas: list[int | None] = [None] * len(shards)
     if max_samples is not None:
         ends = [max_samples * i // len(shards) for i in range(len(shards) + 1)]
         quotas = [end - start for start, end in pairwise(ends)]
     total = ShardFindings()
+    sizes: dict[Path, int | None] = {}
     start = time.perf_counter()
     inspect = partial(_inspect, decode=decode, cache_dir=cache_dir)
     found = ordered_map(inspect, zip(shards, quotas, strict=True), num_workers=num_workers)
     with closing(found), tqdm(found, total=len(shards), unit="shard") as progress:
         for shard, findings in zip(shards, progress, strict=True):
             total.add(findings)
-            if write_sizes and findings.is_whole:
-                sizes.add(shard, findings.found)
+            if write_sizes:
+                sizes[Path(local_path(shard.url))] = findings.found if findings.is_whole else None
     seconds = time.perf_counter() - start
     return {
         "patterns": list(patterns),
         "decode": decode,
-        "shards": {
-            "listed": len(listed),
-            "inspected": len(shards),
-            "unsized": total.unsized,
-        },
-        "sizes_files": sizes.write(),
+        "shards": {"listed": len(listed), "inspected": len(shards), "unsized": total.unsized},
+        "sizes_files": _write_sizes(sizes) if write_sizes else {},
         **summarise(total, seconds=seconds, num_workers=num_workers),
     }
 
@@ -130,7 +127,11 @@ def _inspect(
     expected = shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
     findings = ShardFindings(expected=expected, unsized=int(not shard.exact))
     for problem in problems:
-        _note(findings, problem)
+        excess = problem.found - problem.expected
+        count = max(0, excess if problem.cause in ("shard_long", "keys_repeated") else -excess)
+        findings.samples_by_cause[problem.cause] += count
+        findings.shards_by_cause[problem.cause] += 1
+        findings.problems.append(asdict(problem) | {"samples": count})
     if isinstance(opened, OpenShard):
         with closing(opened):
             findings.found = len(opened)
@@ -175,53 +176,42 @@ def _read_sample(opened: OpenShard, index: int, findings: ShardFindings, *, deco
     findings.modes[mode] += 1
 
 
-def _note(findings: ShardFindings, problem: ShardProblem) -> None:
-    missing = problem.expected - problem.found
-    if problem.cause in ("shard_long", "keys_repeated"):
-        missing = -missing  # samples beyond the expected ones
-    problem_samples = max(0, missing)
-    findings.samples_by_cause[problem.cause] += problem_samples
-    findings.shards_by_cause[problem.cause] += 1
-    findings.problems.append(asdict(problem) | {"samples": problem_samples})
-
-
 def _spread(length: int, limit: int | None) -> list[int]:
     """Return at most ``limit`` evenly spaced indices below ``length``."""
     count = length if limit is None else min(length, limit)
     return [i * length // count for i in range(count)]
 
 
-class _SizesFiles:
-    """The files ``sizes.json`` in the folders of local shards."""
-
-    def __init__(self, shards: Iterable[Shard]) -> None:
-        self._num_shards = Counter(_local_path(shard.url).parent for shard in shards)
-        self._sizes: dict[Path, dict[str, int]] = {folder: {} for folder in self._num_shards}
-        for folder in self._num_shards:
-            if not os.access(folder, os.W_OK):  # reported now, not after hours of reading
-                raise PermissionError(f"write_sizes must be able to write into {folder}")
-
-    def add(self, shard: Shard, num_samples: int) -> None:
-        path = _local_path(shard.url)
-        self._sizes[path.parent][path.name] = num_samples
-
-    def write(self) -> dict[str, dict[str, int]]:
-        """Update the files; return the number of shards and of written entries for each file."""
-        report = {}
-        for folder, sizes in self._sizes.items():
-            path = folder / "sizes.json"
-            before = json.loads(path.read_text()) if path.exists() else {}
-            content = json.dumps(before | sizes, indent=4, sort_keys=True)
-            write_atomically(path, content + "\n")
-            report[str(path)] = {"shards": self._num_shards[folder], "written": len(sizes)}
-        return report
+def _check_at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} ({value}) must be at least 1")
 
 
-def _local_path(url: str) -> Path:
-    if is_remote(url):
+def _check_local(urls: Iterable[str]) -> None:
+    for url in filter(is_remote, urls):
         raise ValueError(f"write_sizes needs local shards; {redact(url)} is remote")
-    scheme, mark, path = url.partition("://")
-    return Path(path if mark and scheme.lower() in ("file", "local") else url)
+
+
+def _check_writable(shards: Sequence[Shard]) -> None:
+    """Check before hours of reading that ``sizes.json`` can be written beside the shards."""
+    _check_local(shard.url for shard in shards)
+    for folder in {Path(local_path(shard.url)).parent for shard in shards}:
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"write_sizes must be able to write into {folder}")
+
+
+def _write_sizes(sizes: Mapping[Path, int | None]) -> dict[str, dict[str, int]]:
+    """Update every ``sizes.json``; return its numbers of shards and of written entries."""
+    report = {}
+    folder_of = attrgetter("parent")
+    for folder, paths in groupby(sorted(sizes, key=folder_of), folder_of):
+        found = {path.name: sizes[path] for path in paths}
+        whole = {name: size for name, size in found.items() if size is not None}
+        path = folder / "sizes.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        write_atomically(path, json.dumps(before | whole, indent=4, sort_keys=True) + "\n")
+        report[str(path)] = {"shards": len(found), "written": len(whole)}
+    return report
 
 
 @cache
@@ -238,22 +228,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, also for damaged shards, or 2."""
     options = _parser().parse_args(arguments)
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        report = inspect_shards(
-            options.patterns,
-            max_shards=options.max_shards,
-            max_samples=options.max_samples,
-            num_workers=options.workers,
-            decode=options.decode,
-            cache_dir=options.cache_dir,
-            write_sizes=options.write_sizes,
-        )
-        (options.out / "report.json").write_text(json.dumps(report, indent=4) + "\n")
-        draw_inspection(report).savefig(options.out / "report.png")
+        settings = vars(options)
+        out = settings.pop("out")
+        out.mkdir(parents=True, exist_ok=True)
+        report = inspect_shards(**settings)
+        (out / "report.json").write_text(json.dumps(report, indent=4) + "\n")
+        draw_inspection(report).savefig(out / "report.png")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{to_text(report)}\nreport: {options.out}/report.json, report.png\n")
+    sys.stdout.write(f"{to_text(report)}\nreport: {out}/report.json, report.png\n")
     return 0
 
 
@@ -262,29 +246,27 @@ def _parser() -> argparse.ArgumentParser:
         prog="ds-linclip inspect-shards",
         description="Report the content of shards and the samples that training cannot use.",
     )
-    parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="shards, as in data.train")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-    parser.add_argument(
-        "--max-shards", type=int, metavar="N", help="inspect N shards, evenly spaced"
-    )
-    parser.add_argument(
-        "--max-samples", type=int, metavar="N", help="read at most N samples, evenly spaced"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("patterns", nargs="+", metavar="PATTERN", help="shards, as in data.train")
+    add("--out", type=Path, required=True, help="folder of the report")
+    add("--max-shards", type=int, metavar="N", help="inspect N shards, evenly spaced")
+    add("--max-samples", type=int, metavar="N", help="read at most N samples, evenly spaced")
+    add(
         "--workers",
         type=int,
         default=num_usable_cores(),
+        dest="num_workers",
         metavar="N",
         help="processes; default: one per core",
     )
-    parser.add_argument(
+    add(
         "--decode",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="decode images instead of reading only their headers; default: yes",
     )
-    parser.add_argument("--cache-dir", metavar="DIR", help="folder for copies of remote shards")
-    parser.add_argument(
+    add("--cache-dir", metavar="DIR", help="folder for copies of remote shards")
+    add(
         "--write-sizes",
         action="store_true",
         help="write the number of samples of local shards to sizes.json beside them",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -21,15 +20,9 @@ _MAX_CAUSES = 14
 
 
 def draw_inspection(report: Mapping[str, Any]) -> Figure:
-    """Draw the report of :func:`ds_linclip.data.prepare.inspect_shards.inspect_shards`.
-
-    Returns:
-        A figure with an Agg canvas, ready for ``savefig``.
-    """
-    figure = Figure(
-        figsize=(11, 7.4), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-    )
-    FigureCanvasAgg(figure)
+    """Draw the report of :func:`~ds_linclip.data.prepare.inspect_shards.inspect_shards`."""
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(11, 7.4), dpi=120, layout=layout)
     samples = report["samples"]
     figure.suptitle(
         f"{report['shards']['inspected']:,} shards: {samples['expected']:,} samples expected, "
@@ -104,13 +97,8 @@ def _style(axes: Axes, title: str, label: str) -> None:
 def _mark(axes: Axes, x: float, text: str, colour: str) -> None:
     """Draw a labelled vertical line."""
     axes.axvline(x, color=colour, linewidth=1.2)
-    axes.annotate(
-        f" {text}",
-        (x, 1.0),
-        xycoords=("data", "axes fraction"),
-        va="top",
-        color=colour,
-        fontsize=9,
+    axes.text(
+        x, 1.0, f" {text}", transform=axes.get_xaxis_transform(), va="top", color=colour, fontsize=9
     )
 
 

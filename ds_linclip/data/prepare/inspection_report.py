@@ -1,7 +1,7 @@
 """The report of an inspection: findings of shards, added up and summarised."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,35 +13,24 @@ CONTEXT_LENGTH = 77
 
 _MAX_PROBLEMS_LISTED = 1000
 _NUM_BINS = 32
+_LENGTHS = ("caption_characters", "caption_tokens", "image_width", "image_height", "image_bytes")
 
 
 @dataclass
 class ShardFindings:
-    """The findings of one shard, or the sum of those of several.
+    """The findings of one shard, or the sum of those of several."""
 
-    Attributes:
-        expected: The number of samples by the stated sizes of the shards.
-        unsized: The number of shards without a stated size, which are taken to be complete.
-        found: The number of samples in the tars.
-        read: The number of samples that were read.
-        bytes_read: The bytes that were read.
-        seconds: The time of reading and decoding, summed over workers.
-        samples_by_cause, shards_by_cause: The number of samples and of shards with each defect.
-        problems: The defects of single shards.
-        characters, tokens: Usable samples by the length of their caption.
-        sizes, image_bytes, formats, modes: Usable samples by (width, height) in pixels, size of the
-            file, and Pillow's format and mode.
-    """
-
-    expected: int = 0
-    unsized: int = 0
-    found: int = 0
-    read: int = 0
+    expected: int = 0  # samples by the stated sizes of the shards
+    unsized: int = 0  # shards without a stated size, which are taken to be complete
+    found: int = 0  # samples in the tars
+    read: int = 0  # samples
     bytes_read: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of reading and decoding, summed over workers
     samples_by_cause: Counter[str] = field(default_factory=Counter)
     shards_by_cause: Counter[str] = field(default_factory=Counter)
-    problems: list[dict[str, str | int]] = field(default_factory=list)
+    problems: list[dict[str, str | int]] = field(default_factory=list)  # of single shards
+    # Usable samples by length of the caption, (width, height) in pixels, size of the file, and
+    # Pillow's format and mode.
     characters: Counter[int] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -65,7 +54,7 @@ class ShardFindings:
 
 
 def summarise(total: ShardFindings, *, seconds: float, num_workers: int) -> dict[str, Any]:
-    """Return counts, distributions and throughput, ready for JSON.
+    """Return counts, distributions and throughput of all shards, ready for JSON.
 
     Args:
         total: The findings of all shards.
@@ -73,9 +62,13 @@ def summarise(total: ShardFindings, *, seconds: float, num_workers: int) -> dict
         num_workers: The number of processes.
     """
     usable = total.characters.total()
-    widths, heights = (_marginal(total.sizes, axis) for axis in (0, 1))
-    sides = _edges([*widths, *heights], log=True)
+    widths, heights = Counter[int](), Counter[int]()
+    for (width, height), count in total.sizes.items():
+        widths[width] += count
+        heights[height] += count
+    sides = _log_edges([*widths, *heights])
     truncated = sum(n for length, n in total.tokens.items() if length > CONTEXT_LENGTH)
+    busy, megabytes = max(total.seconds, 1e-9), total.bytes_read / 1e6
     return {
         "samples": {
             "expected": total.expected,
@@ -88,42 +81,28 @@ def summarise(total: ShardFindings, *, seconds: float, num_workers: int) -> dict
             for cause, shards in sorted(total.shards_by_cause.items())
         },
         "problems": total.problems[:_MAX_PROBLEMS_LISTED],
-        "caption_characters": _distribution(
-            total.characters, _edges(list(total.characters), log=True)
-        ),
+        "caption_characters": _distribution(total.characters, _log_edges(total.characters)),
         "caption_tokens": {
-            **_distribution(total.tokens, _edges(list(total.tokens), log=False)),
+            **_distribution(total.tokens, _even_edges(total.tokens)),
             "context_length": CONTEXT_LENGTH,
             "truncated": truncated,
             "truncated_share": truncated / max(1, usable),
         },
         "image_width": _distribution(widths, sides),
         "image_height": _distribution(heights, sides),
-        "image_bytes": _distribution(total.image_bytes, _edges(list(total.image_bytes), log=True)),
+        "image_bytes": _distribution(total.image_bytes, _log_edges(total.image_bytes)),
         "image_sizes": [[*size, n] for size, n in _most_common(total.sizes)[:20]],
         "formats": dict(_most_common(total.formats)),
         "modes": dict(_most_common(total.modes)),
-        "throughput": _throughput(total, seconds, num_workers),
+        "throughput": {
+            "workers": num_workers,
+            "seconds": seconds,
+            "samples_per_second": total.read / seconds,
+            "mb_per_second": megabytes / seconds,
+            "samples_per_second_per_worker": total.read / busy,
+            "mb_per_second_per_worker": megabytes / busy,
+        },
     }
-
-
-def _throughput(total: ShardFindings, seconds: float, num_workers: int) -> dict[str, float]:
-    busy = max(total.seconds, 1e-9)
-    return {
-        "workers": num_workers,
-        "seconds": seconds,
-        "samples_per_second": total.read / seconds,
-        "mb_per_second": total.bytes_read / 1e6 / seconds,
-        "samples_per_second_per_worker": total.read / busy,
-        "mb_per_second_per_worker": total.bytes_read / 1e6 / busy,
-    }
-
-
-def _marginal(sizes: Mapping[tuple[int, int], int], axis: int) -> Counter[int]:
-    counts: Counter[int] = Counter()
-    for size, n in sizes.items():
-        counts[size[axis]] += n
-    return counts
 
 
 def _most_common(counts: Mapping[Any, int]) -> list[tuple[Any, int]]:
@@ -131,11 +110,14 @@ def _most_common(counts: Mapping[Any, int]) -> list[tuple[Any, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _edges(values: Sequence[int], *, log: bool) -> np.ndarray:
-    low, high = (min(values), max(values)) if values else (1, 1)
-    if log:
-        # A single value still gets a visible bar.
-        return np.geomspace(max(0.5, 0.8 * low), 1.25 * high, _NUM_BINS + 1)
+def _log_edges(values: Collection[int]) -> np.ndarray:
+    low, high = min(values, default=1), max(values, default=1)
+    # A single value still gets a visible bar.
+    return np.geomspace(max(0.5, 0.8 * low), 1.25 * high, _NUM_BINS + 1)
+
+
+def _even_edges(values: Collection[int]) -> np.ndarray:
+    low, high = min(values, default=1), max(values, default=1)
     step = -(-(high - low + 1) // _NUM_BINS)
     return np.arange(low, high + step + 1, step) - 0.5
 
@@ -163,37 +145,30 @@ def _distribution(counts: Mapping[int, int], edges: np.ndarray) -> dict[str, Any
 
 def to_text(report: Mapping[str, Any]) -> str:
     """Return the report as a table for a terminal."""
-    samples, tokens = report["samples"], report["caption_tokens"]
-    speed = report["throughput"]
+    shards, samples, speed = report["shards"], report["samples"], report["throughput"]
     lines = [
-        f"{report['shards']['inspected']} of {report['shards']['listed']} shards: "
-        f"{samples['expected']} samples expected, {samples['found']} found, "
-        f"{samples['read']} read, {samples['usable']} usable",
+        f"{shards['inspected']} of {shards['listed']} shards: {samples['expected']} samples "
+        f"expected, {samples['found']} found, {samples['read']} read, {samples['usable']} usable",
         f"{'cause':24} {'samples':>10} {'shards':>8}",
     ]
     lines += [
         f"{cause:24} {counts['samples']:10} {counts['shards']:8}"
         for cause, counts in report["causes"].items()
     ] or ["none"]
-    if report["shards"]["unsized"]:
+    if shards["unsized"]:
         lines.append(
-            f"{report['shards']['unsized']} shards have neither sizes.json nor _stats.json and "
-            "may be incomplete"
+            f"{shards['unsized']} shards have neither sizes.json nor _stats.json and may be "
+            "incomplete"
         )
     lines.append(f"{'usable samples':18} {'p5':>9} {'median':>9} {'p95':>9} {'max':>9}")
-    for name in (
-        "caption_characters",
-        "caption_tokens",
-        "image_width",
-        "image_height",
-        "image_bytes",
-    ):
+    for name in _LENGTHS:
         numbers = [report[name].get(key, 0) for key in ("p5", "median", "p95", "max")]
         lines.append(f"{name:18} " + " ".join(f"{number:9}" for number in numbers))
     for name in ("formats", "modes"):
         lines.append(f"{name}: {', '.join(f'{key} {n}' for key, n in report[name].items())}")
+    share = report["caption_tokens"]["truncated_share"]
     lines += [
-        f"captions over {tokens['context_length']} tokens: {tokens['truncated_share']:.2%}"
+        f"captions over {CONTEXT_LENGTH} tokens: {share:.2%}"
         if samples["usable"]
         else "no usable sample",
         f"{speed['samples_per_second']:.0f} samples/s, {speed['mb_per_second']:.1f} MB/s with "

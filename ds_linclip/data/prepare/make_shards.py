@@ -8,15 +8,17 @@ import argparse
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from ds_linclip.data.parallel_map import num_usable_cores, ordered_map
 from ds_linclip.data.prepare import digits, synthetic_scenes
-from ds_linclip.data.prepare.atomic_dataset import write_once
 from ds_linclip.data.prepare.image_text_files import (
     RESIZE_MODES,
     PairLoader,
@@ -25,10 +27,10 @@ from ds_linclip.data.prepare.image_text_files import (
     csv_pairs,
     folder_pairs,
 )
-from ds_linclip.data.prepare.parallel_map import num_usable_cores, ordered_map
 from ds_linclip.data.prepare.shard_writer import (
-    EncodedSample,
+    RawSample,
     write_labelled_folder,
+    write_once,
     write_train_shard,
 )
 
@@ -43,32 +45,22 @@ _DIGIT_SHARDS = 8
 def make_digits(out: Path, *, image_size: int = 32, seed: int = 0) -> bool:
     """Write the captioned digits: ``OUT/train`` (8 shards) and ``OUT/test`` (the held-out fifth).
 
-    Args:
-        out: A folder that does not exist, is empty, or holds the same data set.
-        image_size: The side of the images in pixels.
-        seed: The seed of the captions.
-
-    Returns:
-        Whether the data set was written; False when ``out`` held it already.
-
-    Raises:
-        ValueError: for a number that is too small, or when ``out`` holds anything else.
+    Arguments, result and errors are those of :func:`make_scenes`; ``seed`` is that of the captions.
     """
     _check_at_least(1, image_size=image_size)
     _check_at_least(0, seed=seed)
     record = {"name": "digits", "image_size": image_size, "seed": seed}
 
     def write(folder: Path) -> None:
-        train = list(digits.digit_samples("train", image_size=image_size, seed=seed))
-        (folder / "train").mkdir()
-        for number in tqdm(range(_DIGIT_SHARDS), desc="digits", unit="shard"):
-            samples = (sample.encode() for sample in train[number::_DIGIT_SHARDS])
-            write_train_shard(folder / "train", number, samples)
+        train, test = (
+            digits.digit_samples(split, image_size=image_size, seed=seed)
+            for split in ("train", "test")
+        )
+        samples = list(train)
+        shards = (samples[number::_DIGIT_SHARDS] for number in range(_DIGIT_SHARDS))
+        _write_shards(folder / "train", shards, len(samples), "digits")
         write_labelled_folder(
-            folder / "test",
-            digits.digit_samples("test", image_size=image_size, seed=seed),
-            classnames=digits.CLASSNAMES,
-            templates=digits.TEMPLATES,
+            folder / "test", test, classnames=digits.CLASSNAMES, templates=digits.TEMPLATES
         )
 
     return write_once(out, record, write)
@@ -90,10 +82,9 @@ def make_scenes(
 
     Args:
         out: A folder that does not exist, is empty, or holds the same data set.
-        num_shards: The number of training shards.
-        samples_per_shard: The number of scenes in each of them.
+        num_shards, samples_per_shard: The number of training shards, and of scenes in each of them.
         image_size: The side of the images in pixels.
-        seed: The seed of all scenes.
+        seed: The seed of all scenes, not negative.
         num_test: The number of scenes in each held-out folder.
 
     Returns:
@@ -114,16 +105,14 @@ def make_scenes(
         "num_test": num_test,
     }
 
-    def scene(index: int) -> EncodedSample:
-        return synthetic_scenes.training_scene(index, image_size=image_size, seed=seed).encode()
-
     def write(folder: Path) -> None:
-        (folder / "train").mkdir()
-        with tqdm(total=num_shards * samples_per_shard, desc="scenes", unit="image") as progress:
-            for number in range(num_shards):
-                first = number * samples_per_shard
-                samples = map(scene, range(first, first + samples_per_shard))
-                progress.update(write_train_shard(folder / "train", number, samples).total())
+        total = num_shards * samples_per_shard
+        scenes = (
+            synthetic_scenes.training_scene(index, image_size=image_size, seed=seed)
+            for index in range(total)
+        )
+        shards = (islice(scenes, samples_per_shard) for _ in range(num_shards))
+        _write_shards(folder / "train", shards, total, "scenes")
         for split in ("test", "test_unseen") if num_test else ():
             write_labelled_folder(
                 folder / split,
@@ -152,7 +141,7 @@ def make_pairs(
     A bad pair becomes a failed row of the parquet, like a failed download of img2dataset.
 
     Args:
-        out: A folder that does not exist, is empty, or holds the same data set.
+        out: See :func:`make_scenes`.
         pairs: The pairs to write.
         samples_per_shard: The number of pairs per shard, failed ones included.
         resize: See :class:`ds_linclip.data.prepare.image_text_files.PairLoader`.
@@ -171,8 +160,7 @@ def make_pairs(
     """
     _check_samples_per_shard(samples_per_shard)
     _check_at_least(1, workers=num_workers)
-    if shuffle_seed is not None:
-        _check_at_least(0, shuffle_seed=shuffle_seed)
+    _check_at_least(0, shuffle_seed=shuffle_seed or 0)
     record = {
         "name": "pairs",
         "num_pairs": len(pairs.images),
@@ -211,55 +199,56 @@ def make_pairs(
     return counts if write_once(out, record, write) else None
 
 
+def _write_shards(
+    folder: Path, shards: Iterable[Iterable[RawSample]], num_samples: int, name: str
+) -> None:
+    folder.mkdir()
+    with tqdm(total=num_samples, desc=name, unit="image") as progress:
+        for number, shard in enumerate(shards):
+            counts = write_train_shard(folder, number, (sample.encode() for sample in shard))
+            progress.update(counts.total())
+
+
+def _check_at_least(minimum: int, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < minimum:
+            raise ValueError(f"{name} ({value}) must be at least {minimum}")
+
+
+def _check_samples_per_shard(value: int) -> None:
+    if not 1 <= value <= _MAX_SAMPLES_PER_SHARD:
+        raise ValueError(f"samples_per_shard ({value}) must be in 1 ... {_MAX_SAMPLES_PER_SHARD}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, or 2 for bad input."""
-    options = _parser().parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
+    command, out = options.pop("command"), options["out"]
     try:
-        summary = _run(options)
+        summary = _run(command, options)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{options.command} in {options.out}: {summary}\n")
+    sys.stdout.write(f"{command} in {out}: {summary}\n")
     return 0
 
 
-def _run(options: argparse.Namespace) -> str:
-    """Write the data set and return a summary of it."""
-    if options.command in ("digits", "scenes"):
-        if options.command == "digits":
-            written = make_digits(options.out, image_size=options.image_size, seed=options.seed)
-        else:
-            written = make_scenes(
-                options.out,
-                num_shards=options.num_shards,
-                samples_per_shard=options.samples_per_shard,
-                image_size=options.image_size,
-                seed=options.seed,
-                num_test=options.test,
-            )
-        return "written" if written else "already complete"
-    if options.command == "csv":
-        pairs = csv_pairs(
-            options.source,
-            image_column=options.image_column,
-            caption_column=options.caption_column,
-            separator="\t" if options.separator == r"\t" else options.separator,
-        )
+def _run(command: str, options: dict[str, Any]) -> str:
+    """Write the data set and return a summary; options have the names of the arguments above."""
+    if command in ("digits", "scenes"):
+        make: Callable[..., bool] = make_digits if command == "digits" else make_scenes
+        return "written" if make(**options) else "already complete"
+    source = options.pop("source")
+    if command == "csv":
+        names = ("image_column", "caption_column", "separator")
+        pairs = csv_pairs(source, **{name: options.pop(name) for name in names})
     else:
-        pairs = folder_pairs(options.source)
-    counts = make_pairs(
-        options.out,
-        pairs,
-        samples_per_shard=options.samples_per_shard,
-        resize=options.resize,
-        image_size=options.image_size,
-        shuffle_seed=options.shuffle_seed,
-        num_workers=options.workers,
-    )
-    last = (len(pairs.images) - 1) // options.samples_per_shard
+        pairs = folder_pairs(source)
+    counts = make_pairs(pairs=pairs, **options)
+    last = (len(pairs.images) - 1) // options["samples_per_shard"]
     name = "00000" if last == 0 else f"{{00000..{last:05d}}}"
     summary = "already complete" if counts is None else _summary(counts)
-    return f"{summary}\ndata.train=['{options.out}/{name}.tar']"
+    return f"{summary}\ndata.train=['{options['out']}/{name}.tar']"
 
 
 def _summary(counts: Counter[str]) -> str:
@@ -282,37 +271,38 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--num-shards", type=int, default=8, help="default: 8")
     command.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
-    command.add_argument("--test", type=int, default=0, help="scenes in each held-out folder")
-    folder = commands.add_parser("folder", help="images with captions in .txt files beside them")
-    folder.add_argument("source", type=Path, help="folder of images, searched recursively")
-    _add_pair_options(folder)
-    table = commands.add_parser("csv", help="images and captions named in a table")
-    table.add_argument("source", type=Path, help="table with a header line")
-    _add_pair_options(table)
-    table.add_argument("--image-column", default="filepath", help="default: filepath")
-    table.add_argument("--caption-column", default="title", help="default: title")
-    table.add_argument("--separator", default=r"\t", help=r"default: '\t', a tab")
+    command.add_argument(
+        "--test", dest="num_test", type=int, default=0, help="scenes in each held-out folder"
+    )
+    command = commands.add_parser("folder", help="images with captions in .txt files beside them")
+    command.add_argument("source", type=Path, help="folder of images, searched recursively")
+    _add_pair_options(command)
+    command = commands.add_parser("csv", help="images and captions named in a table")
+    command.add_argument("source", type=Path, help="table with a header line")
+    _add_pair_options(command)
+    command.add_argument("--image-column", default="filepath", help="default: filepath")
+    command.add_argument("--caption-column", default="title", help="default: title")
+    command.add_argument(
+        "--separator",
+        type=lambda word: "\t" if word == r"\t" else word,
+        default=r"\t",
+        help=r"default: '\t', a tab",
+    )
     return parser
 
 
 def _add_pair_options(command: argparse.ArgumentParser) -> None:
+    add = partial(command.add_argument, metavar="N")
+    most = _MAX_SAMPLES_PER_SHARD
     command.add_argument("out", type=Path, help="folder to write")
-    command.add_argument(
-        "--samples-per-shard",
-        type=int,
-        default=_MAX_SAMPLES_PER_SHARD,
-        metavar="N",
-        help="default and maximum: 10000",
-    )
+    add("--samples-per-shard", type=int, default=most, help=f"default and maximum: {most}")
     command.add_argument(
         "--resize",
         choices=RESIZE_MODES,
         default="no",
         help="img2dataset's resize_mode; default: no, which keeps the files as they are",
     )
-    command.add_argument(
-        "--image-size", type=int, metavar="N", help="side in pixels, unless --resize no"
-    )
+    add("--image-size", type=int, help="side in pixels, unless --resize no")
     command.add_argument(
         "--shuffle-seed",
         type=lambda word: None if word == "none" else int(word),
@@ -320,21 +310,10 @@ def _add_pair_options(command: argparse.ArgumentParser) -> None:
         metavar="SEED",
         help="seed of the order of pairs; none keeps the order of the source; default: 0",
     )
-    command.add_argument(
+    add(
         "--workers",
+        dest="num_workers",
         type=int,
         default=num_usable_cores(),
-        metavar="N",
         help="processes; default: one per core",
     )
-
-
-def _check_at_least(minimum: int, **numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < minimum:
-            raise ValueError(f"{name} ({value}) must be at least {minimum}")
-
-
-def _check_samples_per_shard(value: int) -> None:
-    if not 1 <= value <= _MAX_SAMPLES_PER_SHARD:
-        raise ValueError(f"samples_per_shard ({value}) must be in 1 ... {_MAX_SAMPLES_PER_SHARD}")

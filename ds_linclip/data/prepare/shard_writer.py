@@ -2,22 +2,24 @@
 
 Training shards have the format in which img2dataset writes LAION-400M (tar, parquet, and
 ``_stats.json`` last), held-out folders the format of clip_benchmark. The bytes depend only on the
-samples.
+samples. A data set is complete or not there.
 """
 
 import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from webdataset import TarWriter
+
+from ds_linclip.process.atomic import atomic_directory
 
 __all__ = [
     "EncodedSample",
@@ -25,111 +27,67 @@ __all__ = [
     "RawSample",
     "encode_jpeg",
     "write_labelled_folder",
+    "write_once",
     "write_train_shard",
 ]
 
-_PARQUET_SCHEMA = pa.schema(
+_RECORD = "dataset.json"
+#: Columns of the parquet, which are the fields of a sample's JSON.
+_TEXTS = ("url", "caption", "key", "status", "error_message")
+_SIDES = ("width", "height", "original_width", "original_height")
+_SCHEMA = pa.schema(
     [
-        ("url", pa.string()),
-        ("caption", pa.string()),
-        ("key", pa.string()),
-        ("status", pa.string()),
-        ("error_message", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("exif", pa.string()),
-        ("sha256", pa.string()),
+        *((name, pa.string()) for name in _TEXTS),
+        *((name, pa.int32()) for name in _SIDES),
+        *((name, pa.string()) for name in ("exif", "sha256")),
     ]
 )
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample that is ready to be written.
+    """A sample that is ready to be written."""
 
-    Attributes:
-        image: The bytes of the image file.
-        extension: The extension of its tar member: ``jpg``, ``png``, ``webp`` or ``gif``.
-        caption: The caption, not empty.
-        url: The source of the image.
-        size: Width and height in pixels.
-        original_size: Width and height in pixels before any scaling.
-        exif: The EXIF data as JSON; None: they were not read.
-        sha256: The hash of the image file before any scaling.
-    """
+    image: bytes  # the file
+    extension: str  # of its tar member: jpg, png, webp or gif
+    caption: str  # not empty
+    url: str  # the source of the image
+    size: tuple[int, int]  # (width, height) in pixels
+    original_size: tuple[int, int]  # the same before any scaling
+    exif: str | None  # as JSON; None: not read
+    sha256: str  # of the image file before any scaling
 
-    image: bytes
-    extension: str
-    caption: str
-    url: str
-    size: tuple[int, int]
-    original_size: tuple[int, int]
-    exif: str | None
-    sha256: str
-
-    def meta(self, key: str) -> dict[str, str | int | None]:
+    def meta(self, key: str) -> dict[str, Any]:
         """Return the fields of the JSON member and of the parquet row."""
-        return {
-            "url": self.url,
-            "caption": self.caption,
-            "key": key,
-            "status": "success",
-            "error_message": None,
-            "width": self.size[0],
-            "height": self.size[1],
-            "original_width": self.original_size[0],
-            "original_height": self.original_size[1],
-            "exif": self.exif,
-            "sha256": self.sha256,
-        }
+        texts = (self.url, self.caption, key, "success", None)
+        values = (*texts, *self.size, *self.original_size, self.exif, self.sha256)
+        return dict(zip(_SCHEMA.names, values, strict=True))
 
 
 @dataclass(frozen=True)
 class FailedSample:
-    """A source from which no sample could be made.
-
-    Attributes:
-        url: The source of the image.
-        caption: The caption; None when it is missing or unusable.
-        status: The step that failed, in img2dataset's words.
-        cause: The name under which the failure is counted.
-    """
+    """A source from which no sample could be made."""
 
     url: str
-    caption: str | None
-    status: Literal["failed_to_download", "failed_to_resize"]
-    cause: str
+    caption: str | None  # None: missing or unusable
+    status: str  # in img2dataset's words: failed_to_download or failed_to_resize
+    cause: str  # the name under which it is counted
 
-    def meta(self, key: str) -> dict[str, str | int | None]:
+    def meta(self, key: str) -> dict[str, Any]:
         """Return the fields of the parquet row."""
-        return {
-            "url": self.url,
-            "caption": self.caption,
-            "key": key,
-            "status": self.status,
-            "error_message": self.cause,
-        }
+        values = (self.url, self.caption, key, self.status, self.cause)
+        return dict(zip(_TEXTS, values, strict=True))
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """An image before it is encoded, with its caption and source.
-
-    Attributes:
-        image: The RGB image.
-        caption: The caption, not empty.
-        url: The source of the image.
-        original_size: Width and height in pixels before any scaling.
-        label: The class number; used in held-out folders only.
-    """
+    """An RGB image before it is encoded, with its caption and source as in an encoded sample."""
 
     image: Image.Image
     caption: str
     url: str
     original_size: tuple[int, int]
-    label: int = -1
+    label: int = -1  # the class number; used in held-out folders only
 
     def encode(self) -> EncodedSample:
         """Return the sample with its image as a JPEG file."""
@@ -156,14 +114,9 @@ def encode_jpeg(image: Image.Image) -> bytes:
 def write_train_shard(
     folder: Path, number: int, samples: Iterable[EncodedSample | FailedSample]
 ) -> Counter[str]:
-    """Write ``NNNNN.tar``, ``NNNNN.parquet`` and, last, ``NNNNN_stats.json``.
+    """Write ``NNNNN.tar``, ``NNNNN.parquet`` and, last, ``NNNNN_stats.json`` into a folder.
 
     A failed sample leaves a gap in the keys, a row in the parquet and a count in the statistics.
-
-    Args:
-        folder: An existing folder.
-        number: The number of the shard, its file name.
-        samples: The samples of the shard.
 
     Returns:
         The number of samples as ``success``, and of failures by cause.
@@ -172,23 +125,18 @@ def write_train_shard(
     rows = []
     with open(folder / f"{stem}.tar", "wb") as file, _tar_writer(file) as tar:
         for index, sample in enumerate(samples):
-            key = f"{stem}{index:04d}"
-            rows.append(sample.meta(key))
+            rows.append(sample.meta(f"{stem}{index:04d}"))
             if isinstance(sample, EncodedSample):
-                meta = json.dumps(rows[-1], indent=4).encode()
-                members = {sample.extension: sample.image, "json": meta}
-                tar.write({"__key__": key, **members, "txt": sample.caption.encode()})
-    pq.write_table(pa.Table.from_pylist(rows, _PARQUET_SCHEMA), folder / f"{stem}.parquet")
+                tar.write(_members(sample, rows[-1]))
+    pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), folder / f"{stem}.parquet")
     status = Counter(row["status"] for row in rows)
-    causes = Counter(str(row["error_message"] or "success") for row in rows)
+    causes = Counter(row["error_message"] or "success" for row in rows)
     stats = {
         "count": len(rows),
         "successes": status["success"],
         "failed_to_download": status["failed_to_download"],
         "failed_to_resize": status["failed_to_resize"],
-        "duration": 0.0,
-        "start_time": 0.0,
-        "end_time": 0.0,
+        **dict.fromkeys(("duration", "start_time", "end_time"), 0.0),
         "status_dict": dict(sorted(causes.items())),
     }
     (folder / f"{stem}_stats.json").write_text(json.dumps(stats, indent=4))
@@ -201,38 +149,73 @@ def write_labelled_folder(
     *,
     classnames: Sequence[str],
     templates: Sequence[str],
-) -> int:
-    """Write a held-out folder: class names, templates, and one tar in ``test``.
+) -> None:
+    """Write a held-out folder: one tar in ``test``, which must not exist yet, and two lists.
 
     Args:
-        folder: The folder, which must not have a ``test`` folder.
-        samples: The labelled samples.
+        folder, samples: The folder, and its labelled samples.
         classnames: The names of the classes, in the order of their labels.
         templates: Prompt templates with ``{c}`` for the name.
-
-    Returns:
-        The number of samples.
     """
     (folder / "test").mkdir(parents=True)
-    count = 0
     with open(folder / "test" / "0.tar", "wb") as file, _tar_writer(file) as tar:
         for index, sample in enumerate(samples):
-            key, encoded = f"s{index:07d}", sample.encode()
-            tar.write(
-                {
-                    "__key__": key,
-                    "jpg": encoded.image,
-                    "cls": str(sample.label).encode(),
-                    "txt": sample.caption.encode(),
-                    "json": json.dumps(encoded.meta(key), indent=4).encode(),
-                }
-            )
-            count += 1
+            encoded = sample.encode()
+            members = _members(encoded, encoded.meta(f"s{index:07d}"))
+            tar.write({**members, "cls": str(sample.label).encode()})
     (folder / "test" / "nshards.txt").write_text("1\n")
     (folder / "classnames.txt").write_text("\n".join(classnames) + "\n")
     (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates) + "\n")
-    return count
 
 
-def _tar_writer(file: io.BufferedWriter) -> TarWriter:
+def write_once(out: Path, record: Mapping[str, object], write: Callable[[Path], None]) -> bool:
+    """Write a data set into a new folder, unless the folder holds the same data set already.
+
+    Args:
+        out: A folder that does not exist, is empty, or holds the same data set.
+        record: The parameters of the data set, stored in ``dataset.json``.
+        write: Fills the folder that it is given; that folder is renamed to ``out`` at the end.
+
+    Returns:
+        Whether the data set was written; False when ``out`` held it already.
+
+    Raises:
+        ValueError: when ``out`` holds anything else.
+        OSError: when the folder cannot be written.
+    """
+    if _holds(out, record):
+        return False
+    try:
+        with atomic_directory(out) as folder:
+            write(folder)
+            (folder / _RECORD).write_text(json.dumps(record, indent=4) + "\n")
+    except OSError:
+        if _holds(out, record):  # another process has written it in the meantime
+            return False
+        raise
+    return True
+
+
+def _holds(out: Path, record: Mapping[str, object]) -> bool:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / _RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"out ({out}) must be empty or hold a complete data set") from error
+    if found != record:
+        raise ValueError(f"out ({out}) must be empty: it holds {found}, not {record}")
+    return True
+
+
+def _members(sample: EncodedSample, meta: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "__key__": meta["key"],
+        sample.extension: sample.image,
+        "json": json.dumps(meta, indent=4).encode(),
+        "txt": sample.caption.encode(),
+    }
+
+
+def _tar_writer(file: BinaryIO) -> TarWriter:
     return TarWriter(file, mtime=0, encoder=False)

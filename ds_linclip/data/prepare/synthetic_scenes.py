@@ -5,8 +5,9 @@ of colour and shape never occur in training scenes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -74,12 +75,12 @@ def training_scene(index: int, *, image_size: int, seed: int) -> RawSample:
     rng = np.random.default_rng([seed, 0, index])
     if rng.random() < 0.5:
         group = _random_group(rng)
-        place = _choice(rng, list(_PLACES))
+        place = _choice(rng, _PLACES)
         placed = [(group, _PLACES[place])]
         caption = f"{group.words()} {place}"
     else:
         first, second = _random_group(rng), _random_group(rng)
-        relation = _choice(rng, list(_RELATIONS))
+        relation = _choice(rng, _RELATIONS)
         placed = list(zip((first, second), _RELATIONS[relation], strict=True))
         caption = f"{first.words()} {relation} {second.words()}"
     return _sample(rng, placed, caption, f"scenes/{seed}/train/{index}", image_size)
@@ -100,25 +101,20 @@ def labelled_scenes(
     for index in range(num_samples):
         rng = np.random.default_rng([seed, stream, index])
         colour, shape = pairs[index % len(pairs)]
-        group = _Group(1, _choice(rng, list(_RADIUS)), colour, shape)
-        place = _choice(rng, list(_PLACES))
-        yield _sample(
-            rng,
-            [(group, _PLACES[place])],
-            f"{group.words()} {place}",
-            f"scenes/{seed}/{split}/{index}",
-            image_size,
-            label=_PAIRS.index((colour, shape)),
-        )
+        group = _Group(1, _choice(rng, _RADIUS), colour, shape)
+        place = _choice(rng, _PLACES)
+        caption, url = f"{group.words()} {place}", f"scenes/{seed}/{split}/{index}"
+        label = _PAIRS.index((colour, shape))
+        yield _sample(rng, [(group, _PLACES[place])], caption, url, image_size, label)
 
 
 def _random_group(rng: np.random.Generator) -> _Group:
     colour, shape = _SEEN[int(rng.integers(len(_SEEN)))]
-    return _Group(int(rng.integers(1, 4)), _choice(rng, list(_RADIUS)), colour, shape)
+    return _Group(int(rng.integers(1, 4)), _choice(rng, _RADIUS), colour, shape)
 
 
-def _choice(rng: np.random.Generator, words: list[str]) -> str:
-    return words[int(rng.integers(len(words)))]
+def _choice(rng: np.random.Generator, words: Mapping[str, Any]) -> str:
+    return list(words)[int(rng.integers(len(words)))]
 
 
 def _sample(

@@ -122,11 +122,7 @@ class RemoteFiles:
                 file.close()
 
     def start_of(self, url: str, num_bytes: int) -> bytes:
-        """Return the first bytes of a file, or all if it is shorter.
-
-        Raises:
-            RemoteError: see :meth:`retry`.
-        """
+        """Return the first bytes of a file, or all if it is shorter; errors as :meth:`retry`."""
 
         def attempt() -> bytes:
             with self.open(url) as source:
@@ -191,11 +187,8 @@ class RemoteFiles:
             }
             return {"client_kwargs": client}
         if scheme in ("s3", "s3a"):
-            config = {
-                "connect_timeout": connect,
-                "read_timeout": read,
-                "retries": {"total_max_attempts": 1},
-            }
+            once = {"total_max_attempts": 1}
+            config = {"connect_timeout": connect, "read_timeout": read, "retries": once}
             return {"config_kwargs": config, "use_listings_cache": False}
         if scheme in ("gs", "gcs"):
             return {"requests_timeout": timeout}

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,7 +28,7 @@ __all__ = ["CacheError", "DiskCache"]
 
 #: A copy, or the temporary file of one that is being written.
 _FILE = re.compile(r"(\.?)[0-9a-f]{16}-[\w.-]+", re.ASCII)
-_LOCK, _FETCHED_TWICE = ".lock", ".fetched-twice"
+_LOCK = ".lock"
 _GIB = 2**30
 _WAIT = 0.2  # seconds between two attempts to find room
 _MAX_WAITS = 10  # while no file is being written: one that has just come is open for a moment
@@ -41,10 +42,7 @@ class DiskCache:
     """A bounded folder of copies, of which the least recently used are evicted.
 
     The object holds no state but its settings, so processes and threads may each have their own.
-
-    Args:
-        folder: On a local disk; created when needed.
-        max_gib: Largest total size of all copies, including those being written.
+    The folder, on a local disk, is created when needed; ``max_gib`` includes what is being written.
     """
 
     def __init__(self, folder: str, max_gib: float) -> None:
@@ -53,11 +51,7 @@ class DiskCache:
         self._max_bytes = int(max_gib * _GIB)
 
     def check(self) -> None:
-        """Create the folder and check that it is writable.
-
-        Raises:
-            CacheError: naming ``data.cache.dir`` and what is wrong.
-        """
+        """Create the folder; raise a CacheError naming ``data.cache.dir`` if it is not writable."""
         with self._local_errors(), self._folder_locked():
             pass
 
@@ -102,9 +96,8 @@ class DiskCache:
         """Write a copy and open it; call it while holding :meth:`locked`.
 
         Args:
-            url: The remote file.
+            url, blocks: The remote file and its content.
             size: Bytes, if they are known beforehand.
-            blocks: Its content.
             wait: Whether to wait for room while other processes are writing copies.
 
         Raises:
@@ -136,16 +129,14 @@ class DiskCache:
         """Remove a copy; processes that have it open can still read it."""
         with self._local_errors():
             self._path(url).unlink(missing_ok=True)
-            self._path(url, _FETCHED_TWICE).unlink(missing_ok=True)
 
-    def mark_fetched_twice(self, url: str) -> None:
-        """Remember that a damaged copy was replaced, and that it need not be replaced again."""
+    def mark_fetched_twice(self, copy: BinaryIO) -> None:
+        """Make a copy read-only: it replaced a damaged one and need not be replaced again."""
         with self._local_errors():
-            self._path(url, _FETCHED_TWICE).touch()
+            os.fchmod(copy.fileno(), 0o444)
 
-    def was_fetched_twice(self, url: str) -> bool:
-        """Return whether the present copy replaced a damaged one."""
-        return self._path(url, _FETCHED_TWICE).exists()
+    def was_fetched_twice(self, copy: BinaryIO) -> bool:
+        return not os.fstat(copy.fileno()).st_mode & stat.S_IWUSR
 
     def _reserve(self, url: str, partial: Path, size: int, *, wait: bool) -> BinaryIO:
         """Make room for a temporary file and open it, locked and of its final size, all a hole.
@@ -180,7 +171,7 @@ class DiskCache:
         files = []
         for path in self._folder.iterdir():
             match = _FILE.fullmatch(path.name)
-            if match is None or path == partial or path.suffix in (_LOCK, _FETCHED_TWICE):
+            if match is None or path == partial or path.suffix == _LOCK:
                 continue
             with suppress(FileNotFoundError):
                 status = path.stat()
@@ -201,7 +192,6 @@ class DiskCache:
                 # Held until the name is gone: who opens it meanwhile sees that.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
-                path.with_name(path.name + _FETCHED_TWICE).unlink(missing_ok=True)
         except BlockingIOError:
             return False
         except FileNotFoundError:
@@ -211,7 +201,7 @@ class DiskCache:
     def _path(self, url: str, suffix: str = "") -> Path:
         """Return a path of its own for every URL, readable at its end."""
         name = re.sub(r"[^\w.-]", "_", redact(url).rpartition("/")[2], flags=re.ASCII)[-80:]
-        if name.endswith((_LOCK, _FETCHED_TWICE)):
+        if name.endswith(_LOCK):
             name += "_"
         digest = hashlib.sha256(url.encode()).hexdigest()[:16]
         return self._folder / f"{digest}-{name or 'file'}{suffix}"

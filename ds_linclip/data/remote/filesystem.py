@@ -25,10 +25,6 @@ class Storage:
 
     It may be pickled, used after a fork and by several threads: every process opens its own
     connections and starts its own threads.
-
-    Args:
-        cache: Folder of the copies and their total size.
-        network: Time-outs, number of tries and of parallel downloads.
     """
 
     def __init__(self, cache: CacheConfig, network: NetworkConfig) -> None:
@@ -54,7 +50,7 @@ class Storage:
             except CacheError as error:
                 raise ValueError(str(error)) from error
 
-    def open(self, url: str, *, refetch: bool = False) -> BinaryIO:
+    def open(self, url: str, *, refetch: bool = False, ahead: bool = False) -> BinaryIO:
         """Open a whole file on the local disk for ``os.pread``; it stays while it is open.
 
         A remote file that has no copy is fetched first, by one process while others wait.
@@ -63,6 +59,7 @@ class Storage:
             url: Path or URL.
             refetch: The copy turned out to be damaged: fetch it once more. A copy that was fetched
                 twice is opened as it is: it is damaged at its source.
+            ahead: Try once, and wait neither for room nor for a process that fetches it already.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -72,20 +69,36 @@ class Storage:
             OSError: another error of the local file system.
             ValueError: the file is remote and ``data.cache.dir`` is None.
         """
-        return self._open(url, refetch=refetch)
+        if not is_remote(url):
+            return open(local_path(url), "rb")
+        cache, remote = self._cache(url), self._process().remote
+        copy = None if refetch else cache.open(url)
+        if copy is not None:
+            return copy
+        with cache.locked(url, wait=not ahead):
+            copy = cache.open(url)
+            if copy is not None and (not refetch or cache.was_fetched_twice(copy)):
+                return copy
+            if copy is not None:
+                copy.close()
+            cache.evict(url)
+
+            def download() -> BinaryIO:
+                with remote.open(url) as source:
+                    return cache.store(url, source.size, source.blocks(), wait=not ahead)
+
+            copy = remote.retry(url, download, 1 if ahead else self._network.max_tries)
+            if refetch:
+                cache.mark_fetched_twice(copy)
+            return copy
 
     def read(
-        self,
-        url: str,
-        max_bytes: int = _MAX_SIDE_FILE_BYTES,
-        *,
-        refused_is_absent: bool = False,
+        self, url: str, max_bytes: int = _MAX_SIDE_FILE_BYTES, *, refused_is_absent: bool = False
     ) -> bytes | None:
         """Return the content of a small file, None if it does not exist; the cache is not used.
 
         Args:
-            url: Path or URL.
-            max_bytes: Largest size.
+            url, max_bytes: The file and its largest size.
             refused_is_absent: Whether a file counts as absent when the server refuses the
                 credentials: some answer so for a file that does not exist or is not signed for.
 
@@ -106,20 +119,11 @@ class Storage:
         return content
 
     def head(self, url: str) -> bytes:
-        """Return the first 512 bytes of a file from its source.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            OSError: see :meth:`open`.
-        """
+        """Return the first 512 bytes of a file at its source; errors are those of :meth:`open`."""
         return self._start_of(url, 512)
 
     def exists(self, url: str) -> bool:
-        """Return whether a file exists at its source.
-
-        Raises:
-            RemoteError: see :meth:`open`.
-        """
+        """Return whether a file exists at its source; errors are those of :meth:`open`."""
         if not is_remote(url):
             return os.path.isfile(local_path(url))
         try:
@@ -144,30 +148,6 @@ class Storage:
         with open(local_path(url), "rb") as file:
             return file.read(num_bytes)
 
-    def _open(self, url: str, *, refetch: bool = False, ahead: bool = False) -> BinaryIO:
-        if not is_remote(url):
-            return open(local_path(url), "rb")
-        cache, remote = self._cache(url), self._process().remote
-        copy = None if refetch else cache.open(url)
-        if copy is not None:
-            return copy
-        with cache.locked(url, wait=not ahead):
-            copy = cache.open(url)
-            if copy is not None and (not refetch or cache.was_fetched_twice(url)):
-                return copy
-            if copy is not None:
-                copy.close()
-            cache.evict(url)
-
-            def download() -> BinaryIO:
-                with remote.open(url) as source:
-                    return cache.store(url, source.size, source.blocks(), wait=not ahead)
-
-            copy = remote.retry(url, download, 1 if ahead else self._network.max_tries)
-            if refetch:
-                cache.mark_fetched_twice(url)
-            return copy
-
     def _cache(self, url: str) -> DiskCache:
         if self._cache_config.dir is None:
             raise ValueError(
@@ -179,7 +159,7 @@ class Storage:
     def _process(self) -> "_Process":
         process = os.getpid()
         if process not in self._processes:
-            fetch = partial(self._open, ahead=True)
+            fetch = partial(self.open, ahead=True)
             self._processes.setdefault(process, _Process(self._network, fetch))
         return self._processes[process]
 

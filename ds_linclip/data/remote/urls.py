@@ -11,22 +11,10 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LOCAL_SCHEMES = ("file", "local")
 #: Protocols of fsspec that do not name a place: wrappers, archives, and what lives in a process.
 _NOT_REMOTE = {
-    "async_wrapper",
-    "asynclocal",
-    "asyncwrapper",
-    "blockcache",
-    "cached",
-    "data",
-    "dir",
-    "filecache",
-    "generic",
-    "libarchive",
-    "memory",
-    "pyscript",
-    "reference",
-    "simplecache",
-    "tar",
-    "zip",
+    *("async_wrapper", "asynclocal", "asyncwrapper", "generic", "reference"),
+    *("blockcache", "cached", "filecache", "simplecache"),
+    *("dir", "libarchive", "tar", "zip"),
+    *("data", "memory", "pyscript"),
 }
 #: Our optional dependencies by scheme.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}

@@ -22,17 +22,18 @@ rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
 rank.wait()
 """
 RANK = """
-import time
-from ds_linclip.data.loader import ordered_loader
-from ds_linclip.data.prepare.parallel_map import ordered_map
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.process.parent_death import end_with_parent
 
 if __name__ == "__main__":
     end_with_parent()
-    batches = iter(ordered_loader(list(range(10**6)), range(10**6), num_workers=1))
+    batches = ordered_map(abs, range(10**6), num_workers=1)
     next(batches)
-    mapped = ordered_map(abs, range(10**6), num_workers=2)
-    next(mapped)
+    server = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(2, mp_context=server, initializer=end_with_parent)
+    assert list(pool.map(abs, [-1, -2])) == [1, 2]
     print("ready", flush=True)
     time.sleep(600)
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ds_linclip.data.prepare.parallel_map import ordered_map
+from ds_linclip.data.parallel_map import ordered_map
 
 
 def is_group_alive(group: int) -> bool:
@@ -63,6 +63,15 @@ def test_error_of_one_item_reaches_the_caller(num_workers: int) -> None:
     assert next(results) == 1
     with pytest.raises(TypeError, match="str"):
         next(results)
+
+
+def test_error_of_the_data_is_one_line_and_keeps_the_traceback_of_its_worker() -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        list(ordered_map(os.stat, ["/none"], num_workers=1))
+    assert str(caught.value) == "[Errno 2] No such file or directory: '/none'"
+    (note,) = caught.value.__notes__
+    assert "Traceback" in note
+    assert "self.function(item)" in note
 
 
 def test_closing_early_ends_the_processes() -> None:

@@ -1,0 +1,94 @@
+"""A map over processes that keeps the order of its items and bounds how many are in flight."""
+
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ds_linclip.process.parent_death import end_with_parent
+
+__all__ = ["num_usable_cores", "ordered_map"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def num_usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def ordered_map(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    num_workers: int,
+    prefetch_factor: int = 2,
+) -> Generator[Result, None, None]:
+    """Yield the result of every item, in the order of the items; workers end with the iterator.
+
+    Args:
+        function: Maps an item to its result.
+        items: The items, taken as results are consumed.
+        num_workers: The number of processes; with 0, this process does the work itself.
+        prefetch_factor: The number of items per worker that are in flight.
+
+    Raises:
+        OSError, ValueError: as the function raised it; other errors as torch's DataLoader reports
+            them, with the worker's traceback as their message.
+    """
+    loader = DataLoader(
+        _Results(function),
+        batch_size=None,
+        sampler=items,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        pin_memory=torch.cuda.is_initialized(),  # not in a CPU run on a machine with GPUs
+        worker_init_fn=_start_worker,
+        # Without its own generator the loader draws a seed from the global one.
+        generator=torch.Generator(),
+    )
+    yield from map(_raised, loader)  # keeps no result, whose memory would stay in use
+
+
+@dataclass(frozen=True)
+class _Results(Dataset[Any]):
+    function: Callable[[Any], Any]
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.function(item)
+        except (OSError, ValueError) as error:
+            # As a value: if raised, it would arrive with a traceback as its message.
+            error.add_note(traceback.format_exc())
+            return error
+
+
+def _raised(result: Any) -> Any:
+    if isinstance(result, (OSError, ValueError)):
+        raise result
+    return result
+
+
+def _start_worker(_worker: int) -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
+    # Only the first process handles signals: training needs its workers to finish and save a step
+    # after SIGTERM. It ends them itself.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_on_sigterm_from(process: int) -> None:
+    """Exit on SIGTERM from that process, and ignore it from others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)
