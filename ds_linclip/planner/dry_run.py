@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from ds_linclip.config import Config, ParallelConfig, check_batch
+from ds_linclip.config import Config, ParallelConfig, check_batch, check_ranks
 from ds_linclip.data import Storage, find_shards
 from ds_linclip.model.flops import forward_flops, num_state_values, step_flops, training_flops
 from ds_linclip.parallel.mesh import Mesh
@@ -15,7 +15,7 @@ from ds_linclip.planner.device_specs import device_spec
 from ds_linclip.planner.memory_model import value_bytes
 from ds_linclip.planner.plan import RankPlan, describe, plan_rank
 
-__all__ = ["DEVICES", "DryRun", "Target", "dry_run"]
+__all__ = ["DEVICES", "Target", "dry_run"]
 
 GIB = 2**30
 #: Memory kept free on a GPU for what the plan does not count: the CUDA context, NCCL's buffers,
@@ -35,44 +35,30 @@ DEVICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The machines that a run is planned for.
+    """The machines that a run is planned for; fields are the options of ``--dry-run``.
 
     Attributes:
-        num_devices: Number of devices, with one rank on each.
+        devices: Number of devices, with one rank on each.
         device: A key of :data:`DEVICES`; None: a GPU, or the CPU if the config says so.
-        memory_gib: Memory of one device, instead of the table's.
+        device_memory_gib: Memory of one device, instead of the table's.
         peak_tflops: Peak rate of one device, instead of the table's.
         mfu: Share of the peak that is reached, recomputed operations included.
         num_samples: Samples in an epoch, if the shards cannot be read.
     """
 
-    num_devices: int
+    devices: int
     device: str | None = None
-    memory_gib: float | None = None
+    device_memory_gib: float | None = None
     peak_tflops: float | None = None
     mfu: float | None = None
     num_samples: int | None = None
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """The result of a dry run.
-
-    Attributes:
-        text: The whole plan, in Markdown.
-        problem: Why the run does not fit the devices, or None.
-    """
-
-    text: str
-    problem: str | None
-
-
-def dry_run(config: Config, target: Target) -> DryRun:
+def dry_run(config: Config, target: Target) -> tuple[str, str | None]:
     """Plan a run for machines that need not be available.
 
-    Args:
-        config: The run's configuration.
-        target: The machines.
+    Returns:
+        The whole plan, in Markdown, and why the run does not fit the devices, or None.
 
     Raises:
         ValueError: when the target is invalid, or the config does not fit the number of devices.
@@ -80,7 +66,7 @@ def dry_run(config: Config, target: Target) -> DryRun:
     _check(target)
     is_cpu = (target.device or config.parallel.device) == "cpu"
     spec = device_spec(DEVICES[target.device or "cpu"] or "")
-    peak, memory = target.peak_tflops, target.memory_gib
+    peak, memory = target.peak_tflops, target.device_memory_gib
     if spec is not None:
         flops = spec.fp32_flops if config.train.precision == "fp32" else spec.bf16_flops
         peak = peak or (flops and flops / 1e12)
@@ -88,10 +74,11 @@ def dry_run(config: Config, target: Target) -> DryRun:
     reserve = 0.0 if is_cpu else _RESERVE_GIB
     limit = memory and memory - reserve
     device = torch.device("cpu" if is_cpu else "cuda")
-    plans, table = _plan_all(config, target.num_devices, device)
+    dp_size = check_ranks(config.parallel, target.devices)
+    check_batch(config, dp_size)
+    plans, table = _plan_all(config, target.devices, device)
     fullest = max(range(len(plans)), key=lambda rank: sum(plans[rank].memory.values()))
     needed = sum(plans[fullest].memory.values()) / GIB
-    dp_size = len(plans) // math.prod(_sizes(config.parallel))
     rows = [
         ("memory", _memory_row(fullest, needed, limit, reserve)),
         ("batch", _batch_row(config, dp_size)),
@@ -108,28 +95,18 @@ def dry_run(config: Config, target: Target) -> DryRun:
     problem = None
     if limit is not None and needed > limit:
         problem = _problem(config, plans[fullest], fullest, needed, limit, name)
-    return DryRun("\n\n".join(lines), problem)
+    return "\n\n".join(lines), problem
 
 
 def _check(target: Target) -> None:
     if target.device is not None and target.device not in DEVICES:
         raise ValueError(f"--device ({target.device}) must be one of {', '.join(DEVICES)}")
-    options = {
-        "--devices": target.num_devices,
-        "--device-memory-gib": target.memory_gib,
-        "--peak-tflops": target.peak_tflops,
-        "--mfu": target.mfu,
-        "--num-samples": target.num_samples,
-    }
-    for name, value in options.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} ({value}) must be greater than 0 and finite")
+    for name, value in asdict(target).items():
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} ({value}) must be greater than 0 and finite")
     if target.mfu is not None and target.mfu > 1:
         raise ValueError(f"--mfu ({target.mfu}) must be at most 1: a share of the peak")
-
-
-def _sizes(parallel: ParallelConfig) -> tuple[int, int, int]:
-    return parallel.tp, parallel.cp, parallel.pp
 
 
 def _plan_all(config: Config, num_devices: int, device: torch.device) -> tuple[list[RankPlan], str]:
@@ -137,13 +114,12 @@ def _plan_all(config: Config, num_devices: int, device: torch.device) -> tuple[l
 
     Ranks of one pipeline stage with the same tokens have the same plan; it is made once.
     """
-    tp, cp, pp = _sizes(config.parallel)
+    tp, cp, pp = config.parallel.tp, config.parallel.cp, config.parallel.pp
     found: dict[tuple[int, int], RankPlan] = {}
     stage = num_devices // pp
     for place in ((p, c) for p in range(pp) for c in range(cp)):
         rank = place[0] * stage + place[1] * tp
         with Mesh.planned(config.parallel, device, rank, num_devices) as mesh:
-            check_batch(config, mesh.dp.size)
             found[place] = plan_rank(config, mesh)
             plans = [
                 found.get((rank // stage, rank // tp % cp), found[place])
@@ -169,20 +145,17 @@ def _batch_row(config: Config, dp_size: int) -> str:
 
 
 def _epoch_rows(config: Config, target: Target) -> list[tuple[str, str]]:
+    samples, storage = target.num_samples, Storage(config.data.cache, config.data.network)
     try:
-        samples = target.num_samples or _num_samples(config)
+        groups = [] if samples else find_shards(config.data.train, storage)
     except ValueError as error:
         return [("epoch", f"unknown: {error}; --num-samples states it")]
+    samples = samples or sum(group.samples_per_epoch for group in groups)
     steps = samples / config.train.global_batch_size
     return [
         ("epoch", f"{samples:,} samples, {steps:,.1f} steps"),
         ("run", f"{config.train.steps:,} steps, {config.train.steps / steps:,.2f} epochs"),
     ]
-
-
-def _num_samples(config: Config) -> int:
-    storage = Storage(config.data.cache, config.data.network)
-    return sum(group.samples_per_epoch for group in find_shards(config.data.train, storage))
 
 
 def _time_rows(
@@ -216,11 +189,9 @@ def _time_rows(
 def _checkpoint_row(config: Config) -> str:
     whole = replace(config, parallel=ParallelConfig())
     with Mesh.planned(whole.parallel, torch.device("cpu"), 0, 1) as mesh:
-        size = sum(
-            p.numel()
-            * (4 * num_state_values(config.optim) if p.requires_grad else value_bytes(config))
-            for p in meta_model(whole, mesh).parameters()
-        )
+        trained, frozen = 4 * num_state_values(config.optim), value_bytes(config)
+        parameters = meta_model(whole, mesh).parameters()
+        size = sum(p.numel() * (trained if p.requires_grad else frozen) for p in parameters)
     kept, every = config.checkpoint.keep_last, config.checkpoint.keep_every_steps
     permanent = config.train.steps // every if every else 0
     return (

@@ -1,5 +1,6 @@
 """Comparison between hosts of what all ranks returned in one check, in words."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ __all__ = [
     "format_range",
     "grouped",
     "plural",
+    "seconds_of",
 ]
 
 T = TypeVar("T")
@@ -75,6 +77,13 @@ def format_range(by_host: Mapping[str, float], scale: float = 1.0) -> str:
     low, high = min(by_host, key=by_host.__getitem__), max(by_host, key=by_host.__getitem__)
     least, most = format_figure(scale * by_host[low]), format_figure(scale * by_host[high])
     return least if least == most else f"{least} ({low}) to {most} ({high})"
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def format_figure(value: float) -> str:

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -94,25 +95,15 @@ def _dry_run(config: Config, arguments: argparse.Namespace) -> int:
     """Print the plan, on rank 0 only where a launcher has started several ranks."""
     if int(os.environ.get("RANK", 0)) > 0:
         return ExitCode.FINISHED
-    parallel = config.parallel
-    size_of_config = (parallel.dp or 1) * parallel.tp * parallel.pp * parallel.cp
-    devices = arguments.devices
-    if devices is None:
-        devices = int(os.environ.get("WORLD_SIZE", size_of_config))
-    found = dry_run(
-        config,
-        Target(
-            num_devices=devices,
-            device=arguments.device,
-            memory_gib=arguments.device_memory_gib,
-            peak_tflops=arguments.peak_tflops,
-            mfu=arguments.mfu,
-            num_samples=arguments.num_samples,
-        ),
-    )
-    print(found.text, flush=True)
-    if found.problem is not None:
-        raise ValueError(found.problem)
+    options = {each.name: getattr(arguments, each.name) for each in fields(Target)}
+    if arguments.devices is None:
+        parallel = config.parallel
+        size_of_config = (parallel.dp or 1) * parallel.tp * parallel.pp * parallel.cp
+        options["devices"] = int(os.environ.get("WORLD_SIZE", size_of_config))
+    plan, problem = dry_run(config, Target(**options))
+    print(plan, flush=True)
+    if problem is not None:
+        raise ValueError(problem)
     return ExitCode.FINISHED
 
 
