@@ -10,8 +10,8 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,12 +44,7 @@ _COMPARED = ("torch", "triton", "deepspeed")
 
 
 class RunFolder:
-    """The folder of one run, locked by it; all ranks call every method together.
-
-    Args:
-        config: The run's configuration.
-        mesh: The ranks that train together.
-    """
+    """The folder of one run, locked by it; all ranks of the mesh call every method together."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.path = config.run_dir
@@ -80,10 +75,7 @@ class RunFolder:
         """Write ``config.yaml`` and ``deepspeed.json``, and add a line to ``starts.jsonl``.
 
         The first two describe the latest start; the third has a line for every start, with the
-        config, versions, git commit, machines and command line.
-
-        Args:
-            resume_from: The checkpoint that the run resumes from.
+        config, versions, git commit, machines, command line and the checkpoint it resumes from.
 
         Raises:
             AgreedError: when the folder cannot be written.
@@ -92,20 +84,14 @@ class RunFolder:
         self._mesh.from_rank_zero(lambda: self._write(facts))
 
     def _take(self) -> IO[str]:
-        """Lock the folder and return the open lock file.
-
-        Raises:
-            ValueError: when the folder cannot be used.
-        """
+        """Lock the folder and return the open lock file; ValueError when it cannot be used."""
         with ExitStack() as on_error:
             try:
                 self._check_content()
                 self.path.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-                file = on_error.enter_context(os.fdopen(descriptor, "r+"))
+                file = on_error.enter_context((self.path / _LOCK).open("a+"))
                 self._lock(file)
-                file.seek(0)
-                file.truncate()
+                file.truncate(0)
                 file.write(_holder() + "\n")
                 file.flush()
             except OSError as error:
@@ -152,19 +138,15 @@ class RunFolder:
             time.sleep(1)
 
     def _check_content(self) -> None:
+        where, advice = f"run folder ({self.path})", "choose another name or output_dir"
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(
-                f"run folder ({self.path}) is a file: choose another name or output_dir"
-            )
+            raise ValueError(f"{where} is a file: {advice}")
         names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         if any(name in _RUN_FILES for name in names):
             return
         for name in names:
             if name not in _ALLOWED_FILES and Path(name).suffix not in _ALLOWED_SUFFIXES:
-                raise ValueError(
-                    f"run folder ({self.path}) holds files of something else ({name}): choose "
-                    "another name or output_dir"
-                )
+                raise ValueError(f"{where} holds files of something else ({name}): {advice}")
 
     def _write(self, facts: dict[str, Any]) -> None:
         starts = self.path / "starts.jsonl"
@@ -216,14 +198,12 @@ def _facts(config: Config, mesh: Mesh, resume_from: Path | None) -> dict[str, An
 
 def _last_record(path: Path) -> dict[str, Any] | None:
     """Return the last complete line; a kill may have cut off the one after it."""
-    lines: Sequence[str] = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
     for line in reversed(lines):
-        try:
+        with suppress(ValueError):
             record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            return record
+            if isinstance(record, dict):
+                return record
     return None
 
 
@@ -236,14 +216,10 @@ def _append(path: Path, line: str) -> None:
 
 
 def _warn_of_other_versions(before: dict[str, Any], facts: dict[str, Any]) -> None:
-    changed = [
-        f"{name} {before.get(name)} -> {facts[name]}"
-        for name in _COMPARED
-        if before.get(name) != facts[name]
-    ]
-    if changed and facts["resumed_from"] is not None:
+    names = [name for name in _COMPARED if before.get(name) != facts[name]]
+    if names and facts["resumed_from"] is not None:
         logger.warning(
             "resumed with other versions than at the start before (%s): losses may differ from "
             "those of an uninterrupted run",
-            ", ".join(changed),
+            ", ".join(f"{name} {before.get(name)} -> {facts[name]}" for name in names),
         )

@@ -71,12 +71,8 @@ def config_as_yaml(config: Config) -> str:
 def as_image_size(name: str, value: object) -> tuple[int, int]:
     """Return (height, width) for a value from a file: a pair, or one number for a square.
 
-    Args:
-        name: The field, for the message.
-        value: The value.
-
     Raises:
-        ValueError: naming the field, for anything else.
+        ValueError: naming the field ``name``, for anything else.
     """
     sides = [value, value] if type(value) is int else value
     if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int]:

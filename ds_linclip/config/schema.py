@@ -481,11 +481,7 @@ class Config:
         return max(sizes or [self.model.vision.image_size], key=math.prod)
 
     def num_micro_batches(self, dp_size: int) -> int:
-        """Return the number of micro-batches that a rank runs per step.
-
-        Args:
-            dp_size: Data-parallel size.
-        """
+        """Return the number of micro-batches that each of ``dp_size`` ranks runs per step."""
         local = self.train.global_batch_size // dp_size
         return local // (self.train.micro_batch_size or local)
 

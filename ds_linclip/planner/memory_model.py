@@ -153,5 +153,9 @@ class StepMemory:
         return max(first, second, key=lambda held: sum(held.values()))
 
     def _held(self, gradients: int, buckets: int) -> dict[str, int]:
-        weights = {"weights": self.in_step, "gradients": gradients}
-        return weights | {"optimizer": self.optimizer, "buckets": buckets}
+        return {
+            "weights": self.in_step,
+            "gradients": gradients,
+            "optimizer": self.optimizer,
+            "buckets": buckets,
+        }

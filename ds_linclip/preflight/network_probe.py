@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ds_linclip.preflight.rendezvous import Rendezvous
 from ds_linclip.preflight.table import CheckResult, problems_if, skipped
-from ds_linclip.preflight.verdicts import format_figure, format_range, seconds_of
+from ds_linclip.preflight.verdicts import format_figure, format_range, keys_by_value, seconds_of
 
 __all__ = ["AllReduceSpeed", "ClockOffset", "all_reduce_speed", "check_network", "clock_offset"]
 
@@ -61,10 +61,7 @@ def check_network(
 ) -> Iterator[CheckResult]:
     """Yield the results of all checks between ranks; those after a failure are not made.
 
-    Args:
-        rendezvous: All ranks.
-        device: The device of this rank.
-        max_skew_seconds: The difference between clocks from which on to warn.
+    Clocks that differ by more than ``max_skew_seconds`` are a warning.
     """
     ports = _check_ports(rendezvous)
     yield ports
@@ -167,11 +164,8 @@ def _measure_clocks(rendezvous: Rendezvous) -> dict[str, ClockOffset]:
 
 def clock_offset(round_trips: Sequence[tuple[float, float, float]]) -> ClockOffset:
     """Estimate the offset of another clock from the shortest round trip (Cristian, 1989): the
-    answer is as old as half of it.
-
-    Args:
-        round_trips: This clock at the start, the other clock, this clock at the end; in seconds.
-    """
+    answer is as old as half of it. A round trip is this clock at the start, the other clock, this
+    clock at the end, in seconds."""
     sent, other, received = min(round_trips, key=lambda trip: trip[2] - trip[0])
     return {"seconds": other - (sent + received) / 2, "bound": (received - sent) / 2}
 
@@ -226,9 +220,7 @@ def _measure_all_reduce(hosts: Sequence[str], device: torch.device) -> Mapping[s
     """Return the speeds of this rank's groups, by check."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for this thread
-    ranks_of: dict[str, list[int]] = {}
-    for rank, host in enumerate(hosts):
-        ranks_of.setdefault(host, []).append(rank)
+    ranks_of = keys_by_value(dict(enumerate(hosts)))
     within = ranks_of if len(ranks_of) > 1 else {}  # else the same as all ranks
     neighbours = [(f"{a} to {b}", [ranks_of[a][0], ranks_of[b][0]]) for a, b in pairwise(ranks_of)]
     found: dict[str, dict[str, Sequence[AllReduceSpeed]]] = {}

@@ -177,12 +177,9 @@ def _open_first_shards(config: Config) -> float:
 def check_held_out_data(
     rendezvous: Rendezvous, folder: str, open_evaluation: Callable[[], object]
 ) -> CheckResult:
-    """Open the held-out data on every host.
+    """Open the held-out data, which is in ``folder``, on one rank of every host.
 
-    Args:
-        rendezvous: All ranks; one of each host opens the data.
-        folder: ``eval.data``.
-        open_evaluation: Opens it; raises ValueError when it cannot be scored.
+    ``open_evaluation`` raises ValueError when it cannot be scored.
     """
     opened = partial(seconds_of, open_evaluation)
     results = rendezvous.gather("held-out data", opened, rendezvous.leaders)

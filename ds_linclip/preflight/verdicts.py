@@ -12,10 +12,12 @@ __all__ = [
     "format_gib",
     "format_range",
     "grouped",
+    "keys_by_value",
     "plural",
     "seconds_of",
 ]
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 _NUM_NAMED_HOSTS = 16  # in one list; the others are counted
@@ -37,10 +39,10 @@ class RankResults:
 
     def failures(self) -> list[tuple[str, str]]:
         """Return pairs of the hosts that have an error and the error."""
-        hosts: dict[str, dict[str, None]] = {}
-        for rank, error in self.errors.items():
-            hosts.setdefault(error, {})[self.hosts[rank]] = None
-        return [(_names(list(names)), error) for error, names in hosts.items()]
+        return [
+            (_names(list(dict.fromkeys(self.hosts[rank] for rank in ranks))), error)
+            for error, ranks in keys_by_value(self.errors).items()
+        ]
 
     def by_host(self, combine: Callable[[list[Any]], T]) -> dict[str, T]:
         """Return the values by host, those of its ranks combined into one."""
@@ -64,12 +66,17 @@ def differences(by_host: Mapping[str, str], what: str) -> list[tuple[str, str]]:
 
 def grouped(by_host: Mapping[str, str]) -> str:
     """Return the value that all hosts share, else every value with the hosts that have it."""
-    hosts: dict[str, list[str]] = {}
-    for host, value in by_host.items():
-        hosts.setdefault(value, []).append(host)
+    hosts = keys_by_value(by_host)
     if len(hosts) == 1:
         return next(iter(hosts))
     return "; ".join(f"{value} ({_names(names)})" for value, names in hosts.items())
+
+
+def keys_by_value(values: Mapping[K, T]) -> dict[T, list[K]]:
+    keys: dict[T, list[K]] = {}
+    for key, value in values.items():
+        keys.setdefault(value, []).append(key)
+    return keys
 
 
 def format_range(by_host: Mapping[str, float], scale: float = 1.0) -> str:

@@ -76,29 +76,17 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="YAML experiment")
-    parser.add_argument("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
-    parser.add_argument("--json", type=Path, help="file for the table with all its numbers")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=120.0,
-        help="seconds within which all ranks must arrive, and finish each check; "
-        "default %(default)s",
-    )
-    parser.add_argument(
-        "--min-free-gib",
-        type=float,
-        default=0.0,
-        help="least free room for checkpoints and for the cache; default: what they need",
-    )
-    parser.add_argument(
-        "--max-skew-seconds",
-        type=float,
-        default=1.0,
-        help="difference between clocks from which on to warn; default %(default)s",
-    )
-    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher, not used")
+    add = parser.add_argument
+    add("config", help="YAML experiment")
+    add("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
+    add("--json", type=Path, help="file for the table with all its numbers")
+    limit = "seconds within which all ranks must arrive, and finish each check; default %(default)s"
+    add("--timeout", type=float, default=120.0, help=limit)
+    room = "least free room for checkpoints and for the cache; default: what they need"
+    add("--min-free-gib", type=float, default=0.0, help=room)
+    skew = "difference between clocks from which on to warn; default %(default)s"
+    add("--max-skew-seconds", type=float, default=1.0, help=skew)
+    add("--local_rank", type=int, help="set by the deepspeed launcher, not used")
     return parser
 
 
