@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 _LOCK, _CONFIG = "lock", "config.yaml"
 #: A folder that holds one of these is a run folder.
 _RUN_FILES = (_CONFIG, "checkpoints")
-#: What may be in a folder before its run starts: the remains of an interrupted start, and files of
-#: the watchdog, the supervisor and wandb.
+#: Names that a folder may hold before its run starts: the remains of an interrupted start, and
+#: files of the watchdog, the supervisor and wandb.
 _ALLOWED_FILES = (_LOCK, "watchdog", "hang", "restarts.jsonl", "hostfile", "wandb")
 #: Suffixes of files to which launchers write a run's output, and of unfinished files.
 _ALLOWED_SUFFIXES = {".log", ".out", ".err", ".tmp"}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import torch
 
@@ -23,12 +24,12 @@ GIB = 2**30
 _RESERVE_GIB = 4.0
 #: Assumed share of the peak rate, recomputed operations included. A guess as well.
 _MFU = 0.35
-#: Values of --device, with torch's names of the devices.
+#: Values of --device.
 DEVICES = {
-    "h100": "NVIDIA H100 80GB HBM3",
-    "h200": "NVIDIA H200",
-    "a100": "NVIDIA A100-SXM4-80GB",
-    "a100-40gb": "NVIDIA A100-SXM4-40GB",
+    "h100": device_spec("NVIDIA H100 80GB HBM3"),
+    "h200": device_spec("NVIDIA H200"),
+    "a100": device_spec("NVIDIA A100-SXM4-80GB"),
+    "a100-40gb": device_spec("NVIDIA A100-SXM4-40GB"),
     "cpu": None,
 }
 
@@ -65,9 +66,8 @@ def dry_run(config: Config, target: Target) -> tuple[str, str | None]:
     """
     _check(target)
     is_cpu = (target.device or config.parallel.device) == "cpu"
-    spec = device_spec(DEVICES[target.device or "cpu"] or "")
     peak, memory = target.peak_tflops, target.device_memory_gib
-    if spec is not None:
+    if spec := DEVICES[target.device or "cpu"]:
         flops = spec.fp32_flops if config.train.precision == "fp32" else spec.bf16_flops
         peak = peak or (flops and flops / 1e12)
         memory = memory or spec.memory_gib
@@ -117,16 +117,12 @@ def _plan_all(config: Config, num_devices: int, device: torch.device) -> tuple[l
     tp, cp, pp = config.parallel.tp, config.parallel.cp, config.parallel.pp
     found: dict[tuple[int, int], RankPlan] = {}
     stage = num_devices // pp
-    for place in ((p, c) for p in range(pp) for c in range(cp)):
+    for place in product(range(pp), range(cp)):
         rank = place[0] * stage + place[1] * tp
         with Mesh.planned(config.parallel, device, rank, num_devices) as mesh:
             found[place] = plan_rank(config, mesh)
-            plans = [
-                found.get((rank // stage, rank // tp % cp), found[place])
-                for rank in range(num_devices)
-            ]
-            table = describe(config, mesh, plans)
-    return plans, table
+    plans = [found[rank // stage, rank // tp % cp] for rank in range(num_devices)]
+    return plans, describe(config, mesh, plans)
 
 
 def _memory_row(rank: int, needed: float, limit: float | None, reserve: float) -> str:
@@ -145,12 +141,14 @@ def _batch_row(config: Config, dp_size: int) -> str:
 
 
 def _epoch_rows(config: Config, target: Target) -> list[tuple[str, str]]:
-    samples, storage = target.num_samples, Storage(config.data.cache, config.data.network)
+    samples = target.num_samples
     try:
-        groups = [] if samples else find_shards(config.data.train, storage)
+        if samples is None:
+            storage = Storage(config.data.cache, config.data.network)
+            groups = find_shards(config.data.train, storage)
+            samples = sum(group.samples_per_epoch for group in groups)
     except ValueError as error:
         return [("epoch", f"unknown: {error}; --num-samples states it")]
-    samples = samples or sum(group.samples_per_epoch for group in groups)
     steps = samples / config.train.global_batch_size
     return [
         ("epoch", f"{samples:,} samples, {steps:,.1f} steps"),

@@ -46,10 +46,8 @@ class RankResults:
 
     def by_host(self, combine: Callable[[list[Any]], T]) -> dict[str, T]:
         """Return the values by host, those of its ranks combined into one."""
-        values: dict[str, list[Any]] = {}
-        for rank, value in self.values.items():
-            values.setdefault(self.hosts[rank], []).append(value)
-        return {host: combine(each) for host, each in values.items()}
+        ranks = keys_by_value({rank: self.hosts[rank] for rank in self.values})
+        return {host: combine([self.values[r] for r in its]) for host, its in ranks.items()}
 
 
 def differences(by_host: Mapping[str, str], what: str) -> list[tuple[str, str]]:
@@ -73,6 +71,7 @@ def grouped(by_host: Mapping[str, str]) -> str:
 
 
 def keys_by_value(values: Mapping[K, T]) -> dict[T, list[K]]:
+    """Return the keys of every value, both in their order."""
     keys: dict[T, list[K]] = {}
     for key, value in values.items():
         keys.setdefault(value, []).append(key)

@@ -25,17 +25,8 @@ import psutil
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.process.exit_codes import ExitCode
-from ds_linclip.resilience.restart_policy import (
-    Restart,
-    Slots,
-    choose_hosts,
-    format_slots,
-    newest_step,
-    read_hostfile,
-    record_restart,
-    restart_reason,
-    select_slots,
-)
+from ds_linclip.resilience import restart_policy
+from ds_linclip.resilience.restart_policy import Slots, format_slots, newest_step, restart_reason
 from linclip_launch.remote_hosts import RemoteHosts
 
 TRAIN = "linclip_launch.train"
@@ -130,7 +121,7 @@ class Supervisor:
                 return ExitCode.PREEMPTED
             ranks = sum(map(len, self._hosts.values())) or self.arguments.ranks
             if not self.arguments.node_rank:  # one line for all hosts
-                restart = Restart(
+                restart = restart_policy.Restart(
                     time=time.time(),
                     exit_code=exit_code,
                     reason=reason,
@@ -139,7 +130,7 @@ class Supervisor:
                     step=step,
                     seconds_down=round(time.monotonic() - ended, 3),
                 )
-                record_restart(run_dir, restart)
+                restart_policy.record_restart(run_dir, restart)
             self._say(f"{reason}; restarting from step {step}, {ranks or 'all'} ranks")
 
     def _run_once(self) -> int:
@@ -192,7 +183,7 @@ class Supervisor:
                 raise ValueError("--node-rank, --include and --exclude need --hostfile")
             return
         named = self._named_hosts()
-        chosen = choose_hosts(self.config, named, arguments.min_nodes)
+        chosen = restart_policy.choose_hosts(self.config, named, arguments.min_nodes)
         used, slots = (sum(map(len, hosts.values())) for hosts in (chosen, named))
         if used < slots:
             self._say(f"{used} of {slots} slots are used: no more fit the batch and the layout")
@@ -230,7 +221,7 @@ class Supervisor:
                 self._say(f"host {host} does not answer and is left out: {reason}")
             left = {host: slots for host, slots in named.items() if host not in unusable}
             try:
-                self._hosts = choose_hosts(self.config, left, arguments.min_nodes)
+                self._hosts = restart_policy.choose_hosts(self.config, left, arguments.min_nodes)
                 self._port = self._remote.port(next(iter(self._hosts)), arguments.master_port)
                 return
             except ValueError as error:
@@ -240,8 +231,8 @@ class Supervisor:
                 time.sleep(arguments.check_seconds)
 
     def _named_hosts(self) -> Slots:
-        hosts = read_hostfile(self.arguments.hostfile)
-        return select_slots(hosts, self.arguments.include, self.arguments.exclude)
+        hosts = restart_policy.read_hostfile(self.arguments.hostfile)
+        return restart_policy.select_slots(hosts, self.arguments.include, self.arguments.exclude)
 
     def _leave(self, number: int, _frame: FrameType | None) -> None:
         self._must_leave = True
