@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from ds_linclip.config import Config, save_config
+from ds_linclip.config import Config, config_as_yaml
 from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.process.atomic import atomic_file, write_atomically
+from ds_linclip.process.atomic import write_atomically
 from ds_linclip.provenance import device_name, software
 
 __all__ = ["RunFolder"]
@@ -152,8 +152,7 @@ class RunFolder:
         starts = self.path / "starts.jsonl"
         try:
             before = _last_record(starts)
-            with atomic_file(self.path / _CONFIG) as partial:
-                save_config(self._config, partial)
+            write_atomically(self.path / _CONFIG, config_as_yaml(self._config))
             generated = json.dumps(facts["deepspeed_config"], indent=1)
             write_atomically(self.path / "deepspeed.json", generated)
             _append(starts, json.dumps(facts))

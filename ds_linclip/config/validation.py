@@ -138,10 +138,10 @@ def check_batch(config: Config, dp_size: int) -> None:
     local = batch // dp_size
     if micro_batch is not None and (micro_batch < 1 or local % micro_batch):
         sizes = range(1, min(local, micro_batch) + 1)
-        fitting = max((size for size in sizes if local % size == 0), default=1)
+        largest = max((size for size in sizes if local % size == 0), default=1)
         raise ValueError(
             f"train.micro_batch_size ({micro_batch}) must divide a rank's part of the batch "
-            f"({batch} / {dp_size} = {local}): {fitting} would do"
+            f"({batch} / {dp_size} = {local}): {largest} would do"
         )
 
 
