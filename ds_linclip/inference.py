@@ -184,7 +184,8 @@ def _from_clip(module: CLIP, side: int | None, preprocess: dict[str, object]) ->
 
 def _from_open_clip(name: str, side: int | None) -> _Parts:
     architecture, _, tag = name.partition(":")
-    is_folder = architecture == "local-dir"
+    is_folder = architecture == "local-dir"  # whose tag is the folder
+    source = name if is_folder else architecture
     if not is_folder and architecture not in open_clip.list_models():
         raise ValueError(
             f"model ({name}) must be a run folder, a hub folder, or NAME[:TAG] of open_clip"
@@ -194,13 +195,13 @@ def _from_open_clip(name: str, side: int | None) -> _Parts:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = open_clip.create_model(
-                name if is_folder else architecture,
+                source,
                 pretrained=None if is_folder else tag or None,
                 force_image_size=side,
                 device="cpu",
-                require_pretrained=is_folder or bool(tag),
+                require_pretrained=bool(tag),
             )
-        tokenizer = open_clip.get_tokenizer(name if is_folder else architecture)
+        tokenizer = open_clip.get_tokenizer(source)
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError, SafetensorError) as error:
         raise ValueError(f"model ({name}): open_clip cannot open it: {error}") from error
     if is_folder:

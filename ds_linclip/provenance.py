@@ -5,7 +5,6 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -132,8 +131,7 @@ def _source() -> str:
 
 
 def _driver() -> str | None:
-    with suppress(OSError):
-        content = Path("/proc/driver/nvidia/version").read_text()
-        found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", content)
-        return found[1] if found else None
-    return None
+    path = Path("/proc/driver/nvidia/version")
+    content = path.read_text() if path.exists() else ""
+    found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", content)
+    return found[1] if found else None

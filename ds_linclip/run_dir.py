@@ -47,9 +47,7 @@ class RunFolder:
     """The folder of one run, locked by it; all ranks of the mesh call every method together."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        self.path = config.run_dir
-        self._config = config
-        self._mesh = mesh
+        self.path, self._config, self._mesh = config.run_dir, config, mesh
 
     @classmethod
     @contextmanager
@@ -109,8 +107,7 @@ class RunFolder:
             ValueError: when another process holds the lock.
             OSError: when the file cannot be locked or read.
         """
-        deadline = time.monotonic() + _LEASE
-        is_waiting = False
+        deadline, is_waiting = time.monotonic() + _LEASE, False
         while True:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -131,8 +131,8 @@ def _repeated(outputs: tuple[Tensor, ...], num: int) -> list[tuple[Tensor, ...]]
 
 def _batch(config: Config, mesh: Mesh) -> tuple[Tensor, ...]:
     """Return this rank's images and texts and, with patch dropout, the patches to keep."""
-    vision, local = config.model.vision, config.train.global_batch_size // mesh.dp.size
-    size = config.largest_image_size
+    vision, size = config.model.vision, config.largest_image_size
+    local = config.train.global_batch_size // mesh.dp.size
     images = torch.empty(local, 3, *size)
     texts = torch.empty(local, config.model.text.context_length, dtype=torch.int64)
     if vision.patch_dropout == 0:

@@ -87,15 +87,12 @@ def dry_run(config: Config, target: Target) -> tuple[str, str | None]:
         ("checkpoint", _checkpoint_row(config)),
     ]
     name = target.device or ("cpu" if is_cpu else "GPU")
-    lines = [
-        f"# {config.name}: dry run on {len(plans)} x {name}",
-        "\n".join(f"- {row}: {value}" for row, value in rows),
-        table,
-    ]
+    summary = "\n".join(f"- {row}: {value}" for row, value in rows)
     problem = None
     if limit is not None and needed > limit:
         problem = _problem(config, plans[fullest], fullest, needed, limit, name)
-    return "\n\n".join(lines), problem
+    title = f"# {config.name}: dry run on {len(plans)} x {name}"
+    return f"{title}\n\n{summary}\n\n{table}", problem
 
 
 def _check(target: Target) -> None:

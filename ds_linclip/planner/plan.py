@@ -110,7 +110,7 @@ class _Traffic:
         self.recomputed = config.train.activation_checkpointing == "full"
         self.value_bytes = value_bytes(config)
         vision, text = config.model.vision, config.model.text
-        self.layers = vision.layers
+        self.image_layers = vision.layers
         num_tokens = 1 + vision.num_kept_patches_at(config.image_size_at(0))
         held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
         #: Bytes of the tokens of the local batch between two blocks.
@@ -121,7 +121,7 @@ class _Traffic:
         """All-reduces after row-parallel layers, and of gradients before column-parallel ones."""
         image, text = self._num_blocks()
         sums = 2 * self.forwards + 2 + self.recomputed
-        embedding = self.forwards * self.text_tokens * (self.layers + 2 in self.units)
+        embedding = self.forwards * self.text_tokens * (self.image_layers + 2 in self.units)
         return sums * (image * self.image_tokens + text * self.text_tokens) + embedding
 
     def context(self) -> int:
@@ -131,7 +131,7 @@ class _Traffic:
         heads = vision.heads // self.mesh.tp.size
         state = heads * (num_features(vision) + 1) * (vision.head_width + 1) * _FP32
         states = self.local_batch * image * state * (self.forwards + 1 + self.recomputed)
-        has_head = self.layers + 1 in self.units
+        has_head = self.image_layers + 1 in self.units
         return states + has_head * self._bytes(1, vision.width) * (self.forwards + 1)
 
     def pipeline(self) -> int:
@@ -159,9 +159,10 @@ class _Traffic:
         reduced *= 1 if stage == 1 else self.num_micro_batches
         if stage < 3:
             # Weights gathered after a step: two parameter groups, each padded to a multiple.
-            groups = ([p for p in trained if (p.ndim < 2) == is_kept] for is_kept in (False, True))
-            sizes = (_padded(sum(p.numel() for p in group), 2 * replicas) for group in groups)
-            return reduced + self.value_bytes * sum(sizes)
+            matrices = sum(p.numel() for p in trained if p.ndim >= 2)
+            others = sum(p.numel() for p in trained if p.ndim < 2)
+            padded = _padded(matrices, 2 * replicas) + _padded(others, 2 * replicas)
+            return reduced + self.value_bytes * padded
         everything = [p.numel() for p in model.parameters()]
         large = sum(size for size in everything if size > PERSISTENT_BELOW)
         small = sum(_padded(size, replicas) for size in everything if size <= PERSISTENT_BELOW)
@@ -173,15 +174,15 @@ class _Traffic:
 
     def _boundary(self, unit: int) -> int:
         """Activations that enter a unit."""
-        if unit <= self.layers + 1:
+        if unit <= self.image_layers + 1:
             return self.image_tokens
         image_features = self._bytes(1, self.config.model.embed_dim)
-        return image_features + (self.text_tokens if unit > self.layers + 2 else 0)
+        return image_features + (self.text_tokens if unit > self.image_layers + 2 else 0)
 
     def _num_blocks(self) -> tuple[int, int]:
-        first_text = self.layers + 3
-        last_text = self.layers + 2 + self.config.model.text.layers
-        image = sum(1 <= unit <= self.layers for unit in self.units)
+        first_text = self.image_layers + 3
+        last_text = self.image_layers + 2 + self.config.model.text.layers
+        image = sum(1 <= unit <= self.image_layers for unit in self.units)
         return image, sum(first_text <= unit <= last_text for unit in self.units)
 
 

@@ -96,11 +96,7 @@ class Rendezvous:
         return cls(store, rank, world_size, timeout)
 
     def wait_for_all(self) -> None:
-        """Wait for all ranks and set :attr:`hosts`.
-
-        Raises:
-            RendezvousError: as :meth:`gather`.
-        """
+        """Wait for all ranks and set :attr:`hosts`; raises as :meth:`gather`."""
         self.hosts = list(self.gather("arrive", socket.gethostname).values.values())
 
     @property
