@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import open_clip
 import torch
@@ -128,8 +128,7 @@ def _resolve(source: str) -> str:
     return str(latest_checkpoint(folder))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
+class _Parts(NamedTuple):
     """A model of either origin before it is moved and cast; ``architecture`` describes it."""
 
     module: nn.Module
@@ -165,10 +164,10 @@ def _load_parts(name: str, mesh: Mesh, side: int | None) -> _Parts:
         read_config(folder)
     except ValueError as error:
         logger.info("%s: loaded by open_clip: %s", folder, error)
-        return _from_open_clip(f"local-dir:{folder}", side)
-    if not (folder / WEIGHTS_FILE).exists():
-        return _from_open_clip(f"local-dir:{folder}", side)
-    return _from_clip(load_folder(folder, mesh), side, content.get("preprocess_cfg") or {})
+    else:
+        if (folder / WEIGHTS_FILE).exists():
+            return _from_clip(load_folder(folder, mesh), side, content.get("preprocess_cfg") or {})
+    return _from_open_clip(f"local-dir:{folder}", side)
 
 
 def _from_clip(module: CLIP, side: int | None, preprocess: dict[str, object]) -> _Parts:
@@ -179,17 +178,14 @@ def _from_clip(module: CLIP, side: int | None, preprocess: dict[str, object]) ->
             f"image_size ({side}) must be a positive multiple of patch_size ({vision.patch_size})"
         )
     merged = merge_preprocess_dict(PreprocessCfg(), {**preprocess, "size": image_size})
-    return _Parts(
-        module=module,
-        tokenizer=open_clip.SimpleTokenizer(context_length=text.context_length),
-        preprocess=PreprocessCfg(**merged),
-        architecture=repr(module.config),
-    )
+    tokenizer = open_clip.SimpleTokenizer(context_length=text.context_length)
+    return _Parts(module, tokenizer, PreprocessCfg(**merged), repr(module.config))
 
 
 def _from_open_clip(name: str, side: int | None) -> _Parts:
     architecture, _, tag = name.partition(":")
-    is_folder = architecture == "local-dir"
+    is_folder = architecture == "local-dir"  # whose tag is the folder
+    source = name if is_folder else architecture
     if not is_folder and architecture not in open_clip.list_models():
         raise ValueError(
             f"model ({name}) must be a run folder, a hub folder, or NAME[:TAG] of open_clip"
@@ -199,34 +195,28 @@ def _from_open_clip(name: str, side: int | None) -> _Parts:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = open_clip.create_model(
-                name if is_folder else architecture,
+                source,
                 pretrained=None if is_folder else tag or None,
                 force_image_size=side,
                 device="cpu",
-                require_pretrained=is_folder or bool(tag),
+                require_pretrained=bool(tag),
             )
-        tokenizer = open_clip.get_tokenizer(name if is_folder else architecture)
+        tokenizer = open_clip.get_tokenizer(source)
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError, SafetensorError) as error:
         raise ValueError(f"model ({name}): open_clip cannot open it: {error}") from error
     if is_folder:
         description = (Path(tag) / CONFIG_FILE).read_text(encoding="utf-8")
     else:
         description = repr(open_clip.get_model_config(architecture))
-    return _Parts(
-        module=module,
-        tokenizer=tokenizer,
-        preprocess=PreprocessCfg(**module.visual.preprocess_cfg),
-        architecture=description,
-    )
+    return _Parts(module, tokenizer, PreprocessCfg(**module.visual.preprocess_cfg), description)
 
 
 def _fingerprint(module: nn.Module, architecture: str) -> str:
     """Hash weights and architecture: models with different attention may share their weights."""
     digest = hashlib.sha256(architecture.encode())
     for name, value in sorted(module.state_dict().items()):
-        if not isinstance(value, Tensor):  # the extra state of Megatron's layers
-            continue
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(content.data)
+        if isinstance(value, Tensor):  # not the extra state of Megatron's layers
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(content.data)
     return digest.hexdigest()

@@ -5,7 +5,6 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -50,7 +49,7 @@ def commit_of(measured: Sequence[str]) -> str:
         measured: Paths from the root of the repository; "-dirty" is added to the commit where one
             of them differs from it.
     """
-    commit = _git("rev-parse", "--short", "HEAD") if _is_checkout() else None
+    commit = _git("rev-parse", "--short", "HEAD")
     if commit is None:
         return "unknown"
     changed = _git("status", "--porcelain", "--", *(f":/{path}" for path in measured))
@@ -96,7 +95,7 @@ def software(device: torch.device) -> dict[str, str | None]:
     on_gpu = device.type == "cuda"
     nccl = torch.cuda.nccl.version() if on_gpu else None
     return {
-        "git_commit": _git_commit(),
+        "git_commit": _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"),
         "source": _source(),
         "python": platform.python_version(),
         **{name: package_version(name) for name in ("ds_linclip", *_PACKAGES)},
@@ -106,30 +105,18 @@ def software(device: torch.device) -> dict[str, str | None]:
     }
 
 
-def _git_commit() -> str | None:
-    if not _is_checkout():
-        return None
-    return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
-
-
-def _is_checkout() -> bool:
-    """Whether git tracks this file; an installed copy may lie within another repository."""
-    return _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
-
-
 def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    """Return the output of git; None unless git tracks this file, since an installed copy may lie
+    within another repository."""
+    here, found = Path(__file__), ""
+    for words in (("ls-files", "--error-unmatch", here.name), arguments):
+        try:
+            found = subprocess.check_output(
+                ["git", *words], cwd=here.parent, stderr=subprocess.DEVNULL, text=True, timeout=20
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+    return found.strip()
 
 
 def _source() -> str:
@@ -144,9 +131,7 @@ def _source() -> str:
 
 
 def _driver() -> str | None:
-    with suppress(OSError):
-        found = re.search(
-            r"\s(\d+\.\d+(\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text()
-        )
-        return found[1] if found else None
-    return None
+    path = Path("/proc/driver/nvidia/version")
+    content = path.read_text() if path.exists() else ""
+    found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", content)
+    return found[1] if found else None

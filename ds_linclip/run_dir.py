@@ -10,17 +10,17 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from ds_linclip.config import Config, save_config
+from ds_linclip.config import Config, config_as_yaml
 from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.process.atomic import atomic_file, write_atomically
+from ds_linclip.process.atomic import write_atomically
 from ds_linclip.provenance import device_name, software
 
 __all__ = ["RunFolder"]
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 _LOCK, _CONFIG = "lock", "config.yaml"
 #: A folder that holds one of these is a run folder.
 _RUN_FILES = (_CONFIG, "checkpoints")
-#: What may be in a folder before its run starts: the remains of an interrupted start, and files of
-#: the watchdog, the supervisor and wandb.
+#: Names that a folder may hold before its run starts: the remains of an interrupted start, and
+#: files of the watchdog, the supervisor and wandb.
 _ALLOWED_FILES = (_LOCK, "watchdog", "hang", "restarts.jsonl", "hostfile", "wandb")
 #: Suffixes of files to which launchers write a run's output, and of unfinished files.
 _ALLOWED_SUFFIXES = {".log", ".out", ".err", ".tmp"}
@@ -44,17 +44,10 @@ _COMPARED = ("torch", "triton", "deepspeed")
 
 
 class RunFolder:
-    """The folder of one run, locked by it; all ranks call every method together.
-
-    Args:
-        config: The run's configuration.
-        mesh: The ranks that train together.
-    """
+    """The folder of one run, locked by it; all ranks of the mesh call every method together."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        self.path = config.run_dir
-        self._config = config
-        self._mesh = mesh
+        self.path, self._config, self._mesh = config.run_dir, config, mesh
 
     @classmethod
     @contextmanager
@@ -80,10 +73,7 @@ class RunFolder:
         """Write ``config.yaml`` and ``deepspeed.json``, and add a line to ``starts.jsonl``.
 
         The first two describe the latest start; the third has a line for every start, with the
-        config, versions, git commit, machines and command line.
-
-        Args:
-            resume_from: The checkpoint that the run resumes from.
+        config, versions, git commit, machines, command line and the checkpoint it resumes from.
 
         Raises:
             AgreedError: when the folder cannot be written.
@@ -92,20 +82,14 @@ class RunFolder:
         self._mesh.from_rank_zero(lambda: self._write(facts))
 
     def _take(self) -> IO[str]:
-        """Lock the folder and return the open lock file.
-
-        Raises:
-            ValueError: when the folder cannot be used.
-        """
+        """Lock the folder and return the open lock file; ValueError when it cannot be used."""
         with ExitStack() as on_error:
             try:
                 self._check_content()
                 self.path.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-                file = on_error.enter_context(os.fdopen(descriptor, "r+"))
+                file = on_error.enter_context((self.path / _LOCK).open("a+"))
                 self._lock(file)
-                file.seek(0)
-                file.truncate()
+                file.truncate(0)
                 file.write(_holder() + "\n")
                 file.flush()
             except OSError as error:
@@ -123,8 +107,7 @@ class RunFolder:
             ValueError: when another process holds the lock.
             OSError: when the file cannot be locked or read.
         """
-        deadline = time.monotonic() + _LEASE
-        is_waiting = False
+        deadline, is_waiting = time.monotonic() + _LEASE, False
         while True:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,26 +135,21 @@ class RunFolder:
             time.sleep(1)
 
     def _check_content(self) -> None:
+        where, advice = f"run folder ({self.path})", "choose another name or output_dir"
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(
-                f"run folder ({self.path}) is a file: choose another name or output_dir"
-            )
+            raise ValueError(f"{where} is a file: {advice}")
         names = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         if any(name in _RUN_FILES for name in names):
             return
         for name in names:
             if name not in _ALLOWED_FILES and Path(name).suffix not in _ALLOWED_SUFFIXES:
-                raise ValueError(
-                    f"run folder ({self.path}) holds files of something else ({name}): choose "
-                    "another name or output_dir"
-                )
+                raise ValueError(f"{where} holds files of something else ({name}): {advice}")
 
     def _write(self, facts: dict[str, Any]) -> None:
         starts = self.path / "starts.jsonl"
         try:
             before = _last_record(starts)
-            with atomic_file(self.path / _CONFIG) as partial:
-                save_config(self._config, partial)
+            write_atomically(self.path / _CONFIG, config_as_yaml(self._config))
             generated = json.dumps(facts["deepspeed_config"], indent=1)
             write_atomically(self.path / "deepspeed.json", generated)
             _append(starts, json.dumps(facts))
@@ -216,14 +194,12 @@ def _facts(config: Config, mesh: Mesh, resume_from: Path | None) -> dict[str, An
 
 def _last_record(path: Path) -> dict[str, Any] | None:
     """Return the last complete line; a kill may have cut off the one after it."""
-    lines: Sequence[str] = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
     for line in reversed(lines):
-        try:
+        with suppress(ValueError):
             record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            return record
+            if isinstance(record, dict):
+                return record
     return None
 
 
@@ -236,14 +212,10 @@ def _append(path: Path, line: str) -> None:
 
 
 def _warn_of_other_versions(before: dict[str, Any], facts: dict[str, Any]) -> None:
-    changed = [
-        f"{name} {before.get(name)} -> {facts[name]}"
-        for name in _COMPARED
-        if before.get(name) != facts[name]
-    ]
-    if changed and facts["resumed_from"] is not None:
+    names = [name for name in _COMPARED if before.get(name) != facts[name]]
+    if names and facts["resumed_from"] is not None:
         logger.warning(
             "resumed with other versions than at the start before (%s): losses may differ from "
             "those of an uninterrupted run",
-            ", ".join(changed),
+            ", ".join(f"{name} {before.get(name)} -> {facts[name]}" for name in names),
         )

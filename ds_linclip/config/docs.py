@@ -4,13 +4,12 @@ fields: ``python -m ds_linclip.config.docs docs/configuration.md``."""
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ds_linclip.config import schema
-from ds_linclip.config.schema import Config
 
 __all__ = ["reference"]
 
@@ -30,18 +29,8 @@ relative to the working directory. `~` is the home folder. The same holds for th
 
 def reference() -> str:
     """Return all keys with their types, defaults and meanings, as Markdown."""
-    parts = [_HEAD, *(_section(path, node) for path, node in _sections(Config))]
+    parts = [_HEAD, *(_section(path, node) for path, node in schema.sections())]
     return "\n".join(parts)
-
-
-def _sections(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted path and class of a dataclass, then of those in its fields."""
-    yield path, node
-    for name, hint in get_type_hints(node).items():
-        if get_origin(hint) is list:
-            name, (hint,) = f"{name}[*]", get_args(hint)
-        if is_dataclass(hint):
-            yield from _sections(hint, f"{path}.{name}".lstrip("."))
 
 
 def _section(path: str, node: Any) -> str:
@@ -60,28 +49,19 @@ def _section(path: str, node: Any) -> str:
 
 
 def _meanings(node: Any) -> dict[str, str]:
-    """Return the ``#:`` comment above every field.
-
-    Raises:
-        ValueError: for a field without one.
-    """
-    lines = inspect.getsource(schema).splitlines()
-    (tree,) = (
-        each
-        for each in ast.parse("\n".join(lines)).body
-        if isinstance(each, ast.ClassDef) and each.name == node.__name__
-    )
-    found = {}
+    """Return the ``#:`` comment above every field; ValueError for a field without one."""
+    lines = inspect.getsource(node).splitlines()
+    (tree,) = ast.parse("\n".join(lines)).body
+    assert isinstance(tree, ast.ClassDef)
+    found, hints = {}, get_type_hints(node)
     for statement in tree.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            first = statement.lineno - 1
-            while lines[first - 1].strip().startswith("#:"):
-                first -= 1
-            comment = [line.strip()[2:].strip() for line in lines[first : statement.lineno - 1]]
-            name = statement.target.id
-            if not comment and not is_dataclass(get_type_hints(node)[name]):
+        if isinstance(statement, ast.AnnAssign):
+            name = ast.unparse(statement.target)
+            above = (line.strip() for line in reversed(lines[: statement.lineno - 1]))
+            comment = list(takewhile(lambda line: line.startswith("#:"), above))
+            if not comment and not is_dataclass(hints[name]):
                 raise ValueError(f"{node.__name__}.{name} must have a comment that says what it is")
-            found[name] = " ".join(comment)
+            found[name] = " ".join(line[2:].strip() for line in reversed(comment))
     return found
 
 
@@ -95,15 +75,14 @@ def _type_name(hint: Any) -> str:
         return f"list of {_type_name(each)}"
     if get_args(hint):  # a union
         return " or ".join(_type_name(each) for each in get_args(hint))
-    return {"NoneType": "null", "Source": "sources", "Resolution": "sizes"}.get(
-        hint.__name__, hint.__name__
-    )
+    special = {"NoneType": "null", "Source": "sources", "Resolution": "sizes"}
+    return special.get(hint.__name__, hint.__name__)
 
 
 def _default(field: Field[Any]) -> str:
     value = field.default if field.default_factory is MISSING else field.default_factory()
     if value is None or value == "":
-        return "null" if value is None else ""
+        return "" if value == "" else "null"
     shown = str(list(value) if isinstance(value, tuple) else value)
     return f"`{shown.lower() if isinstance(value, bool) else shown}`"
 

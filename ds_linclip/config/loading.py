@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from ds_linclip.config.schema import Config
+from ds_linclip.config.schema import Config, sections
 from ds_linclip.config.validation import validate
 
 __all__ = ["as_image_size", "config_as_yaml", "load_config", "save_config"]
@@ -37,10 +37,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             value of the wrong type, or a value that breaks a rule of :func:`validate`.
     """
     merged = OmegaConf.structured(Config)
-    for source, folder, content in [
-        *_read_with_bases(Path(path)),
-        *(_parse_override(override) for override in overrides),
-    ]:
+    layers = _read_with_bases(Path(path)) + [_parse_override(each) for each in overrides]
+    for source, folder, content in layers:
         try:
             plain = _write_out_shorthands(content)
             _resolve_paths(plain, Config, folder)
@@ -73,12 +71,8 @@ def config_as_yaml(config: Config) -> str:
 def as_image_size(name: str, value: object) -> tuple[int, int]:
     """Return (height, width) for a value from a file: a pair, or one number for a square.
 
-    Args:
-        name: The field, for the message.
-        value: The value.
-
     Raises:
-        ValueError: naming the field, for anything else.
+        ValueError: naming the field ``name``, for anything else.
     """
     sides = [value, value] if type(value) is int else value
     if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int]:
@@ -124,38 +118,29 @@ def _write_out_shorthands(content: DictConfig) -> dict[str, Any]:
     """Return plain containers, with numbers for squares and patterns for sources written out."""
     whole: Any = OmegaConf.to_container(content)
     vision, data = _section(_section(whole, "model"), "vision"), _section(whole, "data")
-    if "image_size" in vision:
-        vision["image_size"] = as_image_size("model.vision.image_size", vision["image_size"])
     if "train" in data:
-        given = data["train"]
-        if not isinstance(given, str | list):
+        given = [data["train"]] if isinstance(data["train"], str) else data["train"]
+        if not isinstance(given, list):
             raise ValueError(f"data.train ({given}) must be a pattern or a list of sources")
-        sources = [given] if isinstance(given, str) else given
-        data["train"] = [{"shards": s} if isinstance(s, str) else s for s in sources]
+        data["train"] = [{"shards": each} if isinstance(each, str) else each for each in given]
     stages = data.get("resolutions", [])
     if not isinstance(stages, list):
         raise ValueError(f"data.resolutions ({stages}) must be a list")
-    for index, stage in enumerate(stages):
-        if isinstance(stage, dict) and "image_size" in stage:
-            name = f"data.resolutions[{index}].image_size"
-            stage["image_size"] = as_image_size(name, stage["image_size"])
+    sized = {f"data.resolutions[{index}]": stage for index, stage in enumerate(stages)}
+    for name, section in {"model.vision": vision, **sized}.items():
+        if isinstance(section, dict) and "image_size" in section:
+            section["image_size"] = as_image_size(f"{name}.image_size", section["image_size"])
     return dict(whole)
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the mapping under ``name``; an empty one where there is none."""
     section = content.get(name)
     return section if isinstance(section, dict) else {}
 
 
 def _resolve_paths(content: Any, node: Any, folder: Path) -> None:
-    """Make the relative paths in ``content`` absolute, in place.
-
-    Args:
-        content: Values of the dataclass ``node``, or anything that the merge will refuse.
-        node: The dataclass.
-        folder: Folder that relative paths start from.
-    """
+    """Make relative paths absolute, in place, from ``folder``. ``content`` holds values of the
+    dataclass ``node``, or anything that the merge will refuse."""
     if not isinstance(content, dict):
         return
     hints = get_type_hints(node)
@@ -166,7 +151,7 @@ def _resolve_paths(content: Any, node: Any, folder: Path) -> None:
                 content[field.name] = _absolute(value, folder)
         elif is_dataclass(hint):
             _resolve_paths(value, hint, folder)
-        elif isinstance(value, list) and is_dataclass(get_args(hint)[0]):
+        elif isinstance(value, list) and get_origin(hint) is list:
             for each in value:
                 _resolve_paths(each, get_args(hint)[0], folder)
 
@@ -184,22 +169,13 @@ def _reason(error: Exception) -> str:
 
 
 def _unknown_key_message(key: str) -> str:
-    known = _known_keys(Config)
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    known = [
+        f"{path}.{each.name}".lstrip(".") for path, node in sections() for each in fields(node)
+    ]
     # OmegaConf gives no path for a key within a list: compare the last parts too.
-    leaves = [k.rsplit(".", 1)[-1] for k in known]
-    alike = difflib.get_close_matches(key.rsplit(".", 1)[-1], set(leaves), n=3, cutoff=0.8)
-    near += [k for k, leaf in zip(known, leaves, strict=True) if leaf in alike and k not in near]
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    alike = difflib.get_close_matches(key.rpartition(".")[2], set(leaves.values()), cutoff=0.8)
+    near = difflib.get_close_matches(key, known, cutoff=0.5)
+    near += [name for name in known if leaves[name] in alike and name not in near]
     hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
     return f"unknown key ({key}){hint}"
-
-
-def _known_keys(node: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in get_type_hints(node).items():
-        keys.append(prefix + name)
-        if get_origin(hint) is list:
-            name, (hint,) = f"{name}[*]", get_args(hint)
-        if is_dataclass(hint):
-            keys += _known_keys(hint, f"{prefix}{name}.")
-    return keys

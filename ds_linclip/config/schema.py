@@ -1,9 +1,10 @@
 """The fields of a configuration: typed, documented, with their defaults."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 #: Marks a field that holds a path; ``loading`` makes it absolute. Its ``names`` are no paths.
 _PATH = {"path": True}
@@ -129,7 +130,7 @@ class Source:
     #: Share of the training samples, relative to the other sources. Set it for all sources or for
     #: none.
     weight: float | None = None
-    #: How often every sample comes per epoch; 0.5 takes half of the samples in every epoch.
+    #: Times that every sample comes per epoch; 0.5 takes half of the samples in every epoch.
     upsampling: float = 1.0
     #: Number of samples in all shards of the source; required if no file beside the shards has it.
     num_samples: int | None = None
@@ -159,7 +160,7 @@ class CacheConfig:
 
 @dataclass(kw_only=True)
 class NetworkConfig:
-    """How remote shards are downloaded."""
+    """Downloads of remote shards."""
 
     #: Timeout in seconds for opening a connection.
     connect_timeout: float = 10.0
@@ -226,8 +227,8 @@ class TrainConfig:
     #: `bf16`, `fp16` (with dynamic loss scaling) or `fp32`. Master weights and accumulated
     #: gradients are always fp32.
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    #: Which activations of a block the backward pass recomputes. `full`: all but the block's input.
-    #: `selective`: all but the outputs of matrix products and attention.
+    #: Recompute activations of a block in the backward pass, to save memory. `full`: all but the
+    #: block's input. `selective`: all but the outputs of matrix products and attention.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     #: Run every block under torch.compile.
     compile: bool = False
@@ -332,11 +333,11 @@ class ParallelConfig:
 class ZeroConfig:
     """DeepSpeed ZeRO, which shards training state over the data- and context-parallel ranks."""
 
-    #: What is sharded. 1: optimizer state and master weights; 2: also gradients; 3: also weights.
+    #: 1: shard the optimizer state and the master weights; 2: also gradients; 3: also weights.
     stage: int = 1
-    #: Where the optimizer state and the master weights are kept; `none`: on the device.
+    #: Place of the optimizer state and the master weights; `none`: on the device.
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    #: Where weights are kept while they are not in use; stage 3 only.
+    #: Place of weights while they are not in use; `none`: on the device. Stage 3 only.
     offload_param: Literal["none", "cpu", "nvme"] = "none"
     #: Folder on a fast local disk; required for `nvme`.
     nvme_path: str | None = field(default=None, metadata=_PATH)
@@ -346,7 +347,7 @@ class ZeroConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written to `<run folder>/checkpoints`, and which are kept."""
+    """Saving of checkpoints to `<run folder>/checkpoints`, and removal of old ones."""
 
     #: Steps between checkpoints; 0: none by step. The last step is always saved.
     every_steps: int = 1000
@@ -390,7 +391,7 @@ class EvalConfig:
 
 @dataclass(kw_only=True)
 class HealthConfig:
-    """When diverging training ends, or rewinds to a checkpoint."""
+    """Diverging training: the limits at which it ends, or rewinds to a checkpoint."""
 
     #: Steps in a row with a gradient that is not finite after which the run ends. Such steps leave
     #: the weights unchanged. Steps after which fp16 lowers its loss scale do not count.
@@ -480,10 +481,16 @@ class Config:
         return max(sizes or [self.model.vision.image_size], key=math.prod)
 
     def num_micro_batches(self, dp_size: int) -> int:
-        """Return the number of micro-batches that a rank runs per step.
-
-        Args:
-            dp_size: Data-parallel size.
-        """
+        """Return the number of micro-batches that each of ``dp_size`` ranks runs per step."""
         local = self.train.global_batch_size // dp_size
         return local // (self.train.micro_batch_size or local)
+
+
+def sections(node: Any = Config, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted path and class of a dataclass, then of those in its fields and lists."""
+    yield path, node
+    for name, hint in get_type_hints(node).items():
+        if get_origin(hint) is list:
+            name, (hint,) = f"{name}[*]", get_args(hint)
+        if is_dataclass(hint):
+            yield from sections(hint, f"{path}.{name}".lstrip("."))

@@ -1,39 +1,83 @@
 """The rules that a configuration must satisfy before anything starts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
-from ds_linclip.config.schema import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    NetworkConfig,
-    ParallelConfig,
-    Source,
-)
+from ds_linclip.config.schema import Config, ModelConfig, NetworkConfig, ParallelConfig, Source
 
 __all__ = ["check_batch", "check_model", "check_ranks", "validate"]
 
 _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
 
-_POSITIVE = (
-    *("train.steps", "train.global_batch_size", "loss.chunk_size", "optim.lr", "optim.eps"),
-    *("parallel.dp", "parallel.tp", "parallel.pp", "parallel.cp"),
-    *("data.num_lanes", "data.shuffle_shards", "data.prefetch_batches", "data.max_bad_in_a_row"),
-    *("data.cache.max_gib", *(f"data.network.{each.name}" for each in fields(NetworkConfig))),
-    *("checkpoint.keep_last", "eval.batch_size", "log.every_steps", "log.peak_tflops"),
-    *("health.max_skipped_steps", "health.spike_window"),
-)
-_NOT_NEGATIVE = (
-    *("train.seed", "optim.weight_decay", "optim.warmup_steps", "optim.clip_grad_norm"),
-    *("data.num_workers", "checkpoint.every_steps", "checkpoint.every_minutes"),
-    *("checkpoint.keep_every_steps", "eval.every_steps", "health.max_rewinds", "log.num_images"),
-    "watchdog.timeout_seconds",
-)
-_FRACTIONS = ("optim.beta1", "optim.beta2", "optim.ema_decay", "model.vision.patch_dropout")
+#: A rule for fields on their own, which None always satisfies: a test, in words, the fields.
+_Rule = tuple[Callable[[Any], bool], str, Iterable[str]]
+
+
+def _positive(*names: str) -> _Rule:
+    return lambda value: 0 < value < math.inf, "be greater than 0 and finite", names
+
+
+_MODEL_RULES: list[_Rule] = [
+    _positive(
+        *("vision.width", "vision.layers", "vision.mlp_ratio"),
+        *("text.width", "text.layers", "text.mlp_ratio", "embed_dim"),
+    ),
+    (
+        lambda size: size >= _TOKENIZER_VOCABULARY,
+        f"be at least {_TOKENIZER_VOCABULARY}, the size of the tokenizer's vocabulary",
+        ["text.vocab_size"],
+    ),
+    (lambda n: n >= 3, "be at least 3: start, one token, end", ["text.context_length"]),
+]
+_RULES: list[_Rule] = [
+    _positive(
+        *("train.steps", "train.global_batch_size", "loss.chunk_size", "optim.lr", "optim.eps"),
+        *("parallel.dp", "parallel.tp", "parallel.pp", "parallel.cp", "data.num_lanes"),
+        *("data.shuffle_shards", "data.prefetch_batches", "data.max_bad_in_a_row"),
+        *("data.cache.max_gib", *(f"data.network.{each.name}" for each in fields(NetworkConfig))),
+        *("checkpoint.keep_last", "eval.batch_size", "log.every_steps", "log.peak_tflops"),
+        *("health.max_skipped_steps", "health.spike_window"),
+    ),
+    (
+        lambda value: 0 <= value < math.inf,
+        "not be negative",
+        (
+            *("train.seed", "optim.weight_decay", "optim.warmup_steps", "optim.clip_grad_norm"),
+            *("data.num_workers", "checkpoint.every_steps", "checkpoint.every_minutes"),
+            *("checkpoint.keep_every_steps", "eval.every_steps", "health.max_rewinds"),
+            *("log.num_images", "watchdog.timeout_seconds"),
+        ),
+    ),
+    (
+        lambda value: 0 <= value < 1,
+        "be in [0, 1)",
+        ["optim.beta1", "optim.beta2", "optim.ema_decay", "model.vision.patch_dropout"],
+    ),
+    (lambda value: 0 < value <= 1, "be in (0, 1]", ["data.max_bad_samples"]),
+    (lambda stage: stage in (1, 2, 3), "be 1, 2 or 3", ["zero.stage"]),
+    (
+        lambda factor: factor == 0 or 1 < factor < math.inf,
+        "be greater than 1 and finite, or 0: no rewinds",
+        ["health.spike_factor"],
+    ),
+    (
+        lambda ratio: ratio == 0 or ratio > 1,
+        "be greater than 1, or 0 for no warnings",
+        ["watchdog.slow_rank_ratio"],
+    ),
+    (lambda port: 0 < port < 2**16, "be in 1..65535", ["log.prometheus_port"]),
+    (lambda name: name != "", "be the name of a project, or null", ["log.wandb", "log.trackio"]),
+    (lambda name: name and Path(name).name == name, "be a plain folder name", ["name"]),
+]
+_SOURCE_RULES: list[_Rule] = [
+    (lambda shards: shards != "", "name shards", ["shards"]),
+    (lambda weight: weight != 0, "not be 0: leave the source out", ["weight"]),
+    _positive("upsampling", "num_samples", "weight"),
+]
 
 
 def validate(config: Config) -> None:
@@ -43,40 +87,15 @@ def validate(config: Config) -> None:
         ValueError: naming the field, its value and the rule.
     """
     check_model(config.model)
-    for name in _POSITIVE:
-        value = attrgetter(name)(config)
-        if value is not None:
-            _require_positive(name, value)
-    for name in _NOT_NEGATIVE:
-        value = attrgetter(name)(config)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} ({value}) must not be negative")
-    for name in _FRACTIONS:
-        value = attrgetter(name)(config)
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} ({value}) must be in [0, 1)")
-    if config.train.compile and config.train.activation_checkpointing == "selective":
-        raise ValueError(
-            "train.compile (true) needs train.activation_checkpointing none or full, not "
-            "(selective), which cannot see the operators inside compiled blocks"
-        )
-    if config.optim.warmup_steps >= config.train.steps:
-        raise ValueError(
-            f"optim.warmup_steps ({config.optim.warmup_steps}) must be less than train.steps "
-            f"({config.train.steps})"
-        )
+    _check_fields(config, _RULES)
+    _validate_train(config)
     _validate_init(config)
     _validate_parallel(config)
     _validate_zero(config)
     if config.parallel.dp is not None:
         check_batch(config, config.parallel.dp)
-    _validate_data(config.data)
+    _validate_data(config)
     _validate_sources(config.data.train)
-    _validate_resolutions(config)
-    _validate_health(config)
-    _validate_log(config)
-    if not config.name or Path(config.name).name != config.name:
-        raise ValueError(f"name ({config.name!r}) must be a plain folder name")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -86,29 +105,19 @@ def check_model(model: ModelConfig) -> None:
         ValueError: naming the field, its value and the rule.
     """
     vision, text = model.vision, model.text
-    for prefix, tower in (("model.vision", vision), ("model.text", text)):
-        _require_positive(f"{prefix}.width", tower.width)
-        _require_positive(f"{prefix}.layers", tower.layers)
-        _require_positive(f"{prefix}.mlp_ratio", tower.mlp_ratio)
-    _require_positive("model.embed_dim", model.embed_dim)
+    _check_fields(model, _MODEL_RULES, "model.")
     _require_patches("model.vision.image_size", vision.image_size, vision.patch_size)
-    _require_divisible("model.vision.width", vision.width, "head_width", vision.head_width)
-    _require_divisible("model.text.width", text.width, "heads", text.heads)
-    if text.vocab_size < _TOKENIZER_VOCABULARY:
-        raise ValueError(
-            f"model.text.vocab_size ({text.vocab_size}) must be at least {_TOKENIZER_VOCABULARY}, "
-            "the size of the tokenizer's vocabulary"
-        )
-    if text.context_length < 3:
-        raise ValueError(
-            f"model.text.context_length ({text.context_length}) must be at least 3: start, one "
-            "token, end"
-        )
-    for prefix, tower in (("model.vision", vision), ("model.text", text)):
+    for name, width, by_name, by in (
+        ("model.vision.width", vision.width, "head_width", vision.head_width),
+        ("model.text.width", text.width, "heads", text.heads),
+    ):
+        if by <= 0 or width % by:
+            raise ValueError(f"{name} ({width}) must be a positive multiple of {by_name} ({by})")
+    for name, tower in (("model.vision", vision), ("model.text", text)):
         head_dim = tower.width // tower.heads
         if tower.attention.kind == "linear" and not 16 <= head_dim <= 256:
             raise ValueError(
-                f"{prefix}: head dimension ({head_dim}) must be in 16..256 for linear attention"
+                f"{name}: head dimension ({head_dim}) must be in 16..256 for linear attention"
             )
 
 
@@ -120,16 +129,19 @@ def check_batch(config: Config, dp_size: int) -> None:
     """
     batch, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     if batch % dp_size:
+        below = batch - batch % dp_size
+        fitting = " or ".join(str(size) for size in (below, below + dp_size) if size > 0)
         raise ValueError(
             f"train.global_batch_size ({batch}) must be a positive multiple of the data-parallel "
-            f"size ({dp_size}): {_multiples_near(batch, dp_size)} would do"
+            f"size ({dp_size}): {fitting} would do"
         )
     local = batch // dp_size
     if micro_batch is not None and (micro_batch < 1 or local % micro_batch):
-        below = [size for size in range(1, local + 1) if local % size == 0 and size <= micro_batch]
+        sizes = range(1, min(local, micro_batch) + 1)
+        largest = max((size for size in sizes if local % size == 0), default=1)
         raise ValueError(
             f"train.micro_batch_size ({micro_batch}) must divide a rank's part of the batch "
-            f"({batch} / {dp_size} = {local}): {max(below, default=1)} would do"
+            f"({batch} / {dp_size} = {local}): {largest} would do"
         )
 
 
@@ -160,28 +172,52 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
     return dp_size
 
 
+def _check_fields(node: object, rules: Iterable[_Rule], prefix: str = "") -> None:
+    for is_met, rule, names in rules:
+        for name in names:
+            value = attrgetter(name)(node)
+            if value is not None and not is_met(value):
+                raise ValueError(f"{prefix}{name} ({value!r}) must {rule}")
+
+
+def _validate_train(config: Config) -> None:
+    if config.train.compile and config.train.activation_checkpointing == "selective":
+        raise ValueError(
+            "train.compile (true) needs train.activation_checkpointing none or full, not "
+            "(selective), which cannot see the operators inside compiled blocks"
+        )
+    warmup, steps = config.optim.warmup_steps, config.train.steps
+    if warmup >= steps:
+        raise ValueError(f"optim.warmup_steps ({warmup}) must be less than train.steps ({steps})")
+    if config.health.spike_factor and config.checkpoint.resume == "never":
+        raise ValueError(
+            f"health.spike_factor ({config.health.spike_factor}) needs checkpoint.resume latest, "
+            "not (never): a rewind resumes from a checkpoint of this run"
+        )
+
+
 def _validate_init(config: Config) -> None:
-    init = config.init
-    for name in ("pretrained_image", "pretrained_text"):
-        if init.pretrained is not None and getattr(init, name) is not None:
+    init, model = config.init, config.model
+    towers = (
+        ("image", init.lock_image, "groups", init.lock_image_unlocked_groups, model.vision.layers),
+        ("text", init.lock_text, "layers", init.lock_text_unlocked_layers, model.text.layers),
+    )
+    for side, is_locked, noun, unlocked, layers in towers:
+        pretrained = getattr(init, f"pretrained_{side}")
+        if init.pretrained is not None and pretrained is not None:
             raise ValueError(
-                f"init.{name} ({getattr(init, name)}) must not be set with init.pretrained "
+                f"init.pretrained_{side} ({pretrained}) must not be set with init.pretrained "
                 f"({init.pretrained}), which is the whole model"
             )
-    towers = (
-        ("image", init.lock_image, "groups", init.lock_image_unlocked_groups, config.model.vision),
-        ("text", init.lock_text, "layers", init.lock_text_unlocked_layers, config.model.text),
-    )
-    for side, is_locked, noun, unlocked, tower in towers:
         name = f"init.lock_{side}_unlocked_{noun}"
-        if not 0 <= unlocked <= tower.layers + 2:
+        if not 0 <= unlocked <= layers + 2:
             raise ValueError(
-                f"{name} ({unlocked}) must be in 0..{tower.layers + 2}: the blocks, the embedding "
+                f"{name} ({unlocked}) must be in 0..{layers + 2}: the blocks, the embedding "
                 "and the projection"
             )
         if unlocked and not is_locked:
             raise ValueError(f"{name} ({unlocked}) needs init.lock_{side}=true")
-        if is_locked and init.pretrained is None and getattr(init, f"pretrained_{side}") is None:
+        if is_locked and init.pretrained is None and pretrained is None:
             raise ValueError(
                 f"init.lock_{side} (true) would freeze random weights: set init.pretrained or "
                 f"init.pretrained_{side}"
@@ -216,26 +252,23 @@ def _validate_parallel(config: Config) -> None:
             f"parallel.pp ({parallel.pp}) must be at most model.vision.layers + model.text.layers "
             f"({num_blocks}): a stage holds at least one block"
         )
-    if parallel.cp == 1:
-        return
-    if vision.attention.kind != "linear":
+    if parallel.cp > 1 and vision.attention.kind != "linear":
         raise ValueError(
             f"parallel.cp ({parallel.cp}) needs model.vision.attention.kind linear, not "
             f"({vision.attention.kind}), which would send every key to every rank; take "
             "parallel.cp=1, or parallel.tp for softmax attention"
         )
     sizes = [vision.image_size, *(stage.image_size for stage in config.data.resolutions)]
-    kept = min(1 + vision.num_kept_patches_at(size) for size in sizes)
-    if kept < parallel.cp:
+    fewest = min(1 + vision.num_kept_patches_at(size) for size in sizes)
+    if parallel.cp > fewest:
         raise ValueError(
-            f"parallel.cp ({parallel.cp}) must be at most the number of tokens of an image ({kept})"
+            f"parallel.cp ({parallel.cp}) must be at most the number of tokens of an image "
+            f"({fewest})"
         )
 
 
 def _validate_zero(config: Config) -> None:
-    zero, pp = config.zero, config.parallel.pp
-    if zero.stage not in (1, 2, 3):
-        raise ValueError(f"zero.stage ({zero.stage}) must be 1, 2 or 3")
+    zero, pp, optim = config.zero, config.parallel.pp, config.optim
     if zero.stage > 1 and pp > 1:
         raise ValueError(
             f"zero.stage ({zero.stage}) must be 1 with parallel.pp ({pp}): a pipeline holds the "
@@ -246,64 +279,33 @@ def _validate_zero(config: Config) -> None:
             f"zero.offload_param ({zero.offload_param}) needs zero.stage 3, not ({zero.stage}): "
             "other stages keep all weights on every rank"
         )
-    targets = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_param}
-    for name, target in targets.items():
-        if target == "nvme" and zero.stage != 3:
+    for name in ("offload_optimizer", "offload_param"):
+        if getattr(zero, name) != "nvme":
+            continue
+        if zero.stage != 3:
             raise ValueError(
                 f"zero.{name} (nvme) needs zero.stage 3, not ({zero.stage}): take zero.stage=3, or "
                 f"zero.{name}=cpu"
             )
-        if target == "nvme" and zero.nvme_path is None:
+        if zero.nvme_path is None:
             raise ValueError(f"zero.{name} (nvme) needs a folder in zero.nvme_path")
-    if zero.offload_optimizer == "nvme":
-        optim = config.optim
-        if optim.kind == "lamb" or optim.ema_decay > 0:
-            field = "kind (lamb)" if optim.kind == "lamb" else f"ema_decay ({optim.ema_decay})"
-            raise ValueError(
-                f"optim.{field} does not go with zero.offload_optimizer (nvme): it needs all of "
-                "the optimizer's state at once; take zero.offload_optimizer=cpu"
-            )
-
-
-def _validate_data(data: DataConfig) -> None:
-    low, high = data.crop_scale
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"data.crop_scale ({low}, {high}) must satisfy 0 < low <= high <= 1")
-    if not 0 < data.max_bad_samples <= 1:
-        raise ValueError(f"data.max_bad_samples ({data.max_bad_samples}) must be in (0, 1]")
-    if data.network.backoff > data.network.max_backoff:
+    if zero.offload_optimizer == "nvme" and (optim.kind == "lamb" or optim.ema_decay > 0):
+        field = "kind (lamb)" if optim.kind == "lamb" else f"ema_decay ({optim.ema_decay})"
         raise ValueError(
-            f"data.network.backoff ({data.network.backoff}) must not be greater than "
-            f"data.network.max_backoff ({data.network.max_backoff})"
+            f"optim.{field} does not go with zero.offload_optimizer (nvme): it needs all of "
+            "the optimizer's state at once; take zero.offload_optimizer=cpu"
         )
 
 
-def _validate_sources(sources: Sequence[Source]) -> None:
-    if not sources:
-        raise ValueError("data.train ([]) must name at least one shard")
-    weighted = any(source.weight is not None for source in sources)
-    for index, source in enumerate(sources):
-        name = f"data.train[{index}]"
-        if not source.shards:
-            raise ValueError(f"{name}.shards ({source.shards!r}) must name shards")
-        _require_positive(f"{name}.upsampling", source.upsampling)
-        if source.num_samples is not None:
-            _require_positive(f"{name}.num_samples", source.num_samples)
-        if not weighted:
-            continue
-        if source.weight is None:
-            raise ValueError(f"{name}.weight (None) must be set: all sources have one or none")
-        if source.weight == 0:
-            raise ValueError(f"{name}.weight ({source.weight}) must not be 0: leave the source out")
-        _require_positive(f"{name}.weight", source.weight)
-        if source.upsampling != 1:
-            raise ValueError(
-                f"{name}.upsampling ({source.upsampling}) must be 1 with a weight "
-                f"({source.weight}): both set how often a sample comes"
-            )
-
-
-def _validate_resolutions(config: Config) -> None:
+def _validate_data(config: Config) -> None:
+    (low, high), network = config.data.crop_scale, config.data.network
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"data.crop_scale ({low}, {high}) must satisfy 0 < low <= high <= 1")
+    if network.backoff > network.max_backoff:
+        raise ValueError(
+            f"data.network.backoff ({network.backoff}) must not be greater than "
+            f"data.network.max_backoff ({network.max_backoff})"
+        )
     before = -1
     for index, stage in enumerate(config.data.resolutions):
         name, step = f"data.resolutions[{index}]", stage.from_step
@@ -321,47 +323,20 @@ def _validate_resolutions(config: Config) -> None:
         before = step
 
 
-def _validate_health(config: Config) -> None:
-    health = config.health
-    if health.spike_factor != 0 and not 1 < health.spike_factor < math.inf:
-        raise ValueError(
-            f"health.spike_factor ({health.spike_factor}) must be greater than 1 and finite, or 0: "
-            "no rewinds"
-        )
-    if health.spike_factor and config.checkpoint.resume == "never":
-        raise ValueError(
-            f"health.spike_factor ({health.spike_factor}) needs checkpoint.resume latest, not "
-            "(never): a rewind resumes from a checkpoint of this run"
-        )
-
-
-def _validate_log(config: Config) -> None:
-    log, ratio = config.log, config.watchdog.slow_rank_ratio
-    port = log.prometheus_port
-    if port is not None and not 0 < port < 2**16:
-        raise ValueError(f"log.prometheus_port ({port}) must be in 1..65535")
-    for name in ("wandb", "trackio"):
-        if getattr(log, name) == "":
-            raise ValueError(f"log.{name} ('') must be the name of a project, or null")
-    if ratio != 0 and not ratio > 1:
-        raise ValueError(
-            f"watchdog.slow_rank_ratio ({ratio}) must be greater than 1, or 0 for no warnings"
-        )
-
-
-def _multiples_near(value: int, of: int) -> str:
-    below = value // of * of
-    return " or ".join(str(multiple) for multiple in (below, below + of) if multiple > 0)
-
-
-def _require_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} ({value}) must be greater than 0 and finite")
-
-
-def _require_divisible(name: str, value: int, by_name: str, by: int) -> None:
-    if value <= 0 or by <= 0 or value % by:
-        raise ValueError(f"{name} ({value}) must be a positive multiple of {by_name} ({by})")
+def _validate_sources(sources: Sequence[Source]) -> None:
+    if not sources:
+        raise ValueError("data.train ([]) must name at least one shard")
+    are_weighted = any(source.weight is not None for source in sources)
+    for index, source in enumerate(sources):
+        name = f"data.train[{index}]"
+        _check_fields(source, _SOURCE_RULES, f"{name}.")
+        if are_weighted and source.weight is None:
+            raise ValueError(f"{name}.weight (None) must be set: all sources have one or none")
+        if are_weighted and source.upsampling != 1:
+            raise ValueError(
+                f"{name}.upsampling ({source.upsampling}) must be 1 with a weight "
+                f"({source.weight}): both set how often a sample comes"
+            )
 
 
 def _require_patches(name: str, image_size: tuple[int, int], patch_size: int) -> None:

@@ -8,8 +8,7 @@ operators are traced through their Triton or torch implementation.
 """
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,24 +27,10 @@ from ds_linclip.model.freeze import lock_towers
 from ds_linclip.parallel.context_parallel import token_slice
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["Activations", "meta_model", "trace_activations"]
+__all__ = ["meta_model", "trace_activations"]
 
 _META = torch.device("meta")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of tensors beside weights, optimizer state and DeepSpeed's buffers.
-
-    Attributes:
-        peaks: The step in phases that each end when DeepSpeed takes a parameter's gradient: the
-            number of elements whose gradients were taken before, and the peak bytes in the phase.
-        rest: Bytes left after the backward: the batch, features.
-    """
-
-    peaks: Sequence[tuple[int, int]]
-    rest: int
 
 
 def meta_model(config: Config, mesh: Mesh) -> CLIP:
@@ -63,16 +48,17 @@ def meta_model(config: Config, mesh: Mesh) -> CLIP:
     return model.to(_DTYPES[config.train.precision])
 
 
-def trace_activations(config: Config, mesh: Mesh, model: CLIP) -> Activations:
-    """Return the memory of a step of :class:`~ds_linclip.engine.engine.Engine`.
+def trace_activations(config: Config, mesh: Mesh, model: CLIP) -> tuple[list[tuple[int, int]], int]:
+    """Return the bytes of tensors beside weights, optimizer state and DeepSpeed's buffers in a step
+    of :class:`~ds_linclip.engine.engine.Engine` with the model of :func:`meta_model`.
 
     Of several micro-batches one is run, or as many as a pipeline's stage has in flight; images have
     the largest size that the run will use.
 
-    Args:
-        config: The run's configuration.
-        mesh: The layout, possibly from :meth:`~ds_linclip.parallel.mesh.Mesh.planned`.
-        model: The result of :func:`meta_model`.
+    Returns:
+        The step in phases that each end when DeepSpeed takes a parameter's gradient, as pairs: the
+        number of elements whose gradients were taken before, and the peak bytes in the phase. Then
+        the bytes left after the backward: the batch, features.
     """
     live = _LiveBytes(parameter.untyped_storage() for parameter in model.parameters())
     peaks: list[tuple[int, int]] = []
@@ -94,7 +80,7 @@ def trace_activations(config: Config, mesh: Mesh, model: CLIP) -> Activations:
     del kept
     for hook in hooks:
         hook.remove()
-    return Activations(peaks, rest)
+    return peaks, rest
 
 
 def _plain_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
@@ -145,8 +131,8 @@ def _repeated(outputs: tuple[Tensor, ...], num: int) -> list[tuple[Tensor, ...]]
 
 def _batch(config: Config, mesh: Mesh) -> tuple[Tensor, ...]:
     """Return this rank's images and texts and, with patch dropout, the patches to keep."""
-    vision, local = config.model.vision, config.train.global_batch_size // mesh.dp.size
-    size = config.largest_image_size
+    vision, size = config.model.vision, config.largest_image_size
+    local = config.train.global_batch_size // mesh.dp.size
     images = torch.empty(local, 3, *size)
     texts = torch.empty(local, config.model.text.context_length, dtype=torch.int64)
     if vision.patch_dropout == 0:
@@ -175,14 +161,7 @@ def _received_buffers(config: Config, mesh: Mesh, model: CLIP, num: int) -> tupl
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operators allocate, until they are freed.
-
-    Args:
-        known: Storages that are not counted.
-
-    Attributes:
-        now: Bytes that are alive.
-    """
+    """Counts the bytes ``now`` alive of storages that operators allocate, except ``known`` ones."""
 
     def __init__(self, known: Any) -> None:
         super().__init__()

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import torch
 
-from ds_linclip.config import Config, ParallelConfig, check_batch
+from ds_linclip.config import Config, ParallelConfig, check_batch, check_ranks
 from ds_linclip.data import Storage, find_shards
 from ds_linclip.model.flops import forward_flops, num_state_values, step_flops, training_flops
 from ds_linclip.parallel.mesh import Mesh
@@ -15,7 +16,7 @@ from ds_linclip.planner.device_specs import device_spec
 from ds_linclip.planner.memory_model import value_bytes
 from ds_linclip.planner.plan import RankPlan, describe, plan_rank
 
-__all__ = ["DEVICES", "DryRun", "Target", "dry_run"]
+__all__ = ["DEVICES", "Target", "dry_run"]
 
 GIB = 2**30
 #: Memory kept free on a GPU for what the plan does not count: the CUDA context, NCCL's buffers,
@@ -23,75 +24,61 @@ GIB = 2**30
 _RESERVE_GIB = 4.0
 #: Assumed share of the peak rate, recomputed operations included. A guess as well.
 _MFU = 0.35
-#: Values of --device, with torch's names of the devices.
+#: Values of --device.
 DEVICES = {
-    "h100": "NVIDIA H100 80GB HBM3",
-    "h200": "NVIDIA H200",
-    "a100": "NVIDIA A100-SXM4-80GB",
-    "a100-40gb": "NVIDIA A100-SXM4-40GB",
+    "h100": device_spec("NVIDIA H100 80GB HBM3"),
+    "h200": device_spec("NVIDIA H200"),
+    "a100": device_spec("NVIDIA A100-SXM4-80GB"),
+    "a100-40gb": device_spec("NVIDIA A100-SXM4-40GB"),
     "cpu": None,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The machines that a run is planned for.
+    """The machines that a run is planned for; fields are the options of ``--dry-run``.
 
     Attributes:
-        num_devices: Number of devices, with one rank on each.
+        devices: Number of devices, with one rank on each.
         device: A key of :data:`DEVICES`; None: a GPU, or the CPU if the config says so.
-        memory_gib: Memory of one device, instead of the table's.
+        device_memory_gib: Memory of one device, instead of the table's.
         peak_tflops: Peak rate of one device, instead of the table's.
         mfu: Share of the peak that is reached, recomputed operations included.
         num_samples: Samples in an epoch, if the shards cannot be read.
     """
 
-    num_devices: int
+    devices: int
     device: str | None = None
-    memory_gib: float | None = None
+    device_memory_gib: float | None = None
     peak_tflops: float | None = None
     mfu: float | None = None
     num_samples: int | None = None
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """The result of a dry run.
-
-    Attributes:
-        text: The whole plan, in Markdown.
-        problem: Why the run does not fit the devices, or None.
-    """
-
-    text: str
-    problem: str | None
-
-
-def dry_run(config: Config, target: Target) -> DryRun:
+def dry_run(config: Config, target: Target) -> tuple[str, str | None]:
     """Plan a run for machines that need not be available.
 
-    Args:
-        config: The run's configuration.
-        target: The machines.
+    Returns:
+        The whole plan, in Markdown, and why the run does not fit the devices, or None.
 
     Raises:
         ValueError: when the target is invalid, or the config does not fit the number of devices.
     """
     _check(target)
     is_cpu = (target.device or config.parallel.device) == "cpu"
-    spec = device_spec(DEVICES[target.device or "cpu"] or "")
-    peak, memory = target.peak_tflops, target.memory_gib
-    if spec is not None:
+    peak, memory = target.peak_tflops, target.device_memory_gib
+    if spec := DEVICES[target.device or "cpu"]:
         flops = spec.fp32_flops if config.train.precision == "fp32" else spec.bf16_flops
         peak = peak or (flops and flops / 1e12)
         memory = memory or spec.memory_gib
     reserve = 0.0 if is_cpu else _RESERVE_GIB
     limit = memory and memory - reserve
     device = torch.device("cpu" if is_cpu else "cuda")
-    plans, table = _plan_all(config, target.num_devices, device)
+    dp_size = check_ranks(config.parallel, target.devices)
+    check_batch(config, dp_size)
+    plans, table = _plan_all(config, target.devices, device)
     fullest = max(range(len(plans)), key=lambda rank: sum(plans[rank].memory.values()))
     needed = sum(plans[fullest].memory.values()) / GIB
-    dp_size = len(plans) // math.prod(_sizes(config.parallel))
     rows = [
         ("memory", _memory_row(fullest, needed, limit, reserve)),
         ("batch", _batch_row(config, dp_size)),
@@ -100,36 +87,23 @@ def dry_run(config: Config, target: Target) -> DryRun:
         ("checkpoint", _checkpoint_row(config)),
     ]
     name = target.device or ("cpu" if is_cpu else "GPU")
-    lines = [
-        f"# {config.name}: dry run on {len(plans)} x {name}",
-        "\n".join(f"- {row}: {value}" for row, value in rows),
-        table,
-    ]
+    summary = "\n".join(f"- {row}: {value}" for row, value in rows)
     problem = None
     if limit is not None and needed > limit:
         problem = _problem(config, plans[fullest], fullest, needed, limit, name)
-    return DryRun("\n\n".join(lines), problem)
+    title = f"# {config.name}: dry run on {len(plans)} x {name}"
+    return f"{title}\n\n{summary}\n\n{table}", problem
 
 
 def _check(target: Target) -> None:
     if target.device is not None and target.device not in DEVICES:
         raise ValueError(f"--device ({target.device}) must be one of {', '.join(DEVICES)}")
-    options = {
-        "--devices": target.num_devices,
-        "--device-memory-gib": target.memory_gib,
-        "--peak-tflops": target.peak_tflops,
-        "--mfu": target.mfu,
-        "--num-samples": target.num_samples,
-    }
-    for name, value in options.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} ({value}) must be greater than 0 and finite")
+    for name, value in asdict(target).items():
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} ({value}) must be greater than 0 and finite")
     if target.mfu is not None and target.mfu > 1:
         raise ValueError(f"--mfu ({target.mfu}) must be at most 1: a share of the peak")
-
-
-def _sizes(parallel: ParallelConfig) -> tuple[int, int, int]:
-    return parallel.tp, parallel.cp, parallel.pp
 
 
 def _plan_all(config: Config, num_devices: int, device: torch.device) -> tuple[list[RankPlan], str]:
@@ -137,20 +111,15 @@ def _plan_all(config: Config, num_devices: int, device: torch.device) -> tuple[l
 
     Ranks of one pipeline stage with the same tokens have the same plan; it is made once.
     """
-    tp, cp, pp = _sizes(config.parallel)
+    tp, cp, pp = config.parallel.tp, config.parallel.cp, config.parallel.pp
     found: dict[tuple[int, int], RankPlan] = {}
     stage = num_devices // pp
-    for place in ((p, c) for p in range(pp) for c in range(cp)):
+    for place in product(range(pp), range(cp)):
         rank = place[0] * stage + place[1] * tp
         with Mesh.planned(config.parallel, device, rank, num_devices) as mesh:
-            check_batch(config, mesh.dp.size)
             found[place] = plan_rank(config, mesh)
-            plans = [
-                found.get((rank // stage, rank // tp % cp), found[place])
-                for rank in range(num_devices)
-            ]
-            table = describe(config, mesh, plans)
-    return plans, table
+    plans = [found[rank // stage, rank // tp % cp] for rank in range(num_devices)]
+    return plans, describe(config, mesh, plans)
 
 
 def _memory_row(rank: int, needed: float, limit: float | None, reserve: float) -> str:
@@ -169,8 +138,12 @@ def _batch_row(config: Config, dp_size: int) -> str:
 
 
 def _epoch_rows(config: Config, target: Target) -> list[tuple[str, str]]:
+    samples = target.num_samples
     try:
-        samples = target.num_samples or _num_samples(config)
+        if samples is None:
+            storage = Storage(config.data.cache, config.data.network)
+            groups = find_shards(config.data.train, storage)
+            samples = sum(group.samples_per_epoch for group in groups)
     except ValueError as error:
         return [("epoch", f"unknown: {error}; --num-samples states it")]
     steps = samples / config.train.global_batch_size
@@ -178,11 +151,6 @@ def _epoch_rows(config: Config, target: Target) -> list[tuple[str, str]]:
         ("epoch", f"{samples:,} samples, {steps:,.1f} steps"),
         ("run", f"{config.train.steps:,} steps, {config.train.steps / steps:,.2f} epochs"),
     ]
-
-
-def _num_samples(config: Config) -> int:
-    storage = Storage(config.data.cache, config.data.network)
-    return sum(group.samples_per_epoch for group in find_shards(config.data.train, storage))
 
 
 def _time_rows(
@@ -216,11 +184,9 @@ def _time_rows(
 def _checkpoint_row(config: Config) -> str:
     whole = replace(config, parallel=ParallelConfig())
     with Mesh.planned(whole.parallel, torch.device("cpu"), 0, 1) as mesh:
-        size = sum(
-            p.numel()
-            * (4 * num_state_values(config.optim) if p.requires_grad else value_bytes(config))
-            for p in meta_model(whole, mesh).parameters()
-        )
+        trained, frozen = 4 * num_state_values(config.optim), value_bytes(config)
+        parameters = meta_model(whole, mesh).parameters()
+        size = sum(p.numel() * (trained if p.requires_grad else frozen) for p in parameters)
     kept, every = config.checkpoint.keep_last, config.checkpoint.keep_every_steps
     permanent = config.train.steps // every if every else 0
     return (

@@ -1,11 +1,7 @@
-"""A model of a rank's memory in a step.
-
-Weights, gradients, optimizer state and communication buckets are counted as DeepSpeed 0.19.8
-allocates them, with the activations beside them.
-"""
+"""A model of a rank's memory in a step: weights, gradients, optimizer state and communication
+buckets as DeepSpeed 0.19.8 allocates them, with the activations beside them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -13,7 +9,6 @@ from ds_linclip.config import Config
 from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.model.flops import num_state_values
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.planner.activations import Activations
 
 __all__ = ["PERSISTENT_BELOW", "StepMemory", "gradient_bytes", "value_bytes"]
 
@@ -34,40 +29,16 @@ def gradient_bytes(config: Config, mesh: Mesh) -> int:
     return _FP32 if config.num_micro_batches(mesh.dp.size) > 1 else value_bytes(config)
 
 
-@dataclass(frozen=True)
 class StepMemory:
-    """The bytes that a rank needs.
+    """The bytes that a rank with these parameters needs at the ZeRO stage of the config.
 
-    Not counted: memory inside torch's kernels, the padding of partitions, and what is offloaded.
+    Kinds of bytes are "weights", "gradients", "optimizer" (master weights, moments, average),
+    "buckets" (for communication) and "activations". Not counted: memory inside torch's kernels, the
+    padding of partitions, and what is offloaded.
 
     Attributes:
-        fullest: Bytes at the peak of a step by kind: "weights", "gradients", "optimizer" (master
-            weights, moments, average), "buckets" (for communication) and "activations".
         kept: Bytes between steps, all kinds together.
     """
-
-    fullest: dict[str, int]
-    kept: int
-
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        mesh: Mesh,
-        parameters: Iterable[nn.Parameter],
-        activations: Activations,
-    ) -> "StepMemory":
-        """Return the memory of a rank with these parameters and activations."""
-        rank = _Zero(config, mesh, list(parameters))
-        moments = [
-            rank.backward(taken) | {"activations": size} for taken, size in activations.peaks
-        ]
-        moments += [each | {"activations": activations.rest} for each in rank.after_backward()]
-        return cls(max(moments, key=lambda moment: sum(moment.values())), rank.kept)
-
-
-class _Zero:
-    """The memory that DeepSpeed allocates at the ZeRO stage of the config."""
 
     def __init__(self, config: Config, mesh: Mesh, parameters: list[nn.Parameter]) -> None:
         replicas, self.stage = mesh.replicas.size, config.zero.stage
@@ -90,7 +61,7 @@ class _Zero:
             and self.is_accumulated
             and not is_offloaded
         )
-        compact = self.stage == 2 and self.is_accumulated and self.value < _FP32
+        self.is_compact = self.stage == 2 and self.is_accumulated and self.value < _FP32
         #: Without overlap, stage 1 averages gradients after the whole backward.
         self.is_late = not zero.get("overlap_comm")
         of_bucket = self.gradient if self.stage == 1 else self.value
@@ -102,9 +73,9 @@ class _Zero:
         is_copied = self.stage == 3 and mesh.device.type == "cpu"
         per_element = self.gradient * (1 + is_copied) + self.value * is_cast
         self.sent = per_element * max(largest, min(self.bucket, self.trained))
-        self.averaged = (_FP32 if compact else self.gradient) * part
-        self.is_compact = compact
-        self.replicas = replicas
+        self.averaged = (_FP32 if self.is_compact else self.gradient) * part
+        #: The copy of all gradients that is sent, where they are summed in fp32.
+        self.copied = _FP32 * self.trained * (replicas > 1)
         self.kept = self.in_step + self.optimizer
         if self.stage == 3:
             # The partition's gradients and the bucket stay allocated. Small weights are always
@@ -120,7 +91,14 @@ class _Zero:
         elif self.sums_all:
             self.kept += _FP32 * self.trained
 
-    def backward(self, taken: int) -> dict[str, int]:
+    def fullest(self, peaks: Iterable[tuple[int, int]], rest: int) -> dict[str, int]:
+        """Return bytes by kind at the fullest moment of a step with the activations that
+        :func:`~ds_linclip.planner.activations.trace_activations` returns."""
+        moments = [self._backward(taken) | {"activations": size} for taken, size in peaks]
+        moments += [moment | {"activations": rest} for moment in self._after_backward()]
+        return max(moments, key=lambda moment: sum(moment.values()))
+
+    def _backward(self, taken: int) -> dict[str, int]:
         """Return bytes by kind after ``taken`` elements' gradients of a micro-batch were taken.
 
         Of several micro-batches it is not the first.
@@ -136,14 +114,14 @@ class _Zero:
             return self._held(self.gradient * there, self.buckets)
         return self._sending(taken)
 
-    def after_backward(self) -> list[dict[str, int]]:
+    def _after_backward(self) -> list[dict[str, int]]:
         """Return bytes by kind when gradients are averaged late, and in the optimizer's step."""
         if self.stage == 3:
             gradients = self.averaged + self.in_fp32 + self.momentary
             return [self._held(gradients, self.value * self.bucket)]
         if self.sums_all:
-            copy = _FP32 * self.trained * (self.replicas > 1)  # that is sent
-            return [self._held((_FP32 + self.value) * self.trained, max(copy, self.momentary))]
+            gradients = (_FP32 + self.value) * self.trained
+            return [self._held(gradients, max(self.copied, self.momentary))]
         flat = self.averaged * (self.value < _FP32)  # before the cast to fp32
         gradients = 0 if self.is_compact else self.averaged + flat
         moments = [self._held(self.in_fp32 + max(gradients, self.momentary), 0)]
@@ -163,19 +141,15 @@ class _Zero:
             left: Elements whose gradients existed before the first bucket was filled.
         """
         summed = self.averaged * (self.stage == 2 and self.is_accumulated)
-        is_full = taken >= min(self.bucket, self.trained)
-        first = self._held(
-            summed + self.gradient * max(0, left - self.bucket),
-            self.buckets + self.sent * is_full,
-        )
+        sent = self.sent * (taken >= min(self.bucket, self.trained))
+        unsent = self.gradient * max(0, left - self.bucket)
+        first = self._held(summed + unsent, self.buckets + sent)
         if taken <= self.bucket:
             return first
-        second = self._held(
-            summed
-            + self.averaged * (not self.is_compact)
-            + self.gradient * max(0, left - 2 * self.bucket),
-            self.buckets + min(self.sent, self.gradient * (taken - self.bucket)),
-        )
+        unsent = self.gradient * max(0, left - 2 * self.bucket)
+        sent = min(self.sent, self.gradient * (taken - self.bucket))
+        received = self.averaged * (not self.is_compact)
+        second = self._held(summed + received + unsent, self.buckets + sent)
         return max(first, second, key=lambda held: sum(held.values()))
 
     def _held(self, gradients: int, buckets: int) -> dict[str, int]:

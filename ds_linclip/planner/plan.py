@@ -1,7 +1,8 @@
 """The parallel plan: the layers, memory and communication of every rank."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from ds_linclip.config import Config
 from ds_linclip.engine.pipeline_stages import stage_units
@@ -20,6 +21,8 @@ from ds_linclip.planner.memory_model import (
 __all__ = ["RankPlan", "describe", "plan_rank"]
 
 _FP32 = 4
+#: Kinds of traffic, with their names in the table.
+_AXES = {"tp": "tp", "cp": "cp", "pp": "pp", "dp": "loss", "zero": "ZeRO"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class RankPlan:
     Attributes:
         units: The first and the last layer.
         num_parameters: Parameters of these layers on this tensor-parallel rank.
-        memory: Bytes by kind at the fullest moment of a step; see
+        memory: Bytes at the fullest moment of a step by the kinds of
             :class:`~ds_linclip.planner.memory_model.StepMemory`.
         kept: Bytes between steps, all kinds together.
         traffic: Bytes communicated in a step by axis: "tp", "cp", "pp", "dp" (features for the
@@ -46,9 +49,7 @@ class RankPlan:
 def plan_rank(config: Config, mesh: Mesh) -> RankPlan:
     """Return the plan of this rank: traffic at the first step's image size, memory at the largest.
 
-    Args:
-        config: The run's configuration.
-        mesh: The layout, possibly from :meth:`~ds_linclip.parallel.mesh.Mesh.planned`.
+    The mesh may be one of :meth:`~ds_linclip.parallel.mesh.Mesh.planned`.
     """
     model = meta_model(config, mesh)
     units = stage_units(config, mesh.pp)
@@ -60,12 +61,11 @@ def plan_rank(config: Config, mesh: Mesh) -> RankPlan:
         "dp": traffic.loss() if mesh.dp.size > 1 and model.is_last else 0,
         "zero": traffic.zero(model) if mesh.replicas.size > 1 else 0,
     }
-    activations = trace_activations(config, mesh, model)
-    memory = StepMemory.of(config, mesh, model.parameters(), activations)
+    memory = StepMemory(config, mesh, list(model.parameters()))
     return RankPlan(
-        units=_unit_names(config, units),
+        units=" to ".join(_unit_name(config, unit) for unit in (units[0], units[-1])),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        memory=memory.fullest,
+        memory=memory.fullest(*trace_activations(config, mesh, model)),
         kept=memory.kept,
         traffic={axis: size for axis, size in found.items() if size},
     )
@@ -75,19 +75,17 @@ def describe(config: Config, mesh: Mesh, plans: Sequence[RankPlan]) -> str:
     """Return a Markdown table of the plans of all ranks, with one row for each distinct plan."""
     ranks_of: dict[str, list[int]] = {}
     for rank, each in enumerate(plans):
+        row = [each.units, f"{each.num_parameters / 1e6:.1f}"]
         memory = (*each.memory.values(), sum(each.memory.values()), each.kept)
-        traffic = (_mib(each.traffic.get(axis, 0)) for axis in ("tp", "cp", "pp", "dp", "zero"))
-        row = (each.units, f"{each.num_parameters / 1e6:.1f}", *map(_gib, memory), *traffic)
+        row += [f"{size / 2**30:.3g}" for size in memory]
+        row += [f"{each.traffic.get(axis, 0) / 2**20:.3g}" for axis in _AXES]
         ranks_of.setdefault(" | ".join(row), []).append(rank)
-    sizes = " x ".join(
-        f"{name} {axis.size}"
-        for name, axis in (("tp", mesh.tp), ("cp", mesh.cp), ("dp", mesh.dp), ("pp", mesh.pp))
-    )
+    sizes = " x ".join(f"{axis} {mesh.axis_sizes[axis]}" for axis in ("tp", "cp", "dp", "pp"))
     header = [
         *("ranks", "layers", "parameters, M"),
         *(f"{kind}, GiB" for kind in plans[0].memory),
         *("together, GiB", "between steps, GiB"),
-        *("tp, MiB/step", "cp, MiB/step", "pp, MiB/step", "loss, MiB/step", "ZeRO, MiB/step"),
+        *(f"{name}, MiB/step" for name in _AXES.values()),
     ]
     lines = [
         f"{mesh.world_size} ranks on {mesh.device.type}: {sizes}, ZeRO-{config.zero.stage}, "
@@ -109,8 +107,10 @@ class _Traffic:
         self.local_batch = config.train.global_batch_size // mesh.dp.size
         #: Forward passes over every pair; several micro-batches or stages need two.
         self.forwards = 1 if self.num_micro_batches == mesh.pp.size == 1 else 2
+        self.recomputed = config.train.activation_checkpointing == "full"
         self.value_bytes = value_bytes(config)
         vision, text = config.model.vision, config.model.text
+        self.image_layers = vision.layers
         num_tokens = 1 + vision.num_kept_patches_at(config.image_size_at(0))
         held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
         #: Bytes of the tokens of the local batch between two blocks.
@@ -120,21 +120,18 @@ class _Traffic:
     def tensor(self) -> int:
         """All-reduces after row-parallel layers, and of gradients before column-parallel ones."""
         image, text = self._num_blocks()
-        recomputed = self.config.train.activation_checkpointing == "full"
-        sums = 2 * self.forwards + 2 + recomputed
-        has_embedding = self.config.model.vision.layers + 2 in self.units
-        embedding = self.forwards * self.text_tokens * has_embedding
+        sums = 2 * self.forwards + 2 + self.recomputed
+        embedding = self.forwards * self.text_tokens * (self.image_layers + 2 in self.units)
         return sums * (image * self.image_tokens + text * self.text_tokens) + embedding
 
     def context(self) -> int:
         """States of the image tower's attention, and the class token, forward and backward."""
         vision = self.config.model.vision
         image, _ = self._num_blocks()
-        recomputed = self.config.train.activation_checkpointing == "full"
         heads = vision.heads // self.mesh.tp.size
         state = heads * (num_features(vision) + 1) * (vision.head_width + 1) * _FP32
-        states = self.local_batch * image * state * (self.forwards + 1 + recomputed)
-        has_head = vision.layers + 1 in self.units
+        states = self.local_batch * image * state * (self.forwards + 1 + self.recomputed)
+        has_head = self.image_layers + 1 in self.units
         return states + has_head * self._bytes(1, vision.width) * (self.forwards + 1)
 
     def pipeline(self) -> int:
@@ -159,54 +156,38 @@ class _Traffic:
         stage, replicas = self.config.zero.stage, self.mesh.replicas.size
         trained = [p for p in model.parameters() if p.requires_grad]
         reduced = gradient_bytes(self.config, self.mesh) * sum(p.numel() for p in trained)
-        if stage == 1:
-            return reduced + self._gathered(trained, 2 * replicas)
-        reduced *= self.num_micro_batches
-        if stage == 2:
-            return reduced + self._gathered(trained, 2 * replicas)
-        everything = list(model.parameters())
-        large = sum(p.numel() for p in everything if p.numel() > PERSISTENT_BELOW)
-        small = sum(
-            -(-p.numel() // replicas) * replicas
-            for p in everything
-            if p.numel() <= PERSISTENT_BELOW
-        )
+        reduced *= 1 if stage == 1 else self.num_micro_batches
+        if stage < 3:
+            # Weights gathered after a step: two parameter groups, each padded to a multiple.
+            matrices = sum(p.numel() for p in trained if p.ndim >= 2)
+            others = sum(p.numel() for p in trained if p.ndim < 2)
+            padded = _padded(matrices, 2 * replicas) + _padded(others, 2 * replicas)
+            return reduced + self.value_bytes * padded
+        everything = [p.numel() for p in model.parameters()]
+        large = sum(size for size in everything if size > PERSISTENT_BELOW)
+        small = sum(_padded(size, replicas) for size in everything if size <= PERSISTENT_BELOW)
         passes = self.num_micro_batches * (self.forwards + 1)
         return reduced + self.value_bytes * (passes * large + small)
-
-    def _gathered(self, trained: Iterable, multiple: int) -> int:
-        """Weights gathered after a step: two parameter groups, each padded to a multiple."""
-        decayed, kept = 0, 0
-        for parameter in trained:
-            if parameter.ndim < 2:
-                kept += parameter.numel()
-            else:
-                decayed += parameter.numel()
-        return self.value_bytes * sum(-(-size // multiple) * multiple for size in (decayed, kept))
 
     def _bytes(self, num_tokens: int, width: int) -> int:
         return self.local_batch * num_tokens * width * self.value_bytes
 
     def _boundary(self, unit: int) -> int:
         """Activations that enter a unit."""
-        vision = self.config.model.vision
-        if unit <= vision.layers + 1:
+        if unit <= self.image_layers + 1:
             return self.image_tokens
         image_features = self._bytes(1, self.config.model.embed_dim)
-        return image_features + (self.text_tokens if unit > vision.layers + 2 else 0)
+        return image_features + (self.text_tokens if unit > self.image_layers + 2 else 0)
 
     def _num_blocks(self) -> tuple[int, int]:
-        layers = self.config.model.vision.layers
-        image = sum(1 <= unit <= layers for unit in self.units)
-        text = sum(
-            layers + 3 <= unit <= layers + 2 + self.config.model.text.layers for unit in self.units
-        )
-        return image, text
+        first_text = self.image_layers + 3
+        last_text = self.image_layers + 2 + self.config.model.text.layers
+        image = sum(1 <= unit <= self.image_layers for unit in self.units)
+        return image, sum(first_text <= unit <= last_text for unit in self.units)
 
 
-def _unit_names(config: Config, units: range) -> str:
-    first, last = (_unit_name(config, unit) for unit in (units[0], units[-1]))
-    return f"{first} to {last}"
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _unit_name(config: Config, unit: int) -> str:
@@ -219,18 +200,7 @@ def _unit_name(config: Config, unit: int) -> str:
 
 def _shown(ranks: list[int]) -> str:
     """Return ranks as text, with consecutive ones shortened: 0-3, 8."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and runs[-1][-1] == rank - 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
+    # Consecutive ranks differ from their places by the same number.
+    groups = groupby(enumerate(ranks), lambda place: place[1] - place[0])
+    runs = [[rank for _, rank in group] for _, group in groups]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g}"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.3g}"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ds_linclip.preflight.rendezvous import Rendezvous
 from ds_linclip.preflight.table import CheckResult, problems_if, skipped
-from ds_linclip.preflight.verdicts import format_figure, format_range
+from ds_linclip.preflight.verdicts import format_figure, format_range, keys_by_value, seconds_of
 
 __all__ = ["AllReduceSpeed", "ClockOffset", "all_reduce_speed", "check_network", "clock_offset"]
 
@@ -27,12 +27,7 @@ _INTERFACE = "name the interface (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
 
 
 class ClockOffset(TypedDict):
-    """The time by which another clock is ahead of this one.
-
-    Attributes:
-        seconds: The estimate.
-        bound: The greatest error of the estimate in seconds: half of the shortest round trip.
-    """
+    """The seconds by which another clock is ahead of this one, and their greatest error."""
 
     seconds: float
     bound: float
@@ -46,9 +41,8 @@ class AllReduceSpeed(TypedDict):
         num_ranks: The ranks that take part.
         seconds: The mean over repetitions and ranks.
         algorithm_bandwidth: Bytes per second: size over time.
-        bus_bandwidth: Bytes per second that every rank must send, and receive, with any algorithm:
-            2 (n - 1) / n times the algorithm bandwidth. For any number of ranks n it can be
-            compared with what a link carries.
+        bus_bandwidth: Bytes per second that a link carries: with any algorithm every one of n ranks
+            must send, and receive, 2 (n - 1) / n times the size.
     """
 
     size: int
@@ -67,10 +61,7 @@ def check_network(
 ) -> Iterator[CheckResult]:
     """Yield the results of all checks between ranks; those after a failure are not made.
 
-    Args:
-        rendezvous: All ranks.
-        device: The device of this rank.
-        max_skew_seconds: The difference between clocks from which on to warn.
+    Clocks that differ by more than ``max_skew_seconds`` are a warning.
     """
     ports = _check_ports(rendezvous)
     yield ports
@@ -97,16 +88,14 @@ def _check_ports(rendezvous: Rendezvous) -> CheckResult:
         leaders = rendezvous.leaders if len(rendezvous.leaders) > 1 else []
         before = dict(zip(leaders, [*leaders[-1:], *leaders], strict=False))
 
-        def connect() -> float:
+        def connect() -> None:
             host, port = addresses.values[before[rendezvous.rank]]
-            started = time.perf_counter()
             try:
                 socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
             except OSError as error:
                 raise OSError(f"{host}:{port} cannot be reached: {error}") from error
-            return time.perf_counter() - started
 
-        connected = rendezvous.gather("connect", connect, leaders)
+        connected = rendezvous.gather("connect", partial(seconds_of, connect), leaders)
     problems = problems_if(
         connected.failures(),
         "hosts must reach each other at any free port, as the process groups use them",
@@ -120,13 +109,8 @@ def _check_ports(rendezvous: Rendezvous) -> CheckResult:
 
 def _check_process_group(rendezvous: Rendezvous, device: torch.device) -> CheckResult:
     backend = "gloo and nccl" if device.type == "cuda" else "gloo"
-
-    def connect() -> float:
-        started = time.perf_counter()
-        rendezvous.connect_process_group(device)
-        return time.perf_counter() - started
-
-    results = rendezvous.gather("process group", connect)
+    connect = partial(rendezvous.connect_process_group, device)
+    results = rendezvous.gather("process group", partial(seconds_of, connect))
     problems = problems_if(
         results.failures(),
         f"all ranks must create a process group ({backend})",
@@ -180,20 +164,16 @@ def _measure_clocks(rendezvous: Rendezvous) -> dict[str, ClockOffset]:
 
 def clock_offset(round_trips: Sequence[tuple[float, float, float]]) -> ClockOffset:
     """Estimate the offset of another clock from the shortest round trip (Cristian, 1989): the
-    answer is as old as half of it.
-
-    Args:
-        round_trips: This clock at the start, the other clock, this clock at the end; in seconds.
-    """
+    answer is as old as half of it. A round trip is this clock at the start, the other clock, this
+    clock at the end, in seconds."""
     sent, other, received = min(round_trips, key=lambda trip: trip[2] - trip[0])
     return {"seconds": other - (sent + received) / 2, "bound": (received - sent) / 2}
 
 
 def _check_all_reduce(rendezvous: Rendezvous, device: torch.device) -> Iterator[CheckResult]:
     """Time all-reduce between all ranks, within hosts, and between neighbouring hosts."""
-    results = rendezvous.gather(
-        "all-reduce", partial(_measure_all_reduce, rendezvous.hosts, device)
-    )
+    measure = partial(_measure_all_reduce, rendezvous.hosts, device)
+    results = rendezvous.gather("all-reduce", measure)
     problems = problems_if(
         results.failures(),
         "all-reduce must finish on every link",
@@ -211,13 +191,10 @@ def _check_all_reduce(rendezvous: Rendezvous, device: torch.device) -> Iterator[
 
 
 def _rate_speeds(check: str, speeds: _Speeds) -> CheckResult:
-    texts, bandwidths, unit = [], dict[str, float](), ""
-    for index, size in enumerate(_SIZES):
-        at_size = {place: each[index] for place, each in speeds.items()}
-        if index == 0:
-            seconds = {place: each["seconds"] for place, each in at_size.items()}
-            texts.append(f"latency {format_range(seconds, 1e3)} ms")
-            continue
+    latency, *at_sizes = ({place: each[i] for place, each in speeds.items()} for i in range(3))
+    seconds = {place: each["seconds"] for place, each in latency.items()}
+    texts, bandwidths, unit = [f"latency {format_range(seconds, 1e3)} ms"], dict[str, float](), ""
+    for size, at_size in zip(_SIZES[1:], at_sizes, strict=True):
         unit = f"{size / 2**20:.0f} MiB"
         bandwidths = {place: each["bus_bandwidth"] / 1e9 for place, each in at_size.items()}
         texts.append(f"{unit}: busbw {format_range(bandwidths)} GB/s")
@@ -226,13 +203,12 @@ def _rate_speeds(check: str, speeds: _Speeds) -> CheckResult:
             texts[-1] += f", algbw {format_figure(only['algorithm_bandwidth'] / 1e9)}"
     # Those of the largest message: smaller ones depend on the latency.
     median = sorted(bandwidths.values())[len(bandwidths) // 2]
-    slow = [
-        (place, f"{format_figure(value)} GB/s with {unit} (busbw)")
-        for place, value in bandwidths.items()
-        if value < _SLOW_SHARE * median
-    ]
     problems = problems_if(
-        slow,
+        [
+            (place, f"{format_figure(value)} GB/s with {unit} (busbw)")
+            for place, value in bandwidths.items()
+            if value < _SLOW_SHARE * median
+        ],
         f"at least {_SLOW_SHARE:g} of the median, {format_figure(median)} GB/s",
         "check that link (ibstat, nvidia-smi topo -m), or leave the host out",
         is_warning=True,
@@ -244,9 +220,7 @@ def _measure_all_reduce(hosts: Sequence[str], device: torch.device) -> Mapping[s
     """Return the speeds of this rank's groups, by check."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for this thread
-    ranks_of: dict[str, list[int]] = {}
-    for rank, host in enumerate(hosts):
-        ranks_of.setdefault(host, []).append(rank)
+    ranks_of = keys_by_value(dict(enumerate(hosts)))
     within = ranks_of if len(ranks_of) > 1 else {}  # else the same as all ranks
     neighbours = [(f"{a} to {b}", [ranks_of[a][0], ranks_of[b][0]]) for a, b in pairwise(ranks_of)]
     found: dict[str, dict[str, Sequence[AllReduceSpeed]]] = {}
@@ -272,15 +246,26 @@ def _measure_group(group: dist.ProcessGroup, device: torch.device) -> list[AllRe
     for size in _SIZES:
         message = torch.zeros(size // 4, device=device)
         _mean_seconds(message, group, 1)
-        once = torch.tensor(_mean_seconds(message, group, 1), dtype=torch.float64, device=device)
-        dist.all_reduce(once, dist.ReduceOp.MAX, group)
-        repeats = max(1, min(_MAX_REPEATS, int(_SECONDS_PER_SIZE / once.item())))
-        mean = torch.tensor(
-            _mean_seconds(message, group, repeats), dtype=torch.float64, device=device
-        )
-        dist.all_reduce(mean, dist.ReduceOp.SUM, group)
-        found.append(all_reduce_speed(size, group.size(), mean.item() / group.size()))
+        once = _mean_seconds(message, group, 1)
+        repeats = max(1, min(_MAX_REPEATS, int(_SECONDS_PER_SIZE / once)))
+        found.append(all_reduce_speed(size, group.size(), _mean_seconds(message, group, repeats)))
     return found
+
+
+def _mean_seconds(message: torch.Tensor, group: dist.ProcessGroup, repeats: int) -> float:
+    """Return the seconds of an all-reduce, the same on all ranks: their mean."""
+
+    def reduce() -> None:
+        for _ in range(repeats):
+            dist.all_reduce(message, group=group)
+        if message.is_cuda:
+            torch.cuda.synchronize(message.device)
+
+    if message.is_cuda:
+        torch.cuda.synchronize(message.device)
+    seconds = torch.tensor(seconds_of(reduce), dtype=torch.float64, device=message.device)
+    dist.all_reduce(seconds, group=group)
+    return seconds.item() / group.size() / repeats
 
 
 def all_reduce_speed(size: int, num_ranks: int, seconds: float) -> AllReduceSpeed:
@@ -296,17 +281,3 @@ def all_reduce_speed(size: int, num_ranks: int, seconds: float) -> AllReduceSpee
         "algorithm_bandwidth": bandwidth,
         "bus_bandwidth": bandwidth * 2 * (num_ranks - 1) / num_ranks,
     }
-
-
-def _mean_seconds(message: torch.Tensor, group: dist.ProcessGroup, repeats: int) -> float:
-    _synchronize(message)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        dist.all_reduce(message, group=group)
-    _synchronize(message)
-    return (time.perf_counter() - started) / repeats
-
-
-def _synchronize(message: torch.Tensor) -> None:
-    if message.is_cuda:
-        torch.cuda.synchronize(message.device)

@@ -59,22 +59,18 @@ def check_config(
         content = json.dumps(asdict(loaded[0]), default=str, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
-    rule = "the config must be there, valid, and the same on every host"
-    remedy = "fix the config, or bring the same files to every host"
     results = rendezvous.gather("config", digest)
-    different = differences(results.by_host(_joined), "resolved config")
-    problems = problems_if(results.failures() + different, rule, remedy)
+    problems = problems_if(
+        results.failures() + differences(results.by_host(_joined), "resolved config"),
+        "the config must be there, valid, and the same on every host",
+        "fix the config, or bring the same files to every host",
+    )
     found = path if problems else f"{path}, the same on all ranks"
     return CheckResult(check="config", found=found, problems=problems), next(iter(loaded), None)
 
 
 def check_layout(hosts: Sequence[str], config: Config) -> CheckResult:
-    """Check that the ranks fit the parallel axes and the batch.
-
-    Args:
-        hosts: The host of every rank.
-        config: The run's configuration.
-    """
+    """Check that the ranks, of which ``hosts`` are the hosts, fit the axes and the batch."""
     parallel, batch, world_size = config.parallel, config.train.global_batch_size, len(hosts)
     try:
         dp_size = check_ranks(parallel, world_size)
@@ -144,14 +140,11 @@ def _describe_node(config: Config) -> Node:
     }
 
 
-def _compare_software(nodes: Mapping[str, Sequence[Node]]) -> list[CheckResult]:
-    names = list(next(iter(nodes.values()))[0]["software"])
+def _compare_software(nodes: Mapping[str, Sequence[Node]]) -> Iterator[CheckResult]:
     apart = (*_OWN_ROWS, *_OF_PROJECT, *_OF_GPU)
+    others = [name for name in next(iter(nodes.values()))[0]["software"] if name not in apart]
     rows: dict[str, Sequence[str]] = {name: [name] for name in _OWN_ROWS}
-    rows["ds_linclip"] = _OF_PROJECT
-    rows["other packages"] = [name for name in names if name not in apart]
-    rows["GPU software"] = _OF_GPU
-    results = []
+    rows |= {"ds_linclip": _OF_PROJECT, "other packages": others, "GPU software": _OF_GPU}
     for check, packages in rows.items():
         texts, problems = [], list[Problem]()
         for name in packages:
@@ -171,8 +164,7 @@ def _compare_software(nodes: Mapping[str, Sequence[Node]]) -> list[CheckResult]:
                 is_warning=name == "driver",
             )
         if texts:
-            results.append(CheckResult(check=check, found=", ".join(texts), problems=problems))
-    return results
+            yield CheckResult(check=check, found=", ".join(texts), problems=problems)
 
 
 def _compare_devices(nodes: Mapping[str, Sequence[Node]]) -> tuple[CheckResult, bool]:
@@ -203,14 +195,8 @@ def _compare_devices(nodes: Mapping[str, Sequence[Node]]) -> tuple[CheckResult, 
 
 
 class DiskSpace(TypedDict):
-    """The room for something on a disk.
-
-    Attributes:
-        path: The folder, or the nearest existing one above it.
-        free: Bytes that are free.
-        needed: Bytes that the run needs.
-        reason: How ``needed`` is computed.
-    """
+    """The room on a disk: the folder, or the nearest existing one above it, bytes that are free,
+    bytes that the run needs, and how these are computed."""
 
     path: str
     free: int
@@ -221,12 +207,9 @@ class DiskSpace(TypedDict):
 def check_disk_space(
     rendezvous: Rendezvous, config: Config, min_free_bytes: float
 ) -> Iterator[CheckResult]:
-    """Yield a row for each purpose of :func:`disk_space`.
+    """Yield a row for each purpose of :func:`disk_space`; one rank of each host looks.
 
-    Args:
-        rendezvous: All ranks; one of each host looks.
-        config: The run's configuration.
-        min_free_bytes: Bytes that must be free beside the needs of checkpoints and the cache.
+    At least ``min_free_bytes`` must be free for checkpoints and for the cache, whatever they need.
     """
     results = rendezvous.gather("disk", partial(disk_space, config), rendezvous.leaders)
     problems = problems_if(
@@ -239,27 +222,26 @@ def check_disk_space(
     for purpose in by_host[rendezvous.hosts[0]]:
         spaces = {host: of_host[purpose] for host, of_host in by_host.items()}
         limit = 0.0 if purpose == "/dev/shm" else min_free_bytes
-        short = [
-            (host, f"{format_gib(space['free'])} free in {space['path']}, {_needed(space, limit)}")
-            for host, space in spaces.items()
-            if space["free"] < max(space["needed"], limit)
-        ]
-        is_warning = purpose != "checkpoints" and all(
-            space["free"] >= limit for space in spaces.values()
-        )
+        short = []
+        for host, space in spaces.items():
+            if space["free"] < max(space["needed"], limit):
+                needed = f"{format_gib(space['needed'])} needed: {space['reason']}"
+                if space["needed"] < limit:
+                    needed = f"{format_gib(limit)} needed: --min-free-gib"
+                short.append(
+                    (host, f"{format_gib(space['free'])} free in {space['path']}, {needed}")
+                )
         problems = problems_if(
-            short, f"{purpose} must have room", _REMEDIES[purpose], is_warning=is_warning
+            short,
+            f"{purpose} must have room",
+            _REMEDIES[purpose],
+            is_warning=purpose != "checkpoints"
+            and all(space["free"] >= limit for space in spaces.values()),
         )
         free = format_range({host: space["free"] / 2**30 for host, space in spaces.items()})
-        needed = max(space["needed"] for space in spaces.values())
-        found = f"{free} GiB free, {format_gib(needed)} needed"
+        most = max(space["needed"] for space in spaces.values())
+        found = f"{free} GiB free, {format_gib(most)} needed"
         yield CheckResult(check=f"disk: {purpose}", found=found, problems=problems, figures=spaces)
-
-
-def _needed(space: DiskSpace, limit: float) -> str:
-    if space["needed"] < limit:
-        return f"{format_gib(limit)} needed: --min-free-gib"
-    return f"{format_gib(space['needed'])} needed: {space['reason']}"
 
 
 def disk_space(config: Config) -> dict[str, DiskSpace]:
@@ -273,7 +255,7 @@ def disk_space(config: Config) -> dict[str, DiskSpace]:
     spaces = {"checkpoints": _disk_space(config.run_dir, count * checkpoint - existing, reason)}
     cache = config.data.cache
     if cache.dir is not None:
-        path = Path(cache.dir).expanduser()
+        path = Path(cache.dir)
         needed = int(cache.max_gib * 2**30) - _bytes_below(path)
         reason = f"data.cache.max_gib ({cache.max_gib:g}) less existing copies"
         spaces["cache"] = _disk_space(path, needed, reason)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_linclip.preflight.verdicts import RankResults
+from ds_linclip.preflight.verdicts import RankResults, keys_by_value
 
 __all__ = ["Rendezvous", "RendezvousError"]
 
@@ -70,11 +70,8 @@ class Rendezvous:
     def join(cls, timeout: float) -> "Rendezvous":
         """Connect to the store on rank 0 that the launcher's environment variables name.
 
-        Args:
-            timeout: Seconds within which all ranks must arrive, and that each gathering may take.
-
-        Returns:
-            The rendezvous; one of this process alone where there is no launcher.
+        Without a launcher the rendezvous is one of this process alone. Within ``timeout`` seconds
+        all ranks must arrive, and each gathering must end.
 
         Raises:
             RendezvousError: when the store cannot be created or reached.
@@ -88,7 +85,7 @@ class Rendezvous:
         try:
             if not is_server:
                 _wait_for_port(address, port, timeout)
-            store = _open_store(address, port, world_size, timeout, is_server=is_server)
+            store = _open_store(address, port, world_size, timeout, is_server)
         except (OSError, dist.DistError) as error:
             what = f"master {address}:{port} cannot be reached in {timeout:.0f} s"
             if is_server:
@@ -99,11 +96,7 @@ class Rendezvous:
         return cls(store, rank, world_size, timeout)
 
     def wait_for_all(self) -> None:
-        """Wait for all ranks and set :attr:`hosts`.
-
-        Raises:
-            RendezvousError: as :meth:`gather`.
-        """
+        """Wait for all ranks and set :attr:`hosts`; raises as :meth:`gather`."""
         self.hosts = list(self.gather("arrive", socket.gethostname).values.values())
 
     @property
@@ -127,9 +120,8 @@ class Rendezvous:
         Raises:
             RendezvousError: on all ranks that are left, when another one sends nothing at all.
         """
-        result = {}
-        if ranks is None or self.rank in ranks:
-            result = _run_within(self.timeout, fn)
+        is_asked = ranks is None or self.rank in ranks
+        result = _run_within(self.timeout, fn) if is_asked else {}
         results = [result] if self._store is None else self._exchange(self._store, name, result)
         return RankResults(
             self.hosts,
@@ -140,19 +132,19 @@ class Rendezvous:
     def connect_process_group(self, device: torch.device) -> None:
         """Create torch's process group: gloo between CPUs, on GPUs also nccl between these."""
         assert self._store is not None
-        if device.type == "cuda":
+        on_gpu = device.type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(device)  # for this thread
         # A connection of its own, since this call may hang in its thread.
-        store = _open_store(
-            self._store.host, self._store.port, self.world_size, self.timeout, is_server=False
-        )
+        place = self._store.host, self._store.port
+        store = _open_store(*place, self.world_size, self.timeout, False)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("process-group", store),
             rank=self.rank,
             world_size=self.world_size,
             # nccl ends the process when its time is up; this rendezvous gives up before that.
-            timeout=timedelta(seconds=(2 if device.type == "cuda" else 1) * self.timeout),
+            timeout=timedelta(seconds=(2 if on_gpu else 1) * self.timeout),
         )
 
     def close(self) -> None:
@@ -193,10 +185,9 @@ class Rendezvous:
             ) from error
         self._silent = [rank for rank, each in enumerate(results) if each is None]
         if self._silent:
-            hosts, silent = self._known_hosts(), dict[str, list[str]]()
-            for rank in self._silent:
-                silent.setdefault(hosts[rank] or "hosts unknown", []).append(str(rank))
-            ranks = "; ".join(f"{host}: {', '.join(numbers)}" for host, numbers in silent.items())
+            hosts = self._known_hosts()
+            silent = keys_by_value({rank: hosts[rank] or "hosts unknown" for rank in self._silent})
+            ranks = "; ".join(f"{host}: {', '.join(map(str, r))}" for host, r in silent.items())
             raise RendezvousError(
                 f"no answer to {name!r} within {patience:.0f} s from ranks of {ranks}",
                 ", ".join(silent),
@@ -209,18 +200,14 @@ class Rendezvous:
 
 
 def _open_store(
-    address: str, port: int, world_size: int, timeout: float, *, is_server: bool
+    address: str, port: int, world_size: int, timeout: float, is_server: bool
 ) -> dist.TCPStore:
     limit = timedelta(seconds=timeout)
     return dist.TCPStore(address, port, world_size, is_server, limit, wait_for_workers=False)
 
 
 def _wait_for_port(address: str, port: int, timeout: float) -> None:
-    """Wait until the port is open; torch itself would fill the screen with warnings meanwhile.
-
-    Raises:
-        OSError: the error of the last attempt.
-    """
+    """Wait until the port is open; torch itself would fill the screen with warnings meanwhile."""
     until = time.monotonic() + timeout
     while True:
         try:

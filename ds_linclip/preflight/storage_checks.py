@@ -10,13 +10,13 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from ds_linclip.config import Config
+from ds_linclip.config import Config, Source
 from ds_linclip.data import Storage, find_shards
 from ds_linclip.data.remote import redact
 from ds_linclip.data.shard_index import expand
 from ds_linclip.preflight.rendezvous import Rendezvous
 from ds_linclip.preflight.table import CheckResult, problems_if
-from ds_linclip.preflight.verdicts import format_range, plural
+from ds_linclip.preflight.verdicts import format_range, plural, seconds_of
 
 __all__ = ["check_held_out_data", "check_output_folder", "check_training_data"]
 
@@ -43,7 +43,7 @@ def check_output_folder(rendezvous: Rendezvous, config: Config) -> CheckResult:
 
     rule = f"output_dir ({config.output_dir}) must be writable"
     remedy = "give this user the permission to write there, or choose another output_dir"
-    seconds: dict[str, float] = {}
+    found, seconds = config.output_dir, dict[str, float]()
     try:
         results = rendezvous.gather("create a folder", create, [0])
         problems = problems_if(results.failures(), rule, remedy)
@@ -61,15 +61,14 @@ def check_output_folder(rendezvous: Rendezvous, config: Config) -> CheckResult:
         for path in created[1:]:
             with suppress(OSError):  # not empty any more
                 path.rmdir()
-
-    found = config.output_dir
     if not problems:
         found += f": written and seen by all; 1 MiB synced in {format_range(seconds, 1e3)} ms"
-    slow = [
-        (host, f"{each:.1f} s to sync 1 MiB") for host, each in seconds.items() if each > _SLOW_SYNC
-    ]
     problems += problems_if(
-        slow,
+        [
+            (host, f"{each:.1f} s to sync 1 MiB")
+            for host, each in seconds.items()
+            if each > _SLOW_SYNC
+        ],
         f"at most {_SLOW_SYNC:g} s: a checkpoint is synced before it counts",
         "check that storage's load, or choose another output_dir",
         is_warning=True,
@@ -85,13 +84,11 @@ def _write(folder: Path, hosts: Sequence[str], rank: int) -> float:
         with _file_of(folder, rank).open("xb") as file:
             file.write(_content_of(hosts, rank))
             file.flush()
-            started = time.perf_counter()
-            os.fsync(file.fileno())
+            return seconds_of(partial(os.fsync, file.fileno()))
     except FileNotFoundError as error:
         raise ValueError(f"{folder}, which {hosts[0]} has created, is not there") from error
     except OSError as error:
         raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
-    return time.perf_counter() - started
 
 
 def _read(folder: Path, hosts: Sequence[str], rank: int, writers: Sequence[int]) -> None:
@@ -127,13 +124,14 @@ def _content_of(hosts: Sequence[str], rank: int) -> bytes:
 
 def check_training_data(rendezvous: Rendezvous, config: Config) -> CheckResult:
     """Find all shards on rank 0, as training does; open the first of each source on every host."""
-    rule = "all shards must be there, and the first of every source readable on every host"
-    remedy = "fix data.train, or mount it, or give the host its credentials and network"
     shards = rendezvous.gather("all shards", partial(_count_shards, config), [0])
-    opened = rendezvous.gather(
-        "first shards", partial(_open_first_shards, config), rendezvous.leaders
+    open_first = partial(_open_first_shards, config)
+    opened = rendezvous.gather("first shards", open_first, rendezvous.leaders)
+    problems = problems_if(
+        shards.failures() + opened.failures(),
+        "all shards must be there, and the first of every source readable on every host",
+        "fix data.train, or mount it, or give the host its credentials and network",
     )
-    problems = problems_if(shards.failures() + opened.failures(), rule, remedy)
     found = ""
     if not problems:
         num_samples, num_shards, num_sources = shards.values[0]
@@ -160,18 +158,18 @@ def _open_first_shards(config: Config) -> float:
         ValueError: naming the shard, when it is not there, cannot be read or is no tar file.
     """
     storage = Storage(config.data.cache, config.data.network)
-    slowest = 0.0
-    for source in config.data.train:
+
+    def open_first(source: Source) -> None:
         name = f"data.train ({redact(source.shards)})"
         url = expand(source.shards, name)[0]
-        started = time.perf_counter()
         try:
             tarfile.TarInfo.frombuf(storage.head(url)[:512], "utf-8", "replace")
         except tarfile.TarError as error:
             raise ValueError(f"{name}: {redact(url)} is no tar file: {error}") from error
         except OSError as error:
             raise ValueError(f"{name}: {redact(url)} cannot be opened: {error}") from error
-        slowest = max(slowest, time.perf_counter() - started)
+
+    slowest = max(seconds_of(partial(open_first, source)) for source in config.data.train)
     storage.check([source.shards for source in config.data.train])
     return slowest
 
@@ -179,20 +177,12 @@ def _open_first_shards(config: Config) -> float:
 def check_held_out_data(
     rendezvous: Rendezvous, folder: str, open_evaluation: Callable[[], object]
 ) -> CheckResult:
-    """Open the held-out data on every host.
+    """Open the held-out data, which is in ``folder``, on one rank of every host.
 
-    Args:
-        rendezvous: All ranks; one of each host opens the data.
-        folder: ``eval.data``.
-        open_evaluation: Opens it; raises ValueError when it cannot be scored.
+    ``open_evaluation`` raises ValueError when it cannot be scored.
     """
-
-    def seconds_to_open() -> float:
-        started = time.perf_counter()
-        open_evaluation()
-        return time.perf_counter() - started
-
-    results = rendezvous.gather("held-out data", seconds_to_open, rendezvous.leaders)
+    opened = partial(seconds_of, open_evaluation)
+    results = rendezvous.gather("held-out data", opened, rendezvous.leaders)
     problems = problems_if(
         results.failures(),
         f"eval.data ({folder}) must be readable on every host",

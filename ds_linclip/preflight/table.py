@@ -82,9 +82,8 @@ def exit_code_of(results: Sequence[CheckResult]) -> ExitCode:
 
 def format_table(results: Sequence[CheckResult]) -> str:
     """Return the results as a Markdown table, with the problems and a summary below it."""
-    cells = [("check", "verdict", "found")]
-    for result in results:
-        cells.append((result.check, result.verdict, result.found or "see below"))
+    rows = ((each.check, each.verdict, each.found or "see below") for each in results)
+    cells = [("check", "verdict", "found"), *rows]
     widths = [max(len(row[column]) for row in cells) for column in (0, 1)]
     lines = [f"| {a:<{widths[0]}} | {b:<{widths[1]}} | {c}" for a, b, c in cells]
     lines.insert(1, f"|:{'-' * (widths[0] + 1)}|:{'-' * (widths[1] + 1)}|:---")
@@ -106,11 +105,8 @@ def format_json(results: Sequence[CheckResult], hosts: Sequence[str]) -> str:
 
 def _summary(results: Sequence[CheckResult]) -> str:
     verdicts = [result.verdict for result in results]
-    counts = [
-        f"{verdicts.count(verdict)} {name}"
-        for verdict, name in (("FAILURE", "failed"), ("warning", "with warnings"))
-        if verdict in verdicts
-    ]
+    names = {"FAILURE": "failed", "warning": "with warnings"}
+    counts = [f"{verdicts.count(v)} {name}" for v, name in names.items() if v in verdicts]
     found = f"{len(verdicts)} checks: {', '.join(counts) or 'all ok'}"
     if exit_code_of(results) == ExitCode.FINISHED:
         return f"verdict: ready to train ({found})"

@@ -1,5 +1,6 @@
 """Comparison between hosts of what all ranks returned in one check, in words."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,9 +12,12 @@ __all__ = [
     "format_gib",
     "format_range",
     "grouped",
+    "keys_by_value",
     "plural",
+    "seconds_of",
 ]
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 _NUM_NAMED_HOSTS = 16  # in one list; the others are counted
@@ -35,17 +39,15 @@ class RankResults:
 
     def failures(self) -> list[tuple[str, str]]:
         """Return pairs of the hosts that have an error and the error."""
-        hosts: dict[str, dict[str, None]] = {}
-        for rank, error in self.errors.items():
-            hosts.setdefault(error, {})[self.hosts[rank]] = None
-        return [(_names(list(names)), error) for error, names in hosts.items()]
+        return [
+            (_names(list(dict.fromkeys(self.hosts[rank] for rank in ranks))), error)
+            for error, ranks in keys_by_value(self.errors).items()
+        ]
 
     def by_host(self, combine: Callable[[list[Any]], T]) -> dict[str, T]:
         """Return the values by host, those of its ranks combined into one."""
-        values: dict[str, list[Any]] = {}
-        for rank, value in self.values.items():
-            values.setdefault(self.hosts[rank], []).append(value)
-        return {host: combine(each) for host, each in values.items()}
+        ranks = keys_by_value({rank: self.hosts[rank] for rank in self.values})
+        return {host: combine([self.values[r] for r in its]) for host, its in ranks.items()}
 
 
 def differences(by_host: Mapping[str, str], what: str) -> list[tuple[str, str]]:
@@ -62,12 +64,18 @@ def differences(by_host: Mapping[str, str], what: str) -> list[tuple[str, str]]:
 
 def grouped(by_host: Mapping[str, str]) -> str:
     """Return the value that all hosts share, else every value with the hosts that have it."""
-    hosts: dict[str, list[str]] = {}
-    for host, value in by_host.items():
-        hosts.setdefault(value, []).append(host)
+    hosts = keys_by_value(by_host)
     if len(hosts) == 1:
         return next(iter(hosts))
     return "; ".join(f"{value} ({_names(names)})" for value, names in hosts.items())
+
+
+def keys_by_value(values: Mapping[K, T]) -> dict[T, list[K]]:
+    """Return the keys of every value, both in their order."""
+    keys: dict[T, list[K]] = {}
+    for key, value in values.items():
+        keys.setdefault(value, []).append(key)
+    return keys
 
 
 def format_range(by_host: Mapping[str, float], scale: float = 1.0) -> str:
@@ -75,6 +83,13 @@ def format_range(by_host: Mapping[str, float], scale: float = 1.0) -> str:
     low, high = min(by_host, key=by_host.__getitem__), max(by_host, key=by_host.__getitem__)
     least, most = format_figure(scale * by_host[low]), format_figure(scale * by_host[high])
     return least if least == most else f"{least} ({low}) to {most} ({high})"
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def format_figure(value: float) -> str:

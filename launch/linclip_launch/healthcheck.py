@@ -28,18 +28,11 @@ def main() -> int:
         help="longest phase of a healthy run; default %(default).0f, below the 1200 after which "
         "the watchdog itself ends a run",
     )
-    parser.add_argument(
-        "--sign-seconds",
-        type=float,
-        default=60,
-        help="oldest sign of life; one is written every 10 seconds; default %(default).0f",
-    )
+    sign = "oldest sign of life; one is written every 10 seconds; default %(default).0f"
+    parser.add_argument("--sign-seconds", type=float, default=60, help=sign)
     arguments = parser.parse_args()
-    is_healthy, line = check_health(
-        signs_of_life(arguments.runs, socket.gethostname()),
-        arguments.phase_seconds,
-        arguments.sign_seconds,
-    )
+    signs = signs_of_life(arguments.runs, socket.gethostname())
+    is_healthy, line = check_health(signs, arguments.phase_seconds, arguments.sign_seconds)
     print(line)
     return 0 if is_healthy else 1
 

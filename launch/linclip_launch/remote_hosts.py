@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 __all__ = ["HostReply", "RemoteHosts", "run_on_hosts"]
 
@@ -25,26 +26,16 @@ SENT = ("DS_ACCELERATOR", "FI_", "GLOO_", "NCCL_", "OMP_", "PYTHON", "TORCH_", "
 PATIENCE = 30
 
 
-@dataclass(frozen=True)
-class HostReply:
-    """The result of a command on a host.
-
-    Attributes:
-        is_ok: Whether it ended with exit code 0.
-        text: The last line of its output, or of its errors.
-    """
+class HostReply(NamedTuple):
+    """Whether a command on a host ended with exit code 0, and its last line of output or errors."""
 
     is_ok: bool
     text: str
 
 
 def run_on_hosts(commands: Mapping[str, list[str]], timeout: float) -> dict[str, HostReply]:
-    """Run a command for each host, all at once, and return the replies by host.
-
-    Args:
-        commands: The local command that reaches each host.
-        timeout: Seconds after which a host counts as silent.
-    """
+    """Run, all at once, the local commands that reach each host; return the replies by host. A host
+    counts as silent after ``timeout`` seconds."""
 
     def run(host: str) -> HostReply:
         try:
@@ -109,11 +100,9 @@ class RemoteHosts:
 
     def run(self, commands: Mapping[str, list[str]], should_leave: Callable[[], bool]) -> int:
         """Run a command on every host until all have ended, or one has for 30 seconds; then end
-        what is left.
+        what is left. The first host has rank 0.
 
-        Args:
-            commands: The commands by host; the first host has rank 0.
-            should_leave: Returns whether the ranks must be requested to save and leave.
+        When ``should_leave`` returns true, the ranks are requested to save and leave.
 
         Returns:
             The exit code of the first command to fail; 0 when none has.

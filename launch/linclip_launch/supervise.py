@@ -25,17 +25,8 @@ import psutil
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.process.exit_codes import ExitCode
-from ds_linclip.resilience.restart_policy import (
-    Restart,
-    Slots,
-    choose_hosts,
-    format_slots,
-    newest_step,
-    read_hostfile,
-    record_restart,
-    restart_reason,
-    select_slots,
-)
+from ds_linclip.resilience import restart_policy
+from ds_linclip.resilience.restart_policy import Slots, format_slots, newest_step, restart_reason
 from linclip_launch.remote_hosts import RemoteHosts
 
 TRAIN = "linclip_launch.train"
@@ -54,9 +45,9 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="YAML experiment")
-    parser.add_argument("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
-    where = parser.add_mutually_exclusive_group()
+    add, where = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("config", help="YAML experiment")
+    add("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
     where.add_argument("--ranks", type=int, help="ranks on this machine; default: one per GPU")
     where.add_argument("--hostfile", type=Path, help="lines of 'host slots=number'")
     where.add_argument(
@@ -64,52 +55,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="COMMAND",
         help="starts a Python on every rank instead of deepspeed, for example 'srun python'",
     )
-    parser.add_argument("--include", default="", help="hosts and slots to use: node1@node2:0,1")
-    parser.add_argument("--exclude", default="", help="hosts and slots to leave out")
-    parser.add_argument(
-        "--node-rank",
-        type=int,
-        help="without ssh: the number of this host in the hostfile; ranks are started here only",
-    )
-    parser.add_argument("--master-addr", help="address of the first host; default: its name")
-    parser.add_argument(
-        "--master-port",
-        type=int,
-        help="port on the first host; default: a free one, or 29500 with --node-rank",
-    )
-    parser.add_argument(
-        "--max-restarts",
-        type=int,
-        default=3,
-        help="failures in a row without a newer checkpoint before giving up; default 3",
-    )
-    parser.add_argument("--backoff-seconds", type=float, default=5.0, help="wait before a restart")
-    parser.add_argument("--min-nodes", type=int, default=1, help="least number of hosts to run on")
-    parser.add_argument(
-        "--remote-shell",
-        # A host without power is silent: ssh probes it, and gives up after a minute.
-        default="ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4 {host}",
-        help="command that runs one more argument on a host; default: %(default)s",
-    )
-    parser.add_argument(
-        "--check-seconds", type=float, default=20.0, help="time for a host to reply; default 20"
-    )
-    parser.add_argument(
-        "--deepspeed",
-        default="",
-        metavar="OPTIONS",
-        help="further options of the deepspeed command, in one string",
-    )
+    add("--include", default="", help="hosts and slots to use: node1@node2:0,1")
+    add("--exclude", default="", help="hosts and slots to leave out")
+    number = "without ssh: the number of this host in the hostfile; ranks are started here only"
+    add("--node-rank", type=int, help=number)
+    add("--master-addr", help="address of the first host; default: its name")
+    port = "port on the first host; default: a free one, or 29500 with --node-rank"
+    add("--master-port", type=int, help=port)
+    limit = "failures in a row without a newer checkpoint before giving up; default 3"
+    add("--max-restarts", type=int, default=3, help=limit)
+    add("--backoff-seconds", type=float, default=5.0, help="wait before a restart")
+    add("--min-nodes", type=int, default=1, help="least number of hosts to run on")
+    # A host without power is silent: ssh probes it, and gives up after a minute.
+    shell = "ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4 {host}"
+    runs = "command that runs one more argument on a host; default: %(default)s"
+    add("--remote-shell", default=shell, help=runs)
+    reply = "time for a host to reply; default 20"
+    add("--check-seconds", type=float, default=20.0, help=reply)
+    options = "further options of the deepspeed command, in one string"
+    add("--deepspeed", default="", metavar="OPTIONS", help=options)
     return parser
 
 
 class Supervisor:
-    """Starts the run, waits for its end, decides, and restarts it.
-
-    Args:
-        arguments: The parsed command line.
-        config: The run's configuration.
-    """
+    """Starts the run of a parsed command line, waits for its end, decides, and restarts it."""
 
     def __init__(self, arguments: argparse.Namespace, config: Config) -> None:
         self.arguments, self.config = arguments, config
@@ -120,10 +89,7 @@ class Supervisor:
         self._must_leave = False
 
     def run(self) -> int:
-        """Supervise the run to its end.
-
-        Returns:
-            The exit code of this command.
+        """Supervise the run to its end; return the exit code of this command.
 
         Raises:
             ValueError: when the hosts or options do not allow a first start.
@@ -153,29 +119,27 @@ class Supervisor:
                 return ExitCode.FAILED
             if self._must_leave:
                 return ExitCode.PREEMPTED
-            restart = Restart(
-                time=time.time(),
-                exit_code=exit_code,
-                reason=reason,
-                ranks=sum(map(len, self._hosts.values())) or self.arguments.ranks,
-                hosts=list(self._hosts) or None,
-                step=step,
-                seconds_down=round(time.monotonic() - ended, 3),
-            )
+            ranks = sum(map(len, self._hosts.values())) or self.arguments.ranks
             if not self.arguments.node_rank:  # one line for all hosts
-                record_restart(run_dir, restart)
-            self._say(f"{reason}; restarting from step {step}, {restart.ranks or 'all'} ranks")
+                restart = restart_policy.Restart(
+                    time=time.time(),
+                    exit_code=exit_code,
+                    reason=reason,
+                    ranks=ranks,
+                    hosts=list(self._hosts) or None,
+                    step=step,
+                    seconds_down=round(time.monotonic() - ended, 3),
+                )
+                restart_policy.record_restart(run_dir, restart)
+            self._say(f"{reason}; restarting from step {step}, {ranks or 'all'} ranks")
 
     def _run_once(self) -> int:
         """Run the launcher, and end what it leaves behind; return its exit code."""
         if self._is_remote:
-            # In a folder that all hosts see.
-            hostfile = self.config.run_dir / "hostfile"
+            hostfile = self.config.run_dir / "hostfile"  # in a folder that all hosts see
             hostfile.parent.mkdir(parents=True, exist_ok=True)
             hostfile.write_text(self.arguments.hostfile.read_text())
-            commands = {
-                host: self._command(rank, hostfile) for rank, host in enumerate(self._hosts)
-            }
+            commands = {host: self._command(i, hostfile) for i, host in enumerate(self._hosts)}
             return self._remote.run(commands, lambda: self._must_leave)
         # In its own session: the terminal's Ctrl-C reaches the supervisor only, and what is left
         # behind can be found and ended.
@@ -195,10 +159,13 @@ class Supervisor:
             return [*shlex.split(arguments.launch), "-m", *train]
         command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
         # The port of a killed run may not be free yet.
-        command += ["--master_port", str(self._port or _free_port())]
+        command += ["--master_port", str(self._port or _local_port(None))]
         if node_rank is not None:
+            # The option names the first host of the file, which may be left out.
+            first = next(iter(self._hosts))
+            is_there = first == next(iter(self._named_hosts()))
             command += ["--no_ssh", "--node_rank", str(node_rank)]
-            command += ["--master_addr", self._master()]
+            command += ["--master_addr", (is_there and arguments.master_addr) or first]
             command += ["--hostfile", str(hostfile), "--include", format_slots(self._hosts)]
         elif arguments.ranks:
             command += ["--num_gpus", str(arguments.ranks)]
@@ -216,21 +183,20 @@ class Supervisor:
                 raise ValueError("--node-rank, --include and --exclude need --hostfile")
             return
         named = self._named_hosts()
-        chosen = choose_hosts(self.config, named, arguments.min_nodes)
+        chosen = restart_policy.choose_hosts(self.config, named, arguments.min_nodes)
         used, slots = (sum(map(len, hosts.values())) for hosts in (chosen, named))
         if used < slots:
             self._say(f"{used} of {slots} slots are used: no more fit the batch and the layout")
         if arguments.node_rank is None:
             first = next(iter(chosen))
             unusable = self._remote.unusable(named, arguments.master_addr or first)
+            problems = (
+                f"host {host} cannot take part ({reason}): fix it, or leave it out with "
+                f"--exclude {host}"
+                for host, reason in unusable.items()
+            )
             if unusable:
-                raise ValueError(
-                    "; ".join(
-                        f"host {host} cannot take part ({reason}): fix it, or leave it out with "
-                        f"--exclude {host}"
-                        for host, reason in unusable.items()
-                    )
-                )
+                raise ValueError("; ".join(problems))
             self._port = self._remote.port(first, arguments.master_port)
         elif not 0 <= arguments.node_rank < len(chosen):
             raise ValueError(
@@ -240,7 +206,7 @@ class Supervisor:
         else:
             self._port = arguments.master_port or DEFAULT_PORT
             if arguments.node_rank == 0:
-                _check_port(self._port)
+                _local_port(self._port)
         self._hosts = chosen
 
     def _choose_remaining_hosts(self) -> None:
@@ -255,7 +221,7 @@ class Supervisor:
                 self._say(f"host {host} does not answer and is left out: {reason}")
             left = {host: slots for host, slots in named.items() if host not in unusable}
             try:
-                self._hosts = choose_hosts(self.config, left, arguments.min_nodes)
+                self._hosts = restart_policy.choose_hosts(self.config, left, arguments.min_nodes)
                 self._port = self._remote.port(next(iter(self._hosts)), arguments.master_port)
                 return
             except ValueError as error:
@@ -264,15 +230,9 @@ class Supervisor:
                 self._say(f"{error}; checking again in {arguments.check_seconds:.0f} s")
                 time.sleep(arguments.check_seconds)
 
-    def _master(self) -> str:
-        """Return the address of the first host; the option names that of the first in the file."""
-        first = next(iter(self._hosts))
-        is_given = self.arguments.master_addr and first == next(iter(self._named_hosts()))
-        return self.arguments.master_addr if is_given else first
-
     def _named_hosts(self) -> Slots:
-        hosts = read_hostfile(self.arguments.hostfile)
-        return select_slots(hosts, self.arguments.include, self.arguments.exclude)
+        hosts = restart_policy.read_hostfile(self.arguments.hostfile)
+        return restart_policy.select_slots(hosts, self.arguments.include, self.arguments.exclude)
 
     def _leave(self, number: int, _frame: FrameType | None) -> None:
         self._must_leave = True
@@ -304,12 +264,8 @@ def launcher_and_ranks(process: int) -> tuple[int | None, list[int]]:
     for each in psutil.Process(process).children(recursive=True):
         if "deepspeed.launcher.launch" in _command_of(each):
             with suppress(psutil.NoSuchProcess):
-                children = each.children()
-                return each.pid, sorted(
-                    child.pid
-                    for child in children
-                    if any(word.startswith("--local_rank=") for word in _command_of(child))
-                )
+                children = [(child.pid, " ".join(_command_of(child))) for child in each.children()]
+                return each.pid, sorted(pid for pid, line in children if "--local_rank=" in line)
     return None, []
 
 
@@ -340,19 +296,15 @@ def _is_in_group(process: int, leader: int) -> bool:
     return False
 
 
-def _check_port(port: int) -> None:
+def _local_port(wanted: int | None) -> int:
+    """Return the wanted port of this host, or a free one; ValueError when it is taken."""
     try:
-        socket.create_server(("", port)).close()
+        with socket.create_server(("", wanted or 0)) as probe:
+            return int(probe.getsockname()[1])
     except OSError as error:
         raise ValueError(
-            f"--master-port ({port}) is taken on this host: choose another one for all hosts"
+            f"--master-port ({wanted}) is taken on this host: choose another one for all hosts"
         ) from error
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

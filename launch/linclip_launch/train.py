@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -33,14 +34,7 @@ with gc_paused():
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "config", help="YAML experiment, for example ds_configs/train/embedded.yaml"
-    )
-    parser.add_argument("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
-    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher, not used")
-    _add_dry_run_options(parser)
-    arguments = parser.parse_intermixed_args()
+    arguments = _parser().parse_intermixed_args()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
     )
@@ -75,44 +69,35 @@ def main() -> int:
     return ExitCode.FINISHED
 
 
-def _add_dry_run_options(parser: argparse.ArgumentParser) -> None:
-    options = parser.add_argument_group("dry run")
-    options.add_argument(
-        "--dry-run", action="store_true", help="print a plan of the run, start nothing"
-    )
-    options.add_argument("--devices", type=int, help="number of ranks; default: from the config")
-    options.add_argument("--device", help=f"one of {', '.join(DEVICES)}")
-    options.add_argument("--device-memory-gib", type=float, help="memory of another device")
-    options.add_argument("--peak-tflops", type=float, help="peak of another device")
-    options.add_argument("--mfu", type=float, help="share of the peak that training reaches")
-    options.add_argument(
-        "--num-samples", type=int, help="samples per epoch, where the shards are not here"
-    )
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add, plan = parser.add_argument, parser.add_argument_group("dry run").add_argument
+    add("config", help="YAML experiment, for example ds_configs/train/embedded.yaml")
+    add("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
+    add("--local_rank", type=int, help="set by the deepspeed launcher, not used")
+    plan("--dry-run", action="store_true", help="print a plan of the run, start nothing")
+    plan("--devices", type=int, help="number of ranks; default: from the config")
+    plan("--device", help=f"one of {', '.join(DEVICES)}")
+    plan("--device-memory-gib", type=float, help="memory of another device")
+    plan("--peak-tflops", type=float, help="peak of another device")
+    plan("--mfu", type=float, help="share of the peak that training reaches")
+    plan("--num-samples", type=int, help="samples per epoch, where the shards are not here")
+    return parser
 
 
 def _dry_run(config: Config, arguments: argparse.Namespace) -> int:
     """Print the plan, on rank 0 only where a launcher has started several ranks."""
     if int(os.environ.get("RANK", 0)) > 0:
         return ExitCode.FINISHED
-    parallel = config.parallel
-    size_of_config = (parallel.dp or 1) * parallel.tp * parallel.pp * parallel.cp
-    devices = arguments.devices
-    if devices is None:
-        devices = int(os.environ.get("WORLD_SIZE", size_of_config))
-    found = dry_run(
-        config,
-        Target(
-            num_devices=devices,
-            device=arguments.device,
-            memory_gib=arguments.device_memory_gib,
-            peak_tflops=arguments.peak_tflops,
-            mfu=arguments.mfu,
-            num_samples=arguments.num_samples,
-        ),
-    )
-    print(found.text, flush=True)
-    if found.problem is not None:
-        raise ValueError(found.problem)
+    options = {each.name: getattr(arguments, each.name) for each in fields(Target)}
+    if arguments.devices is None:
+        parallel = config.parallel
+        size_of_config = (parallel.dp or 1) * parallel.tp * parallel.pp * parallel.cp
+        options["devices"] = int(os.environ.get("WORLD_SIZE", size_of_config))
+    plan, problem = dry_run(config, Target(**options))
+    print(plan, flush=True)
+    if problem is not None:
+        raise ValueError(problem)
     return ExitCode.FINISHED
 
 
@@ -144,21 +129,17 @@ def _open_evaluator(config: Config, mesh: Mesh) -> HeldOutEvaluator | None:
 def _summary(config: Config, result: TrainResult) -> str:
     rows = [("steps", f"{result.steps}")]
     if result.last:
-        rows += [
-            ("loss", f"{result.last['train/loss']:.4f}"),
-            ("samples/s", f"{result.last['perf/samples_per_second']:.0f}"),
-        ]
-    rows += [
-        (tag.removeprefix("eval/"), f"{value:.4f}") for tag, value in result.evaluation.items()
-    ]
+        rows.append(("loss", f"{result.last['train/loss']:.4f}"))
+        rows.append(("samples/s", f"{result.last['perf/samples_per_second']:.0f}"))
+    scores = result.evaluation.items()
+    rows += [(tag.removeprefix("eval/"), f"{value:.4f}") for tag, value in scores]
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"  {name:<{width}}  {value:>10}" for name, value in rows)
     tensorboard = Path(sys.executable).with_name("tensorboard")
-    board = config.run_dir / "tensorboard"
     return (
         f"\n{config.name}\n{table}\n\n"
         f"run folder:  {config.run_dir}\n"
-        f"tensorboard: {tensorboard} --logdir {board}"
+        f"tensorboard: {tensorboard} --logdir {config.run_dir / 'tensorboard'}"
     )
 
 

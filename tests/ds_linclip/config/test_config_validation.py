@@ -1,0 +1,205 @@
+"""One clear message for each mistake in a configuration."""
+
+import re
+
+import pytest
+
+from ds_linclip.config import as_image_size, load_config
+
+EMBEDDED = "ds_configs/train/embedded.yaml"
+NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", r"unknown key \(optim\.lrr\); did you mean optim\.lr"),
+        ("batch_size=8", r"unknown key \(batch_size\); did you mean .*train\.global_batch_size"),
+        ("model.visoin.width=8", r"unknown key \(model\.visoin.*did you mean model\.vision"),
+        ("optim.lr=fast", r"optim\.lr: Value 'fast'"),
+        ("model.text.attention.kind=flash", r"kind: Invalid value 'flash'"),
+        (
+            "model.vision.image_size=[30,32]",
+            r"model\.vision\.image_size \(30, 32\) must be .* multiple of patch_size \(4\)",
+        ),
+        ("model.vision.image_size=[32,33]", r"image_size \(32, 33\) must be .*patch_size \(4\)"),
+        ("model.vision.image_size=33", r"image_size \(33, 33\) must be .*patch_size \(4\)"),
+        ("model.vision.image_size=0", r"image_size \(0, 0\) must be .*positive"),
+        ("model.vision.patch_size=5", r"image_size \(32, 32\) must be .*patch_size \(5\)"),
+        ("model.vision.patch_size=0", r"image_size \(32, 32\) must be .*patch_size \(0\)"),
+        ("model.text.heads=3", r"model\.text\.width \(64\) must be a positive multiple of heads"),
+        ("train.steps=0", r"train\.steps \(0\) must be greater than 0"),
+        ("train.steps=[1]", r"train\.steps: Value '\[1\]'"),
+        ("optim.warmup_steps=100000", r"optim\.warmup_steps \(100000\) must be less than"),
+        ("data.train=[]", r"data\.train \(\[\]\) must name at least one shard"),
+        ("data.train=7", r"data\.train \(7\) must be a pattern or a list of sources"),
+        ("data.train={shards: a.tar}", r"data\.train \(.*\) must be a pattern or a list"),
+        ("data.train=", r"data\.train \(None\) must be a pattern or a list"),
+        ("data.train=[7]", r"data\.train\[0\]: .*Source"),
+        ("data.train=[{shrds: a.tar}]", r"key \(shrds\); did you mean data\.train\[\*\]\.shards"),
+        ("data.train=[{weight: 1}]", r"data\.train\[0\]\.shards \(''\) must name shards"),
+        ("data.train=''", r"data\.train\[0\]\.shards \(''\) must name shards"),
+        (
+            "data.train=[{shards: a.tar, weight: 1}, b.tar]",
+            r"data\.train\[1\]\.weight \(None\) must be set: all sources have one or none",
+        ),
+        (
+            "data.train=[a.tar, {shards: b.tar, weight: 1}]",
+            r"data\.train\[0\]\.weight \(None\) must be set: all sources have one or none",
+        ),
+        (
+            "data.train=[{shards: a.tar, weight: 0}, {shards: b.tar, weight: 1}]",
+            r"data\.train\[0\]\.weight \(0\.0\) must not be 0: leave the source out",
+        ),
+        (
+            "data.train=[{shards: a.tar, weight: -1}]",
+            r"train\[0\]\.weight \(-1\.0\) must be greater",
+        ),
+        ("data.train=[{shards: a.tar, weight: .inf}]", r"weight \(inf\) must be .*finite"),
+        ("data.train=[{shards: a.tar, weight: .nan}]", r"weight \(nan\) must be .*finite"),
+        ("data.train=[{shards: a.tar, upsampling: 0}]", r"upsampling \(0\.0\) must be greater"),
+        ("data.train=[{shards: a.tar, upsampling: .inf}]", r"upsampling \(inf\) must be .*finite"),
+        (
+            "data.train=[{shards: a.tar, upsampling: 2, weight: 1}]",
+            r"data\.train\[0\]\.upsampling \(2\.0\) must be 1 with a weight \(1\.0\)",
+        ),
+        (
+            "data.train=[{shards: a.tar, num_samples: 0}]",
+            r"\[0\]\.num_samples \(0\) must be greater",
+        ),
+        ("data.resolutions=5", r"data\.resolutions \(5\) must be a list"),
+        ("data.resolutions[0].image_size=32", r"data\.resolutions \(.*\) must be a list"),
+        ("data.resolutions=[5]", r"data\.resolutions\[0\]: .*Resolution"),
+        (
+            "data.resolutions=[{image_sise: 32}]",
+            r"key \(image_sise\); did you mean .*data\.resolutions\[\*\]\.image_size",
+        ),
+        (
+            "data.resolutions=[{from_step: 1, image_size: 32}]",
+            r"data\.resolutions\[0\]\.from_step \(1\) must be 0",
+        ),
+        (
+            "data.resolutions=[{image_size: 32}, {from_step: 0, image_size: 16}]",
+            r"data\.resolutions\[1\]\.from_step \(0\) must be greater than 0, the one before",
+        ),
+        (
+            "data.resolutions=[{image_size: 32}, {from_step: 800, image_size: 16}]",
+            r"data\.resolutions\[1\]\.from_step \(800\) must be less than train\.steps \(800\)",
+        ),
+        (
+            "data.resolutions=[{image_size: 32}, {from_step: 10, image_size: [32, 18]}]",
+            r"data\.resolutions\[1\]\.image_size \(32, 18\) must be .*patch_size \(4\)",
+        ),
+        ("data.cache.max_gib=0", r"data\.cache\.max_gib \(0\.0\) must be greater than 0"),
+        ("data.network.backoff=0", r"data\.network\.backoff \(0\.0\) must be greater than 0"),
+        ("data.network.max_tries=0", r"data\.network\.max_tries \(0\) must be greater than 0"),
+        ("data.network.read_timeout=.nan", r"data\.network\.read_timeout \(nan\) must be"),
+        ("data.max_bad_samples=0", r"data\.max_bad_samples \(0\.0\) must be in \(0, 1\]"),
+        ("data.max_bad_samples=1.5", r"data\.max_bad_samples \(1\.5\) must be in \(0, 1\]"),
+        ("data.max_bad_in_a_row=0", r"data\.max_bad_in_a_row \(0\) must be greater than 0"),
+        ("data.prefetch_batches=0", r"data\.prefetch_batches \(0\) must be greater than 0"),
+        ("data.crop_scale={a: 1}", r"command line: config: Cannot merge incompatible container"),
+        ("parallel.dp=3", r"train\.global_batch_size \(128\) must be .*\(3\): 126 or 129 would do"),
+        ("name=a/b", r"name \('a/b'\) must be a plain folder name"),
+        ("train.seed=-1", r"train\.seed \(-1\) must not be negative"),
+        ("zero.stage=7", r"zero\.stage \(7\) must be"),
+        ("parallel.tp=0", r"parallel\.tp \(0\) must be greater than 0"),
+        (
+            "parallel.tp=3",
+            r"parallel\.tp \(3\) must divide model\.vision heads \(2\): 1 or 2 would do",
+        ),
+        (
+            "parallel.pp=7",
+            r"parallel\.pp \(7\) must be at most .*layers \(6\): a stage holds at least",
+        ),
+        ("parallel.cp=66", r"parallel\.cp \(66\) must be at most the number of tokens .*\(65\)"),
+        (
+            ["parallel.cp=2", "model.vision.attention.kind=softmax"],
+            r"parallel\.cp \(2\) needs model\.vision\.attention\.kind linear, .* take parallel\.cp",
+        ),
+        (
+            ["parallel.pp=2", "zero.stage=3"],
+            r"zero\.stage \(3\) must be 1 with parallel\.pp \(2\): .* take zero\.stage=1, or par",
+        ),
+        ("zero.offload_param=cpu", r"zero\.offload_param \(cpu\) needs zero\.stage 3, not \(1\)"),
+        (
+            "zero.offload_optimizer=nvme",
+            r"offload_optimizer \(nvme\) needs zero\.stage 3, not \(1\)",
+        ),
+        (
+            ["zero.offload_optimizer=nvme", "zero.stage=3"],
+            r"zero\.offload_optimizer \(nvme\) needs a folder in zero\.nvme_path",
+        ),
+        (
+            [*NVME, "optim.ema_decay=0.99"],
+            r"optim\.ema_decay \(0\.99\) does not go with zero\.offload_optimizer \(nvme\)",
+        ),
+        ([*NVME, "optim.kind=lamb"], r"optim\.kind \(lamb\) does not go with .*_optimizer=cpu"),
+        (
+            ["parallel.dp=2", "train.micro_batch_size=48"],
+            r"train\.micro_batch_size \(48\) must divide .* \(128 / 2 = 64\): 32 would do",
+        ),
+        (
+            ["train.compile=true", "train.activation_checkpointing=selective"],
+            r"train\.compile \(true\) needs .*activation_checkpointing none or full, not \(sel",
+        ),
+        ("loss.chunk_size=0", r"loss\.chunk_size \(0\) must be greater than 0"),
+        ("model.vision.patch_dropout=1", r"patch_dropout \(1\.0\) must be in \[0, 1\)"),
+        ("model.text.vocab_size=1000", r"vocab_size \(1000\) must be at least 49408"),
+        ("model.text.context_length=2", r"context_length \(2\) must be at least 3"),
+        ("model.vision.head_width=8", r"model\.vision: head dimension \(8\) must be in 16\.\.256"),
+        ("watchdog.timeout_seconds=-1", r"watchdog\.timeout_seconds \(-1\.0\) must not be neg"),
+        ("watchdog.timeout_seconds=.nan", r"watchdog\.timeout_seconds \(nan\) must not be neg"),
+        ("watchdog.slow_rank_ratio=1", r"slow_rank_ratio \(1\.0\) must be greater than 1, or 0"),
+        ("optim.lr=.nan", r"optim\.lr \(nan\) must be greater than 0 and finite"),
+        ("data.train=[/x/{0..9}.tar]", r"override \(data\.train.*\) must have a YAML value; quote"),
+        ("steps", r"override \(steps\) must have the form key=value"),
+    ],
+)
+def test_bad_value_is_named_with_its_rule(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(EMBEDDED, [override] if isinstance(override, str) else override)
+
+
+@pytest.mark.parametrize(
+    "value", ["[8, 8, 8]", "[8]", "32.0", "[32.0, 32]", "big", "'32'", "['8', 8]", "true", "", "{}"]
+)
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("model.vision.image_size={}", "model.vision.image_size"),
+        (
+            "data.resolutions=[{{image_size: 32}}, {{from_step: 1, image_size: {}}}]",
+            "data.resolutions[1].image_size",
+        ),
+    ],
+)
+def test_image_size_of_a_wrong_shape_is_named(override, name, value):
+    rule = r" \(.*\) must be an integer or \[height, width\], in pixels"
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}{rule}$"):
+        load_config(EMBEDDED, [override.format(value)])
+    with pytest.raises(ValueError, match=f"^side{rule}$"):
+        as_image_size("side", (8, 8.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "not valid YAML"),
+        ("- a\n- b\n", "must hold keys and values"),
+        ("base: run.yaml\n", "circle"),
+    ],
+)
+def test_unreadable_file_is_named(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(path)
+    assert "run.yaml" in str(caught.value)
+
+
+def test_an_interpolation_of_an_unknown_key_is_named():
+    with pytest.raises(ValueError, match=r"embedded\.yaml: .*nme.* not found"):
+        load_config(EMBEDDED, ["eval.data='/data/${nme}'"])
