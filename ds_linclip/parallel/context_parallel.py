@@ -33,8 +33,8 @@ def token_slice(num_tokens: int, rank: int, size: int) -> slice:
     Args:
         num_tokens: Tokens of an image. The first ranks have the larger shares, so that rank 0 has
             the first token; later ranks may have none.
-        rank: This process's rank in its context group.
-        size: The number of ranks of the context group.
+        rank: The rank in its context group.
+        size: The number of ranks of that group.
 
     Raises:
         ValueError: when ``rank`` is not in the group.
