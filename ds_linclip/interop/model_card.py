@@ -76,7 +76,7 @@ def model_card(
         name: Name of the exported folder.
         config: The run's configuration.
         manifest: The checkpoint's manifest.
-        run_dir: The run folder, whose metrics are redact if it has any.
+        run_dir: The run folder, whose metrics are read if it has any.
         num_parameters: Number of weights of the model.
         weights: "ema" or "raw".
         dtype: Dtype of the weights.
