@@ -171,7 +171,7 @@ class CheckpointReader:
     def read(
         self, name: str, kind: str, *, tp_rank: int, tp_size: int, start: int, numel: int
     ) -> Tensor:
-        """Return consecutive elements [numel] of a parameter or its optimizer state.
+        """Return consecutive elements [numel] of a parameter or one kind of its optimizer state.
 
         Args:
             name: The parameter's name.

@@ -30,13 +30,7 @@ class MetricWriter:
     Scalars go to ``<run folder>/metrics.jsonl``, one JSON object per call (null: not finite), to
     TensorBoard and the other back ends of ``monitor``, and to ``sinks``. In the file and in
     TensorBoard every step is there once: :meth:`cut_back` removes what was recorded after the step
-    from which training resumes.
-
-    Args:
-        config: The run's configuration.
-        mesh: The ranks that train together.
-        monitor: DeepSpeed's monitor, or None.
-        sinks: Further receivers of scalars.
+    from which training resumes. ``monitor`` is DeepSpeed's, or None.
     """
 
     def __init__(

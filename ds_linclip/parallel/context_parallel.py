@@ -28,19 +28,12 @@ __all__ = ["first_token", "sum_over_ranks", "token_slice"]
 
 
 def token_slice(num_tokens: int, rank: int, size: int) -> slice:
-    """Return the consecutive tokens that a rank holds; ranks differ by one token at most.
+    """Return the consecutive tokens of an image that a rank of a context group of ``size`` ranks
+    holds; ranks differ by one token at most.
 
-    Args:
-        num_tokens: Tokens of an image. The first ranks have the larger shares, so that rank 0 has
-            the first token; later ranks may have none.
-        rank: The rank in its context group.
-        size: The number of ranks of that group.
-
-    Raises:
-        ValueError: when ``rank`` is not in the group.
+    The first ranks have the larger shares, so that rank 0 has the first token; later ranks may have
+    none.
     """
-    if not 0 <= rank < size:
-        raise ValueError(f"rank ({rank}) must be in 0..size - 1 ({size - 1})")
     share, left_over = divmod(num_tokens, size)
     start = rank * share + min(rank, left_over)
     return slice(start, start + share + (rank < left_over))
