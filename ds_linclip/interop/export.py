@@ -94,7 +94,7 @@ def export_checkpoint(
 
         try:
             num_parameters = write_hub_folder(
-                folder, config.model, shapes, lambda _: DTYPES[dtype], read
+                folder, config.model, shapes, dtype=lambda _: DTYPES[dtype], read=read
             )
         except SafetensorError as error:
             raise ValueError(f"checkpoint ({checkpoint}) cannot be read: {error}") from error

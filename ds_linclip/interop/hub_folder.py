@@ -69,6 +69,7 @@ def write_hub_folder(
     folder: Path,
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
+    *,
     dtype: Callable[[str], torch.dtype],
     read: Callable[[str], Tensor],
 ) -> int:

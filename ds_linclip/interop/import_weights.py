@@ -93,8 +93,9 @@ def import_weights(
             raise ValueError(f"{path}: {error}") from error
         dtypes = {key: _dtype(path, key, part.get_dtype()) for key, part in slices.items()}
         return write_hub_folder(
-            *(folder, model, shapes, lambda key: DTYPES[dtype] if dtype else dtypes[key]),
-            lambda key: file.get_tensor(stored[key]),
+            *(folder, model, shapes),
+            dtype=lambda key: DTYPES[dtype] if dtype else dtypes[key],
+            read=lambda key: file.get_tensor(stored[key]),
         )
 
 

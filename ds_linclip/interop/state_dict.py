@@ -81,9 +81,12 @@ def export_folder(model: CLIP, path: str | Path) -> None:
     def write() -> None:
         if model.mesh.rank == 0:
             shapes = {key: tuple(value.shape) for key, value in weights.items()}
-            dtype, read = lambda key: weights[key].dtype, lambda key: weights[key].cpu()
             with new_folder(Path(path)) as folder:
-                write_hub_folder(folder, model.config, shapes, dtype, read)
+                write_hub_folder(
+                    *(folder, model.config, shapes),
+                    dtype=lambda key: weights[key].dtype,
+                    read=lambda key: weights[key].cpu(),
+                )
 
     model.mesh.agree(write, errors=(ValueError, OSError))
 
