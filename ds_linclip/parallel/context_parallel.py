@@ -33,7 +33,12 @@ def token_slice(num_tokens: int, rank: int, size: int) -> slice:
 
     The first ranks have the larger shares, so that rank 0 has the first token; later ranks may have
     none.
+
+    Raises:
+        ValueError: when ``rank`` is not in the group.
     """
+    if not 0 <= rank < size:
+        raise ValueError(f"rank ({rank}) must be in 0..size - 1 ({size - 1})")
     share, left_over = divmod(num_tokens, size)
     start = rank * share + min(rank, left_over)
     return slice(start, start + share + (rank < left_over))
