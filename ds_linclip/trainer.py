@@ -24,8 +24,8 @@ from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
 from ds_linclip.model.patch_dropout import kept_patches
-from ds_linclip.monitoring import open_sinks
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
+from ds_linclip.monitoring.sinks import open_sinks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import describe, plan_rank
 from ds_linclip.process.consensus import AgreedError
@@ -91,14 +91,8 @@ def train(
 class Trainer:
     """A run: built by the constructor, carried out by :meth:`run`.
 
-    All ranks call every method together. How a step is computed: docs/training_step.md.
-
-    Args:
-        config: The run's configuration.
-        mesh: The ranks that train together.
-        evaluate: Scores the model, or None.
-        phases: Records what this rank is doing.
-        resources: Closes, when it is closed, what the run has opened.
+    All ranks call every method together. How a step is computed: docs/training_step.md. Arguments
+    are those of :func:`train`; ``resources`` closes, when it is closed, what the run has opened.
 
     Attributes:
         step: Number of optimizer steps done.
@@ -141,9 +135,8 @@ class Trainer:
             self._divergence.load_state(state["health"])
         self._writer = MetricWriter(config, mesh, self._engine.monitor, listeners)
         if mesh.rank == 0:
-            logger.info(
-                "%s\n%s", f"resumed from {resume_from}" if self.step else "from step 0", plan
-            )
+            start = f"resumed from {resume_from}" if self.step else "from step 0"
+            logger.info("%s\n%s", start, plan)
         self._writer.begin(self.step, plan)
         self._request_reducer = RequestReducer(mesh)
         self._save_requested = False
@@ -169,8 +162,9 @@ class Trainer:
             if is_logged or is_saved:
                 self._count_samples()
             if is_logged:
-                values = self._log(loss)
-                if self._has_loss_spike(values["train/loss"]):
+                logged = self._log(loss)["train/loss"]
+                self._divergence.check_loss(self.step, logged)
+                if self._divergence.is_spike(self.step, logged):
                     self._rewind()
                     continue  # a requested save is made after the next step
             if is_saved:
@@ -240,10 +234,8 @@ class Trainer:
         """
         save, leave = self._signals.take()
         save |= not self._divergence.is_skipping and self._checkpoints.is_due_by_clock()
-        failed = self._checkpoints.has_failed
-        requests = self._request_reducer.reduce(
-            RunRequests(save=save, leave=leave, has_failed=failed)
-        )
+        mine = RunRequests(save=save, leave=leave, has_failed=self._checkpoints.has_failed)
+        requests = self._request_reducer.reduce(mine)
         if requests.has_failed:
             self._checkpoints.wait()
             raise AgreedError(f"another rank takes {self._checkpoints.last} for not saved")
@@ -270,19 +262,12 @@ class Trainer:
             "train/skipped_steps": engine.skipped_steps,
         }
         self._writer.scalars(self.step, values)
-        _show(self._bar, values)
+        shown = {"loss": f"{values['train/loss']:.3f}"}
+        shown["samples/s"] = f"{values['perf/samples_per_second']:.0f}"
+        self._bar.set_postfix(shown, refresh=False)
         self.result.last = values
         self._meter.restart()
         return values
-
-    def _has_loss_spike(self, loss: float) -> bool:
-        """Whether the logged loss calls for a rewind.
-
-        Raises:
-            Diverged: when the loss is not finite, or jumped once too often.
-        """
-        self._divergence.check_loss(self.step, loss)
-        return self._divergence.is_spike(self.step, loss)
 
     def _rewind(self) -> None:
         """Load the newest checkpoint and continue behind the batches that were used since."""
@@ -375,16 +360,6 @@ def _progress_bar(config: Config, mesh: Mesh, start: int) -> tqdm:
         total=config.train.steps,
         initial=start,
         mininterval=0.1 if sys.stderr.isatty() else 30,
-    )
-
-
-def _show(progress: tqdm, values: Mapping[str, float]) -> None:
-    progress.set_postfix(
-        {
-            "loss": f"{values['train/loss']:.3f}",
-            "samples/s": f"{values['perf/samples_per_second']:.0f}",
-        },
-        refresh=False,
     )
 
 

@@ -32,13 +32,8 @@ def committed(directory: Path) -> list[Path]:
 
 
 def prune(directory: Path, *, keep_last: int, keep_every_steps: int) -> None:
-    """Remove old checkpoints; one that cannot be removed is logged and stays.
-
-    Args:
-        directory: The folder of all checkpoints.
-        keep_last: How many of the newest to keep.
-        keep_every_steps: Also keep those at multiples of this number of steps; 0: none.
-    """
+    """Remove all checkpoints but the last ones and those at multiples of ``keep_every_steps`` (0:
+    none); one that cannot be removed is logged and stays."""
     for path in committed(directory)[:-keep_last]:
         if keep_every_steps and step_of(path) % keep_every_steps == 0:
             continue

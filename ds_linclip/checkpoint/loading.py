@@ -28,11 +28,8 @@ def latest_checkpoint(run_dir: Path) -> Path:
 
 
 def load_weights(checkpoint: Path, mesh: Mesh) -> CLIP:
-    """Return the model of a checkpoint in fp32, with averaged weights if there are any.
-
-    Args:
-        checkpoint: The folder of a checkpoint, saved by any layout.
-        mesh: The ranks among which tensor parallelism splits the model.
+    """Return the model of a checkpoint of any layout in fp32, split by the mesh's tensor axis, with
+    averaged weights if there are any.
 
     Raises:
         ValueError: when a file is missing or differs from the manifest.
@@ -57,12 +54,8 @@ def weight_kind(files: CheckpointReader, name: str) -> str:
 def check_files(
     files: CheckpointReader, names: Collection[str] | None = None, *, show_progress: bool = True
 ) -> None:
-    """Check files of a checkpoint against its manifest.
-
-    Args:
-        files: The checkpoint.
-        names: The files to check; None: all.
-        show_progress: Whether to show a progress bar if it takes seconds.
+    """Check files of a checkpoint, by default all, against its manifest; if that takes seconds,
+    show a progress bar.
 
     Raises:
         ValueError: naming the first file that differs, and what to do.
@@ -75,15 +68,8 @@ def check_files(
         if problem := _size_problem(files.path / name, listed[name]["size"]):
             raise _mismatch(files.path / name, listed[name]["sha256"], problem)
     size = sum(listed[name]["size"] for name in names)
-    with tqdm(
-        desc="checksums",
-        total=size,
-        unit="B",
-        unit_scale=True,
-        delay=2,
-        leave=False,
-        disable=not show_progress,
-    ) as progress:
+    bar = {"desc": "checksums", "unit": "B", "unit_scale": True, "delay": 2, "leave": False}
+    with tqdm(total=size, disable=not show_progress, **bar) as progress:
         for name in names:
             if sha256_of(files.path / name, progress.update) != listed[name]["sha256"]:
                 raise _mismatch(files.path / name, listed[name]["sha256"], "its content differs")

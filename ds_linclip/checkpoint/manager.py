@@ -12,12 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_linclip.checkpoint.directory import (
-    checkpoint_path,
-    committed,
-    remove_leftovers,
-    set_aside,
-)
+from ds_linclip.checkpoint.directory import checkpoint_path, committed, remove_leftovers, set_aside
 from ds_linclip.checkpoint.loading import check_files
 from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, read_manifest
 from ds_linclip.checkpoint.writer import CheckpointWriter
@@ -42,12 +37,8 @@ class CheckpointManager:
     A checkpoint belongs to its run: what determines the weights after a step (model, optimizer,
     schedule, batch, order of the data) must be unchanged, or the checkpoint is refused. The layout
     (ranks on every axis, ZeRO stage) may change: every rank reads the pieces it needs, whichever
-    rank saved them.
-
-    Args:
-        config: The run's configuration.
-        mesh: The ranks that save and load.
-        data_identity: The settings that determine the order of the data, by their names.
+    rank saved them. ``data_identity`` has the settings that determine the order of the data, by
+    their names.
     """
 
     def __init__(self, config: Config, mesh: Mesh, data_identity: Mapping[str, Any]) -> None:
@@ -77,7 +68,7 @@ class CheckpointManager:
     @property
     def has_failed(self) -> bool:
         """Whether the last save is known, on this rank, to have failed; if so, `wait` raises."""
-        return self._writer.has_failed
+        return self._writer.failure is not None
 
     def is_due_by_clock(self) -> bool:
         """Whether ``checkpoint.every_minutes`` have passed since the last save or the last True.
@@ -94,10 +85,7 @@ class CheckpointManager:
     def save(self, engine: Engine, step: int, data_state: Mapping[str, Any]) -> None:
         """Save the run as ``step-N``; with ``checkpoint.asynchronous``, only start to.
 
-        Args:
-            engine: The engine whose state is saved.
-            step: Optimizer steps done.
-            data_state: Small, plain data, the same on all ranks; :meth:`load` returns it.
+        ``data_state`` is small, plain data, the same on all ranks; :meth:`load` returns it.
 
         Raises:
             AgreedError: when this save or the previous one failed; older checkpoints stay.

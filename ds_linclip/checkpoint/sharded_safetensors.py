@@ -42,12 +42,8 @@ _DTYPES = {
 _CHUNK = 2**24
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and hash of a file, as the manifest states them."""
-
-    size: int
-    sha256: str
+#: Size in bytes and "sha256" of a file, as the manifest states them.
+FileRecord = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,26 +60,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """Consecutive elements of a parameter that a rank has saved, as the manifest describes them.
+    """Consecutive elements of a parameter that a rank has saved, as the manifest describes them."""
 
-    Attributes:
-        name: The parameter's name in the whole model.
-        shape: The parameter's shape on the rank that saved it, before ZeRO divided it.
-        split_dim: The dimension that tensor parallelism split, if any.
-        tp_rank: The tensor-parallel rank that saved it; 0 for an unsplit parameter.
-        start: First element in the flattened parameter of that shape.
-        numel: Number of elements.
-        kinds: "weight" and the names of the optimizer's state.
-        file: The name of the file.
-    """
-
-    name: str
-    shape: Sequence[int]
-    split_dim: int | None
-    tp_rank: int
-    start: int
+    name: str  #: The parameter's name in the whole model.
+    shape: Sequence[int]  #: Its shape on the rank that saved it, before ZeRO divided it.
+    split_dim: int | None  #: The dimension that tensor parallelism split, if any.
+    tp_rank: int  #: The tensor-parallel rank that saved it; 0 for an unsplit parameter.
+    start: int  #: First element in the flattened parameter of that shape.
     numel: int
-    kinds: Sequence[str]
+    kinds: Sequence[str]  #: "weight" and the names of the optimizer's state.
     file: str
 
 
@@ -104,9 +89,6 @@ def write_tensors(
         path: The file.
         layout: The tensors by name, in the order of the file.
         tensors: The tensors on the CPU, in that order; each is freed before the next is requested.
-
-    Returns:
-        The file's size and hash.
 
     Raises:
         OSError: when the file cannot be written.
@@ -135,7 +117,7 @@ def write_tensors(
             raise
         # The error of a full disk does not name the file.
         raise OSError(error.errno, error.strerror, str(path)) from error
-    return FileRecord(size, digest.hexdigest())
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 class CheckpointReader:
@@ -143,7 +125,7 @@ class CheckpointReader:
 
     Args:
         path: The folder of the checkpoint.
-        manifest: The content of its manifest, if that was read already.
+        manifest: The result of :func:`read_manifest`, if there is one already.
 
     Raises:
         ValueError: when the manifest cannot be read, or is of another format.
@@ -189,7 +171,7 @@ class CheckpointReader:
     def read(
         self, name: str, kind: str, *, tp_rank: int, tp_size: int, start: int, numel: int
     ) -> Tensor:
-        """Return consecutive elements [numel] of a parameter or its optimizer state.
+        """Return consecutive elements [numel] of a parameter or one kind of its optimizer state.
 
         Args:
             name: The parameter's name.
@@ -284,12 +266,8 @@ def _digest_of(content: Mapping[str, Any]) -> str:
 
 
 def sha256_of(path: Path, on_read: Callable[[int], object] | None = None) -> str | None:
-    """Return the hash of a file; None when it cannot be read.
-
-    Args:
-        path: The file.
-        on_read: Called with the number of bytes after every part that was read.
-    """
+    """Return the hash of a file, None when it cannot be read; ``on_read`` gets the number of bytes
+    after every part that was read."""
     digest, part = hashlib.sha256(), bytearray(2**20)
     try:
         with path.open("rb", buffering=0) as file:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +41,8 @@ logger = logging.getLogger(__name__)
 class CheckpointWriter:
     """Writes one checkpoint at a time, in a thread of its own.
 
-    Args:
-        directory: The folder of all checkpoints.
-        config: The run's configuration, which is saved too.
-        mesh: The ranks that save.
+    Attributes:
+        failure: Why the last save has failed, as far as this rank knows; None: it has not.
     """
 
     def __init__(self, directory: Path, config: Config, mesh: Mesh) -> None:
@@ -56,44 +53,32 @@ class CheckpointWriter:
         self._group = mesh.new_cpu_group()
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._failure: str | None = None
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the last save is known, on this rank, to have failed."""
-        return self._failure is not None
+        self.failure: str | None = None
 
     def start(self, state: RankState, step: int, facts: Mapping[str, Any]) -> None:
-        """Copy this rank's state to the host and start to write it.
+        """Copy this rank's state to the host and start to write it; ``facts`` go to the manifest.
 
         The copies stay allocated for the next save: as much host memory as the state takes.
-
-        Args:
-            state: The state that this rank holds.
-            step: Optimizer steps done.
-            facts: Further content of the manifest.
         """
         assert self._thread is None
         pieces = []
-        for piece in state.pieces():
-            if piece.is_saved_here:
-                pieces.append(
-                    StoredPiece(
-                        name=piece.name,
-                        shape=piece.shape,
-                        split_dim=piece.split_dim,
-                        tp_rank=0 if piece.split_dim is None else self._mesh.tp.rank,
-                        start=piece.start,
-                        numel=piece.numel,
-                        kinds=list(piece.tensors),
-                        file=self._file_name,
-                    )
-                )
-                for kind, tensor in piece.tensors.items():
-                    self._copy(f"{kind}/{piece.name}", tensor)
+        for piece in (each for each in state.pieces() if each.is_saved_here):
+            stored = StoredPiece(
+                name=piece.name,
+                shape=piece.shape,
+                split_dim=piece.split_dim,
+                tp_rank=0 if piece.split_dim is None else self._mesh.tp.rank,
+                start=piece.start,
+                numel=piece.numel,
+                kinds=list(piece.tensors),
+                file=self._file_name,
+            )
+            pieces.append(stored)
+            for kind, tensor in piece.tensors.items():
+                self._copy(f"{kind}/{piece.name}", tensor)
         if self._mesh.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        self._failure = None
+        self.failure = None
         self._thread = threading.Thread(
             target=self._run, args=(step, facts, pieces), name="checkpoint", daemon=True
         )
@@ -104,7 +89,7 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        return self._failure
+        return self.failure
 
     def _copy(self, name: str, tensor: Tensor) -> None:
         buffer = self._buffers.get(name)
@@ -124,7 +109,7 @@ class CheckpointWriter:
         except RuntimeError as error:  # of the connections: another rank is gone
             failure = f"the ranks lost each other: {error}"
         finally:
-            self._failure = failure
+            self.failure = failure
 
     def _write(self, step: int, facts: Mapping[str, Any], pieces: list[StoredPiece]) -> None:
         started = time.perf_counter()
@@ -137,7 +122,7 @@ class CheckpointWriter:
 
         def commit() -> None:
             if self._mesh.rank == 0:
-                files = {name: asdict(file) for name, file, _ in ranks}
+                files = {name: file for name, file, _ in ranks}
                 seconds = round(time.perf_counter() - started, 3)
                 manifest = {**facts, "files": files, "seconds": seconds}
                 saved = [piece for *_, of_rank in ranks for piece in of_rank]
@@ -167,8 +152,8 @@ class CheckpointWriter:
         config = staging / "config.yaml"
         save_config(self._config, config)
         sync(config)
-        record = FileRecord(config.stat().st_size, str(sha256_of(config)))
-        manifest["files"][config.name] = asdict(record)
+        record = {"size": config.stat().st_size, "sha256": sha256_of(config)}
+        manifest["files"][config.name] = record
         write_manifest(staging, manifest, pieces)
         staging.rename(final)
         sync(self._directory)
@@ -186,8 +171,7 @@ def _check_complete(pieces: Sequence[StoredPiece], tp_size: int) -> None:
     for piece in pieces:
         saved[piece.name].append(piece)
     for name, parts in saved.items():
-        ranks = range(1 if parts[0].split_dim is None else tp_size)
-        for tp_rank in ranks:
+        for tp_rank in range(1 if parts[0].split_dim is None else tp_size):
             end = 0
             for part in sorted((p for p in parts if p.tp_rank == tp_rank), key=lambda p: p.start):
                 assert part.start == end, f"{name}: elements {end} to {part.start} on {tp_rank}"

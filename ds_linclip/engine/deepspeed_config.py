@@ -54,20 +54,19 @@ _LOSS_SCALE = {
 
 
 def check_machine(config: Config) -> None:
-    """Check that this machine supports the precision and the offloading of the config.
+    """Check that DeepSpeed supports the precision and the offloading of the config here.
 
     Raises:
-        ValueError: when DeepSpeed does not support the precision on this device, or cannot read and
-            write files asynchronously for "nvme".
+        ValueError: when it does not.
     """
     precision, accelerator = config.train.precision, get_accelerator()
     supported = {
-        "fp16": accelerator.is_fp16_supported,
-        "bf16": accelerator.is_bf16_supported,
-        "fp32": lambda: True,
+        "fp16": accelerator.is_fp16_supported(),
+        "bf16": accelerator.is_bf16_supported(),
+        "fp32": True,
     }
-    if not supported[precision]():
-        instead = "bf16" if precision == "fp16" and accelerator.is_bf16_supported() else "fp32"
+    if not supported[precision]:
+        instead = "bf16" if precision == "fp16" and supported["bf16"] else "fp32"
         raise ValueError(
             f"train.precision ({precision}) is not supported by DeepSpeed on this device "
             f"({accelerator.device_name()}): take train.precision={instead}"

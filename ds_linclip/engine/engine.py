@@ -45,7 +45,7 @@ class Engine(ABC):
         self._config = config
         self.objective = ContrastiveLoss(config.loss, mesh)
         generated = deepspeed_config(config, mesh)
-        if config.optim.ema_decay:
+        if config.optim.ema_decay > 0:
             track_ema(optimizer)
         prepare_for_deepspeed()
         self.deepspeed_engine, _, _, _ = deepspeed.initialize(
@@ -88,8 +88,7 @@ class Engine(ABC):
 
     @property
     def skipped_steps(self) -> int:
-        """The number of steps of the run, including those before a resume, that were skipped
-        because a gradient was not finite."""
+        """The number of the run's steps, before a resume too, whose gradient was not finite."""
         return int(self.deepspeed_engine.skipped_steps)
 
     @property
@@ -128,9 +127,8 @@ class Engine(ABC):
         the layers, or under ZeRO-3 only a part of each weight, the model is a copy that lives as
         long as the context.
         """
-        averages = (
-            ema_weights(self.deepspeed_engine) if self._config.optim.ema_decay else nullcontext()
-        )
+        has_averages = self._config.optim.ema_decay > 0
+        averages = ema_weights(self.deepspeed_engine) if has_averages else nullcontext()
         with torch.no_grad(), averages:
             model = self._whole_model()
             model.eval()

@@ -14,13 +14,8 @@ __all__ = ["initialize_engine"]
 def initialize_engine(
     model: CLIP, optimizer: optim.Optimizer, config: Config, mesh: Mesh
 ) -> Engine:
-    """Create the engine that trains ``model``; a collective of all ranks.
-
-    Args:
-        model: The whole model, or with pipeline parallelism this rank's stage of it.
-        optimizer: The optimizer of the model's parameters.
-        config: The run's configuration.
-        mesh: The ranks and their layout.
+    """Create the engine that trains ``model``, the whole or, with pipeline parallelism, this rank's
+    stage of it; a collective of all ranks.
 
     Raises:
         ValueError: for the reasons of :func:`~ds_linclip.engine.deepspeed_config.deepspeed_config`.

@@ -1,31 +1,15 @@
 """LAMB with trust ratios of whole parameters, however ZeRO and tensor parallelism split them."""
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, optim
 
-from ds_linclip.engine.zero_state import flat_tensors
+from ds_linclip.engine.zero_state import FlatTensor, flat_tensors
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["Lamb"]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The parameters that a tensor of the optimizer holds parts of.
-
-    Attributes:
-        parts: The index of each parameter with elements here, and their position in the tensor.
-        is_split: For every parameter, whether tensor parallelism splits it.
-    """
-
-    parts: Sequence[tuple[int, slice]]
-    is_split: Sequence[bool]
 
 
 class Lamb(optim.Optimizer):
@@ -35,36 +19,19 @@ class Lamb(optim.Optimizer):
     norms are summed over the ranks, so that the trust ratio is that of the whole parameter. As in
     timm's and NVIDIA's LAMB, groups without weight decay take a plain Adam step. Gradients are not
     clipped here.
-
-    Args:
-        params: Parameter groups.
-        lr: Learning rate.
-        betas: Decays of the two moments, as in Adam.
-        eps: Added to the denominator, as in Adam.
     """
 
     def __init__(
         self, params: Any, *, lr: float, betas: tuple[float, float], eps: float = 1e-6
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        tensors = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        self._layouts: dict[Tensor, _Layout] = {p: _whole(p) for p in tensors}
+        self._layouts: dict[Tensor, FlatTensor] = {each.tensor: each for each in flat_tensors(self)}
         self._mesh: Mesh | None = None
 
     def attach(self, engine: Any, mesh: Mesh) -> None:
-        """Read where ZeRO keeps the parameters; call it once, after ``deepspeed.initialize``.
-
-        Args:
-            engine: DeepSpeed's engine, at any ZeRO stage.
-            mesh: The ranks that share the parameters.
-        """
-        self._layouts = {
-            flat.tensor: _Layout(
-                [(fragment.index, fragment.span) for fragment in flat.fragments],
-                _is_split(flat.parameters),
-            )
-            for flat in flat_tensors(engine.optimizer, mesh.replicas.rank)
-        }
+        """Read where ZeRO keeps the parameters; call it once, after ``deepspeed.initialize``."""
+        flat_parts = flat_tensors(engine.optimizer, mesh.replicas.rank)
+        self._layouts = {each.tensor: each for each in flat_parts}
         self._mesh = mesh
 
     @torch.no_grad()
@@ -96,33 +63,25 @@ class Lamb(optim.Optimizer):
             raise RuntimeError("Lamb.attach must be called after deepspeed.initialize")
         layout = self._layouts[p]
         weights, updates = p.view(-1), update.view(-1)
-        squares = p.new_zeros(2, len(layout.is_split))
-        for index, where in layout.parts:
-            squares[0, index] = weights[where].square().sum()
-            squares[1, index] = updates[where].square().sum()
+        squares = p.new_zeros(2, len(layout.parameters))
+        for part in layout.fragments:
+            squares[0, part.index] = weights[part.span].square().sum()
+            squares[1, part.index] = updates[part.span].square().sum()
         if self._mesh is not None:
             squares = _sum_over_ranks(squares, layout, self._mesh)
         weight_norm, update_norm = squares.sqrt()
         usable = (weight_norm > 0) & (update_norm > 0)
         ratio = torch.where(usable, weight_norm / update_norm, 1.0)
-        for index, where in layout.parts:
-            updates[where].mul_(ratio[index])
+        for part in layout.fragments:
+            updates[part.span].mul_(ratio[part.index])
 
 
-def _sum_over_ranks(squares: Tensor, layout: _Layout, mesh: Mesh) -> Tensor:
+def _sum_over_ranks(squares: Tensor, layout: FlatTensor, mesh: Mesh) -> Tensor:
     on_device = squares.to(mesh.device)  # offloaded state is on the CPU, where nccl cannot send
     dist.all_reduce(on_device, group=mesh.replicas.group)
     if mesh.tp.size > 1:
         total = on_device.clone()
         dist.all_reduce(total, group=mesh.tp.group)
-        is_split = torch.tensor(layout.is_split, device=mesh.device)
-        on_device = torch.where(is_split, total, on_device)
+        is_split = [getattr(p, "tensor_model_parallel", False) for p in layout.parameters]
+        on_device = torch.where(torch.tensor(is_split, device=mesh.device), total, on_device)
     return on_device.to(squares.device)
-
-
-def _whole(p: Tensor) -> _Layout:
-    return _Layout([(0, slice(0, p.numel()))], _is_split([p]))
-
-
-def _is_split(params: Sequence[Tensor]) -> list[bool]:
-    return [getattr(p, "tensor_model_parallel", False) for p in params]

@@ -46,13 +46,8 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Return the learning rate: linear warm-up to ``config.lr``, then half a cosine to zero.
-
-    Args:
-        step: The step about to be taken, 0-based.
-        steps: The number of steps of the whole run.
-        config: The peak and the number of warm-up steps.
-    """
+    """Return the learning rate of the 0-based ``step`` of all ``steps``: linear warm-up to
+    ``config.lr``, then half a cosine to zero."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
@@ -60,13 +55,10 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def ema_decay(step: int, decay: float) -> float:
-    """Return the weight of the old average in the update after a step: ``decay`` after a warm-up.
+    """Return the weight of the old average in the update after the 0-based ``step``: ``decay``
+    after a warm-up.
 
     The warm-up is TensorFlow's and torch_ema's, ``(1 + step) / (10 + step)``: the average spans
     about the last tenth of the steps until ``decay`` is reached, 0.9999 after 90 thousand.
-
-    Args:
-        step: The step about to be taken, 0-based.
-        decay: The final value.
     """
     return min(decay, (1 + step) / (10 + step))

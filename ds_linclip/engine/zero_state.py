@@ -6,8 +6,7 @@ load what another one saved.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,53 +23,33 @@ _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Consecutive elements of a flattened parameter within a :class:`FlatTensor`.
+    """Consecutive elements of a flattened parameter within a :class:`FlatTensor`."""
 
-    Attributes:
-        index: The parameter's index in ``FlatTensor.parameters``.
-        start: First element in the parameter.
-        span: Its position in the flat tensor.
-    """
-
-    index: int
-    start: int
-    span: slice
+    index: int  #: The parameter's index in ``FlatTensor.parameters``.
+    start: int  #: First element in the parameter.
+    span: slice  #: Its position in the flat tensor.
 
 
 @dataclass(frozen=True)
 class FlatTensor:
-    """A tensor that the optimizer inside DeepSpeed's updates.
+    """A tensor that the optimizer inside DeepSpeed's updates."""
 
-    Attributes:
-        tensor: The elements on this rank; what no fragment covers is padding.
-        parameters: All parameters that are in it on any rank.
-        fragments: The parts of them that this rank holds.
-    """
-
-    tensor: Tensor
-    parameters: Sequence[nn.Parameter]
-    fragments: Sequence[Fragment]
+    tensor: Tensor  #: The elements on this rank; what no fragment covers is padding.
+    parameters: Sequence[nn.Parameter]  #: All that are in it on any rank.
+    fragments: Sequence[Fragment]  #: The parts of them that this rank holds.
 
 
 @dataclass(frozen=True)
 class ParameterPiece:
-    """Consecutive elements of one parameter and its optimizer state on this rank.
+    """Consecutive elements of one parameter and its optimizer state on this rank."""
 
-    Attributes:
-        name: The parameter's name in the whole model.
-        shape: The parameter's shape on this rank, before ZeRO divides it.
-        split_dim: The dimension that tensor parallelism splits, if any.
-        start: First element in the flattened parameter of that shape.
-        tensors: By kind ("weight" and the optimizer's names), flat views of what training updates.
-        is_saved_here: Whether this rank saves it: unsplit parameters are the same on all
-            tensor-parallel ranks.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    split_dim: int | None
-    start: int
-    tensors: Mapping[str, Tensor] = field(repr=False)
+    name: str  #: The parameter's name in the whole model.
+    shape: tuple[int, ...]  #: The parameter's shape on this rank, before ZeRO divides it.
+    split_dim: int | None  #: The dimension that tensor parallelism splits, if any.
+    start: int  #: First element in the flattened parameter of that shape.
+    #: By kind ("weight" and the optimizer's names), flat views of what training updates.
+    tensors: Mapping[str, Tensor]
+    #: Unsplit parameters are the same on all tensor-parallel ranks; one of them saves.
     is_saved_here: bool
 
     @property
@@ -78,8 +57,8 @@ class ParameterPiece:
         return self.tensors["weight"].numel()
 
 
-def flat_tensors(zero: Any, replica: int) -> Iterator[FlatTensor]:
-    """Yield the tensors of DeepSpeed's optimizer ``zero`` on the data-parallel rank ``replica``."""
+def flat_tensors(zero: Any, replica: int = 0) -> Iterator[FlatTensor]:
+    """Yield the tensors of an optimizer, DeepSpeed's or torch's, on a data-parallel rank."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3: every rank has a part of each
         for flat, params in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             fragments, offset = [], 0
@@ -106,12 +85,9 @@ def flat_tensors(zero: Any, replica: int) -> Iterator[FlatTensor]:
 
 
 class RankState:
-    """The part of the training state that this rank holds.
+    """The part of the training state that this rank holds, at ZeRO stage 1, 2 or 3.
 
-    Args:
-        engine: DeepSpeed's engine, at ZeRO stage 1, 2 or 3.
-        model: The layers that this rank trains, with the parameter names of the whole model.
-        mesh: The ranks that share the model.
+    ``model`` has the layers that this rank trains, with the parameter names of the whole model.
     """
 
     def __init__(self, engine: Any, model: nn.Module, mesh: Mesh) -> None:
@@ -130,20 +106,31 @@ class RankState:
             if not getattr(p, "is_placeholder", False)
         }
         zero = self._engine.optimizer
-        for number, flat in enumerate(flat_tensors(zero, self._mesh.replicas.rank)):
-            with _in_memory(zero, number):
-                whole = {"weight": flat.tensor.detach()}
-                for kind, value in zero.optimizer.state.get(flat.tensor, {}).items():
-                    if isinstance(value, Tensor) and value.shape == flat.tensor.shape:
-                        whole[kind] = value
-                for fragment in flat.fragments:
-                    p = flat.parameters[fragment.index]
-                    tensors = {kind: tensor[fragment.span] for kind, tensor in whole.items()}
-                    if p in names and tensors["weight"].numel():
-                        yield self._piece(names[p], p, fragment.start, tensors)
+        for flat in self._flat_tensors():
+            whole = {"weight": flat.tensor.detach()}
+            for kind, value in zero.optimizer.state.get(flat.tensor, {}).items():
+                if isinstance(value, Tensor) and value.shape == flat.tensor.shape:
+                    whole[kind] = value
+            for fragment in flat.fragments:
+                p = flat.parameters[fragment.index]
+                tensors = {kind: tensor[fragment.span] for kind, tensor in whole.items()}
+                if p in names and tensors["weight"].numel():
+                    yield self._piece(names[p], p, fragment.start, tensors)
         for p, name in names.items():
             if not p.requires_grad:
                 yield self._locked_piece(name, p)
+
+    def _flat_tensors(self) -> Iterator[FlatTensor]:
+        """Yield the tensors of DeepSpeed's optimizer, each in memory, with its state, until the
+        next one is requested: NVMe offload swaps them."""
+        zero = self._engine.optimizer
+        for number, flat in enumerate(flat_tensors(zero, self._mesh.replicas.rank)):
+            is_away = getattr(zero, "_swappable_optimizer_subgroup", lambda _: False)(number)
+            if is_away:
+                zero._optimizer_states_and_gradient_swap_in(number)
+            yield flat
+            if is_away:
+                zero._optimizer_states_and_gradient_swap_out(number)
 
     def scalars(self) -> dict[str, Any]:
         """Return what is equal on all ranks, as plain data: the counters of optimizer and loss
@@ -178,16 +165,15 @@ class RankState:
             scalars: The saved result of :meth:`scalars`.
         """
         zero = self._engine.optimizer
-        for number, flat in enumerate(flat_tensors(zero, self._mesh.replicas.rank)):
-            with _in_memory(zero, number):
-                state = zero.optimizer.state[flat.tensor]
-                for stale in state.keys() - set(kinds) - set(scalars["optimizer"]):
-                    del state[stale]  # the saved run had not taken a step
-                for kind in kinds:
-                    if kind not in state:
-                        state[kind] = torch.zeros_like(flat.tensor, requires_grad=False)
-                for name, value in scalars["optimizer"].items():
-                    state[name] = _scalar(value, flat.tensor.device)
+        for flat in self._flat_tensors():
+            state = zero.optimizer.state[flat.tensor]
+            for stale in state.keys() - set(kinds) - set(scalars["optimizer"]):
+                del state[stale]  # the saved run had not taken a step
+            for kind in kinds:
+                if kind not in state:
+                    state[kind] = torch.zeros_like(flat.tensor, requires_grad=False)
+            for name, value in scalars["optimizer"].items():
+                state[name] = _scalar(value, flat.tensor.device)
         for piece in self.pieces():
             for kind, tensor in piece.tensors.items():
                 tensor.copy_(read(piece, kind))
@@ -199,25 +185,18 @@ class RankState:
     def _locked_piece(self, name: str, p: Any) -> ParameterPiece:
         replica = self._mesh.replicas.rank
         if not hasattr(p, "ds_tensor"):  # every data-parallel rank has all of it
-            weight = {"weight": p.detach().view(-1)}
-            return self._piece(name, p, 0, weight, is_first=replica == 0)
+            return self._piece(name, p, 0, {"weight": p.detach().view(-1)}, replica == 0)
         start, used = _partition(p, replica)
         return self._piece(name, p, start, {"weight": p.ds_tensor.detach()[:used]})
 
     def _piece(
-        self,
-        name: str,
-        p: nn.Parameter,
-        start: int,
-        tensors: Mapping[str, Tensor],
-        *,
-        is_first: bool = True,
+        self, name: str, p: Any, start: int, tensors: Mapping[str, Tensor], is_first: bool = True
     ) -> ParameterPiece:
         is_split = getattr(p, "tensor_model_parallel", False)
         return ParameterPiece(
             name=name,
             shape=tuple(getattr(p, "ds_shape", p.shape)),
-            split_dim=getattr(p, "partition_dim") if is_split else None,  # noqa: B009 - megatron's
+            split_dim=p.partition_dim if is_split else None,
             start=start,
             tensors=tensors,
             is_saved_here=is_first and (is_split or self._mesh.tp.rank == 0),
@@ -249,14 +228,3 @@ def _scalar(saved: Any, device: torch.device) -> Any:
         return saved
     dtype = getattr(torch, saved["dtype"].removeprefix("torch."))
     return torch.tensor(saved["tensor"], dtype=dtype, device=device)
-
-
-@contextmanager
-def _in_memory(zero: Any, number: int) -> Iterator[None]:
-    """Load a flat tensor and its state while in the context, if they are offloaded to NVMe."""
-    is_away = getattr(zero, "_swappable_optimizer_subgroup", lambda _: False)(number)
-    if is_away:
-        zero._optimizer_states_and_gradient_swap_in(number)
-    yield
-    if is_away:
-        zero._optimizer_states_and_gradient_swap_out(number)

@@ -20,7 +20,7 @@ from ds_linclip.checkpoint.directory import checkpoint_path, committed, step_of
 from ds_linclip.checkpoint.loading import check_files, latest_checkpoint, weight_kind
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST, CheckpointReader
 from ds_linclip.config import load_config
-from ds_linclip.interop.hub_folder import DTYPES, new_folder, tensor_layout, write_hub_folder
+from ds_linclip.interop.hub_folder import DTYPES, new_folder, write_hub_folder
 from ds_linclip.interop.key_mapping import (
     SCALARS,
     check_shapes,
@@ -37,19 +37,12 @@ __all__ = ["Exported", "export_checkpoint", "main"]
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """Summary of an export.
+    """Summary of an export."""
 
-    Attributes:
-        checkpoint: Folder of the checkpoint that was read.
-        step: Its number of optimizer steps.
-        weights: "ema", the running average of the weights, or "raw".
-        num_parameters: Number of weights that were written.
-    """
-
-    checkpoint: Path
-    step: int
-    weights: str
-    num_parameters: int
+    checkpoint: Path  #: Folder of the checkpoint that was read.
+    step: int  #: Its number of optimizer steps.
+    weights: str  #: "ema", the running average of the weights, or "raw".
+    num_parameters: int  #: Number of weights that were written.
 
 
 def export_checkpoint(
@@ -99,29 +92,28 @@ def export_checkpoint(
             kind = weight_kind(files, names[key]) if chosen == "ema" else "weight"
             return to_open_clip_layout(names[key], files.full(names[key], kind), config.model)
 
-        layout = tensor_layout(shapes, lambda _: DTYPES[dtype])
         try:
-            write_hub_folder(folder, config.model, layout, read)
+            num_parameters = write_hub_folder(
+                folder, config.model, shapes, dtype=lambda _: DTYPES[dtype], read=read
+            )
         except SafetensorError as error:
             raise ValueError(f"checkpoint ({checkpoint}) cannot be read: {error}") from error
-        sizes = (facts.num_bytes // facts.dtype.itemsize for facts in layout.values())
-        exported = Exported(
-            checkpoint=checkpoint,
-            step=files.manifest["step"],
-            weights=chosen,
-            num_parameters=sum(sizes),
-        )
         card = model_card(
             os.path.basename(os.path.abspath(output)),
             config,
             files.manifest,
             run_dir=checkpoint.resolve().parent.parent,
-            num_parameters=exported.num_parameters,
+            num_parameters=num_parameters,
             weights=chosen,
             dtype=dtype,
         )
         write_atomically(folder / "README.md", card, durable=True)
-    return exported
+    return Exported(
+        checkpoint=checkpoint,
+        step=files.manifest["step"],
+        weights=chosen,
+        num_parameters=num_parameters,
+    )
 
 
 def _find_checkpoint(source: Path, step: int | None) -> Path:
@@ -148,13 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        exported = export_checkpoint(
-            options.source,
-            options.output,
-            step=options.step,
-            weights=options.weights,
-            dtype=options.dtype,
-        )
+        exported = export_checkpoint(**vars(options))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return ExitCode.USER_ERROR

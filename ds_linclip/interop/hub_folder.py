@@ -6,6 +6,7 @@ stock open_clip refuses, so that such weights are never run as softmax by mistak
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,6 @@ __all__ = [
     "parse_config",
     "read_config",
     "read_model_cfg",
-    "tensor_layout",
     "write_hub_folder",
 ]
 
@@ -65,65 +65,55 @@ def new_folder(output: Path) -> Iterator[Path]:
     sync(output.parent)
 
 
-def tensor_layout(
-    shapes: Mapping[str, tuple[int, ...]], dtype: Callable[[str], torch.dtype]
-) -> dict[str, TensorSpec]:
-    """Return dtypes and shapes in the order of a weights file: wide dtypes first, so that every
-    tensor is aligned, then by name.
-
-    Args:
-        shapes: Shape of every key.
-        dtype: Returns the dtype for a key. Scalars are always fp32: the logit scale is a logarithm,
-            and bf16 would change the temperature by a percent.
-    """
-    layout = {
-        key: TensorSpec(dtype(key) if shape else torch.float32, shape)
-        for key, shape in shapes.items()
-    }
-    order = sorted(layout, key=lambda key: (-layout[key].dtype.itemsize, key))
-    return {key: layout[key] for key in order}
-
-
 def write_hub_folder(
     folder: Path,
     config: ModelConfig,
-    layout: Mapping[str, TensorSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: Callable[[str], torch.dtype],
     read: Callable[[str], Tensor],
-) -> None:
+) -> int:
     """Write config and weights, holding no more than one tensor at a time.
 
     Args:
         folder: The folder that :func:`new_folder` yields.
         config: The architecture.
-        layout: Result of :func:`tensor_layout`.
+        shapes: Shape of every key.
+        dtype: Returns the dtype for a key. Scalars are always fp32: the logit scale is a logarithm,
+            and bf16 would change the temperature by a percent.
         read: Returns the tensor of a key on the CPU, in open_clip's layout and any floating dtype.
+
+    Returns:
+        The number of weights.
 
     Raises:
         ValueError: when a weight exceeds the range of its dtype.
         OSError: when a file cannot be written.
     """
-    content = open_clip_config(config, with_bias="logit_bias" in layout)
+    content = open_clip_config(config, with_bias="logit_bias" in shapes)
     write_atomically(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n", durable=True)
-    size = sum(facts.num_bytes for facts in layout.values())
-    with tqdm(
-        desc="weights", total=size, unit="B", unit_scale=True, delay=2, leave=False
-    ) as progress:
+    specs = {
+        k: TensorSpec(dtype(k) if shape else torch.float32, shape) for k, shape in shapes.items()
+    }
+    # Wide dtypes first, so that every tensor is aligned.
+    order = sorted(specs, key=lambda key: (-specs[key].dtype.itemsize, key))
+    layout = {key: specs[key] for key in order}
+    size = sum(spec.num_bytes for spec in layout.values())
+    bar = {"desc": "weights", "unit": "B", "unit_scale": True, "delay": 2, "leave": False}
+    with tqdm(total=size, **bar) as progress:
 
         def converted() -> Iterator[Tensor]:
-            for key, facts in layout.items():
-                yield _convert(key, read(key), facts)
-                progress.update(facts.num_bytes)
+            for key, spec in layout.items():
+                yield _convert(key, read(key), spec)
+                progress.update(spec.num_bytes)
 
         write_tensors(folder / WEIGHTS_FILE, layout, converted())
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def open_clip_config(config: ModelConfig, *, with_bias: bool = False) -> dict[str, Any]:
-    """Return the content of ``open_clip_config.json``.
-
-    Args:
-        config: The architecture.
-        with_bias: Whether the weights have a ``logit_bias``, as with the sigmoid loss.
-    """
+    """Return the content of ``open_clip_config.json``; with ``with_bias`` the weights have a
+    ``logit_bias``, as with the sigmoid loss."""
     model_cfg: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "vision_cfg": _tower_to_dict(config.vision),
@@ -162,11 +152,8 @@ def read_model_cfg(path: Path) -> dict[str, Any]:
 def parse_config(
     model_cfg: Mapping[str, Any], towers: Container[str] = ("vision", "text")
 ) -> ModelConfig:
-    """Return the architecture that a ``model_cfg`` describes.
-
-    Args:
-        model_cfg: The model's config in open_clip's form.
-        towers: The towers to read; another one keeps its default values.
+    """Return the architecture that a ``model_cfg`` of open_clip describes; a tower that is not in
+    ``towers`` is not read and keeps its default values.
 
     Raises:
         ValueError: when it describes another kind of model.

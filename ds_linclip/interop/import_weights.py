@@ -26,7 +26,6 @@ from ds_linclip.interop.hub_folder import (
     new_folder,
     parse_config,
     read_model_cfg,
-    tensor_layout,
     write_hub_folder,
 )
 from ds_linclip.interop.key_mapping import SCALARS, check_shapes, open_clip_shapes
@@ -93,10 +92,11 @@ def import_weights(
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         dtypes = {key: _dtype(path, key, part.get_dtype()) for key, part in slices.items()}
-        layout = tensor_layout(shapes, lambda key: DTYPES[dtype] if dtype else dtypes[key])
-        write_hub_folder(folder, model, layout, lambda key: file.get_tensor(stored[key]))
-    sizes = (facts.num_bytes // facts.dtype.itemsize for facts in layout.values())
-    return sum(sizes)
+        return write_hub_folder(
+            *(folder, model, shapes),
+            dtype=lambda key: DTYPES[dtype] if dtype else dtypes[key],
+            read=lambda key: file.get_tensor(stored[key]),
+        )
 
 
 def _open_source(
@@ -143,20 +143,12 @@ def _note_preprocessing(path: Path) -> None:
             logger.warning(
                 "%s: images were normalized with %s %s; ds_linclip uses %s, so features differ "
                 "until the model is trained with it",
-                path,
-                name,
-                theirs,
-                value,
+                *(path, name, theirs, value),
             )
 
 
 def _refuse_pickle(path: Path) -> None:
-    """Check by its first bytes, whatever its name, that a file is safetensors and not a pickle.
-
-    Raises:
-        ValueError: when it is a pickle or another format.
-        OSError: when it cannot be read.
-    """
+    """Check by its first bytes, whatever its name, that a file is safetensors and not a pickle."""
     with path.open("rb") as file:
         start = file.read(300)
     is_safetensors = start[8:9] == b"{"  # the length before it may look like a pickle
@@ -201,13 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     try:
-        num_parameters = import_weights(
-            options.source,
-            options.output,
-            config=options.config,
-            architecture=options.model,
-            dtype=options.dtype,
-        )
+        num_parameters = import_weights(**vars(options))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return ExitCode.USER_ERROR
@@ -238,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--config", type=Path, help=f"for a file: its {CONFIG_FILE}")
     which.add_argument(
         "--model",
+        dest="architecture",
         metavar="NAME",
         help="for a file: open_clip's name of its architecture, such as ViT-B-16",
     )

@@ -44,12 +44,8 @@ def from_open_clip_layout(name: str, full: Tensor, config: ModelConfig) -> Tenso
 
 
 def open_clip_shapes(config: ModelConfig, *, with_bias: bool) -> dict[str, tuple[int, ...]]:
-    """Return every key of open_clip's state dict with its shape.
-
-    Args:
-        config: The architecture.
-        with_bias: Whether there is a ``logit_bias``, as with the sigmoid loss.
-    """
+    """Return every key of open_clip's state dict with its shape; ``with_bias`` with a
+    ``logit_bias``, as with the sigmoid loss."""
     vision, text = config.vision, config.text
     return {
         "visual.class_embedding": (vision.width,),

@@ -72,14 +72,8 @@ def model_card(
 ) -> str:
     """Return Markdown with the front matter of the Hugging Face hub, with the license left open.
 
-    Args:
-        name: Name of the exported folder.
-        config: The run's configuration.
-        manifest: The checkpoint's manifest.
-        run_dir: The run folder, whose metrics are redact if it has any.
-        num_parameters: Number of weights of the model.
-        weights: "ema" or "raw".
-        dtype: Dtype of the weights.
+    ``name`` is that of the exported folder, ``manifest`` the checkpoint's, ``weights`` "ema" or
+    "raw"; the metrics of ``run_dir`` are read if it has any.
     """
     towers = (config.model.vision, config.model.text)
     fits_open_clip = all(tower.attention.kind == "softmax" for tower in towers)

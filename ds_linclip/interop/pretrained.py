@@ -1,13 +1,11 @@
 """Initial weights of a run, from hub folders."""
 
 import logging
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ds_linclip.config import InitConfig, ModelConfig
 from ds_linclip.interop.hub_folder import WEIGHTS_FILE, read_config
@@ -55,15 +53,15 @@ def load_pretrained(model: CLIP, config: InitConfig) -> None:
 
 
 def _check_tower(tower: str, theirs: ModelConfig, ours: ModelConfig) -> None:
-    pairs = [("embed_dim", theirs.embed_dim, ours.embed_dim)]
-    wanted_values = asdict(getattr(ours, tower))
-    for name, value in asdict(getattr(theirs, tower)).items():
-        if name not in _MAY_DIFFER:
-            pairs.append((f"{tower}.{name}", value, wanted_values[name]))
-    for name, value, wanted in pairs:
-        if value != wanted:
+    found, wanted = (
+        {"embed_dim": config.embed_dim}
+        | {f"{tower}.{name}": value for name, value in asdict(getattr(config, tower)).items()}
+        for config in (theirs, ours)
+    )
+    for name, value in found.items():
+        if value != wanted[name] and name.rpartition(".")[2] not in _MAY_DIFFER:
             written = name.replace(".", "_cfg.")
-            raise ValueError(f"{written} ({value}) must equal model.{name} ({wanted})")
+            raise ValueError(f"{written} ({value}) must equal model.{name} ({wanted[name]})")
 
 
 def _check_attention(tower: str, theirs: ModelConfig, model: CLIP, *, may_change: bool) -> None:
@@ -83,45 +81,26 @@ def _check_attention(tower: str, theirs: ModelConfig, model: CLIP, *, may_change
 
 
 def _copy(model: CLIP, path: Path, theirs: ModelConfig, prefix: str) -> None:
-    with safe_open(path, framework="pt") as file:
-        weights = _LazyWeights(file, theirs, model.config)
-        wanted = {key for name, key, _ in named_keys(model) if name.startswith(prefix)}
-        if "logit_bias" in wanted and "logit_bias" not in weights:
-            raise ValueError(
-                "the weights hold no logit_bias, which loss.kind sigmoid needs: set the folder as "
-                "init.pretrained_image and init.pretrained_text to start with a new bias"
-            )
-        gains = {key for key in wanted if ".head_norm." in key and not _has_gains(key, theirs)}
-        from_open_clip(model, weights, only=wanted - gains)
+    weights = load_file(path)  # maps the file: only what is copied is read
+    wanted = {key for name, key, _ in named_keys(model) if name.startswith(prefix)}
+    if "logit_bias" in wanted and "logit_bias" not in weights:
+        raise ValueError(
+            "the weights hold no logit_bias, which loss.kind sigmoid needs: set the folder as "
+            "init.pretrained_image and init.pretrained_text to start with a new bias"
+        )
+    gains = {key for key in wanted if ".head_norm." in key and not _has_gains(key, theirs)}
+    if (key := "visual.positional_embedding") in wanted & weights.keys():
+        grid, own_grid = _grid(theirs), _grid(model.config)
+        if len(weights[key]) == 1 + grid[0] * grid[1]:
+            weights[key] = resample_positions(weights[key], grid, own_grid)
+    from_open_clip(model, weights, only=wanted - gains)
+
+
+def _grid(config: ModelConfig) -> tuple[int, int]:
+    height, width = config.vision.image_size
+    return height // config.vision.patch_size, width // config.vision.patch_size
 
 
 def _has_gains(key: str, config: ModelConfig) -> bool:
     tower = config.vision if key.startswith("visual.") else config.text
     return tower.attention.kind == "linear" and tower.attention.head_norm
-
-
-class _LazyWeights(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, read on access, with positions on the model's grid."""
-
-    def __init__(self, file: Any, theirs: ModelConfig, ours: ModelConfig) -> None:
-        self._file = file
-        self._keys = set(file.keys())
-        self._grids = [
-            (config.image_size[0] // config.patch_size, config.image_size[1] // config.patch_size)
-            for config in (theirs.vision, ours.vision)
-        ]
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self._keys:
-            raise KeyError(key)
-        value = self._file.get_tensor(key)
-        grid, wanted = self._grids
-        if key == "visual.positional_embedding" and len(value) == 1 + grid[0] * grid[1]:
-            return resample_positions(value, grid, wanted)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)

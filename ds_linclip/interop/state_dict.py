@@ -14,7 +14,6 @@ from ds_linclip.interop.hub_folder import (
     WEIGHTS_FILE,
     new_folder,
     read_config,
-    tensor_layout,
     write_hub_folder,
 )
 from ds_linclip.interop.key_mapping import (
@@ -50,8 +49,7 @@ def from_open_clip(
     Args:
         model: Same architecture; attention may differ, except that the state dict must hold the
             gains of head norms that the model has.
-        state_dict: With the keys of open_clip's ``CLIP`` (image tower under ``visual.``). No more
-            than one of its values is held at a time.
+        state_dict: With the keys of open_clip's ``CLIP`` (image tower under ``visual.``).
         only: Keys of the state dict to copy, ignoring its other keys; None: all, and the model must
             have all of them.
 
@@ -81,14 +79,16 @@ def export_folder(model: CLIP, path: str | Path) -> None:
     weights = to_open_clip(model)
 
     def write() -> None:
-        layout = tensor_layout(
-            {key: tuple(value.shape) for key, value in weights.items()},
-            lambda key: weights[key].dtype,
-        )
-        with new_folder(Path(path)) as folder:
-            write_hub_folder(folder, model.config, layout, lambda key: weights[key].cpu())
+        if model.mesh.rank == 0:
+            shapes = {key: tuple(value.shape) for key, value in weights.items()}
+            with new_folder(Path(path)) as folder:
+                write_hub_folder(
+                    *(folder, model.config, shapes),
+                    dtype=lambda key: weights[key].dtype,
+                    read=lambda key: weights[key].cpu(),
+                )
 
-    model.mesh.agree(lambda: write() if model.mesh.rank == 0 else None, (ValueError, OSError))
+    model.mesh.agree(write, errors=(ValueError, OSError))
 
 
 def load_folder(path: str | Path, mesh: Mesh) -> CLIP:

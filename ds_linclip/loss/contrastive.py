@@ -53,12 +53,8 @@ def clip_loss(
         ValueError: for arguments whose shapes, types or devices do not fit.
         RuntimeError: from a backward with ``create_graph=True``.
     """
-    inputs = {
-        "image_features": image_features,
-        "text_features": text_features,
-        "logit_scale": logit_scale,
-    }
-    return _loss(_clip, inputs, group, chunk_size)
+    features = {"image_features": image_features, "text_features": text_features}
+    return _loss(_clip, features | {"logit_scale": logit_scale}, group, chunk_size)
 
 
 def siglip_loss(
@@ -79,30 +75,15 @@ def siglip_loss(
 
     Communication: one all-gather of the features; none in the backward.
 
-    Args:
-        image_features: L2-normalised, [B, E], float32 or float64 (or bfloat16: multiplied as such,
-            summed in float32). All that this rank contributes to the global batch.
-        text_features: L2-normalised, [B, E]; row i belongs to image i.
-        logit_scale: One number, the factor on the cosine similarities.
-        logit_bias: One number, added to the scaled similarities.
-        group: Ranks whose pairs are each other's negatives; all have the same B. None: this process
-            alone.
-        chunk_size: Side of the tiles, as in :func:`clip_loss`.
+    Arguments and errors are those of :func:`clip_loss`; ``logit_bias`` is one number, added to the
+    scaled similarities.
 
     Returns:
         Scalar, float32 or wider: sum over this rank's images and all texts, divided by B.
-
-    Raises:
-        ValueError: for arguments whose shapes, types or devices do not fit.
-        RuntimeError: from a backward with ``create_graph=True``.
     """
-    inputs = {
-        "image_features": image_features,
-        "text_features": text_features,
-        "logit_scale": logit_scale,
-        "logit_bias": logit_bias,
-    }
-    return _loss(_siglip, inputs, group, chunk_size)
+    features = {"image_features": image_features, "text_features": text_features}
+    scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+    return _loss(_siglip, features | scalars, group, chunk_size)
 
 
 def _loss(
@@ -247,14 +228,7 @@ class _GlobalBatch:
         if self.group:
             gathered = self.gather(torch.stack([image_features, text_features]))  # [R, 2, B, E]
             self.images, self.texts = gathered.unbind(1)
-
-    @property
-    def own_images(self) -> Tensor:
-        return self.images[self.rank]
-
-    @property
-    def own_texts(self) -> Tensor:
-        return self.texts[self.rank]
+        self.own_images, self.own_texts = self.images[self.rank], self.texts[self.rank]
 
     def scalar(self, value: Tensor) -> Tensor:
         """Return one number in the dtype of sums, on the device of the features."""

@@ -31,10 +31,6 @@ class ContrastiveLoss:
     every micro-batch again and backpropagates its gradient (:func:`surrogate`). The gradient of the
     parameters is the same as that of the whole batch at once.
 
-    Args:
-        config: The kind of loss, and the size of its tiles.
-        mesh: The pairs of its data-parallel ranks are each other's negatives.
-
     Attributes:
         logit_scale: Factor on the cosine similarities in the last step, [].
     """

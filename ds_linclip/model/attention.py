@@ -1,7 +1,7 @@
 """Self-attention of one block, linear or softmax: the only caller of ``linclip_kernels``."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ds_linclip.config import Attention
 from ds_linclip.parallel.context_parallel import sum_over_ranks
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.tensor_parallel import column_parallel, head_rms_norm, row_parallel
+from ds_linclip.parallel.tensor_parallel import HeadRMSNorm, column_parallel, row_parallel
 from linclip_kernels import (
     linear_attention,
     linear_attention_from_state,
@@ -34,9 +34,6 @@ class SelfAttention(nn.Module):
         causal: Whether a token attends only to itself and the tokens before it.
         init_qkv: Initializes the unsplit weight [3 * width, width].
         init_out: Initializes the unsplit weight [width, width].
-
-    Attributes:
-        backend: Backend of linear attention; "auto": Triton on a GPU, torch otherwise.
     """
 
     def __init__(
@@ -57,15 +54,13 @@ class SelfAttention(nn.Module):
         self.head_dim = width // heads
         self.attention = attention
         self.causal = causal
+        #: Backend of linear attention; "auto": Triton on a GPU, torch otherwise.
         self.backend: Literal["auto", "torch", "triton"] = "auto"
         # The ranks that hold the other tokens of the same images; texts are not split.
         self.cp_group = mesh.cp.group if mesh.cp.size > 1 and not causal else None
         self.qkv = column_parallel(mesh, width, 3 * width, init=init_qkv)
-        self.head_norm = (
-            head_rms_norm(mesh, heads, self.head_dim)
-            if attention.kind == "linear" and attention.head_norm
-            else None
-        )
+        has_norm = attention.kind == "linear" and attention.head_norm
+        self.head_norm = HeadRMSNorm(self.local_heads, self.head_dim) if has_norm else None
         self.out_proj = row_parallel(mesh, width, width, init=init_out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,17 +76,10 @@ class SelfAttention(nn.Module):
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the weighted sums of values for every query, before the norm of the heads.
+        """Return the weighted sums of values [B, N, H, Dv] for every query, before the norm of the
+        heads, from queries and keys [B, N, H, D] and values [B, N, H, Dv] of any heads.
 
         The result is linear in the values: rows of the identity as values give the weights.
-
-        Args:
-            q: Queries [B, N, H, D], of any heads.
-            k: Keys [B, N, H, D].
-            v: Values [B, N, H, Dv].
-
-        Returns:
-            [B, N, H, Dv].
         """
         if self.attention.kind == "linear":
             return self._linear_attention(q, k, v)
@@ -103,26 +91,13 @@ class SelfAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2)
 
     def _linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        settings = self.attention
+        features: Any = {"feature_map": self.attention.feature_map, "backend": self.backend}
+        settings: Any = features | {
+            "normalized": self.attention.normalized,
+            "score_scale": self.attention.score_scale,
+            "length_exponent": self.attention.length_exponent,
+        }
         if self.cp_group is None:
-            return linear_attention(
-                q,
-                k,
-                v,
-                causal=self.causal,
-                normalized=settings.normalized,
-                feature_map=settings.feature_map,
-                score_scale=settings.score_scale,
-                length_exponent=settings.length_exponent,
-                backend=self.backend,
-            )
-        state = linear_attention_state(k, v, feature_map=settings.feature_map, backend=self.backend)
-        return linear_attention_from_state(
-            q,
-            sum_over_ranks(state, self.cp_group),
-            normalized=settings.normalized,
-            feature_map=settings.feature_map,
-            score_scale=settings.score_scale,
-            length_exponent=settings.length_exponent,
-            backend=self.backend,
-        )
+            return linear_attention(q, k, v, causal=self.causal, **settings)
+        state = sum_over_ranks(linear_attention_state(k, v, **features), self.cp_group)
+        return linear_attention_from_state(q, state, **settings)

@@ -98,15 +98,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = SelfAttention(
-            width,
-            heads,
-            attention,
-            mesh,
-            causal=causal,
-            init_qkv=init.qkv,
-            init_out=init.attn_out,
-        )
+        inits = {"init_qkv": init.qkv, "init_out": init.attn_out}
+        self.attn = SelfAttention(width, heads, attention, mesh, causal=causal, **inits)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = _MLP(width, int(width * mlp_ratio), mesh, init)
         self.recompute: Recompute = "none"
@@ -139,12 +132,9 @@ class Block(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, width: int, hidden: int, mesh: Mesh, init: BlockInit) -> None:
         super().__init__()
-        self.c_fc = column_parallel(
-            mesh, width, hidden, init=init.mlp_in, bias_init=_uniform(width**-0.5)
-        )
-        self.c_proj = row_parallel(
-            mesh, hidden, width, init=init.mlp_out, bias_init=_uniform(hidden**-0.5)
-        )
+        bias_in, bias_out = _uniform(width**-0.5), _uniform(hidden**-0.5)
+        self.c_fc = column_parallel(mesh, width, hidden, init=init.mlp_in, bias_init=bias_in)
+        self.c_proj = row_parallel(mesh, hidden, width, init=init.mlp_out, bias_init=bias_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x)))

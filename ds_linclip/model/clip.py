@@ -49,16 +49,13 @@ class CLIP(nn.Module):
         units = range(num_units) if units is None else units
         image = range(units.start, min(units.stop, num_image))
         text = range(max(units.start - num_image, 0), units.stop - num_image)
-        self.visual = (
-            VisionTransformer(config.vision, config.embed_dim, mesh, units=image, seed=seed)
-            if len(image)
-            else None
-        )
-        self.text = (
-            TextTransformer(config.text, config.embed_dim, mesh, units=text, seed=seed + num_image)
-            if len(text)
-            else None
-        )
+        dim = config.embed_dim
+        self.visual: VisionTransformer | None = None
+        self.text: TextTransformer | None = None
+        if image:
+            self.visual = VisionTransformer(config.vision, dim, mesh, units=image, seed=seed)
+        if text:
+            self.text = TextTransformer(config.text, dim, mesh, units=text, seed=seed + num_image)
         self.is_last = units.stop == num_units
         if self.is_last:
             # One element, not a scalar: DeepSpeed cannot partition a tensor without dimensions.

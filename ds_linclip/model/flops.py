@@ -47,12 +47,8 @@ def num_features(tower: VisionTower | TextTower) -> int:
 
 
 def forward_flops(model: ModelConfig, image_size: tuple[int, int]) -> float:
-    """Return the FLOPs of the forward pass of both towers over one training pair.
-
-    Args:
-        model: Both towers; dropped patches cost nothing.
-        image_size: (height, width) in pixels.
-    """
+    """Return the FLOPs of the forward pass of both towers over one training pair, with an image of
+    (height, width) pixels; dropped patches cost nothing."""
     return sum(map(sum, _forward_by_unit(model, image_size)))
 
 

@@ -64,9 +64,8 @@ class _Tower(nn.Module):
         first, *rest = name.split(".")
         if first == "blocks":
             return 1 + int(rest[0])
-        return {"ln_post": self._layers, "ln_final": self._layers, "proj": self._layers + 1}.get(
-            first, 0
-        )
+        last = {"ln_post": self._layers, "ln_final": self._layers, "proj": self._layers + 1}
+        return last.get(first, 0)
 
     def _make_blocks(
         self, config: VisionTower | TextTower, mesh: Mesh, *, causal: bool, init: BlockInit
@@ -137,7 +136,7 @@ class VisionTransformer(_Tower):
             x = self._embed(x, kept_patches)
         for block in self.blocks.values():
             x = block(x)
-        return self._read(x) if self.has_head else x
+        return self.ln_post(first_token(x, self.cp.group)) @ self.proj if self.has_head else x
 
     def _embed(self, images: Tensor, kept_patches: Tensor | None) -> Tensor:
         sides = images.shape[2:]
@@ -161,9 +160,6 @@ class VisionTransformer(_Tower):
         class_token = (self.class_embedding + class_position).expand(x.shape[0], 1, -1)
         # Empty if another rank has the class token; all parameters still get a gradient.
         return self.ln_pre(torch.cat([class_token[:, held], x], dim=1))
-
-    def _read(self, x: Tensor) -> Tensor:
-        return self.ln_post(first_token(x, self.cp.group)) @ self.proj
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         return resample_positions(self.positional_embedding, self.grid_size, (rows, columns))
@@ -217,7 +213,10 @@ class TextTransformer(_Tower):
         x = x.detach() if self.starts_locked and not self.has_embedding else x
         for block in self.blocks.values():
             x = block(x)
-        return self._read(x, texts) if self.has_head else x
+        if not self.has_head:
+            return x
+        rows = torch.arange(len(x), device=x.device)
+        return self.ln_final(x[rows, texts.argmax(dim=-1)]) @ self.proj
 
     def _embed(self, texts: Tensor) -> Tensor:
         if texts.ndim != 2 or texts.shape[1] > self.context_length:
@@ -226,10 +225,6 @@ class TextTransformer(_Tower):
                 f"({self.context_length})"
             )
         return self.token_embedding(texts) + self.positional_embedding[: texts.shape[1]]
-
-    def _read(self, x: Tensor, texts: Tensor) -> Tensor:
-        rows = torch.arange(x.shape[0], device=x.device)
-        return self.ln_final(x[rows, texts.argmax(dim=-1)]) @ self.proj
 
 
 def resample_positions(

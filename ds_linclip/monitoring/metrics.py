@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ds_linclip.config import Config
 from ds_linclip.model.flops import step_flops
-from ds_linclip.monitoring import ScalarSink, begin_session, end_session
+from ds_linclip.monitoring.scalars import ScalarSink
 from ds_linclip.monitoring.stragglers import StragglerDetector
+from ds_linclip.monitoring.tensorboard import begin_session, end_session
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.device_specs import device_spec
 from ds_linclip.process.atomic import atomic_file
 
-__all__ = ["MetricWriter", "SampleLog", "StepMeter", "peak_memory_gib"]
+__all__ = ["MetricWriter", "SampleLog", "StepMeter"]
 
 
 class MetricWriter:
@@ -29,13 +30,7 @@ class MetricWriter:
     Scalars go to ``<run folder>/metrics.jsonl``, one JSON object per call (null: not finite), to
     TensorBoard and the other back ends of ``monitor``, and to ``sinks``. In the file and in
     TensorBoard every step is there once: :meth:`cut_back` removes what was recorded after the step
-    from which training resumes.
-
-    Args:
-        config: The run's configuration.
-        mesh: The ranks that train together.
-        monitor: DeepSpeed's monitor, or None.
-        sinks: Further receivers of scalars.
+    from which training resumes. ``monitor`` is DeepSpeed's, or None.
     """
 
     def __init__(
@@ -47,6 +42,8 @@ class MetricWriter:
         self._monitor = monitor
         self._sinks = sinks
         self._path = config.run_dir / "metrics.jsonl"
+        tensorboard = getattr(monitor, "tb_monitor", None) if self._is_writer else None
+        self._board = None if tensorboard is None else tensorboard.summary_writer
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record values measured after ``step`` optimizer steps."""
@@ -61,13 +58,13 @@ class MetricWriter:
 
     def begin(self, step: int, plan: str) -> None:
         """Write config, hyperparameters and ``plan`` (Markdown) to TensorBoard at the start."""
-        if (board := self._board()) is not None:
-            begin_session(board, self._config, self._mesh.world_size, plan, step)
+        if self._board is not None:
+            begin_session(self._board, self._config, self._mesh.world_size, plan, step)
 
     def end(self) -> None:
         """Mark the run as finished in TensorBoard."""
-        if (board := self._board()) is not None:
-            end_session(board, self._config, self._mesh.world_size)
+        if self._board is not None:
+            end_session(self._board, self._config, self._mesh.world_size)
 
     def cut_back(self, step: int) -> None:
         """Remove what was recorded after ``step``, from which training resumes.
@@ -77,12 +74,11 @@ class MetricWriter:
         """
         if not self._is_writer:
             return
-        board = self._board()
-        if board is not None and board.file_writer is not None:
-            from tensorboard.compat.proto import event_pb2  # installed if there is a board
+        if self._board is not None and self._board.file_writer is not None:
+            from tensorboard.compat.proto import event_pb2  # takes long; needed if there is a board
 
             purge = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            board.file_writer.add_event(event_pb2.Event(step=step + 1, session_log=purge))
+            self._board.file_writer.add_event(event_pb2.Event(step=step + 1, session_log=purge))
         if not self._path.exists():
             return
         undone = self._path.with_name("metrics_undone.jsonl")
@@ -101,36 +97,23 @@ class MetricWriter:
 
     def figure(self, step: int, tag: str, figure: Any) -> None:
         """Draw a matplotlib figure into TensorBoard."""
-        if (board := self._board()) is not None:
-            board.add_figure(tag, figure, step)
-            board.flush()
-
-    def _board(self) -> Any:
-        """Return TensorBoard's writer on rank 0, if there is one."""
-        monitor = getattr(self._monitor, "tb_monitor", None) if self._is_writer else None
-        return None if monitor is None else monitor.summary_writer
+        if self._board is not None:
+            self._board.add_figure(tag, figure, step)
+            self._board.flush()
 
 
 class SampleLog:
     """Records which samples every step used: one JSON object per step and data-parallel rank.
 
     Does nothing unless ``log.sample_keys`` is set. Steps that are repeated after a resume or a
-    rewind appear twice, with different ``start`` and ``skipped_batches``.
-
-    Args:
-        config: The run's configuration.
-        mesh: The ranks that train together.
-        start: The step from which training started or resumed.
-        skipped_batches: Global batches that rewinds have left out by then.
+    rewind appear twice, with different ``start`` (from which training started or resumed) and
+    ``skipped_batches`` (global batches that rewinds have left out by then).
     """
 
-    def __init__(self, config: Config, mesh: Mesh, start: int, skipped_batches: int = 0) -> None:
+    def __init__(self, config: Config, mesh: Mesh, start: int, skipped_batches: int) -> None:
         self._path: Path | None = None
-        self._facts = {
-            "start": start,
-            "skipped_batches": skipped_batches,
-            "ranks": mesh.dp.size,
-        }
+        ranks = mesh.dp.size
+        self._facts = {"start": start, "skipped_batches": skipped_batches, "ranks": ranks}
         if config.log.sample_keys and mesh.is_first_of_its_data:
             folder = config.run_dir / "samples"
             folder.mkdir(exist_ok=True)
@@ -144,12 +127,7 @@ class SampleLog:
 
 
 class StepMeter:
-    """Measures the steps between two logging steps; only :meth:`read` waits for the device.
-
-    Args:
-        config: The run's configuration.
-        mesh: The ranks that train together.
-    """
+    """Measures the steps between two logging steps; only :meth:`read` waits for the device."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config = config
@@ -185,9 +163,7 @@ class StepMeter:
         """Return the values of the interval over all ranks, by tag; a collective of all ranks.
 
         The wait for data is that of the rank that waited longest, as the others wait for it.
-
-        Args:
-            loss: The loss [] of this rank's rows in the last step.
+        ``loss`` [] is that of this rank's rows in the last step.
         """
         mine = (loss.item(), self._waited)
         losses, waits = zip(*self._mesh.gather(mine), strict=True)
@@ -204,7 +180,7 @@ class StepMeter:
             "perf/seconds_per_step": seconds / steps,
             "perf/model_tflops_per_device": tflops,
             **mfu,
-            "perf/peak_memory_gib": peak_memory_gib(loss.device),
+            "perf/peak_memory_gib": _peak_memory_gib(loss.device),
             **self._stragglers.read(seconds / steps),
         }
 
@@ -229,7 +205,7 @@ def _step_of(line: str) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def peak_memory_gib(device: torch.device) -> float:
+def _peak_memory_gib(device: torch.device) -> float:
     """Return this process's peak memory in GiB: of the GPU's allocator, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

@@ -14,23 +14,14 @@ _DATA, _PARALLEL, _EVALUATION = "Data health", "Parallel efficiency", "Evaluatio
 
 @dataclass(frozen=True)
 class Scalar:
-    """One scalar, or a family of them.
+    """One scalar, or a family of them."""
 
-    Attributes:
-        tag: The tag in TensorBoard; of a family, the part before the cause: "data/skipped/".
-        meaning: One line, with the unit.
-        dashboard: The TensorBoard dashboard that shows it.
-        chart: The chart on that dashboard; several scalars may share one.
-        metric: The name in Prometheus, in base units; that of a counter ends in "_total".
-        factor: Converts the tag's unit to the base unit.
-    """
-
-    tag: str
-    meaning: str
-    dashboard: str
-    chart: str
-    metric: str
-    factor: float = 1.0
+    tag: str  #: The tag in TensorBoard; of a family, the part before the cause: "data/skipped/".
+    meaning: str  #: One line, with the unit.
+    dashboard: str  #: The TensorBoard dashboard that shows it.
+    chart: str  #: The chart on that dashboard; several scalars may share one.
+    metric: str  #: The name in Prometheus, in base units; that of a counter ends in "_total".
+    factor: float = 1.0  #: Converts the tag's unit to the base unit.
 
     @property
     def is_family(self) -> bool:

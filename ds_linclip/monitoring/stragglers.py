@@ -5,6 +5,7 @@ import socket
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -16,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 #: A lag of less than this share of a step causes no warning, however slow the rank.
 _NOTABLE_SHARE = 0.1
-#: A point in time: seconds on a CPU, an event on a GPU.
-_Mark = float | torch.cuda.Event
+#: A point in time: seconds on a CPU, a torch.cuda.Event on a GPU.
+_Mark = Any
 
 
 class StragglerDetector:
@@ -33,9 +34,7 @@ class StragglerDetector:
     makes its peers seem slow too, and with ``parallel.pp`` the whole pipeline is measured. A rank
     that is slow only in its backward or in the optimizer is not detected.
 
-    Args:
-        mesh: The ranks to compare.
-        bound: The ratio of a rank's own time to the median rank's above which to warn; 0: never.
+    ``bound`` is the ratio of a rank's own time to the median rank's above which to warn; 0: never.
     """
 
     def __init__(self, mesh: Mesh, bound: float) -> None:
@@ -69,9 +68,6 @@ class StragglerDetector:
         not count. With an even number of ranks the median rank is the lower of the middle two. Rank
         0 warns when the same rank exceeds the bound twice in a row and its lag is a notable part of
         a step. All ranks call this together, after the device has finished the last step.
-
-        Args:
-            seconds_per_step: Wall time of a step.
         """
         mine = (self._own_time(), socket.gethostname())
         times, hosts = zip(*self._mesh.gather_all(mine), strict=True)
@@ -101,8 +97,11 @@ class StragglerDetector:
     def _own_time(self) -> float:
         """Return the seconds of the median step; 0 without a step."""
         steps = zip(self._waits, self._marks, strict=False)
-        seconds = [waited + _seconds(*marks) for waited, marks in steps]
+        seconds = [waited + self._between(*marks) for waited, marks in steps]
         return statistics.median(seconds) if seconds else 0.0
+
+    def _between(self, start: _Mark, end: _Mark) -> float:
+        return start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
 
 
 def slowest(times: Sequence[float]) -> tuple[int, float]:
@@ -110,11 +109,3 @@ def slowest(times: Sequence[float]) -> tuple[int, float]:
     rank = max(range(len(times)), key=lambda each: times[each])
     median = statistics.median_low(times)
     return rank, times[rank] / median if median > 0 else 1.0
-
-
-def _seconds(start: _Mark, end: _Mark) -> float:
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        return start.elapsed_time(end) / 1e3
-    assert isinstance(start, float)
-    assert isinstance(end, float)
-    return end - start

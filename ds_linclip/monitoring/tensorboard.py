@@ -26,15 +26,8 @@ _SCORES = ("eval/zeroshot_top1", "eval/zeroshot_top5")
 
 
 def begin_session(board: Any, config: Config, world_size: int, plan: str, step: int) -> None:
-    """Write dashboards, hyperparameters, config and parallel plan at the start of a run.
-
-    Args:
-        board: A ``torch.utils.tensorboard.SummaryWriter``.
-        config: The resolved config.
-        world_size: The number of ranks.
-        plan: The parallel plan, in Markdown.
-        step: The step from which the run starts or resumes.
-    """
+    """Write dashboards, hyperparameters, config and parallel plan (Markdown) to a
+    ``torch.utils.tensorboard.SummaryWriter``, when a run starts or resumes from ``step``."""
     board.add_custom_scalars(dashboards())
     experiment, start, _ = _hparams(config, world_size)
     for summary in (experiment, start):
@@ -62,7 +55,7 @@ def dashboards() -> dict[str, dict[str, list]]:
 
 
 def _hparams(config: Config, world_size: int) -> tuple[Any, Any, Any]:
-    from torch.utils.tensorboard.summary import hparams  # installed if there is a board
+    from torch.utils.tensorboard.summary import hparams  # takes long; needed if there is a board
 
     values = {name: _shown(config, name) for name in _HYPERPARAMETERS}
     tags = _RESULTS + (_SCORES if config.eval.data else ())

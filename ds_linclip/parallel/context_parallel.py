@@ -28,13 +28,11 @@ __all__ = ["first_token", "sum_over_ranks", "token_slice"]
 
 
 def token_slice(num_tokens: int, rank: int, size: int) -> slice:
-    """Return the consecutive tokens that a rank holds; ranks differ by one token at most.
+    """Return the consecutive tokens of an image that a rank of a context group of ``size`` ranks
+    holds; ranks differ by one token at most.
 
-    Args:
-        num_tokens: Tokens of an image. The first ranks have the larger shares, so that rank 0 has
-            the first token; later ranks may have none.
-        rank: This process's rank in its context group.
-        size: The number of ranks of the context group.
+    The first ranks have the larger shares, so that rank 0 has the first token; later ranks may have
+    none.
 
     Raises:
         ValueError: when ``rank`` is not in the group.

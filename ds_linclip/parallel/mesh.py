@@ -43,30 +43,21 @@ class Mesh:
     Ranks are numbered along the tensor axis first, then context, data and pipeline. Ranks that
     differ on any axis but the data axis process the same samples; contrastive negatives come from
     the data axis only.
-
-    Attributes:
-        device: This rank's GPU, or the CPU.
-        rank: This process's number among all ranks.
-        world_size: The number of ranks.
-        dp: The data-parallel axis.
-        tp: The tensor-parallel axis.
-        pp: The pipeline-parallel axis.
-        cp: The context-parallel axis.
-        replicas: The data x context axis: ranks with the same weights and different gradients.
-            Gradients are averaged over it, and ZeRO splits its state over it.
-        peers: The tensor x context axis: ranks of one pipeline stage that process the same samples.
-        timeout: How long a collective may wait before its backend gives up.
     """
 
-    device: torch.device
+    device: torch.device  #: This rank's GPU, or the CPU.
     rank: int
     world_size: int
     dp: Axis
     tp: Axis
     pp: Axis
     cp: Axis
+    #: Data x context: ranks with the same weights and different gradients, which are averaged over
+    #: it; ZeRO splits its state over it.
     replicas: Axis
+    #: Tensor x context: ranks of one pipeline stage that process the same samples.
     peers: Axis
+    #: How long a collective may wait before its backend gives up.
     timeout: timedelta
 
     @classmethod
@@ -90,11 +81,8 @@ class Mesh:
         """
         config = config or ParallelConfig()
         launched = _is_launched()
-        if dist.is_initialized():
-            world_size = dist.get_world_size()
-        else:
-            world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
-        check_ranks(config, world_size)
+        world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
+        check_ranks(config, dist.get_world_size() if dist.is_initialized() else world_size)
         _order_kernel_launches(config)
         device = select_device(config)
         if not dist.is_initialized():
@@ -213,10 +201,8 @@ class Mesh:
             dist.destroy_process_group()
 
     def mpu(self) -> Any:
-        """Return the ``mpu`` argument of ``deepspeed.initialize`` for an engine without pipeline.
-
-        DeepSpeed reads the process groups of all axes from this object.
-        """
+        """Return the ``mpu`` argument of ``deepspeed.initialize`` for an engine without pipeline:
+        DeepSpeed reads the process groups of all axes from it."""
         return _DeepSpeedGroups()
 
 
@@ -239,23 +225,22 @@ def select_device(config: ParallelConfig) -> torch.device:
     Raises:
         ValueError: when there are fewer GPUs than ranks on this node.
     """
-    launched = _is_launched()
     num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
-    if config.device == "cpu" or (
-        config.device == "auto" and (num_gpus == 0 or os.environ.get("DS_ACCELERATOR") == "cpu")
-    ):
+    is_cpu_preferred = num_gpus == 0 or os.environ.get("DS_ACCELERATOR") == "cpu"
+    if config.device == "cpu" or (config.device == "auto" and is_cpu_preferred):
         # DeepSpeed selects a device by itself, and would use a GPU that must stay unused.
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
-    # The deepspeed launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-    local_size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
-    needed = int(local_size or 1) if launched else 1
+    needed, number = 1, 0
+    if _is_launched():  # the deepspeed launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE
+        needed = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        number = int(os.environ.get("LOCAL_RANK", 0))
     if num_gpus < needed:
         raise ValueError(
             f"parallel.device ({config.device}) needs a GPU for each of the {needed} ranks on this "
             f"node, found {num_gpus}"
         )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if launched else 0)
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 

@@ -20,12 +20,7 @@ def run_ranks(world_size: int, fn: Callable[..., object], *arguments: Any) -> No
     """Run ``fn(*arguments)`` in several processes that can join one process group.
 
     They are forks of a server that has imported everything; each uses one thread. If one fails, the
-    others are killed.
-
-    Args:
-        world_size: The number of processes.
-        fn: A function of a module; it and its arguments must be picklable.
-        arguments: The arguments of ``fn``.
+    others are killed. ``fn`` is a function of a module; it and its arguments must be picklable.
 
     Raises:
         RuntimeError: when a rank fails.

@@ -20,19 +20,13 @@ from torch.nn import functional as F
 
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["column_parallel", "head_rms_norm", "row_parallel", "vocab_parallel_embedding"]
+__all__ = ["HeadRMSNorm", "column_parallel", "row_parallel", "vocab_parallel_embedding"]
 
 Init = Callable[[Tensor], object]
 
 
 def column_parallel(
-    mesh: Mesh,
-    in_features: int,
-    out_features: int,
-    *,
-    init: Init,
-    bias_init: Init | None = None,
-    bias: bool = True,
+    mesh: Mesh, in_features: int, out_features: int, *, init: Init, bias_init: Init | None = None
 ) -> nn.Module:
     """Return a linear layer with split output features: ``x[..., in] -> y[..., out / tp]``.
 
@@ -42,54 +36,43 @@ def column_parallel(
         out_features: Output features of all tensor-parallel ranks together.
         init: Initializes the full weight [out, in].
         bias_init: Initializes the full bias [out]; None: zeros.
-        bias: Whether the layer has a bias.
     """
     layer = _ColumnParallel(
         in_features,
         out_features,
         config=_config(mesh),
         init_method=init,
-        bias=bias,
+        bias=True,
         gather_output=False,
         tp_group=mesh.tp.group,
     )
-    if bias and bias_init is not None:
-        _init_split(layer.bias, out_features, bias_init, mesh)
+    if bias_init is not None:
+        full = torch.empty(out_features)
+        bias_init(full)
+        with torch.no_grad():
+            layer.bias.copy_(full.chunk(mesh.tp.size)[mesh.tp.rank])
     return layer
 
 
 def row_parallel(
-    mesh: Mesh,
-    in_features: int,
-    out_features: int,
-    *,
-    init: Init,
-    bias_init: Init | None = None,
-    bias: bool = True,
+    mesh: Mesh, in_features: int, out_features: int, *, init: Init, bias_init: Init | None = None
 ) -> nn.Module:
     """Return a linear layer with split input features: ``x[..., in / tp] -> y[..., out]``.
 
-    The output is summed over the tensor-parallel ranks, and the bias added once.
-
-    Args:
-        mesh: The ranks that share the layer.
-        in_features: Input features of all tensor-parallel ranks together.
-        out_features: Output features.
-        init: Initializes the full weight [out, in].
-        bias_init: Initializes the bias [out]; None: zeros.
-        bias: Whether the layer has a bias.
+    The output is summed over the tensor-parallel ranks, and the bias added once. Arguments are
+    those of :func:`column_parallel`.
     """
     layer = _RowParallel(
         in_features,
         out_features,
         config=_config(mesh),
         init_method=init,
-        bias=bias,
+        bias=True,
         input_is_parallel=True,
         skip_bias_add=False,
         tp_group=mesh.tp.group,
     )
-    if bias and bias_init is not None:
+    if bias_init is not None:
         with torch.no_grad():
             bias_init(layer.bias)
     return layer
@@ -98,37 +81,18 @@ def row_parallel(
 def vocab_parallel_embedding(mesh: Mesh, num_embeddings: int, dim: int, *, init: Init) -> nn.Module:
     """Return an embedding with split rows: ``ids [...] int64 -> [..., dim]``.
 
-    Args:
-        mesh: The ranks that share the table.
-        num_embeddings: Rows of the full table.
-        dim: Columns of the table.
-        init: Initializes the full table [num_embeddings, dim].
+    ``init`` initializes the full table [num_embeddings, dim].
 
     Raises:
         ValueError: when ``num_embeddings`` does not divide by the tensor-parallel size.
     """
-    _check_split("num_embeddings", num_embeddings, mesh)
+    if num_embeddings % mesh.tp.size:
+        raise ValueError(
+            f"num_embeddings ({num_embeddings}) must be divisible by parallel.tp ({mesh.tp.size})"
+        )
     return VocabParallelEmbedding(
         num_embeddings, dim, init_method=init, config=_config(mesh), tp_group=mesh.tp.group
     )
-
-
-def head_rms_norm(mesh: Mesh, heads: int, head_dim: int) -> nn.Module:
-    """Return an RMSNorm over the channels of each head, split by heads.
-
-    It maps ``x [..., heads / tp, head_dim]`` to the same shape, with a gain for each head and
-    channel, initially one.
-
-    Args:
-        mesh: The ranks that share the layer.
-        heads: The number of heads on all tensor-parallel ranks together.
-        head_dim: Channels of a head.
-
-    Raises:
-        ValueError: when ``heads`` does not divide by the tensor-parallel size.
-    """
-    _check_split("heads", heads, mesh)
-    return _HeadRMSNorm(heads // mesh.tp.size, head_dim)
 
 
 class _ColumnParallel(ColumnParallelLinear):
@@ -149,8 +113,12 @@ class _RowParallel(RowParallelLinear):
         return super().forward(input_)[0]
 
 
-class _HeadRMSNorm(nn.Module):
-    """Its gain is a vector, not a matrix: optimizers apply weight decay to matrices only."""
+class HeadRMSNorm(nn.Module):
+    """RMSNorm over the channels of each of this rank's heads: ``x [..., heads, head_dim]`` to the
+    same shape, with a gain for each head and channel, initially one.
+
+    The gain is a vector, not a matrix: optimizers apply weight decay to matrices only.
+    """
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -174,15 +142,3 @@ def _config(mesh: Mesh) -> ModelParallelConfig:
         # fixed anyway, and the deterministic path is slower.
         deterministic_mode=mesh.device.type == "cuda",
     )
-
-
-def _init_split(parameter: nn.Parameter, full_size: int, init: Init, mesh: Mesh) -> None:
-    full = torch.empty(full_size)
-    init(full)
-    with torch.no_grad():
-        parameter.copy_(full.chunk(mesh.tp.size)[mesh.tp.rank])
-
-
-def _check_split(name: str, value: int, mesh: Mesh) -> None:
-    if value % mesh.tp.size:
-        raise ValueError(f"{name} ({value}) must be divisible by parallel.tp ({mesh.tp.size})")

@@ -27,13 +27,8 @@ class DivergenceGuard:
     """Checks every step and every logged loss; all ranks call every method together.
 
     All ranks reach the same verdict: DeepSpeed sums the gradient norm over the ranks before it
-    skips a step, and rank 0's logged loss decides.
-
-    Args:
-        config: The run's configuration.
-        mesh: The ranks that train together.
-        checkpoints: The run's checkpoints; before :class:`Diverged` is raised, the save under way
-            is finished, and the message names the newest checkpoint.
+    skips a step, and rank 0's logged loss decides. Before :class:`Diverged` is raised, the save
+    under way is finished, and the message names the newest checkpoint.
 
     Attributes:
         skipped_batches: Global batches of the data order that rewinds have left out: the batch of
@@ -57,10 +52,10 @@ class DivergenceGuard:
         self._last_good: tuple[int, Tensor] | None = None
 
     def step_done(self, step: int, loss: Tensor, *, was_skipped: bool, is_excused: bool) -> None:
-        """Check a step; this does not wait for the device unless training ends.
+        """Check the step just taken; this does not wait for the device unless training ends.
 
         Args:
-            step: The step just taken.
+            step: Its number.
             loss: Its loss [] on this rank.
             was_skipped: Whether its gradient was not finite, so that the weights are unchanged.
             is_excused: Whether fp16's loss scale may be the cause.
@@ -82,9 +77,7 @@ class DivergenceGuard:
             logger.warning(
                 "step %d skipped: its gradient is not finite%s; weights and optimizer state are "
                 "those before it%s",
-                step,
-                reason,
-                self._samples_hint(),
+                *(step, reason, self._samples_hint()),
             )
         if self._streak >= self._config.health.max_skipped_steps:
             raise Diverged(self._too_many_skipped(step))
@@ -93,8 +86,7 @@ class DivergenceGuard:
         """Check that a logged loss is finite.
 
         Raises:
-            Diverged: when it is not although its step was taken: loss and gradient contradict each
-                other, and the weights cannot be trusted.
+            Diverged: when it is not although its step was taken: the weights cannot be trusted.
         """
         if not math.isfinite(loss) and not self.is_skipping:
             raise Diverged(
@@ -134,12 +126,8 @@ class DivergenceGuard:
         return True
 
     def rewound(self, step: int, to_step: int) -> None:
-        """Record that training continues from a checkpoint, without the batches used since.
-
-        Args:
-            step: The step of the loss spike.
-            to_step: The step of the checkpoint.
-        """
+        """Record that training continues from the checkpoint of ``to_step`` after a loss spike at
+        ``step``, without the batches used since."""
         left_out = step - to_step
         self.skipped_batches += left_out
         self._rewinds += 1
@@ -153,10 +141,7 @@ class DivergenceGuard:
 
     def scalars(self) -> dict[str, float]:
         """Return values to log, by TensorBoard tag."""
-        return {
-            "train/rewinds": self._rewinds,
-            "train/skipped_batches": self.skipped_batches,
-        }
+        return {"train/rewinds": self._rewinds, "train/skipped_batches": self.skipped_batches}
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold, as plain data."""
@@ -171,8 +156,7 @@ class DivergenceGuard:
         self._reset()
         self.skipped_batches = state["skipped_batches"]
         self._rewinds = state["rewinds"]
-        self._losses.clear()
-        self._losses.extend(state["losses"])
+        self._losses = deque(state["losses"], self._losses.maxlen)
 
     def _too_many_skipped(self, step: int) -> str:
         last = "no step was taken before"

@@ -23,27 +23,18 @@ class Preempted(Exception):
 
 @dataclass(frozen=True)
 class RunRequests:
-    """Actions to take after a step.
+    """Actions to take after a step."""
 
-    Attributes:
-        save: Save a checkpoint.
-        leave: Save a checkpoint and end.
-        has_failed: End, because an earlier save has failed.
-    """
-
-    save: bool = False
-    leave: bool = False
-    has_failed: bool = False
+    save: bool = False  #: Save a checkpoint.
+    leave: bool = False  #: Save a checkpoint and end.
+    has_failed: bool = False  #: End, because an earlier save has failed.
 
 
 class RequestReducer:
     """Combines the requests of all ranks, so that all of them act after the same step.
 
     The result of a step's reduction is available one step later: it runs in the background, on
-    connections of its own, and no step waits for it.
-
-    Args:
-        mesh: The ranks; all of them create the reducer together.
+    connections of its own, and no step waits for it. All ranks create the reducer together.
     """
 
     def __init__(self, mesh: Mesh) -> None:

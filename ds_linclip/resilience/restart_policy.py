@@ -34,25 +34,15 @@ _SSH_FAILED = 255
 
 @dataclass(kw_only=True)
 class Restart:
-    """A line of ``restarts.jsonl``.
+    """A line of ``restarts.jsonl``."""
 
-    Attributes:
-        time: Unix time of the restart.
-        exit_code: The exit code of the launcher that ended.
-        reason: Why the run ended, in words.
-        ranks: The number of ranks that are started.
-        hosts: The hosts they run on; None on this machine alone.
-        step: The step of the newest checkpoint, from which the run resumes; 0 without one.
-        seconds_down: Seconds from the end of the launcher to the restart.
-    """
-
-    time: float
-    exit_code: int
-    reason: str
-    ranks: int | None
-    hosts: list[str] | None
-    step: int
-    seconds_down: float
+    time: float  #: Unix time of the restart.
+    exit_code: int  #: The exit code of the launcher that ended.
+    reason: str  #: Why the run ended, in words.
+    ranks: int | None  #: The number of ranks that are started.
+    hosts: list[str] | None  #: The hosts they run on; None on this machine alone.
+    step: int  #: The step of the newest checkpoint, from which the run resumes; 0 without one.
+    seconds_down: float  #: From the end of the launcher to the restart.
 
 
 def record_restart(run_dir: Path, restart: Restart) -> None:
@@ -176,11 +166,6 @@ def choose_hosts(config: Config, hosts: Slots, min_nodes: int = 1) -> Slots:
     must divide the batch into whole micro-batches, and equal ``parallel.dp`` if that is set. Hosts
     are filled in order; the last one may get fewer ranks than it has slots, and hosts that get none
     are left out.
-
-    Args:
-        config: The run's configuration.
-        hosts: The slots that can be used, by host.
-        min_nodes: The least number of hosts to run on.
 
     Raises:
         ValueError: when no number of ranks fits, or when there are too few hosts.

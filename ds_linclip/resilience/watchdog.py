@@ -63,22 +63,14 @@ def watched(config: Config, mesh: Mesh) -> Iterator[PhaseTracker]:
     which the whole process was stopped (Slurm suspends jobs so) does not count. If the run folder's
     file system hangs, so does the watchdog, and only process groups end the run.
 
-    Args:
-        config: The run's configuration; with ``watchdog.timeout_seconds`` 0 nothing is watched.
-        mesh: The ranks, all of which call this together.
+    All ranks call this together; with ``watchdog.timeout_seconds`` 0 nothing is watched.
     """
     progress = PhaseTracker()
     if config.watchdog.timeout_seconds == 0:
         yield progress
         return
     started = mesh.from_rank_zero(lambda: datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f"))
-    watchdog = _Watchdog(
-        progress,
-        config.run_dir,
-        f"started-{started}",
-        (mesh.rank, mesh.world_size),
-        config.watchdog.timeout_seconds,
-    )
+    watchdog = _Watchdog(progress, config, mesh, f"started-{started}")
     watchdog.start()
     try:
         yield progress
@@ -87,31 +79,17 @@ def watched(config: Config, mesh: Mesh) -> Iterator[PhaseTracker]:
 
 
 class _Watchdog(threading.Thread):
-    """Watches this rank's progress, and the other ranks' files.
+    """Watches this rank's progress, and the other ranks' files; ``run`` is the name of this start
+    of the run, the same on all ranks."""
 
-    Args:
-        progress: The progress of this rank's training loop.
-        run_dir: The run folder; ``watchdog/`` in it holds heartbeats, ``hang/`` reports.
-        run: The name of this start of the run, the same on all ranks.
-        place: Rank and world size.
-        timeout: Seconds.
-    """
-
-    def __init__(
-        self,
-        progress: PhaseTracker,
-        run_dir: Path,
-        run: str,
-        place: tuple[int, int],
-        timeout: float,
-    ) -> None:
+    def __init__(self, progress: PhaseTracker, config: Config, mesh: Mesh, run: str) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._progress = progress
         self._run = run
-        self._heartbeats = run_dir / "watchdog"
-        self._reports = run_dir / "hang" / run
-        self._rank, self._world_size = place
-        self._timeout = timeout
+        self._heartbeats = config.run_dir / "watchdog"
+        self._reports = config.run_dir / "hang" / run
+        self._rank, self._world_size = mesh.rank, mesh.world_size
+        self._timeout = timeout = config.watchdog.timeout_seconds
         self._poll = min(10.0, timeout / 20)
         self._grace = max(1.0, min(60.0, timeout / 5))
         self._host = socket.gethostname()
@@ -233,14 +211,12 @@ class _Watchdog(threading.Thread):
             path = self._report_of(rank)
             if path.exists() or facts.get("host") != self._host:
                 continue
-            facts |= {
-                "state": _process_state(facts["pid"]),
-                "seconds": time.time() - facts["since"],
-            }
+            state, seconds = _process_state(facts["pid"]), time.time() - facts["since"]
+            facts |= {"state": state, "seconds": seconds}
             stacks = self._stacks_of(rank)
             written = stacks.read_text() if stacks.exists() else ""
             is_first = _write_first(path, json.dumps(facts) + "\n" + written)
-            if is_first and facts["state"] == "stopped":
+            if is_first and state == "stopped":
                 os.kill(facts["pid"], signal.SIGCONT)
 
     def _found(self, rank: int) -> _Facts:
@@ -265,9 +241,7 @@ def summarize(found: Sequence[_Facts]) -> str:
     """Return one line that names the ranks that are behind.
 
     These are the ranks that do not run or, if all run, those that have entered the fewest phases.
-
-    Args:
-        found: The known facts of every rank, in rank order.
+    ``found`` has the known facts of every rank, in rank order.
     """
     culprits = [facts for facts in found if facts["state"] != "running"]
     if not culprits:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import ParallelConfig, load_config
-from ds_linclip.interop import export_checkpoint
+from ds_linclip.interop.export import export_checkpoint
 from ds_linclip.interop.hub_folder import WEIGHTS_FILE
 from ds_linclip.interop.state_dict import export_folder, to_open_clip
 from ds_linclip.model import CLIP

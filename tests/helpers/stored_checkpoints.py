@@ -1,7 +1,6 @@
 """Checkpoints written without training, in the layouts of many ranks."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from ds_linclip.checkpoint.directory import checkpoint_path
 from ds_linclip.checkpoint.sharded_safetensors import (
-    FileRecord,
     StoredPiece,
     sha256_of,
     write_manifest,
@@ -85,10 +83,10 @@ def write_checkpoint(
                 )
                 pieces.append(piece)
     files = {f"rank-{r:05d}.safetensors": tensors for r, tensors in enumerate(ranks)}
-    written = {name: asdict(write_shard(path / name, files[name])) for name in files}
+    written = {name: write_shard(path / name, files[name]) for name in files}
     save_config(config, path / "config.yaml")
     size = (path / "config.yaml").stat().st_size
-    written["config.yaml"] = asdict(FileRecord(size, str(sha256_of(path / "config.yaml"))))
+    written["config.yaml"] = {"size": size, "sha256": sha256_of(path / "config.yaml")}
     content = {
         "step": step,
         "layout": {"dp": shards, "tp": tp, "pp": 1, "cp": 1, "zero": 1},

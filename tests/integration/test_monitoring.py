@@ -29,7 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.model.flops import step_flops
-from ds_linclip.monitoring import SCALARS
+from ds_linclip.monitoring.scalars import SCALARS
 from ds_linclip.monitoring.tensorboard import dashboards
 from ds_linclip.monitoring.trackers import wandb_run
 from ds_linclip.parallel.mesh import Mesh

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import Config, ParallelConfig, load_config
-from ds_linclip.interop import export_checkpoint
-from ds_linclip.interop.export import main
+from ds_linclip.interop.export import export_checkpoint, main
 from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE
 from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.state_dict import load_folder
@@ -346,7 +345,7 @@ def test_shapes_are_those_of_the_models(config_of, mesh, tmp_path, attention, lo
 MEMORY_JOB = """
 import sys, threading, time
 from pathlib import Path
-from ds_linclip.interop import export_checkpoint
+from ds_linclip.interop.export import export_checkpoint
 
 def anonymous_kib():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -19,9 +19,9 @@ from ds_linclip.config import (
     check_model,
     load_config,
 )
-from ds_linclip.interop import export_checkpoint, import_weights
+from ds_linclip.interop.export import export_checkpoint
 from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE, parse_config, read_config
-from ds_linclip.interop.import_weights import main
+from ds_linclip.interop.import_weights import import_weights, main
 from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.interop.state_dict import export_folder, load_folder, to_open_clip

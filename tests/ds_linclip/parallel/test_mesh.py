@@ -110,7 +110,6 @@ def test_layers_equal_torchs_layers(mesh: Mesh) -> None:
         torch.testing.assert_close(layer(x), expected)
         assert list(layer.state_dict()) == ["weight", "bias"]
         assert build(mesh, 6, 4, init=normal).bias.abs().sum() == 0
-        assert build(mesh, 6, 4, init=normal, bias=False).bias is None
     table = vocab_parallel_embedding(mesh, 10, 3, init=normal)
     ids = torch.tensor([[1, 9], [0, 3]])
     assert torch.equal(table(ids), table.weight[ids])
