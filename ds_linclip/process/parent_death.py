@@ -1,16 +1,23 @@
 """Processes that end with the one that started them."""
 
 import ctypes
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import select
 import signal
 import sys
 import threading
+from pathlib import Path
 
-__all__ = ["end_with_parent"]
+import psutil
+
+__all__ = ["end_with_launcher", "end_with_parent"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+#: Commands, and packages of modules, that start launchers of ranks.
+_RUNNERS = ("deepspeed", "linclip", "linclip_launch")
 
 
 def end_with_parent() -> None:
@@ -41,6 +48,58 @@ def end_with_parent() -> None:
         raise OSError(error, f"prctl(PR_SET_PDEATHSIG): {os.strerror(error)}")
     if os.getppid() != parent:  # it ended during this call
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_launcher() -> None:
+    """End this rank with the launcher that started it, and with the command that a user started.
+
+    The rank's parent is its launcher: when that ends, the rank is killed (:func:`end_with_parent`).
+    The launcher is often a child of another process, ``deepspeed`` or ``linclip train``, that may
+    be killed without it. Then the rank gets SIGTERM, at which training saves and leaves.
+
+    Raises:
+        OSError: when the kernel refuses.
+    """
+    end_with_parent()
+    launcher, *above = psutil.Process().parents()
+    runners = list(itertools.takewhile(_is_runner, above))
+    for process in runners:
+        _terminate_after(process.pid)
+    is_orphan = not runners and launcher.ppid() == 1
+    if is_orphan and "deepspeed.launcher.launch" in _command(launcher):
+        os.kill(os.getpid(), signal.SIGTERM)  # the command has ended before this call
+
+
+def _is_runner(process: psutil.Process) -> bool:
+    """Return whether a process is a command or module of :data:`_RUNNERS`."""
+    command = _command(process)
+    module = command[command.index("-m") + 1 :][:1] if "-m" in command else []
+    names = [*(Path(word).name for word in command[:2]), *(name.split(".")[0] for name in module)]
+    return any(name in _RUNNERS for name in names)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _terminate_after(process: int) -> None:
+    """Send SIGTERM to this process once another one, which need not be its parent, has ended."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+
+    def wait() -> None:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="launcher-watch", daemon=True).start()
 
 
 def _end_after(sentinel: int) -> None:

@@ -65,7 +65,10 @@ class RequestReducer:
 
 
 class PreemptionSignals:
-    """Records SIGTERM (save and leave) and SIGUSR1 (save and continue)."""
+    """Records SIGTERM and Ctrl-C (save and leave), and SIGUSR1 (save and continue).
+
+    A second Ctrl-C raises KeyboardInterrupt, as in any program.
+    """
 
     def __init__(self) -> None:
         self._save = self._leave = False
@@ -73,7 +76,11 @@ class PreemptionSignals:
     @contextmanager
     def caught(self) -> Iterator["PreemptionSignals"]:
         """Catch the signals while in the context; must be entered by the main thread."""
-        actions = {signal.SIGTERM: self._on_leave, signal.SIGUSR1: self._on_save}
+        actions = {
+            signal.SIGTERM: self._on_leave,
+            signal.SIGINT: self._on_interrupt,
+            signal.SIGUSR1: self._on_save,
+        }
         before = {number: signal.signal(number, action) for number, action in actions.items()}
         try:
             yield self
@@ -94,3 +101,7 @@ class PreemptionSignals:
     def _on_leave(self, number: int, frame: FrameType | None) -> None:
         # More than one changes nothing: launcher and scheduler may both signal every process.
         self._leave = True
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._leave = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
