@@ -1,7 +1,6 @@
 """The one training loop."""
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -10,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ds_linclip.checkpoint.manager import CheckpointManager
 from ds_linclip.config import Config, InitConfig
@@ -30,6 +28,7 @@ from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import describe, plan_rank
 from ds_linclip.process.consensus import AgreedError
 from ds_linclip.process.phase import PhaseTracker
+from ds_linclip.process.progress import progress
 from ds_linclip.resilience.divergence import Diverged, DivergenceGuard
 from ds_linclip.resilience.preemption import (
     Preempted,
@@ -145,7 +144,9 @@ class Trainer:
             self._meter.features_ready,
             partial(phases.enter, "computing loss and gradients"),
         ]
-        self._bar = resources.enter_context(_progress_bar(config, mesh, self.step))
+        total, is_hidden = config.train.steps, mesh.rank > 0
+        bar = progress(desc="train", unit="step", total=total, initial=self.step, disable=is_hidden)
+        self._bar = resources.enter_context(bar)
         self.result = TrainResult(steps=config.train.steps)
         self._open_batches()
         self._model.train()
@@ -349,18 +350,6 @@ def _model_inputs(batch: Batch, config: Config, mesh: Mesh, number: int) -> tupl
         seed=config.train.seed,
     )
     return batch.images, batch.texts, kept
-
-
-def _progress_bar(config: Config, mesh: Mesh, start: int) -> tqdm:
-    """Return a bar that shows on rank 0 only, in a log file as a line every half minute."""
-    bar = tqdm if mesh.rank == 0 else partial(tqdm, disable=True)
-    return bar(
-        desc="train",
-        unit="step",
-        total=config.train.steps,
-        initial=start,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-    )
 
 
 def _open_data(config: Config, mesh: Mesh) -> TrainData:

@@ -4,13 +4,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ds_linclip.checkpoint.directory import committed
 from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, sha256_of
 from ds_linclip.config import load_config
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.process.progress import progress
 
 __all__ = ["check_files", "latest_checkpoint", "load_weights", "weight_kind"]
 
@@ -68,10 +68,10 @@ def check_files(
         if problem := _size_problem(files.path / name, listed[name]["size"]):
             raise _mismatch(files.path / name, listed[name]["sha256"], problem)
     size = sum(listed[name]["size"] for name in names)
-    bar = {"desc": "checksums", "unit": "B", "unit_scale": True, "delay": 2, "leave": False}
-    with tqdm(total=size, disable=not show_progress, **bar) as progress:
+    style = {"desc": "checksums", "unit": "B", "unit_scale": True, "delay": 2, "leave": False}
+    with progress(total=size, disable=not show_progress, **style) as bar:
         for name in names:
-            if sha256_of(files.path / name, progress.update) != listed[name]["sha256"]:
+            if sha256_of(files.path / name, bar.update) != listed[name]["sha256"]:
                 raise _mismatch(files.path / name, listed[name]["sha256"], "its content differs")
 
 

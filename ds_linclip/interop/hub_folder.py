@@ -18,11 +18,11 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from tqdm import tqdm
 
 from ds_linclip.checkpoint.sharded_safetensors import TensorSpec, write_tensors
 from ds_linclip.config import ModelConfig, TextTower, VisionTower, as_image_size
 from ds_linclip.process.atomic import atomic_directory, sync, write_atomically
+from ds_linclip.process.progress import progress
 
 __all__ = [
     "CONFIG_FILE",
@@ -99,13 +99,13 @@ def write_hub_folder(
     order = sorted(specs, key=lambda key: (-specs[key].dtype.itemsize, key))
     layout = {key: specs[key] for key in order}
     size = sum(spec.num_bytes for spec in layout.values())
-    bar = {"desc": "weights", "unit": "B", "unit_scale": True, "delay": 2, "leave": False}
-    with tqdm(total=size, **bar) as progress:
+    style = {"desc": "weights", "unit": "B", "unit_scale": True, "delay": 2, "leave": False}
+    with progress(total=size, **style) as bar:
 
         def converted() -> Iterator[Tensor]:
             for key, spec in layout.items():
                 yield _convert(key, read(key), spec)
-                progress.update(spec.num_bytes)
+                bar.update(spec.num_bytes)
 
         write_tensors(folder / WEIGHTS_FILE, layout, converted())
     return sum(math.prod(shape) for shape in shapes.values())

@@ -10,7 +10,8 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from tqdm import tqdm
+
+from ds_linclip.process.progress import progress
 
 __all__ = [
     "AgreedError",
@@ -124,7 +125,7 @@ def map_over_ranks(
     hidden = title is None or rank > 0
 
     def results() -> list[T]:
-        return list(tqdm(work(own), title, len(own), delay=5, leave=False, disable=hidden))
+        return list(progress(work(own), title, len(own), delay=5, leave=False, disable=hidden))
 
     shares = gather(agree(results, group, (ValueError, OSError)), group)
     return [shares[i % world_size][i // world_size] for i in range(len(items))]

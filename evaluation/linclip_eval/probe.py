@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from tqdm import tqdm
 
+from ds_linclip.process.progress import progress
 from linclip_eval.features import Features, best_ranks, similarities
 from linclip_eval.zero_shot.evaluate import stable_topk
 
@@ -173,12 +173,12 @@ def linear_probe(
     num_validation = max(1, round(_VALIDATION_SHARE * len(order)))
     validation, rest = order[:num_validation], order[num_validation:]
     images, labels = train.images.astype(np.float64), train.labels
-    progress = tqdm(desc="linear probe", unit="fit", delay=5, leave=False)
+    bar = progress(desc="linear probe", unit="fit", delay=5, leave=False)
 
     def validate(strength: float) -> ProbeFit:
         model, converged = _fit(images[rest], labels[rest], strength, max_iterations)
         ranks = _predict(model, images[validation], labels[validation])
-        progress.update()
+        bar.update()
         return ProbeFit(
             strength=strength,
             validation_top1=float((ranks == 1).mean()),
@@ -186,7 +186,7 @@ def linear_probe(
             converged=converged,
         )
 
-    with progress:
+    with bar:
         search = _search(validate)
         strength = _best(search).strength
         model, converged = _fit(images, labels, strength, max_iterations)

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from tqdm import tqdm
 
 from ds_linclip.data.eval.sources import ClassFolder, ClassLabels, LabelledPart, LabelledTar
+from ds_linclip.process.progress import progress
 
 __all__ = ["FolderFindings", "open_parts", "read_classes"]
 
@@ -153,7 +153,7 @@ def open_parts(folder: Path, classes: ClassLabels, split: str) -> list[LabelledP
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
         parts = pool.map(open_part, paths)
         what = f"opening {folder.name}"
-        return list(tqdm(parts, what, len(paths), delay=2, leave=False, disable=None))
+        return list(progress(parts, what, len(paths), delay=2, leave=False, disable=None))
 
 
 def _find_tars(folder: Path, split: str) -> list[Path]:
