@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -28,8 +29,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     folder. URLs and braces stay as they are.
 
     Args:
-        path: YAML file. A top-level ``base:`` names another file, relative to this one, that is
-            merged first.
+        path: YAML file, or the name of a config of the package, such as ``embedded``. A top-level
+            ``base:`` names another file, relative to this one, that is merged first.
         overrides: Dotted assignments such as ``optim.lr=1e-3``; later ones win.
 
     Raises:
@@ -37,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             value of the wrong type, or a value that breaks a rule of :func:`validate`.
     """
     merged = OmegaConf.structured(Config)
-    layers = _read_with_bases(Path(path)) + [_parse_override(each) for each in overrides]
+    layers = _read_with_bases(_find(path)) + [_parse_override(each) for each in overrides]
     for source, folder, content in layers:
         try:
             plain = _write_out_shorthands(content)
@@ -78,6 +79,19 @@ def as_image_size(name: str, value: object) -> tuple[int, int]:
     if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int]:
         raise ValueError(f"{name} ({value}) must be an integer or [height, width], in pixels")
     return sides[0], sides[1]
+
+
+def _find(path: str | Path) -> Path:
+    """Return the file of a path, or of a config of the package."""
+    name, folder = str(path), files("ds_configs").joinpath("train")
+    if Path(name).exists() or not re.fullmatch(r"\w+", name):
+        return Path(name)
+    known = sorted(each.name.removesuffix(".yaml") for each in folder.iterdir())
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"config ({name}) must be a file, or one of {', '.join(known)}{hint}")
+    return Path(str(folder.joinpath(f"{name}.yaml")))
 
 
 def _read_with_bases(path: Path) -> list[tuple[str, Path, DictConfig]]:

@@ -241,7 +241,7 @@ class InitConfig:
     """Pretrained weights that a run starts from, and frozen towers (LiT, arXiv 2111.07991).
 
     The folders hold `open_clip_config.json` and `open_clip_model.safetensors`, written by open_clip
-    or by `ds-linclip export`, for the same architecture; positional embeddings are interpolated if
+    or by `linclip export`, for the same architecture; positional embeddings are interpolated if
     the image size differs. A run that resumes from a checkpoint does not read them.
     """
 

@@ -1,16 +1,17 @@
-"""The embedded data set: scikit-learn's handwritten digits, captioned.
+"""The embedded data set: captioned scans of handwritten digits.
 
-scikit-learn's wheel contains 1,797 scans of 8x8 pixels (Alpaydin and Kaynak, UCI ML repository,
-1998). A stratified fifth is held out.
+``digits.npz`` holds the 1,797 scans of 8x8 pixels that scikit-learn's ``load_digits`` returns
+(E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+Repository, 1998, CC BY 4.0), and the numbers of the scans to train on and of a stratified fifth
+that is held out.
 """
 
 import random
 from collections.abc import Iterator
+from importlib.resources import files
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from ds_linclip.data.prepare.shard_writer import RawSample
 
@@ -52,13 +53,11 @@ def digit_samples(split: str, *, image_size: int, seed: int) -> Iterator[RawSamp
         image_size: The side of the images in pixels.
         seed: The seed of the captions.
     """
-    digits = load_digits()
-    numbers = train_test_split(
-        np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0
-    )[("train", "test").index(split)]
-    for number in numbers.tolist():
-        label = int(digits.target[number])
-        grey = (digits.images[number] * 255 / 16).round().astype(np.uint8)
+    with files(__package__).joinpath("digits.npz").open("rb") as file:
+        digits = dict(np.load(file))
+    for number in digits[split].tolist():
+        label = int(digits["labels"][number])
+        grey = (digits["images"][number] * (255 / 16)).round().astype(np.uint8)
         image = Image.fromarray(grey).resize((image_size, image_size), Image.Resampling.BICUBIC)
         yield RawSample(
             image=image.convert("RGB"),

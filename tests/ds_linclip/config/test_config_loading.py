@@ -213,18 +213,30 @@ def test_urls_and_absolute_patterns_stay_as_they_are(tmp_path, shards):
         assert load_config(path, [f"data.train='{shards}'"]).data.train[0].shards == shards
 
 
-def test_the_shipped_configs_mean_the_folders_of_the_repository(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variable", [None, "elsewhere"])
+def test_the_shipped_configs_have_names_and_work_in_any_folder(tmp_path, monkeypatch, variable):
     files = [path.absolute() for path in CONFIGS]
-    root = Path.cwd()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LINCLIP_DATA", raising=False)
+    if variable:
+        monkeypatch.setenv("LINCLIP_DATA", variable)
     for file in files:
-        config = load_config(file)
-        assert config.output_dir == f"{root}/runs"
+        config = load_config(file.stem)
+        assert config == load_config(file)
+        assert config.output_dir == f"{tmp_path}/runs"
         if config.zero.deepspeed_config is not None:
-            assert config.zero.deepspeed_config == f"{root}/ds_configs/deepspeed/zero1.json"
+            assert config.zero.deepspeed_config == str(file.parents[1] / "deepspeed/zero1.json")
         if file.stem.startswith("embedded"):
-            assert config.data.train[0].shards.startswith(f"{root}/data/embedded/train/")
-            assert config.eval.data == f"{root}/data/embedded/test"
+            data = tmp_path / (variable or "data") / "embedded"
+            assert config.data.train[0].shards.startswith(f"{data}/train/")
+            assert config.eval.data == f"{data}/test"
+
+
+def test_a_file_is_preferred_to_a_config_of_the_same_name(tmp_path, monkeypatch):
+    embedded = Path(EMBEDDED).absolute()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").write_text(f"base: {embedded}\nname: mine")
+    assert load_config("embedded").name == "mine"
 
 
 def test_names_of_class_lists_and_templates_are_no_paths():

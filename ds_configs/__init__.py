@@ -1,0 +1,1 @@
+"""Configs of whole experiments (``train/``), and of DeepSpeed (``deepspeed/``)."""
