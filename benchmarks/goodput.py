@@ -1,6 +1,6 @@
 """The cost of failures: ``python -m benchmarks.goodput [--minutes 30] [key=value ...]``.
 
-Trains the embedded model on two gloo ranks under ``linclip_launch.supervise``, and kills a rank,
+Trains the embedded model on two gloo ranks under ``linclip train --supervise``, and kills a rank,
 now and then the launcher, at random times. Reports the seconds from every kill to the next step and
 the steps that were repeated; the goodput of the run, which is the share of its time that went into
 steps that counted; and whether every step and every sample was counted once. Exit code 1 when one
@@ -107,7 +107,15 @@ def main() -> int:
 
 
 def _supervise(overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "linclip_launch.supervise", "--ranks", str(RANKS)]
+    command = [
+        sys.executable,
+        "-m",
+        "linclip_launch",
+        "train",
+        "--supervise",
+        "--ranks",
+        str(RANKS),
+    ]
     command += ["--max-restarts", "20", "--backoff-seconds", "1", str(EMBEDDED), *overrides]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.Popen(command, env=environment, cwd=REPOSITORY)

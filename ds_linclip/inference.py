@@ -4,10 +4,8 @@
 
     model = load_model("runs/my_run")
     images = torch.stack([model.transform(path.read_bytes()) for path in paths])
-    image_features = F.normalize(model.encode_image(images), dim=-1)  # [B, E]
     texts = model.tokenizer(["a photo of a dog", "a photo of a cat"])
-    text_features = F.normalize(model.encode_text(texts), dim=-1)  # [2, E]
-    similarities = image_features @ text_features.T
+    cosines = model.similarity(images, texts)  # [B, 2]
 """
 
 import hashlib
@@ -24,6 +22,7 @@ import torch
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ds_linclip.checkpoint.loading import latest_checkpoint, load_weights
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST
@@ -82,6 +81,12 @@ class LoadedModel:
     def encode_text(self, texts: Tensor) -> Tensor:
         """Return the features [B, E], not normalised, of token ids [B, L] from any device."""
         return self._encode("encode_text", texts.to(self.device, non_blocking=True))
+
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Return the cosines [B, T] of images [B, 3, H, W] and token ids [T, L] from any device."""
+        image_features = F.normalize(self.encode_image(images).float(), dim=-1)
+        text_features = F.normalize(self.encode_text(texts).float(), dim=-1)
+        return image_features @ text_features.T
 
     def _encode(self, encoder: str, inputs: Tensor) -> Tensor:
         features: Tensor = getattr(self.module, encoder)(inputs)

@@ -20,11 +20,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ds_linclip.config import Config, load_config, save_config
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.atomic import atomic_file, write_atomically
+from ds_linclip.process.progress import progress
 from ds_linclip.trainer import train
 from experiments.convergence_report import ConvergenceRun, draw, read_runs, summarise, to_markdown
 from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
@@ -87,7 +87,7 @@ def train_all(configs: Sequence[tuple[str, Config]], processes: int) -> Iterator
     os.environ["TQDM_DISABLE"] = "1"  # in the runs: tqdm reads it when a process imports it
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(_run_one, *each) for each in configs]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="runs", unit="run"):
+        for future in progress(as_completed(futures), total=len(futures), desc="runs", unit="run"):
             yield future.result()
 
 

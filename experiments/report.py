@@ -1,7 +1,7 @@
 """Every evaluation on the embedded data, in small, as one page: ``python -m experiments.report``.
 
 Trains the runs of scaling_runs.py, evaluates the largest softmax and the largest linear one with
-every command of linclip-eval, and joins the results in OUTPUT_FOLDER/report.html. Finished stages
+every command of linclip eval, and joins the results in OUTPUT_FOLDER/report.html. Finished stages
 are not repeated.
 """
 
@@ -17,11 +17,11 @@ from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageFilter, ImageOps
-from tqdm import tqdm
 
 from ds_linclip.data.prepare.digits import CLASSNAMES, TEMPLATES, digit_samples
 from ds_linclip.data.prepare.shard_writer import write_labelled_folder
 from ds_linclip.process.atomic import atomic_directory, write_atomically
+from ds_linclip.process.progress import progress
 from experiments.scaling_runs import ATTENTIONS, run_name, train_runs
 from linclip_eval.commands.report import write_page
 
@@ -69,8 +69,8 @@ def main() -> int:
     try:
         train_runs(out, widths=WIDTHS, steps=STEPS, seeds=options.seeds)
         _write_domains(out / "domains")
-        for name, stage in tqdm(stages.items(), "evaluations", unit="evaluation"):
-            command = ["-m", "linclip_eval", *map(str, stage), "--out", str(out / name)]
+        for name, stage in progress(stages.items(), "evaluations", unit="evaluation"):
+            command = ["-m", "linclip_launch", "eval", *map(str, stage), "--out", str(out / name)]
             # Written at the end: an interrupted stage, or one with another command, is repeated.
             done = out / name / "command.json"
             if not done.exists() or json.loads(done.read_text()) != command:

@@ -4,7 +4,7 @@
 OUTPUT_FOLDER/runs. Finished runs are not repeated, so that an interrupted study continues where it
 stopped; other settings need another folder. The laws are fitted by
 
-    linclip-eval scaling-laws OUTPUT_FOLDER/runs --out RESULTS
+    linclip eval scaling-laws OUTPUT_FOLDER/runs --out RESULTS
 """
 
 import argparse

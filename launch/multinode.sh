@@ -6,12 +6,12 @@
 #   --include node1@node2:0,1 or --exclude node3   some hosts, some slots
 #   --node-rank N     no ssh: start ranks on this host only, number N of the file; run the same
 #                     command on every other host with its own number
-#   --help            all options, those of linclip_launch.supervise
+#   --help            all options, those of linclip train
 # Network settings: launch/environment.sh. For ranks on the CPU: DS_ACCELERATOR=cpu before the command.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-python=$here/../.venv/bin/python
-[ -x "$python" ] || { echo "error: $python is missing: run make install" >&2; exit 2; }
+command -v linclip > /dev/null \
+    || { echo "error: linclip is not on the PATH: activate its environment" >&2; exit 2; }
 # shellcheck source-path=SCRIPTDIR
 . "$here/environment.sh"
-exec "$python" -m linclip_launch.supervise --hostfile "$@"
+exec linclip train --supervise --hostfile "$@"

@@ -25,12 +25,12 @@ from typing import Any
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from tqdm import tqdm
 
 from benchmarks import REPOSITORY, BenchmarkParser
 from benchmarks.data import loaders
 from benchmarks.data.report import RATES, DataReport, Requirement
 from ds_linclip.data.prepare.shard_writer import EncodedSample, RawSample, write_train_shard
+from ds_linclip.process.progress import progress
 
 MEASURED = ("ds_linclip/data", "benchmarks/data")
 PACKAGES = ("torch", "open_clip_torch", "webdataset", "simplejpeg", "pillow")
@@ -129,7 +129,7 @@ def _measure_all(
         if (case, loader) != (DIRTY, "open_clip")
     ]
     rows = []
-    for repetition, case, loader in tqdm(plan, desc="bench", unit="run"):
+    for repetition, case, loader in progress(plan, desc="bench", unit="run"):
         name, image_size = CASES[case]
         batches = sets[name].num_samples // arguments.batch_size
         settings = {

@@ -243,7 +243,7 @@ class _Sizes:
         if len(unknown) > _MAX_COUNTED_BY_HEADERS:
             raise ValueError(
                 f"{self._name}: {what} must have a file beside them with the number of samples; "
-                "ds-linclip inspect-shards --no-decode --write-sizes writes it"
+                "linclip shards inspect --no-decode --write-sizes writes it"
             )
         logger.warning("%s have neither sizes.json nor _stats.json and may be incomplete", what)
 

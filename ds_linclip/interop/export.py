@@ -1,4 +1,4 @@
-"""``ds-linclip export``: convert a checkpoint to the folder format that open_clip reads.
+"""``linclip export``: convert a checkpoint to the folder format that open_clip reads.
 
 Works on a checkpoint of any parallel layout in one process, without building the model: parameters
 are assembled one at a time.
@@ -8,7 +8,6 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,9 +29,8 @@ from ds_linclip.interop.key_mapping import (
 )
 from ds_linclip.interop.model_card import model_card
 from ds_linclip.process.atomic import write_atomically
-from ds_linclip.process.exit_codes import ExitCode
 
-__all__ = ["Exported", "export_checkpoint", "main"]
+__all__ = ["Exported", "export_checkpoint", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,39 +134,16 @@ def _find_checkpoint(source: Path, step: int | None) -> Path:
     return path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        exported = export_checkpoint(**vars(options))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return ExitCode.USER_ERROR
+def run(options: argparse.Namespace) -> None:
+    """Export what a command line names, and print one line; see :func:`export_checkpoint`."""
+    exported = export_checkpoint(
+        options.source,
+        options.output,
+        step=options.step,
+        weights=options.weights,
+        dtype=options.dtype,
+    )
     sys.stdout.write(
         f"{options.output}: step {exported.step} of {exported.checkpoint.parent.parent}, "
         f"{exported.weights} weights in {options.dtype}, {exported.num_parameters:,} parameters\n"
     )
-    return ExitCode.FINISHED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ds-linclip export",
-        description="Convert a checkpoint to a folder that open_clip opens as local-dir:FOLDER.",
-        epilog="Exit codes: 0: written; 2: a user error, reported in one line.",
-    )
-    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument(
-        "output", type=Path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty"
-    )
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="step of the checkpoint; default: the newest"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "raw"),
-        help="ema: the running average of the weights; raw: the weights themselves; default: the "
-        "average if the run keeps one",
-    )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="default: fp32")
-    return parser

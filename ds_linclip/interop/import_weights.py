@@ -1,4 +1,4 @@
-"""``ds-linclip import``: convert open_clip's weights to a folder for ``init.pretrained``.
+"""``linclip import``: convert open_clip's weights to a folder for ``init.pretrained``.
 
 The input is not trusted: only safetensors and JSON are read; pickles are refused without opening
 them.
@@ -9,7 +9,7 @@ import difflib
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +29,8 @@ from ds_linclip.interop.hub_folder import (
     write_hub_folder,
 )
 from ds_linclip.interop.key_mapping import SCALARS, check_shapes, open_clip_shapes
-from ds_linclip.process.exit_codes import ExitCode
 
-__all__ = ["import_weights", "main"]
+__all__ = ["import_weights", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -188,45 +187,16 @@ def _dtype(path: Path, key: str, stored: str) -> torch.dtype:
     return _DTYPES_READ[stored]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
-    try:
-        num_parameters = import_weights(**vars(options))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return ExitCode.USER_ERROR
+def run(options: argparse.Namespace) -> None:
+    """Import what a command line names, and print one line; see :func:`import_weights`."""
+    num_parameters = import_weights(
+        options.source,
+        options.output,
+        config=options.config,
+        architecture=options.architecture,
+        dtype=options.dtype,
+    )
     sys.stdout.write(
         f"{options.output}: {num_parameters:,} parameters of {options.source}; train from it with "
         f"init.pretrained={options.output}\n"
     )
-    return ExitCode.FINISHED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ds-linclip import",
-        description="Convert open_clip's weights to a folder for init.pretrained. Only safetensors "
-        "and JSON are read.",
-        epilog="Exit codes: 0: written; 2: a user error, reported in one line.",
-    )
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or a .safetensors file",
-    )
-    parser.add_argument(
-        "output", type=Path, metavar="OUTPUT_FOLDER", help="must not exist, or be empty"
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--config", type=Path, help=f"for a file: its {CONFIG_FILE}")
-    which.add_argument(
-        "--model",
-        dest="architecture",
-        metavar="NAME",
-        help="for a file: open_clip's name of its architecture, such as ViT-B-16",
-    )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: unchanged")
-    return parser

@@ -36,7 +36,7 @@ DEVICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The machines that a run is planned for; fields are the options of ``--dry-run``.
+    """The machines that a run is planned for; fields are the options of ``linclip plan``.
 
     Attributes:
         devices: Number of devices, with one rank on each.
@@ -91,7 +91,7 @@ def dry_run(config: Config, target: Target) -> tuple[str, str | None]:
     problem = None
     if limit is not None and needed > limit:
         problem = _problem(config, plans[fullest], fullest, needed, limit, name)
-    title = f"# {config.name}: dry run on {len(plans)} x {name}"
+    title = f"# {config.name}: plan for {len(plans)} x {name}"
     return f"{title}\n\n{summary}\n\n{table}", problem
 
 

@@ -1,6 +1,5 @@
-"""Check every node before a run, with the config and the overrides of the training:
-``deepspeed --hostfile HOSTS --module linclip_launch.preflight CONFIG.yaml key=value ...``;
-``python -m linclip_launch.preflight CONFIG.yaml`` checks this process alone.
+"""One rank of ``linclip preflight``, which checks every node with the config of a training run:
+``deepspeed --hostfile HOSTS --module linclip_launch.preflight CONFIG key=value ...``.
 
 Prints one table. Exit codes: 0, ready to train; 2, a person must fix something.
 """
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from ds_linclip.process.import_gc import gc_paused
+from linclip_launch.cli import parse
 
 with gc_paused():
     import torch
@@ -21,14 +21,14 @@ with gc_paused():
     from ds_linclip.parallel.mesh import select_device
     from ds_linclip.preflight import network_probe, node_checks, storage_checks, table
     from ds_linclip.preflight.rendezvous import Rendezvous, RendezvousError
-    from ds_linclip.process.parent_death import end_with_parent
+    from ds_linclip.process.parent_death import end_with_launcher
     from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 
-def main() -> int:
-    arguments = _parser().parse_intermixed_args()
+def check(arguments: argparse.Namespace) -> int:
+    """Run all checks together with the other ranks, print the table, and return the exit code."""
     if "RANK" in os.environ:
-        end_with_parent()
+        end_with_launcher()
     # Raise in the main thread, so that the folder of the write test is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     results: list[table.CheckResult] = []
@@ -54,22 +54,6 @@ def main() -> int:
     if rendezvous is not None:
         rendezvous.close()
     return table.exit_code_of(results)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("config", help="YAML experiment")
-    add("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
-    add("--json", type=Path, help="file for the table with all its numbers")
-    limit = "seconds within which all ranks must arrive, and finish each check; default %(default)s"
-    add("--timeout", type=float, default=120.0, help=limit)
-    room = "least free room for checkpoints and for the cache; default: what they need"
-    add("--min-free-gib", type=float, default=0.0, help=room)
-    skew = "difference between clocks from which on to warn; default %(default)s"
-    add("--max-skew-seconds", type=float, default=1.0, help=skew)
-    add("--local_rank", type=int, help="set by the deepspeed launcher, not used")
-    return parser
 
 
 def _check(arguments: argparse.Namespace, rendezvous: Rendezvous) -> Iterator[table.CheckResult]:
@@ -103,7 +87,8 @@ def _write(path: Path, content: str) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    code = check(parse(["preflight", *words])[0])
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads whose check did not finish are still there, and would be waited for.

@@ -1,12 +1,13 @@
-"""Train, and restart the run from its newest checkpoint whenever it fails:
-``python -m linclip_launch.supervise [--ranks N | --hostfile FILE | --launch COMMAND] CONFIG ...``.
+"""Start the ranks of a run, and with ``linclip train --supervise`` restart them when they fail.
 
-Runs ``deepspeed --module linclip_launch.train CONFIG.yaml key=value ...`` on this machine, on the
-hosts of a file through ssh, or with ``--node-rank`` on this host only; with ``--launch``, the same
-module under another launcher. A run is not restarted when it finished (exit code 0), when the user
-must fix something (2), when it diverged (3), or when it was preempted (75): the supervisor ends
-with that exit code. Exit code 1: too many restarts without progress, or too few hosts are left.
-Every restart is a line of ``restarts.jsonl`` in the run folder.
+Runs ``deepspeed --module linclip_launch.train CONFIG key=value ...`` on this machine, on the hosts
+of a file through ssh, or with ``--node-rank`` on this host only; with ``--launch``, the same module
+under another launcher. SIGTERM and Ctrl-C make the ranks save and leave.
+
+A supervised run is not restarted when it finished (exit code 0), when the user must fix something
+(2), when it diverged (3), or when it was preempted (75): the command ends with that exit code. Exit
+code 1: too many restarts without progress, or too few hosts are left. Every restart is a line of
+``restarts.jsonl`` in the run folder.
 """
 
 import argparse
@@ -30,51 +31,47 @@ from ds_linclip.resilience.restart_policy import Slots, format_slots, newest_ste
 from linclip_launch.remote_hosts import RemoteHosts
 
 TRAIN = "linclip_launch.train"
+#: The command `deepspeed`, of this Python whatever the PATH is.
+DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
+#: Variable with the folder of the data set that the config ``embedded`` reads; default: data.
+DATA_VARIABLE = "LINCLIP_DATA"
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's
 
 
-def main() -> int:
-    arguments = _parser().parse_intermixed_args()
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        return Supervisor(arguments, config).run()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return ExitCode.USER_ERROR
+def run(options: argparse.Namespace) -> int:
+    """Train as a command line says, and return the exit code.
+
+    Raises:
+        ValueError: for a wrong config, or when hosts or options do not allow a start.
+    """
+    config = load_config(options.config, options.overrides)
+    _make_embedded_data(config)
+    return Supervisor(options, config).run()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add, where = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("config", help="YAML experiment")
-    add("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
-    where.add_argument("--ranks", type=int, help="ranks on this machine; default: one per GPU")
-    where.add_argument("--hostfile", type=Path, help="lines of 'host slots=number'")
-    where.add_argument(
-        "--launch",
-        metavar="COMMAND",
-        help="starts a Python on every rank instead of deepspeed, for example 'srun python'",
-    )
-    add("--include", default="", help="hosts and slots to use: node1@node2:0,1")
-    add("--exclude", default="", help="hosts and slots to leave out")
-    number = "without ssh: the number of this host in the hostfile; ranks are started here only"
-    add("--node-rank", type=int, help=number)
-    add("--master-addr", help="address of the first host; default: its name")
-    port = "port on the first host; default: a free one, or 29500 with --node-rank"
-    add("--master-port", type=int, help=port)
-    limit = "failures in a row without a newer checkpoint before giving up; default 3"
-    add("--max-restarts", type=int, default=3, help=limit)
-    add("--backoff-seconds", type=float, default=5.0, help="wait before a restart")
-    add("--min-nodes", type=int, default=1, help="least number of hosts to run on")
-    # A host without power is silent: ssh probes it, and gives up after a minute.
-    shell = "ssh -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4 {host}"
-    runs = "command that runs one more argument on a host; default: %(default)s"
-    add("--remote-shell", default=shell, help=runs)
-    reply = "time for a host to reply; default 20"
-    add("--check-seconds", type=float, default=20.0, help=reply)
-    options = "further options of the deepspeed command, in one string"
-    add("--deepspeed", default="", metavar="OPTIONS", help=options)
-    return parser
+def run_preflight(options: argparse.Namespace) -> int:
+    """Check this machine, or every rank of a hostfile, and return the exit code."""
+    command = [sys.executable, "-m"]
+    if options.hostfile:
+        command = [*DEEPSPEED, "--quiet", "--hostfile", str(options.hostfile)]
+        for name in ("include", "exclude"):
+            command += [f"--{name}={getattr(options, name)}"] if getattr(options, name) else []
+        command.append("--module")
+    command += ["linclip_launch.preflight", *options.words[1:]]
+    return subprocess.run(command, check=False).returncode
+
+
+def _make_embedded_data(config: Config) -> None:
+    """Write the data set of the config ``embedded`` where a config reads it and it is missing."""
+    folder = Path(os.environ.get(DATA_VARIABLE, "data")).absolute() / "embedded"
+    is_read = any(source.shards.startswith(f"{folder}/") for source in config.data.train)
+    if is_read and not folder.exists():
+        print(f"{folder} is missing: writing it", file=sys.stderr, flush=True)
+        make = ["shards", "make", "digits", str(folder)]
+        # In a process of its own: this one must hold neither torch nor a GPU.
+        made = subprocess.run([sys.executable, "-m", "linclip_launch", *make])
+        if made.returncode:
+            sys.exit(made.returncode)
 
 
 class Supervisor:
@@ -87,6 +84,8 @@ class Supervisor:
         self._port: int | None = None
         self._launcher: subprocess.Popen[bytes] | None = None
         self._must_leave = False
+        self._ranks: int | None = arguments.ranks
+        self._is_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
 
     def run(self) -> int:
         """Supervise the run to its end; return the exit code of this command.
@@ -97,6 +96,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._leave)
         self._choose_hosts()
+        self._choose_ranks()
         failures, run_dir = 0, self.config.run_dir
         while True:
             before = newest_step(run_dir)
@@ -105,6 +105,8 @@ class Supervisor:
             reason = restart_reason(exit_code, is_complete=step >= self.config.train.steps)
             if reason is None:
                 return exit_code
+            if not self.arguments.supervise and not self._must_leave:
+                return exit_code if exit_code > 0 else ExitCode.FAILED
             if self._must_leave:
                 return ExitCode.PREEMPTED
             failures = 1 if step > before else failures + 1
@@ -119,7 +121,7 @@ class Supervisor:
                 return ExitCode.FAILED
             if self._must_leave:
                 return ExitCode.PREEMPTED
-            ranks = sum(map(len, self._hosts.values())) or self.arguments.ranks
+            ranks = sum(map(len, self._hosts.values())) or self._ranks
             if not self.arguments.node_rank:  # one line for all hosts
                 restart = restart_policy.Restart(
                     time=time.time(),
@@ -144,7 +146,7 @@ class Supervisor:
         # In its own session: the terminal's Ctrl-C reaches the supervisor only, and what is left
         # behind can be found and ended.
         command = self._command(self.arguments.node_rank, self.arguments.hostfile)
-        self._launcher = subprocess.Popen(command, start_new_session=True)
+        self._launcher = subprocess.Popen(command, start_new_session=True, env=self._environment())
         if self._must_leave:
             self._request_to_leave()
         exit_code = self._launcher.wait()
@@ -157,7 +159,7 @@ class Supervisor:
         train = [TRAIN, arguments.config, *arguments.overrides]
         if arguments.launch:
             return [*shlex.split(arguments.launch), "-m", *train]
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
+        command = [*DEEPSPEED, "--quiet"]
         # The port of a killed run may not be free yet.
         command += ["--master_port", str(self._port or _local_port(None))]
         if node_rank is not None:
@@ -167,9 +169,27 @@ class Supervisor:
             command += ["--no_ssh", "--node_rank", str(node_rank)]
             command += ["--master_addr", (is_there and arguments.master_addr) or first]
             command += ["--hostfile", str(hostfile), "--include", format_slots(self._hosts)]
-        elif arguments.ranks:
-            command += ["--num_gpus", str(arguments.ranks)]
+        elif self._ranks:
+            command += ["--num_gpus", str(self._ranks)]
         return [*command, *shlex.split(arguments.deepspeed), "--module", *train]
+
+    def _choose_ranks(self) -> None:
+        """On a machine without GPUs: two ranks on the CPU, if the command line names no number."""
+        if self._hosts or self.arguments.launch or self._is_cpu:
+            return
+        # In a process of its own: this one must hold no GPU.
+        count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+        found = subprocess.run(count, capture_output=True, text=True, check=True).stdout
+        if int(found) == 0:
+            self._is_cpu, self._ranks = True, self._ranks or 2
+
+    def _environment(self) -> dict[str, str]:
+        """Return the variables of the ranks; on the CPU these share the cores, or their threads
+        would slow each other down."""
+        if not self._is_cpu:
+            return dict(os.environ)
+        threads = max(1, len(os.sched_getaffinity(0)) // (self._ranks or 1))
+        return {"OMP_NUM_THREADS": str(threads), **os.environ, "DS_ACCELERATOR": "cpu"}
 
     @property
     def _is_remote(self) -> bool:
@@ -305,7 +325,3 @@ def _local_port(wanted: int | None) -> int:
         raise ValueError(
             f"--master-port ({wanted}) is taken on this host: choose another one for all hosts"
         ) from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,5 @@
-"""Train CLIP: ``deepspeed --module linclip_launch.train CONFIG.yaml key=value ...``.
-
-``--dry-run`` starts nothing: it prints the layout, the memory of every rank, steps per epoch, the
-time of a step and the size of a checkpoint, for the devices named.
+"""One rank of a training run. ``linclip train`` starts these; so do ``deepspeed --module
+linclip_launch.train CONFIG key=value ...``, ``torchrun -m linclip_launch.train ...`` and ``srun``.
 
 On SIGTERM to any rank, all ranks save the current step and leave; on SIGUSR1 they save and
 continue. Exit codes: see :class:`ds_linclip.process.exit_codes.ExitCode`.
@@ -12,7 +10,6 @@ import logging
 import os
 import sys
 import time
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +19,9 @@ with gc_paused():
     from ds_linclip.config import Config, load_config
     from ds_linclip.data import DataError
     from ds_linclip.parallel.mesh import Mesh
-    from ds_linclip.planner.dry_run import DEVICES, Target, dry_run
     from ds_linclip.process.consensus import AgreedError
     from ds_linclip.process.exit_codes import ExitCode
-    from ds_linclip.process.parent_death import end_with_parent
+    from ds_linclip.process.parent_death import end_with_launcher
     from ds_linclip.resilience.divergence import Diverged
     from ds_linclip.resilience.preemption import Preempted
     from ds_linclip.resilience.watchdog import collective_timeout, watched
@@ -39,11 +35,9 @@ def main() -> int:
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
     )
     if "RANK" in os.environ:  # started by a launcher, which may be killed before it ends its ranks
-        end_with_parent()
+        end_with_launcher()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            return _dry_run(config, arguments)
         mesh = Mesh.create(config.parallel, collective_timeout(config.watchdog))
     except ValueError as error:
         return _fail_before_start(error)
@@ -71,34 +65,10 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    add, plan = parser.add_argument, parser.add_argument_group("dry run").add_argument
-    add("config", help="YAML experiment, for example ds_configs/train/embedded.yaml")
-    add("overrides", nargs="*", help="dotted assignments such as optim.lr=1e-3")
-    add("--local_rank", type=int, help="set by the deepspeed launcher, not used")
-    plan("--dry-run", action="store_true", help="print a plan of the run, start nothing")
-    plan("--devices", type=int, help="number of ranks; default: from the config")
-    plan("--device", help=f"one of {', '.join(DEVICES)}")
-    plan("--device-memory-gib", type=float, help="memory of another device")
-    plan("--peak-tflops", type=float, help="peak of another device")
-    plan("--mfu", type=float, help="share of the peak that training reaches")
-    plan("--num-samples", type=int, help="samples per epoch, where the shards are not here")
+    parser.add_argument("config", help="YAML file, or the name of a config of the package")
+    parser.add_argument("overrides", nargs="*", help="settings, such as optim.lr=1e-3")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher, not used")
     return parser
-
-
-def _dry_run(config: Config, arguments: argparse.Namespace) -> int:
-    """Print the plan, on rank 0 only where a launcher has started several ranks."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        return ExitCode.FINISHED
-    options = {each.name: getattr(arguments, each.name) for each in fields(Target)}
-    if arguments.devices is None:
-        parallel = config.parallel
-        size_of_config = (parallel.dp or 1) * parallel.tp * parallel.pp * parallel.cp
-        options["devices"] = int(os.environ.get("WORLD_SIZE", size_of_config))
-    plan, problem = dry_run(config, Target(**options))
-    print(plan, flush=True)
-    if problem is not None:
-        raise ValueError(problem)
-    return ExitCode.FINISHED
 
 
 def _end_together(mesh: Mesh, message: str, code: ExitCode) -> int:

@@ -1,4 +1,4 @@
-"""Subcommand ``ds-linclip inspect-shards``: report the content of shards and its defects.
+"""``linclip shards inspect``: report the content of shards and its defects.
 
 Samples are read and checked as in training; defects have the names under which a run counts them.
 """
@@ -19,10 +19,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
-from ds_linclip.data.parallel_map import num_usable_cores, ordered_map
+from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.prepare.inspection_figure import draw_inspection
 from ds_linclip.data.prepare.inspection_report import (
     CONTEXT_LENGTH,
@@ -43,8 +41,9 @@ from ds_linclip.data.transforms import (
     open_image,
 )
 from ds_linclip.process.atomic import write_atomically
+from ds_linclip.process.progress import progress
 
-__all__ = ["inspect_shards", "main"]
+__all__ = ["inspect_shards", "run"]
 
 
 def inspect_shards(
@@ -102,8 +101,8 @@ def inspect_shards(
     start = time.perf_counter()
     inspect = partial(_inspect, decode=decode, cache_dir=cache_dir)
     found = ordered_map(inspect, zip(shards, quotas, strict=True), num_workers=num_workers)
-    with closing(found), tqdm(found, total=len(shards), unit="shard") as progress:
-        for shard, findings in zip(shards, progress, strict=True):
+    with closing(found), progress(found, total=len(shards), unit="shard") as bar:
+        for shard, findings in zip(shards, bar, strict=True):
             total.add(findings)
             if write_sizes:
                 sizes[Path(local_path(shard.url))] = findings.found if findings.is_whole else None
@@ -224,51 +223,15 @@ def _tokenizer() -> CaptionTokenizer:
     return CaptionTokenizer(CONTEXT_LENGTH)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, also for damaged shards, or 2."""
-    options = _parser().parse_args(arguments)
-    try:
-        settings = vars(options)
-        out = settings.pop("out")
-        out.mkdir(parents=True, exist_ok=True)
-        report = inspect_shards(**settings)
-        (out / "report.json").write_text(json.dumps(report, indent=4) + "\n")
-        draw_inspection(report).savefig(out / "report.png")
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{to_text(report)}\nreport: {out}/report.json, report.png\n")
-    return 0
+def run(options: argparse.Namespace) -> None:
+    """Write the report of a command line, and print it; damaged shards are no error.
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ds-linclip inspect-shards",
-        description="Report the content of shards and the samples that training cannot use.",
-    )
-    add = parser.add_argument
-    add("patterns", nargs="+", metavar="PATTERN", help="shards, as in data.train")
-    add("--out", type=Path, required=True, help="folder of the report")
-    add("--max-shards", type=int, metavar="N", help="inspect N shards, evenly spaced")
-    add("--max-samples", type=int, metavar="N", help="read at most N samples, evenly spaced")
-    add(
-        "--workers",
-        type=int,
-        default=num_usable_cores(),
-        dest="num_workers",
-        metavar="N",
-        help="processes; default: one per core",
-    )
-    add(
-        "--decode",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="decode images instead of reading only their headers; default: yes",
-    )
-    add("--cache-dir", metavar="DIR", help="folder for copies of remote shards")
-    add(
-        "--write-sizes",
-        action="store_true",
-        help="write the number of samples of local shards to sizes.json beside them",
-    )
-    return parser
+    Raises:
+        ValueError, OSError: see :func:`inspect_shards`.
+    """
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "words")}
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = inspect_shards(**settings)
+    (options.out / "report.json").write_text(json.dumps(report, indent=4) + "\n")
+    draw_inspection(report).savefig(options.out / "report.png")
+    sys.stdout.write(f"{to_text(report)}\nreport: {options.out}/report.json, report.png\n")

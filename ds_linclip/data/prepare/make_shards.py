@@ -1,4 +1,4 @@
-"""Subcommand ``ds-linclip make-shards``: write a data set as shards.
+"""``linclip shards make``: write a data set as shards.
 
 A data set is complete or not there: it is written beside OUT and renamed at the end. A complete one
 is left as it is.
@@ -8,19 +8,15 @@ import argparse
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from ds_linclip.data.parallel_map import num_usable_cores, ordered_map
+from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.prepare import digits, synthetic_scenes
 from ds_linclip.data.prepare.image_text_files import (
-    RESIZE_MODES,
     PairLoader,
     PairSet,
     ResizeMode,
@@ -33,8 +29,9 @@ from ds_linclip.data.prepare.shard_writer import (
     write_once,
     write_train_shard,
 )
+from ds_linclip.process.progress import progress
 
-__all__ = ["main", "make_digits", "make_pairs", "make_scenes"]
+__all__ = ["make_digits", "make_pairs", "make_scenes", "run"]
 
 _SIDES = range(4, 8193)  # sides in pixels of an image that the decoder accepts
 _MAX_SAMPLES_PER_SHARD = 10_000  # keys have four digits for the index
@@ -187,8 +184,8 @@ def make_pairs(
         captions = pairs.captions or [None] * len(order)
         items = ((pairs.images[i], captions[i], pairs.captions is None) for i in order)
         loaded = ordered_map(load, items, num_workers=num_workers)
-        with closing(loaded), tqdm(loaded, total=len(order), unit="image") as progress:
-            samples = iter(progress)
+        with closing(loaded), progress(loaded, total=len(order), unit="image") as bar:
+            samples = iter(bar)
             for number in range(num_shards):
                 shard = islice(samples, samples_per_shard)
                 counts.update(write_train_shard(folder, number, shard))
@@ -203,10 +200,10 @@ def _write_shards(
     folder: Path, shards: Iterable[Iterable[RawSample]], num_samples: int, name: str
 ) -> None:
     folder.mkdir()
-    with tqdm(total=num_samples, desc=name, unit="image") as progress:
+    with progress(total=num_samples, desc=name, unit="image") as bar:
         for number, shard in enumerate(shards):
             counts = write_train_shard(folder, number, (sample.encode() for sample in shard))
-            progress.update(counts.total())
+            bar.update(counts.total())
 
 
 def _check_at_least(minimum: int, **numbers: int) -> None:
@@ -220,26 +217,24 @@ def _check_samples_per_shard(value: int) -> None:
         raise ValueError(f"samples_per_shard ({value}) must be in 1 ... {_MAX_SAMPLES_PER_SHARD}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, or 2 for bad input."""
-    options = vars(_parser().parse_args(arguments))
-    command, out = options.pop("command"), options["out"]
-    try:
-        summary = _run(command, options)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{command} in {out}: {summary}\n")
-    return 0
+def run(options: argparse.Namespace) -> None:
+    """Write the data set of a command line, and print a summary.
+
+    Raises:
+        ValueError, OSError: see :func:`make_scenes` and :func:`make_pairs`.
+    """
+    settings = {key: value for key, value in vars(options).items() if key not in ("kind", "words")}
+    summary = _write(options.kind, settings)
+    sys.stdout.write(f"{options.kind} in {options.out}: {summary}\n")
 
 
-def _run(command: str, options: dict[str, Any]) -> str:
+def _write(kind: str, options: dict[str, Any]) -> str:
     """Write the data set and return a summary; options have the names of the arguments above."""
-    if command in ("digits", "scenes"):
-        make: Callable[..., bool] = make_digits if command == "digits" else make_scenes
+    if kind in ("digits", "scenes"):
+        make: Callable[..., bool] = make_digits if kind == "digits" else make_scenes
         return "written" if make(**options) else "already complete"
     source = options.pop("source")
-    if command == "csv":
+    if kind == "csv":
         names = ("image_column", "caption_column", "separator")
         pairs = csv_pairs(source, **{name: options.pop(name) for name in names})
     else:
@@ -256,64 +251,3 @@ def _summary(counts: Counter[str]) -> str:
     lines = [f"written, {counts['success']} samples, {sum(failed.values())} failed"]
     lines += [f"    {cause:24} {count:10}" for cause, count in failed.items()]
     return "\n".join(lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ds-linclip make-shards",
-        description="Write a data set as shards. A complete data set is left as it is.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, size in (("digits", 32), ("scenes", 256)):
-        command = commands.add_parser(name, help=f"{name} that need no download")
-        command.add_argument("out", type=Path, help="folder to write")
-        command.add_argument("--image-size", type=int, default=size, help="side in pixels")
-        command.add_argument("--seed", type=int, default=0, help="default: 0")
-    command.add_argument("--num-shards", type=int, default=8, help="default: 8")
-    command.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
-    command.add_argument(
-        "--test", dest="num_test", type=int, default=0, help="scenes in each held-out folder"
-    )
-    command = commands.add_parser("folder", help="images with captions in .txt files beside them")
-    command.add_argument("source", type=Path, help="folder of images, searched recursively")
-    _add_pair_options(command)
-    command = commands.add_parser("csv", help="images and captions named in a table")
-    command.add_argument("source", type=Path, help="table with a header line")
-    _add_pair_options(command)
-    command.add_argument("--image-column", default="filepath", help="default: filepath")
-    command.add_argument("--caption-column", default="title", help="default: title")
-    command.add_argument(
-        "--separator",
-        type=lambda word: "\t" if word == r"\t" else word,
-        default=r"\t",
-        help=r"default: '\t', a tab",
-    )
-    return parser
-
-
-def _add_pair_options(command: argparse.ArgumentParser) -> None:
-    add = partial(command.add_argument, metavar="N")
-    most = _MAX_SAMPLES_PER_SHARD
-    command.add_argument("out", type=Path, help="folder to write")
-    add("--samples-per-shard", type=int, default=most, help=f"default and maximum: {most}")
-    command.add_argument(
-        "--resize",
-        choices=RESIZE_MODES,
-        default="no",
-        help="img2dataset's resize_mode; default: no, which keeps the files as they are",
-    )
-    add("--image-size", type=int, help="side in pixels, unless --resize no")
-    command.add_argument(
-        "--shuffle-seed",
-        type=lambda word: None if word == "none" else int(word),
-        default=0,
-        metavar="SEED",
-        help="seed of the order of pairs; none keeps the order of the source; default: 0",
-    )
-    add(
-        "--workers",
-        dest="num_workers",
-        type=int,
-        default=num_usable_cores(),
-        help="processes; default: one per core",
-    )

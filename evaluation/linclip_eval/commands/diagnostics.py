@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from linclip_eval.diagnostics.measure import LayerStatistic, diagnose
 from linclip_eval.results import markdown_table
 from linclip_eval.zero_shot.classifier import parse_template
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 #: Statistic -> its name in the tables, decimals.
 _ROWS = {
@@ -51,27 +50,8 @@ own; texts end at their end-of-text token.
 There is one set of weights per model: differences say nothing about other seeds."""
 
 
-def main(arguments: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
-    parser = argparse.ArgumentParser(prog="linclip-eval diagnostics", description=__doc__)
-    parser.add_argument(
-        "models",
-        nargs="+",
-        help="run folders, checkpoints or hub folders of plain ViTs, optionally labelled as "
-        "LABEL=MODEL",
-    )
-    parser.add_argument("--data", required=True, help="folder in clip_benchmark's layout")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument(
-        "--num-images", type=int, default=64, help="evenly spaced, with captions; default: 64"
-    )
-    parser.add_argument(
-        "--image-size", type=int, help="side in pixels; default: the size the model was trained on"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=4096, help="longest sequence; default: 4096"
-    )
-    options = parser.parse_args(arguments)
     for name, value in (("num-images", options.num_images), ("max-tokens", options.max_tokens)):
         if value < 1:
             raise ValueError(f"--{name} ({value}) must be at least 1")
@@ -102,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     header = ("model", "weights", "image tokens", "head widths", "vision", "text")
     outputs.publish(
         options.out,
-        ("diagnostics", *arguments),
+        options.words,
         mesh.device,
         title="Attention, layer by layer",
         sections=[

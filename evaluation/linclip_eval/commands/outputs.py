@@ -26,15 +26,15 @@ __all__ = [
 _MEASURED = ("ds_linclip", "kernels/linclip_kernels", "evaluation")
 
 
-def command_facts(command: Sequence[str], device: str) -> dict[str, str]:
-    """Return :func:`~ds_linclip.provenance.run_facts` of a subcommand with its arguments."""
-    line = shlex.join(["linclip-eval", *command])
+def command_facts(words: Sequence[str], device: str) -> dict[str, str]:
+    """Return :func:`~ds_linclip.provenance.run_facts` of a command line of linclip."""
+    line = shlex.join(["linclip", *words])
     return run_facts(device, line, measured=_MEASURED, packages=("torch", "open_clip_torch"))
 
 
 def publish(
     out: Path,
-    command: Sequence[str],
+    words: Sequence[str],
     device: torch.device,
     *,
     title: str,
@@ -48,7 +48,7 @@ def publish(
 
     Args:
         out: The folder of results.
-        command: The subcommand and its arguments.
+        words: The command line of linclip.
         device: The device that made the measurements.
         title, sections, tables, numbers, figures: Arguments of ``write_report``.
     """
@@ -56,7 +56,7 @@ def publish(
         out,
         title=title,
         sections=sections,
-        facts=command_facts(command, device.type),
+        facts=command_facts(words, device.type),
         tables=tables,
         float_format="",
         figures=figures,

@@ -5,10 +5,8 @@ images; the first one then fits the classifiers alone.
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +19,13 @@ from linclip_eval.features import Features, extract_features
 from linclip_eval.plotting import LINEAR, MUTED, add_legend, dress, new_figure
 from linclip_eval.probe import Accuracy, LinearProbe, knn, linear_probe
 from linclip_eval.results import markdown_table, percent, wilson_interval
-from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, imagenet_classes
+from linclip_eval.zero_shot.class_lists import imagenet_classes
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 
-def main(arguments: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
-    options = _parser().parse_args(arguments)
     with inputs.all_ranks() as mesh:
         model = inputs.model_from_arguments(options, mesh)
         sets = mesh.agree(partial(_open, options, model), (ValueError, OSError))
@@ -54,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     ]
     outputs.publish(
         options.out,
-        ("probe", *arguments),
+        options.words,
         model.device,
         title=f"Classifiers on frozen features: {model.title}",
         sections=[
@@ -93,32 +90,6 @@ def main(arguments: Sequence[str]) -> None:
             },
         },
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="linclip-eval probe", description=__doc__)
-    inputs.add_model_arguments(parser)
-    parser.add_argument("--train", required=True, help="folder of labelled images to fit to")
-    parser.add_argument("--test", required=True, help="folder of the same classes to score on")
-    parser.add_argument(
-        "--classes",
-        help=f"{', '.join(IMAGENET_LISTS)}, or a file with one synset per line, for folders that "
-        "name no classes",
-    )
-    parser.add_argument(
-        "--num-neighbors",
-        type=int,
-        nargs="+",
-        default=[10, 20, 100, 200],
-        metavar="K",
-        help="default: 10 20 100 200",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the choice of validation images; default: 0"
-    )
-    inputs.add_data_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    return parser
 
 
 def _open(options: argparse.Namespace, model: LoadedModel) -> tuple[LabelledData, LabelledData]:

@@ -19,19 +19,14 @@ from markdown.extensions.toc import TocExtension
 
 from ds_linclip.process.atomic import write_atomically
 
-__all__ = ["main", "write_page"]
+__all__ = ["run", "write_page"]
 
 _IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 
 
-def main(arguments: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
-    parser = argparse.ArgumentParser(prog="linclip-eval report", description=__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", help="results of other commands")
-    parser.add_argument("--title", default="Evaluation")
-    parser.add_argument("--out", type=Path, required=True, help="folder of report.html, report.md")
-    options = parser.parse_args(arguments)
     print(write_page(options.folders, options.out, title=options.title))
 
 
@@ -39,7 +34,7 @@ def write_page(folders: Sequence[Path], out: Path, *, title: str) -> Path:
     """Write ``report.html``, which needs no other file, and ``report.md`` with its pictures.
 
     Args:
-        folders: Results of linclip-eval's commands, in the order of their sections.
+        folders: Results of the commands of linclip eval, in the order of their sections.
         out: Created where it is missing.
         title: Title of the page.
 

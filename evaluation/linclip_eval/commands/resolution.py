@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from linclip_eval.commands import inputs, outputs
 from linclip_eval.plotting import COLOURS, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, percent, wilson_interval
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 _SIZES = (112, 160, 224, 336, 448, 672, 1024)
 _TIMED_SECONDS = 1.0
@@ -42,25 +41,8 @@ class _Score:
     seconds_per_image: float
 
 
-def main(arguments: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
-    parser = argparse.ArgumentParser(prog="linclip-eval resolution", description=__doc__)
-    parser.add_argument(
-        "models", nargs="+", help="models as for zero-shot, optionally labelled as LABEL=MODEL"
-    )
-    inputs.add_precision_argument(parser)
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        required=True,
-        help="folders as for zero-shot, optionally labelled as LABEL=FOLDER",
-    )
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=list(_SIZES), help="sides in pixels"
-    )
-    inputs.add_task_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    options = parser.parse_args(arguments)
     models = inputs.parse_sources(options.models, "models")
     domains = inputs.parse_sources(options.data, "--data")
     scores = []
@@ -88,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     counts = ", ".join(f"{count} of {domain}" for domain, count in num_samples.items())
     outputs.publish(
         options.out,
-        ("resolution", *arguments),
+        options.words,
         mesh.device,
         title="Zero-shot accuracy and cost over image sizes",
         sections=[

@@ -20,17 +20,11 @@ from linclip_eval.plotting import COLOURS, MUTED, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table, percent
 from linclip_eval.retrieval import DIRECTIONS, RECALLS, RetrievalResult, retrieval
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 
-def main(arguments: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
-    parser = argparse.ArgumentParser(prog="linclip-eval retrieval", description=__doc__)
-    inputs.add_model_arguments(parser)
-    parser.add_argument("--data", required=True, help="folder of images with captions")
-    inputs.add_data_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    options = parser.parse_args(arguments)
     with inputs.all_ranks() as mesh:
         model = inputs.model_from_arguments(options, mesh)
         common = inputs.data_options(options, model)
@@ -47,12 +41,12 @@ def main(arguments: Sequence[str]) -> None:
         )
         if mesh.rank == 0:
             findings = data.findings.describe() if options.lenient else []
-            _publish(options.out, arguments, model, result, findings)
+            _publish(options.out, options.words, model, result, findings)
 
 
 def _publish(
     out: Path,
-    arguments: Sequence[str],
+    words: Sequence[str],
     model: LoadedModel,
     result: RetrievalResult,
     findings: Sequence[str],
@@ -88,7 +82,7 @@ def _publish(
     }
     outputs.publish(
         out,
-        ("retrieval", *arguments),
+        words,
         model.device,
         title=f"Retrieval of images and captions: {model.title}",
         sections=[

@@ -7,7 +7,6 @@ tokens, in inference and in training, over many runs after a warm-up; and the ba
 import argparse
 import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,17 +19,12 @@ from linclip_eval.runtime.measure import Limits, measure_in_turn
 from linclip_eval.runtime.report import write_runtime_report
 from linclip_eval.runtime.subjects import SUBJECTS, Subject
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 logger = logging.getLogger(__name__)
 
-#: Field of :class:`Limits` that is an option -> what it limits.
-_LIMITS = {
-    "runs": "timed calls",
-    "warmup": "calls before them",
-    "max_seconds_per_point": "time of the runs of one attention at one N",
-    "max_seconds_per_call": "leave out calls predicted to take longer",
-}
+#: Fields of :class:`Limits` that are options.
+_LIMITS = ("runs", "warmup", "max_seconds_per_point", "max_seconds_per_call")
 #: Device -> defaults of the command line.
 _WHAT = {"cpu": ["attention", "layer", "block", "vit-s-16"], "cuda": list(SUBJECTS)}
 _TOKENS = {"cpu": [2**i for i in range(8, 17)], "cuda": [2**i for i in range(8, 23)]}
@@ -38,9 +32,8 @@ _NUM_HEADS = {"cpu": 1, "cuda": 12}
 _DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
-def main(arguments: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
-    options = _parser().parse_args(arguments)
     begin = time.monotonic()
     _check(options)
     limits = Limits(**{name: getattr(options, name) for name in _LIMITS})
@@ -62,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
         f"{limits.max_seconds_per_call:g} s for a call; {options.budget_seconds:g} s for "
         f"everything. {dtype}{threads}; `attention` has {num_heads} heads."
     )
-    facts = outputs.command_facts(["runtime", *arguments], device)
+    facts = outputs.command_facts(options.words, device)
     workloads = (Subject(what, mesh, _DTYPES[device], num_heads=num_heads) for what in subjects)
     deadline = begin + options.budget_seconds
     summary = ""
@@ -83,47 +76,3 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"{name} ({count}) must be at least 1")
     if not options.budget_seconds > 0:
         raise ValueError(f"budget-seconds ({options.budget_seconds:g}) must be positive")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="linclip-eval runtime", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: docs/results/runtime/<device>"
-    )
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument(
-        "--what",
-        nargs="+",
-        choices=tuple(SUBJECTS),
-        help=f"default: all on a GPU; {', '.join(_WHAT['cpu'])} on a CPU",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="default: powers of two from 256 to 4194304 on a GPU, to 65536 on a CPU",
-    )
-    parser.add_argument(
-        "--heads",
-        type=int,
-        metavar="H",
-        help="number of heads of 64 features, in `attention`; default: "
-        f"{_NUM_HEADS['cuda']} on a GPU, {_NUM_HEADS['cpu']} on a CPU",
-    )
-    for name, text in _LIMITS.items():
-        default = getattr(Limits, name)
-        option = f"--{name.replace('_', '-')}"
-        text = f"{text}; default: {default}"
-        parser.add_argument(option, type=type(default), default=default, metavar="X", help=text)
-    parser.add_argument(
-        "--budget-seconds",
-        type=float,
-        default=480.0,
-        metavar="S",
-        help="time for everything, shared equally by --what; default: %(default)s",
-    )
-    parser.add_argument(
-        "--threads", type=int, default=1, help="threads of torch on a CPU; default: %(default)s"
-    )
-    return parser

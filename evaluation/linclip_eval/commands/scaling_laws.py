@@ -24,7 +24,7 @@ from linclip_eval.scaling_laws.runs import (
     read_run,
 )
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 _RULES = """\
 - Compute: three forwards (the backward counts two) of both towers for every sample seen, matrix
@@ -39,27 +39,8 @@ _RULES = """\
   settings give rough ones."""
 
 
-def main(arguments: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
-    parser = argparse.ArgumentParser(prog="linclip-eval scaling-laws", description=__doc__)
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN_FOLDER",
-        help="a run folder, or a folder that holds only run folders",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument(
-        "--note", default="", help="a sentence for the summary, on the limits of the runs"
-    )
-    parser.add_argument(
-        "--skip-unfinished",
-        action="store_true",
-        help="leave out, name and count runs that did not reach their last step or were not "
-        "evaluated after it",
-    )
-    options = parser.parse_args(arguments)
     runs, skipped = _read(_run_folders(options.runs), skip_unfinished=options.skip_unfinished)
     check_comparable(runs)
     laws = {quantity: fit_laws(runs, quantity) for quantity in QUANTITIES}
@@ -73,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     unfinished = f"Skipped, {len(skipped)} not finished:\n\n{outputs.bullets(skipped)}"
     outputs.publish(
         options.out,
-        ("scaling-laws", *arguments),
+        options.words,
         torch.device("cpu"),
         title="Scaling laws: softmax and linear attention",
         sections=[

@@ -18,7 +18,7 @@ from linclip_eval.results import markdown_table, percent, wilson_interval
 from linclip_eval.zero_shot.evaluate import ZeroShotResult
 from linclip_eval.zero_shot.task import ZeroShotTask
 
-__all__ = ["main", "per_class_table"]
+__all__ = ["per_class_table", "run"]
 
 _NUM_CONFUSIONS_SHOWN = 20
 #: Accuracy in ``results.json`` -> its name in the summary.
@@ -32,24 +32,14 @@ _SHARES = {
 }
 
 
-def main(arguments: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
-    parser = argparse.ArgumentParser(prog="linclip-eval zero-shot", description=__doc__)
-    inputs.add_model_arguments(parser)
-    parser.add_argument(
-        "--data",
-        help="folder of images: tars named by synsets, folders named by synsets, or webdataset "
-        "shards; default: eval.data of the run, with its classes, names and templates",
-    )
-    inputs.add_task_arguments(parser)
-    parser.add_argument("--out", type=Path, help="default: a folder in the run folder")
-    options = parser.parse_args(arguments)
     with inputs.all_ranks() as mesh:
         model = inputs.model_from_arguments(options, mesh)
         out = mesh.agree(partial(_complete, options, model), (ValueError, OSError))
         task, result = inputs.score_task(options, options.data, model, mesh, out)
         if mesh.rank == 0:
-            _publish(out, arguments, model, task, result)
+            _publish(out, options.words, model, task, result)
 
 
 def _complete(options: argparse.Namespace, model: LoadedModel) -> Path:
@@ -73,7 +63,7 @@ def _complete(options: argparse.Namespace, model: LoadedModel) -> Path:
 
 def _publish(
     out: Path,
-    arguments: Sequence[str],
+    words: Sequence[str],
     model: LoadedModel,
     task: ZeroShotTask,
     result: ZeroShotResult,
@@ -115,7 +105,7 @@ def _publish(
     ]
     outputs.publish(
         out,
-        ("zero-shot", *arguments),
+        words,
         model.device,
         title=f"Zero-shot classification: {model.title}",
         sections=sections,
