@@ -1,31 +1,40 @@
 # Every command of the project. All of them first make .venv and install what is pinned.
 PYTHON ?= python3
-VENV  := .venv
-BIN   := $(VENV)/bin
-STAMP := $(VENV)/.installed
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+#: What training needs, and what tests and measurements need beside it.
+BASE := $(VENV)/.installed
+STAMP := $(VENV)/.installed-dev
 
-.PHONY: install check architecture docs docs-check train test test-distributed test-single test-slow test-faults test-gpu \
-    test-docker lock lint \
+.PHONY: install check architecture docs docs-check site train test test-distributed test-single test-slow \
+    test-faults test-latest test-gpu test-docker lock lint \
     report study bench-kernels bench-data bench-memory bench-checkpoint bench-context \
     bench-loss bench-runtime bench-gpu check-layouts goodput
 
 install: $(STAMP)
 
 # DS_BUILD_OPS=0: DeepSpeed's CUDA extensions are not compiled ahead; none of them is used.
-$(STAMP): pyproject.toml constraints.txt
+PIP = DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+    --constraint $(CONSTRAINTS) --editable
+
+$(BASE): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "PYTHON ($(PYTHON)) must be Python 3.11 or newer"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt --editable '.[dev]'
+	$(PIP) .
+	touch $@
+
+$(STAMP): $(BASE)
+	$(PIP) '.[dev]'
 	touch $@
 
 data/embedded: | $(STAMP)
-	$(BIN)/ds-linclip make-shards digits $@
+	$(BIN)/linclip shards make digits $@
 
 # Train the embedded model on handwritten digits, score it zero-shot, print a table.
-train: $(STAMP) | data/embedded
-	launch/local.sh ds_configs/train/embedded.yaml
+train: $(BASE)
+	$(BIN)/linclip train embedded $(if $(RANKS),--ranks $(RANKS))
 
 # Style, types and the quick tests of one process, in two minutes.
 check: $(STAMP)
@@ -48,6 +57,14 @@ test-distributed: $(STAMP)
 
 test-single: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not distributed"
+
+# The same with the newest versions of everything, in an environment of its own.
+test-latest:
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS=constraints-latest.txt
+
+# The documentation as a site, in site/: pages of docs/ and the reference of the Python interface.
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # docs/configuration.md, from the config dataclasses.
 docs: $(STAMP)
@@ -117,12 +134,12 @@ goodput: $(STAMP) | data/embedded
 # Layers, blocks and whole towers, softmax against linear attention, over the number of tokens (8
 # minutes): docs/results/runtime/<device>.
 bench-runtime: $(STAMP)
-	$(BIN)/linclip-eval runtime
+	$(BIN)/linclip eval runtime
 
 # Every measurement that needs a GPU, in 8 minutes.
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.attention.bench_attention --device cuda --budget-seconds 210
-	$(BIN)/linclip-eval runtime --device cuda --budget-seconds 180
+	$(BIN)/linclip eval runtime --device cuda --budget-seconds 180
 	$(BIN)/python -m benchmarks.bench_loss --device cuda
 
 test-slow: $(STAMP)
@@ -133,11 +150,15 @@ test-slow: $(STAMP)
 test-docker: $(STAMP)
 	$(BIN)/python -m pytest tests/docker
 
-# Every wheel of the image with its hash, in the versions of constraints.txt.
+# Locked versions: uv.lock; the newest ones in constraints-latest.txt; every wheel of the image with its
+# hash, in the versions of constraints.txt.
 COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --upgrade --no-annotate \
     --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28
 lock: $(STAMP)
-	$(COMPILE) pyproject.toml --extra s3 --constraint constraints.txt -o docker/requirements.lock
+	$(BIN)/uv lock
+	$(BIN)/uv pip compile --quiet --no-annotate --no-header --python-version 3.13 --extra dev \
+	    pyproject.toml -o constraints-latest.txt
+	$(COMPILE) pyproject.toml --extra eval --extra s3 --constraint constraints.txt -o docker/requirements.lock
 	echo 'setuptools>=77' | $(COMPILE) - --constraint docker/requirements.lock -o docker/build.lock
 
 lint: $(STAMP)
@@ -146,5 +167,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose*.yaml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/shellcheck -x launch/*.sh launch/*.sbatch .ci/run
 	$(BIN)/kubernetes-validate --strict --quiet launch/k8s.yaml
