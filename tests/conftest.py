@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 # The ranks that tests start are gloo ranks on the CPU, also on a machine with GPUs.
 os.environ["DS_ACCELERATOR"] = "cpu"
+# Scripts find the commands of this environment, as in one that is activated.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the embedded dataset with the command that users run; return its folder."""
     folder = tmp_path_factory.mktemp("data") / "embedded"
-    command = [Path(sys.executable).parent / "ds-linclip", "make-shards", "digits", folder]
+    command = [Path(sys.executable).parent / "linclip", "shards", "make", "digits", folder]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return folder
 

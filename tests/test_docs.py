@@ -17,11 +17,11 @@ from ds_linclip.config import load_config
 from ds_linclip.config.docs import reference
 from helpers import REPOSITORY
 from helpers.architecture import LAYERS, drawing
+from linclip_launch.cli import parsers
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
-COMMANDS = ("make ", "ds-linclip ", "linclip-eval ", "deepspeed ", "python -m ", "launch/")
-PROGRAMS = {"ds-linclip": "ds_linclip.__main__", "linclip-eval": "linclip_eval.__main__"}
+COMMANDS = ("make ", "linclip ", "deepspeed ", "torchrun ", "python -m ", "launch/")
 
 
 def commands_of(page: Path) -> list[str]:
@@ -35,10 +35,10 @@ def commands_of(page: Path) -> list[str]:
 
 
 @cache
-def help_of(module: str, *command: str) -> str:
+def help_of(module: str) -> str:
     """Return the output of ``--help``, without starting a process."""
     out, argv = io.StringIO(), sys.argv
-    sys.argv = [module, *command, "--help"]
+    sys.argv = [module, "--help"]
     try:
         with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
             importlib.import_module(module).main()
@@ -122,18 +122,18 @@ def check_options(command: str, words: list[str]) -> None:
     modules = [
         word for word in words if re.match(r"(linclip_launch|benchmarks|experiments)\.", word)
     ]
-    if words[0] in PROGRAMS:
-        module, first = PROGRAMS[words[0]], 1
+    given = words[words.index(modules[0]) + 1 :] if modules else words[1:]
+    ours = {"linclip_launch.eval": ["eval"], "linclip_launch.preflight": ["preflight"]}
+    if words[0] == "linclip" or set(modules) & set(ours):
+        given = given if words[0] == "linclip" else [*ours[modules[0]], *given]
+        found = parsers()
+        names = [tuple(given[:length]) for length in range(4) if tuple(given[:length]) in found]
+        assert names[-1] or not re.match("[a-z]", " ".join(given)), f"no such command: {command}"
+        helps = found[names[-1]].format_help()
     elif modules:
-        module, first = modules[0], words.index(modules[0]) + 1
-        assert find_spec(module), command
+        assert find_spec(modules[0]), command
+        helps = help_of(modules[0])
     else:
         return
-    given = words[first:]
-    has_subcommands = words[0] in PROGRAMS or module == "linclip_launch.eval"
-    if has_subcommands and not (given and re.fullmatch(r"[a-z-]+", given[0])):
-        return  # `linclip-eval COMMAND`
-    depth = has_subcommands * (1 + (given[:1] == ["make-shards"]))
-    helps = help_of(module, *given[:depth])
     for option in (word.partition("=")[0] for word in given if re.match(r"--[\w-]+(=|$)", word)):
         assert re.search(rf"{re.escape(option)}\b", helps), f"{option}: {command}"

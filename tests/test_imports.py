@@ -141,7 +141,7 @@ def test_checker_finds_a_violation(module, source):
         ("ds_linclip.trainer", "from .data import Batch\nfrom ds_linclip.dataset import x"),
         ("linclip_eval.zero_shot", "from ds_linclip.data import LabelledData"),
         ("linclip_launch.train", "from ds_linclip.trainer import train\nimport linclip_eval.probe"),
-        ("benchmarks.goodput", "from linclip_launch.supervise import main"),
+        ("benchmarks.goodput", "from linclip_launch.supervise import run"),
         ("experiments.report", "from benchmarks.goodput import main\nimport linclip_kernels"),
     ],
 )

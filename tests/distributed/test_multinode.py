@@ -70,7 +70,9 @@ def test_over_ssh_until_preempted_then_without_ssh_on_each_host(hosts, overrides
     assert {f"{key}={value}" for key, value in ENVIRONMENT.items()} <= set(environment)
     assert "NCCL_DEBUG=WARN" in environment  # from launch/environment.sh
     (supervisor,) = (
-        pid for pid, line in seen["node1"].items() if "linclip_launch.supervise" in line
+        pid
+        for pid, line in seen["node1"].items()
+        if "linclip_launch train" in line or "linclip train" in line
     )
     os.kill(supervisor, signal.SIGTERM)
     out, err = running.communicate(timeout=100)

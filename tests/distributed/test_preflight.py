@@ -19,6 +19,7 @@ from helpers import EMBEDDED, REPOSITORY
 from helpers.forked_ranks import train_in_ranks
 from helpers.two_hosts import TwoHosts
 from linclip_launch import preflight
+from linclip_launch.cli import parse
 
 pytestmark = pytest.mark.distributed
 
@@ -39,11 +40,11 @@ def run_preflight(folder: Path, arguments: list[str], ranks: tuple[int, ...]) ->
     rank = int(os.environ["RANK"])
     if rank not in ranks:
         return
-    sys.argv = ["preflight.py", *arguments, "--json", str(folder / f"{rank}.json")]
+    words = ["preflight", *arguments, "--json", str(folder / f"{rank}.json")]
     out = folder / f"{rank}.out"
     started = time.monotonic()
     with out.open("w") as file, contextlib.redirect_stdout(file):
-        code = preflight.main()
+        code = preflight.check(parse(words)[0])
     (folder / f"{rank}.code").write_text(str(int(code)))
     (folder / f"{rank}.seconds").write_text(str(time.monotonic() - started))
 

@@ -1,4 +1,4 @@
-"""Runs under ``linclip_launch.supervise`` that are killed and end with the losses of any other."""
+"""Runs under ``linclip train --supervise`` that are killed and end with the losses of any other."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from helpers.killed_runs import batches
 from linclip_launch.supervise import is_running, launcher_and_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
-SUPERVISE = ["-m", "linclip_launch.supervise"]
+SUPERVISE = ["-m", "linclip_launch", "train", "--supervise"]
 STEPS = 60
 
 

@@ -27,9 +27,10 @@ def pins(path: Path) -> dict[str, str]:
 
 
 def needed() -> dict[str, list[Requirement]]:
-    """Return the requirements of the project with its extra s3, direct and indirect."""
+    """Return the requirements of the project with its extras eval and s3, direct and indirect."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    todo = [*project["dependencies"], *project["optional-dependencies"]["s3"]]
+    extras = project["optional-dependencies"]
+    todo = [*project["dependencies"], *extras["eval"], *extras["s3"]]
     found: dict[str, list[Requirement]] = {}
     seen = set()
     while todo:

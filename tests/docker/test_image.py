@@ -172,7 +172,7 @@ def test_image_trains_with_a_read_only_root_and_saves_when_stopped(engine: Engin
     run += ["--tmpfs", "/tmp:exec,mode=1777", "--volume", "runs:/runs"]
     run += ["--volume", "caches:/home/linclip", "--env", "DS_ACCELERATOR=cpu", "linclip"]
     run += [
-        *("python", "-m", "linclip_launch.supervise"),
+        *("linclip", "train", "--supervise"),
         "--ranks",
         "2",
         EMBEDDED,

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -20,9 +21,9 @@ from ds_linclip.data.prepare.shard_writer import RawSample, write_labelled_folde
 from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.commands.probe import main
 from linclip_eval.features import Features
 from linclip_eval.probe import Accuracy, knn, linear_probe
+from linclip_launch.cli import main
 
 
 def features_of(
@@ -206,9 +207,17 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.long
 def test_command_writes_numbers_summary_search_and_figure(model_folder, sets, tmp_path):
     out = tmp_path / "out"
-    words = [str(model_folder), "--train", str(sets / "train"), "--test", str(sets / "test")]
+    words = [
+        "eval",
+        "probe",
+        str(model_folder),
+        "--train",
+        str(sets / "train"),
+        "--test",
+        str(sets / "test"),
+    ]
     words += ["--out", str(out), "--num-workers", "0", "--num-neighbors", "1", "20"]
-    main(words)
+    assert main(words) == 0
     numbers = json.loads((out / "results.json").read_text())
     assert (numbers["num_train"], numbers["num_test"]) == (250, 80)
     assert numbers["knn"].keys() == {"1", "20"}
@@ -230,10 +239,18 @@ def test_command_writes_numbers_summary_search_and_figure(model_folder, sets, tm
         assert min(picture.size) > 300
 
 
-def test_sets_of_other_classes_are_refused(model_folder, sets, tmp_path):
+def test_sets_of_other_classes_are_refused(model_folder, sets, tmp_path, capsys):
     samples = islice(digit_samples("test", image_size=16, seed=0), 3)
     write_digits(tmp_path / "test", samples, CLASSNAMES[::-1])
-    words = [str(model_folder), "--train", str(sets / "train"), "--test", str(tmp_path / "test")]
-    with pytest.raises(ValueError, match=r"classes of --test \(.*\) must be those of --train"):
-        main([*words, "--out", str(tmp_path / "out")])
+    words = [
+        "eval",
+        "probe",
+        str(model_folder),
+        "--train",
+        str(sets / "train"),
+        "--test",
+        str(tmp_path / "test"),
+    ]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert re.search(r"classes of --test \(.*\) must be those of --train", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linclip_eval.__main__ import main
 from linclip_eval.commands.report import write_page
 from linclip_eval.results import markdown_table
+from linclip_launch.cli import main
 
 EVIL = "<script>alert(1)</script> [x](javascript:alert(1)) ![y](z.png)"
 TABLE = markdown_table(("class", "top-1, %"), [("tench", "91.00"), (EVIL, 1)])
@@ -71,7 +71,7 @@ def test_bad_folders_are_named(results, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"summary\.md: picture \(figure\.png\) must be a file"):
         write_page(results, tmp_path / "out", title="Broken")
     (results[1] / "summary.md").write_text("no title")
-    assert main(["report", *map(str, results), "--out", str(tmp_path / "out")]) == 2
+    assert main(["eval", "report", *map(str, results), "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(r"error: .*summary\.md must begin with a title", line)
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from ds_linclip.data.prepare.make_shards import make_scenes
 from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.__main__ import main
+from linclip_launch.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_every_size_and_domain_is_scored(models, domains, tmp_path, capsys):
     out = tmp_path / "out"
     labels = [f"{name}={folder}" for name, folder in models.items()]
-    arguments = ["resolution", *labels, "--data", f"seen={domains[0]}", str(domains[1])]
+    arguments = ["eval", "resolution", *labels, "--data", f"seen={domains[0]}", str(domains[1])]
     arguments += ["--sizes", "48", "16", "--out", str(out), "--num-workers", "0"]
     assert main(arguments) == 0
     with (out / "resolution.csv").open(newline="") as file:
@@ -68,14 +68,14 @@ def test_every_size_and_domain_is_scored(models, domains, tmp_path, capsys):
     # The score of one size is that of the zero-shot command at that size.
     alone = tmp_path / "alone"
     more = ["--data", str(domains[0]), "--out", str(alone), "--image-size", "48"]
-    assert main(["zero-shot", str(models["linear"]), *more, "--num-workers", "0"]) == 0
+    assert main(["eval", "zero-shot", str(models["linear"]), *more, "--num-workers", "0"]) == 0
     score = json.loads((alone / "results.json").read_text())
     (row,) = (r for r in rows if (r["model"], r["size"], r["domain"]) == ("linear", "48", "seen"))
     assert (float(row["top1"]), float(row["top5"])) == (score["top1"], score["top5"])
 
 
 def test_invalid_size_is_a_one_line_error(models, domains, tmp_path, capsys):
-    arguments = ["resolution", str(models["linear"]), "--data", str(domains[0])]
+    arguments = ["eval", "resolution", str(models["linear"]), "--data", str(domains[0])]
     assert main([*arguments, "--sizes", "20", "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -99,6 +99,6 @@ def test_domains_of_equal_keys_are_kept_apart(models, domains, tmp_path):
             file.addfile(member, io.BytesIO(content))
     out = tmp_path / "out"
     sources = [f"plain={domains[0]}", f"inverted={other}"]
-    arguments = ["resolution", str(models["softmax"]), "--data", *sources, "--sizes", "32"]
+    arguments = ["eval", "resolution", str(models["softmax"]), "--data", *sources, "--sizes", "32"]
     assert main([*arguments, "--out", str(out), "--num-workers", "0"]) == 0
     assert len(list((out / "parts").iterdir())) == 2

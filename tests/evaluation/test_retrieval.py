@@ -21,9 +21,9 @@ from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from helpers.stand_in_data import StandInData, random_data, tiny_clip, tokenizer
-from linclip_eval.commands.retrieval import main
 from linclip_eval.features import Features
 from linclip_eval.retrieval import RetrievalResult, rank_captions, retrieval
+from linclip_launch.cli import main
 
 
 def found(data: StandInData, **options: object) -> RetrievalResult:
@@ -202,7 +202,19 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_command_writes_numbers_summary_ranks_and_figure(model_folder, scenes, tmp_path):
     out = tmp_path / "out"
-    main([str(model_folder), "--data", str(scenes), "--out", str(out), "--num-workers", "0"])
+    main(
+        [
+            "eval",
+            "retrieval",
+            str(model_folder),
+            "--data",
+            str(scenes),
+            "--out",
+            str(out),
+            "--num-workers",
+            "0",
+        ]
+    )
     numbers = json.loads((out / "results.json").read_text())
     assert (numbers["num_images"], numbers["num_captions"]) == (24, 24)
     with (out / "ranks.csv").open(newline="") as file:
@@ -228,18 +240,19 @@ def _captioned(captions: Sequence[str]) -> Iterator[RawSample]:
         yield RawSample(image, caption, f"url/{number}", (32, 32), label=0)
 
 
-def test_command_reports_images_without_captions(model_folder, tmp_path):
+def test_command_reports_images_without_captions(model_folder, tmp_path, capsys):
     captions = ["a dog\na big dog", "", "a cat"]
     write_labelled_folder(
         tmp_path / "data", _captioned(captions), classnames=["x"], templates=["a {c}"]
     )
     out = tmp_path / "out"
-    words = [str(model_folder), "--data", str(tmp_path / "data"), "--out", str(out)]
-    words += ["--num-workers", "0"]
-    with pytest.raises(ValueError, match="image s0000001 must have a caption; 1 of 3 have none"):
-        main(words)
+    words = ["eval", "retrieval", str(model_folder), "--data", str(tmp_path / "data")]
+    words += ["--out", str(out), "--num-workers", "0"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "image s0000001 must have a caption; 1 of 3 have none" in error
     assert not out.exists()
-    main([*words, "--lenient"])
+    assert main([*words, "--lenient"]) == 0
     numbers = json.loads((out / "results.json").read_text())
     assert (numbers["uncaptioned"], numbers["num_captions"]) == (["s0000001"], 3)
     summary = (out / "summary.md").read_text()

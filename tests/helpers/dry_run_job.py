@@ -1,4 +1,4 @@
-"""Calls ``linclip_launch.train`` in one process with each list of arguments in the JSON on standard
+"""Calls ``linclip plan`` in one process with each list of arguments in the JSON on standard
 input; prints [exit code, what it printed, its errors] of each as JSON."""
 
 import contextlib
@@ -6,14 +6,13 @@ import io
 import json
 import sys
 
-from linclip_launch import train
+from linclip_launch.cli import main
 
 
 def call(arguments: list[str]) -> tuple[int, str, str]:
-    sys.argv = ["train", *arguments]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = train.main()
+        code = main(["plan", *arguments])
     return int(code), out.getvalue(), err.getvalue()
 
 

@@ -1,6 +1,5 @@
 """The commands a user types, run for real: train, evaluate, resume, and errors in the input."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -13,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from helpers import EMBEDDED, REPOSITORY
 from helpers.dirty_shards import write_dirty_shards
+from linclip_launch import train
+from linclip_launch.cli import main
 
 pytestmark = pytest.mark.distributed
 TRAIN = "linclip_launch.train"
@@ -21,11 +22,11 @@ SHORT = ["train.steps=12", "optim.warmup_steps=2", "checkpoint.every_steps=6", "
 
 @pytest.fixture
 def in_this_process(monkeypatch, capsys):
-    """Return a function that runs ``linclip_launch.SCRIPT`` here: exit code, out, err."""
+    """Return a function that runs one rank of training here: exit code, out, err."""
 
-    def run(script, *arguments):
-        monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
-        return importlib.import_module(f"linclip_launch.{script}").main(), *capsys.readouterr()
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+        return train.main(), *capsys.readouterr()
 
     return run
 
@@ -69,21 +70,21 @@ def test_tensorboard_holds_scalars_and_pictures(finished):
     assert len(picture.encoded_image_string) > 10_000
 
 
-def test_dry_run_of_launched_ranks_predicts_the_run(
-    finished, deepspeed_cpu, embedded_overrides, tmp_path
-):
+def test_plan_predicts_the_run(finished, embedded_overrides, tmp_path):
     """The number of samples and the size of a checkpoint are those of the real run."""
     run, _ = finished
-    options = [f"output_dir={tmp_path}", "--dry-run", "--device", "cpu"]
-    done = deepspeed_cpu(TRAIN, EMBEDDED, *embedded_overrides, *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("dry run on 2 x cpu") == 1
-    assert "- epoch: 1,437 samples, 11.2 steps" in done.stdout
-    assert re.search(r"^0-1 \| image embedding to text head \| 3\.", done.stdout, re.M)
+    options = [f"output_dir={tmp_path}", "--devices", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "linclip_launch", "plan", "embedded", *embedded_overrides]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    plan = done.stdout
+    assert plan.count("plan for 2 x cpu") == 1
+    assert "- epoch: 1,437 samples, 11.2 steps" in plan
+    assert re.search(r"^0-1 \| image embedding to text head \| 3\.", plan, re.M)
     assert not list(tmp_path.iterdir())
     files = (run / "checkpoints" / "step-00000012").glob("*.safetensors")
     on_disk = sum(file.stat().st_size for file in files) / 2**30
-    planned = float(re.search(r"- checkpoint: ([\d.]+) GiB", done.stdout)[1])
+    planned = float(re.search(r"- checkpoint: ([\d.]+) GiB", plan)[1])
     assert planned == pytest.approx(on_disk, rel=0.01, abs=0.005)
 
 
@@ -117,7 +118,7 @@ def test_finished_run_is_evaluated_again_but_not_trained(
     run, first = finished
     before = sorted((run / "checkpoints").rglob("*"))
     code, out, err = in_this_process(
-        "train", EMBEDDED, *embedded_overrides, f"output_dir={run.parent}", "name=short", *SHORT
+        EMBEDDED, *embedded_overrides, f"output_dir={run.parent}", "name=short", *SHORT
     )
     assert code == 0, err
     score = re.search(r"zeroshot_top1 +\S+", first.stdout)[0]
@@ -134,7 +135,7 @@ def test_damaged_checkpoints_are_refused(finished, in_this_process, embedded_ove
         shard.write_bytes(content)
     before = times_of_files(run)
     code, _, err = in_this_process(
-        "train", EMBEDDED, *embedded_overrides, f"output_dir={run.parent}", "name=short", *SHORT
+        EMBEDDED, *embedded_overrides, f"output_dir={run.parent}", "name=short", *SHORT
     )
     assert code == 2
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -235,7 +236,7 @@ def test_error_in_the_config_exits_with_two_and_one_line(
 ):
     override = override.replace("{folder}", str(tmp_path))
     code, _, err = in_this_process(
-        "train", EMBEDDED, *embedded_overrides, f"output_dir={tmp_path}", override
+        EMBEDDED, *embedded_overrides, f"output_dir={tmp_path}", override
     )
     assert code == 2
     assert re.search(message, err)
@@ -244,11 +245,11 @@ def test_error_in_the_config_exits_with_two_and_one_line(
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "checkpoints"])
-def test_eval_of_an_incomplete_run_folder_names_what_is_missing(in_this_process, tmp_path, missing):
+def test_eval_of_an_incomplete_run_folder_names_what_is_missing(capsys, tmp_path, missing):
     if missing == "checkpoints":
         (tmp_path / "config.yaml").write_text((EMBEDDED).read_text())
-    code, _, err = in_this_process("eval", "zero-shot", tmp_path)
-    assert code == 2
+    assert main(["eval", "zero-shot", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
     assert re.search(rf"^error: .*{tmp_path}", err, re.MULTILINE)
     assert "Traceback" not in err
 

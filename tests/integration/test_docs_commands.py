@@ -27,8 +27,9 @@ PAGES = [page for page in PAGES if page.name != "experiments.md"]
 NEEDS = re.compile(r"^# needs (a cluster|\d+ GPUs|docker|the web)", re.IGNORECASE | re.MULTILINE)
 INSTEAD = [
     (re.compile(r"^deepspeed (?:--\S+ \S+ )*--module linclip_launch.train (.*)$", re.MULTILINE),
-     r"python -m linclip_launch.train \1 --dry-run --devices 64"),
-    (re.compile(r"^make (data/embedded)$", re.MULTILINE), r"ds-linclip make-shards digits \1"),
+     r"linclip plan \1 --devices 64"),
+    (re.compile(r"^linclip train (?:--\S+ )*(.*)$", re.MULTILINE), r"linclip plan \1 --devices 64"),
+    (re.compile(r"^make (data/embedded)$", re.MULTILINE), r"linclip shards make digits \1"),
     (re.compile(r"^make ", re.MULTILINE), ": make "),  # tests/test_docs.py asks for them
     (re.compile(r"^tensorboard .*", re.MULTILINE), r"timeout 20 \g<0> || [ $? = 124 ]"),
     (re.compile(r"(?<![\w.])/data/"), "volumes/"),

@@ -1,4 +1,4 @@
-"""``linclip_launch.train --dry-run`` for absent devices: figures, one error per mistake."""
+"""``linclip plan`` for absent devices: figures, one error per mistake."""
 
 import json
 import re
@@ -12,10 +12,10 @@ from helpers import REPOSITORY, job_environment
 pytestmark = pytest.mark.long
 
 CONFIGS = REPOSITORY / "ds_configs" / "train"
-LARGE = [str(CONFIGS / "vit_l16.yaml"), "--dry-run", "--num-samples", "407332084"]
+LARGE = [str(CONFIGS / "vit_l16.yaml"), "--num-samples", "407332084"]
 #: A model with enough layers to tell stages apart, planned in a moment.
 SMALL = [
-    *(str(CONFIGS / "embedded.yaml"), "--dry-run", "parallel.device=cuda"),
+    *(str(CONFIGS / "embedded.yaml"), "parallel.device=cuda"),
     *("--num-samples", "1437", "--device", "h100"),
 ]
 RUNS = {

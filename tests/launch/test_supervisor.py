@@ -13,9 +13,11 @@ import pytest
 from ds_linclip.process.exit_codes import ExitCode
 from helpers import EMBEDDED
 from linclip_launch import supervise
+from linclip_launch.cli import main
 
 pytestmark = pytest.mark.long
 
+OVERRIDES = ["data.train=[no.tar]"]  # nothing is read
 #: Starts one rank, which ends with exit code 75 when it gets SIGTERM, as training does.
 LAUNCHER = """
 import subprocess, sys
@@ -26,16 +28,16 @@ sys.exit(subprocess.call([sys.executable, "-c", rank, "--local_rank=0"]))
 
 
 @pytest.fixture
-def run_supervisor(tmp_path, monkeypatch) -> Iterator[Callable[[str], int]]:
+def run_supervisor(tmp_path) -> Iterator[Callable[[str], int]]:
     """Run the supervisor over a shell script in the place of the launcher."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(script: str) -> int:
         (tmp_path / "launcher").write_text(script)
-        arguments = ["--launch", f"sh {tmp_path}/launcher", "--backoff-seconds", "0.1"]
-        arguments += [str(EMBEDDED), f"output_dir={tmp_path}", "name=run"]
-        monkeypatch.setattr(sys, "argv", ["supervise", *arguments])
-        return supervise.main()
+        arguments = ["train", "--supervise", "--launch", f"sh {tmp_path}/launcher"]
+        arguments += ["--backoff-seconds", "0.1"]
+        arguments += [str(EMBEDDED), *OVERRIDES, f"output_dir={tmp_path}", "name=run"]
+        return main(arguments)
 
     yield run
     for number, handler in handlers.items():
@@ -47,7 +49,7 @@ def test_launch_command_runs_the_training_module_again_after_a_crash(run_supervi
         f'echo "$@" >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) = 1 ] && exit 1; exit 75'
     )
     assert run_supervisor(script) == ExitCode.PREEMPTED
-    call = f"-m linclip_launch.train {EMBEDDED} output_dir={tmp_path} name=run"
+    call = f"-m linclip_launch.train {EMBEDDED} {OVERRIDES[0]} output_dir={tmp_path} name=run"
     assert (tmp_path / "calls").read_text().splitlines() == [call, call]
     (restart,) = map(json.loads, (tmp_path / "run" / "restarts.jsonl").read_text().splitlines())
     assert (restart["exit_code"], restart["reason"]) == (1, "failed with exit code 1")
@@ -84,8 +86,9 @@ def test_ranks_are_the_children_of_the_launcher(tmp_path):
 
 def test_sigterm_to_the_supervisor_goes_to_the_ranks(tmp_path):
     (tmp_path / "launcher").write_text(f"{launcher_command(tmp_path)}; exit $?")
-    command = [sys.executable, "-m", "linclip_launch.supervise", "--launch"]
-    command += [f"sh {tmp_path}/launcher", EMBEDDED, f"output_dir={tmp_path}", "name=run"]
+    command = [sys.executable, "-m", "linclip_launch", "train", "--supervise", "--launch"]
+    command += [f"sh {tmp_path}/launcher", EMBEDDED, *OVERRIDES]
+    command += [f"output_dir={tmp_path}", "name=run"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
         assert supervisor.stdout.readline() == "started\n"
         supervisor.terminate()

@@ -112,7 +112,7 @@ def test_shard_that_comes_twice_is_named(tmp_path: Path) -> None:
 
 def test_many_shards_are_not_counted_by_their_headers(tmp_path: Path) -> None:
     pattern = write_numbered(tmp_path, *[1] * 300)
-    with pytest.raises(ValueError, match=r"300 of 300 shards .* inspect-shards .*--write-sizes"):
+    with pytest.raises(ValueError, match=r"300 of 300 shards .* shards inspect .*--write-sizes"):
         find(pattern)
     (group,) = find_shards(
         [Source(shards=pattern)], Storage(CacheConfig(), NetworkConfig()), count_headers=False

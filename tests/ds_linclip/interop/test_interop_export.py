@@ -18,13 +18,14 @@ from torch import Tensor
 
 from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import Config, ParallelConfig, load_config
-from ds_linclip.interop.export import export_checkpoint, main
+from ds_linclip.interop.export import export_checkpoint
 from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE
 from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.state_dict import load_folder
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from helpers.stored_checkpoints import random_weights, split_dims, write_checkpoint
+from linclip_launch.cli import main
 
 SMALL = [
     *("model.embed_dim=24", "model.vision.image_size=32", "model.vision.patch_size=8"),
@@ -162,9 +163,9 @@ def test_weight_beyond_the_range_of_fp16_is_named(config_of, mesh, tmp_path, cap
     weights = random_weights(model)
     weights["visual.ln_pre.weight"][3] = -1e5
     write_checkpoint(config, {"weight": weights}, split_dims(model))
-    assert main([str(config.run_dir), str(tmp_path / "out"), "--dtype=fp16"]) == 2
+    assert main(["export", str(config.run_dir), str(tmp_path / "out"), "--dtype=fp16"]) == 2
     assert "visual.ln_pre.weight holds values beyond torch.float16" in capsys.readouterr().err
-    assert main([str(config.run_dir), str(tmp_path / "out"), "--dtype=bf16"]) == 0
+    assert main(["export", str(config.run_dir), str(tmp_path / "out"), "--dtype=bf16"]) == 0
 
 
 @pytest.mark.long
@@ -203,7 +204,7 @@ def test_damage_is_named_and_nothing_is_written(checkpoint, tmp_path, capsys, da
         manifest.write_text(json.dumps(content | {"format": 1} if damage == "format" else {}))
     there = sorted(tmp_path.iterdir())
     for source in (checkpoint, checkpoint.parents[1]):
-        assert main([str(source), str(tmp_path / "out")]) == 2
+        assert main(["export", str(source), str(tmp_path / "out")]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1
         assert re.match(f"error: .*{expected}", err), err
@@ -225,12 +226,12 @@ def test_bad_places_are_named(checkpoint, tmp_path, capsys):
         ([run, tmp_path / "full" / "file"], "file) must not exist, or be empty"),
         ([run, tmp_path / "full" / "file" / "out"], f"{tmp_path}/full/file'"),
     ]:
-        assert main([str(argument) for argument in arguments]) == 2
+        assert main(["export", *map(str, arguments)]) == 2
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
         assert not out.exists()
-    assert main([str(run), str(tmp_path / "empty"), "--step=6"]) == 0
+    assert main(["export", str(run), str(tmp_path / "empty"), "--step=6"]) == 0
 
 
 @pytest.mark.long
@@ -247,7 +248,7 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(checkpoint, tmp_path, c
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        code = main([str(checkpoint), str(tmp_path / "out")])
+        code = main(["export", str(checkpoint), str(tmp_path / "out")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2

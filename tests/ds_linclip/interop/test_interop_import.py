@@ -21,13 +21,14 @@ from ds_linclip.config import (
 )
 from ds_linclip.interop.export import export_checkpoint
 from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE, parse_config, read_config
-from ds_linclip.interop.import_weights import import_weights, main
+from ds_linclip.interop.import_weights import import_weights
 from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.interop.state_dict import export_folder, load_folder, to_open_clip
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.trainer import train
+from linclip_launch.cli import main
 
 MODEL_CFG = {
     "embed_dim": 24,
@@ -67,7 +68,7 @@ def test_a_hub_folder_is_converted_for_init_pretrained(mesh, tmp_path, loss):
     bias = {"init_logit_bias": -10.0} if loss == "sigmoid" else {}
     weights = stock_weights(**bias)
     source = write_folder(tmp_path / "in", weights, **bias)
-    assert main([str(source), str(tmp_path / "out")]) == 0
+    assert main(["import", str(source), str(tmp_path / "out")]) == 0
     found = loaded(tmp_path / "out", mesh, loss)
     assert found.keys() == weights.keys()
     for key, value in weights.items():
@@ -117,12 +118,12 @@ def test_a_file_needs_its_architecture(mesh, tmp_path, capsys):
         (["--model=hf-hub:some/model"], "must be one of open_clip's names"),
         ([f"--config={tmp_path}/nowhere.json"], "nowhere.json"),
     ]:
-        assert main([str(file), str(out), *arguments]) == 2
+        assert main(["import", str(file), str(out), *arguments]) == 2
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
         assert not out.exists()
-    assert main([str(file), str(out), f"--config={config}"]) == 0
+    assert main(["import", str(file), str(out), f"--config={config}"]) == 0
     assert loaded(out, mesh)["text_projection"].equal(weights["text_projection"])
 
 
@@ -183,16 +184,15 @@ def test_pickles_are_refused_unopened(tmp_path, capsys, name, form):
     for arguments in ([str(source / name)], [str(source / name), *config], [str(source)]):
         if name == "w.safetensors" and arguments == [str(source)]:
             continue  # a folder without weights, reported as such
-        code = main([arguments[0], str(tmp_path / "out"), *arguments[1:]])
+        code = main(["import", arguments[0], str(tmp_path / "out"), *arguments[1:]])
         err = capsys.readouterr().err
         assert code == 2
         assert "is a pickle, which can run code when it is opened: open it with" in err
         assert err.count("\n") == 1
     assert not mark.exists()
     assert sorted(tmp_path.iterdir()) == [source]
-    torch.load(source / name, weights_only=False) if form != "pickle" else pickle.loads(
-        (source / name).read_bytes()
-    )
+    with (source / name).open("rb") as file:  # of a path, newer torch looks at its suffix first
+        pickle.load(file) if form == "pickle" else torch.load(file, weights_only=False)
     assert mark.exists(), "it would have been"
 
 
@@ -211,7 +211,7 @@ def test_pickles_are_refused_unopened(tmp_path, capsys, name, form):
 )
 def test_other_models_are_refused_by_name(tmp_path, capsys, change, message):
     source = write_folder(tmp_path / "in", stock_weights(), **change)
-    assert main([str(source), str(tmp_path / "out")]) == 2
+    assert main(["import", str(source), str(tmp_path / "out")]) == 2
     assert re.search(message, err := capsys.readouterr().err), err
     assert err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == [source]
@@ -228,7 +228,7 @@ def test_damaged_and_strange_files_are_refused(tmp_path, capsys):
     }
     for message, content in bad.items():
         file.write_bytes(content)
-        assert main([str(source), str(tmp_path / "out")]) == 2
+        assert main(["import", str(source), str(tmp_path / "out")]) == 2
         assert message in (err := capsys.readouterr().err), err
     for message, changed in {
         "misses ln_final.bias": {k: v for k, v in weights.items() if k != "ln_final.bias"},
@@ -238,12 +238,14 @@ def test_damaged_and_strange_files_are_refused(tmp_path, capsys):
         "holds ln_final.bias twice": weights | {"text.ln_final.bias": torch.zeros(32)},
     }.items():
         save_file(changed, file)
-        assert main([str(source), str(tmp_path / "out")]) == 2
+        assert main(["import", str(source), str(tmp_path / "out")]) == 2
         assert message in (err := capsys.readouterr().err), err
     file.unlink()
-    assert main([str(source), str(tmp_path / "out")]) == 2
+    assert main(["import", str(source), str(tmp_path / "out")]) == 2
     assert f"No such file or directory: '{file}'" in capsys.readouterr().err
-    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out"), "--model=ViT-B-16"]) == 2
+    assert (
+        main(["import", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--model=ViT-B-16"]) == 2
+    )
     assert "nowhere" in capsys.readouterr().err
 
 

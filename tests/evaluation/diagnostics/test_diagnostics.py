@@ -18,7 +18,6 @@ from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention import SelfAttention
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.__main__ import main
 from linclip_eval.diagnostics.attention_statistics import (
     attention_statistics,
     contrast_bound,
@@ -27,6 +26,7 @@ from linclip_eval.diagnostics.attention_statistics import (
 from linclip_eval.diagnostics.figure import draw_diagnostics
 from linclip_eval.diagnostics.measure import LayerStatistic, diagnose
 from linclip_kernels.linear_attention.reference import linear_attention_reference
+from linclip_launch.cli import main
 
 FORMS = {
     "softmax": Attention(kind="softmax"),
@@ -258,7 +258,7 @@ def write_data(folder: Path, *, captions: bool) -> Path:
 def test_command_compares_models(hub_folders, tmp_path, capsys, captions):
     data, out = write_data(tmp_path / "data", captions=captions), tmp_path / "out"
     models = [f"softmax={hub_folders[0]}", str(hub_folders[1])]
-    arguments = ["diagnostics", *models, "--data", str(data), "--out", str(out)]
+    arguments = ["eval", "diagnostics", *models, "--data", str(data), "--out", str(out)]
     assert main([*arguments, "--num-images", "4"]) == 0
     with (out / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -282,7 +282,10 @@ def test_command_refuses_invalid_arguments(hub_folders, tmp_path, capsys):
         ([model], ["--max-tokens", "9"], f"error: model ({model}): sequence (17 tokens) must have"),
     ]:
         out = tmp_path / "out"
-        assert main(["diagnostics", *models, "--data", str(data), "--out", str(out), *options]) == 2
+        assert (
+            main(["eval", "diagnostics", *models, "--data", str(data), "--out", str(out), *options])
+            == 2
+        )
         assert capsys.readouterr().err.startswith(message)
         assert not out.exists()
 

@@ -11,11 +11,11 @@ import torch
 
 from ds_linclip.config import ParallelConfig
 from ds_linclip.parallel.mesh import Mesh
-from linclip_eval.__main__ import main
 from linclip_eval.runtime import measure as module
 from linclip_eval.runtime.fit import CallCost, RuntimePoint, Scaling, crossover, fit_slope
 from linclip_eval.runtime.measure import Inputs, Limits, measure, measure_in_turn, peak_bytes
 from linclip_eval.runtime.subjects import ATTENTIONS, DIRECTIONS, SUBJECTS, Subject
+from linclip_launch.cli import main
 
 TOKENS = [2**i for i in range(8, 17)]
 #: Limits that are never reached, however busy the machine is.
@@ -223,7 +223,7 @@ def test_command_writes_everything(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "new"), "--device", "cpu", "--what", "attention", "layer"]
     arguments += ["--tokens", *tokens, "100000000", "--runs", "3", "--warmup", "1"]
     arguments += ["--max-seconds-per-point", "1000"]
-    assert main(["runtime", *arguments]) == 0
+    assert main(["eval", "runtime", *arguments]) == 0
     folder = tmp_path / "new"
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -242,7 +242,7 @@ def test_command_writes_everything(tmp_path, capsys):
     assert [entry["fitted_tokens"] for entry in results["growth"]] == [[32, 64, 128, 256]] * 12
     summary = (folder / "summary.md").read_text()
     assert summary.startswith("# ")
-    assert "linclip-eval runtime --out" in summary
+    assert "linclip eval runtime --out" in summary
     assert "| layer | training | softmax | 100000000 |" in summary
     for name in ("figure.png", "memory.png"):
         assert f"({name})" in summary
@@ -254,7 +254,10 @@ def test_command_writes_everything(tmp_path, capsys):
 def test_command_on_a_gpu(tmp_path):
     arguments = ["--out", str(tmp_path), "--device", "cuda", "--tokens", "256", "1024", "4096"]
     assert (
-        main(["runtime", *arguments, "--runs", "10", "--what", "attention", "block", "text"]) == 0
+        main(
+            ["eval", "runtime", *arguments, "--runs", "10", "--what", "attention", "block", "text"]
+        )
+        == 0
     )
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -275,7 +278,7 @@ def test_command_on_a_gpu(tmp_path):
     ],
 )
 def test_bad_argument_is_reported_in_one_line(tmp_path, capsys, arguments, message):
-    assert main(["runtime", "--out", str(tmp_path), *arguments]) == 2
+    assert main(["eval", "runtime", "--out", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
@@ -283,7 +286,7 @@ def test_bad_argument_is_reported_in_one_line(tmp_path, capsys, arguments, messa
 
 def test_folder_that_cannot_be_created_is_reported_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["runtime", "--out", str(tmp_path / "file"), "--device", "cpu"]) == 2
+    assert main(["eval", "runtime", "--out", str(tmp_path / "file"), "--device", "cpu"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 

@@ -16,7 +16,6 @@ from matplotlib.collections import PathCollection
 from ds_linclip.config import Attention, Config, load_config, save_config
 from ds_linclip.model.flops import num_parameters, training_flops
 from helpers import EMBEDDED
-from linclip_eval.__main__ import main
 from linclip_eval.scaling_laws.figure import draw_scaling_laws
 from linclip_eval.scaling_laws.runs import (
     QUANTITIES,
@@ -26,6 +25,7 @@ from linclip_eval.scaling_laws.runs import (
     fit_laws,
     read_run,
 )
+from linclip_launch.cli import main
 
 WIDTHS, STEPS = (32, 64, 128), (100, 400)
 Law = Callable[[float], float]
@@ -122,7 +122,7 @@ def run(tmp_path) -> Path:
 
 
 def command(*arguments: object) -> int:
-    return main(["scaling-laws", *map(str, arguments)])
+    return main(["eval", "scaling-laws", *map(str, arguments)])
 
 
 def test_run_is_read(run):

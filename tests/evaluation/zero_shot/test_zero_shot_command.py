@@ -1,4 +1,4 @@
-"""``linclip-eval zero-shot`` on folders of synsets: its results, its errors and its cache."""
+"""``linclip eval zero-shot`` on folders of synsets: its results, its errors and its cache."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from helpers.synset_folders import write_hub_folder, write_images
-from linclip_eval.__main__ import main
+from linclip_launch.cli import main
 
 DOG, BEAGLE, TENCH, HEN = "n02084071", "n02088364", "n01440764", "n01514859"
 
@@ -29,7 +29,7 @@ def images(tmp_path: Path) -> Path:
 
 def run(model: Path, images: Path, out: Path, *more: str) -> int:
     classes = images.parent / "list.txt"
-    arguments = ["zero-shot", model, "--data", images, "--classes", classes, "--out", out]
+    arguments = ["eval", "zero-shot", model, "--data", images, "--classes", classes, "--out", out]
     return main([*map(str, arguments), "--batch-size", "2", "--num-workers", "0", *more])
 
 
@@ -42,7 +42,7 @@ def test_results_are_written_and_cached(model, images, tmp_path, capsys):
     low, high = report["top1_interval"]
     assert low < report["top1"] < high or report["top1"] == 0 == low
     assert report["findings"] == []
-    assert report["command"].startswith("linclip-eval zero-shot ")
+    assert report["command"].startswith("linclip eval zero-shot ")
     summary = (out / "summary.md").read_text()
     assert capsys.readouterr().out.strip() == summary.strip()
     assert re.search(r"on 12 images of 4 of 4 classes of \S+list\.txt, 7 templates", summary)
@@ -109,7 +109,7 @@ def test_bad_arguments_are_one_line_errors(model, images, tmp_path, capsys, more
 
 
 def test_model_that_is_not_a_run_needs_data_and_out(model, images, tmp_path, capsys):
-    assert main(["zero-shot", str(model), "--out", str(tmp_path)]) == 2
+    assert main(["eval", "zero-shot", str(model), "--out", str(tmp_path)]) == 2
     assert "--data must name a folder of images" in capsys.readouterr().err
-    assert main(["zero-shot", str(model), "--data", str(images)]) == 2
+    assert main(["eval", "zero-shot", str(model), "--data", str(images)]) == 2
     assert "--out must name a folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""``make-shards folder`` and ``csv``: every file becomes a sample or a counted failure."""
+"""``linclip shards make folder`` and ``csv``: every file becomes a sample or a counted failure."""
 
 import csv
 import hashlib
@@ -19,10 +19,11 @@ import webdataset
 from PIL import Image
 
 from ds_linclip.data.prepare.image_text_files import PairLoader, ResizeMode, csv_pairs, folder_pairs
-from ds_linclip.data.prepare.make_shards import main, make_pairs
+from ds_linclip.data.prepare.make_shards import make_pairs
 from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample
+from linclip_launch.cli import main
 
-COMMAND = Path(sys.executable).parent / "ds-linclip"
+COMMAND = Path(sys.executable).parent / "linclip"
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
 
 
@@ -356,7 +357,7 @@ def test_command_reports_what_failed(tmp_path: Path) -> None:
     arguments = ["folder", tmp_path / "images", tmp_path / "out", "--workers", "2"]
     arguments += ["--resize", "border", "--image-size", "32", "--shuffle-seed", "none"]
     done = subprocess.run(
-        [str(word) for word in (COMMAND, "make-shards", *arguments)],
+        [str(word) for word in (COMMAND, "shards", "make", *arguments)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -405,7 +406,7 @@ def test_mistakes_are_one_line_errors(
     (tmp_path / "table.csv").write_text('a,b\n1,2\n"open,3\n')
     (tmp_path / "header.csv").write_text("filepath\ttitle\n")
     before = sorted(tmp_path.rglob("*"))
-    assert main(arguments.split()) == 2
+    assert main(["shards", "make", *arguments.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -415,12 +416,12 @@ def test_mistakes_are_one_line_errors(
 
 @pytest.mark.long
 def test_command_exits_with_2_for_a_mistake(tmp_path: Path) -> None:
-    command = [str(COMMAND), "make-shards", "folder", str(tmp_path / "no"), str(tmp_path / "out")]
+    command = [str(COMMAND), "shards", "make", "folder", str(tmp_path / "no"), "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stderr == f"error: source ({tmp_path / 'no'}) must be a folder\n"
     unknown = subprocess.run(
-        [str(COMMAND), "bake-shards"], capture_output=True, text=True, timeout=60, check=False
+        [str(COMMAND), "shards", "bake"], capture_output=True, text=True, timeout=60, check=False
     )
     assert unknown.returncode == 2
-    assert "make-shards" in unknown.stderr
+    assert unknown.stderr.startswith("error: unknown command 'bake': did you mean make?")

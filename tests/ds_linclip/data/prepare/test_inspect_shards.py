@@ -1,4 +1,4 @@
-"""``inspect-shards``: every defect is counted under its cause, and nothing else is."""
+"""``linclip shards inspect``: every defect is counted under its cause, and nothing else is."""
 
 import io
 import json
@@ -15,13 +15,14 @@ import pytest
 from PIL import Image
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
-from ds_linclip.data.prepare.inspect_shards import inspect_shards, main
+from ds_linclip.data.prepare.inspect_shards import inspect_shards
 from ds_linclip.data.remote import Storage
 from ds_linclip.data.sample_reader import open_shard
 from ds_linclip.data.shard_index import find_shards
 from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from linclip_launch.cli import main
 
-COMMAND = Path(sys.executable).parent / "ds-linclip"
+COMMAND = Path(sys.executable).parent / "linclip"
 
 
 def picture(width: int = 20, height: int = 10, form: str = "JPEG", mode: str = "RGB") -> bytes:
@@ -217,7 +218,10 @@ def test_shards_without_a_stated_size_are_inspected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pattern = write_unsized(tmp_path)
-    assert main([pattern, "--out", str(tmp_path / "report"), "--workers", "1"]) == 0
+    assert (
+        main(["shards", "inspect", pattern, "--out", str(tmp_path / "report"), "--workers", "1"])
+        == 0
+    )
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["shards"] == {"listed": 3, "inspected": 3, "unsized": 3}
     assert report["samples"] == {"expected": 5, "found": 5, "read": 5, "usable": 4}
@@ -272,7 +276,7 @@ def test_failed_write_keeps_the_old_sizes(
 
     monkeypatch.setattr("os.replace", refuse)
     arguments = [f"{tmp_path}/0.tar", "--write-sizes", "--workers", "1"]
-    assert main([*arguments, "--out", str(tmp_path / "report")]) == 2
+    assert main(["shards", "inspect", *arguments, "--out", str(tmp_path / "report")]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: the disk is gone"
     assert (tmp_path / "sizes.json").read_text() == '{"1.tar": 3}'
     names = ["0.tar", "0_stats.json", "report", "sizes.json"]
@@ -281,7 +285,15 @@ def test_failed_write_keeps_the_old_sizes(
 
 @pytest.mark.long
 def test_command_writes_report_and_figure(dirty: str, tmp_path: Path) -> None:
-    arguments = ["inspect-shards", dirty, "--out", str(tmp_path / "a" / "report"), "--workers", "2"]
+    arguments = [
+        "shards",
+        "inspect",
+        dirty,
+        "--out",
+        str(tmp_path / "a" / "report"),
+        "--workers",
+        "2",
+    ]
     done = subprocess.run(
         [str(COMMAND), *arguments], capture_output=True, text=True, timeout=120, check=False
     )
@@ -307,7 +319,7 @@ def test_shards_without_usable_samples_are_reported(
     (tmp_path / "00000.tar").write_bytes(b"garbage" * 1000)
     write_stats(tmp_path / "00000.tar", 4)
     arguments = [f"{tmp_path}/00000.tar", "--out", str(tmp_path / "report"), "--workers", "1"]
-    assert main(arguments) == 0
+    assert main(["shards", "inspect", *arguments]) == 0
     assert "no usable sample" in capsys.readouterr().out
     assert (tmp_path / "report" / "report.png").stat().st_size > 5000
 
@@ -337,7 +349,7 @@ def test_mistakes_are_one_line_errors(
     monkeypatch.chdir(tmp_path)
     write_shard(tmp_path / "00000.tar", sound(1))
     (tmp_path / "file").write_text("no folder")
-    assert main(arguments.split()) == 2
+    assert main(["shards", "inspect", *arguments.split()]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
@@ -345,7 +357,7 @@ def test_mistakes_are_one_line_errors(
 
 @pytest.mark.long
 def test_command_exits_with_2_for_a_mistake(tmp_path: Path) -> None:
-    command = [str(COMMAND), "inspect-shards", "nothing.tar", "--out", str(tmp_path / "report")]
+    command = [str(COMMAND), "shards", "inspect", "nothing.tar", "--out", str(tmp_path / "report")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

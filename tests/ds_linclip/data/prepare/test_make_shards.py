@@ -15,7 +15,8 @@ import pytest
 import webdataset
 
 from ds_linclip.data.prepare import synthetic_scenes
-from ds_linclip.data.prepare.make_shards import main, make_digits, make_scenes
+from ds_linclip.data.prepare.make_shards import make_digits, make_scenes
+from linclip_launch.cli import main
 
 META_FIELDS = [
     "url",
@@ -159,7 +160,7 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path) -> None:
     arguments = ["scenes", str(tmp_path / "set"), "--num-shards", "1", "--image-size", "32"]
     arguments += ["--samples-per-shard", "3"]
-    command = [sys.executable, "-m", "ds_linclip", "make-shards", *arguments]
+    command = [sys.executable, "-m", "linclip_launch", "shards", "make", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
     assert done.stdout.endswith("set: written\n")
@@ -168,14 +169,14 @@ def test_command_line(tmp_path: Path) -> None:
 
 def test_command_line_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["scenes", str(tmp_path / "set"), "--num-shards", "1", "--image-size", "32"]
-    assert main([*arguments, "--samples-per-shard", "3"]) == 0
-    assert main([*arguments, "--samples-per-shard", "3"]) == 0
+    assert main(["shards", "make", *arguments, "--samples-per-shard", "3"]) == 0
+    assert main(["shards", "make", *arguments, "--samples-per-shard", "3"]) == 0
     assert capsys.readouterr().out.endswith("set: already complete\n")
-    assert main([*arguments, "--samples-per-shard", "4"]) == 2
+    assert main(["shards", "make", *arguments, "--samples-per-shard", "4"]) == 2
     assert "error: out (" in capsys.readouterr().err
-    assert main([*arguments, "--samples-per-shard", "10001"]) == 2
+    assert main(["shards", "make", *arguments, "--samples-per-shard", "10001"]) == 2
     assert "samples_per_shard (10001) must be in 1 ... 10000" in capsys.readouterr().err
-    assert main(["digits", str(tmp_path / "digits"), "--image-size", "0"]) == 2
+    assert main(["shards", "make", "digits", str(tmp_path / "digits"), "--image-size", "0"]) == 2
     assert "image_size (0)" in capsys.readouterr().err
 
 
