@@ -105,10 +105,10 @@ class Supervisor:
             reason = restart_reason(exit_code, is_complete=step >= self.config.train.steps)
             if reason is None:
                 return exit_code
-            if not self.arguments.supervise and not self._must_leave:
-                return exit_code if exit_code > 0 else ExitCode.FAILED
             if self._must_leave:
                 return ExitCode.PREEMPTED
+            if not self.arguments.supervise:
+                return exit_code if exit_code > 0 else ExitCode.FAILED
             failures = 1 if step > before else failures + 1
             if failures > self.arguments.max_restarts:
                 self._say(f"{reason}; gave up after {failures - 1} restarts without progress")
@@ -174,14 +174,16 @@ class Supervisor:
         return [*command, *shlex.split(arguments.deepspeed), "--module", *train]
 
     def _choose_ranks(self) -> None:
-        """On a machine without GPUs: two ranks on the CPU, if the command line names no number."""
-        if self._hosts or self.arguments.launch or self._is_cpu:
+        """On the CPU, as on a machine without GPUs: two ranks, if the command line names none."""
+        if self._hosts or self.arguments.launch:
             return
-        # In a process of its own: this one must hold no GPU.
-        count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-        found = subprocess.run(count, capture_output=True, text=True, check=True).stdout
-        if int(found) == 0:
-            self._is_cpu, self._ranks = True, self._ranks or 2
+        if not self._is_cpu:
+            # In a process of its own: this one must hold no GPU.
+            count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+            found = subprocess.run(count, capture_output=True, text=True, check=True).stdout
+            self._is_cpu = int(found) == 0
+        if self._is_cpu:
+            self._ranks = self._ranks or 2
 
     def _environment(self) -> dict[str, str]:
         """Return the variables of the ranks; on the CPU these share the cores, or their threads

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,30 @@ def test_installed_packages_are_those_of_the_wheel(environment, tmp_path):
         check=True,
     )
     assert Path(where.stdout.strip()).is_relative_to(environment)
+
+
+def test_kernels_install_alone(environment, tmp_path):
+    """The operator's own wheel holds the operator, and nothing else."""
+    shutil.copytree(REPOSITORY / "kernels", tmp_path / "kernels", symlinks=False)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", tmp_path, tmp_path / "kernels"], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"linclip_kernels"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    versions = {
+        tomllib.loads((REPOSITORY / place / "pyproject.toml").read_text())["project"]["version"]
+        for place in (".", "kernels")
+    }
+    assert len(versions) == 1
+    code = "from linclip_kernels import linear_attention; import torch; "
+    code += "x = torch.randn(1, 5, 2, 16); print(tuple(linear_attention(x, x, x).shape))"
+    done = subprocess.run(
+        [environment / "bin" / "python", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(wheel)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "(1, 5, 2, 16)", done.stderr
