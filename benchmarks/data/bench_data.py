@@ -259,10 +259,9 @@ def check_requirements(rows: Sequence[Row], num_bad: int) -> list[Requirement]:
 
 def training_metrics(output: Path, steps: int) -> list[dict[str, float]]:
     """Train the embedded config, two logging intervals or more, and return its metrics."""
-    config = "ds_configs/train/embedded.yaml"
     overrides = [f"output_dir={output}", "name=wait", f"train.steps={steps}"]
     overrides += ["optim.warmup_steps=1", "eval.every_steps=0", "log.tensorboard=false"]
-    command = [str(REPOSITORY / "launch" / "local.sh"), config, *overrides]
+    command = [sys.executable, "-m", "linclip_launch", "train", "embedded", *overrides]
     subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY)
     lines = (output / "wait" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
