@@ -5,10 +5,11 @@ import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
-import select
 import signal
 import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ import psutil
 __all__ = ["end_with_launcher", "end_with_parent"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SECONDS_BETWEEN_LOOKS = 0.5
 #: Commands, and packages of modules, that start launchers of ranks.
 _RUNNERS = ("deepspeed", "linclip", "linclip_launch")
 
@@ -61,12 +63,12 @@ def end_with_launcher() -> None:
         OSError: when the kernel refuses.
     """
     end_with_parent()
-    launcher, *above = psutil.Process().parents()
-    runners = list(itertools.takewhile(_is_runner, above))
+    launchers = psutil.Process().parents()  # none for the first process of a container
+    runners = list(itertools.takewhile(_is_runner, launchers[1:]))
     for process in runners:
-        _terminate_after(process.pid)
-    is_orphan = not runners and launcher.ppid() == 1
-    if is_orphan and "deepspeed.launcher.launch" in _command(launcher):
+        threading.Thread(target=_terminate_after, args=(process,), daemon=True).start()
+    is_orphan = not runners and [each.pid for each in launchers[1:]] == [1]
+    if is_orphan and "deepspeed.launcher.launch" in _command(launchers[0]):
         os.kill(os.getpid(), signal.SIGTERM)  # the command has ended before this call
 
 
@@ -85,21 +87,12 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def _terminate_after(process: int) -> None:
+def _terminate_after(process: psutil.Process) -> None:
     """Send SIGTERM to this process once another one, which need not be its parent, has ended."""
-    try:
-        descriptor = os.pidfd_open(process)
-    except ProcessLookupError:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return
-
-    def wait() -> None:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        poll.poll()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, name="launcher-watch", daemon=True).start()
+    with suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _end_after(sentinel: int) -> None:
