@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Environment variables of ranks on several hosts: sourced by multinode.sh (also in k8s.yaml) and
 # slurm.sbatch. What is already set is kept. multinode.sh passes to other hosts the variables that
-# begin with DS_ACCELERATOR, FI_, GLOO_, NCCL_, OMP_, PYTHON, TORCH_, TRITON_ or UCX_, and no others;
+# begin with DS_ACCELERATOR, FI_, GLOO_, LINCLIP_, NCCL_, OMP_, PYTHON, TORCH_, TRITON_ or UCX_, and no others;
 # srun and Kubernetes pass all.
 
 # The network interface between the hosts, where there are several (a management network, docker0):

@@ -45,7 +45,7 @@ NOTES = """\
   before the model was built. It has the interpreter's own memory, the allocator's record and what
   is kept for reuse as well; buckets that are allocated and never filled are not resident.
 - The plan is that of ds_linclip/planner/plan.py, which a run logs at its start, TensorBoard shows
-  and a dry run prints."""
+  and `linclip plan` prints."""
 
 
 def layout_name(row: Row) -> str:

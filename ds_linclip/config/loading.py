@@ -84,7 +84,7 @@ def as_image_size(name: str, value: object) -> tuple[int, int]:
 def _find(path: str | Path) -> Path:
     """Return the file of a path, or of a config of the package."""
     name, folder = str(path), files("ds_configs").joinpath("train")
-    if Path(name).exists() or not re.fullmatch(r"\w+", name):
+    if Path(name).is_file() or not re.fullmatch(r"\w+", name):
         return Path(name)
     known = sorted(each.name.removesuffix(".yaml") for each in folder.iterdir())
     if name not in known:

@@ -13,15 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ds_linclip.process.parent_death import end_with_parent
 
-__all__ = ["num_usable_cores", "ordered_map"]
+__all__ = ["ordered_map"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def num_usable_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def ordered_map(

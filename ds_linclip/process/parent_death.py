@@ -64,12 +64,8 @@ def end_with_launcher() -> None:
     """
     end_with_parent()
     launchers = psutil.Process().parents()  # none for the first process of a container
-    runners = list(itertools.takewhile(_is_runner, launchers[1:]))
-    for process in runners:
+    for process in itertools.takewhile(_is_runner, launchers[1:]):
         threading.Thread(target=_terminate_after, args=(process,), daemon=True).start()
-    is_orphan = not runners and [each.pid for each in launchers[1:]] == [1]
-    if is_orphan and "deepspeed.launcher.launch" in _command(launchers[0]):
-        os.kill(os.getpid(), signal.SIGTERM)  # the command has ended before this call
 
 
 def _is_runner(process: psutil.Process) -> bool:
@@ -90,7 +86,7 @@ def _command(process: psutil.Process) -> list[str]:
 def _terminate_after(process: psutil.Process) -> None:
     """Send SIGTERM to this process once another one, which need not be its parent, has ended."""
     with suppress(psutil.NoSuchProcess):
-        while process.status() != psutil.STATUS_ZOMBIE:
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     os.kill(os.getpid(), signal.SIGTERM)
 

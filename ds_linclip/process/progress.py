@@ -24,6 +24,9 @@ class _Lines:
     def flush(self) -> None:
         self._stream.flush()
 
+    def isatty(self) -> bool:
+        return False
+
 
 def progress(*arguments: Any, **options: Any) -> tqdm:
     """Return a bar of tqdm: redrawn on a terminal, a line every half minute in a file.

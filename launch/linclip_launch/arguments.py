@@ -41,38 +41,59 @@ def _config(parser: argparse.ArgumentParser) -> None:
         help="YAML file, or the name of a config of the package, such as embedded or vit_b16",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-3"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings, such as optim.lr=1e-3",
     )
 
 
-def _hosts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="lines of 'host slots=N'")
-    parser.add_argument("--include", default="", help="hosts and slots to use: node1@node2:0,1")
-    parser.add_argument("--exclude", default="", help="hosts and slots to leave out")
-
-
-def _train(parser: argparse.ArgumentParser) -> None:
-    _config(parser)
+def _ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks",
         type=int,
         metavar="N",
-        help="ranks on this machine; default: one per GPU, or two on the CPU where there is none",
+        help="ranks on this machine; default: as many as the config sets, one per GPU, or two on "
+        "the CPU where there is none",
     )
-    hosts = parser.add_argument_group("several hosts")
-    hosts.add_argument(
+
+
+def _hosts(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="lines of 'host slots=N'")
+    parser.add_argument(
+        "--include", default="", metavar="HOSTS", help="hosts and slots to use: node1@node2:0,1"
+    )
+    parser.add_argument(
+        "--exclude", default="", metavar="HOSTS", help="hosts and slots to leave out"
+    )
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    _config(parser)
+    _ranks(parser)
+    parser.add_argument(
         "--launch",
         metavar="COMMAND",
         help="starts a Python on every rank instead of deepspeed, for example 'srun python'",
     )
-    _hosts(parser)
+    parser.add_argument(
+        "--deepspeed",
+        default="",
+        metavar="OPTIONS",
+        help="further options of the deepspeed command, in one string",
+    )
+    hosts = parser.add_argument_group("several hosts")
+    _hosts(hosts)
     hosts.add_argument(
         "--node-rank",
         type=int,
         metavar="N",
         help="without ssh: the number of this host in the hostfile; ranks are started here only",
     )
-    hosts.add_argument("--master-addr", help="address of the first host; default: its name")
+    hosts.add_argument(
+        "--master-addr", metavar="ADDRESS", help="address of the first host; default: its name"
+    )
     hosts.add_argument(
         "--master-port",
         type=int,
@@ -92,12 +113,6 @@ def _train(parser: argparse.ArgumentParser) -> None:
         default=20.0,
         metavar="S",
         help="time for a host to reply; default: 20",
-    )
-    hosts.add_argument(
-        "--deepspeed",
-        default="",
-        metavar="OPTIONS",
-        help="further options of the deepspeed command, in one string",
     )
     restarts = parser.add_argument_group("restarts")
     restarts.add_argument(
@@ -152,6 +167,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 def _preflight(parser: argparse.ArgumentParser) -> None:
     _config(parser)
+    _ranks(parser)
     _hosts(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="file for the table with all its numbers"
@@ -202,7 +218,7 @@ def _generated(parser: argparse.ArgumentParser, size: int) -> None:
     parser.add_argument(
         "--image-size", type=int, default=size, metavar="N", help=f"side in pixels; default: {size}"
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
 
 def _digits(parser: argparse.ArgumentParser) -> None:
@@ -472,7 +488,11 @@ def _probe(parser: argparse.ArgumentParser) -> None:
         help="default: 10 20 100 200",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the choice of validation images; default: 0"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the choice of validation images; default: 0",
     )
     _data(parser)
     _out(parser)

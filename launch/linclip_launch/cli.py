@@ -7,6 +7,7 @@ import argparse
 import difflib
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -16,12 +17,10 @@ from linclip_launch.arguments import COMMANDS, GROUPS, Command
 
 __all__ = ["main", "parse", "parsers"]
 
-_USER_ERROR = 2
+_USER_ERROR, _INTERRUPTED = 2, 130
 #: Package that may be missing -> the extra of this one that installs it.
 _EXTRAS = {
-    "gcsfs": "gcs",
     "markdown": "eval",
-    "s3fs": "s3",
     "scipy": "eval",
     "sklearn": "eval",
 }
@@ -56,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if extra is None:
             raise
         return _fail(f"{error.name} is not installed: pip install 'ds_linclip[{extra}]'")
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _INTERRUPTED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     except (ValueError, OSError) as error:
         return _fail(str(error))
 

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 
 from ds_linclip.config import load_config
-from ds_linclip.planner.dry_run import Target, dry_run
+from ds_linclip.planner.run_plan import Target, plan_run
 
 __all__ = ["run"]
 
@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> None:
     if options.devices is None:
         parallel = config.parallel
         target["devices"] = (parallel.dp or 1) * parallel.tp * parallel.pp * parallel.cp
-    plan, problem = dry_run(config, Target(**target))
+    plan, problem = plan_run(config, Target(**target))
     print(plan, flush=True)
     if problem is not None:
         raise ValueError(problem)

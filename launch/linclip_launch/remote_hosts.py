@@ -21,7 +21,10 @@ from typing import NamedTuple
 __all__ = ["HostReply", "RemoteHosts", "run_on_hosts"]
 
 #: Environment variables that ranks get, by prefix; launch/environment.sh explains them.
-SENT = ("DS_ACCELERATOR", "FI_", "GLOO_", "NCCL_", "OMP_", "PYTHON", "TORCH_", "TRITON_", "UCX_")
+SENT = (
+    *("DS_ACCELERATOR", "FI_", "GLOO_", "LINCLIP_", "NCCL_", "OMP_", "PYTHON", "TORCH_", "TRITON_"),
+    "UCX_",
+)
 #: Seconds that the other hosts get once the first of them has ended.
 PATIENCE = 30
 

@@ -46,7 +46,10 @@ def _row(folder: Path) -> tuple[str, ...]:
         steps = None
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut
+    try:
+        records = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{metrics} is damaged: {error}") from error
     trained = [record for record in records if "train/loss" in record]
     scores = [(tag, value) for record in records for tag, value in record.items() if "top1" in tag]
     step = trained[-1]["step"] if trained else 0
@@ -55,7 +58,7 @@ def _row(folder: Path) -> tuple[str, ...]:
     else:
         state = "finished" if steps is not None and step >= steps else "stopped"
     return (
-        folder.name,
+        folder.resolve().name,
         state,
         f"{step}",
         f"{steps or '?'}",

@@ -21,6 +21,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import psutil
 
@@ -45,25 +46,74 @@ def run(options: argparse.Namespace) -> int:
         ValueError: for a wrong config, or when hosts or options do not allow a start.
     """
     config = load_config(options.config, options.overrides)
-    _make_embedded_data(config)
+    _check_options(options)
     return Supervisor(options, config).run()
 
 
-def run_preflight(options: argparse.Namespace) -> int:
-    """Check this machine, or every rank of a hostfile, and return the exit code."""
-    command = [sys.executable, "-m"]
+def run_preflight(options: argparse.Namespace) -> NoReturn:
+    """Become the launcher of the preflight, on this machine or on the hosts of a file."""
+    _check_options(options)
+    command, environment = [*DEEPSPEED, "--quiet"], dict(os.environ)
     if options.hostfile:
-        command = [*DEEPSPEED, "--quiet", "--hostfile", str(options.hostfile)]
+        command += ["--hostfile", str(options.hostfile)]
         for name in ("include", "exclude"):
             command += [f"--{name}={getattr(options, name)}"] if getattr(options, name) else []
-        command.append("--module")
-    command += ["linclip_launch.preflight", *options.words[1:]]
-    return subprocess.run(command, check=False).returncode
+    else:
+        ranks, is_cpu = options.ranks, _has_no_gpu()
+        with suppress(ValueError):  # the preflight itself reports what is wrong with the config
+            config = load_config(options.config, options.overrides)
+            ranks = _local_ranks(config, options.ranks, is_cpu=is_cpu)
+        environment |= _rank_environment(ranks, is_cpu=is_cpu)
+        command += ["--master_port", str(_local_port(None))]
+        command += ["--num_gpus", str(ranks)] if ranks else []
+    command += ["--module", "linclip_launch.preflight", *options.words[1:]]
+    os.execve(sys.executable, command, environment)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Check that no option of a command line is without effect."""
+    given = {name for name, value in vars(options).items() if value is not None and value != ""}
+    ways = [f"--{name}" for name in ("ranks", "hostfile", "launch") if name in given]
+    if len(ways) > 1:
+        raise ValueError(f"{' and '.join(ways)} exclude each other: each says where ranks start")
+    for name in ("include", "exclude", "node_rank", "master_addr"):
+        if name in given and "hostfile" not in given:
+            raise ValueError(f"--{name.replace('_', '-')} needs --hostfile")
+
+
+def _has_no_gpu() -> bool:
+    """Return whether ranks of this machine run on the CPU."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return True
+    # In a process of its own, since this one must hold no GPU; Ctrl-C does not reach it.
+    count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    found = subprocess.run(count, capture_output=True, text=True, start_new_session=True)
+    if found.returncode:
+        raise ValueError(f"torch cannot be imported: {found.stderr.strip().splitlines()[-1]}")
+    return int(found.stdout) == 0
+
+
+def _local_ranks(config: Config, wanted: int | None, *, is_cpu: bool) -> int | None:
+    """Return the number of ranks of this machine; None: one per GPU."""
+    parallel = config.parallel
+    size = (parallel.dp or 0) * parallel.tp * parallel.pp * parallel.cp
+    return wanted or size or (2 if is_cpu else None)
+
+
+def _rank_environment(ranks: int | None, *, is_cpu: bool) -> dict[str, str]:
+    """Return variables of the ranks; on the CPU these share the cores, or their threads would slow
+    each other down."""
+    if not is_cpu:
+        return {}
+    threads = max(1, len(os.sched_getaffinity(0)) // (ranks or 1))
+    found = {"DS_ACCELERATOR": "cpu"}
+    return found if "OMP_NUM_THREADS" in os.environ else found | {"OMP_NUM_THREADS": str(threads)}
 
 
 def _make_embedded_data(config: Config) -> None:
     """Write the data set of the config ``embedded`` where a config reads it and it is missing."""
-    folder = Path(os.environ.get(DATA_VARIABLE, "data")).absolute() / "embedded"
+    place = os.path.expanduser(os.environ.get(DATA_VARIABLE, "data"))
+    folder = Path(os.path.abspath(place)) / "embedded"
     is_read = any(source.shards.startswith(f"{folder}/") for source in config.data.train)
     if is_read and not folder.exists():
         print(f"{folder} is missing: writing it", file=sys.stderr, flush=True)
@@ -84,8 +134,8 @@ class Supervisor:
         self._port: int | None = None
         self._launcher: subprocess.Popen[bytes] | None = None
         self._must_leave = False
-        self._ranks: int | None = arguments.ranks
-        self._is_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+        self._ranks: int | None = None
+        self._environment = dict(os.environ)
 
     def run(self) -> int:
         """Supervise the run to its end; return the exit code of this command.
@@ -96,7 +146,11 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._leave)
         self._choose_hosts()
-        self._choose_ranks()
+        if not self._hosts and not self.arguments.launch:
+            is_cpu = _has_no_gpu()
+            self._ranks = _local_ranks(self.config, self.arguments.ranks, is_cpu=is_cpu)
+            self._environment |= _rank_environment(self._ranks, is_cpu=is_cpu)
+        _make_embedded_data(self.config)
         failures, run_dir = 0, self.config.run_dir
         while True:
             before = newest_step(run_dir)
@@ -108,7 +162,8 @@ class Supervisor:
             if self._must_leave:
                 return ExitCode.PREEMPTED
             if not self.arguments.supervise:
-                return exit_code if exit_code > 0 else ExitCode.FAILED
+                self._say(f"{reason}; the same command resumes the run")
+                return ExitCode.HUNG if exit_code == ExitCode.HUNG else ExitCode.FAILED
             failures = 1 if step > before else failures + 1
             if failures > self.arguments.max_restarts:
                 self._say(f"{reason}; gave up after {failures - 1} restarts without progress")
@@ -146,7 +201,7 @@ class Supervisor:
         # In its own session: the terminal's Ctrl-C reaches the supervisor only, and what is left
         # behind can be found and ended.
         command = self._command(self.arguments.node_rank, self.arguments.hostfile)
-        self._launcher = subprocess.Popen(command, start_new_session=True, env=self._environment())
+        self._launcher = subprocess.Popen(command, start_new_session=True, env=self._environment)
         if self._must_leave:
             self._request_to_leave()
         exit_code = self._launcher.wait()
@@ -161,7 +216,7 @@ class Supervisor:
             return [*shlex.split(arguments.launch), "-m", *train]
         command = [*DEEPSPEED, "--quiet"]
         # The port of a killed run may not be free yet.
-        command += ["--master_port", str(self._port or _local_port(None))]
+        command += ["--master_port", str(self._port or _local_port(self.arguments.master_port))]
         if node_rank is not None:
             # The option names the first host of the file, which may be left out.
             first = next(iter(self._hosts))
@@ -173,26 +228,6 @@ class Supervisor:
             command += ["--num_gpus", str(self._ranks)]
         return [*command, *shlex.split(arguments.deepspeed), "--module", *train]
 
-    def _choose_ranks(self) -> None:
-        """On the CPU, as on a machine without GPUs: two ranks, if the command line names none."""
-        if self._hosts or self.arguments.launch:
-            return
-        if not self._is_cpu:
-            # In a process of its own: this one must hold no GPU.
-            count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-            found = subprocess.run(count, capture_output=True, text=True, check=True).stdout
-            self._is_cpu = int(found) == 0
-        if self._is_cpu:
-            self._ranks = self._ranks or 2
-
-    def _environment(self) -> dict[str, str]:
-        """Return the variables of the ranks; on the CPU these share the cores, or their threads
-        would slow each other down."""
-        if not self._is_cpu:
-            return dict(os.environ)
-        threads = max(1, len(os.sched_getaffinity(0)) // (self._ranks or 1))
-        return {"OMP_NUM_THREADS": str(threads), **os.environ, "DS_ACCELERATOR": "cpu"}
-
     @property
     def _is_remote(self) -> bool:
         return bool(self._hosts) and self.arguments.node_rank is None
@@ -201,8 +236,6 @@ class Supervisor:
         """Choose the hosts of the first start; all must reply: only the user leaves one out."""
         arguments = self.arguments
         if not arguments.hostfile:
-            if arguments.node_rank is not None or arguments.include or arguments.exclude:
-                raise ValueError("--node-rank, --include and --exclude need --hostfile")
             return
         named = self._named_hosts()
         chosen = restart_policy.choose_hosts(self.config, named, arguments.min_nodes)
@@ -257,6 +290,10 @@ class Supervisor:
         return restart_policy.select_slots(hosts, self.arguments.include, self.arguments.exclude)
 
     def _leave(self, number: int, _frame: FrameType | None) -> None:
+        if self._must_leave and number == signal.SIGINT:  # Ctrl-C again: do not wait for a save
+            if self._launcher is not None:
+                _end_group(self._launcher.pid)
+            raise KeyboardInterrupt
         self._must_leave = True
         self._request_to_leave()
 
@@ -274,7 +311,8 @@ class Supervisor:
                 os.kill(process, signal.SIGTERM)
 
     def _say(self, text: str) -> None:
-        print(f"supervisor: {text}", file=sys.stderr, flush=True)
+        who = "supervisor" if self.arguments.supervise else "linclip train"
+        print(f"{who}: {text}", file=sys.stderr, flush=True)
 
 
 def launcher_and_ranks(process: int) -> tuple[int | None, list[int]]:

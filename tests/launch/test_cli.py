@@ -9,10 +9,10 @@ from typing import get_args
 import pytest
 
 from ds_linclip.config import load_config, save_config
-from ds_linclip.data.prepare.image_text_files import RESIZE_MODES
+from ds_linclip.data.prepare.image_text_files import ResizeMode
 from ds_linclip.inference import PRECISIONS
 from ds_linclip.interop.hub_folder import DTYPES
-from ds_linclip.planner.dry_run import DEVICES
+from ds_linclip.planner.run_plan import DEVICES
 from helpers import EMBEDDED
 from linclip_eval.runtime.measure import Limits
 from linclip_eval.runtime.subjects import SUBJECTS
@@ -55,7 +55,7 @@ def test_choices_are_those_of_the_code():
     assert choices_of("eval", "zero-shot", option="--precision") == tuple(PRECISIONS)
     assert choices_of("eval", "zero-shot", option="--names") == get_args(NamePolicy)
     assert choices_of("eval", "runtime", option="--what") == tuple(SUBJECTS)
-    assert choices_of("shards", "make", "csv", option="--resize") == RESIZE_MODES
+    assert choices_of("shards", "make", "csv", option="--resize") == get_args(ResizeMode)
     assert choices_of("export", option="--dtype") == tuple(DTYPES)
     assert all(name in parsers()["eval", "probe"].format_help() for name in IMAGENET_LISTS)
     assert all(name in parsers()[("plan",)].format_help() for name in DEVICES)
@@ -78,6 +78,13 @@ def test_choices_are_those_of_the_code():
         ("eval zero-shot", "error: the following arguments are required: MODEL (see linclip eval"),
         ("runs nowhere", "error: folder (nowhere) does not exist"),
         ("runs .", "error: folder (.) holds no run folder"),
+        (
+            "train embedded --hostfile hosts --ranks 2",
+            "error: --ranks and --hostfile exclude each other: each says where ranks start",
+        ),
+        ("train embedded --node-rank 0", "error: --node-rank needs --hostfile"),
+        ("preflight embedded --include node1", "error: --include needs --hostfile"),
+        ("train", "error: the following arguments are required: CONFIG (see linclip train"),
         ("plan embeded", "error: config (embeded) must be a file, or one of embedded, embedded_"),
         ("plan no/such.yaml", "error: config (no/such.yaml) cannot be read"),
     ],

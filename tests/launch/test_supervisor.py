@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ds_linclip.process.exit_codes import ExitCode
@@ -94,3 +95,21 @@ def test_sigterm_to_the_supervisor_goes_to_the_ranks(tmp_path):
         supervisor.terminate()
         assert supervisor.wait(120) == ExitCode.PREEMPTED
     assert not (tmp_path / "run" / "restarts.jsonl").exists()
+
+
+def test_second_interrupt_ends_everything_at_once(tmp_path):
+    (tmp_path / "launcher").write_text(
+        "trap '' TERM; echo started; while true; do sleep 0.1; done\n"  # a rank that hangs
+    )
+    command = [sys.executable, "-m", "linclip_launch", "train", "--launch"]
+    command += [f"sh {tmp_path}/launcher", EMBEDDED, *OVERRIDES]
+    command += [f"output_dir={tmp_path}", "name=run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout.readline() == "started\n"
+        (launcher,) = psutil.Process(running.pid).children()
+        running.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(1)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 130
+    assert not supervise.is_running(launcher.pid)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from PIL import Image
 
@@ -24,10 +24,9 @@ from ds_linclip.data.transforms import (
     open_image,
 )
 
-__all__ = ["RESIZE_MODES", "PairLoader", "PairSet", "ResizeMode", "csv_pairs", "folder_pairs"]
+__all__ = ["PairLoader", "PairSet", "ResizeMode", "csv_pairs", "folder_pairs"]
 
 ResizeMode = Literal["no", "border", "keep_ratio", "center_crop"]
-RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 _MAX_JPEG_SIDE = 65500  # the limit of libjpeg; the format itself allows 65535

@@ -22,7 +22,6 @@ from linclip_eval.results import markdown_table, percent, wilson_interval
 
 __all__ = ["run"]
 
-_SIZES = (112, 160, 224, 336, 448, 672, 1024)
 _TIMED_SECONDS = 1.0
 _TIMED_BATCH = 8
 

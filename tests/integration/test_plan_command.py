@@ -53,7 +53,7 @@ ERRORS = {
 @pytest.fixture(scope="module")
 def found():
     done = subprocess.run(
-        [sys.executable, "-m", "helpers.dry_run_job"],
+        [sys.executable, "-m", "helpers.plan_job"],
         input=json.dumps(list(RUNS.values())),
         env=job_environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"),
         cwd=REPOSITORY,

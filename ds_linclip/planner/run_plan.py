@@ -1,4 +1,4 @@
-"""The dry run: layout, memory, data, time and disk space of a run, without starting it."""
+"""The plan of a whole run: layout, memory, data, time and disk space, without starting it."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ds_linclip.planner.device_specs import device_spec
 from ds_linclip.planner.memory_model import value_bytes
 from ds_linclip.planner.plan import RankPlan, describe, plan_rank
 
-__all__ = ["DEVICES", "Target", "dry_run"]
+__all__ = ["DEVICES", "Target", "plan_run"]
 
 GIB = 2**30
 #: Memory kept free on a GPU for what the plan does not count: the CUDA context, NCCL's buffers,
@@ -55,7 +55,7 @@ class Target:
     num_samples: int | None = None
 
 
-def dry_run(config: Config, target: Target) -> tuple[str, str | None]:
+def plan_run(config: Config, target: Target) -> tuple[str, str | None]:
     """Plan a run for machines that need not be available.
 
     Returns:
