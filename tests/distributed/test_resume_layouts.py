@@ -12,6 +12,7 @@ from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.parallel.mesh import Mesh
 from helpers import EMBEDDED
 from helpers.forked_ranks import train_in_ranks
+from linclip_kernels.linear_attention.reference import relative_rms
 
 STEPS = 10
 #: Ranks and layout; each but the last resumes from the previous one and takes two steps.
@@ -40,14 +41,14 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision", "tolerance"),
+    ("kind", "precision", "tolerance", "distance"),
     [
-        ("adamw", "fp32", 1e-5),
-        pytest.param("lion", "fp32", 1e-5, marks=pytest.mark.slow),
-        pytest.param("lamb", "bf16", 1e-2, marks=pytest.mark.slow),
+        ("adamw", "fp32", 1e-5, 1e-6),
+        pytest.param("lion", "fp32", 1e-5, 1e-3, marks=pytest.mark.slow),
+        pytest.param("lamb", "bf16", 1e-2, 5e-3, marks=pytest.mark.slow),
     ],
 )
-def test_chain_of_layouts(tmp_path, embedded_overrides, kind, precision, tolerance):
+def test_chain_of_layouts(tmp_path, embedded_overrides, kind, precision, tolerance, distance):
     form = [*embedded_overrides, f"optim.kind={kind}", f"train.precision={precision}"]
     checkpoints = tmp_path / "run" / "checkpoints"
     for leg, (ranks, layout) in enumerate(CHAIN):
@@ -56,10 +57,10 @@ def test_chain_of_layouts(tmp_path, embedded_overrides, kind, precision, toleran
             whole, expected = losses, averages
         assert sorted(losses) == list(range(1, STEPS + 1))
         assert losses == pytest.approx(whole, rel=tolerance), layout
-        for name, average in averages.items():
-            torch.testing.assert_close(
-                average, expected[name], rtol=1e2 * tolerance, atol=1e-1 * tolerance
-            )
+        # Over all weights together: where a gradient is nearly zero, its rounding decides how far a
+        # step of Lion or LAMB goes for that weight, on every processor in another way.
+        both = [(average.flatten(), expected[name].flatten()) for name, average in averages.items()]
+        assert relative_rms(*map(torch.cat, zip(*both, strict=True))) <= distance, layout
         newest = to_open_clip(load_weights(checkpoints / f"step-{STEPS:08d}", Mesh.create()))
         for name, average in averages.items():
             assert newest[name].to(average.dtype).equal(average), (layout, name)
