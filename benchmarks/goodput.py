@@ -107,16 +107,9 @@ def main() -> int:
 
 
 def _supervise(overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "linclip_launch",
-        "train",
-        "--supervise",
-        "--ranks",
-        str(RANKS),
-    ]
-    command += ["--max-restarts", "20", "--backoff-seconds", "1", str(EMBEDDED), *overrides]
+    command = [sys.executable, "-m", "linclip_launch", "train", str(EMBEDDED), *overrides]
+    command += ["--ranks", str(RANKS), "--supervise"]
+    command += ["--max-restarts", "20", "--backoff-seconds", "1"]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.Popen(command, env=environment, cwd=REPOSITORY)
 

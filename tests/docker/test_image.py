@@ -171,14 +171,7 @@ def test_image_trains_with_a_read_only_root_and_saves_when_stopped(engine: Engin
     run = ["podman", "run", "--detach", "--name", "train", *HARDENED, "--shm-size", "2g"]
     run += ["--tmpfs", "/tmp:exec,mode=1777", "--volume", "runs:/runs"]
     run += ["--volume", "caches:/home/linclip", "--env", "DS_ACCELERATOR=cpu", "linclip"]
-    run += [
-        *("linclip", "train", "--supervise"),
-        "--ranks",
-        "2",
-        EMBEDDED,
-        "name=one",
-        *SMALL,
-    ]
+    run += ["linclip", "train", "--supervise", "--ranks", "2", EMBEDDED, "name=one", *SMALL]
     checkpoints = []
     for start in ("first", "resumed"):
         engine(*run)

@@ -236,14 +236,8 @@ def test_bad_places_are_named(checkpoint, tmp_path, capsys):
 
 @pytest.mark.long
 def test_the_command_prints_one_line(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "linclip_launch",
-        "export",
-        tmp_path / "nowhere",
-        tmp_path / "out",
-    ]
+    command = [sys.executable, "-m", "linclip_launch"]
+    command += ["export", tmp_path / "nowhere", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == f"error: run folder ({tmp_path}/nowhere) does not exist\n"
