@@ -44,9 +44,12 @@ def prune(directory: Path, *, keep_last: int, keep_every_steps: int) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what interrupted saves and removals have left."""
-    for path in directory.glob("step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what interrupted saves and removals have left: folders, and files of ``latest``."""
+    for path in directory.glob("*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def set_aside(directory: Path, newer_than: Path) -> None:

@@ -61,6 +61,7 @@ def test_damaged_checkpoint_is_set_aside_for_the_previous_one(run, caplog):
     damaged = folder / "step-00000006" / SHARD
     flip_a_bit(damaged)
     (folder / "step-00000008.tmp").mkdir()  # left by a kill in the middle of a save
+    (folder / ".latest.0a1b.tmp").touch()  # and at its end
 
     with caplog.at_level(logging.WARNING):
         train(run, Mesh.create())
@@ -72,6 +73,7 @@ def test_damaged_checkpoint_is_set_aside_for_the_previous_one(run, caplog):
     assert (folder / "step-00000006.rejected" / damaged.name).exists()
     assert latest_checkpoint(run.run_dir) == folder / "step-00000006"
     assert CheckpointManager(run, Mesh.create(), {}).newest() == folder / "step-00000006"
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_folder_without_a_valid_checkpoint_is_refused(run):
