@@ -27,7 +27,7 @@ _EXTRAS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line that says how to go on."""
+    """A parser whose errors are one line with a hint at ``--help``."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(_USER_ERROR, f"error: {message} (see {self.prog} --help)\n")
