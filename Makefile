@@ -144,6 +144,7 @@ bench-gpu: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "hypothesis and not slow" --hypothesis-profile=thorough
 
 # The image: built, run as containers with two nodes (15 minutes, 30 GB of disk for the time). As
 # root, with podman, runc, netavark, aardvark-dns, iptables and debootstrap; without a GPU.

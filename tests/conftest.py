@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from helpers import REPOSITORY, job_environment
 
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 os.environ["DS_ACCELERATOR"] = "cpu"
 # Scripts find the commands of this environment, as in one that is activated.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+# Property tests: the same examples at every run; make test-slow tries many new ones.
+settings.register_profile(
+    "quick",
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "thorough", settings.get_profile("quick"), derandomize=False, max_examples=3000
+)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")
