@@ -4,7 +4,7 @@ Later sources override earlier ones: defaults, a YAML file (after the files that
 ``key=value`` arguments. Only the typed :class:`Config` is passed on; no other module reads YAML.
 """
 
-from ds_linclip.config.loading import as_image_size, config_as_yaml, load_config, save_config
+from ds_linclip.config.loading import config_as_yaml, load_config, save_config
 from ds_linclip.config.schema import (
     Attention,
     CacheConfig,
@@ -25,6 +25,7 @@ from ds_linclip.config.schema import (
     ZeroConfig,
 )
 from ds_linclip.config.validation import check_batch, check_model, check_ranks
+from ds_linclip.config.values import as_image_size
 
 __all__ = [
     "Attention",

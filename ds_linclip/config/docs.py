@@ -21,9 +21,26 @@ an error that names the nearest known keys, and a value that breaks a rule is an
 the rule. Examples are in [ds_configs/train](../ds_configs/train). This page is generated from
 [schema.py](../ds_linclip/config/schema.py) by `make docs`.
 
+**Values** mean what their key's type says, in a file and on the command line alike; no value's type
+is guessed from its look.
+
+- Text stays as it is written: `name=007`, `name=yes` and `name=1.10` name folders of just these
+  names. On the command line it is everything after the `=`; quotes around the whole of it are left
+  out, as in YAML.
+- An integer is written in decimal digits: `1000`, `1_000` and `01000` are the same; `1e3` and
+  `0x10` are errors. A float is what Python's `float` reads, but finite: `5e-4`, `.5`, `1`.
+- A bool is `true`, `yes`, `on` or `1`, or `false`, `no`, `off` or `0`.
+- Where a key may be null, `null`, `~` and nothing at all mean null, unless they stand in quotes.
+- `[...]` is a list, in YAML's form: `data.train=['/a/{0..9}.tar', '/b/0.tar']`, where an entry with
+  a comma, a brace or a quote stands in quotes.
+- `${key}` is the value of another key, `${oc.env:NAME}` a variable of the environment and
+  `${oc.env:NAME,default}` with a default; `\\${` is a plain `${`.
+
 **Paths** in a YAML file are absolute or relative to that file; on the command line they are
-relative to the working directory. `~` is the home folder. The same holds for the brace patterns of
-`data.train`; URLs stay as they are. `config.yaml` in a run folder holds all paths in absolute form.
+relative to the working directory, as is a path that begins with `${...}`. `~` is the home folder
+and `$NAME` a variable of the environment (`\\$NAME` is plain text). The same holds for `base:` and
+for the brace patterns of `data.train`; URLs stay as they are. `config.yaml` in a run folder holds
+all paths in absolute form.
 """
 
 

@@ -7,18 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+import yaml
 from yaml import YAMLError
 
-from ds_linclip.config.schema import Config, sections
+from ds_linclip.config.interpolation import as_plain_text, resolve
+from ds_linclip.config.paths import resolved_path, saved_path, written_path
+from ds_linclip.config.schema import Config
 from ds_linclip.config.validation import validate
+from ds_linclip.config.values import (
+    build_config,
+    is_null,
+    parse_yaml,
+    read_layer,
+    read_override,
+)
 
-__all__ = ["as_image_size", "config_as_yaml", "load_config", "save_config"]
-
-_NOT_LOCAL = re.compile(r"[A-Za-z][\w.+-]*:(//|:)|pipe:")
+__all__ = ["config_as_yaml", "load_config", "save_config"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -26,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Paths in the result are absolute. A relative path is taken from the folder of the YAML file that
     sets it, or from the working directory if an override or a default sets it; ``~`` is the home
-    folder. URLs and braces stay as they are.
+    folder, and ``$NAME`` a variable of the environment. URLs and braces stay as they are.
 
     Args:
         path: YAML file, or the name of a config of the package, such as ``embedded``. A top-level
@@ -37,53 +43,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: for a missing or malformed file, an unknown key (with the nearest known ones), a
             value of the wrong type, or a value that breaks a rule of :func:`validate`.
     """
-    merged = OmegaConf.structured(Config)
-    layers = _read_with_bases(_find(path)) + [_parse_override(each) for each in overrides]
-    for source, folder, content in layers:
+    merged = asdict(Config())
+    for source, content in _read_with_bases(_find(path)):
         try:
-            plain = _write_out_shorthands(content)
-            _resolve_paths(plain, Config, folder)
-            merged = OmegaConf.merge(merged, plain)
-        except ConfigKeyError as error:
-            raise ValueError(f"{source}: {_unknown_key_message(error.full_key or '')}") from error
-        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list and a mapping
-            raise ValueError(f"{source}: {_reason(error)}") from error
+            _merge(merged, read_layer(content, source.parent))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    for override in overrides:
+        _merge(merged, read_layer(_parse_override(override), Path()))
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
-        _resolve_paths(values, Config, Path())  # defaults, and paths that begin with ${...}
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {_reason(error)}") from error
-    assert isinstance(config, Config)
+        values = resolve(merged)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    config = build_config(values)
     validate(config)
     return config
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write a config as YAML; :func:`load_config` reads back an equal one."""
-    Path(path).write_text(config_as_yaml(config))
+    Path(path).write_text(config_as_yaml(config), encoding="utf-8")
 
 
 def config_as_yaml(config: Config) -> str:
     """Return all values of a config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
-
-
-def as_image_size(name: str, value: object) -> tuple[int, int]:
-    """Return (height, width) for a value from a file: a pair, or one number for a square.
-
-    Raises:
-        ValueError: naming the field ``name``, for anything else.
-    """
-    sides = [value, value] if type(value) is int else value
-    if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int]:
-        raise ValueError(f"{name} ({value}) must be an integer or [height, width], in pixels")
-    return sides[0], sides[1]
+    content = _as_plain(config)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _find(path: str | Path) -> Path:
     """Return the file of a path, or of a config of the package."""
-    name, folder = str(path), files("ds_configs").joinpath("train")
+    name, folder = os.path.expanduser(path), files("ds_configs").joinpath("train")
     if Path(name).is_file() or not re.fullmatch(r"\w+", name):
         return Path(name)
     known = sorted(each.name.removesuffix(".yaml") for each in folder.iterdir())
@@ -94,102 +84,74 @@ def _find(path: str | Path) -> Path:
     return Path(str(folder.joinpath(f"{name}.yaml")))
 
 
-def _read_with_bases(path: Path) -> list[tuple[str, Path, DictConfig]]:
-    """Return name, folder and content of the file and its bases, furthest base first."""
-    chain: list[tuple[str, Path, DictConfig]] = []
+def _read_with_bases(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return path and content of the file and its bases, furthest base first."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
     while True:
-        if any(path.samefile(seen) for seen, _, _ in chain if path.exists()):
+        if any(path.samefile(seen) for seen, _ in chain if path.exists()):
             raise ValueError(f"{path}: base files form a circle")
         try:
-            content = OmegaConf.load(path)
-        except (OSError, UnicodeDecodeError) as error:
+            with path.open("rb") as file:
+                content = parse_yaml(file)
+        except OSError as error:
             raise ValueError(f"config ({path}) cannot be read: {error}") from error
-        except (YAMLError, OmegaConfBaseException) as error:
+        except YAMLError as error:
             raise ValueError(f"config ({path}) is not valid YAML: {error}") from error
-        if not isinstance(content, DictConfig):
+        content = {} if content is None else content
+        if not isinstance(content, dict):
             raise ValueError(f"config ({path}) must hold keys and values")
         base = content.pop("base", None)
-        chain.insert(0, (str(path), path.parent, content))
-        if base is None:
+        chain.insert(0, (path, content))
+        if is_null(base):
             return chain
-        path = path.parent / Path(str(base)).expanduser()
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: base ({base}) must be the path of one file")
+        found = resolve({"base": written_path("base", base, path.parent)})
+        path = Path(resolved_path("base", found["base"]))
 
 
-def _parse_override(override: str) -> tuple[str, Path, DictConfig]:
-    """Return source, folder and content of one ``key=value`` assignment."""
-    if "=" not in override:
+def _parse_override(override: str) -> dict[str, Any]:
+    """Return the nested content of one ``key=value`` assignment."""
+    key, is_assignment, text = override.partition("=")
+    if not is_assignment:
         raise ValueError(f"override ({override}) must have the form key=value")
+    if "[" in key:
+        raise ValueError(f"override ({override}) must set the whole list, as in data.train=[...]")
+    keys = key.split(".")
     try:
-        return "command line", Path(), OmegaConf.from_dotlist([override])
-    except (YAMLError, OmegaConfBaseException) as error:
+        value = read_override(keys, text)
+    except YAMLError as error:
         raise ValueError(
             f"override ({override}) must have a YAML value; quote a pattern within a list: "
             "data.train=['{00..99}.tar']"
         ) from error
+    for part in reversed(keys):
+        value = {part: value}
+    return dict(value)
 
 
-def _write_out_shorthands(content: DictConfig) -> dict[str, Any]:
-    """Return plain containers, with numbers for squares and patterns for sources written out."""
-    whole: Any = OmegaConf.to_container(content)
-    vision, data = _section(_section(whole, "model"), "vision"), _section(whole, "data")
-    if "train" in data:
-        given = [data["train"]] if isinstance(data["train"], str) else data["train"]
-        if not isinstance(given, list):
-            raise ValueError(f"data.train ({given}) must be a pattern or a list of sources")
-        data["train"] = [{"shards": each} if isinstance(each, str) else each for each in given]
-    stages = data.get("resolutions", [])
-    if not isinstance(stages, list):
-        raise ValueError(f"data.resolutions ({stages}) must be a list")
-    sized = {f"data.resolutions[{index}]": stage for index, stage in enumerate(stages)}
-    for name, section in {"model.vision": vision, **sized}.items():
-        if isinstance(section, dict) and "image_size" in section:
-            section["image_size"] = as_image_size(f"{name}.image_size", section["image_size"])
-    return dict(whole)
+def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Change ``under`` in place: mappings are merged, everything else is replaced."""
+    for key, value in over.items():
+        below = under.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            _merge(below, value)
+        else:
+            under[key] = value
 
 
-def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = content.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _resolve_paths(content: Any, node: Any, folder: Path) -> None:
-    """Make relative paths absolute, in place, from ``folder``. ``content`` holds values of the
-    dataclass ``node``, or anything that the merge will refuse."""
-    if not isinstance(content, dict):
-        return
-    hints = get_type_hints(node)
-    for field in fields(node):
-        value, hint = content.get(field.name), hints[field.name]
-        if isinstance(value, str) and "path" in field.metadata:
-            if value not in field.metadata.get("names", ()):
-                content[field.name] = _absolute(value, folder)
-        elif is_dataclass(hint):
-            _resolve_paths(value, hint, folder)
-        elif isinstance(value, list) and get_origin(hint) is list:
-            for each in value:
-                _resolve_paths(each, get_args(hint)[0], folder)
-
-
-def _absolute(path: str, folder: Path) -> str:
-    path = os.path.expanduser(path)
-    start = path.lstrip("{")  # of the first alternative, as in {/data/a,/data/b}/0.tar
-    if not path or os.path.isabs(start) or path.startswith("${") or _NOT_LOCAL.match(start):
-        return path
-    return os.path.abspath(folder / path)
-
-
-def _reason(error: Exception) -> str:
-    return f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}"
-
-
-def _unknown_key_message(key: str) -> str:
-    known = [
-        f"{path}.{each.name}".lstrip(".") for path, node in sections() for each in fields(node)
-    ]
-    # OmegaConf gives no path for a key within a list: compare the last parts too.
-    leaves = {name: name.rpartition(".")[2] for name in known}
-    alike = difflib.get_close_matches(key.rpartition(".")[2], set(leaves.values()), cutoff=0.8)
-    near = difflib.get_close_matches(key, known, cutoff=0.5)
-    near += [name for name in known if leaves[name] in alike and name not in near]
-    hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
-    return f"unknown key ({key}){hint}"
+def _as_plain(value: Any) -> Any:
+    """Return mappings, lists and texts that are read back as the value of a config."""
+    if isinstance(value, str):
+        return as_plain_text(value)
+    if isinstance(value, list | tuple):
+        return [_as_plain(each) for each in value]
+    if not is_dataclass(value):
+        return value
+    content = {field: getattr(value, field.name) for field in fields(value)}
+    return {
+        field.name: saved_path(each)
+        if "path" in field.metadata and isinstance(each, str)
+        else _as_plain(each)
+        for field, each in content.items()
+    }

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-#: Marks a field that holds a path; ``loading`` makes it absolute. Its ``names`` are no paths.
+#: Marks a field that holds a path, which is made absolute. Its ``names`` are no paths.
 _PATH = {"path": True}
 _CLASS_LISTS = (
     *("imagenet-22k", "imagenet-21k-goog", "imagenet-21k-miil", "imagenet-21k-miil-w21"),

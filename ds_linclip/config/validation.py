@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from ds_linclip.config.schema import Config, ModelConfig, NetworkConfig, ParallelConfig, Source
@@ -71,7 +70,16 @@ _RULES: list[_Rule] = [
     ),
     (lambda port: 0 < port < 2**16, "be in 1..65535", ["log.prometheus_port"]),
     (lambda name: name != "", "be the name of a project, or null", ["log.wandb", "log.trackio"]),
-    (lambda name: name and Path(name).name == name, "be a plain folder name", ["name"]),
+    (
+        lambda name: name.isprintable() and name not in ("", ".", "..") and "/" not in name,
+        "be a plain folder name, of printable characters",
+        ["name"],
+    ),
+    (
+        lambda name: len(name.encode()) <= 255,
+        "be at most 255 bytes long, as file systems require",
+        ["name"],
+    ),
 ]
 _SOURCE_RULES: list[_Rule] = [
     (lambda shards: shards != "", "name shards", ["shards"]),
