@@ -11,6 +11,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ds_linclip.checkpoint.finite_weights import check_finite
 from ds_linclip.checkpoint.loading import latest_checkpoint, load_weights
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST
 from ds_linclip.data import EvalTransform
@@ -113,14 +115,14 @@ def load_model(
             the size that the model was trained on.
 
     Raises:
-        ValueError: on all ranks, when there is no such model, it cannot be read, or the image size
-            does not fit.
+        ValueError: on all ranks, when there is no such model, it cannot be read, a weight is not
+            finite, or the image size does not fit.
     """
     mesh = mesh or Mesh.create()
     if mesh.tp.size * mesh.pp.size * mesh.cp.size > 1:
         raise ValueError("parallel (tp, pp, cp) must be 1: inference takes whole models")
     # One rank resolves the name: an unfinished run may save a newer checkpoint in between.
-    name = mesh.from_rank_zero(partial(_resolve, str(source)))
+    name = mesh.from_rank_zero(partial(_resolve, os.path.expanduser(source)))
     load = partial(_load, name, mesh, PRECISIONS[precision], image_size)
     return mesh.agree(load, errors=(ValueError, OSError))
 
@@ -145,6 +147,12 @@ class _Parts(NamedTuple):
 def _load(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None) -> LoadedModel:
     parts = _load_parts(name, mesh, side)
     module = parts.module.to(mesh.device, dtype).eval().requires_grad_(False)
+    weights = module.state_dict().items()
+    try:
+        # After the cast, which makes what exceeds fp16 infinite; not Megatron's extra state.
+        check_finite((key, value) for key, value in weights if isinstance(value, Tensor))
+    except ValueError as error:
+        raise ValueError(f"model ({name}) in {dtype}: {error}") from error
     _, height, width = parts.preprocess.input_size
     return LoadedModel(
         name=name,

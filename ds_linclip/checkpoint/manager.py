@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_linclip.checkpoint.directory import checkpoint_path, committed, remove_leftovers, set_aside
+from ds_linclip.checkpoint.finite_weights import check_finite
 from ds_linclip.checkpoint.loading import check_files
 from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, read_manifest
 from ds_linclip.checkpoint.writer import CheckpointWriter
@@ -187,7 +188,7 @@ class CheckpointManager:
         try:
             reader = CheckpointReader(path, mesh.from_rank_zero(lambda: read_manifest(path)))
             share = sorted(reader.manifest["files"])[mesh.rank :: mesh.world_size]
-            mesh.agree(lambda: check_files(reader, share, show_progress=mesh.rank == 0))
+            mesh.agree(partial(_check_share, reader, share, show_progress=mesh.rank == 0))
         except ValueError as error:
             return str(error)
         return None
@@ -201,6 +202,20 @@ class CheckpointManager:
         ]
         if differences:
             raise ValueError(f"to resume from {path}, {', '.join(differences)}")
+
+
+def _check_share(reader: CheckpointReader, names: Sequence[str], *, show_progress: bool) -> None:
+    """Check that files are as the manifest says, and that weights and optimizer state are finite.
+
+    Raises:
+        ValueError: naming the file or the tensors that are not.
+    """
+    check_files(reader, names, show_progress=show_progress)
+    try:
+        weights = [name for name in names if name in reader.file_names]
+        check_finite(pair for name in weights for pair in reader.tensors(name))
+    except ValueError as error:
+        raise ValueError(f"checkpoint ({reader.path}): {error}") from error
 
 
 def _flatten(tree: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ manifest says where in the parameters they belong, so that any layout finds what
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -167,6 +167,12 @@ class CheckpointReader:
     def file_names(self) -> list[str]:
         """The names of the files that hold the parameters."""
         return sorted({piece.file for pieces in self._pieces.values() for piece in pieces})
+
+    def tensors(self, file_name: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield what one of :attr:`file_names` holds, as ``kind/parameter`` and its piece."""
+        file = self._file(file_name)
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            yield key, file.get_tensor(key)
 
     def read(
         self, name: str, kind: str, *, tp_rank: int, tp_size: int, start: int, numel: int

@@ -159,7 +159,8 @@ def _value(value: Any, hint: Any, name: str, folder: Path | None) -> Any:
     kind, parts = get_origin(hint), get_args(hint)
     is_container = is_dataclass(hint) or kind in (list, tuple)
     if isinstance(value, str) and folder is not None:
-        if value.startswith("${") or ("${" in value and not is_container):
+        is_reference = value.startswith("${") if is_container else "${" in value
+        if is_reference:
             return str(value)
     if NoneType in parts:
         if value is None or (folder is not None and is_null(value)):

@@ -96,6 +96,8 @@ def export_checkpoint(
             )
         except SafetensorError as error:
             raise ValueError(f"checkpoint ({checkpoint}) cannot be read: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"checkpoint ({checkpoint}): {error}") from error
         card = model_card(
             os.path.basename(os.path.abspath(output)),
             config,

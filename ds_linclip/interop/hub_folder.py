@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from ds_linclip.checkpoint.finite_weights import FiniteCheck
 from ds_linclip.checkpoint.sharded_safetensors import TensorSpec, write_tensors
 from ds_linclip.config import ModelConfig, TextTower, VisionTower, as_image_size
 from ds_linclip.process.atomic import atomic_directory, sync, write_atomically
@@ -87,7 +88,7 @@ def write_hub_folder(
         The number of weights.
 
     Raises:
-        ValueError: when a weight exceeds the range of its dtype.
+        ValueError: when a weight is not finite, or exceeds the range of its dtype.
         OSError: when a file cannot be written.
     """
     content = open_clip_config(config, with_bias="logit_bias" in shapes)
@@ -100,14 +101,18 @@ def write_hub_folder(
     layout = {key: specs[key] for key in order}
     size = sum(spec.num_bytes for spec in layout.values())
     style = {"desc": "weights", "unit": "B", "unit_scale": True, "delay": 2, "leave": False}
+    check = FiniteCheck()
     with progress(total=size, **style) as bar:
 
         def converted() -> Iterator[Tensor]:
             for key, spec in layout.items():
-                yield _convert(key, read(key), spec)
+                tensor = read(key)
+                check.see(key, tensor)
+                yield _convert(key, tensor, spec)
                 bar.update(spec.num_bytes)
 
         write_tensors(folder / WEIGHTS_FILE, layout, converted())
+    check.conclude()
     return sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -181,7 +186,7 @@ def _convert(key: str, value: Tensor, facts: TensorSpec) -> Tensor:
     largest = torch.finfo(facts.dtype).max
     if torch.finfo(value.dtype).max > largest and value.numel():
         low, high = value.aminmax()
-        if max(-low.item(), high.item()) > largest:
+        if largest < max(-low.item(), high.item()) < math.inf:
             raise ValueError(
                 f"{key} holds values beyond {facts.dtype} ({largest:.4g}): take another --dtype"
             )

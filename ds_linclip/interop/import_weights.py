@@ -8,8 +8,9 @@ import argparse
 import difflib
 import json
 import logging
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,33 @@ _REFUSED = (
     "is a pickle, which can run code when it is opened: open it with open_clip in a sandbox, and "
     "write model.state_dict() with safetensors.torch.save_file"
 )
+_HUGGING_FACE = (
+    "CLIP in the names of Hugging Face's transformers: open the same model with open_clip, from a "
+    "repository with open_clip_model.safetensors or by one of open_clip.list_pretrained(), and "
+    "write model.state_dict() with safetensors.torch.save_file"
+)
 _DTYPES_READ = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Names of modules around a model or a part of it: of torch's parallel, compiled and checkpointed
+#: modules, anywhere in a key; of trainers, at its beginning.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_TRAINERS = re.compile(r"^(?:(?:model|net|state_dict|clip)\.)+")
+#: Beginnings of keys -> what state dicts with them are, and what to do; the first that fits.
+_OTHERS = {
+    "weight/": "a file of one of ds_linclip's checkpoints: use linclip export",
+    "vision_model.head.": "SigLIP, in Hugging Face's names, whose towers are of another kind",
+    "vision_model.": _HUGGING_FACE,
+    "text_model.": _HUGGING_FACE,
+    "visual.trunk.": "an open_clip model with a timm image tower, such as SigLIP, not a plain one",
+    "visual.blocks.": "EVA-CLIP, whose image tower is of another kind",
+    "visual.layer1.": "CLIP with a ResNet as its image tower, not a transformer",
+    "transformer.e": "an open_clip model with a text tower of Hugging Face, not a plain one",
+    "text_decoder.": "CoCa, which has a third tower",
+    "patch_embed.": "an image tower of timm (ViT) without a text tower",
+    "blocks.": "an image tower of timm (ViT) without a text tower",
+    "base_model.": "a model with adapters (peft): merge them into the weights first",
+}
 #: Entries of old state dicts, such as OpenAI's, that are settings and a constant mask, not weights.
 _NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
@@ -89,13 +116,16 @@ def import_weights(
         try:
             check_shapes(found, shapes)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}{_looks_like(found)}: {error}") from error
         dtypes = {key: _dtype(path, key, part.get_dtype()) for key, part in slices.items()}
-        return write_hub_folder(
-            *(folder, model, shapes),
-            dtype=lambda key: DTYPES[dtype] if dtype else dtypes[key],
-            read=lambda key: file.get_tensor(stored[key]),
-        )
+        try:
+            return write_hub_folder(
+                *(folder, model, shapes),
+                dtype=lambda key: DTYPES[dtype] if dtype else dtypes[key],
+                read=lambda key: file.get_tensor(stored[key]),
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _open_source(
@@ -106,8 +136,13 @@ def _open_source(
         if config is not None or architecture is not None:
             raise ValueError(f"{source} is a folder: --config and --model are for files")
         path = source / WEIGHTS_FILE
-        pickles = [p.name for p in sorted(source.iterdir()) if p.suffix in _PICKLES]
-        if not path.exists() and pickles:
+        names = [] if path.exists() else sorted(p.name for p in source.iterdir())
+        if others := [name for name in names if name.endswith(".safetensors")]:
+            raise ValueError(
+                f"{source} has no {WEIGHTS_FILE}, only {others[0]}: give that file, with --config "
+                "or --model"
+            )
+        if pickles := [name for name in names if name.endswith(_PICKLES)]:
             raise ValueError(f"{source} has no {WEIGHTS_FILE}, and {pickles[0]} {_REFUSED}")
         _refuse_pickle(path)
         _note_preprocessing(source / CONFIG_FILE)
@@ -172,13 +207,25 @@ def _stored_keys(path: Path, names: Iterable[str]) -> dict[str, str]:
     prefixes."""
     stored: dict[str, str] = {}
     for name in names:
-        key = name.removeprefix("module.").removeprefix("text.")
+        key = _TRAINERS.sub("", _WRAPPERS.sub("", name)).removeprefix("text.")
         if key in _NOT_WEIGHTS:
             continue
         if key in stored:
             raise ValueError(f"{path} holds {key} twice, as {stored[key]} and {name}")
         stored[key] = name
     return stored
+
+
+def _looks_like(keys: Collection[str]) -> str:
+    """Return what a state dict is that is not a whole plain CLIP of open_clip, if that shows."""
+    for beginning, kind in _OTHERS.items():
+        if any(key.startswith(beginning) for key in keys):
+            return f" looks like {kind}"
+    has_image = any(key.startswith("visual.") for key in keys)
+    has_text = any(key.startswith(("token_embedding.", "transformer.")) for key in keys)
+    if has_image != has_text:
+        return f" looks like the {'image' if has_image else 'text'} tower only"
+    return ""
 
 
 def _dtype(path: Path, key: str, stored: str) -> torch.dtype:

@@ -68,21 +68,32 @@ def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequ
     """Check that a state dict has the keys and shapes that :func:`open_clip_shapes` gives.
 
     Raises:
-        ValueError: naming the missing, unexpected and mis-shaped keys.
+        ValueError: naming the unexpected, missing and mis-shaped keys, the first of each kind.
     """
-    problems = [f"misses {key}" for key in expected if key not in found]
-    problems += [f"has unexpected {key}" for key in found if key not in expected]
-    problems += [
-        f"has {key} of shape {tuple(found[key])}, not {tuple(shape)}"
+    shapes = [
+        f"{key} of shape {tuple(found[key])}, not {tuple(shape)}"
         for key, shape in expected.items()
         if key in found and tuple(found[key]) != tuple(shape)
     ]
-    if problems:
-        rest = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(
-            f"open_clip state dict ({len(found)} tensors) must fit the model: it "
-            f"{', '.join(problems[:6])}{rest}"
+    problems = [
+        f"it {verb} {_first(keys)}"
+        for verb, keys in (
+            ("has unexpected", [key for key in found if key not in expected]),
+            ("misses", [key for key in expected if key not in found]),
+            ("has", shapes),
         )
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"open_clip state dict ({len(found)} tensors) must fit the model: {'; '.join(problems)}"
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return the first three names, cut where they are very long, and the number of others."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"{name:.120}" for name in names[:3]) + rest
 
 
 def _heads(name: str, config: ModelConfig) -> int:

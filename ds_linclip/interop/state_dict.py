@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ds_linclip.checkpoint.finite_weights import check_finite
 from ds_linclip.interop.hub_folder import (
     WEIGHTS_FILE,
     new_folder,
@@ -54,13 +55,15 @@ def from_open_clip(
             have all of them.
 
     Raises:
-        ValueError: naming the missing, unexpected and mis-shaped keys; nothing is copied then.
+        ValueError: naming the missing, unexpected and mis-shaped keys, or those of weights that are
+            not finite; nothing is copied then.
     """
     named = [entry for entry in named_keys(model) if only is None or entry[1] in only]
     shapes = open_clip_shapes(model.config, with_bias=True)
     expected = {key: shapes[key] for _, key, _ in named}
     given = (key for key in state_dict if only is None or key in expected)
     check_shapes({key: tuple(state_dict[key].shape) for key in given}, expected)
+    check_finite((key, state_dict[key]) for key in expected)
     with torch.no_grad():
         for name, key, parameter in named:
             full = from_open_clip_layout(name, state_dict[key], model.config)

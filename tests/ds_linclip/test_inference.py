@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
 from ds_linclip.inference import load_model
@@ -98,6 +99,34 @@ def test_fingerprint_identifies_a_model(ours, mesh, tmp_path):
         model.logit_scale.add_(1e-3)
     export_folder(model, tmp_path / "other")
     assert load_model(tmp_path / "other", mesh).fingerprint != first
+
+
+@pytest.mark.parametrize("kind", ["linear", "softmax", "avg"])
+def test_weights_that_are_not_finite_are_refused(ours, mesh, kind):
+    """In this project's models and in those that open_clip loads, and after a cast."""
+    _, folder = ours
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    if kind != "linear":
+        for tower in ("vision_cfg", "text_cfg"):
+            del config["model_cfg"][tower]["attention"]
+    if kind == "avg":
+        config["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    file = folder / "open_clip_model.safetensors"
+    weights = load_file(file)
+    weights["ln_final.bias"][:2] = 1e6
+    save_file(weights, file)
+    load_model(folder, mesh, precision="bf16")
+    with pytest.raises(
+        ValueError, match=rf"\({folder}\) in torch\.float16: .*ln_final\.bias \(2 of"
+    ):
+        load_model(folder, mesh, precision="fp16")
+    weights["ln_final.bias"][:2] = math.nan
+    save_file(weights, file)
+    with pytest.raises(
+        ValueError, match=r"must be finite, but 1 of .*ln_final\.bias \(2 of 32 val"
+    ):
+        load_model(folder, mesh)
 
 
 def test_folder_that_only_open_clip_can_run(mesh, tmp_path):

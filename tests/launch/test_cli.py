@@ -14,17 +14,19 @@ from ds_linclip.inference import PRECISIONS
 from ds_linclip.interop.hub_folder import DTYPES
 from ds_linclip.planner.run_plan import DEVICES
 from helpers import EMBEDDED
+from linclip_eval.commands.inputs import parse_sources
 from linclip_eval.runtime.measure import Limits
 from linclip_eval.runtime.subjects import SUBJECTS
 from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS, NamePolicy
 from linclip_launch.arguments import COMMANDS
-from linclip_launch.cli import main, parsers
+from linclip_launch.cli import main, parse, parsers
 
 #: Prints the modules that all helps together have imported.
 HELPS = """
 import contextlib, io, sys
 from linclip_launch.arguments import COMMANDS
-from linclip_launch.cli import main, parsers
+from linclip_eval.commands.inputs import parse_sources
+from linclip_launch.cli import main, parse, parsers
 for name in parsers():
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
@@ -100,6 +102,30 @@ def test_mistake_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     assert error.startswith(message)
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("base: $HOME/base.yaml\nname: '007'\n")
+    (tmp_path / "base.yaml").write_text("{}")
+    for words, message in (
+        (["runs", "~"], f"folder ({tmp_path}) holds no run folder"),
+        (["export", "~/a", "out"], f"run folder ({tmp_path}/a) does not exist"),
+        (["import", "in", "out", "--config=~/a.json"], "in"),
+        (["plan", "~/run.yaml"], "train.steps (0) must be greater than 0"),
+        (["runs", "~no-such-user"], "argument FOLDER: (~no-such-user) must be a path, or begin"),
+        (["export", "", "out"], "argument RUN_OR_CHECKPOINT: () must be a path"),
+    ):
+        try:
+            code = main(words)
+        except SystemExit as end:
+            code = end.code
+        assert code == 2
+        assert message in capsys.readouterr().err
+    options, _ = parse(["eval", "probe", "~/m", "--train=~/a", "--test=~/b", "--out=~/c"])
+    assert (options.model, options.train) == (f"{tmp_path}/m", f"{tmp_path}/a")
+    assert (options.test, options.out) == (f"{tmp_path}/b", tmp_path / "c")
+    assert parse_sources(["a=~/b", "c"], "MODEL") == {"a": f"{tmp_path}/b", "c": "c"}
 
 
 def test_missing_package_names_the_extra(monkeypatch, capsys):

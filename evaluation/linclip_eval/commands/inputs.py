@@ -1,6 +1,7 @@
 """What several evaluations open: models, data and tasks, from the arguments of a command."""
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -36,7 +37,7 @@ def parse_sources(arguments: Sequence[str], name: str) -> dict[str, str]:
             label, source = Path(argument).name, argument
         if label in sources:
             raise ValueError(f"{name} ({' '.join(arguments)}) must have different labels")
-        sources[label] = source
+        sources[label] = os.path.expanduser(source)
     return sources
 
 

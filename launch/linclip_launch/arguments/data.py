@@ -2,15 +2,14 @@
 
 import argparse
 import os
-from pathlib import Path
 
-from linclip_launch.arguments.command import Command, add_out
+from linclip_launch.arguments.command import Command, add_out, path, path_text
 
 __all__ = ["DATA_COMMANDS"]
 
 
 def _generated(parser: argparse.ArgumentParser, size: int) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to write")
     parser.add_argument(
         "--image-size", type=int, default=size, metavar="N", help=f"side in pixels; default: {size}"
     )
@@ -40,13 +39,13 @@ def _scenes(parser: argparse.ArgumentParser) -> None:
 
 
 def _folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder, searched recursively")
+    parser.add_argument("source", type=path, metavar="SOURCE", help="folder, searched recursively")
     _pairs(parser)
     parser.set_defaults(kind="folder")
 
 
 def _csv(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="table with a header line")
+    parser.add_argument("source", type=path, metavar="SOURCE", help="table with a header line")
     _pairs(parser)
     parser.add_argument(
         "--image-column", default="filepath", metavar="NAME", help="default: filepath"
@@ -62,7 +61,7 @@ def _csv(parser: argparse.ArgumentParser) -> None:
 
 
 def _pairs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to write")
     parser.add_argument(
         "--samples-per-shard",
         type=int,
@@ -114,7 +113,9 @@ def _shards_inspect(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="decode images instead of reading only their headers; default: yes",
     )
-    parser.add_argument("--cache-dir", metavar="DIR", help="folder for copies of remote shards")
+    parser.add_argument(
+        "--cache-dir", type=path_text, metavar="DIR", help="folder for copies of remote shards"
+    )
     parser.add_argument(
         "--write-sizes",
         action="store_true",
@@ -123,8 +124,8 @@ def _shards_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("output", type=Path, metavar="FOLDER", help="must not exist, or be empty")
+    parser.add_argument("source", type=path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("output", type=path, metavar="FOLDER", help="must not exist, or be empty")
     parser.add_argument(
         "--step", type=int, metavar="N", help="step of the checkpoint; default: the newest"
     )
@@ -142,15 +143,15 @@ def _export(parser: argparse.ArgumentParser) -> None:
 def _import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        type=Path,
+        type=path,
         metavar="SOURCE",
         help="a folder with open_clip_config.json and open_clip_model.safetensors, or a "
         ".safetensors file",
     )
-    parser.add_argument("output", type=Path, metavar="FOLDER", help="must not exist, or be empty")
+    parser.add_argument("output", type=path, metavar="FOLDER", help="must not exist, or be empty")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--config", type=Path, metavar="FILE", help="for a file: its open_clip_config.json"
+        "--config", type=path, metavar="FILE", help="for a file: its open_clip_config.json"
     )
     which.add_argument(
         "--model",

@@ -1,9 +1,8 @@
 """Commands that score and measure models."""
 
 import argparse
-from pathlib import Path
 
-from linclip_launch.arguments.command import Command, add_out
+from linclip_launch.arguments.command import Command, add_out, path, path_text
 
 __all__ = ["EVALUATION_COMMANDS"]
 
@@ -11,6 +10,7 @@ __all__ = ["EVALUATION_COMMANDS"]
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
+        type=path_text,
         metavar="MODEL",
         help="run folder, checkpoint, exported folder, folder of open_clip, or open_clip's "
         "NAME[:TAG]; a NAME alone has random weights",
@@ -63,6 +63,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
 def _classes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
+        type=path_text,
         metavar="LIST",
         help="imagenet-1k, imagenet-12k, imagenet-21k-miil, imagenet-21k-miil-w21, "
         "imagenet-21k-goog, imagenet-22k, or a file with one synset per line; default: the data "
@@ -79,6 +80,7 @@ def _task(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--templates",
+        type=path_text,
         metavar="LIST",
         help="one (a photo of a {}.), simple (open_clip's 7), openai (its 80), or a file with one "
         "template per line; default: one",
@@ -90,19 +92,22 @@ def _zero_shot(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument(
         "--data",
+        type=path_text,
         metavar="FOLDER",
         help="images: tars named by synsets, folders named by synsets, or webdataset shards; "
         "default: eval.data of the run, with its classes, names and templates",
     )
     _task(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: a folder in the run folder"
+        "--out", type=path, metavar="FOLDER", help="default: a folder in the run folder"
     )
 
 
 def _retrieval(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="images with captions")
+    parser.add_argument(
+        "--data", type=path_text, required=True, metavar="FOLDER", help="images with captions"
+    )
     _data(parser)
     add_out(parser)
 
@@ -110,10 +115,14 @@ def _retrieval(parser: argparse.ArgumentParser) -> None:
 def _probe(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument(
-        "--train", required=True, metavar="FOLDER", help="labelled images to fit to"
+        "--train", type=path_text, required=True, metavar="FOLDER", help="labelled images to fit to"
     )
     parser.add_argument(
-        "--test", required=True, metavar="FOLDER", help="images of the same classes to score on"
+        "--test",
+        type=path_text,
+        required=True,
+        metavar="FOLDER",
+        help="images of the same classes to score on",
     )
     _classes(parser)
     parser.add_argument(
@@ -164,7 +173,7 @@ def _resolution(parser: argparse.ArgumentParser) -> None:
 
 def _runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: docs/results/runtime/<device>"
+        "--out", type=path, metavar="FOLDER", help="default: docs/results/runtime/<device>"
     )
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument(
@@ -222,7 +231,7 @@ def _scaling_laws(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=path,
         metavar="RUN_FOLDER",
         help="a run folder, or a folder that holds only run folders",
     )
@@ -250,7 +259,11 @@ def _diagnostics(parser: argparse.ArgumentParser) -> None:
         "LABEL=MODEL",
     )
     parser.add_argument(
-        "--data", required=True, metavar="FOLDER", help="folder in clip_benchmark's layout"
+        "--data",
+        type=path_text,
+        required=True,
+        metavar="FOLDER",
+        help="folder in clip_benchmark's layout",
     )
     add_out(parser)
     parser.add_argument(
@@ -272,7 +285,7 @@ def _diagnostics(parser: argparse.ArgumentParser) -> None:
 
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="FOLDER", help="results of other commands"
+        "folders", type=path, nargs="+", metavar="FOLDER", help="results of other commands"
     )
     parser.add_argument("--title", default="Evaluation", help="default: Evaluation")
     add_out(parser)

@@ -1,9 +1,8 @@
 """Commands that start, plan, check and list runs, and those about this machine."""
 
 import argparse
-from pathlib import Path
 
-from linclip_launch.arguments.command import Command
+from linclip_launch.arguments.command import Command, path
 
 __all__ = ["MACHINE_COMMANDS", "TRAINING_COMMANDS"]
 
@@ -34,7 +33,7 @@ def _ranks(parser: argparse.ArgumentParser) -> None:
 
 
 def _hosts(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="lines of 'host slots=N'")
+    parser.add_argument("--hostfile", type=path, metavar="FILE", help="lines of 'host slots=N'")
     parser.add_argument(
         "--include", default="", metavar="HOSTS", help="hosts and slots to use: node1@node2:0,1"
     )
@@ -144,7 +143,7 @@ def _preflight(parser: argparse.ArgumentParser) -> None:
     _ranks(parser)
     _hosts(parser)
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="file for the table with all its numbers"
+        "--json", type=path, metavar="FILE", help="file for the table with all its numbers"
     )
     parser.add_argument(
         "--timeout",
@@ -173,7 +172,7 @@ def _runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folders",
         nargs="*",
-        type=Path,
+        type=path,
         metavar="FOLDER",
         help="run folders, or folders of them; default: runs",
     )

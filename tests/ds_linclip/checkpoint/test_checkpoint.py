@@ -2,15 +2,25 @@
 
 import json
 import logging
+import math
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ds_linclip.checkpoint.loading import latest_checkpoint, load_weights
 from ds_linclip.checkpoint.manager import CheckpointManager
+from ds_linclip.checkpoint.sharded_safetensors import (
+    StoredPiece,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)
 from ds_linclip.config import Config, load_config
+from ds_linclip.inference import load_model
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
 from ds_linclip.trainer import train
@@ -119,6 +129,32 @@ def test_failure_ends_the_run_before_the_commit_and_is_logged_after_it(
         train(run, Mesh.create())
         assert f"{newest} is saved, but what follows a save failed" in caplog.text
         assert latest_checkpoint(run.run_dir) == newest
+
+
+def test_checkpoint_with_weights_that_are_not_finite_is_set_aside(run, caplog):
+    folder = run.run_dir / "checkpoints"
+    newest = folder / "step-00000006"
+    weights = load_file(newest / SHARD)
+    weights["weight/visual.proj"][3] = math.nan
+    weights["exp_avg/visual.proj"][:2] = -math.inf
+    save_file(weights, newest / SHARD)
+    manifest = read_manifest(newest)
+    size, sha256 = (newest / SHARD).stat().st_size, sha256_of(newest / SHARD)
+    manifest["files"][SHARD] = {"size": size, "sha256": sha256}
+    pieces = [StoredPiece(**piece) for piece in manifest.pop("pieces")]
+    write_manifest(newest, manifest, pieces)
+    message = rf"checkpoint \({newest}\): weights must be finite, but 2 of \d+ tensors .*"
+    message += r"exp_avg/visual\.proj \(2 of 4096 values\)"
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors.*visual\.proj \(1 of 4096 values\)"):
+        load_model(newest)
+    train(run, Mesh.create())
+    assert [each for each in caplog.messages if re.search(message, each)]
+    assert sorted(p.name for p in folder.glob("step-*.rejected")) == ["step-00000006.rejected"]
+    shutil.rmtree(folder / "step-00000004")
+    shutil.rmtree(folder / "step-00000006")
+    (folder / "step-00000006.rejected").rename(newest)
+    with pytest.raises(AgreedError, match=r"holds no valid checkpoint \(checkpoint .*" + "finite"):
+        train(run, Mesh.create())
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, 4), (4, None)])

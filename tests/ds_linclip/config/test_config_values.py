@@ -211,6 +211,7 @@ def test_every_path_follows_one_rule(folder, monkeypatch, key):
         ("$BUCKET/x", "s3://bucket/x", None),
         ("s3://$BUCKET/~", "s3://$BUCKET/~", None),
         ("../x", f"{folder.parent}/x", f"{os.path.dirname(os.getcwd())}/x"),
+        ("x/${train.steps}", f"{folder}/x/1", f"{os.getcwd()}/x/1"),
         ("a~b/$", f"{folder}/a~b/$", f"{os.getcwd()}/a~b/$"),
         (r"\$SCRATCH", f"{folder}/$SCRATCH", f"{os.getcwd()}/$SCRATCH"),
         (r"\${x}", f"{folder}/${{x}}", f"{os.getcwd()}/${{x}}"),

@@ -1,6 +1,7 @@
 """The content of an export, what is refused, and the memory it takes."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -258,6 +259,25 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(checkpoint, tmp_path, c
     assert sorted(tmp_path.iterdir()) == there
 
 
+def test_weights_that_are_not_finite_are_named(config_of, mesh, tmp_path, capsys):
+    config = config_of("optim.ema_decay=0.5")
+    model = CLIP(config.model, mesh)
+    weights, averages = random_weights(model), random_weights(model)
+    weights["visual.proj"][3, 4] = math.nan
+    weights["text.ln_final.bias"][:2] = -math.inf
+    split = split_dims(model)
+    checkpoint = write_checkpoint(config, {"weight": weights, "ema": averages}, split, tp=2)
+    assert main(["export", str(checkpoint), str(tmp_path / "ema")]) == 0
+    for dtype in ("fp32", "fp16"):
+        command = ["export", str(checkpoint), str(tmp_path / "out"), "--weights=raw"]
+        assert main([*command, f"--dtype={dtype}"]) == 2
+        err = capsys.readouterr().err
+        assert f"checkpoint ({checkpoint}): weights must be finite, but 2 of " in err
+        assert "visual.proj (1 of 1536 values)" in err
+        assert "ln_final.bias (2 of 32 values)" in err
+        assert not (tmp_path / "out").exists()
+
+
 def test_checkpoint_of_another_model_is_refused(config_of, mesh, tmp_path):
     """The config and the parameters are checked against each other, not only their bytes."""
     config = config_of()
@@ -266,7 +286,7 @@ def test_checkpoint_of_another_model_is_refused(config_of, mesh, tmp_path):
     del weights["visual.proj"]
     weights["text.proj"] = weights["text.proj"][:, :5]
     write_checkpoint(config, {"weight": weights}, split)
-    message = r"misses visual\.proj, has text_projection of shape \(32, 5\), not \(32, 24\)"
+    message = r"misses visual\.proj; it has text_projection of shape \(32, 5\), not \(32, 24\)"
     with pytest.raises(ValueError, match=message):
         export_checkpoint(config.run_dir, tmp_path / "out")
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pickle
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ds_linclip.config import (
@@ -21,7 +24,7 @@ from ds_linclip.config import (
 )
 from ds_linclip.interop.export import export_checkpoint
 from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE, parse_config, read_config
-from ds_linclip.interop.import_weights import import_weights
+from ds_linclip.interop.import_weights import _stored_keys, import_weights
 from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.interop.state_dict import export_folder, load_folder, to_open_clip
@@ -74,6 +77,79 @@ def test_a_hub_folder_is_converted_for_init_pretrained(mesh, tmp_path, loss):
     for key, value in weights.items():
         assert found[key].equal(value), key
     assert open_clip.create_model(f"local-dir:{tmp_path}/out").logit_scale == weights["logit_scale"]
+
+
+@given(
+    st.lists(
+        st.sampled_from(["model.", "net.", "state_dict.", "module.", "_orig_mod."]), max_size=4
+    ),
+    st.lists(st.sampled_from(["module", "_orig_mod", "_checkpoint_wrapped_module"]), max_size=2),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_wrappers_are_taken_off_in_any_nesting(around, within, place, is_custom_text):
+    keys = open_clip_shapes(parse_config(MODEL_CFG), with_bias=True)
+    stored = {}
+    for key in keys:
+        name = f"text.{key}" if is_custom_text and not key.startswith("visual.") else key
+        parts = name.split(".")
+        parts[min(place, len(parts) - 1) : 0] = within
+        stored["".join(around) + ".".join(parts)] = key
+    assert _stored_keys(Path("x"), stored) == {key: name for name, key in stored.items()}
+
+
+LAYERS = {
+    "vision_model.encoder.layers.{}.self_attn.k_proj.weight": "the names of Hugging Face's",
+    "text_model.encoder.layers.{}.mlp.fc1.bias": "the names of Hugging Face's",
+    "vision_model.head.attention.{}": "SigLIP, in Hugging Face's names",
+    "visual.trunk.blocks.{}.attn.qkv.weight": "a timm image tower",
+    "module.blocks.{}.attn.qkv.weight": "an image tower of timm",
+    "visual.blocks.{}.attn.q_proj.weight": "EVA-CLIP",
+    "visual.layer1.{}.conv1.weight": "a ResNet",
+    "text.transformer.encoder.layer.{}.output.dense.bias": "a text tower of Hugging Face",
+    "text_decoder.resblocks.{}.ln_1.weight": "CoCa",
+    "weight/visual.blocks.{}.ln_1.weight": "use linclip export",
+    "base_model.model.visual.{}.lora_A": "adapters",
+    "transformer.resblocks.{}.ln_1.weight": "the text tower only",
+    "visual.transformer.resblocks.{}.ln_1.weight": "the image tower only",
+    f"{'very_long_' * 1000}{{}}": "has unexpected very_long_",
+}
+
+
+@pytest.mark.parametrize("key", LAYERS, ids=lambda key: key[:30])
+def test_other_state_dicts_are_told_apart_in_a_short_message(tmp_path, capsys, key):
+    layers = {key.format(layer): torch.zeros(1) for layer in range(40)}
+    source = write_folder(tmp_path / "in", layers)
+    assert main(["import", str(source), str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert LAYERS[key] in err
+    assert len(err) < 1500 + len(str(tmp_path))
+    if "resblocks" not in key:
+        first = sorted(layers)[0].removeprefix("module.").removeprefix("text.")
+        assert f"has unexpected {first:.120}" in err
+        assert " and 37 more; it misses visual.class_embedding" in err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys, dtype):
+    weights = {key: value.to(dtype) for key, value in stock_weights().items()}
+    weights["visual.conv1.weight"][0, 0, 0, :3] = math.nan
+    weights["logit_scale"] = torch.tensor(math.inf)
+    source = write_folder(tmp_path / "in", weights)
+    assert main(["import", str(source), str(tmp_path / "out"), "--dtype=bf16"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        f"{source / WEIGHTS_FILE}: weights must be finite, but 2 of {len(weights)} tensors" in err
+    )
+    assert "visual.conv1.weight (3 of 12288 values)" in err
+    assert "logit_scale (1 of 1 values)" in err
+    assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_a_folder_of_transformers_has_no_weights_of_open_clip(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert main(["import", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert f"has no {WEIGHTS_FILE}, only model.safetensors: give" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["wrapped", "custom text", "old", "scale of shape [1]"])

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,9 +241,13 @@ def test_bad_state_dict_names_its_keys_and_changes_nothing(mesh: Mesh) -> None:
     bad = good | {"visual.extra": ln_final, "text_projection": text_projection[:, :5]}
     with pytest.raises(
         ValueError,
-        match=r"misses ln_final\.weight, has unexpected visual\.extra, "
-        r"has text_projection of shape \(48, 5\), not \(48, 24\)",
+        match=r"it has unexpected visual\.extra; it misses ln_final\.weight; "
+        r"it has text_projection of shape \(48, 5\), not \(48, 24\)",
     ):
+        from_open_clip(model, bad)
+    bad = good | {"ln_final.weight": ln_final * math.nan, "text_projection": text_projection}
+    bad["visual.proj"][0, 1] = math.inf
+    with pytest.raises(ValueError, match=r"2 of \d+ tensors .*: visual\.proj \(1 of 1536 values\)"):
         from_open_clip(model, bad)
     for key, value in to_open_clip(model).items():
         assert torch.equal(value, before[key]), key
