@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 __all__ = ["as_plain_text", "resolve"]
 
@@ -19,6 +19,8 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
         found = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
+        if isinstance(error, InterpolationKeyError):
+            reason += "; a variable of the environment is ${oc.env:NAME}"
         raise ValueError(f"{getattr(error, 'full_key', None) or 'config'}: {reason}") from error
     assert isinstance(found, dict)
     return {str(key): value for key, value in found.items()}

@@ -96,7 +96,8 @@ def _read_with_bases(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         except OSError as error:
             raise ValueError(f"config ({path}) cannot be read: {error}") from error
         except YAMLError as error:
-            raise ValueError(f"config ({path}) is not valid YAML: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"config ({path}) is not valid YAML: {reason}") from error
         content = {} if content is None else content
         if not isinstance(content, dict):
             raise ValueError(f"config ({path}) must hold keys and values")

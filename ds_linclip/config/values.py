@@ -122,7 +122,7 @@ def as_image_size(name: str, value: object) -> tuple[int, int]:
     Raises:
         ValueError: naming the field ``name``, for anything else.
     """
-    sides = value if isinstance(value, list | tuple) else [value, value]
+    sides: Any = value if isinstance(value, list | tuple) else [value, value]
     if [type(side) for side in sides] != [int, int]:
         raise ValueError(f"{name} ({value}) must be an integer or [height, width], in pixels")
     return sides[0], sides[1]
@@ -135,23 +135,16 @@ def _section(content: Any, node: Any, name: str, folder: Path | None) -> Any:
         content = {"shards": content}
     if not isinstance(content, dict):
         raise _refusal(name, content, "hold keys and values")
-    hints = get_type_hints(node)
-    found = {}
-    for key, value in content.items():
+    hints, known = get_type_hints(node), {field.name: field.metadata for field in fields(node)}
+    found: dict[str, Any] = {}
+    for key, given in content.items():
         path = f"{name}.{key}" if name else f"{key}"
-        if key not in hints:
+        if key not in known:
             raise ValueError(_unknown_key_message(path))
-        found[str(key)] = _value(value, hints[key], path, folder)
-    for field in fields(node):
-        text = found.get(field.name)
-        if "path" not in field.metadata or text in (None, *field.metadata.get("names", ())):
-            continue
-        name_of_field = f"{name}.{field.name}" if name else field.name
-        found[field.name] = (
-            resolved_path(name_of_field, text)
-            if folder is None
-            else written_path(name_of_field, text, folder)
-        )
+        value = _value(given, hints[key], path, folder)
+        if "path" in known[key] and value not in (None, *known[key].get("names", ())):
+            value = written_path(path, value, folder) if folder else resolved_path(path, value)
+        found[str(key)] = value
     return node(**found) if folder is None else found
 
 

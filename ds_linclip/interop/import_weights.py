@@ -225,6 +225,9 @@ def _looks_like(keys: Collection[str]) -> str:
     has_text = any(key.startswith(("token_embedding.", "transformer.")) for key in keys)
     if has_image != has_text:
         return f" looks like the {'image' if has_image else 'text'} tower only"
+    first = {key.partition(".")[0] for key in keys}
+    if len(first) == 1 and not (has_image or has_text):
+        return f" looks like a model inside another one: all keys begin with {first.pop():.120}"
     return ""
 
 

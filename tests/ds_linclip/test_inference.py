@@ -117,15 +117,11 @@ def test_weights_that_are_not_finite_are_refused(ours, mesh, kind):
     weights["ln_final.bias"][:2] = 1e6
     save_file(weights, file)
     load_model(folder, mesh, precision="bf16")
-    with pytest.raises(
-        ValueError, match=rf"\({folder}\) in torch\.float16: .*ln_final\.bias \(2 of"
-    ):
+    with pytest.raises(ValueError, match=rf"{folder}\) in torch\.float16: .*ln_final\.bias \(2 "):
         load_model(folder, mesh, precision="fp16")
     weights["ln_final.bias"][:2] = math.nan
     save_file(weights, file)
-    with pytest.raises(
-        ValueError, match=r"must be finite, but 1 of .*ln_final\.bias \(2 of 32 val"
-    ):
+    with pytest.raises(ValueError, match=r"finite, but 1 of .*ln_final\.bias \(2 of 32 val"):
         load_model(folder, mesh)
 
 

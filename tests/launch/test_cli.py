@@ -25,8 +25,7 @@ from linclip_launch.cli import main, parse, parsers
 HELPS = """
 import contextlib, io, sys
 from linclip_launch.arguments import COMMANDS
-from linclip_eval.commands.inputs import parse_sources
-from linclip_launch.cli import main, parse, parsers
+from linclip_launch.cli import main, parsers
 for name in parsers():
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):

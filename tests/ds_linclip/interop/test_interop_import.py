@@ -112,6 +112,7 @@ LAYERS = {
     "base_model.model.visual.{}.lora_A": "adapters",
     "transformer.resblocks.{}.ln_1.weight": "the text tower only",
     "visual.transformer.resblocks.{}.ln_1.weight": "the image tower only",
+    "student.visual.blocks.{}.ln_1.weight": "all keys begin with student",
     f"{'very_long_' * 1000}{{}}": "has unexpected very_long_",
 }
 
