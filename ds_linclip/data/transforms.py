@@ -1,6 +1,6 @@
-"""Decoding of images and captions, with limits that are checked before an input costs anything.
+"""Decoding of images, with limits that are checked before an input costs anything.
 
-The tokenizer, the evaluation transform and the normalization are open_clip's. Pillow decodes an
+The evaluation transform and the normalization are open_clip's. Pillow decodes an
 allow-list of image formats; plain JPEGs, nearly all of a training set, are decoded by libjpeg-turbo
 directly, to the same pixels. Nothing else in a shard is interpreted.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import simplejpeg
 import torch
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
@@ -29,18 +29,14 @@ from ds_linclip.data.tar_index import BadSample
 
 __all__ = [
     "MAX_IMAGE_BYTES",
-    "MAX_TEXT_BYTES",
-    "CaptionTokenizer",
     "EvalTransform",
     "Normalizer",
     "TrainTransform",
     "decode_image",
-    "decode_text",
     "open_image",
 ]
 
 MAX_IMAGE_BYTES = 64 * 2**20
-MAX_TEXT_BYTES = 64 * 2**10
 MAX_PIXELS = 8192 * 8192
 MIN_SIDE = 4
 _MAX_PIXELS_OF_OTHER_JPEGS = 8192 * 4096  # may need a rotated copy, four bytes per pixel
@@ -58,9 +54,6 @@ _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _STRIP_PIXELS = 2**20
 # torchvision's default range of aspect ratios, 3/4 to 4/3.
 _LOG_RATIO = math.log(4 / 3)
-# Tokenizing a word is quadratic in its length. No natural text has more characters per token.
-_CHARACTERS_PER_TOKEN = 16
-_MAX_CACHED_WORDS = 200_000
 
 
 class EvalTransform:
@@ -135,28 +128,6 @@ class TrainTransform:
         return F.interpolate(crop, image_size, mode="bicubic", antialias=True)[0]
 
 
-class CaptionTokenizer:
-    """open_clip's tokenizer in bounded time and memory, for ``context_length`` ids per caption."""
-
-    def __init__(self, context_length: int) -> None:
-        self._tokenizer = SimpleTokenizer(context_length=context_length)
-        self._special_tokens = dict(self._tokenizer.cache)
-        self._max_characters = _CHARACTERS_PER_TOKEN * context_length
-
-    def __call__(self, caption: str) -> Tensor:
-        """Return token ids [context_length] int64."""
-        return cast(Tensor, self._tokenizer(self._bounded(caption))[0])
-
-    def count(self, caption: str) -> int:
-        """Count the token ids of a caption, with start and end, before it is cut to the context."""
-        return len(self._tokenizer.encode(self._bounded(caption))) + 2
-
-    def _bounded(self, caption: str) -> str:
-        if len(self._tokenizer.cache) > _MAX_CACHED_WORDS:  # it caches every word
-            self._tokenizer.cache = dict(self._special_tokens)
-        return " ".join(caption.split())[: self._max_characters]
-
-
 def decode_image(content: bytes) -> Image.Image:
     """Decode to RGB: EXIF rotation applied, transparency over white, 16-bit gray rescaled.
 
@@ -172,21 +143,6 @@ def decode_image(content: bytes) -> Image.Image:
     for top, strip in _rgb_strips(image, _Box(0, 0, image.height, image.width)):
         rgb.paste(strip, (0, top))
     return rgb
-
-
-def decode_text(content: bytes) -> str:
-    """Decode a caption.
-
-    Raises:
-        BadSample: ``text_not_utf8`` or ``text_empty``.
-    """
-    try:
-        caption = content.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample("text_not_utf8") from error
-    if not caption:
-        raise BadSample("text_empty")
-    return caption
 
 
 class Normalizer:

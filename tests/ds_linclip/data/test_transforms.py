@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform
@@ -23,13 +22,11 @@ from torchvision.transforms import RandomResizedCrop
 
 from ds_linclip.data.tar_index import BadSample
 from ds_linclip.data.transforms import (
-    CaptionTokenizer,
     EvalTransform,
     Normalizer,
     TrainTransform,
     _random_crop,
     decode_image,
-    decode_text,
     open_image,
 )
 
@@ -407,33 +404,3 @@ def test_evaluation_transform_is_open_clips(image_size: tuple[int, int]) -> None
     assert torch.equal(
         EvalTransform(PreprocessCfg(size=image_size))(encode(gradient(), "PNG")), expected
     )
-
-
-@pytest.mark.parametrize("context_length", [8, 77])
-def test_token_ids_are_open_clips(context_length: int) -> None:
-    captions = [
-        "a photo of a cat",
-        "Tom &amp; Jerry  \n at 50% off!!",
-        "naïve café ☕ 東京",
-        "counterrevolutionaries internationalization " * 60,
-        "x",
-    ]
-    expected = open_clip.SimpleTokenizer(context_length=context_length)(captions)
-    tokenize = CaptionTokenizer(context_length)
-    assert torch.equal(torch.stack([tokenize(caption) for caption in captions]), expected)
-
-
-def test_endless_word_is_tokenized_in_time() -> None:
-    letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, 60_000)
-    tokenize = CaptionTokenizer(77)
-    began = time.process_time()
-    tokenize("".join(map(chr, letters)))
-    assert time.process_time() - began < 1.0
-
-
-@pytest.mark.parametrize(
-    ("content", "cause"), [(b" \n", "text_empty"), (b"\xff\xfe", "text_not_utf8")]
-)
-def test_bad_captions_are_named(content: bytes, cause: str) -> None:
-    with pytest.raises(BadSample, match=cause):
-        decode_text(content)
