@@ -52,6 +52,8 @@ _DECODE_ERRORS = (
 # A marker that is followed by a segment, or the end marker.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _STRIP_PIXELS = 2**20
+# Decoding at half the size saves less time than Pillow takes to resize, which reads between pixels.
+_MIN_REDUCTION = 4
 # torchvision's default range of aspect ratios, 3/4 to 4/3.
 _LOG_RATIO = math.log(4 / 3)
 
@@ -83,8 +85,8 @@ class EvalTransform:
 class TrainTransform:
     """Random resized crop of an image file, distributed as torchvision's, as uint8.
 
-    The crop is drawn from the size in the header, before decoding. A JPEG is then decoded at half,
-    a quarter, ... of its size as long as the crop has at least the pixels of the result.
+    The crop is drawn from the size in the header, before decoding. A JPEG is then decoded at a
+    quarter or an eighth of its size if the crop still has at least the pixels of the result.
 
     Args:
         crop_scale: (smallest, largest) area of the crop as a fraction of the image.
@@ -115,10 +117,9 @@ class TrainTransform:
         if _is_plain_jpeg(image):
             box = _random_crop(image.height, image.width, self._crop_scale, rng)
             pixels = _decode_jpeg(content, image, box, image_size)
-            scale_y, scale_x = pixels.shape[0] / image.height, pixels.shape[1] / image.width
-            top, bottom = round(box.top * scale_y), round(box.bottom * scale_y)
-            left, right = round(box.left * scale_x), round(box.right * scale_x)
-            pixels = np.ascontiguousarray(pixels[top:bottom, left:right])
+            if pixels.shape[:2] != (image.height, image.width):
+                return _resize_reduced(pixels, image, box, image_size)
+            pixels = np.ascontiguousarray(pixels[box.top : box.bottom, box.left : box.right])
         else:
             _load(image)
             box = _random_crop(image.height, image.width, self._crop_scale, rng)
@@ -262,11 +263,29 @@ def _decode_jpeg(
             "RGB",
             min_height=math.ceil(image.height * height / (box.bottom - box.top)),
             min_width=math.ceil(image.width * width / (box.right - box.left)),
-            min_factor=2,
+            min_factor=_MIN_REDUCTION,
         )
     except ValueError:  # simplejpeg is stricter than Pillow, which decides
         _load(image)
         return _rgb_pixels(image, _Box(0, 0, image.height, image.width))
+
+
+def _resize_reduced(
+    pixels: np.ndarray, image: Image.Image, box: "_Box", image_size: tuple[int, int]
+) -> Tensor:
+    """Resize a crop, given in pixels of the whole image, of one that libjpeg has reduced.
+
+    Every 8 pixels have become k, and what is left at the end the next whole number. So the ends of
+    the crop lie between pixels of the reduced image, where Pillow can begin and end.
+    """
+    k = 8 * max(pixels.shape[:2]) // max(image.size)
+    top, left, bottom, right = (end * k / 8 for end in box)
+    y, x = int(top), int(left)
+    part = Image.fromarray(pixels[y : math.ceil(bottom), x : math.ceil(right)])
+    part = part.resize(
+        image_size[::-1], Image.Resampling.BICUBIC, (left - x, top - y, right - x, bottom - y)
+    )
+    return torch.from_numpy(np.array(part)).permute(2, 0, 1)
 
 
 class _Box(NamedTuple):
