@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ds_linclip.checkpoint.finite_weights import check_finite
 from ds_linclip.checkpoint.loading import latest_checkpoint, load_weights
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST
-from ds_linclip.data import EvalTransform
+from ds_linclip.data import CaptionTokenizer, EvalTransform
 from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE, read_config
 from ds_linclip.interop.state_dict import load_folder
 from ds_linclip.model import CLIP
@@ -191,7 +191,7 @@ def _from_clip(module: CLIP, side: int | None, preprocess: dict[str, object]) ->
             f"image_size ({side}) must be a positive multiple of patch_size ({vision.patch_size})"
         )
     merged = merge_preprocess_dict(PreprocessCfg(), {**preprocess, "size": image_size})
-    tokenizer = open_clip.SimpleTokenizer(context_length=text.context_length)
+    tokenizer = CaptionTokenizer(text.context_length)
     return _Parts(module, tokenizer, PreprocessCfg(**merged), repr(module.config))
 
 

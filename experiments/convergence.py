@@ -26,7 +26,14 @@ from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.atomic import atomic_file, write_atomically
 from ds_linclip.process.progress import progress
 from ds_linclip.trainer import train
-from experiments.convergence_report import ConvergenceRun, draw, read_runs, summarise, to_markdown
+from experiments.convergence_report import (
+    ConvergenceRun,
+    compare,
+    draw,
+    read_runs,
+    summarise,
+    to_markdown,
+)
 from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 #: Attention settings of both towers; others keep their defaults.
@@ -38,6 +45,9 @@ VARIANTS: dict[str, dict[str, str]] = {
     "Eq. 7, alpha 1": {"length_exponent": "1"},
     "Eq. 7, head norm": {"head_norm": "true"},
 }
+
+#: What every variant is compared with, seed by seed.
+BASELINES = ("softmax", "Eq. 7, alpha 0")
 
 
 def main() -> int:
@@ -69,10 +79,13 @@ def main() -> int:
         with log.open("a") as file:
             file.write(json.dumps(asdict(run)) + "\n")
     done.sort(key=lambda run: (list(VARIANTS).index(run.variant), run.num_tokens, run.seed))
-    table = to_markdown(summarise(done))
+    tables = [to_markdown(summarise(done))]
+    for baseline in BASELINES:
+        tables += [compare(done, baseline, "top1", 1), compare(done, baseline, "loss", 3)]
+    table = "\n".join(tables)
     write_atomically(arguments.output / "table.md", table)
     with atomic_file(arguments.output / "figure.png") as partial:
-        draw(done).savefig(partial, format="png")
+        draw(done, BASELINES[0]).savefig(partial, format="png")
     print(table)
     return 0
 

@@ -1,10 +1,13 @@
 """Table and picture of a convergence study: runs of several variants and seeds.
 
 Every run is one JSON object on a line of its own, with the fields of :class:`ConvergenceRun`.
-Intervals are two-sided 95 % Student t-intervals of the mean over seeds.
+Intervals are two-sided 95 % Student t-intervals of the mean over seeds. Sequence lengths are
+strata: the spread over seeds may differ between them many times, so it is never estimated from both
+together.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +24,7 @@ from scipy.stats import t as student_t
 from linclip_eval.plotting import COLOURS, INK, MUTED, add_legend, dress, new_figure
 from linclip_eval.results import markdown_table
 
-__all__ = ["ConvergenceRun", "draw", "read_runs", "summarise", "to_markdown"]
+__all__ = ["ConvergenceRun", "compare", "draw", "read_runs", "summarise", "to_markdown"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -53,6 +56,22 @@ class Interval:
             return cls(mean=values[0], half_width=None)
         quantile = student_t.ppf(0.975, len(values) - 1)
         return cls(mean=statistics.fmean(values), half_width=float(quantile * sem(values)))
+
+    @classmethod
+    def of_strata(cls, strata: Sequence[Sequence[float]]) -> "Interval":
+        """Return the interval of the mean over strata of their means, each with its own spread.
+
+        The degrees of freedom are those of Welch and Satterthwaite.
+        """
+        mean = statistics.fmean(map(statistics.fmean, strata))
+        if min(map(len, strata)) < 2:
+            return cls(mean=mean, half_width=None)
+        errors = [sem(values) ** 2 for values in strata]  # squared
+        if not any(errors):
+            return cls(mean=mean, half_width=0.0)
+        degrees = [e**2 / (len(values) - 1) for e, values in zip(errors, strata, strict=True)]
+        quantile = student_t.ppf(0.975, sum(errors) ** 2 / sum(degrees))
+        return cls(mean=mean, half_width=float(quantile * math.sqrt(sum(errors)) / len(strata)))
 
     def text(self, digits: int, factor: float = 1.0) -> str:
         """Return mean and half width, multiplied by ``factor``."""
@@ -127,6 +146,44 @@ def summarise(runs: Iterable[ConvergenceRun]) -> list[VariantSummary]:
     ]
 
 
+def differences(
+    runs: Iterable[ConvergenceRun], variant: str, baseline: str, score: str
+) -> dict[int, list[float]]:
+    """Return by sequence length how far a score lies from the baseline's with the same seed."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for run in runs:
+        found.setdefault((run.num_tokens, run.seed), {})[run.variant] = getattr(run, score)
+    pairs: dict[int, list[float]] = {}
+    for (num_tokens, _), scores in sorted(found.items()):
+        if variant in scores and baseline in scores:
+            pairs.setdefault(num_tokens, []).append(scores[variant] - scores[baseline])
+    return pairs
+
+
+def compare(runs: Sequence[ConvergenceRun], baseline: str, score: str, digits: int) -> str:
+    """Return a Markdown table of the differences of every variant to a baseline, paired by seed.
+
+    Args:
+        score: A field of the runs; accuracies are shown in percentage points.
+    """
+    factor = 1 if score == "loss" else 100
+    lengths = sorted({run.num_tokens for run in runs})
+    cells = []
+    for variant in dict.fromkeys(run.variant for run in runs):
+        pairs = differences(runs, variant, baseline, score)
+        if variant == baseline or not pairs:
+            continue
+        row = [Interval.of(pairs[n]).text(digits, factor) if n in pairs else "" for n in lengths]
+        if len(lengths) > 1:
+            is_whole = len(pairs) == len(lengths)
+            joint = Interval.of_strata(list(pairs.values())).text(digits, factor)
+            row.append(joint if is_whole else "")
+        cells.append([variant, *row])
+    header = [f"{score} minus that of {baseline}", *(f"{n} tokens" for n in lengths)]
+    header += ["all lengths"] * (len(lengths) > 1)
+    return markdown_table(header, cells, align="l" + "r" * (len(header) - 1)) + "\n"
+
+
 def to_markdown(summaries: Sequence[VariantSummary]) -> str:
     """Return a Markdown table, one row per variant and sequence length, accuracies in percent."""
     cells = [
@@ -140,33 +197,35 @@ def to_markdown(summaries: Sequence[VariantSummary]) -> str:
     return markdown_table(header, cells, align="rlrrrr") + "\n"
 
 
-def draw(runs: Sequence[ConvergenceRun]) -> Figure:
+def draw(runs: Sequence[ConvergenceRun], baseline: str) -> Figure:
     """Draw top-1 accuracy of every variant: a dot per seed, the mean, and its 95 % interval.
 
-    There is one panel per sequence length, with the variants in the order of their appearance.
+    There is one panel per sequence length, with the variants in the order of their appearance, and
+    below it one of the differences to a baseline, paired by seed.
     """
-    summaries = {(row.num_tokens, row.variant): row.top1 for row in summarise(runs)}
     lengths = sorted({run.num_tokens for run in runs})
     variants = list(dict.fromkeys(run.variant for run in runs))
-    figure = new_figure(2.4 + 3.9 * len(lengths), 1.4 + 0.5 * len(variants))
-    panels = figure.subplots(1, len(lengths), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, num_tokens in zip(panels, lengths, strict=True):
-        dress(axes, f"{num_tokens} tokens", xlabel="zero-shot top-1, %")
-        axes.grid(visible=False, axis="y")
+    figure = new_figure(2.4 + 3.9 * len(lengths), 1.4 + 1.0 * len(variants))
+    panels = figure.subplots(2, len(lengths), sharex="row", sharey=True, squeeze=False)
+    for column, num_tokens in enumerate(lengths):
+        upper, lower = panels[:, column]
+        dress(upper, f"{num_tokens} tokens", xlabel="zero-shot top-1, %")
+        dress(lower, "", xlabel=f"points above {baseline}, same seed")
+        lower.axvline(0, color=MUTED, linewidth=1)
         for row, variant in enumerate(variants):
-            scores = [
-                100 * run.top1
-                for run in runs
-                if (run.num_tokens, run.variant) == (num_tokens, variant)
-            ]
-            if scores:
-                interval = summaries[num_tokens, variant]
-                _draw_row(axes, row, scores, interval, COLOURS[row % len(COLOURS)])
-        axes.set_yticks(range(len(variants)), variants, fontsize=9.5, color=INK)
-        axes.set_ylim(len(variants) - 0.5, -0.5)
-        axes.use_sticky_edges = False
-        axes.margins(x=0.06)
-        axes.set_xlim(max(0, axes.get_xlim()[0]), min(101, axes.get_xlim()[1]))
+            own = [r for r in runs if (r.num_tokens, r.variant) == (num_tokens, variant)]
+            _draw_row(upper, row, [run.top1 for run in own])
+            if variant != baseline:
+                _draw_row(
+                    lower, row, differences(runs, variant, baseline, "top1").get(num_tokens, [])
+                )
+        for axes in (upper, lower):
+            axes.grid(visible=False, axis="y")
+            axes.set_yticks(range(len(variants)), variants, fontsize=9.5, color=INK)
+            axes.set_ylim(len(variants) - 0.5, -0.5)
+            axes.use_sticky_edges = False
+            axes.margins(x=0.06)
+        upper.set_xlim(max(0, upper.get_xlim()[0]), min(101, upper.get_xlim()[1]))
     add_legend(
         figure,
         [
@@ -178,13 +237,15 @@ def draw(runs: Sequence[ConvergenceRun]) -> Figure:
     return figure
 
 
-def _draw_row(
-    axes: Axes, row: int, scores: Sequence[float], interval: Interval, colour: str
-) -> None:
+def _draw_row(axes: Axes, row: int, scores: Sequence[float]) -> None:
+    if not scores:
+        return
+    interval, colour = Interval.of(scores), COLOURS[row % len(COLOURS)]
     mean, reach = 100 * interval.mean, 100 * (interval.half_width or 0)
     axes.barh(row, 2 * reach, left=mean - reach, height=0.34, color=colour, alpha=0.25)
     axes.vlines(mean, row - 0.17, row + 0.17, color=colour, linewidth=2)
     # Spread a little, so that equal scores stay visible.
     places = np.linspace(row - 0.1, row + 0.1, len(scores)) if len(scores) > 1 else [row]
-    axes.scatter(scores, places, s=26, color=colour, edgecolor="white", linewidth=0.8, zorder=3)
+    dots = [100 * score for score in scores]
+    axes.scatter(dots, places, s=26, color=colour, edgecolor="white", linewidth=0.8, zorder=3)
     axes.text(mean, row - 0.2, f"{mean:.1f}", ha="center", va="bottom", fontsize=8, color=INK)

@@ -1,5 +1,6 @@
 """Training and held-out data: from shards to decoded batches."""
 
+from ds_linclip.data.captions import CaptionTokenizer, clean_text
 from ds_linclip.data.eval.dataset import LabelledBatch, LabelledData
 from ds_linclip.data.loader import Batch, TrainData
 from ds_linclip.data.quality_report import DataReport
@@ -10,6 +11,7 @@ from ds_linclip.data.transforms import EvalTransform
 
 __all__ = [
     "Batch",
+    "CaptionTokenizer",
     "DataError",
     "DataReport",
     "EvalTransform",
@@ -17,5 +19,6 @@ __all__ = [
     "LabelledData",
     "Storage",
     "TrainData",
+    "clean_text",
     "find_shards",
 ]

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ds_linclip.config import Config, check_batch
+from ds_linclip.data.captions import CaptionTokenizer
 from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.remote import Storage, is_remote, redact
 from ds_linclip.data.sample_order import GroupSizes, SampleOrder
 from ds_linclip.data.sample_reader import DataError, SampleReader, ShardProblem
 from ds_linclip.data.shard_index import ShardGroup, raise_file_limit
-from ds_linclip.data.transforms import CaptionTokenizer, Normalizer, TrainTransform
+from ds_linclip.data.transforms import Normalizer, TrainTransform
 
 __all__ = ["Batch", "TrainData"]
 

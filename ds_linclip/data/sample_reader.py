@@ -13,15 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ds_linclip.data.captions import MAX_TEXT_BYTES, CaptionTokenizer, decode_text
 from ds_linclip.data.remote import Storage, redact
 from ds_linclip.data.shard_index import Shard, ShardGroup
 from ds_linclip.data.tar_index import BadSample, OpenShard
 from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    CaptionTokenizer,
     TrainTransform,
-    decode_text,
 )
 
 __all__ = ["DataError", "Sample", "SampleReader", "ShardProblem", "open_shard"]
@@ -162,7 +160,7 @@ class SampleReader:
             raise DataError(f"data.train ({url}) cannot be read: {error}") from error
         caption = decode_text(text)
         image = self._transform(content, image_size, position)
-        return Sample(image, self._tokenize(caption), shard.keys[index], caption)
+        return Sample(image, self._tokenize(caption)[0], shard.keys[index], caption)
 
     def _candidates(self, shard: int, index: int) -> Iterator[tuple[int, int]]:
         """Yield shard and index of a sample, and of those that may replace it."""

@@ -1,6 +1,6 @@
-"""Decoding of images and captions, with limits that are checked before an input costs anything.
+"""Decoding of images, with limits that are checked before an input costs anything.
 
-The tokenizer, the evaluation transform and the normalization are open_clip's. Pillow decodes an
+The evaluation transform and the normalization are open_clip's. Pillow decodes an
 allow-list of image formats; plain JPEGs, nearly all of a training set, are decoded by libjpeg-turbo
 directly, to the same pixels. Nothing else in a shard is interpreted.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import simplejpeg
 import torch
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
@@ -29,18 +29,14 @@ from ds_linclip.data.tar_index import BadSample
 
 __all__ = [
     "MAX_IMAGE_BYTES",
-    "MAX_TEXT_BYTES",
-    "CaptionTokenizer",
     "EvalTransform",
     "Normalizer",
     "TrainTransform",
     "decode_image",
-    "decode_text",
     "open_image",
 ]
 
 MAX_IMAGE_BYTES = 64 * 2**20
-MAX_TEXT_BYTES = 64 * 2**10
 MAX_PIXELS = 8192 * 8192
 MIN_SIDE = 4
 _MAX_PIXELS_OF_OTHER_JPEGS = 8192 * 4096  # may need a rotated copy, four bytes per pixel
@@ -56,11 +52,10 @@ _DECODE_ERRORS = (
 # A marker that is followed by a segment, or the end marker.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _STRIP_PIXELS = 2**20
+# Decoding at half the size saves less time than Pillow takes to resize, which reads between pixels.
+_MIN_REDUCTION = 4
 # torchvision's default range of aspect ratios, 3/4 to 4/3.
 _LOG_RATIO = math.log(4 / 3)
-# Tokenizing a word is quadratic in its length. No natural text has more characters per token.
-_CHARACTERS_PER_TOKEN = 16
-_MAX_CACHED_WORDS = 200_000
 
 
 class EvalTransform:
@@ -90,8 +85,8 @@ class EvalTransform:
 class TrainTransform:
     """Random resized crop of an image file, distributed as torchvision's, as uint8.
 
-    The crop is drawn from the size in the header, before decoding. A JPEG is then decoded at half,
-    a quarter, ... of its size as long as the crop has at least the pixels of the result.
+    The crop is drawn from the size in the header, before decoding. A JPEG is then decoded at a
+    quarter or an eighth of its size if the crop still has at least the pixels of the result.
 
     Args:
         crop_scale: (smallest, largest) area of the crop as a fraction of the image.
@@ -122,10 +117,9 @@ class TrainTransform:
         if _is_plain_jpeg(image):
             box = _random_crop(image.height, image.width, self._crop_scale, rng)
             pixels = _decode_jpeg(content, image, box, image_size)
-            scale_y, scale_x = pixels.shape[0] / image.height, pixels.shape[1] / image.width
-            top, bottom = round(box.top * scale_y), round(box.bottom * scale_y)
-            left, right = round(box.left * scale_x), round(box.right * scale_x)
-            pixels = np.ascontiguousarray(pixels[top:bottom, left:right])
+            if pixels.shape[:2] != (image.height, image.width):
+                return _resize_reduced(pixels, image, box, image_size)
+            pixels = np.ascontiguousarray(pixels[box.top : box.bottom, box.left : box.right])
         else:
             _load(image)
             box = _random_crop(image.height, image.width, self._crop_scale, rng)
@@ -133,28 +127,6 @@ class TrainTransform:
         # As a channels-last batch of one, for which torch has a faster kernel.
         crop = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
         return F.interpolate(crop, image_size, mode="bicubic", antialias=True)[0]
-
-
-class CaptionTokenizer:
-    """open_clip's tokenizer in bounded time and memory, for ``context_length`` ids per caption."""
-
-    def __init__(self, context_length: int) -> None:
-        self._tokenizer = SimpleTokenizer(context_length=context_length)
-        self._special_tokens = dict(self._tokenizer.cache)
-        self._max_characters = _CHARACTERS_PER_TOKEN * context_length
-
-    def __call__(self, caption: str) -> Tensor:
-        """Return token ids [context_length] int64."""
-        return cast(Tensor, self._tokenizer(self._bounded(caption))[0])
-
-    def count(self, caption: str) -> int:
-        """Count the token ids of a caption, with start and end, before it is cut to the context."""
-        return len(self._tokenizer.encode(self._bounded(caption))) + 2
-
-    def _bounded(self, caption: str) -> str:
-        if len(self._tokenizer.cache) > _MAX_CACHED_WORDS:  # it caches every word
-            self._tokenizer.cache = dict(self._special_tokens)
-        return " ".join(caption.split())[: self._max_characters]
 
 
 def decode_image(content: bytes) -> Image.Image:
@@ -172,21 +144,6 @@ def decode_image(content: bytes) -> Image.Image:
     for top, strip in _rgb_strips(image, _Box(0, 0, image.height, image.width)):
         rgb.paste(strip, (0, top))
     return rgb
-
-
-def decode_text(content: bytes) -> str:
-    """Decode a caption.
-
-    Raises:
-        BadSample: ``text_not_utf8`` or ``text_empty``.
-    """
-    try:
-        caption = content.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample("text_not_utf8") from error
-    if not caption:
-        raise BadSample("text_empty")
-    return caption
 
 
 class Normalizer:
@@ -306,11 +263,29 @@ def _decode_jpeg(
             "RGB",
             min_height=math.ceil(image.height * height / (box.bottom - box.top)),
             min_width=math.ceil(image.width * width / (box.right - box.left)),
-            min_factor=2,
+            min_factor=_MIN_REDUCTION,
         )
     except ValueError:  # simplejpeg is stricter than Pillow, which decides
         _load(image)
         return _rgb_pixels(image, _Box(0, 0, image.height, image.width))
+
+
+def _resize_reduced(
+    pixels: np.ndarray, image: Image.Image, box: "_Box", image_size: tuple[int, int]
+) -> Tensor:
+    """Resize a crop, given in pixels of the whole image, of one that libjpeg has reduced.
+
+    Every 8 pixels have become k, and what is left at the end the next whole number. So the ends of
+    the crop lie between pixels of the reduced image, where Pillow can begin and end.
+    """
+    k = 8 * max(pixels.shape[:2]) // max(image.size)
+    top, left, bottom, right = (end * k / 8 for end in box)
+    y, x = int(top), int(left)
+    part = Image.fromarray(pixels[y : math.ceil(bottom), x : math.ceil(right)])
+    part = part.resize(
+        image_size[::-1], Image.Resampling.BICUBIC, (left - x, top - y, right - x, bottom - y)
+    )
+    return torch.from_numpy(np.array(part)).permute(2, 0, 1)
 
 
 class _Box(NamedTuple):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ds_linclip.data import clean_text
 from ds_linclip.process.consensus import map_over_ranks
 from linclip_eval.protocols import Encoder, ImageBatch, ImageSet
 
@@ -156,7 +157,7 @@ def _embed(
     owners, captions = [], []
     if embed_texts is not None:
         for image, lines in enumerate(batch.captions):
-            texts = [line.strip() for line in lines.splitlines() if line.strip()]
+            texts = [line for line in lines.split("\n") if clean_text(line)]
             captions += texts
             owners += [image] * len(texts)
     chunks = [

@@ -6,7 +6,15 @@ from dataclasses import asdict
 import pytest
 from matplotlib.collections import PathCollection
 
-from experiments.convergence_report import ConvergenceRun, draw, read_runs, summarise, to_markdown
+from experiments.convergence_report import (
+    ConvergenceRun,
+    Interval,
+    compare,
+    draw,
+    read_runs,
+    summarise,
+    to_markdown,
+)
 
 
 def run(variant: str, seed: int, top1: float, num_tokens: int = 65) -> ConvergenceRun:
@@ -56,9 +64,42 @@ def test_markdown_table():
     ]
 
 
+def test_pooling_lengths_of_unlike_spread_would_say_too_much():
+    quiet, loud = [0.09, 0.10, 0.11], [0.00, 0.10, 0.20]
+    # Deviations 0.01 and 0.1: error sqrt((0.01**2 + 0.1**2) / 3) / 2 = 0.0290115; degrees of
+    # freedom 2 * (0.01**2 + 0.1**2)**2 / (0.01**4 + 0.1**4) = 2.0399960; t = 4.2228.
+    stratified = Interval.of_strata([quiet, loud])
+    assert stratified.mean == pytest.approx(0.10)
+    assert stratified.half_width == pytest.approx(0.0290115 * 4.2228, rel=1e-3)
+    assert stratified.half_width > 1.8 * Interval.of([*quiet, *loud]).half_width
+    # Equal spread: Welch's degrees of freedom are those of both together, 4.
+    equal = Interval.of_strata([loud, [1.0, 1.1, 1.2]])
+    assert equal.half_width == pytest.approx(2.776445 * 0.1 / 6**0.5)
+    # Lengths count alike, whatever their number of seeds.
+    assert Interval.of_strata([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0]]) == Interval(
+        mean=0.5, half_width=0.0
+    )
+    assert Interval.of_strata([[0.1, 0.2], [0.3]]).half_width is None
+
+
+def test_differences_are_paired_by_seed_and_stratified_by_length():
+    runs = [*RUNS, run("Eq. 7 | alpha 0", 0, 0.90, num_tokens=257)]
+    assert compare(runs, "softmax", "top1", 1).splitlines() == [
+        "| top1 minus that of softmax | 65 tokens | 257 tokens | all lengths |",
+        "| :--- | ---: | ---: | ---: |",
+        "| Eq. 7 \\| alpha 0 | -6.0 ± 50.8 | -4.0 | -5.0 |",
+    ]
+    assert "| -6.0 ± 50.8 |  |  |" in compare(RUNS, "softmax", "top1", 1)
+
+
 def test_picture_has_a_panel_per_length_and_a_dot_per_seed(tmp_path):
-    figure = draw(RUNS)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["65 tokens", "257 tokens"]
+    figure = draw(RUNS, "softmax")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "65 tokens",
+        "257 tokens",
+        "",
+        "",
+    ]
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["softmax", "Eq. 7 | alpha 0"]
     dots = [
@@ -70,7 +111,7 @@ def test_picture_has_a_panel_per_length_and_a_dot_per_seed(tmp_path):
         )
         for axes in figure.axes
     ]
-    assert dots == [[80.0, 90.0, 90.0, 92.0, 94.0], [94.0]]
+    assert dots == [[80.0, 90.0, 90.0, 92.0, 94.0], [94.0], [-10.0, -2.0], []]
     figure.savefig(tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 10_000
 

@@ -12,8 +12,9 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from ds_linclip.data.captions import MAX_TEXT_BYTES, decode_text
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample, OpenShard, Role
-from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from ds_linclip.data.transforms import MAX_IMAGE_BYTES
 
 __all__ = ["ClassFolder", "ClassLabels", "LabelledPart", "LabelledTar"]
 
@@ -142,9 +143,11 @@ class LabelledTar(LabelledPart):
         if row not in self._texts:
             return content, ""
         try:
-            return content, self._pread(*self._texts[row], "text").decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise BadSample("text_not_utf8") from error
+            return content, decode_text(self._pread(*self._texts[row], "text"))
+        except BadSample as error:
+            if error.cause != "text_empty":
+                raise
+            return content, ""
 
     def where(self, key: str) -> str:
         return f"sample {key} of {self.path}"

@@ -13,14 +13,13 @@ from typing import Literal
 
 from PIL import Image
 
+from ds_linclip.data.captions import MAX_TEXT_BYTES, decode_text
 from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample, encode_jpeg
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample
 from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
     MAX_PIXELS,
-    MAX_TEXT_BYTES,
     decode_image,
-    decode_text,
     open_image,
 )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
+from ds_linclip.data.captions import MAX_TEXT_BYTES, CaptionTokenizer, decode_text
 from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.prepare.inspection_figure import draw_inspection
 from ds_linclip.data.prepare.inspection_report import (
@@ -34,10 +35,7 @@ from ds_linclip.data.shard_index import Shard, find_shards
 from ds_linclip.data.tar_index import BadSample, OpenShard
 from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    CaptionTokenizer,
     decode_image,
-    decode_text,
     open_image,
 )
 from ds_linclip.process.atomic import write_atomically
@@ -167,8 +165,8 @@ def _read_sample(opened: OpenShard, index: int, findings: ShardFindings, *, deco
         size, kind, mode = image.size, image.format or "", image.mode
     if decode:
         decode_image(content)
-    findings.characters[len(caption)] += 1
-    findings.tokens[_tokenizer().count(caption)] += 1
+    findings.characters[len(caption.strip())] += 1
+    findings.tokens[len(_tokenizer().encode(caption)) + 2] += 1  # with start and end
     findings.sizes[size] += 1
     findings.image_bytes[len(content)] += 1
     findings.formats[kind] += 1

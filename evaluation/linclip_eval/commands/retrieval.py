@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ds_linclip.data import LabelledData
+from ds_linclip.data import LabelledData, clean_text
 from ds_linclip.inference import LoadedModel
 from linclip_eval.commands import inputs, outputs
 from linclip_eval.plotting import COLOURS, MUTED, add_legend, dress, new_figure
@@ -65,7 +65,8 @@ def _publish(
         for direction in DIRECTIONS
     ]
     header = ["", *(f"R@{k}, %" for k in RECALLS), "median rank", "mean rank"]
-    num_repeated = sum(count for count in Counter(features.captions).values() if count > 1)
+    counts = Counter(map(clean_text, features.captions)).values()
+    num_repeated = sum(count for count in counts if count > 1)
     defects = {
         "captions that occur more than once, where only the image's own one counts as right": (
             num_repeated and f"{num_repeated} of {len(features.captions)}"

@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-import open_clip
 import torch
 import torch.distributed as dist
 from open_clip.transform import PreprocessCfg
 
 from ds_linclip.config import Config
-from ds_linclip.data import EvalTransform
+from ds_linclip.data import CaptionTokenizer, EvalTransform
 from linclip_eval.protocols import Encoders, Tokenizer
 from linclip_eval.zero_shot.evaluate import ZeroShotResult
 from linclip_eval.zero_shot.task import ZeroShotTask
@@ -62,7 +61,7 @@ class HeldOutEvaluator:
         )
         return cls(
             task=task,
-            tokenizer=open_clip.SimpleTokenizer(context_length=config.model.text.context_length),
+            tokenizer=CaptionTokenizer(config.model.text.context_length),
             device=device,
             group=group,
             num_images=config.log.num_images,

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform
@@ -23,13 +22,11 @@ from torchvision.transforms import RandomResizedCrop
 
 from ds_linclip.data.tar_index import BadSample
 from ds_linclip.data.transforms import (
-    CaptionTokenizer,
     EvalTransform,
     Normalizer,
     TrainTransform,
     _random_crop,
     decode_image,
-    decode_text,
     open_image,
 )
 
@@ -337,21 +334,27 @@ def test_jpeg_gives_the_pixels_that_pillow_gives(mode: str) -> None:
         assert torch.equal(transform(jpeg, (48, 48), position), transform(png, (48, 48), position))
 
 
-def test_reduced_decoding_looks_the_same() -> None:
-    jpeg = encode(photo(800, 800), "JPEG", quality=95)
+def natural(height: int, width: int) -> Image.Image:
+    """Noise with the spectrum of photographs: amplitudes fall with the frequency."""
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / frequency
+    pixels = np.fft.irfft2(spectrum, (height, width))
+    pixels = 127 + 50 * pixels / pixels.std()
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy())
+
+
+@pytest.mark.parametrize("side", [24, 48, 64, 96])
+def test_reduced_decoding_looks_the_same(side: int) -> None:
+    """Sides that are no multiple of 8 pixels, and crops between the pixels of the reduced image."""
+    jpeg = encode(natural(701, 803), "JPEG", quality=95)
     png = encode(Image.open(io.BytesIO(jpeg)), "PNG")
-
-    def both(crop_scale: tuple[float, float], position: int) -> list[torch.Tensor]:
-        transform = TrainTransform(crop_scale, seed=3)
-        return [transform(content, (96, 64), position).float() for content in (jpeg, png)]
-
-    reduced, whole = both((1.0, 1.0), 0)
-    assert 0 < (reduced - whole).abs().mean() < 0.5
+    transform = TrainTransform((0.5, 1.0), seed=3)
     for position in range(8):
-        # The ends of a crop are moved to whole pixels of the reduced image.
-        reduced, whole = both((0.2, 1.0), position)
-        moved_by_a_pixel = (whole[:, 1:] - whole[:, :-1]).abs().mean()
-        assert (reduced - whole).abs().mean() < moved_by_a_pixel / 2
+        reduced, whole = (transform(c, (side, side), position).float() for c in (jpeg, png))
+        # What is left is the sharpness that libjpeg takes; a crop beside it differs by 8 to 15.
+        assert 0 < (reduced - whole).square().mean().sqrt() < 6
 
 
 def test_crop_depends_on_seed_and_position_only() -> None:
@@ -407,33 +410,3 @@ def test_evaluation_transform_is_open_clips(image_size: tuple[int, int]) -> None
     assert torch.equal(
         EvalTransform(PreprocessCfg(size=image_size))(encode(gradient(), "PNG")), expected
     )
-
-
-@pytest.mark.parametrize("context_length", [8, 77])
-def test_token_ids_are_open_clips(context_length: int) -> None:
-    captions = [
-        "a photo of a cat",
-        "Tom &amp; Jerry  \n at 50% off!!",
-        "naïve café ☕ 東京",
-        "counterrevolutionaries internationalization " * 60,
-        "x",
-    ]
-    expected = open_clip.SimpleTokenizer(context_length=context_length)(captions)
-    tokenize = CaptionTokenizer(context_length)
-    assert torch.equal(torch.stack([tokenize(caption) for caption in captions]), expected)
-
-
-def test_endless_word_is_tokenized_in_time() -> None:
-    letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, 60_000)
-    tokenize = CaptionTokenizer(77)
-    began = time.process_time()
-    tokenize("".join(map(chr, letters)))
-    assert time.process_time() - began < 1.0
-
-
-@pytest.mark.parametrize(
-    ("content", "cause"), [(b" \n", "text_empty"), (b"\xff\xfe", "text_not_utf8")]
-)
-def test_bad_captions_are_named(content: bytes, cause: str) -> None:
-    with pytest.raises(BadSample, match=cause):
-        decode_text(content)

@@ -118,7 +118,7 @@ def test_flat_folder_is_read_too(held_out: Path, tmp_path: Path) -> None:
 def test_a_caption_keeps_its_lines(tmp_path: Path) -> None:
     write_folder(tmp_path, [sound_sample() | {"txt": "a cat\nein Kätzchen\n".encode()}])
     (batch,) = open_data(tmp_path)
-    assert batch.captions == ["a cat\nein Kätzchen"]
+    assert batch.captions == ["a cat\nein Kätzchen\n"]
 
 
 @pytest.mark.parametrize(("form", "num_workers"), [*((form, 0) for form in FORMS), (FORMS[0], 2)])

@@ -52,8 +52,9 @@ def write_folder(folder: Path, count: int = 12) -> dict[str, bytes]:
         path = folder / ("cats" if number < count // 2 else "a/dogs") / f"{number:02d}.x.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        path.with_suffix(".txt").write_text(f"  picture {number} ü\n")
-        files[f"picture {number} ü"] = content
+        caption = f"  picture {number} ü\n"
+        path.with_suffix(".txt").write_text(caption)
+        files[caption] = content
     return files
 
 
@@ -222,7 +223,7 @@ def test_csv_as_open_clip_reads_it(tmp_path: Path) -> None:
         counts = make_pairs(tmp_path / name, table, shuffle_seed=None)
         assert counts == {"success": 4, "text_empty": 1, "image_missing": 1}
         texts = [sample["txt"].decode() for sample in read_set(tmp_path / name)]
-        assert texts == ['say "cheese", please', "two\nlines", "a\ttab", "comma, comma"]
+        assert texts == ['say "cheese", please', "two\nlines", " a\ttab ", "comma, comma"]
         assert [row["url"] for row in read_rows(tmp_path / name)] == paths
     assert read_set(tmp_path / "tab")[3]["jpg"] == elsewhere.read_bytes()
 

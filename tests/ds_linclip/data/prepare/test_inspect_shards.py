@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
+from ds_linclip.data.captions import MAX_TEXT_BYTES
 from ds_linclip.data.prepare.inspect_shards import inspect_shards
 from ds_linclip.data.remote import Storage
 from ds_linclip.data.sample_reader import open_shard
 from ds_linclip.data.shard_index import find_shards
-from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from ds_linclip.data.transforms import MAX_IMAGE_BYTES
 from linclip_launch.cli import main
 
 COMMAND = Path(sys.executable).parent / "linclip"
