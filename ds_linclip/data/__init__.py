@@ -1,6 +1,7 @@
 """Training and held-out data: from shards to decoded batches."""
 
 from ds_linclip.data.eval.dataset import LabelledBatch, LabelledData
+from ds_linclip.data.eval.unreadable import UnreadableImage, describe_unreadable
 from ds_linclip.data.loader import Batch, TrainData
 from ds_linclip.data.quality_report import DataReport
 from ds_linclip.data.remote import Storage
@@ -17,5 +18,7 @@ __all__ = [
     "LabelledData",
     "Storage",
     "TrainData",
+    "UnreadableImage",
+    "describe_unreadable",
     "find_shards",
 ]

@@ -53,7 +53,7 @@ def test_unreadable_images_are_named_and_owners_point_past_them():
     data = random_data(10, [2], unreadable=[0, 4, 5, 6, 7])
     features = extract_features(encode, data, device="cpu", embed_texts=lengths)
     assert features.keys == ("s1", "s2", "s3", "s8", "s9")
-    assert [key for key, _ in features.unreadable] == ["s0", "s4", "s5", "s6", "s7"]
+    assert [image.key for image in features.unreadable] == ["s0", "s4", "s5", "s6", "s7"]
     assert len(features.unreadable_labels) == 5
     assert features.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 

@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
     models = inputs.parse_sources(options.models, "models")
     domains = inputs.parse_sources(options.data, "--data")
+    inputs.check_out(options.out)
     scores = []
     with inputs.all_ranks() as mesh:
         for label, source in models.items():

@@ -33,7 +33,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_text("cat\n")
     templates = tmp_path / "zeroshot_classification_templates.txt"
     templates.write_text("\n")
-    with pytest.raises(ValueError, match=r"eval\.data \(.*\) .*_templates\.txt that is not empty"):
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\): .*_templates\.txt must not be empty"):
         open_data(tmp_path)
     templates.write_text("a {}\n")
     with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be a folder with tars"):
@@ -48,13 +48,14 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_folder_of_unknown_form_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be readable: .*No such file"):
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be a folder .* there is none"):
         open_data(tmp_path / "nowhere", classes=CLASSES)
     (tmp_path / "0.jpg").write_bytes(image())
     with pytest.raises(
         ValueError, match=r"must be a folder with tars .*, or one with a folder of images for each"
     ):
         open_data(tmp_path, classes=CLASSES)
+    (tmp_path / "0.jpg").unlink()
     (tmp_path / "val").mkdir()
     for strict in (True, False):
         with pytest.raises(ValueError, match=r"eval\.data \(.*\) must hold at least one sample$"):
@@ -144,10 +145,10 @@ def test_bad_sample_is_found_when_opening(
     data = open_data(tmp_path, strict=False)
     (batch,) = data
     assert batch.keys == ["s0", "s1"]
-    (cause,) = data.findings.problems or ["class_unknown"]
     # A sample that has a class stays in the denominator.
-    counts = not cause.startswith("class")
-    assert batch.unreadable == ([("s2", cause)] if counts else [])
+    counts = "cls" not in broken
+    assert batch.unreadable == list(data.findings.unreadable)
+    assert [image.key for image in batch.unreadable] == (["s2"] if counts else [])
     assert batch.unreadable_labels.tolist() == ([1] if counts else [])
     assert data.num_samples == 2 + counts
 
@@ -174,7 +175,7 @@ def test_broken_tars(tmp_path: Path, strict: bool) -> None:
     batches = list(data)
     assert labels_of(batches) == [1, 1, 1, 2]
     unreadable = [entry for batch in batches for entry in batch.unreadable]
-    assert unreadable == [(f"{FISH}_1", "image_cut")]
+    assert unreadable == [(f"{FISH}_1", "image_cut", f"sample {FISH}_1 of {cut}")]
     assert data.num_samples == 5
 
 
@@ -221,8 +222,9 @@ def test_undecodable_images_stay_in_the_count(tmp_path: Path, form: str, num_wor
     assert batches[0].images.shape == (3, 3, 16, 16)
     labels = [label for batch in batches for label in batch.unreadable_labels.tolist()]
     assert labels == [CLASSES.index(files[number][0]) for number in broken]
-    assert {cause for batch in batches for _, cause in batch.unreadable} == {"image_undecodable"}
-    names = [Path(key).stem for batch in batches for key, _ in batch.unreadable]
+    unreadable = [image for batch in batches for image in batch.unreadable]
+    assert {image.cause for image in unreadable} == {"image_undecodable"}
+    names = [Path(image.key).stem for image in unreadable]
     assert names == [Path(files[number][1]).stem for number in broken]
     assert sum(len(batch.labels) + len(batch.unreadable_labels) for batch in batches) == 9
 
