@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,13 +12,15 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_linclip.data import UnreadableImage
 from ds_linclip.parallel.spawn import run_ranks
 from linclip_eval.commands.zero_shot import per_class_table
 from linclip_eval.zero_shot.class_lists import ClassList
-from linclip_eval.zero_shot.classifier import build_classifier
+from linclip_eval.zero_shot.classifier import build_classifier, parse_template
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, stable_topk, zero_shot
 
 CLASSNAMES = [
@@ -376,6 +379,23 @@ def test_interrupted_evaluation_resumes(tmp_path):
 def test_bad_template_is_named(template, message):
     with pytest.raises(ValueError, match=message):
         classifier_of(tiny_clip(), [TEMPLATES[0], template])
+
+
+_WORDS = st.text(st.characters(exclude_characters="{}"))
+
+
+@given(before=_WORDS, after=_WORDS, name=_WORDS, place=st.sampled_from(["{}", "{c}", "{0}"]))
+def test_name_takes_its_place_in_any_template(before, after, name, place):
+    assert parse_template(f"{before}{place}{after}")(name) == f"{before}{name}{after}"
+    with pytest.raises(ValueError, match=r"(?s)template \(.*\) must hold \{\} or \{c\}"):
+        parse_template(before + after)
+
+
+@given(template=st.text(alphabet="{}c! :.[]0ax", max_size=12))
+def test_any_template_is_read_or_is_a_value_error(template):
+    with suppress(ValueError):
+        make = parse_template(template)
+        assert make("a dog") != make("")
 
 
 def test_empty_input_is_refused():

@@ -241,3 +241,54 @@ def test_change_after_opening_is_an_error_even_if_not_strict(tmp_path: Path, for
     cause = "No such file" if form == "class_folders" else "has changed since it was opened"
     with pytest.raises(ValueError, match=rf"eval\.data \(.*\): .* must be readable: .*{cause}"):
         list(data)
+
+
+def test_some_images_may_be_unreadable(tmp_path: Path) -> None:
+    samples = [sound_sample(), sound_sample() | {"jpg": b"<html>"}, {"cls": b"1"}]
+    write_folder(tmp_path, [*samples, *(sound_sample(b"1") for _ in range(3))])
+    with pytest.raises(
+        ValueError, match=r"must hold whole samples.*image_missing: 1 \(sample s2 of"
+    ):
+        open_data(tmp_path)
+    data = open_data(tmp_path, batch_size=1, max_bad_samples=1)
+    with pytest.raises(
+        ValueError,
+        match=r"sample s1 of .*0\.tar must be readable: image_undecodable; max_bad_samples is 1, "
+        r"found image_undecodable: 1 \(sample s1 .*\); image_missing: 1 \(sample s2 .*\)$",
+    ):
+        list(data)
+    apart = [image for n in range(6) for batch in data.batches([n]) for image in batch.unreadable]
+    with pytest.raises(ValueError, match=r"max_bad_samples is 1"):
+        data.require_readable(apart)  # the sum over ranks, of which none has too many
+    data = open_data(tmp_path, max_bad_samples=2)
+    batches = list(data)
+    assert [image.key for batch in batches for image in batch.unreadable] == ["s1", "s2"]
+    assert labels_of(batches) == [0, 1, 1, 1]
+    assert data.num_samples == 6
+    with pytest.raises(ValueError, match=r"max_bad_samples \(-1\) must be at least 0"):
+        open_data(tmp_path, max_bad_samples=-1)
+
+
+@pytest.mark.parametrize("label", [b"1_0", b"+1", b"-1", b"1.0", b"0x1", "\uff11".encode()])
+def test_class_number_has_digits_only(tmp_path: Path, label: bytes) -> None:
+    write_folder(tmp_path, [sound_sample(), sound_sample(label)])
+    (tmp_path / "classnames.txt").write_text("x\n" * 20)
+    with pytest.raises(ValueError, match=r"not among the 20 of the list: 1 .*first sample s1 of"):
+        open_data(tmp_path)
+
+
+def test_class_number_may_have_a_mark_and_spaces(tmp_path: Path) -> None:
+    write_folder(tmp_path, [sound_sample(b"\xef\xbb\xbf1\r\n"), sound_sample(b" 001 ")])
+    assert labels_of(open_data(tmp_path)) == [1, 1]
+
+
+def test_class_names_keep_their_numbers(tmp_path: Path) -> None:
+    write_folder(tmp_path, [sound_sample(), sound_sample(b"1")])
+    names = tmp_path / "classnames.txt"
+    names.write_bytes("\ufeffc\x85t\r\ndo\x1cg\r\n\r\n".encode())
+    assert open_data(tmp_path).classnames == ["c\x85t", "do\x1cg"]
+    names.write_text("cat\n\ndog\n")
+    with pytest.raises(
+        ValueError, match=r"eval\.data \(.*\): line 2 of .*classnames\.txt must not"
+    ):
+        open_data(tmp_path)
