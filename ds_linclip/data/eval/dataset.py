@@ -100,6 +100,7 @@ class LabelledData:
         try:
             if not self._folder.is_dir():
                 found = "it is a file" if self._folder.exists() else "there is none"
+                found = "it is a URL" if "://" in str(folder) else found
                 raise ValueError(f"eval.data ({folder}) must be a folder on this machine; {found}")
             self.classnames, self.templates, labels = read_classes(
                 self._folder, classes, needs_classes=needs_classes

@@ -137,10 +137,10 @@ def _hint(
     """Return where images lie instead, for a message; empty when nothing is found."""
     if archives := [name for name in files if _NO_TAR.fullmatch(name)]:
         return f"; {folder / archives[0]} is compressed or unfinished"
-    for name in sorted(folders):
-        below, tars = _entries(folder / name)
-        if any(child in ids for child in below):
-            return f"; folders of classes are in {folder / name}"
+    inside = {name: _entries(folder / name) for name in folders}
+    if above := [name for name, (below, _) in inside.items() if not ids.keys().isdisjoint(below)]:
+        return f"; folders of classes are in {' and '.join(str(folder / name) for name in above)}"
+    for name, (_, tars) in inside.items():
         if found := [tar for tar in tars if _is_tar(tar) or _NO_TAR.fullmatch(tar)]:
             return f"; there is {folder / name / min(found)}"
     return ""
@@ -228,7 +228,7 @@ def _promised_samples(place: Path, names: Sequence[str], files: set[str]) -> dic
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be readable JSON: {error}") from error
     return content if isinstance(content, dict) else {}

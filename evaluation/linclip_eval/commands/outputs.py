@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from ds_linclip.data import UnreadableImage
+from ds_linclip.data import UnreadableImage, describe_unreadable
 from ds_linclip.inference import LoadedModel
 from ds_linclip.provenance import run_facts
 from linclip_eval.results import write_report
+from linclip_eval.zero_shot.evaluate import ZeroShotResult
+from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = [
     "bullets",
@@ -21,6 +23,7 @@ __all__ = [
     "publish",
     "remarks",
     "unreadable_entries",
+    "zero_shot_remarks",
 ]
 
 _MEASURED = ("ds_linclip", "kernels/linclip_kernels", "evaluation")
@@ -83,6 +86,12 @@ def describe(model: LoadedModel) -> str:
 def bullets(lines: Iterable[str]) -> str:
     """Return a Markdown list; empty when there are no lines."""
     return "\n".join(f"- {line}" for line in lines)
+
+
+def zero_shot_remarks(task: ZeroShotTask, result: ZeroShotResult) -> list[str]:
+    """Return a line for each defect of the images, found when they were opened or read."""
+    unreadable = {"unreadable images, which count as wrong": describe_unreadable(result.unreadable)}
+    return [*task.data.findings.describe(), *remarks(unreadable)]
 
 
 def unreadable_entries(images: Sequence[UnreadableImage]) -> list[dict[str, str]]:

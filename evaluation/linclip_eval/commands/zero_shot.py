@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from ds_linclip.config import load_config
-from ds_linclip.data import describe_unreadable
 from ds_linclip.inference import LoadedModel
 from linclip_eval.commands import inputs, outputs
 from linclip_eval.results import markdown_table, percent, wilson_interval
@@ -77,8 +76,7 @@ def _publish(
     classes, count = result.classes, result.num_samples
     num_empty = int((result.class_samples == 0).sum())
     num_equal = sum(n for n in Counter(classes.texts).values() if n > 1)
-    unreadable = describe_unreadable(result.unreadable)
-    findings, confusions = task.data.findings.describe(), result.confusions()
+    findings, confusions = outputs.zero_shot_remarks(task, result), result.confusions()
     shares = {
         **{f"top{k}": result.topk(k) for k in (1, 5, 10)},
         **{f"merged_top{k}": result.merged_topk(k) for k in (1, 5)},
@@ -98,7 +96,7 @@ def _publish(
         f"{len(classes)} classes of {classes.name}, {len(task.templates)} templates; {num_equal} "
         f"classes share their texts with others, {len(result.unreadable)} images could not be read "
         f"and {result.num_nonfinite} had logits that are not finite: both count as wrong.",
-        outputs.bullets([*findings, *([f"unreadable images: {unreadable}"] if unreadable else [])]),
+        outputs.bullets(findings),
         markdown_table(("", "% (95 % interval)"), rows),
     ]
     if confusions:

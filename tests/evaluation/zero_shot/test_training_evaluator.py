@@ -146,6 +146,26 @@ def test_evaluator_is_built_from_the_config(folder):
     assert model.most_workers == 2
 
 
+def test_unreadable_images_within_the_limit_are_counted(folder, caplog):
+    with tarfile.open(folder / "test" / "1.tar", "a") as tar:
+        _add(tar, "undecodable.jpg", b"<html>")
+        _add(tar, "undecodable.cls", b"0")
+    (folder / "classnames.txt").write_text("\n".join([*COLOURS, "grey"]))
+    config = Config()
+    config.model.vision.image_size, config.model.text.context_length = (16, 16), 8
+    config.data.num_workers, config.log.num_images, config.eval.data = 0, 0, str(folder)
+    device = torch.device("cpu")
+    with pytest.raises(
+        ValueError, match=r"undecodable of .*1\.tar must be .* max_bad_samples is 0"
+    ):
+        HeldOutEvaluator.from_config(config, device=device).score(ColourModel())
+    config.eval.max_bad_samples = 1
+    values = HeldOutEvaluator.from_config(config, device=device)(ColourModel(), None, 1)
+    assert (values["eval/zeroshot_top1"], values["eval/bad_samples"]) == (6 / 8, 1)
+    assert "classes without an image: 1 of 4 (grey)" in caplog.text
+    assert "1 of 8 images cannot be read (image_undecodable: 1 (sample undecodable" in caplog.text
+
+
 class RecordingModel(ColourModel):
     """Records the shapes of its inputs, and the number of worker processes during a forward."""
 

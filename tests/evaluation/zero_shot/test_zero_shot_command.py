@@ -111,7 +111,9 @@ def test_some_images_may_be_unreadable(model, images, tmp_path, capsys):
             f"{HEN}/{HEN}_{name}.JPEG" for name in ("0", "2")
         ]
         summary = capsys.readouterr().out
-        assert re.search(rf"unreadable images: image_undecodable: 2 \(.*/{HEN}_0\.JPEG", summary)
+        assert re.search(
+            rf"unreadable images, .*: image_undecodable: 2 \(.*/{HEN}_0\.JPEG", summary
+        )
     assert run(model, images, out, "--max-bad-samples", "1") == 2
     assert "max_bad_samples is 1" in capsys.readouterr().err
 

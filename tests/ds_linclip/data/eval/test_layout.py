@@ -123,7 +123,7 @@ def test_every_gap_is_found(tmp_path_factory, present, width, has_count):
     ("names", "message"),
     [
         (["0.tar", "test/0.tar"], r"in one place: there are tars in it and images in .*/test$"),
-        (["train-0.tar", "val-0.tar"], r"of one split, not train-0\.tar and val-0\.tar"),
+        (["train-0.tar", "val-0.tar"], r"of one split, not val-0\.tar and train-0\.tar"),
         (["val/0.tar"], r"must be a folder with tars .*; there is .*/val/0\.tar$"),
         (["test/0.tar.gz"], r"must be a folder with tars .*; there is .*/test/0\.tar\.gz$"),
         (["0.tgz"], r"must be a folder with tars .*; .*/0\.tgz is compressed or unfinished$"),
@@ -132,7 +132,7 @@ def test_every_gap_is_found(tmp_path_factory, present, width, has_count):
 )
 def test_other_places_are_named(tmp_path, names, message):
     folder = write_tars(tmp_path / "set", *names)
-    with pytest.raises(ValueError, match=rf"eval\.data \(.*\).* {message}|{message}"):
+    with pytest.raises(ValueError, match=rf"^eval\.data \(.*\).*{message}"):
         open_data(folder, split="train" if "train/0.txt" in names else "test", strict=False)
 
 
@@ -183,7 +183,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         os.symlink(folder / name, linked / name)
     os.symlink(folder, folder / CAT / "circle")
     data = open_data(linked, classes=[*CLASSES])
-    assert data.num_samples == 9 + 9  # all once more below the link from the cats
+    assert data.num_samples == 9 + 6  # dogs and fish are below the cats too
     (folder / CAT / "circle").unlink()
     os.symlink(folder / CAT, folder / CAT / "circle")
     os.symlink("nowhere", folder / DOG / "lost.jpg")
