@@ -35,7 +35,6 @@ from ds_linclip.data.eval.sources import (
     LabelledTar,
 )
 from ds_linclip.data.eval.unreadable import UnreadableImage, describe_unreadable
-from ds_linclip.data.tar_index import IMAGE_SUFFIXES
 from ds_linclip.process.progress import progress
 from ds_linclip.process.text_files import read_list
 
@@ -155,7 +154,7 @@ def open_parts(folder: Path, classes: ClassLabels, split: str) -> tuple[list[Lab
         OSError: when the file system does not answer.
     """
     has_classes = classes.ids != _NO_CLASSES
-    layout = find_parts(folder, classes.ids if has_classes else {}, split, IMAGE_SUFFIXES)
+    layout = find_parts(folder, classes.ids if has_classes else {}, split)
 
     def open_part(path: Path) -> LabelledPart:
         if not layout.tars:

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ds_linclip.data.tar_index import IMAGE_SUFFIXES
 from ds_linclip.process.text_files import read_text
 
-__all__ = ["Layout", "Problems", "find_parts"]
+__all__ = ["Layout", "find_parts"]
 
 #: Descriptions of what is wrong, by cause.
 Problems = dict[str, list[str]]
@@ -51,7 +52,7 @@ class Layout:
     problems: Problems = field(default_factory=dict)
 
 
-def find_parts(folder: Path, ids: Mapping[str, int], split: str, suffixes: Sequence[str]) -> Layout:
+def find_parts(folder: Path, ids: Mapping[str, int], split: str) -> Layout:
     """Find the tars of a folder, or its folders of classes.
 
     Args:
@@ -59,7 +60,6 @@ def find_parts(folder: Path, ids: Mapping[str, int], split: str, suffixes: Seque
         ids: The known classes; without any, only tars are looked for.
         split: The folder of tars that is preferred to ``test``; tars in ``folder`` itself are
             preferred to both.
-        suffixes: Ends of the names of images.
 
     Raises:
         ValueError: naming ``eval.data``, which has no images or has them in several places.
@@ -72,7 +72,7 @@ def find_parts(folder: Path, ids: Mapping[str, int], split: str, suffixes: Seque
             places[place] = _entries(place)[1]
     with_tars = [place for place, names in places.items() if any(map(_is_tar, names))]
     if not with_tars:
-        return _class_folders(folder, folders, files, ids, suffixes)
+        return _class_folders(folder, folders, files, ids)
     place = with_tars[0]
     if place == folder:
         others = [*with_tars[1:], *(folder / name for name in folders if name in ids)]
@@ -114,9 +114,8 @@ def _class_folders(
     folders: Sequence[str],
     files: Sequence[str],
     ids: Mapping[str, int],
-    suffixes: Sequence[str],
 ) -> Layout:
-    loose = [name for name in files if name.lower().endswith(tuple(suffixes))]
+    loose = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     if not folders or not ids or (loose and not any(name in ids for name in folders)):
         form = ", or one with a folder of images for each class" if ids else ""
         raise ValueError(

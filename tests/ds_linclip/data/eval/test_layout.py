@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_linclip.data.eval.layout import find_parts
-from ds_linclip.data.tar_index import IMAGE_SUFFIXES
 from helpers.labelled_folders import (
     CAT,
     CLASSES,
@@ -110,7 +109,7 @@ def test_every_gap_is_found(tmp_path_factory, present, width, has_count):
     total = max(present) + 1
     if has_count:
         (place / "nshards.txt").write_text(f"{total}\n")
-    layout = find_parts(place.parent, {}, "test", IMAGE_SUFFIXES)
+    layout = find_parts(place.parent, {}, "test")
     assert [int(path.stem) for path in layout.tars] == sorted(present)
     missing = [f"{place}/{n:0{width}}.tar" for n in range(total) if n not in present]
     found = layout.problems.get("shard_missing", [])
