@@ -173,7 +173,7 @@ def _load_parts(name: str, mesh: Mesh, side: int | None) -> _Parts:
     if (folder / MANIFEST).exists():
         return _from_clip(load_weights(folder, mesh), side, {})
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = json.loads((folder / CONFIG_FILE).read_bytes())
         read_config(folder)
     except ValueError as error:
         logger.info("%s: loaded by open_clip: %s", folder, error)

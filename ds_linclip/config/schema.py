@@ -387,6 +387,8 @@ class EvalConfig:
     every_steps: int = 0
     #: Images per forward pass and rank.
     batch_size: int = 256
+    #: Held-out images that may be unreadable; they are counted and are wrong. More are an error.
+    max_bad_samples: int = 0
 
 
 @dataclass(kw_only=True)

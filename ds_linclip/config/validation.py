@@ -48,6 +48,7 @@ _RULES: list[_Rule] = [
             *("train.seed", "optim.weight_decay", "optim.warmup_steps", "optim.clip_grad_norm"),
             *("data.num_workers", "checkpoint.every_steps", "checkpoint.every_minutes"),
             *("checkpoint.keep_every_steps", "eval.every_steps", "health.max_rewinds"),
+            "eval.max_bad_samples",
             *("log.num_images", "watchdog.timeout_seconds"),
         ),
     ),

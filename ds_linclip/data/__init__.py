@@ -2,6 +2,7 @@
 
 from ds_linclip.data.captions import CaptionTokenizer, clean_text
 from ds_linclip.data.eval.dataset import LabelledBatch, LabelledData
+from ds_linclip.data.eval.unreadable import UnreadableImage, describe_unreadable
 from ds_linclip.data.loader import Batch, TrainData
 from ds_linclip.data.quality_report import DataReport
 from ds_linclip.data.remote import Storage
@@ -19,6 +20,8 @@ __all__ = [
     "LabelledData",
     "Storage",
     "TrainData",
+    "UnreadableImage",
     "clean_text",
+    "describe_unreadable",
     "find_shards",
 ]

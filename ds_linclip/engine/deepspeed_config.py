@@ -153,8 +153,8 @@ def _read(config: Config) -> dict[str, Any]:
     path = Path(config.zero.deepspeed_config)
     where = f"zero.deepspeed_config ({path})"
     try:
-        content = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_bytes())  # in any UTF, with or without a mark
+    except (OSError, ValueError) as error:
         raise ValueError(f"{where} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where} must hold keys and values, not {content!r}")

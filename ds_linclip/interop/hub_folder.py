@@ -147,7 +147,7 @@ def read_model_cfg(path: Path) -> dict[str, Any]:
         ValueError: when it is not JSON.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except ValueError as error:  # neither JSON nor text
         raise ValueError(f"{path.name} cannot be read: {error}") from error
     found = content.get("model_cfg", content) if isinstance(content, dict) else None

@@ -166,7 +166,7 @@ def _open_source(
 def _note_preprocessing(path: Path) -> None:
     """Warn when images were not normalized with OpenAI's statistics, as ds_linclip does."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except ValueError:
         return  # reported when the config is read
     found = content.get("preprocess_cfg") if isinstance(content, dict) else None

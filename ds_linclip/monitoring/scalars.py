@@ -127,4 +127,8 @@ SCALARS = (
         *("eval/zeroshot_top5", "share with the class among the first five"),
         *(_EVALUATION, "zero-shot accuracy", "linclip_zeroshot_top5_ratio"),
     ),
+    Scalar(
+        *("eval/bad_samples", "held-out images that cannot be read, which count as wrong"),
+        *(_EVALUATION, "unreadable images", "linclip_held_out_bad_samples"),
+    ),
 )

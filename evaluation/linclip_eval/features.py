@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ds_linclip.data import clean_text
+from ds_linclip.data import UnreadableImage, clean_text
 from ds_linclip.process.consensus import map_over_ranks
+from ds_linclip.process.text_files import split_lines
 from linclip_eval.protocols import Encoder, ImageBatch, ImageSet
 
 __all__ = ["Features", "best_ranks", "extract_features", "similarities"]
@@ -40,8 +41,7 @@ class Features:
         texts: [T, E] float32, likewise; the captions of an image follow each other.
         captions: The T captions behind ``texts``.
         owners: [T] int64, the index of the image that each caption belongs to.
-        unreadable: The key and the reason of each of the U images that could not be decoded. Their
-            captions are unknown.
+        unreadable: The U images that could not be read. Their captions are unknown.
         unreadable_labels: [U] int64, the class numbers of these images.
     """
 
@@ -51,7 +51,7 @@ class Features:
     texts: NDArray[np.float32]
     captions: tuple[str, ...]
     owners: NDArray[np.int64]
-    unreadable: tuple[tuple[str, str], ...]
+    unreadable: tuple[UnreadableImage, ...]
     unreadable_labels: NDArray[np.int64]
 
     @property
@@ -157,7 +157,7 @@ def _embed(
     owners, captions = [], []
     if embed_texts is not None:
         for image, lines in enumerate(batch.captions):
-            texts = [line for line in lines.split("\n") if clean_text(line)]
+            texts = [line for line in split_lines(lines) if clean_text(line)]
             captions += texts
             owners += [image] * len(texts)
     chunks = [

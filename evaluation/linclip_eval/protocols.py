@@ -10,6 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ds_linclip.data import UnreadableImage
+
 __all__ = ["Encoder", "Encoders", "ImageBatch", "ImageSet", "Tokenizer"]
 
 #: Maps images [B, 3, H, W], or token ids [B, L], to features [B, E], normalised or not. It must not
@@ -40,7 +42,7 @@ class ImageBatch(Protocol):
     @property
     def unreadable_labels(self) -> Tensor: ...  # [U], int64
     @property
-    def unreadable(self) -> Sequence[tuple[str, str]]: ...  # U pairs: key, reason
+    def unreadable(self) -> Sequence[UnreadableImage]: ...  # U images
 
 
 class ImageSet(Protocol):

@@ -102,7 +102,10 @@ def _summary(config: Config, result: TrainResult) -> str:
         rows.append(("loss", f"{result.last['train/loss']:.4f}"))
         rows.append(("samples/s", f"{result.last['perf/samples_per_second']:.0f}"))
     scores = result.evaluation.items()
-    rows += [(tag.removeprefix("eval/"), f"{value:.4f}") for tag, value in scores]
+    rows += [
+        (tag.removeprefix("eval/"), str(value) if isinstance(value, int) else f"{value:.4f}")
+        for tag, value in scores
+    ]
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"  {name:<{width}}  {value:>10}" for name, value in rows)
     tensorboard = Path(sys.executable).with_name("tensorboard")

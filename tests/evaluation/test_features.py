@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from helpers.stand_in_data import StandInData, random_data
 from linclip_eval.features import best_ranks, extract_features, similarities
@@ -45,6 +47,16 @@ def test_lines_of_a_text_are_captions_of_its_image():
     assert np.array_equal(features.texts, expected.numpy())
 
 
+@given(
+    captions=st.lists(st.text(st.characters(exclude_characters="\r\n")).map(str.strip), max_size=6),
+    end=st.sampled_from(["\n", "\r\n", "\r"]),
+)
+def test_every_line_of_a_text_is_one_caption(captions, end):
+    data = StandInData(torch.ones(1, 3, 2, 2), [0], [end.join(captions)])
+    features = extract_features(flat, data, device="cpu", embed_texts=lengths)
+    assert features.captions == tuple(filter(None, captions))
+
+
 def test_unreadable_images_are_named_and_owners_point_past_them():
     def encode(images: torch.Tensor) -> torch.Tensor:
         assert len(images), "a model need not accept an empty batch"
@@ -53,7 +65,7 @@ def test_unreadable_images_are_named_and_owners_point_past_them():
     data = random_data(10, [2], unreadable=[0, 4, 5, 6, 7])
     features = extract_features(encode, data, device="cpu", embed_texts=lengths)
     assert features.keys == ("s1", "s2", "s3", "s8", "s9")
-    assert [key for key, _ in features.unreadable] == ["s0", "s4", "s5", "s6", "s7"]
+    assert [image.key for image in features.unreadable] == ["s0", "s4", "s5", "s6", "s7"]
     assert len(features.unreadable_labels) == 5
     assert features.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 

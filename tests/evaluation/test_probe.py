@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from ds_linclip.config import ModelConfig, TextTower, VisionTower
+from ds_linclip.data import UnreadableImage
 from ds_linclip.data.prepare.digits import CLASSNAMES, TEMPLATES, digit_samples
 from ds_linclip.data.prepare.shard_writer import RawSample, write_labelled_folder
 from ds_linclip.interop.state_dict import export_folder
@@ -38,7 +39,9 @@ def features_of(
         texts=np.empty((0, 0), np.float32),
         captions=(),
         owners=np.empty(0, np.int64),
-        unreadable=tuple((f"u{i}", "image_undecodable") for i in range(len(lost))),
+        unreadable=tuple(
+            UnreadableImage(f"u{i}", "image_undecodable", f"sample u{i}") for i in range(len(lost))
+        ),
         unreadable_labels=lost,
     )
 

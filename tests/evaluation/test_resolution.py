@@ -102,3 +102,10 @@ def test_domains_of_equal_keys_are_kept_apart(models, domains, tmp_path):
     arguments = ["eval", "resolution", str(models["softmax"]), "--data", *sources, "--sizes", "32"]
     assert main([*arguments, "--out", str(out), "--num-workers", "0"]) == 0
     assert len(list((out / "parts").iterdir())) == 2
+
+    (other / "test" / "nshards.txt").write_text("2")
+    assert main([*arguments, "--out", str(out), "--num-workers", "0"]) == 2
+    assert main([*arguments, "--out", str(out), "--num-workers", "0", "--lenient"]) == 0
+    findings = json.loads((out / "results.json").read_text())["findings"]
+    assert any(line.startswith("shard_count: 1") for line in findings["inverted"])
+    assert "- inverted: shard_count: 1 (" in (out / "summary.md").read_text()

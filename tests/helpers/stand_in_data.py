@@ -8,6 +8,8 @@ import open_clip
 import torch
 from torch import Tensor
 
+from ds_linclip.data import UnreadableImage
+
 WORDS = (
     *("red", "green", "blue", "small", "large", "circle", "square", "star", "dog", "cat", "house"),
     *("tree", "river", "seven", "photo", "left", "right", "above", "below", "two", "three"),
@@ -22,7 +24,7 @@ class StandInBatch:
     keys: list[str]
     captions: list[str]
     unreadable_labels: Tensor
-    unreadable: list[tuple[str, str]]
+    unreadable: list[UnreadableImage]
 
 
 class StandInData:
@@ -67,7 +69,9 @@ class StandInData:
                 keys=[f"s{i}" for i in rows],
                 captions=[self._captions[i] for i in rows],
                 unreadable_labels=self._labels[lost],
-                unreadable=[(f"s{i}", "image_undecodable") for i in lost],
+                unreadable=[
+                    UnreadableImage(f"s{i}", "image_undecodable", f"sample s{i}") for i in lost
+                ],
             )
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ds_linclip.data.eval.image_index import FolderFindings, open_parts, read_classes
 from ds_linclip.data.eval.sources import LabelledPart
+from ds_linclip.data.eval.unreadable import UnreadableImage, describe_unreadable
 from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.tar_index import BadSample
 from ds_linclip.data.transforms import EvalTransform
@@ -32,7 +34,7 @@ class LabelledBatch:
     keys: list[str]  # the name of each image in its tar, or its path in the folder
     captions: list[str]  # the text of each image; empty when it has none
     unreadable_labels: Tensor  # [U] int64
-    unreadable: list[tuple[str, str]]  # key and reason
+    unreadable: list[UnreadableImage]
 
     def pin_memory(self) -> Self:
         """Return the batch in pinned memory, for torch's DataLoader."""
@@ -54,11 +56,11 @@ class LabelledData:
         classes: Ids in the order of their labels; None: the folder is in clip_benchmark's layout.
         split: The folder of tars that is preferred to ``test``; tars in ``folder`` itself are
             preferred to both.
-        needs_classes: Whether a folder that names no classes is an error. Otherwise its images have
-            the label 0, and only their captions matter.
+        needs_classes: Whether classes matter. Otherwise all images have the label 0.
         strict: Whether a defect of the folder is an error (except for a class of
             ``classnames.txt`` without images). Otherwise it is counted, in ``findings`` and in the
             batches.
+        max_bad_samples: The number of unreadable images that are counted even if ``strict``.
 
     Attributes:
         classnames: The names or ids of the classes, in the order of their labels.
@@ -70,7 +72,7 @@ class LabelledData:
     Raises:
         ValueError: naming ``eval.data`` or the argument, for a folder that lacks a file, has an
             unknown form, holds no image, cannot be read or, if ``strict``, has defects; while
-            iterating, for an image that cannot be accessed or, if ``strict``, decoded.
+            iterating, for an image that cannot be accessed, or for too many unreadable ones.
     """
 
     def __init__(
@@ -84,19 +86,29 @@ class LabelledData:
         split: str = "test",
         needs_classes: bool = True,
         strict: bool = True,
+        max_bad_samples: int = 0,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size ({batch_size}) must be at least 1")
-        self._folder, self._strict = Path(folder), strict
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("max_bad_samples", max_bad_samples, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} ({value}) must be at least {least}")
+        self._folder, self._strict, self._max_bad = Path(folder), strict, max_bad_samples
         self._transform, self._batch_size, self._num_workers = transform, batch_size, num_workers
-        self.classnames, self.templates, labels = read_classes(
-            self._folder, classes, needs_classes=needs_classes
-        )
         try:
-            parts = open_parts(self._folder, labels, split)
+            if not self._folder.is_dir():
+                found = "it is a file" if self._folder.exists() else "there is none"
+                found = "it is a URL" if "://" in str(folder) else found
+                raise ValueError(f"eval.data ({folder}) must be a folder on this machine; {found}")
+            self.classnames, self.templates, labels = read_classes(
+                self._folder, classes, needs_classes=needs_classes
+            )
+            parts, layout = open_parts(self._folder, labels, split)
         except OSError as error:
             raise ValueError(f"eval.data ({folder}) must be readable: {error}") from error
-        self.findings = FolderFindings.of(parts, self.classnames)
+        self.findings = FolderFindings.of(parts, layout, self.classnames)
         self._parts = [part for part in parts if len(part.labels)]
         self._check(has_ids=classes is not None)
         self._labels = np.concatenate([part.labels for part in self._parts])
@@ -107,14 +119,29 @@ class LabelledData:
 
     def _check(self, *, has_ids: bool) -> None:
         findings = self.findings
-        has_defects = bool(findings.unknown_classes or findings.problems)
+        too_many = len(findings.unreadable) > self._max_bad
         defects = "; ".join(findings.describe())
         if not self._parts:
-            end = f": {defects}" if has_defects else ""
+            end = f": {defects}" if findings.has_defects else ""
             raise ValueError(f"eval.data ({self._folder}) must hold at least one sample{end}")
-        if self._strict and (has_defects or (has_ids and findings.empty_classes)):
+        if self._strict and (
+            findings.has_defects or too_many or (has_ids and findings.empty_classes)
+        ):
             raise ValueError(
                 f"eval.data ({self._folder}) must hold whole samples of its classes: {defects}"
+            )
+
+    def require_readable(self, unreadable: Sequence[UnreadableImage]) -> None:
+        """Check the number of unreadable images that iterations have found, on all ranks together.
+
+        Raises:
+            ValueError: naming one of them, for more than ``max_bad_samples`` if ``strict``.
+        """
+        if self._strict and len(unreadable) > self._max_bad:
+            first = unreadable[0]
+            raise ValueError(
+                f"eval.data ({self._folder}): {first.where} must be readable: {first.cause}; "
+                f"max_bad_samples is {self._max_bad}, found {describe_unreadable(unreadable)}"
             )
 
     @cached_property
@@ -141,19 +168,25 @@ class LabelledData:
         return digest.hexdigest()
 
     def _digest(self, images: str) -> str:
-        content = f"{images} {self._transform.preprocess} {self._batch_size} {self._strict}"
+        content = f"{images} {self._transform.preprocess} {self._batch_size}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def batches(self, numbers: Sequence[int]) -> Iterator[LabelledBatch]:
         """Yield batches by their numbers, in the given order; workers end with the iterator.
 
         Raises:
-            ValueError: for a number that no batch has, or an image that cannot be used.
+            ValueError: for a number that no batch has, an image that cannot be accessed, or as soon
+                as these batches alone have too many unreadable images.
         """
         for number in numbers:
             if not 0 <= number < self.num_batches:
                 raise ValueError(f"numbers ({number}) must be in [0, {self.num_batches})")
-        yield from ordered_map(self._read, numbers, num_workers=self._num_workers)
+        unreadable: list[UnreadableImage] = []
+        with closing(ordered_map(self._read, numbers, num_workers=self._num_workers)) as batches:
+            for batch in batches:
+                unreadable += batch.unreadable
+                self.require_readable(unreadable)
+                yield batch
 
     def __iter__(self) -> Iterator[LabelledBatch]:
         return self.batches(range(self.num_batches))
@@ -164,21 +197,21 @@ class LabelledData:
         pixels: list[Tensor] = []
         captions: list[str] = []
         readable: dict[int, str] = {}  # number of a sample -> its key
-        unreadable: dict[int, tuple[str, str]] = {}  # number of a sample -> its key, the reason
+        unreadable: dict[int, UnreadableImage] = {}  # by the number of the sample
         for sample in range(start, min(start + self._batch_size, self.num_samples)):
             part, row = self._find(sample)
             try:
                 content, caption = part.read(row)
                 pixels.append(self._transform(content))
-            except (BadSample, OSError, ValueError) as error:
-                # A file system that does not answer is not a defect of the image.
-                if self._strict or isinstance(error, OSError):
-                    where = part.where(part.key(row))
-                    raise ValueError(
-                        f"eval.data ({self._folder}): {where} must be readable: {error}"
-                    ) from error
-                unreadable[sample] = (part.key(row), str(error))
+            except (BadSample, ValueError) as error:
+                unreadable[sample] = part.unreadable_image(row, str(error))
                 continue
+            except OSError as error:
+                # A file system that does not answer is not a defect of the image.
+                raise ValueError(
+                    f"eval.data ({self._folder}): {part.where(part.key(row))} must be readable: "
+                    f"{error}"
+                ) from error
             captions.append(caption)
             readable[sample] = part.key(row)
         return LabelledBatch(

@@ -7,17 +7,16 @@ A folder has one of four forms:
   itself, with an image, ``cls`` (the class number) and optionally ``txt`` per sample;
 - such tars without these files, given a list of classes; ``cls`` may hold an id of the list;
 - one tar of images per class, named by its id (``n02084071.tar``), as in ImageNet-21K;
-- one folder of images per class, named by its id.
+- one folder of images per class, named by its id; images may lie in folders below it.
 
 A set of captions, such as clip_benchmark's for retrieval, has tars with an image and ``txt`` per
-sample, and no classes.
+sample; its classes, if there are any, are ignored.
 
-Tars are in the order of their names, samples in the order of their tar; folders of classes and the
-files in them are in the order of their names.
+A folder's ``nshards.txt``, ``_stats.json`` and ``sizes.json`` say how much it holds; less is a
+defect. Tars are in the order of their numbers, samples in the order of their tar; folders of
+classes and the files in them are in the order of their names.
 """
 
-import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +26,22 @@ from typing import Self
 
 import numpy as np
 
-from ds_linclip.data.eval.sources import ClassFolder, ClassLabels, LabelledPart, LabelledTar
+from ds_linclip.data.eval.layout import Layout, find_parts
+from ds_linclip.data.eval.sources import (
+    NOT_AN_IMAGE,
+    ClassFolder,
+    ClassLabels,
+    LabelledPart,
+    LabelledTar,
+)
+from ds_linclip.data.eval.unreadable import UnreadableImage, describe_unreadable
 from ds_linclip.process.progress import progress
+from ds_linclip.process.text_files import read_list
 
 __all__ = ["FolderFindings", "open_parts", "read_classes"]
 
 _CLASSNAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
-_SYNSET = re.compile(r"n\d{8}")  # WordNet's ids
 #: The labels of a folder without classes: all images have the label 0.
 _NO_CLASSES = {"": 0}
 _OPENED_AT_ONCE = 8  # network file systems are slow but answer many requests at once
@@ -50,9 +57,11 @@ class FolderFindings:
         first_unknown: The first of these images; empty when there are none.
         empty_classes: The classes of the list without an image.
         problems: Descriptions by cause: tars that cannot be read to their end
-            (``shard_unreadable``, ``shard_cut``); samples and files left out (``class_missing``,
-            ``class_too_many_bytes``, ``class_cut``, ``image_extension``); samples that count as
-            unreadable (``image_missing``, ``image_too_many_bytes``, ``text_too_many_bytes``).
+            (``shard_unreadable``, ``shard_cut``), hold fewer samples than they should
+            (``shard_short``) or are not there (see :class:`Layout`); samples and files left out
+            (``class_missing``, ``class_too_many_bytes``, ``class_cut``, ``image_extension``,
+            ``not_a_file``); annotations beside images (``not_an_image``), which are no defect.
+        unreadable: The samples that are known to be unreadable, which count as wrong.
     """
 
     num_classes: int
@@ -60,12 +69,13 @@ class FolderFindings:
     first_unknown: str
     empty_classes: tuple[str, ...]
     problems: Mapping[str, Sequence[str]]
+    unreadable: tuple[UnreadableImage, ...]
 
     @classmethod
-    def of(cls, parts: Sequence[LabelledPart], classnames: Sequence[str]) -> Self:
-        """Add up the defects of all parts."""
+    def of(cls, parts: Sequence[LabelledPart], layout: Layout, classnames: Sequence[str]) -> Self:
+        """Add up the defects of all parts and of their layout."""
         unknown: Counter[str] = Counter()
-        problems: dict[str, list[str]] = defaultdict(list)
+        problems: dict[str, list[str]] = defaultdict(list, layout.problems)
         counts = np.zeros(len(classnames), np.int64)
         for part in parts:
             unknown.update(part.unknown_classes)
@@ -78,7 +88,13 @@ class FolderFindings:
             first_unknown=next((part.first_unknown for part in parts if part.first_unknown), ""),
             empty_classes=tuple(classnames[label] for label in np.flatnonzero(counts == 0)),
             problems=dict(problems),
+            unreadable=tuple(image for part in parts for image in part.unreadable),
         )
+
+    @property
+    def has_defects(self) -> bool:
+        """Whether images are missing or left out."""
+        return bool(self.unknown_classes or self.problems.keys() - {NOT_AN_IMAGE})
 
     def describe(self) -> list[str]:
         """Return a line for each kind of defect, with counts and the first examples."""
@@ -97,6 +113,8 @@ class FolderFindings:
             )
         for cause, names in self.problems.items():
             lines.append(f"{cause}: {len(names)} ({_first(names)})")
+        if self.unreadable:
+            lines.append(describe_unreadable(self.unreadable))
         return lines
 
 
@@ -117,13 +135,13 @@ def read_classes(
             raise ValueError(f"classes ({_first(repeated)}) must be named once each")
         ids = {name: label for label, name in enumerate(classes)}
         return list(classes), [], ClassLabels(ids, len(classes))
-    if not needs_classes and not (folder / _CLASSNAMES).exists():
+    if not needs_classes:
         return [""], [], ClassLabels(_NO_CLASSES, 1)
     names = _read_lines(folder / _CLASSNAMES)
     return names, _read_lines(folder / _TEMPLATES), ClassLabels({}, len(names))
 
 
-def open_parts(folder: Path, classes: ClassLabels, split: str) -> list[LabelledPart]:
+def open_parts(folder: Path, classes: ClassLabels, split: str) -> tuple[list[LabelledPart], Layout]:
     """Index all tars or folders, in order; only names, offsets and classes are read.
 
     Args:
@@ -135,53 +153,36 @@ def open_parts(folder: Path, classes: ClassLabels, split: str) -> list[LabelledP
         ValueError: naming ``eval.data``: the folder has an unknown form.
         OSError: when the file system does not answer.
     """
-    tars = _find_tars(folder, split)
-    named = classes.ids and any(t.stem in classes.ids or _SYNSET.fullmatch(t.stem) for t in tars)
+    has_classes = classes.ids != _NO_CLASSES
+    layout = find_parts(folder, classes.ids if has_classes else {}, split)
 
     def open_part(path: Path) -> LabelledPart:
-        if not tars:
+        if not layout.tars:
             return ClassFolder(path, classes)
-        class_id = "" if classes.ids == _NO_CLASSES else path.stem if named else None
-        return LabelledTar(path, classes, class_id=class_id)
-
-    paths = tars or (_find_folders(folder) if classes.ids else [])
-    if not paths:
-        form = ", or one with a folder of images for each class" if classes.ids else ""
-        raise ValueError(
-            f"eval.data ({folder}) must be a folder with tars in it or in its test folder{form}"
+        return LabelledTar(
+            path,
+            classes,
+            class_id=(path.stem if layout.are_classes else None) if has_classes else "",
+            num_samples=layout.num_samples.get(path),
         )
+
+    paths = layout.tars or layout.folders
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
         parts = pool.map(open_part, paths)
         what = f"opening {folder.name}"
-        return list(progress(parts, what, len(paths), delay=2, leave=False, disable=None))
-
-
-def _find_tars(folder: Path, split: str) -> list[Path]:
-    for place in (folder, folder / split, folder / "test"):
-        tars = [path for path in place.glob("*.tar") if not path.name.startswith(".")]
-        if tars:
-            return sorted(tars, key=lambda path: (len(path.stem), path.stem))
-    return []
-
-
-def _find_folders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-    return [folder / name for name in sorted(names)]
+        return list(progress(parts, what, len(paths), delay=2, leave=False, disable=None)), layout
 
 
 def _read_lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+    if not path.exists():
         raise ValueError(
             f"eval.data ({path.parent}) must hold a readable {path.name}, or come with a list of "
             "classes"
-        ) from error
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ValueError(f"eval.data ({path.parent}) must hold a {path.name} that is not empty")
-    return lines
+        )
+    try:
+        return read_list(path)
+    except ValueError as error:
+        raise ValueError(f"eval.data ({path.parent}): {error}") from error
 
 
 def _first(names: Sequence[str]) -> str:

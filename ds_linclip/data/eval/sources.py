@@ -1,10 +1,11 @@
 """The parts of a labelled set: tars, and folders of a class. Opening one decodes no image."""
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -13,12 +14,17 @@ import numpy as np
 import pyarrow as pa
 
 from ds_linclip.data.captions import MAX_TEXT_BYTES, decode_text
+from ds_linclip.data.eval.unreadable import UnreadableImage
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample, OpenShard, Role
 from ds_linclip.data.transforms import MAX_IMAGE_BYTES
 
-__all__ = ["ClassFolder", "ClassLabels", "LabelledPart", "LabelledTar"]
+__all__ = ["NOT_AN_IMAGE", "ClassFolder", "ClassLabels", "LabelledPart", "LabelledTar"]
 
+#: The cause that counts annotations beside images, which is no defect.
+NOT_AN_IMAGE = "not_an_image"
+_NOTE_SUFFIXES = (".txt", ".xml", ".json", ".csv", ".tsv", ".md", ".mat", ".ini", ".db")
 _MAX_CLASS_BYTES = 32
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _NOWHERE = (-1, 0)  # offset and size
 
 
@@ -33,9 +39,9 @@ class ClassLabels:
         """Return the label of an id or class number; None when it is unknown."""
         if name in self.ids:
             return self.ids[name]
-        with suppress(ValueError):
-            if 0 <= int(name) < self.num_classes:
-                return int(name)
+        # int() alone would also take "1_0" for 10.
+        if _NUMBER.fullmatch(name) and int(name) < self.num_classes:
+            return int(name)
         return None
 
 
@@ -48,7 +54,8 @@ class LabelledPart(ABC):
         labels: [n] int32 class numbers.
         unknown_classes: The number of images left out, by the class that is not in the list.
         first_unknown: The first of these images.
-        problems: Descriptions of samples that are left out or will be unreadable, by cause.
+        problems: Descriptions of what is left out, by cause.
+        unreadable: The samples that are known to be unreadable.
 
     Raises:
         OSError: from the constructor, when the file system does not answer.
@@ -59,12 +66,17 @@ class LabelledPart(ABC):
         self.unknown_classes: Counter[str] = Counter()
         self.first_unknown = ""
         self.problems: dict[str, list[str]] = defaultdict(list)
+        self.unreadable: list[UnreadableImage] = []
         self._file: BinaryIO | None = None
         self._fill([], [])
 
     def key(self, row: int) -> str:
         """Return the name of one image."""
         return os.fsdecode(self.names[row].as_py())
+
+    def unreadable_image(self, row: int, cause: str) -> UnreadableImage:
+        """Describe an image that cannot be read."""
+        return UnreadableImage(self.key(row), cause, self.where(self.key(row)))
 
     @abstractmethod
     def where(self, key: str) -> str:
@@ -110,11 +122,19 @@ class LabelledTar(LabelledPart):
 
     Args:
         path, classes: The tar, and the known classes.
+        num_samples: The number of samples that it is said to hold, or more; None: nothing is said.
         class_id: The class of all images without a ``cls`` member; None: each image must have one;
             empty: ``cls`` members are ignored.
     """
 
-    def __init__(self, path: Path, classes: ClassLabels, *, class_id: str | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        classes: ClassLabels,
+        *,
+        class_id: str | None,
+        num_samples: int | None = None,
+    ) -> None:
         super().__init__(path)
         self._identity = _identity(os.stat(path))
         self._images = np.empty((0, 2), np.int64)  # offset and size
@@ -128,6 +148,9 @@ class LabelledTar(LabelledPart):
         with closing(shard):
             if shard.cut:
                 self.problems["shard_cut"].append(str(path))
+            if num_samples is not None and len(shard) < num_samples:
+                found = f"{path}: {len(shard)} of {num_samples} samples"
+                self.problems["shard_short"].append(found)
             if class_id is None or (class_id and _has_class(shard)):
                 self._index(shard, self._read_labels(shard, classes))
             elif class_id in classes.ids:
@@ -161,7 +184,7 @@ class LabelledTar(LabelledPart):
             except BadSample as error:
                 self.problems[error.cause].append(self.where(key))
                 continue
-            name = content.decode("utf-8", "replace").strip()
+            name = content.decode("utf-8-sig", "replace").strip()
             label = classes.label(name)
             if label is None:
                 self._leave_out(name, [key])
@@ -181,7 +204,7 @@ class LabelledTar(LabelledPart):
             except BadSample as error:
                 if error.cause != "text_missing":
                     self._unreadable[row] = error.cause
-                    self.problems[error.cause].append(self.where(self.key(row)))
+                    self.unreadable.append(self.unreadable_image(row, error.cause))
             images.append(image)
         self._images = np.array(images, np.int64).reshape(-1, 2)
 
@@ -201,24 +224,24 @@ class LabelledTar(LabelledPart):
 
 
 class ClassFolder(LabelledPart):
-    """A folder of images, named by the id of their class; hidden files are ignored."""
+    """A folder of images, named by the id of their class.
+
+    Images in folders below it (Tiny ImageNet has ``images``) belong to it too. Hidden files and
+    folders are ignored.
+    """
 
     def __init__(self, path: Path, classes: ClassLabels) -> None:
         super().__init__(path)
-        images, others = [], []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    images.append(entry.name)
-                elif not entry.is_dir():
-                    others.append(entry.name)
-        keys = [f"{path.name}/{name}" for name in _visible(images)]
+        by_cause: dict[str, list[str]] = defaultdict(list)
+        for name, cause in _files_below(path, frozenset()):
+            by_cause[cause].append(f"{path.name}/{name}")
+        keys = sorted(by_cause.pop("", []))
         if path.name not in classes.ids:
             self._leave_out(path.name, keys)
             return
         self._fill(keys, [classes.ids[path.name]] * len(keys))
-        for name in _visible(others):
-            self.problems["image_extension"].append(self.where(f"{path.name}/{name}"))
+        for cause, names in by_cause.items():
+            self.problems[cause] += [self.where(name) for name in sorted(names)]
 
     def read(self, row: int) -> tuple[bytes, str]:
         with open(self.path.parent / self.key(row), "rb") as file:
@@ -235,6 +258,29 @@ class ClassFolder(LabelledPart):
         return f"image {self.path.parent / key}"
 
 
+def _files_below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """Yield the path of every file below a folder, and why it is not an image; links to folders are
+    followed, except to one of those ``above``."""
+    status = os.stat(folder)
+    above |= {(status.st_dev, status.st_ino)}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue  # macOS creates some beside copies
+            if entry.is_dir():
+                status = entry.stat()
+                if (status.st_dev, status.st_ino) not in above:
+                    for name, cause in _files_below(folder / entry.name, above):
+                        yield f"{entry.name}/{name}", cause
+            elif not entry.is_file():
+                yield entry.name, "not_a_file"  # such as a link to nothing
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                yield entry.name, ""
+            else:
+                is_note = entry.name.lower().endswith(_NOTE_SUFFIXES)
+                yield entry.name, NOT_AN_IMAGE if is_note else "image_extension"
+
+
 def _has_class(shard: OpenShard) -> bool:
     try:
         shard.find(0, "class", max_bytes=_MAX_CLASS_BYTES)
@@ -245,8 +291,3 @@ def _has_class(shard: OpenShard) -> bool:
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
-
-
-def _visible(names: Iterable[str]) -> list[str]:
-    """Sort names, without hidden files such as those that macOS creates beside copies."""
-    return sorted(name for name in names if not name.startswith("."))

@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
     for name, value in (("num-images", options.num_images), ("max-tokens", options.max_tokens)):
         if value < 1:
             raise ValueError(f"--{name} ({value}) must be at least 1")
+    inputs.check_out(options.out)
     sources = inputs.parse_sources(options.models, "models")
     about: list[Sequence[object]] = []
     statistics: dict[str, list[LayerStatistic]] = {}

@@ -15,6 +15,7 @@ from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = [
     "all_ranks",
+    "check_out",
     "data_options",
     "model_from_arguments",
     "parse_sources",
@@ -41,6 +42,20 @@ def parse_sources(arguments: Sequence[str], name: str) -> dict[str, str]:
     return sources
 
 
+def check_out(out: Path) -> None:
+    """Check that results can be written, before there are any.
+
+    Raises:
+        ValueError: when ``out`` is no folder, or cannot be made or written.
+    """
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = "cannot be written" if place.is_dir() else "is not a folder"
+        raise ValueError(f"--out ({out}) must be a folder that can be written; {place} {found}")
+
+
 @contextmanager
 def all_ranks() -> Iterator[Mesh]:
     """Yield the mesh of all processes; end its groups after all of them left the context."""
@@ -59,12 +74,13 @@ def model_from_arguments(options: argparse.Namespace, mesh: Mesh) -> LoadedModel
 
 def data_options(options: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
     """Return the arguments of :class:`~ds_linclip.data.LabelledData` that a command line and a
-    model give: --batch-size, --num-workers and --lenient."""
+    model give: --batch-size, --num-workers, --lenient and --max-bad-samples."""
     return {
         "transform": model.transform,
         "batch_size": options.batch_size,
         "num_workers": options.num_workers,
         "strict": not options.lenient,
+        "max_bad_samples": options.max_bad_samples or 0,
     }
 
 

@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from ds_linclip.data import UnreadableImage, describe_unreadable
 from ds_linclip.inference import LoadedModel
 from ds_linclip.provenance import run_facts
-from linclip_eval.features import Features
 from linclip_eval.results import write_report
+from linclip_eval.zero_shot.evaluate import ZeroShotResult
+from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = [
     "bullets",
     "command_facts",
     "describe",
-    "describe_unreadable",
     "model_facts",
     "publish",
     "remarks",
+    "unreadable_entries",
+    "zero_shot_remarks",
 ]
 
 _MEASURED = ("ds_linclip", "kernels/linclip_kernels", "evaluation")
@@ -85,12 +88,15 @@ def bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def describe_unreadable(features: Features) -> str:
-    """Return the number and the first of the images that cannot be read; empty without any."""
-    if not features.unreadable:
-        return ""
-    key, reason = features.unreadable[0]
-    return f"{len(features.unreadable)} ({key}: {reason}, ...)"
+def zero_shot_remarks(task: ZeroShotTask, result: ZeroShotResult) -> list[str]:
+    """Return a line for each defect of the images, found when they were opened or read."""
+    unreadable = {"unreadable images, which count as wrong": describe_unreadable(result.unreadable)}
+    return [*task.data.findings.describe(), *remarks(unreadable)]
+
+
+def unreadable_entries(images: Sequence[UnreadableImage]) -> list[dict[str, str]]:
+    """Return the entries of ``results.json`` that name images which cannot be read."""
+    return [{"key": each.key, "reason": each.cause, "where": each.where} for each in images]
 
 
 def remarks(found: Mapping[str, object]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ds_linclip.data import LabelledData
+from ds_linclip.data import LabelledData, describe_unreadable
 from ds_linclip.inference import LoadedModel
 from linclip_eval.commands import inputs, outputs
 from linclip_eval.features import Features, extract_features
@@ -26,6 +26,7 @@ __all__ = ["run"]
 
 def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
+    inputs.check_out(options.out)
     with inputs.all_ranks() as mesh:
         model = inputs.model_from_arguments(options, mesh)
         sets = mesh.agree(partial(_open, options, model), (ValueError, OSError))
@@ -33,6 +34,8 @@ def run(options: argparse.Namespace) -> None:
             extract_features(model.encode_image, data, device=model.device, group=mesh.dp.group)
             for data in sets
         )
+        for data, features in zip(sets, (train, test), strict=True):
+            data.require_readable(features.unreadable)
     # On a large set the fits take hours, longer than the other ranks would wait.
     if mesh.rank > 0:
         return
@@ -73,9 +76,7 @@ def run(options: argparse.Namespace) -> None:
             "num_train": len(train.images),
             "num_test": num_test,
             **{
-                f"unreadable_{name}": [
-                    {"key": key, "reason": reason} for key, reason in features.unreadable
-                ]
+                f"unreadable_{name}": outputs.unreadable_entries(features.unreadable)
                 for name, features in (("train", train), ("test", test))
             },
             "findings": findings,
@@ -130,10 +131,10 @@ def _remarks(probe: LinearProbe, train: Features, test: Features) -> list[str]:
                 is_at_end and "a better one may lie beyond"
             ),
             "training images that cannot be read, and are left out": (
-                outputs.describe_unreadable(train)
+                describe_unreadable(train.unreadable)
             ),
             "test images that cannot be read, and count as wrong": (
-                outputs.describe_unreadable(test)
+                describe_unreadable(test.unreadable)
             ),
         }
     )

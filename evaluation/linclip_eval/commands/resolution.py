@@ -44,14 +44,17 @@ def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
     models = inputs.parse_sources(options.models, "models")
     domains = inputs.parse_sources(options.data, "--data")
+    inputs.check_out(options.out)
     scores = []
+    remarks: dict[str, list[str]] = {}
     with inputs.all_ranks() as mesh:
         for label, source in models.items():
             for size in sorted(set(options.sizes)):
                 model = load_model(source, mesh, precision=options.precision, image_size=size)
                 seconds = _seconds_per_image(model)
                 for domain, folder in domains.items():
-                    _, result = inputs.score_task(options, folder, model, mesh, options.out)
+                    task, result = inputs.score_task(options, folder, model, mesh, options.out)
+                    remarks[domain] = outputs.zero_shot_remarks(task, result)
                     scores.append(
                         _Score(
                             model=label,
@@ -76,12 +79,13 @@ def run(options: argparse.Namespace) -> None:
             "The same weights, with learned positions resampled to each size. Accuracies with "
             f"95 % intervals (Wilson) over the images: {counts}. The time is that of the image "
             f"tower alone, the median over batches of {_TIMED_BATCH} images.",
+            outputs.bullets(f"{domain}: {line}" for domain in remarks for line in remarks[domain]),
             _table(scores, list(num_samples)),
             "![Accuracy and cost over image sizes](figure.png)",
         ],
         tables={"resolution.csv": scores},
         figures={"figure.png": _draw(scores, list(num_samples))},
-        numbers={"scores": [asdict(score) for score in scores]},
+        numbers={"scores": [asdict(score) for score in scores], "findings": remarks},
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ds_linclip.data import LabelledData, clean_text
+from ds_linclip.data import LabelledData, clean_text, describe_unreadable
 from ds_linclip.inference import LoadedModel
 from linclip_eval.commands import inputs, outputs
 from linclip_eval.plotting import COLOURS, MUTED, add_legend, dress, new_figure
@@ -25,6 +25,7 @@ __all__ = ["run"]
 
 def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
+    inputs.check_out(options.out)
     with inputs.all_ranks() as mesh:
         model = inputs.model_from_arguments(options, mesh)
         common = inputs.data_options(options, model)
@@ -39,9 +40,9 @@ def run(options: argparse.Namespace) -> None:
             group=mesh.dp.group,
             strict=not options.lenient,
         )
+        data.require_readable(result.features.unreadable)
         if mesh.rank == 0:
-            findings = data.findings.describe() if options.lenient else []
-            _publish(options.out, options.words, model, result, findings)
+            _publish(options.out, options.words, model, result, data.findings.describe())
 
 
 def _publish(
@@ -75,7 +76,7 @@ def _publish(
             missing and f"{len(missing)} ({missing[0]}, ...)"
         ),
         "images that cannot be read, which count as not found, and whose captions are left out": (
-            outputs.describe_unreadable(features)
+            describe_unreadable(features.unreadable)
         ),
         "images and captions with features that are not finite, which count as not found": (
             features.num_nonfinite
@@ -101,7 +102,7 @@ def _publish(
             "num_captions": result.num_captions,
             "num_repeated_captions": num_repeated,
             "num_nonfinite": features.num_nonfinite,
-            "unreadable": [{"key": key, "reason": reason} for key, reason in features.unreadable],
+            "unreadable": outputs.unreadable_entries(features.unreadable),
             "uncaptioned": missing,
             "findings": findings,
             **metrics,
@@ -112,7 +113,7 @@ def _publish(
 def _ranks(result: RetrievalResult) -> Iterator[tuple[str, str, str, int]]:
     """Yield direction, key of the image, caption and rank of every query."""
     features = result.features
-    keys = [*features.keys, *(key for key, _ in features.unreadable)]
+    keys = [*features.keys, *(image.key for image in features.unreadable)]
     for key, rank in zip(keys, result.image_to_text.tolist(), strict=True):
         yield "image_to_text", key, "", rank
     for caption, owner, rank in zip(

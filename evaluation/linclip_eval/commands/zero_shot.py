@@ -54,11 +54,16 @@ def _complete(options: argparse.Namespace, model: LoadedModel) -> Path:
         options.classes = options.classes or config.classes
         options.names = options.names or config.names
         options.templates = options.templates or config.templates
+        if options.max_bad_samples is None:
+            options.max_bad_samples = config.max_bad_samples
     if options.out is not None:
-        return Path(options.out)
-    if run is None:
+        out = Path(options.out)
+    elif run is not None:
+        out = run / "eval" / checkpoint.name
+    else:
         raise ValueError("--out must name a folder: the model is not a run folder")
-    return run / "eval" / checkpoint.name
+    inputs.check_out(out)
+    return out
 
 
 def _publish(
@@ -71,7 +76,7 @@ def _publish(
     classes, count = result.classes, result.num_samples
     num_empty = int((result.class_samples == 0).sum())
     num_equal = sum(n for n in Counter(classes.texts).values() if n > 1)
-    findings, confusions = task.data.findings.describe(), result.confusions()
+    findings, confusions = outputs.zero_shot_remarks(task, result), result.confusions()
     shares = {
         **{f"top{k}": result.topk(k) for k in (1, 5, 10)},
         **{f"merged_top{k}": result.merged_topk(k) for k in (1, 5)},
@@ -80,11 +85,16 @@ def _publish(
     known = {name: share for name, share in shares.items() if share is not None}
     recall = result.mean_per_class_recall
     rows = [(_SHARES[name], percent(share, count)) for name, share in known.items()]
+    baseline = result.best_constant_answer
+    if baseline is not None:
+        label, share = baseline
+        answer = f"the same, if the answer were always {classes.title(label)!r}"
+        rows.append((answer, percent(share)))
     rows.append(("mean per-class recall", percent(recall)))
     sections = [
         f"{outputs.describe(model)} on {count} images of {len(classes) - num_empty} of "
         f"{len(classes)} classes of {classes.name}, {len(task.templates)} templates; {num_equal} "
-        f"classes share their texts with others, {result.num_unreadable} images could not be read "
+        f"classes share their texts with others, {len(result.unreadable)} images could not be read "
         f"and {result.num_nonfinite} had logits that are not finite: both count as wrong.",
         outputs.bullets(findings),
         markdown_table(("", "% (95 % interval)"), rows),
@@ -118,10 +128,13 @@ def _publish(
             "num_classes_of_equal_texts": num_equal,
             "num_templates": len(task.templates),
             "num_samples": count,
-            "num_unreadable": result.num_unreadable,
+            "num_unreadable": len(result.unreadable),
+            "unreadable": outputs.unreadable_entries(result.unreadable),
             "num_nonfinite": result.num_nonfinite,
             **shares,
             **{f"{name}_interval": wilson_interval(known[name], count) for name in known},
+            "hierarchical_baseline_top1": baseline and baseline[1],
+            "hierarchical_baseline_class": baseline and classes.ids[baseline[0]],
             "mean_per_class_recall": recall,
             "findings": findings,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

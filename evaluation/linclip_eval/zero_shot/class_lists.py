@@ -15,7 +15,16 @@ from typing import Literal, Self, get_args
 
 import open_clip
 
-__all__ = ["IMAGENET_LISTS", "ClassList", "NamePolicy", "imagenet_classes", "is_ancestor"]
+from ds_linclip.process.text_files import read_list
+
+__all__ = [
+    "IMAGENET_LISTS",
+    "ClassList",
+    "NamePolicy",
+    "ancestors",
+    "imagenet_classes",
+    "is_ancestor",
+]
 
 #: Name of a list -> the file of timm with its synsets, in the order of the labels.
 IMAGENET_LISTS = {
@@ -97,7 +106,7 @@ def imagenet_classes(name: str, policy: NamePolicy) -> ClassList:
 
 def is_ancestor(synset: str, of: str) -> bool:
     """Return whether ``synset`` equals ``of`` or is above it in WordNet 3.0."""
-    return synset in _ancestors(of)
+    return synset in ancestors(of)
 
 
 def _texts(lemmas: str, definition: str, policy: NamePolicy) -> tuple[str, ...]:
@@ -111,14 +120,13 @@ def _read_list(name: str) -> list[str]:
     if name in IMAGENET_LISTS:
         return _timm_file(IMAGENET_LISTS[name]).split()
     try:
-        ids = Path(name).read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
+        ids = read_list(Path(name))
+    except ValueError as error:
         known = ", ".join(IMAGENET_LISTS)
         raise ValueError(
-            f"classes ({name}) must be one of {known}, or a readable file with one synset per line"
+            f"classes ({name}) must be one of {known}, or a readable file with one synset per "
+            f"line: {error}"
         ) from error
-    if not ids:
-        raise ValueError(f"classes ({name}) must hold at least one synset")
     if repeated := [synset for synset, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"classes ({name}): {repeated[0]} must occur only once")
     return ids
@@ -142,6 +150,7 @@ def _hypernyms() -> Mapping[str, tuple[str, ...]]:
 
 
 @cache
-def _ancestors(synset: str) -> frozenset[str]:
+def ancestors(synset: str) -> frozenset[str]:
+    """Return a synset and all that are above it in WordNet 3.0."""
     above = _hypernyms().get(synset, ())
-    return frozenset({synset}).union(*(_ancestors(parent) for parent in above))
+    return frozenset({synset}).union(*(ancestors(parent) for parent in above))

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from ds_linclip.process.consensus import map_over_ranks
 from linclip_eval.protocols import Encoder, Tokenizer
-from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
+from linclip_eval.zero_shot.tensor_files import load_tensors, save_tensors
 
 __all__ = ["Template", "build_classifier", "parse_template"]
 
@@ -40,6 +40,8 @@ def parse_template(template: Template) -> Callable[[str], str]:
     probe = "name"
     try:
         has_place = text.format(probe, c=probe) != text.format("", c="")
+    except KeyError:  # another name than c
+        has_place = False
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"template ({text!r}) must be a format string: {error}") from error
     if not has_place:
@@ -92,11 +94,11 @@ def build_classifier(
             return _embed(prompts, encode_text, tokenizer, device)
         key = hashlib.sha256(json.dumps([fingerprint, prompts]).encode()).hexdigest()
         path = cache_dir / f"{key}.safetensors"
-        features = load_tensor(path)
-        if features is None:
-            features = _embed(prompts, encode_text, tokenizer, device)
-            save_tensor(path, features)
-        return features
+        kept = load_tensors(path)
+        if kept is None:
+            kept = {"features": _embed(prompts, encode_text, tokenizer, device)}
+            save_tensors(path, kept)
+        return kept["features"]
 
     starts = range(0, len(texts), _CLASSES_PER_CHUNK)
     chunks = [texts[start : start + _CLASSES_PER_CHUNK] for start in starts]

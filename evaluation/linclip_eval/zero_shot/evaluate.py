@@ -5,12 +5,14 @@ most likely classes of an image are kept, so that memory does not grow with imag
 score is a ratio of counts over them.
 """
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ds_linclip.data import UnreadableImage, describe_unreadable
 from ds_linclip.process.consensus import map_over_ranks
 from linclip_eval.protocols import Encoder, ImageBatch, ImageSet
-from linclip_eval.zero_shot.class_lists import ClassList, is_ancestor
-from linclip_eval.zero_shot.tensor_files import load_tensor, save_tensor
+from linclip_eval.zero_shot.class_lists import ClassList, ancestors, is_ancestor
+from linclip_eval.zero_shot.tensor_files import load_tensors, save_tensors
 
 __all__ = ["Prediction", "ZeroShotResult", "stable_topk", "zero_shot"]
 
@@ -63,23 +66,20 @@ class ZeroShotResult:
         labels: [N] true classes, in the order of the data.
         top: [N, K] the most likely classes, most likely first. All K are negative for an image that
             could not be read or has a NaN or infinite logit: it counts as wrong.
+        unreadable: The images that could not be read.
         predictions: The first images of this rank, for display.
     """
 
     classes: ClassList
     labels: NDArray[np.int32]
     top: NDArray[np.int32]
+    unreadable: tuple[UnreadableImage, ...] = ()
     predictions: tuple[Prediction, ...] = ()
 
     @property
     def num_samples(self) -> int:
         """The number of images, unreadable ones included."""
         return len(self.labels)
-
-    @property
-    def num_unreadable(self) -> int:
-        """The number of images that could not be decoded."""
-        return int((self.top[:, 0] == _UNREADABLE).sum())
 
     @property
     def num_nonfinite(self) -> int:
@@ -128,6 +128,21 @@ class ZeroShotResult:
         right = sum(n for (true, taken), n in pairs.items() if is_ancestor(ids[taken], ids[true]))
         return right / self.num_samples
 
+    @property
+    def best_constant_answer(self) -> tuple[int, float] | None:
+        """The class that would have the best hierarchical top-1 as the answer to every image, and
+        that accuracy; None for classes that are not synsets.
+
+        A vague class is above many others: "organism" is right for half of ImageNet-22k's.
+        """
+        if not self.classes.is_wordnet:
+            return None
+        right: Counter[str] = Counter()
+        for synset, samples in zip(self.classes.ids, self.class_samples.tolist(), strict=True):
+            right.update(dict.fromkeys(ancestors(synset), samples))
+        label = max(range(len(self.classes)), key=lambda each: right[self.classes.ids[each]])
+        return label, right[self.classes.ids[label]] / self.num_samples
+
     def confusions(self) -> list[tuple[int, int, int]]:
         """Return (true class, predicted class, number of images), most frequent first."""
         wrong = [(true, taken, n) for (true, taken), n in self._pairs().items() if true != taken]
@@ -140,6 +155,13 @@ class ZeroShotResult:
     def _pairs(self) -> Counter[tuple[int, int]]:
         usable = self.top[:, 0] >= 0
         return Counter(zip(self.labels[usable].tolist(), self.top[usable, 0].tolist(), strict=True))
+
+
+class _Part(NamedTuple):
+    """The result of some batches: a row [1 + K] of labels per image, and unreadable images."""
+
+    rows: Tensor
+    unreadable: tuple[UnreadableImage, ...]
 
 
 def zero_shot(
@@ -182,33 +204,38 @@ def zero_shot(
         raise ValueError("data (0 samples) must hold at least one sample")
     predictions: list[Prediction] = []
 
-    def classify(batch: ImageBatch) -> Tensor:
+    def classify(batch: ImageBatch) -> tuple[Tensor, Sequence[UnreadableImage]]:
         _check_labels(batch, len(classes))
         logits = _logits(encode_image, classifier, batch.images)
         if missing := num_predictions - len(predictions):
             predictions.extend(_predictions(batch, logits[:missing], classes))
-        return _labels_and_top(batch, logits)
+        return _labels_and_top(batch, logits), batch.unreadable
 
-    def classify_parts(spans: Sequence[range]) -> Iterator[Tensor]:
+    def classify_parts(spans: Sequence[range]) -> Iterator[_Part]:
         names = {span: f"batches-{span.start:07d}-{span.stop:07d}.safetensors" for span in spans}
         files = {span: parts_dir / names[span] for span in spans} if parts_dir else {}
-        kept = {span: load_tensor(file) for span, file in files.items()}
+        kept = {span: _load_part(file) for span, file in files.items()}
         batches = iter(data.batches([*chain(*(s for s in spans if kept.get(s) is None))]))
         for span in spans:
             part = kept.get(span)
             if part is None:
-                part = torch.cat([classify(batch) for batch in islice(batches, len(span))])
+                rows, unreadable = zip(*map(classify, islice(batches, len(span))), strict=True)
+                part = _Part(torch.cat(rows), tuple(chain(*unreadable)))
                 if parts_dir:
-                    save_tensor(files[span], part)
+                    _save_part(files[span], part)
             yield part
 
     size = _BATCHES_PER_PART if parts_dir else 1
     starts = range(0, data.num_batches, size)
     spans = [range(start, min(start + size, data.num_batches)) for start in starts]
     parts = map_over_ranks(classify_parts, spans, group, title="parts of the images")
-    rows = torch.cat(parts).numpy()
+    rows = torch.cat([part.rows for part in parts]).numpy()
     result = ZeroShotResult(
-        classes=classes, labels=rows[:, 0], top=rows[:, 1:], predictions=tuple(predictions)
+        classes=classes,
+        labels=rows[:, 0],
+        top=rows[:, 1:],
+        unreadable=tuple(chain(*(part.unreadable for part in parts))),
+        predictions=tuple(predictions),
     )
     if group is None or dist.get_rank(group) == 0:
         _log_uncounted(result)
@@ -278,5 +305,22 @@ def _log_uncounted(result: ZeroShotResult) -> None:
     if result.num_nonfinite:
         how = "have non-finite logits"
         logger.warning(message, result.num_nonfinite, result.num_samples, how)
-    if result.num_unreadable:
-        logger.warning(message, result.num_unreadable, result.num_samples, "cannot be read")
+    if result.unreadable:
+        how = f"cannot be read ({describe_unreadable(result.unreadable)})"
+        logger.warning(message, len(result.unreadable), result.num_samples, how)
+
+
+def _save_part(file: Path, part: _Part) -> None:
+    unreadable = bytearray(json.dumps(part.unreadable).encode())
+    save_tensors(
+        file, {"rows": part.rows, "unreadable": torch.frombuffer(unreadable, dtype=torch.uint8)}
+    )
+
+
+def _load_part(file: Path) -> _Part | None:
+    """Return the part of a file, or None if the file is missing or damaged."""
+    tensors = load_tensors(file)
+    if tensors is None or tensors.keys() != {"rows", "unreadable"}:
+        return None
+    unreadable = json.loads(tensors["unreadable"].numpy().tobytes())
+    return _Part(tensors["rows"], tuple(UnreadableImage(*fields) for fields in unreadable))

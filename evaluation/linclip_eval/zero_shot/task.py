@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from ds_linclip.data import EvalTransform, LabelledData
 from ds_linclip.process.consensus import from_first_rank, require_equal
+from ds_linclip.process.text_files import read_list
 from linclip_eval.protocols import Encoders, Tokenizer
 from linclip_eval.zero_shot.class_lists import ClassList, NamePolicy, imagenet_classes
 from linclip_eval.zero_shot.classifier import Template, build_classifier, parse_template
@@ -48,12 +49,13 @@ class ZeroShotTask:
         names: NamePolicy = "lemma",
         templates: str = "one",
         strict: bool = True,
+        max_bad_samples: int = 0,
     ) -> "ZeroShotTask":
         """Open a folder of images as a task.
 
         Args:
             folder: A folder in clip_benchmark's layout names its classes and templates itself.
-            transform, batch_size, num_workers, strict: See :class:`LabelledData`.
+            transform, batch_size, num_workers, strict, max_bad_samples: See :class:`LabelledData`.
             classes: A class list for :func:`imagenet_classes`, for a folder that names none.
             names: The names that prompts use for these classes.
             templates: "one", "simple" (open_clip's 7), "openai" (its 80), or a file with one
@@ -70,14 +72,14 @@ class ZeroShotTask:
             num_workers=num_workers,
             classes=class_list.ids if class_list else None,
             strict=strict,
+            max_bad_samples=max_bad_samples,
         )
-        prompts = _read_templates(templates) if class_list else data.templates
-        try:
-            parsed = [parse_template(template) for template in prompts]
-        except ValueError as error:
-            raise ValueError(f"eval.data ({folder}): {error}") from error
-        class_list = class_list or ClassList.of_names(str(folder), data.classnames)
-        return cls(data=data, classes=class_list, templates=parsed)
+        if class_list is None:
+            class_list = ClassList.of_names(str(folder), data.classnames)
+            prompts = _parse_templates(data.templates, f"eval.data ({folder}): templates")
+        else:
+            prompts = _parse_templates(_read_templates(templates), f"templates ({templates})")
+        return cls(data=data, classes=class_list, templates=prompts)
 
     def score(
         self,
@@ -100,7 +102,7 @@ class ZeroShotTask:
 
         Raises:
             ValueError: on all ranks, when they hold different models or images, for an image that a
-                strict task cannot read, or when ``cache_dir`` cannot be written.
+                task cannot read, or when ``cache_dir`` cannot be written.
         """
         classifier = build_classifier(
             model.encode_text,
@@ -121,7 +123,7 @@ class ZeroShotTask:
             parts_dir = (
                 cache_dir / "parts" / from_first_rank(lambda: digest.hexdigest()[:16], group)
             )
-        return zero_shot(
+        result = zero_shot(
             model.encode_image,
             classifier,
             self.data,
@@ -130,15 +132,26 @@ class ZeroShotTask:
             parts_dir=parts_dir,
             num_predictions=num_predictions,
         )
+        self.data.require_readable(result.unreadable)
+        return result
+
+
+def _parse_templates(templates: Sequence[Template], source: str) -> Sequence[Template]:
+    parsed = []
+    for number, template in enumerate(templates, start=1):
+        try:
+            parsed.append(parse_template(template))
+        except ValueError as error:
+            raise ValueError(f"{source}, line {number}: {error}") from error
+    return parsed
 
 
 def _read_templates(name: str) -> Sequence[Template]:
     if name in _TEMPLATES:
         return _TEMPLATES[name]
     try:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_list(Path(name))
+    except ValueError as error:
         raise ValueError(
-            f"--templates ({name}) must be {', '.join(_TEMPLATES)}, or a readable file"
+            f"templates ({name}) must be {', '.join(_TEMPLATES)}, or a readable file: {error}"
         ) from error
-    return [line for line in lines if line.strip()]

@@ -1,5 +1,6 @@
 """Tensors in files, from which an interrupted evaluation resumes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -8,23 +9,23 @@ from torch import Tensor
 
 from ds_linclip.process.atomic import atomic_file
 
-__all__ = ["load_tensor", "save_tensor"]
+__all__ = ["load_tensors", "save_tensors"]
 
 
-def load_tensor(path: Path) -> Tensor | None:
-    """Return the tensor of a file on the CPU, or None if the file is missing or damaged."""
+def load_tensors(path: Path) -> dict[str, Tensor] | None:
+    """Return the tensors of a file on the CPU, or None if the file is missing or damaged."""
     try:
-        return load_file(path)["tensor"]
-    except (OSError, SafetensorError, KeyError):
+        return load_file(path)
+    except (OSError, SafetensorError):
         return None
 
 
-def save_tensor(path: Path, tensor: Tensor) -> None:
-    """Write a tensor atomically; its folder is created when missing.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors atomically; their folder is created when missing.
 
     Raises:
         OSError: when the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
-        save_file({"tensor": tensor.contiguous()}, partial)
+        save_file({name: each.contiguous() for name, each in tensors.items()}, partial)

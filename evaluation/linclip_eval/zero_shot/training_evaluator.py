@@ -1,5 +1,6 @@
 """Zero-shot accuracy during training: the task is opened once and scored repeatedly."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -15,6 +16,9 @@ from linclip_eval.zero_shot.evaluate import ZeroShotResult
 from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = ["HeldOutEvaluator"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Writer(Protocol):
@@ -58,7 +62,11 @@ class HeldOutEvaluator:
             classes=config.eval.classes,
             names=config.eval.names,
             templates=config.eval.templates,
+            max_bad_samples=config.eval.max_bad_samples,
         )
+        if group is None or dist.get_rank(group) == 0:
+            for finding in task.data.findings.describe():
+                logger.warning("eval.data (%s): %s", config.eval.data, finding)
         return cls(
             task=task,
             tokenizer=CaptionTokenizer(config.model.text.context_length),
@@ -79,7 +87,8 @@ class HeldOutEvaluator:
         )
 
     def __call__(self, model: Encoders, writer: _Writer, step: int) -> Mapping[str, float]:
-        """Return top-1 and top-5 accuracy during training, by their TensorBoard tags.
+        """Return top-1 and top-5 accuracy during training, and the number of unreadable images if
+        there are any, by their TensorBoard tags.
 
         ``writer`` receives a figure of the first predictions.
         """
@@ -89,4 +98,7 @@ class HeldOutEvaluator:
             from linclip_eval.zero_shot.figures import draw_predictions
 
             writer.figure(step, "eval/predictions", draw_predictions(result.predictions))
-        return {"eval/zeroshot_top1": result.topk(1), "eval/zeroshot_top5": result.topk(5)}
+        scores = {"eval/zeroshot_top1": result.topk(1), "eval/zeroshot_top5": result.topk(5)}
+        if result.unreadable:
+            scores["eval/bad_samples"] = len(result.unreadable)
+        return scores

@@ -55,8 +55,15 @@ def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lenient",
         action="store_true",
-        help="count what is wrong with the folder (unknown or empty classes, images that cannot be "
-        "read or have no caption) instead of ending with an error; such images count as wrong",
+        help="count what is wrong with the folder (unknown or empty classes, missing tars, images "
+        "that cannot be read or have no caption) instead of ending with an error; images that are "
+        "there count as wrong",
+    )
+    parser.add_argument(
+        "--max-bad-samples",
+        type=int,
+        metavar="N",
+        help="images that may be unreadable; they are counted, as wrong; default: 0",
     )
 
 

@@ -60,6 +60,8 @@ def test_default_bucket_sizes_and_those_of_the_file(tmp_path):
     file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 7}}))
     config = load_config(EMBEDDED, [f"zero.deepspeed_config={file}"])
     assert deepspeed_config(config, mesh)["zero_optimization"]["reduce_bucket_size"] == 7
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as Windows editors write it
+    assert deepspeed_config(config, mesh)["zero_optimization"]["reduce_bucket_size"] == 7
 
 
 def test_host_memory_is_pinned_for_gpus_only():

@@ -229,7 +229,7 @@ def test_missing_and_broken_files_are_named(mesh, folder, tmp_path):
     config.write_text("{")
     with pytest.raises(ValueError, match=f"{reason}: open_clip_config.json cannot be read"):
         load_pretrained(model, init)
-    config.write_text((folder / "open_clip_config.json").read_text())
+    config.write_bytes(b"\xef\xbb\xbf" + (folder / "open_clip_config.json").read_bytes())
     with pytest.raises(ValueError, match=f"{reason} cannot be read: .*open_clip_model.safet"):
         load_pretrained(model, init)
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"not a tensor file")

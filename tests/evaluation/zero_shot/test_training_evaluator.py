@@ -123,7 +123,9 @@ def test_both_template_forms_are_read(folder):
     templates.write_text("a {} image\nall {c}\n")
     assert evaluator(folder).score(ColourModel()).topk(1) == 6 / 7
     templates.write_text("a {c} image\nan image\n")
-    with pytest.raises(ValueError, match=r"eval\.data \(.*\): template \('an image'\) must hold"):
+    with pytest.raises(
+        ValueError, match=r"eval\.data .* templates, line 2: template \('an image'\) must"
+    ):
         evaluator(folder)
 
 
@@ -142,6 +144,26 @@ def test_evaluator_is_built_from_the_config(folder):
     assert len(result.predictions) == 3
     assert model.image_shapes == [(2, 3, 16, 24)] * 3 + [(1, 3, 16, 24)]
     assert model.most_workers == 2
+
+
+def test_unreadable_images_within_the_limit_are_counted(folder, caplog):
+    with tarfile.open(folder / "test" / "1.tar", "a") as tar:
+        _add(tar, "undecodable.jpg", b"<html>")
+        _add(tar, "undecodable.cls", b"0")
+    (folder / "classnames.txt").write_text("\n".join([*COLOURS, "grey"]))
+    config = Config()
+    config.model.vision.image_size, config.model.text.context_length = (16, 16), 8
+    config.data.num_workers, config.log.num_images, config.eval.data = 0, 0, str(folder)
+    device = torch.device("cpu")
+    with pytest.raises(
+        ValueError, match=r"undecodable of .*1\.tar must be .* max_bad_samples is 0"
+    ):
+        HeldOutEvaluator.from_config(config, device=device).score(ColourModel())
+    config.eval.max_bad_samples = 1
+    values = HeldOutEvaluator.from_config(config, device=device)(ColourModel(), None, 1)
+    assert (values["eval/zeroshot_top1"], values["eval/bad_samples"]) == (6 / 8, 1)
+    assert "classes without an image: 1 of 4 (grey)" in caplog.text
+    assert "1 of 8 images cannot be read (image_undecodable: 1 (sample undecodable" in caplog.text
 
 
 class RecordingModel(ColourModel):
@@ -190,7 +212,7 @@ def test_two_ranks_score_and_fail_together(folder, tmp_path_factory):
     assert [keys for _, keys, _ in answers] == [["000000000", "000000001"], []]
     assert answers[0][2] == answers[1][2]
     assert re.match(
-        r".* undecodable of .* readable: image_undecodable \(on rank 1 of", answers[0][2]
+        r".* undecodable of .* readable: image_undecodable; .* \(on rank 1 of", answers[0][2]
     )
 
 

@@ -1,7 +1,9 @@
 """Zero-shot classification against open_clip's own, on one rank and on three."""
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,12 +12,15 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from ds_linclip.data import UnreadableImage
 from ds_linclip.parallel.spawn import run_ranks
 from linclip_eval.commands.zero_shot import per_class_table
 from linclip_eval.zero_shot.class_lists import ClassList
-from linclip_eval.zero_shot.classifier import build_classifier
+from linclip_eval.zero_shot.classifier import build_classifier, parse_template
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, stable_topk, zero_shot
 
 CLASSNAMES = [
@@ -34,6 +39,7 @@ class Batch:
     keys: list[str]
     captions: list[str]
     unreadable_labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    unreadable: list[UnreadableImage] = field(default_factory=list)
 
 
 class Images:
@@ -254,18 +260,25 @@ def test_ancestors_of_the_class_count_in_the_hierarchy():
     taken_for_beagle = torch.tensor([[0.5, 0.9, 0.1]] * 3)
     result = score_fixed(taken_for_beagle, [0, 1, 2], classes)
     assert result.hierarchical_top1 == 1 / 3  # a dog is not always a beagle
+    assert result.best_constant_answer == (0, 2 / 3)  # "dog" for everything
+    assert score_fixed(taken_for_dog, [2, 1, 2], classes).best_constant_answer == (2, 2 / 3)
+    assert score_fixed(taken_for_dog, [0]).best_constant_answer is None
 
 
 def test_unreadable_images_count_as_wrong(caplog):
     batch = samples(8)[0]
     whole = score([batch])
     batch.unreadable_labels = torch.tensor([3, 3])
+    batch.unreadable = [
+        UnreadableImage(key, "image_cut", f"sample {key} of 0.tar") for key in ("a", "b")
+    ]
     result = score([batch])
-    assert (result.num_samples, result.num_unreadable) == (10, 2)
+    assert (result.num_samples, result.unreadable) == (10, tuple(batch.unreadable))
     assert result.topk(10) * 10 == whole.topk(10) * 8
     assert result.merged_topk(10) == result.topk(10)
     assert result.class_samples.sum() == 10
-    assert "2 of 10 images cannot be read and count as wrong" in caplog.text
+    causes = r"image_cut: 2 \(sample a of 0\.tar, \.\.\.\)"
+    assert re.search(rf"2 of 10 images cannot be read \({causes}\) and count as wrong", caplog.text)
     batch.images, batch.labels = batch.images[:0], batch.labels[:0]
     assert score([batch]).topk(10) == 0.0
 
@@ -358,7 +371,7 @@ def test_interrupted_evaluation_resumes(tmp_path):
     ("template", "message"),
     [
         ("a photo.", r"template \('a photo.'\) must hold {} or {c}"),
-        ("a {name}.", r"template \('a \{name\}.'\) must be a format string"),
+        ("a {name}.", r"template \('a \{name\}.'\) must hold {} or {c}"),
         ("a {} and {}.", "must be a format string"),
         ("a {", "must be a format string"),
     ],
@@ -366,6 +379,23 @@ def test_interrupted_evaluation_resumes(tmp_path):
 def test_bad_template_is_named(template, message):
     with pytest.raises(ValueError, match=message):
         classifier_of(tiny_clip(), [TEMPLATES[0], template])
+
+
+_WORDS = st.text(st.characters(exclude_characters="{}"))
+
+
+@given(before=_WORDS, after=_WORDS, name=_WORDS, place=st.sampled_from(["{}", "{c}", "{0}"]))
+def test_name_takes_its_place_in_any_template(before, after, name, place):
+    assert parse_template(f"{before}{place}{after}")(name) == f"{before}{name}{after}"
+    with pytest.raises(ValueError, match=r"(?s)template \(.*\) must hold \{\} or \{c\}"):
+        parse_template(before + after)
+
+
+@given(template=st.text(alphabet="{}c! :.[]0ax", max_size=12))
+def test_any_template_is_read_or_is_a_value_error(template):
+    with suppress(ValueError):
+        make = parse_template(template)
+        assert make("a dog") != make("")
 
 
 def test_empty_input_is_refused():

@@ -39,12 +39,16 @@ def test_results_are_written_and_cached(model, images, tmp_path, capsys):
     report = json.loads((out / "results.json").read_text())
     assert (report["num_samples"], report["num_classes"], report["num_templates"]) == (12, 4, 7)
     assert 0 <= report["top1"] <= report["hierarchical_top1"] <= report["top5"] == 1.0
+    # "dog" is right for a dog and a beagle.
+    assert report["hierarchical_baseline_top1"] == 0.5
+    assert report["hierarchical_baseline_class"] == DOG
     low, high = report["top1_interval"]
     assert low < report["top1"] < high or report["top1"] == 0 == low
     assert report["findings"] == []
     assert report["command"].startswith("linclip eval zero-shot ")
     summary = (out / "summary.md").read_text()
     assert capsys.readouterr().out.strip() == summary.strip()
+    assert "| the same, if the answer were always 'dog' | 50.00 |" in summary
     assert re.search(r"on 12 images of 4 of 4 classes of \S+list\.txt, 7 templates", summary)
     with (out / "per_class.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -90,6 +94,36 @@ def test_problems_are_errors_or_counted(model, images, tmp_path, capsys):
     assert all(
         line in (tmp_path / "lenient" / "summary.md").read_text() for line in report["findings"]
     )
+
+
+def test_some_images_may_be_unreadable(model, images, tmp_path, capsys):
+    for name in ("0", "2"):
+        (images / HEN / f"{HEN}_{name}.JPEG").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert run(model, images, out, "--max-bad-samples", "1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: .*max_bad_samples is 1, found image_undecodable: 2 \(image ", line)
+    for _ in range(2):  # the second time from the kept parts
+        assert run(model, images, out, "--max-bad-samples", "2") == 0
+        report = json.loads((out / "results.json").read_text())
+        assert report["num_unreadable"] == 2
+        assert [entry["key"] for entry in report["unreadable"]] == [
+            f"{HEN}/{HEN}_{name}.JPEG" for name in ("0", "2")
+        ]
+        summary = capsys.readouterr().out
+        assert re.search(
+            rf"unreadable images, .*: image_undecodable: 2 \(.*/{HEN}_0\.JPEG", summary
+        )
+    assert run(model, images, out, "--max-bad-samples", "1") == 2
+    assert "max_bad_samples is 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_place_of_the_results_is_checked_first(model, images, tmp_path, capsys, place):
+    (tmp_path / "file").write_text("")
+    (images / HEN / f"{HEN}_0.JPEG").write_bytes(b"no image")
+    assert run(model, images, tmp_path / place) == 2
+    assert re.search(r"--out \(.*\) must be a folder .*/file is not", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_text("cat\n")
     templates = tmp_path / "zeroshot_classification_templates.txt"
     templates.write_text("\n")
-    with pytest.raises(ValueError, match=r"eval\.data \(.*\) .*_templates\.txt that is not empty"):
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\): .*_templates\.txt must not be empty"):
         open_data(tmp_path)
     templates.write_text("a {}\n")
     with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be a folder with tars"):
@@ -48,13 +48,14 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_folder_of_unknown_form_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be readable: .*No such file"):
+    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must be a folder .* there is none"):
         open_data(tmp_path / "nowhere", classes=CLASSES)
     (tmp_path / "0.jpg").write_bytes(image())
     with pytest.raises(
         ValueError, match=r"must be a folder with tars .*, or one with a folder of images for each"
     ):
         open_data(tmp_path, classes=CLASSES)
+    (tmp_path / "0.jpg").unlink()
     (tmp_path / "val").mkdir()
     for strict in (True, False):
         with pytest.raises(ValueError, match=r"eval\.data \(.*\) must hold at least one sample$"):
@@ -144,10 +145,10 @@ def test_bad_sample_is_found_when_opening(
     data = open_data(tmp_path, strict=False)
     (batch,) = data
     assert batch.keys == ["s0", "s1"]
-    (cause,) = data.findings.problems or ["class_unknown"]
     # A sample that has a class stays in the denominator.
-    counts = not cause.startswith("class")
-    assert batch.unreadable == ([("s2", cause)] if counts else [])
+    counts = "cls" not in broken
+    assert batch.unreadable == list(data.findings.unreadable)
+    assert [image.key for image in batch.unreadable] == (["s2"] if counts else [])
     assert batch.unreadable_labels.tolist() == ([1] if counts else [])
     assert data.num_samples == 2 + counts
 
@@ -174,7 +175,7 @@ def test_broken_tars(tmp_path: Path, strict: bool) -> None:
     batches = list(data)
     assert labels_of(batches) == [1, 1, 1, 2]
     unreadable = [entry for batch in batches for entry in batch.unreadable]
-    assert unreadable == [(f"{FISH}_1", "image_cut")]
+    assert unreadable == [(f"{FISH}_1", "image_cut", f"sample {FISH}_1 of {cut}")]
     assert data.num_samples == 5
 
 
@@ -221,8 +222,9 @@ def test_undecodable_images_stay_in_the_count(tmp_path: Path, form: str, num_wor
     assert batches[0].images.shape == (3, 3, 16, 16)
     labels = [label for batch in batches for label in batch.unreadable_labels.tolist()]
     assert labels == [CLASSES.index(files[number][0]) for number in broken]
-    assert {cause for batch in batches for _, cause in batch.unreadable} == {"image_undecodable"}
-    names = [Path(key).stem for batch in batches for key, _ in batch.unreadable]
+    unreadable = [image for batch in batches for image in batch.unreadable]
+    assert {image.cause for image in unreadable} == {"image_undecodable"}
+    names = [Path(image.key).stem for image in unreadable]
     assert names == [Path(files[number][1]).stem for number in broken]
     assert sum(len(batch.labels) + len(batch.unreadable_labels) for batch in batches) == 9
 
@@ -239,3 +241,54 @@ def test_change_after_opening_is_an_error_even_if_not_strict(tmp_path: Path, for
     cause = "No such file" if form == "class_folders" else "has changed since it was opened"
     with pytest.raises(ValueError, match=rf"eval\.data \(.*\): .* must be readable: .*{cause}"):
         list(data)
+
+
+def test_some_images_may_be_unreadable(tmp_path: Path) -> None:
+    samples = [sound_sample(), sound_sample() | {"jpg": b"<html>"}, {"cls": b"1"}]
+    write_folder(tmp_path, [*samples, *(sound_sample(b"1") for _ in range(3))])
+    with pytest.raises(
+        ValueError, match=r"must hold whole samples.*image_missing: 1 \(sample s2 of"
+    ):
+        open_data(tmp_path)
+    data = open_data(tmp_path, batch_size=1, max_bad_samples=1)
+    with pytest.raises(
+        ValueError,
+        match=r"sample s1 of .*0\.tar must be readable: image_undecodable; max_bad_samples is 1, "
+        r"found image_undecodable: 1 \(sample s1 .*\); image_missing: 1 \(sample s2 .*\)$",
+    ):
+        list(data)
+    apart = [image for n in range(6) for batch in data.batches([n]) for image in batch.unreadable]
+    with pytest.raises(ValueError, match=r"max_bad_samples is 1"):
+        data.require_readable(apart)  # the sum over ranks, of which none has too many
+    data = open_data(tmp_path, max_bad_samples=2)
+    batches = list(data)
+    assert [image.key for batch in batches for image in batch.unreadable] == ["s1", "s2"]
+    assert labels_of(batches) == [0, 1, 1, 1]
+    assert data.num_samples == 6
+    with pytest.raises(ValueError, match=r"max_bad_samples \(-1\) must be at least 0"):
+        open_data(tmp_path, max_bad_samples=-1)
+
+
+@pytest.mark.parametrize("label", [b"1_0", b"+1", b"-1", b"1.0", b"0x1", "\uff11".encode()])
+def test_class_number_has_digits_only(tmp_path: Path, label: bytes) -> None:
+    write_folder(tmp_path, [sound_sample(), sound_sample(label)])
+    (tmp_path / "classnames.txt").write_text("x\n" * 20)
+    with pytest.raises(ValueError, match=r"not among the 20 of the list: 1 .*first sample s1 of"):
+        open_data(tmp_path)
+
+
+def test_class_number_may_have_a_mark_and_spaces(tmp_path: Path) -> None:
+    write_folder(tmp_path, [sound_sample(b"\xef\xbb\xbf1\r\n"), sound_sample(b" 001 ")])
+    assert labels_of(open_data(tmp_path)) == [1, 1]
+
+
+def test_class_names_keep_their_numbers(tmp_path: Path) -> None:
+    write_folder(tmp_path, [sound_sample(), sound_sample(b"1")])
+    names = tmp_path / "classnames.txt"
+    names.write_bytes("\ufeffc\x85t\r\ndo\x1cg\r\n\r\n".encode())
+    assert open_data(tmp_path).classnames == ["c\x85t", "do\x1cg"]
+    names.write_text("cat\n\ndog\n")
+    with pytest.raises(
+        ValueError, match=r"eval\.data \(.*\): line 2 of .*classnames\.txt must not"
+    ):
+        open_data(tmp_path)

@@ -1,0 +1,67 @@
+"""Text files that people write: with the byte order marks and line ends of any editor."""
+
+import codecs
+import re
+from pathlib import Path
+
+__all__ = ["read_list", "read_text", "split_lines"]
+
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_MARK = "\ufeff"
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark, without such marks.
+
+    A mark may stand anywhere: files that were joined have one in the middle.
+
+    Raises:
+        ValueError: naming the file, which cannot be read or is no such text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} must be a readable file: {error.strerror}") from error
+    try:
+        text = content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8")
+    except UnicodeDecodeError as error:
+        line = 1 + len(re.findall(rb"\r\n?|\n", content[: error.start]))
+        raise ValueError(f"line {line} of {path} must be text in UTF-8: {error.reason}") from error
+    if "\0" in text:
+        raise ValueError(f"{path} must be text in UTF-8: it holds zero bytes")
+    return text.replace(_MARK, "")
+
+
+def split_lines(text: str) -> list[str]:
+    """Return the lines of a text, which end with LF, CRLF or CR.
+
+    ``str.splitlines`` also splits at characters that may be part of a line, such as U+0085.
+    """
+    return re.split(r"\r\n?|\n", text)
+
+
+def read_list(path: Path) -> list[str]:
+    """Return the entries of a file with one entry per line, without the spaces around them.
+
+    The number of an entry is that of its line, so blank lines are allowed at the end only.
+
+    Raises:
+        ValueError: naming the file and the line, as :func:`read_text` or for a blank line, a line
+            with a tab or a file without entries.
+    """
+    lines = [line.strip() for line in split_lines(read_text(path))]
+    while lines and _is_blank(lines[-1]):
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path} must not be empty: it holds one entry per line")
+    for number, line in enumerate(lines, start=1):
+        if _is_blank(line):
+            raise ValueError(f"line {number} of {path} must not be blank: it holds one entry")
+        if "\t" in line:
+            raise ValueError(f"line {number} of {path} must hold one entry, without tabs: {line!r}")
+    return lines
+
+
+def _is_blank(line: str) -> bool:
+    """Return whether nothing of a line shows; it may still hold zero-width characters."""
+    return not any(character.isprintable() and character != " " for character in line)
