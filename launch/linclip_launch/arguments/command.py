@@ -1,11 +1,14 @@
-"""What one command of ``linclip`` is, and the option that most of them have."""
+"""What one command of ``linclip`` is, and what the words of its arguments may be."""
 
 import argparse
+import math
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Command", "add_out"]
+__all__ = ["Command", "add_out", "number", "path", "positive_number", "whole_number"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,5 +30,46 @@ class Command:
 
 def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="folder of the results"
+        "--out", type=path, required=True, metavar="FOLDER", help="folder of the results"
     )
+
+
+def path(word: str) -> Path:
+    """Return the path of an argument; ``~`` is the home folder, also where no shell expands it."""
+    if not word:  # an unset variable of a shell; Path("") would be the working directory
+        raise argparse.ArgumentTypeError("must be a path, not ''")
+    return Path(os.path.expanduser(word))
+
+
+def whole_number(least: int, *, alternative: str = "") -> Callable[[str], int]:
+    """Return the type of an argument: a whole number that is not less than another one.
+
+    Args:
+        least: The smallest that is allowed.
+        alternative: The end of the rule in messages, where the caller accepts something else too.
+    """
+
+    def parse(word: str) -> int:
+        with suppress(ValueError):
+            if (value := int(word)) >= least:
+                return value
+        rule = f"must be a whole number >= {least}{alternative}"
+        raise argparse.ArgumentTypeError(f"{rule}, not {word!r}")
+
+    return parse
+
+
+def number(word: str) -> float:
+    """Return a finite number that is not negative."""
+    with suppress(ValueError):
+        if 0 <= (value := float(word)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number >= 0, not {word!r}")
+
+
+def positive_number(word: str) -> float:
+    """Return a finite number greater than 0."""
+    with suppress(argparse.ArgumentTypeError):
+        if (value := number(word)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number > 0, not {word!r}")
