@@ -18,7 +18,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from ds_linclip.data.prepare.image_text_files import PairLoader, ResizeMode, csv_pairs, folder_pairs
+from ds_linclip.data.prepare.image_text_files import (
+    PairLoader,
+    ResizeMode,
+    folder_pairs,
+    table_pairs,
+)
 from ds_linclip.data.prepare.make_shards import make_pairs
 from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample
 from linclip_launch.cli import main
@@ -213,7 +218,7 @@ def test_csv_as_open_clip_reads_it(tmp_path: Path) -> None:
     rows += [[str(i), caption, path] for i, (caption, path) in enumerate(pairs)]
     for name, separator in (("tab", "\t"), ("comma", ",")):
         write_csv(tmp_path / f"{name}.csv", rows, separator)
-        table = csv_pairs(
+        table = table_pairs(
             tmp_path / f"{name}.csv",
             image_column="filepath",
             caption_column="title",
@@ -230,13 +235,13 @@ def test_csv_as_open_clip_reads_it(tmp_path: Path) -> None:
 def test_csv_row_with_broken_text_is_one_bad_sample(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(picture(20, 20))
     (tmp_path / "a.tsv").write_bytes(
-        b"\xef\xbb\xbffilepath\ttitle\na.jpg\tgood\na.jpg\tb\xe4d\na.jpg\n\xe4.jpg\tlost\n"
+        b"\xef\xbb\xbffilepath\ttitle\na.jpg\tgood\na.jpg\tb\xe4d\n\xe4.jpg\tlost\n"
     )
-    pairs = csv_pairs(
+    pairs = table_pairs(
         tmp_path / "a.tsv", image_column="filepath", caption_column="title", separator="\t"
     )
     counts = make_pairs(tmp_path / "out", pairs)
-    assert counts == {"success": 1, "text_not_utf8": 1, "text_missing": 1, "image_missing": 1}
+    assert counts == {"success": 1, "text_not_utf8": 1, "image_missing": 1}
     assert "�.jpg" in [row["url"] for row in read_rows(tmp_path / "out")]
 
 
@@ -245,7 +250,7 @@ def test_csv_row_with_overlong_caption_is_one_bad_sample(tmp_path: Path) -> None
     rows = [["filepath", "title"], ["a.jpg", "good"], ["a.jpg", "word " * 200_000]]
     write_csv(tmp_path / "a.tsv", [*rows, ["x" * 200_000, "lost"], ["a.jpg", "good too"]])
     limit = csv.field_size_limit()
-    pairs = csv_pairs(
+    pairs = table_pairs(
         tmp_path / "a.tsv", image_column="filepath", caption_column="title", separator="\t"
     )
     assert csv.field_size_limit() == limit
@@ -270,7 +275,7 @@ def test_resize_modes_are_those_of_img2dataset(
     red_left = Image.new("RGB", size, "blue")
     red_left.paste("red", (0, 0, size[0] // 2, size[1]))
     red_left.save(tmp_path / "a.png")
-    sample = PairLoader(str(tmp_path), mode, 32)(("a.png", "red and blue", False))
+    sample = PairLoader(str(tmp_path), mode, 32, False)(("a.png", "red and blue"))
     assert isinstance(sample, EncodedSample)
     with Image.open(io.BytesIO(sample.image)) as image:
         assert (image.format, image.size, sample.size) == ("JPEG", expected, expected)
@@ -293,17 +298,17 @@ def test_exif_rotation_transparency_and_extremes(tmp_path: Path) -> None:
     (tmp_path / "turned.jpg").write_bytes(picture(60, 30, exif=exif.tobytes()))
     Image.new("RGBA", (30, 30), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("RGB", (8000, 4), "red").save(tmp_path / "line.png")
-    keep = PairLoader(str(tmp_path), "keep_ratio", 16)
-    turned = keep(("turned.jpg", "x", False))
+    keep = PairLoader(str(tmp_path), "keep_ratio", 16, False)
+    turned = keep(("turned.jpg", "x"))
     assert isinstance(turned, EncodedSample)
     assert (turned.size, turned.original_size) == ((16, 32), (30, 60))
-    clear = keep(("clear.png", "x", False))
+    clear = keep(("clear.png", "x"))
     assert isinstance(clear, EncodedSample)
     assert np.asarray(Image.open(io.BytesIO(clear.image))).min() > 250
-    huge = PairLoader(str(tmp_path), "keep_ratio", 256)(("line.png", "x", False))
+    huge = PairLoader(str(tmp_path), "keep_ratio", 256, False)(("line.png", "x"))
     assert isinstance(huge, FailedSample)
     assert huge.cause == "image_too_many_pixels"
-    thin = PairLoader(str(tmp_path), "border", 256)(("line.png", "x", False))
+    thin = PairLoader(str(tmp_path), "border", 256, False)(("line.png", "x"))
     assert isinstance(thin, EncodedSample)
 
 
@@ -364,13 +369,15 @@ def test_command_reports_what_failed(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "written, 2 samples, 10 failed\n" in done.stdout
-    *table, pattern = done.stdout.splitlines()[1:]
-    assert pattern == f"data.train=['{tmp_path / 'out'}/00000.tar']"
-    lines = dict(line.split() for line in table)
-    assert {cause: int(count) for cause, count in lines.items()} == {
+    assert "written, 2 samples, 10 failed, 1 passed over\n" in done.stdout
+    *table, title, passed_over, override = done.stdout.splitlines()[1:]
+    assert override == f"""'data.train=["{tmp_path / "out"}/00000.tar"]'"""
+    assert [title, passed_over.split()] == ["passed over:", ["*.md", "1", "readme.md"]]
+    lines = [line.split() for line in table]
+    assert {cause: int(count) for cause, count, _ in lines} == {
         cause: count for cause, count in expected.items() if cause != "success"
     }
+    assert ["image_missing", "1", "gone.png"] in lines
     assert "12/12" in done.stderr
 
 
@@ -379,12 +386,10 @@ def test_command_reports_what_failed(tmp_path: Path) -> None:
     [
         ("folder nowhere OUT", "source (nowhere) must be a folder"),
         ("folder empty OUT", "source (empty) must hold images"),
-        ("folder images OUT --workers 0", "workers (0)"),
         ("folder images OUT --samples-per-shard 10001", "samples_per_shard (10001)"),
         ("folder images OUT --resize border", "image_size (None)"),
         ("folder images OUT --image-size 64", "image_size (64)"),
         ("folder images OUT --resize border --image-size 3", "image_size (3)"),
-        ("folder images OUT --shuffle-seed -1", "shuffle_seed (-1)"),
         ("folder images images", "out (images) must be empty"),
         ("csv nowhere.csv OUT", "nowhere.csv"),
         ("csv table.csv OUT", "image_column (filepath) must be a column of table.csv"),

@@ -176,8 +176,6 @@ def test_command_line_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "error: out (" in capsys.readouterr().err
     assert main(["shards", "make", *arguments, "--samples-per-shard", "10001"]) == 2
     assert "samples_per_shard (10001) must be in 1 ... 10000" in capsys.readouterr().err
-    assert main(["shards", "make", "digits", str(tmp_path / "digits"), "--image-size", "0"]) == 2
-    assert "image_size (0)" in capsys.readouterr().err
 
 
 def test_scene_captions_compose_and_leave_pairs_out() -> None:
