@@ -83,6 +83,8 @@ def _read_csv(
         limit = csv.field_size_limit(_MAX_FIELD)
         try:
             for row in reader:
+                if any("\0" in line for line in read):
+                    raise _BadRowError("a NUL byte; the file must be UTF-8 text")
                 if not row:
                     passed_over.add("blank_line", f"line {reader.line_num}")
                 elif not columns:
@@ -112,8 +114,6 @@ def _noted(lines: Iterable[str], read: list[str]) -> Iterator[str]:
     """Yield the lines and append them to a list."""
     for line in lines:
         read.append(line)
-        if "\0" in line:
-            raise _BadRowError("a NUL byte; the file must be UTF-8 text")
         yield line
 
 
