@@ -174,7 +174,8 @@ def _read_parquet(file: Path, names: dict[str, str]) -> tuple[list[str | None], 
                     raise ValueError(f"{name} ({schema.names[place]}) must hold text, not {kind}")
             columns = table.read(columns=list(names.values()))
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"source ({file}) must be a parquet file: {error}".strip()) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"source ({file}) must be a parquet file: {reason}") from error
     images, captions = (
         [
             None if each is None else each.decode("utf-8", "surrogateescape")

@@ -206,7 +206,7 @@ def _counted(
     """Yield the samples and count them."""
     for sample in samples:
         if isinstance(sample, FailedSample):
-            counts.add(sample.cause, sample.url)
+            counts.add(sample.cause, sample.url or "(no path)")
         else:
             counts["success"] += 1
         yield sample

@@ -159,6 +159,16 @@ def test_parquet_column_of_another_type_is_refused(
         read(file)
 
 
+def test_damaged_parquet_is_one_line(file: Path) -> None:
+    pq.write_table(pa.table({"filepath": ["a.jpg"], "title": ["one"]}), file)
+    content = bytearray(file.read_bytes())
+    content[8:40] = b"\xff" * 32
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="must be a parquet file") as caught:
+        read(file)
+    assert "\n" not in str(caught.value)
+
+
 def test_parquet_text_that_is_not_utf8_is_kept_for_the_sample_to_fail(file: Path) -> None:
     content = pa.array([b"good", b"b\xe4d"])
     bad = pa.Array.from_buffers(pa.string(), 2, content.buffers())
