@@ -49,7 +49,13 @@ def ordered_map(
         # Without its own generator the loader draws a seed from the global one.
         generator=torch.Generator(),
     )
-    yield from map(_raised, loader)  # keeps no result, whose memory would stay in use
+    # Ctrl-C waits until the workers ignore it: until then it would end them with a traceback.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        results = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    yield from map(_raised, results)  # keeps no result, whose memory would stay in use
 
 
 @dataclass(frozen=True)

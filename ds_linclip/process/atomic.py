@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield partial
         partial.rename(path)
     finally:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a second Ctrl-C waits
         shutil.rmtree(partial, ignore_errors=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,7 @@ Only the module of the chosen command is imported: ``--help`` answers at once.
 import argparse
 import difflib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -34,8 +35,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 2 for bad input, which is one line."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    """Run a command and return its exit code: 2 for bad input, 130 after Ctrl-C, each one line."""
+    try:
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return _INTERRUPTED
+
+
+def _run(words: Sequence[str]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     options, command = parse(words)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     for package in ("ds_linclip", "linclip_eval", "linclip_launch"):
@@ -57,8 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.name} is not installed: pip install 'ds_linclip[{extra}]'")
     except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _INTERRUPTED
-    except KeyboardInterrupt:
         return _INTERRUPTED
     except (ValueError, OSError) as error:
         return _fail(str(error))

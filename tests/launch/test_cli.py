@@ -1,6 +1,8 @@
 """The command line ``linclip``: help, mistakes, tables."""
 
+import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -112,8 +114,11 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch, c
         (["export", "~/a", "out"], f"run folder ({tmp_path}/a) does not exist"),
         (["import", "in", "out", "--config=~/a.json"], "in"),
         (["plan", "~/run.yaml"], "train.steps (0) must be greater than 0"),
-        (["runs", "~no-such-user"], "argument FOLDER: (~no-such-user) must be a path, or begin"),
-        (["export", "", "out"], "argument RUN_OR_CHECKPOINT: () must be a path"),
+        (
+            ["runs", "~no-such-user"],
+            "argument FOLDER: must be a path, with ./ before",
+        ),
+        (["export", "", "out"], "argument RUN_OR_CHECKPOINT: must be a path, "),
     ):
         try:
             code = main(words)
@@ -125,6 +130,53 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch, c
     assert (options.model, options.train) == (f"{tmp_path}/m", f"{tmp_path}/a")
     assert (options.test, options.out) == (f"{tmp_path}/b", tmp_path / "c")
     assert parse_sources(["a=~/b", "c"], "MODEL") == {"a": f"{tmp_path}/b", "c": "c"}
+
+
+#: Words that are no number, path or choice of any argument.
+NO_VALUE = ("None", "x", "", "nan", "inf", "-inf", "1.5.2", "-3", "1e400", "0x10")
+
+
+def test_argument_of_the_wrong_type_states_the_rule(capsys):
+    """Every argument of every command that takes a number or a path."""
+    seen, found = set(), parsers()
+    for name in COMMANDS:
+        for action in found[name]._actions:
+            if action.type is None:
+                continue
+            refused = []
+            for word in NO_VALUE:
+                try:
+                    found[name]._get_values(action, [word])
+                except argparse.ArgumentError as error:
+                    message = str(error)
+                    assert re.search(
+                        rf": must be a (whole number >= [01](, or none)?|number >=? 0|"
+                        rf"path, with ./ before a ~), not {re.escape(repr(word))}$",
+                        message,
+                    ), message
+                    refused.append(word)
+            assert refused or action.dest == "separator", (name, action.dest)
+            seen.add(action.dest)
+    assert {"shuffle_seed", "source", "out", "batch_size", "timeout", "max_restarts"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("shards make folder a b --shuffle-seed None", "must be a whole number >= 0, or none, not"),
+        ("shards make digits a --image-size 0", "must be a whole number >= 1, not '0'"),
+        ("eval probe m --train a --test b --out c --seed -1", "must be a whole number >= 0, not"),
+        ("eval runtime --budget-seconds nan", "must be a number > 0, not 'nan'"),
+        ("preflight embedded --max-skew-seconds -0.5", "must be a number >= 0, not '-0.5'"),
+    ],
+)
+def test_bad_number_is_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words.split())
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_missing_package_names_the_extra(monkeypatch, capsys):

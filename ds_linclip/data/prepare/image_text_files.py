@@ -3,7 +3,6 @@
 Resize modes are those of img2dataset; pixels are decoded as in training.
 """
 
-import csv
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,9 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ds_linclip.data.captions import MAX_TEXT_BYTES, decode_text
+from ds_linclip.data.prepare.caption_table import read_table
 from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample, encode_jpeg
+from ds_linclip.data.prepare.tally import Tally
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample
 from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
@@ -23,13 +25,11 @@ from ds_linclip.data.transforms import (
     open_image,
 )
 
-__all__ = ["PairLoader", "PairSet", "ResizeMode", "csv_pairs", "folder_pairs"]
+__all__ = ["PairLoader", "PairSet", "ResizeMode", "folder_pairs", "table_pairs"]
 
 ResizeMode = Literal["no", "border", "keep_ratio", "center_crop"]
 
-_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 _MAX_JPEG_SIDE = 65500  # the limit of libjpeg; the format itself allows 65535
-_MAX_FIELD = 2**31 - 1  # fits into a C long on every platform
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,20 @@ class PairSet:
 
     root: str  # the folder that relative image paths start from
     images: list[str]  # paths
-    #: None where the table has none; a None for all: in a ``.txt`` file beside each image.
-    captions: list[str | None] | None
+    #: None where there is none; with ``captions_in_files`` the suffix of the text file that differs
+    #: from the image in its suffix only.
+    captions: list[str | None]
+    captions_in_files: bool
     fingerprint: str  # changes when the files change
+    passed_over: Tally  # files of the folder, or lines of the table, that are no part of a pair
+    shared_captions: Tally  # images whose caption file belongs to an image before too
 
 
 def folder_pairs(folder: Path) -> PairSet:
     """Return all images below a folder, sorted by path; ``a/b.txt`` has the caption of ``a/b.jpg``.
+
+    Links to folders are followed, each folder is read once. Files whose name begins with a dot are
+    passed over, as in tars.
 
     Raises:
         ValueError: when it is not a folder or holds no images.
@@ -52,59 +59,71 @@ def folder_pairs(folder: Path) -> PairSet:
     """
     if not folder.is_dir():
         raise ValueError(f"source ({folder}) must be a folder")
-    images = []
+    passed_over, shared_captions = Tally(), Tally()
+    images: list[str] = []
+    texts: dict[str, str] = {}  # stem -> suffix
     digest = hashlib.sha256()
-    for path in sorted(_files_below(folder)):
-        suffix = os.path.splitext(path)[1].lower()
-        if suffix in IMAGE_SUFFIXES:
-            images.append(path)
-        if suffix in (*IMAGE_SUFFIXES, ".txt"):
-            file = folder / path
-            state = file.stat() if file.exists() else file.lstat()  # a link may be broken
-            digest.update(os.fsencode(path) + b"\0%d %d\0" % (state.st_size, state.st_mtime_ns))
+    for path in sorted(_files_below(str(folder), passed_over)):
+        stem, suffix = os.path.splitext(path)
+        if os.path.basename(path).startswith("."):
+            passed_over.add("dot_file", path)
+        elif suffix.lower() in (*IMAGE_SUFFIXES, ".txt"):
+            digest.update(os.fsencode(path) + b"\0%d %d\0" % _size_and_time(folder / path))
+            if suffix.lower() != ".txt":
+                images.append(path)
+                continue
+            if stem in texts:  # .TXT is sorted before .txt
+                passed_over.add("unused_text", stem + texts[stem])
+            texts[stem] = suffix
+        else:
+            passed_over.add(f"*{suffix.lower()}" if suffix else "no_suffix", path)
+    captions: list[str | None] = []
+    used: set[str] = set()
+    for path in images:
+        stem = os.path.splitext(path)[0]
+        captions.append(texts.get(stem))
+        if stem in used:
+            shared_captions.add("caption_shared", path)
+        elif stem in texts:
+            used.add(stem)
+    for stem, suffix in texts.items():
+        if stem not in used:
+            passed_over.add("unused_text", stem + suffix)
     if not images:
-        raise ValueError(f"source ({folder}) must hold images ({', '.join(IMAGE_SUFFIXES)})")
-    return PairSet(str(folder), images, None, digest.hexdigest())
+        found = f"; it holds {passed_over}" if passed_over else ""
+        raise ValueError(f"source ({folder}) must hold images ({', '.join(IMAGE_SUFFIXES)}){found}")
+    return PairSet(
+        root=str(folder),
+        images=images,
+        captions=captions,
+        captions_in_files=True,
+        fingerprint=digest.hexdigest(),
+        passed_over=passed_over,
+        shared_captions=shared_captions,
+    )
 
 
-def csv_pairs(file: Path, *, image_column: str, caption_column: str, separator: str) -> PairSet:
-    """Return the rows of a csv file with a header line.
+def table_pairs(file: Path, *, image_column: str, caption_column: str, separator: str) -> PairSet:
+    """Return the rows of a table; relative image paths in it start from its folder.
 
-    Args:
-        file: A UTF-8 file; relative image paths in it start from its folder.
-        image_column, caption_column: The names of the columns in the header.
-        separator: The character between fields.
-
-    Raises:
-        ValueError: when the separator, the header or the quoting is invalid, or there are no rows.
-        OSError: when the file cannot be read.
+    Arguments and errors are those of :func:`ds_linclip.data.prepare.caption_table.read_table`.
     """
-    if len(separator) != 1 or separator in '"\r\n':
-        raise ValueError(f"separator ({separator!r}) must be one character, no quote or line end")
-    images, captions = [], []
-    # A caption that is not UTF-8, or very long, makes one bad sample, not a bad table.
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter=separator, strict=True)
-        limit = csv.field_size_limit(_MAX_FIELD)
-        try:
-            columns = reader.fieldnames or []
-            for name, value in (("image_column", image_column), ("caption_column", caption_column)):
-                if value not in columns:
-                    raise ValueError(f"{name} ({value}) must be a column of {file}: {columns}")
-            for row in reader:
-                images.append(row[image_column] or "")
-                captions.append(row[caption_column])
-        except csv.Error as error:
-            raise ValueError(
-                f"source ({file}) must be a csv file: line {reader.reader.line_num}: {error}"
-            ) from error
-        finally:
-            csv.field_size_limit(limit)  # it is global
-    if not images:
-        raise ValueError(f"source ({file}) must hold rows")
-    with open(file, "rb") as content:
-        fingerprint = hashlib.file_digest(content, "sha256").hexdigest()
-    return PairSet(str(file.parent), images, captions, fingerprint)
+    images, captions, passed_over = read_table(
+        file, image_column=image_column, caption_column=caption_column, separator=separator
+    )
+    digest = hashlib.sha256()
+    for text in (*images, *captions):
+        digest.update(b"\xff" if text is None else text.encode("utf-8", "surrogateescape"))
+        digest.update(b"\0")
+    return PairSet(
+        root=str(file.parent),
+        images=images,
+        captions=captions,
+        captions_in_files=False,
+        fingerprint=digest.hexdigest(),
+        passed_over=passed_over,
+        shared_captions=Tally(),
+    )
 
 
 @dataclass(frozen=True)
@@ -117,25 +136,25 @@ class PairLoader:
             the longer side to ``image_size`` and fills the square with white; "keep_ratio" scales
             the shorter side to it; "center_crop" also crops the central square.
         image_size: The side in pixels; ignored for "no".
+        captions_in_files: See :class:`PairSet`.
     """
 
     root: str
     resize: ResizeMode
     image_size: int
+    captions_in_files: bool
 
-    def __call__(self, pair: tuple[str, str | None, bool]) -> EncodedSample | FailedSample:
-        """Load one pair.
-
-        Args:
-            pair: The path of the image, its caption, and whether the caption is in a file instead.
-        """
-        url, text, caption_in_file = pair
+    def __call__(self, pair: tuple[str, str | None]) -> EncodedSample | FailedSample:
+        """Load one pair: its image and its caption, as in :class:`PairSet`."""
+        url, text = pair
         readable_url = os.fsencode(url).decode("utf-8", "replace")
         path = os.path.join(self.root, url)
         caption, step = None, "download"
         try:
-            if caption_in_file:
-                caption = decode_text(_read(os.path.splitext(path)[0] + ".txt", "text"))
+            if text is None:
+                raise BadSample("text_missing")
+            if self.captions_in_files:
+                caption = decode_text(_read(os.path.splitext(path)[0] + text, "text"))
             else:
                 caption = _checked_text(text)
             content = _read(path, "image")
@@ -143,12 +162,15 @@ class PairLoader:
             image = decode_image(content)
             original_size = image.size
             if self.resize == "no":
-                stored, extension = content, _EXTENSIONS[open_image(content).format or ""]
+                stored, extension = content, _extension(content)
             else:
                 image = _resized(image, self.resize, self.image_size)
                 stored, extension = encode_jpeg(image), "jpg"
         except BadSample as error:
             return FailedSample(readable_url, caption, f"failed_to_{step}", error.cause)
+        except Exception as error:  # noqa: BLE001  # of a decoder or of ours: it costs this pair only
+            cause = f"unexpected_{type(error).__name__}"
+            return FailedSample(readable_url, caption, f"failed_to_{step}", cause)
         return EncodedSample(
             image=stored,
             extension=extension,
@@ -161,16 +183,52 @@ class PairLoader:
         )
 
 
-def _files_below(folder: Path) -> Iterator[str]:
-    """Yield relative paths; a folder that cannot be listed is an error."""
+def _files_below(folder: str, passed_over: Tally) -> Iterator[str]:
+    """Yield relative paths; a folder that cannot be listed is an error.
+
+    Links to folders are followed after all folders that are not below a link. A folder that was
+    read before, and a link to a folder that holds it, are passed over.
+    """
 
     def fail(error: OSError) -> None:
         raise error
 
-    for parent, _, names in os.walk(folder, onerror=fail):
-        prefix = os.path.relpath(parent, folder)
-        for name in names:
-            yield name if prefix == "." else os.path.join(prefix, name)
+    whole, read = os.path.realpath(folder), set[str]()
+    links = [folder]
+    for link in links:  # grows
+        for parent, folders, names in os.walk(link, onerror=fail):
+            place, prefix = os.path.realpath(parent), os.path.relpath(parent, folder)
+            if place in read:
+                passed_over.add("folder_read_before", prefix)
+                folders.clear()
+                continue
+            read.add(place)
+            folders.sort()
+            for path in (os.path.join(parent, name) for name in folders):
+                if not os.path.islink(path):
+                    continue
+                target = os.path.realpath(path)
+                if any(Path(each).is_relative_to(target) for each in (place, whole)):
+                    passed_over.add("link_loop", os.path.relpath(path, folder))
+                else:
+                    links.append(path)
+            for name in names:
+                yield name if prefix == "." else os.path.join(prefix, name)
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        state = file.stat()
+    except OSError:  # a link may be broken
+        state = file.lstat()
+    return state.st_size, state.st_mtime_ns
+
+
+def _extension(content: bytes) -> str:
+    """Return the extension under which a file that training can decode is stored."""
+    image = open_image(content)
+    # Formats built on JPEG have names of their own, such as the MPO of phones.
+    return "jpg" if isinstance(image, JpegImageFile) else str(image.format).lower()
 
 
 def _read(path: str, role: Literal["image", "text"]) -> bytes:
@@ -187,9 +245,7 @@ def _read(path: str, role: Literal["image", "text"]) -> bytes:
     return content
 
 
-def _checked_text(text: str | None) -> str:
-    if text is None:
-        raise BadSample("text_missing")
+def _checked_text(text: str) -> str:
     content = text.encode("utf-8", "surrogateescape")
     if len(content) > MAX_TEXT_BYTES:
         raise BadSample("text_too_many_bytes")

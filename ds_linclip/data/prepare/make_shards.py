@@ -5,14 +5,18 @@ is left as it is.
 """
 
 import argparse
+import os
 import random
+import re
+import shlex
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.prepare import digits, synthetic_scenes
@@ -20,15 +24,18 @@ from ds_linclip.data.prepare.image_text_files import (
     PairLoader,
     PairSet,
     ResizeMode,
-    csv_pairs,
     folder_pairs,
+    table_pairs,
 )
 from ds_linclip.data.prepare.shard_writer import (
+    EncodedSample,
+    FailedSample,
     RawSample,
     write_labelled_folder,
     write_once,
     write_train_shard,
 )
+from ds_linclip.data.prepare.tally import Tally, printable
 from ds_linclip.process.progress import progress
 
 __all__ = ["make_digits", "make_pairs", "make_scenes", "run"]
@@ -132,7 +139,7 @@ def make_pairs(
     image_size: int | None = None,
     shuffle_seed: int | None = 0,
     num_workers: int = 1,
-) -> Counter[str] | None:
+) -> Tally | None:
     """Write images and captions from files as shards ``OUT/NNNNN.tar``.
 
     A bad pair becomes a failed row of the parquet, like a failed download of img2dataset.
@@ -148,8 +155,8 @@ def make_pairs(
         num_workers: Processes that read and resize; the bytes written do not depend on it.
 
     Returns:
-        The number of pairs as ``success``, and of failures by cause; None when ``out`` held the
-        same data set already.
+        The number of pairs as ``success``, and of failures by cause, with the image of one of them;
+        None when ``out`` held the same data set already.
 
     Raises:
         ValueError: for a number out of range, when ``out`` holds anything else, or when all pairs
@@ -177,23 +184,32 @@ def make_pairs(
     order = list(range(len(pairs.images)))
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(order)
-    counts: Counter[str] = Counter()
+    counts = Tally()
 
     def write(folder: Path) -> None:
-        load = PairLoader(pairs.root, resize, image_size or 0)
-        captions = pairs.captions or [None] * len(order)
-        items = ((pairs.images[i], captions[i], pairs.captions is None) for i in order)
+        load = PairLoader(pairs.root, resize, image_size or 0, pairs.captions_in_files)
+        items = ((pairs.images[i], pairs.captions[i]) for i in order)
         loaded = ordered_map(load, items, num_workers=num_workers)
         with closing(loaded), progress(loaded, total=len(order), unit="image") as bar:
-            samples = iter(bar)
+            samples = _counted(bar, counts)
             for number in range(num_shards):
-                shard = islice(samples, samples_per_shard)
-                counts.update(write_train_shard(folder, number, shard))
+                write_train_shard(folder, number, islice(samples, samples_per_shard))
         if not counts["success"]:
-            causes = ", ".join(f"{cause}: {count}" for cause, count in counts.items() if count)
-            raise ValueError(f"source ({pairs.root}) must hold a usable pair; all failed, {causes}")
+            raise ValueError(f"source ({pairs.root}) must hold a usable pair; all failed: {counts}")
 
     return counts if write_once(out, record, write) else None
+
+
+def _counted(
+    samples: Iterable[EncodedSample | FailedSample], counts: Tally
+) -> Iterator[EncodedSample | FailedSample]:
+    """Yield the samples and count them."""
+    for sample in samples:
+        if isinstance(sample, FailedSample):
+            counts.add(sample.cause, sample.url or "(no path)")
+        else:
+            counts["success"] += 1
+        yield sample
 
 
 def _write_shards(
@@ -225,7 +241,7 @@ def run(options: argparse.Namespace) -> None:
     """
     settings = {key: value for key, value in vars(options).items() if key not in ("kind", "words")}
     summary = _write(options.kind, settings)
-    sys.stdout.write(f"{options.kind} in {options.out}: {summary}\n")
+    sys.stdout.write(f"{options.kind} in {printable(str(options.out))}: {summary}\n")
 
 
 def _write(kind: str, options: dict[str, Any]) -> str:
@@ -236,18 +252,46 @@ def _write(kind: str, options: dict[str, Any]) -> str:
     source = options.pop("source")
     if kind == "csv":
         names = ("image_column", "caption_column", "separator")
-        pairs = csv_pairs(source, **{name: options.pop(name) for name in names})
+        pairs = table_pairs(source, **{name: options.pop(name) for name in names})
     else:
         pairs = folder_pairs(source)
-    counts = make_pairs(pairs=pairs, **options)
     last = (len(pairs.images) - 1) // options["samples_per_shard"]
-    name = "00000" if last == 0 else f"{{00000..{last:05d}}}"
-    summary = "already complete" if counts is None else _summary(counts)
-    return f"{summary}\ndata.train=['{options['out']}/{name}.tar']"
+    override = _override(options["out"], "00000" if last == 0 else f"{{00000..{last:05d}}}")
+    counts = make_pairs(pairs=pairs, **options)
+    return "\n".join([*_summary(counts, pairs), override])
 
 
-def _summary(counts: Counter[str]) -> str:
-    failed = {cause: count for cause, count in sorted(counts.items()) if cause != "success"}
-    lines = [f"written, {counts['success']} samples, {sum(failed.values())} failed"]
-    lines += [f"    {cause:24} {count:10}" for cause, count in failed.items()]
-    return "\n".join(lines)
+def _summary(counts: Tally | None, pairs: PairSet) -> list[str]:
+    """Return lines that say what became of every pair and file."""
+    passed_over = f"{pairs.passed_over.total()} passed over"
+    if counts is None:
+        lines = [f"already complete, {passed_over}"]
+    else:
+        samples = counts.pop("success")
+        lines = [f"written, {samples} samples, {counts.total()} failed, {passed_over}"]
+        lines += counts.lines()
+    if pairs.passed_over:
+        lines += ["passed over:", *pairs.passed_over.lines()]
+    if pairs.shared_captions:
+        lines += ["samples with the caption file of another one:", *pairs.shared_captions.lines()]
+    return lines
+
+
+def _override(out: Path, name: str) -> str:
+    """Return the setting that trains on the shards, as a word of a shell.
+
+    Raises:
+        ValueError: when no config can hold the path.
+    """
+    folder = os.path.abspath(out)
+    if "${" in folder or re.search("[\ud800-\udfff]", folder):
+        raise ValueError(f"out ({printable(folder)}) must be UTF-8 without ${{, as config paths")
+    escaped = re.sub(r"([\\{},])", r"\\\1", folder)  # its braces are no pattern
+    text = yaml.safe_dump(
+        [f"{escaped}/{name}.tar"],
+        default_flow_style=True,
+        default_style='"',
+        allow_unicode=True,
+        width=sys.maxsize,
+    )
+    return shlex.quote(f"data.train={text.strip()}")

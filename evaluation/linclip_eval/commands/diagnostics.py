@@ -52,9 +52,6 @@ There is one set of weights per model: differences say nothing about other seeds
 
 def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
-    for name, value in (("num-images", options.num_images), ("max-tokens", options.max_tokens)):
-        if value < 1:
-            raise ValueError(f"--{name} ({value}) must be at least 1")
     inputs.check_out(options.out)
     sources = inputs.parse_sources(options.models, "models")
     about: list[Sequence[object]] = []

@@ -35,7 +35,6 @@ _DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 def run(options: argparse.Namespace) -> None:
     """Run the command; errors in its input are ValueError or OSError."""
     begin = time.monotonic()
-    _check(options)
     limits = Limits(**{name: getattr(options, name) for name in _LIMITS})
     mesh = Mesh.create(ParallelConfig(device=options.device))
     device = mesh.device.type
@@ -67,12 +66,3 @@ def run(options: argparse.Namespace) -> None:
         logger.info("%s: done after %.0f s", points[-1].what, time.monotonic() - begin)
     print(summary)
     mesh.close()
-
-
-def _check(options: argparse.Namespace) -> None:
-    counts = [("heads", options.heads), ("threads", options.threads)]
-    for name, count in [*counts, *(("tokens", n) for n in options.tokens or ())]:
-        if count is not None and count < 1:
-            raise ValueError(f"{name} ({count}) must be at least 1")
-    if not options.budget_seconds > 0:
-        raise ValueError(f"budget-seconds ({options.budget_seconds:g}) must be positive")

@@ -81,15 +81,6 @@ class Limits:
     graph_below_seconds: float = 0.0
     quantiles: tuple[float, float] = (0.25, 0.75)
 
-    def __post_init__(self) -> None:
-        if self.runs < 1:
-            raise ValueError(f"runs ({self.runs}) must be at least 1")
-        if self.warmup < 0:
-            raise ValueError(f"warmup ({self.warmup}) must not be negative")
-        for name in ("max_seconds_per_point", "max_seconds_per_call"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
-
     def until(self, number: int) -> "Limits":
         """Return what is reached with the pass of that number, the first being 1."""
         share = number / self.passes

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from linclip_launch.arguments.command import Command, add_out, path, path_text
+from linclip_launch.arguments.command import Command, add_out, path, path_text, whole_number
 
 __all__ = ["DATA_COMMANDS"]
 
@@ -11,9 +11,13 @@ __all__ = ["DATA_COMMANDS"]
 def _generated(parser: argparse.ArgumentParser, size: int) -> None:
     parser.add_argument("out", type=path, metavar="OUT", help="folder to write")
     parser.add_argument(
-        "--image-size", type=int, default=size, metavar="N", help=f"side in pixels; default: {size}"
+        "--image-size",
+        type=whole_number(1),
+        default=size,
+        metavar="N",
+        help=f"side in pixels; default: {size}",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="default: 0")
 
 
 def _digits(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +27,16 @@ def _digits(parser: argparse.ArgumentParser) -> None:
 
 def _scenes(parser: argparse.ArgumentParser) -> None:
     _generated(parser, 256)
-    parser.add_argument("--num-shards", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument(
-        "--samples-per-shard", type=int, default=1000, metavar="N", help="default: 1000"
+        "--num-shards", type=whole_number(1), default=8, metavar="N", help="default: 8"
+    )
+    parser.add_argument(
+        "--samples-per-shard", type=whole_number(1), default=1000, metavar="N", help="default: 1000"
     )
     parser.add_argument(
         "--test",
         dest="num_test",
-        type=int,
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="scenes in each held-out folder; default: 0",
@@ -53,18 +59,26 @@ def _csv(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption-column", default="title", metavar="NAME", help="default: title")
     parser.add_argument(
         "--separator",
-        type=lambda word: "\t" if word == r"\t" else word,
+        type=_separator,
         default=r"\t",
         help=r"default: '\t', a tab",
     )
     parser.set_defaults(kind="csv")
 
 
+def _separator(word: str) -> str:
+    return "\t" if word == r"\t" else word
+
+
+def _seed_or_none(word: str) -> int | None:
+    return None if word == "none" else whole_number(0, alternative=", or none")(word)
+
+
 def _pairs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=path, metavar="OUT", help="folder to write")
     parser.add_argument(
         "--samples-per-shard",
-        type=int,
+        type=whole_number(1),
         default=10_000,
         metavar="N",
         help="default and maximum: 10000",
@@ -76,11 +90,11 @@ def _pairs(parser: argparse.ArgumentParser) -> None:
         help="img2dataset's resize_mode; default: no, which keeps the files as they are",
     )
     parser.add_argument(
-        "--image-size", type=int, metavar="N", help="side in pixels, unless --resize no"
+        "--image-size", type=whole_number(1), metavar="N", help="side in pixels, unless --resize no"
     )
     parser.add_argument(
         "--shuffle-seed",
-        type=lambda word: None if word == "none" else int(word),
+        type=_seed_or_none,
         default=0,
         metavar="SEED",
         help="seed of the order of pairs; none keeps the order of the source; default: 0",
@@ -92,7 +106,7 @@ def _workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         dest="num_workers",
-        type=int,
+        type=whole_number(1),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes; default: one per core",
@@ -102,9 +116,14 @@ def _workers(parser: argparse.ArgumentParser) -> None:
 def _shards_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("patterns", nargs="+", metavar="PATTERN", help="shards, as in data.train")
     add_out(parser)
-    parser.add_argument("--max-shards", type=int, metavar="N", help="inspect N, evenly spaced")
     parser.add_argument(
-        "--max-samples", type=int, metavar="N", help="read at most N samples, evenly spaced"
+        "--max-shards", type=whole_number(1), metavar="N", help="inspect N, evenly spaced"
+    )
+    parser.add_argument(
+        "--max-samples",
+        type=whole_number(1),
+        metavar="N",
+        help="read at most N samples, evenly spaced",
     )
     _workers(parser)
     parser.add_argument(
@@ -127,7 +146,10 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("output", type=path, metavar="FOLDER", help="must not exist, or be empty")
     parser.add_argument(
-        "--step", type=int, metavar="N", help="step of the checkpoint; default: the newest"
+        "--step",
+        type=whole_number(0),
+        metavar="N",
+        help="step of the checkpoint; default: the newest",
     )
     parser.add_argument(
         "--weights",

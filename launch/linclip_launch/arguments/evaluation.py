@@ -2,7 +2,14 @@
 
 import argparse
 
-from linclip_launch.arguments.command import Command, add_out, path, path_text
+from linclip_launch.arguments.command import (
+    Command,
+    add_out,
+    path,
+    path_text,
+    positive_number,
+    whole_number,
+)
 
 __all__ = ["EVALUATION_COMMANDS"]
 
@@ -31,7 +38,7 @@ def _precision(parser: argparse.ArgumentParser) -> None:
 def _image_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size",
-        type=int,
+        type=whole_number(1),
         metavar="N",
         help="side in pixels; default: the size the model was trained on",
     )
@@ -40,14 +47,14 @@ def _image_size(parser: argparse.ArgumentParser) -> None:
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size",
-        type=int,
+        type=whole_number(1),
         default=256,
         metavar="N",
         help="images per forward and process; default: 256",
     )
     parser.add_argument(
         "--num-workers",
-        type=int,
+        type=whole_number(0),
         default=2,
         metavar="N",
         help="decoding processes per process; default: 2",
@@ -61,7 +68,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-bad-samples",
-        type=int,
+        type=whole_number(0),
         metavar="N",
         help="images that may be unreadable; they are counted, as wrong; default: 0",
     )
@@ -134,7 +141,7 @@ def _probe(parser: argparse.ArgumentParser) -> None:
     _classes(parser)
     parser.add_argument(
         "--num-neighbors",
-        type=int,
+        type=whole_number(1),
         nargs="+",
         default=[10, 20, 100, 200],
         metavar="K",
@@ -142,7 +149,7 @@ def _probe(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="of the choice of validation images; default: 0",
@@ -168,7 +175,7 @@ def _resolution(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sizes",
-        type=int,
+        type=whole_number(1),
         nargs="+",
         default=[112, 160, 224, 336, 448, 672, 1024],
         metavar="N",
@@ -191,46 +198,54 @@ def _runtime(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=whole_number(1),
         nargs="+",
         metavar="N",
         help="default: powers of two from 256 to 4194304 on a GPU, to 65536 on a CPU",
     )
     parser.add_argument(
         "--heads",
-        type=int,
+        type=whole_number(1),
         metavar="H",
         help="number of heads of 64 features, in `attention`; default: 12 on a GPU, 1 on a CPU",
     )
     parser.add_argument(
-        "--runs", type=int, default=1000, metavar="N", help="timed calls; default: 1000"
+        "--runs", type=whole_number(1), default=1000, metavar="N", help="timed calls; default: 1000"
     )
     parser.add_argument(
-        "--warmup", type=int, default=100, metavar="N", help="calls before them; default: 100"
+        "--warmup",
+        type=whole_number(0),
+        default=100,
+        metavar="N",
+        help="calls before them; default: 100",
     )
     parser.add_argument(
         "--max-seconds-per-point",
-        type=float,
+        type=positive_number,
         default=0.5,
         metavar="S",
         help="time of the runs of one attention at one N; default: 0.5",
     )
     parser.add_argument(
         "--max-seconds-per-call",
-        type=float,
+        type=positive_number,
         default=20.0,
         metavar="S",
         help="leave out calls predicted to take longer; default: 20",
     )
     parser.add_argument(
         "--budget-seconds",
-        type=float,
+        type=positive_number,
         default=480.0,
         metavar="S",
         help="time for everything, shared equally by --what; default: 480",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="of torch on a CPU; default: 1"
+        "--threads",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="of torch on a CPU; default: 1",
     )
 
 
@@ -275,7 +290,7 @@ def _diagnostics(parser: argparse.ArgumentParser) -> None:
     add_out(parser)
     parser.add_argument(
         "--num-images",
-        type=int,
+        type=whole_number(1),
         default=64,
         metavar="N",
         help="evenly spaced, with captions; default: 64",
@@ -283,7 +298,7 @@ def _diagnostics(parser: argparse.ArgumentParser) -> None:
     _image_size(parser)
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=whole_number(1),
         default=4096,
         metavar="N",
         help="longest sequence; default: 4096",

@@ -2,7 +2,13 @@
 
 import argparse
 
-from linclip_launch.arguments.command import Command, path
+from linclip_launch.arguments.command import (
+    Command,
+    number,
+    path,
+    positive_number,
+    whole_number,
+)
 
 __all__ = ["MACHINE_COMMANDS", "TRAINING_COMMANDS"]
 
@@ -25,7 +31,7 @@ def _config(parser: argparse.ArgumentParser) -> None:
 def _ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks",
-        type=int,
+        type=whole_number(1),
         metavar="N",
         help="ranks on this machine; default: as many as the config sets, one per GPU, or two on "
         "the CPU where there is none",
@@ -60,7 +66,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     _hosts(hosts)
     hosts.add_argument(
         "--node-rank",
-        type=int,
+        type=whole_number(0),
         metavar="N",
         help="without ssh: the number of this host in the hostfile; ranks are started here only",
     )
@@ -69,7 +75,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     )
     hosts.add_argument(
         "--master-port",
-        type=int,
+        type=whole_number(1),
         metavar="PORT",
         help="port on the first host; default: a free one, or 29500 with --node-rank",
     )
@@ -82,7 +88,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     )
     hosts.add_argument(
         "--check-seconds",
-        type=float,
+        type=positive_number,
         default=20.0,
         metavar="S",
         help="time for a host to reply; default: 20",
@@ -96,21 +102,21 @@ def _train(parser: argparse.ArgumentParser) -> None:
     )
     restarts.add_argument(
         "--max-restarts",
-        type=int,
+        type=whole_number(0),
         default=3,
         metavar="N",
         help="failures in a row without a newer checkpoint before giving up; default: 3",
     )
     restarts.add_argument(
         "--backoff-seconds",
-        type=float,
+        type=number,
         default=5.0,
         metavar="S",
         help="wait before a restart; default: 5",
     )
     restarts.add_argument(
         "--min-nodes",
-        type=int,
+        type=whole_number(1),
         default=1,
         metavar="N",
         help="least number of hosts to run on; default: 1",
@@ -120,19 +126,24 @@ def _train(parser: argparse.ArgumentParser) -> None:
 def _plan(parser: argparse.ArgumentParser) -> None:
     _config(parser)
     parser.add_argument(
-        "--devices", type=int, metavar="N", help="number of ranks; default: from the config"
+        "--devices",
+        type=whole_number(1),
+        metavar="N",
+        help="number of ranks; default: from the config",
     )
     parser.add_argument("--device", metavar="NAME", help="h100, h200, a100, a100-40gb or cpu")
     parser.add_argument(
-        "--device-memory-gib", type=float, metavar="GIB", help="memory of another device"
+        "--device-memory-gib", type=positive_number, metavar="GIB", help="memory of another device"
     )
     parser.add_argument(
-        "--peak-tflops", type=float, metavar="TFLOPS", help="peak of another device"
+        "--peak-tflops", type=positive_number, metavar="TFLOPS", help="peak of another device"
     )
-    parser.add_argument("--mfu", type=float, help="share of the peak that training reaches")
+    parser.add_argument(
+        "--mfu", type=positive_number, help="share of the peak that training reaches"
+    )
     parser.add_argument(
         "--num-samples",
-        type=int,
+        type=whole_number(1),
         metavar="N",
         help="samples per epoch, where the shards are not here",
     )
@@ -147,21 +158,21 @@ def _preflight(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=positive_number,
         default=120.0,
         metavar="S",
         help="seconds within which all ranks must arrive, and finish each check; default: 120",
     )
     parser.add_argument(
         "--min-free-gib",
-        type=float,
+        type=number,
         default=0.0,
         metavar="GIB",
         help="least free room for checkpoints and for the cache; default: what they need",
     )
     parser.add_argument(
         "--max-skew-seconds",
-        type=float,
+        type=number,
         default=1.0,
         metavar="S",
         help="difference between clocks from which on to warn; default: 1",

@@ -278,7 +278,6 @@ def test_command_refuses_invalid_arguments(hub_folders, tmp_path, capsys):
     for models, options, message in [
         (["ViT-S-32"], [], "error: model (ViT-S-32) must be ds_linclip's, or a hub folder"),
         ([model, model], [], f"error: models ({model} {model}) must have different labels"),
-        ([model], ["--num-images", "0"], "error: --num-images (0) must be at least 1"),
         ([model], ["--max-tokens", "9"], f"error: model ({model}): sequence (17 tokens) must have"),
     ]:
         out = tmp_path / "out"

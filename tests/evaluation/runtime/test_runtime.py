@@ -265,25 +265,6 @@ def test_command_on_a_gpu(tmp_path):
     assert all(row["runs"] and int(row["peak_bytes"]) > 0 for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tokens", "0", "256"], "tokens (0) must be at least 1"),
-        (["--heads", "0"], "heads (0) must be at least 1"),
-        (["--threads", "0"], "threads (0) must be at least 1"),
-        (["--runs", "0"], "runs (0) must be at least 1"),
-        (["--warmup", "-1"], "warmup (-1) must not be negative"),
-        (["--max-seconds-per-point", "0"], "max_seconds_per_point (0.0) must be positive"),
-        (["--budget-seconds", "nan"], "budget-seconds (nan) must be positive"),
-    ],
-)
-def test_bad_argument_is_reported_in_one_line(tmp_path, capsys, arguments, message):
-    assert main(["eval", "runtime", "--out", str(tmp_path), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
-
-
 def test_folder_that_cannot_be_created_is_reported_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["eval", "runtime", "--out", str(tmp_path / "file"), "--device", "cpu"]) == 2

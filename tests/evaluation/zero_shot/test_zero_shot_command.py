@@ -131,7 +131,6 @@ def test_place_of_the_results_is_checked_first(model, images, tmp_path, capsys, 
     [
         (["--classes", "imagenet-22K"], r"classes \(imagenet-22K\) must be one of imagenet-22k"),
         (["--templates", "seven"], r"templates \(seven\) must be one, simple, openai"),
-        (["--batch-size", "0"], r"batch_size \(0\) must be at least 1"),
         (["--image-size", "17"], r"image_size \(17\) must be a positive multiple"),
         (["--names", "open_clip"], r"names \(open_clip\) exist for imagenet-1k"),
     ],

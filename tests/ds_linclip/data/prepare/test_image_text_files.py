@@ -5,22 +5,35 @@ import hashlib
 import io
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
 import zlib
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from ds_linclip.data.prepare.image_text_files import PairLoader, ResizeMode, csv_pairs, folder_pairs
+from ds_linclip.data.prepare import image_text_files, make_shards
+from ds_linclip.data.prepare.image_text_files import (
+    PairLoader,
+    PairSet,
+    ResizeMode,
+    folder_pairs,
+    table_pairs,
+)
 from ds_linclip.data.prepare.make_shards import make_pairs
 from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample
+from ds_linclip.data.prepare.tally import Tally
 from linclip_launch.cli import main
 
 COMMAND = Path(sys.executable).parent / "linclip"
@@ -131,6 +144,180 @@ def test_folder_keeps_every_file_as_it_is(tmp_path: Path) -> None:
     assert [stat["successes"] for stat in stats] == [5, 5, 2]
 
 
+@pytest.mark.parametrize(
+    ("form", "save", "extension"),
+    [
+        ("JPEG", {"progressive": True}, "jpg"),
+        ("MPO", {"save_all": True, "append_images": [Image.new("RGB", (32, 24))]}, "jpg"),
+        ("PNG", {"save_all": True, "append_images": [Image.new("RGB", (40, 30))]}, "png"),  # APNG
+        ("WEBP", {"save_all": True, "append_images": [Image.new("RGB", (40, 30))]}, "webp"),
+        ("GIF", {"save_all": True, "append_images": [Image.new("RGB", (40, 30))]}, "gif"),
+        *((form, {}, None) for form in ("BMP", "TIFF", "JPEG2000", "ICO", "PPM", "TGA", "PCX")),
+    ],
+)
+def test_file_is_stored_if_training_decodes_it_whatever_its_name(
+    tmp_path: Path, form: str, save: dict[str, Any], extension: str | None
+) -> None:
+    content = picture(40, 30, form=form, **save)
+    (tmp_path / "a.jpg").write_bytes(content)
+    sample = PairLoader(str(tmp_path), "no", 0, False)(("a.jpg", "caption"))
+    if extension is None:
+        assert isinstance(sample, FailedSample)
+        assert sample.cause == "image_undecodable"
+    else:
+        assert isinstance(sample, EncodedSample)
+        assert (sample.image, sample.extension) == (content, extension)
+
+
+def test_fault_at_one_file_costs_that_file_only_and_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "images", 6)
+    whole = image_text_files.decode_image
+
+    def decode(content: bytes) -> Image.Image:
+        if content.startswith(b"\x89PNG"):
+            raise ZeroDivisionError
+        return whole(content)
+
+    monkeypatch.setattr(image_text_files, "decode_image", decode)
+    counts = make_pairs(tmp_path / "out", folder_pairs(tmp_path / "images"), num_workers=2)
+    assert counts == {"success": 5, "unexpected_ZeroDivisionError": 1}
+    assert counts.examples == {"unexpected_ZeroDivisionError": "cats/02.x.png"}
+
+
+def write_pair(stem: Path, suffix: str = ".jpg", text_suffix: str = ".txt") -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{stem}{suffix}").write_bytes(picture(8, 8))
+    Path(f"{stem}{text_suffix}").write_text(stem.name)
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    folder, other = tmp_path / "images", tmp_path / "other"
+    write_pair(folder / "z" / "own")
+    write_pair(other / "deep" / "linked")
+    (folder / "a_link").symlink_to(other)
+    (folder / "b_link").symlink_to(other / "deep")  # a part of the one above
+    (folder / "c_link").symlink_to(folder / "z")
+    (folder / "z" / "up").symlink_to("..")
+    (folder / "z" / "self").symlink_to("self")
+    (other / "deep" / "back").symlink_to(folder)
+    (other / "deep" / "root").symlink_to("/")
+    pairs = folder_pairs(folder)
+    assert pairs.images == ["a_link/deep/linked.jpg", "z/own.jpg"]
+    assert pairs.passed_over == {"link_loop": 3, "folder_read_before": 2, "no_suffix": 1}
+    assert pairs.passed_over.examples == {
+        "link_loop": "z/up",
+        "folder_read_before": "b_link",
+        "no_suffix": "z/self",
+    }
+    assert make_pairs(tmp_path / "out", pairs) == {"success": 2}
+
+
+def test_what_is_passed_over_is_counted_with_an_example(tmp_path: Path) -> None:
+    for stem, suffix, text in (
+        ("a", ".JPG", ".TXT"),
+        ("b", ".Jpeg", ".txt"),
+        ("c", ".png", ".Txt"),
+    ):
+        write_pair(tmp_path / stem, suffix, text)
+    (tmp_path / "b.TXT").write_text("not this one")
+    (tmp_path / "b.webp").write_bytes(picture(9, 9, form="WEBP"))
+    (tmp_path / "b.seg.png").write_bytes(picture(9, 9, form="PNG"))
+    for name in ("d.bmp", "e.BMP", "f.tif", "g.jfif", "h.heic", "alone.txt", "README", "i.tar.gz"):
+        (tmp_path / name).write_bytes(b"")
+    for name in (".DS_Store", "._a.JPG", "._a.TXT"):
+        (tmp_path / name).write_bytes(b"\0\5\26\7")
+    pairs = folder_pairs(tmp_path)
+    assert dict(zip(pairs.images, pairs.captions, strict=True)) == {
+        "a.JPG": ".TXT",
+        "b.Jpeg": ".txt",
+        "b.seg.png": None,
+        "b.webp": ".txt",
+        "c.png": ".Txt",
+    }
+    assert pairs.shared_captions.examples == {"caption_shared": "b.webp"}
+    assert pairs.passed_over == {
+        "*.bmp": 2,
+        **dict.fromkeys(("*.tif", "*.jfif", "*.heic", "*.gz", "no_suffix"), 1),
+        "unused_text": 2,
+        "dot_file": 3,
+    }
+    assert pairs.passed_over.examples["*.bmp"] == "d.bmp"
+    assert pairs.passed_over.examples["unused_text"] == "b.TXT"
+
+
+# No slash and no NUL, which no file system has; bytes that are no text; little that is too long.
+NAMES = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=20)
+SUFFIXES = st.sampled_from(["", ".jpg", ".PNG", ".txt", ".Txt", ".bmp", ".", ".jpg.", "\udcff.gif"])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", "d", ".d", "d/é\n"]), NAMES, SUFFIXES), max_size=8))
+def test_every_file_of_a_folder_is_an_image_a_caption_or_counted(
+    names: list[tuple[str, str, str]],
+) -> None:
+    with TemporaryDirectory() as folder:
+        for parent, stem, suffix in names:
+            path = Path(folder, parent, stem + suffix)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.touch()
+        files = {
+            os.path.relpath(path, folder) for path in Path(folder).rglob("*") if path.is_file()
+        }
+        try:
+            pairs = folder_pairs(Path(folder))
+        except ValueError as error:
+            message = str(error)
+        else:
+            used = {
+                os.path.splitext(image)[0] + suffix
+                for image, suffix in zip(pairs.images, pairs.captions, strict=True)
+                if suffix is not None
+            }
+            assert pairs.images == sorted(pairs.images)
+            assert files >= used | set(pairs.images)
+            assert len(files) == len(used) + len(pairs.images) + pairs.passed_over.total()
+            assert "\n" not in "".join(pairs.passed_over.lines())
+            return
+    assert "must hold images" in message
+    assert "\n" not in message
+
+
+@given(st.integers(1, 30), st.integers(0, 2**40) | st.none(), st.integers(8, 30), st.data())
+def test_order_is_a_permutation_that_only_the_seed_chooses(
+    count: int, seed: int | None, per_shard: int, data: st.DataObject
+) -> None:
+    bad = data.draw(st.sets(st.integers(0, count - 1), max_size=count - 1))
+    images = ["no.jpg" if number in bad else "a.jpg" for number in range(count)]
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            make_shards, "ordered_map", lambda f, items, num_workers: (f(i) for i in items)
+        )
+        Path(folder, "a.jpg").write_bytes(picture(4, 4))
+        pairs = PairSet(
+            root=folder,
+            images=images,
+            captions=[str(number) for number in range(count)],
+            captions_in_files=False,
+            fingerprint="",
+            passed_over=Tally(),
+            shared_captions=Tally(),
+        )
+        out = Path(folder, "out")
+        counts = make_pairs(out, pairs, samples_per_shard=per_shard, shuffle_seed=seed)
+        rows = read_rows(out)
+    order = [int(str(row["caption"])) for row in rows]
+    expected = list(range(count))
+    if seed is not None:
+        random.Random(seed).shuffle(expected)
+    assert order == expected
+    assert [row["key"] for row in rows] == [
+        f"{i // per_shard:05d}{i % per_shard:04d}" for i in range(count)
+    ]
+    assert counts == Counter({"success": count - len(bad)}) + Counter({"image_missing": len(bad)})
+
+
 def test_order_is_shuffled_by_seed_or_kept(tmp_path: Path) -> None:
     write_folder(tmp_path / "images")
     pairs = folder_pairs(tmp_path / "images")
@@ -214,7 +401,7 @@ def test_csv_as_open_clip_reads_it(tmp_path: Path) -> None:
     rows += [[str(i), caption, path] for i, (caption, path) in enumerate(pairs)]
     for name, separator in (("tab", "\t"), ("comma", ",")):
         write_csv(tmp_path / f"{name}.csv", rows, separator)
-        table = csv_pairs(
+        table = table_pairs(
             tmp_path / f"{name}.csv",
             image_column="filepath",
             caption_column="title",
@@ -231,13 +418,13 @@ def test_csv_as_open_clip_reads_it(tmp_path: Path) -> None:
 def test_csv_row_with_broken_text_is_one_bad_sample(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(picture(20, 20))
     (tmp_path / "a.tsv").write_bytes(
-        b"\xef\xbb\xbffilepath\ttitle\na.jpg\tgood\na.jpg\tb\xe4d\na.jpg\n\xe4.jpg\tlost\n"
+        b"\xef\xbb\xbffilepath\ttitle\na.jpg\tgood\na.jpg\tb\xe4d\n\xe4.jpg\tlost\n"
     )
-    pairs = csv_pairs(
+    pairs = table_pairs(
         tmp_path / "a.tsv", image_column="filepath", caption_column="title", separator="\t"
     )
     counts = make_pairs(tmp_path / "out", pairs)
-    assert counts == {"success": 1, "text_not_utf8": 1, "text_missing": 1, "image_missing": 1}
+    assert counts == {"success": 1, "text_not_utf8": 1, "image_missing": 1}
     assert "�.jpg" in [row["url"] for row in read_rows(tmp_path / "out")]
 
 
@@ -246,7 +433,7 @@ def test_csv_row_with_overlong_caption_is_one_bad_sample(tmp_path: Path) -> None
     rows = [["filepath", "title"], ["a.jpg", "good"], ["a.jpg", "word " * 200_000]]
     write_csv(tmp_path / "a.tsv", [*rows, ["x" * 200_000, "lost"], ["a.jpg", "good too"]])
     limit = csv.field_size_limit()
-    pairs = csv_pairs(
+    pairs = table_pairs(
         tmp_path / "a.tsv", image_column="filepath", caption_column="title", separator="\t"
     )
     assert csv.field_size_limit() == limit
@@ -271,7 +458,7 @@ def test_resize_modes_are_those_of_img2dataset(
     red_left = Image.new("RGB", size, "blue")
     red_left.paste("red", (0, 0, size[0] // 2, size[1]))
     red_left.save(tmp_path / "a.png")
-    sample = PairLoader(str(tmp_path), mode, 32)(("a.png", "red and blue", False))
+    sample = PairLoader(str(tmp_path), mode, 32, False)(("a.png", "red and blue"))
     assert isinstance(sample, EncodedSample)
     with Image.open(io.BytesIO(sample.image)) as image:
         assert (image.format, image.size, sample.size) == ("JPEG", expected, expected)
@@ -294,17 +481,17 @@ def test_exif_rotation_transparency_and_extremes(tmp_path: Path) -> None:
     (tmp_path / "turned.jpg").write_bytes(picture(60, 30, exif=exif.tobytes()))
     Image.new("RGBA", (30, 30), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("RGB", (8000, 4), "red").save(tmp_path / "line.png")
-    keep = PairLoader(str(tmp_path), "keep_ratio", 16)
-    turned = keep(("turned.jpg", "x", False))
+    keep = PairLoader(str(tmp_path), "keep_ratio", 16, False)
+    turned = keep(("turned.jpg", "x"))
     assert isinstance(turned, EncodedSample)
     assert (turned.size, turned.original_size) == ((16, 32), (30, 60))
-    clear = keep(("clear.png", "x", False))
+    clear = keep(("clear.png", "x"))
     assert isinstance(clear, EncodedSample)
     assert np.asarray(Image.open(io.BytesIO(clear.image))).min() > 250
-    huge = PairLoader(str(tmp_path), "keep_ratio", 256)(("line.png", "x", False))
+    huge = PairLoader(str(tmp_path), "keep_ratio", 256, False)(("line.png", "x"))
     assert isinstance(huge, FailedSample)
     assert huge.cause == "image_too_many_pixels"
-    thin = PairLoader(str(tmp_path), "border", 256)(("line.png", "x", False))
+    thin = PairLoader(str(tmp_path), "border", 256, False)(("line.png", "x"))
     assert isinstance(thin, EncodedSample)
 
 
@@ -332,6 +519,14 @@ def test_changed_files_are_another_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out \(.*\) must be empty: it holds"):
         make_pairs(out, folder_pairs(tmp_path / "images"))
     assert bytes_of(out) == before
+
+
+def test_other_columns_of_one_table_are_another_set(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(20, 20))
+    write_csv(tmp_path / "a.tsv", [["filepath", "title", "alt"], ["a.jpg", "one", "two"]])
+    for column, code in (("title", 0), ("title", 0), ("alt", 2)):
+        words = ["csv", str(tmp_path / "a.tsv"), str(tmp_path / "out"), "--caption-column", column]
+        assert main(["shards", "make", *words]) == code
 
 
 def test_only_bad_pairs_are_an_error_and_leave_nothing(tmp_path: Path) -> None:
@@ -365,13 +560,15 @@ def test_command_reports_what_failed(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "written, 2 samples, 10 failed\n" in done.stdout
-    *table, pattern = done.stdout.splitlines()[1:]
-    assert pattern == f"data.train=['{tmp_path / 'out'}/00000.tar']"
-    lines = dict(line.split() for line in table)
-    assert {cause: int(count) for cause, count in lines.items()} == {
+    assert "written, 2 samples, 10 failed, 1 passed over\n" in done.stdout
+    *table, title, passed_over, override = done.stdout.splitlines()[1:]
+    assert override == f"""'data.train=["{tmp_path / "out"}/00000.tar"]'"""
+    assert [title, passed_over.split()] == ["passed over:", ["*.md", "1", "readme.md"]]
+    lines = [line.split() for line in table]
+    assert {cause: int(count) for cause, count, _ in lines} == {
         cause: count for cause, count in expected.items() if cause != "success"
     }
+    assert ["image_missing", "1", "gone.png"] in lines
     assert "12/12" in done.stderr
 
 
@@ -380,12 +577,10 @@ def test_command_reports_what_failed(tmp_path: Path) -> None:
     [
         ("folder nowhere OUT", "source (nowhere) must be a folder"),
         ("folder empty OUT", "source (empty) must hold images"),
-        ("folder images OUT --workers 0", "workers (0)"),
         ("folder images OUT --samples-per-shard 10001", "samples_per_shard (10001)"),
         ("folder images OUT --resize border", "image_size (None)"),
         ("folder images OUT --image-size 64", "image_size (64)"),
         ("folder images OUT --resize border --image-size 3", "image_size (3)"),
-        ("folder images OUT --shuffle-seed -1", "shuffle_seed (-1)"),
         ("folder images images", "out (images) must be empty"),
         ("csv nowhere.csv OUT", "nowhere.csv"),
         ("csv table.csv OUT", "image_column (filepath) must be a column of table.csv"),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from PIL import Image
 
-from ds_linclip.data.prepare import synthetic_scenes
+from ds_linclip.config import load_config
+from ds_linclip.data.prepare import make_shards, synthetic_scenes
 from ds_linclip.data.prepare.make_shards import make_digits, make_scenes
+from ds_linclip.data.shard_index import expand
 from linclip_launch.cli import main
 
 META_FIELDS = [
@@ -176,8 +180,96 @@ def test_command_line_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "error: out (" in capsys.readouterr().err
     assert main(["shards", "make", *arguments, "--samples-per-shard", "10001"]) == 2
     assert "samples_per_shard (10001) must be in 1 ... 10000" in capsys.readouterr().err
-    assert main(["shards", "make", "digits", str(tmp_path / "digits"), "--image-size", "0"]) == 2
-    assert "image_size (0)" in capsys.readouterr().err
+
+
+FOLDERS = (
+    *("photos", "it's", 'say "x"', "a b", " lead", "trail ", "$HOME", "a$b", "$(x)", "`x`", "!x"),
+    *(
+        "{a,b}",
+        "{1..3}",
+        "}{",
+        "{",
+        "{}",
+        "[x]",
+        "a,b",
+        "a: b",
+        "a #b",
+        "#x",
+        "-",
+        "--x",
+        "~",
+        "~x",
+    ),
+    *(
+        "a\\b",
+        "\\{",
+        "a\nb",
+        "\t",
+        "\x85",
+        "\u2028",
+        "\ufeffx",
+        "\x1b[31m",
+        "ü",
+        "日本",
+        "😀",
+        "e\u0301",
+    ),
+    *("%s", "*", "?", "&", "|", "a=b", "null", "007", "s3::x", "http:", "pipe:x", "@x"),
+)
+
+
+def test_printed_setting_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in FOLDERS:
+        (word,) = shlex.split(make_shards._override(Path(folder) / "out", "{00000..00002}"))
+        (source,) = load_config("embedded", [word]).data.train
+        assert expand(source.shards, "data.train") == [
+            f"{tmp_path}/{folder}/out/{number:05d}.tar" for number in range(3)
+        ]
+
+
+@pytest.mark.parametrize("folder", ["${HOME}", "a\udcff"])
+def test_folder_that_no_config_can_name_is_refused_before_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
+    words = ["folder", str(tmp_path / "images"), str(tmp_path / folder)]
+    assert main(["shards", "make", *words]) == 2
+    assert "must be UTF-8 without ${" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_summary_names_every_cause_with_an_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "images"
+    source.mkdir()
+    picture = Image.new("RGB", (8, 8))
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        picture.save(source / name)
+    for name, text in (("a.txt", "a wall"), ("c\n.bmp", ""), ("d.bmp", ""), (".DS_Store", "")):
+        (source / name).write_text(text)
+    command = ["shards", "make", "folder", str(source), str(tmp_path / "it's")]
+    table = [
+        "passed over:",
+        "    *.bmp                             2  c\\n.bmp",
+        "    dot_file                          1  .DS_Store",
+        "samples with the caption file of another one:",
+        "    caption_shared                    1  a.png",
+        shlex.quote(f'data.train=["{tmp_path}/it\'s/00000.tar"]'),
+    ]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"folder in {tmp_path}/it's: written, 2 samples, 1 failed, 3 passed over",
+        "    text_missing                      1  b.jpg",
+        *table,
+    ]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"folder in {tmp_path}/it's: already complete, 3 passed over",
+        *table,
+    ]
 
 
 def test_scene_captions_compose_and_leave_pairs_out() -> None:
