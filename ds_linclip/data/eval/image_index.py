@@ -27,6 +27,7 @@ from typing import Self
 
 import numpy as np
 
+from ds_linclip.data.causes import explain, printable
 from ds_linclip.data.eval.sources import ClassFolder, ClassLabels, LabelledPart, LabelledTar
 from ds_linclip.process.progress import progress
 
@@ -50,9 +51,13 @@ class FolderFindings:
         first_unknown: The first of these images; empty when there are none.
         empty_classes: The classes of the list without an image.
         problems: Descriptions by cause: tars that cannot be read to their end
-            (``shard_unreadable``, ``shard_cut``); samples and files left out (``class_missing``,
-            ``class_too_many_bytes``, ``class_cut``, ``image_extension``); samples that count as
-            unreadable (``image_missing``, ``image_too_many_bytes``, ``text_too_many_bytes``).
+            (``shard_cut``, ``shard_unreadable`` and the other causes of
+            :class:`~ds_linclip.data.tar_index.OpenShard`); samples and files left out
+            (``class_missing``, ``class_too_many_bytes``, ``class_cut``, ``image_extension``);
+            samples that count as unreadable (``image_missing``, ``image_too_many_bytes``,
+            ``text_too_many_bytes``); ``members_apart``, which is either.
+        passed_over: Members of tars that are never read, which is no defect: their number and the
+            first of them, by cause.
     """
 
     num_classes: int
@@ -60,17 +65,22 @@ class FolderFindings:
     first_unknown: str
     empty_classes: tuple[str, ...]
     problems: Mapping[str, Sequence[str]]
+    passed_over: Mapping[str, tuple[int, str]]
 
     @classmethod
     def of(cls, parts: Sequence[LabelledPart], classnames: Sequence[str]) -> Self:
         """Add up the defects of all parts."""
         unknown: Counter[str] = Counter()
         problems: dict[str, list[str]] = defaultdict(list)
+        passed_over: dict[str, tuple[int, str]] = {}
         counts = np.zeros(len(classnames), np.int64)
         for part in parts:
             unknown.update(part.unknown_classes)
             for cause, names in part.problems.items():
                 problems[cause] += names
+            for cause, (number, name) in part.passed_over.items():
+                before, first = passed_over.get(cause, (0, f"{printable(name)} of {part.path}"))
+                passed_over[cause] = before + number, first
             counts += np.bincount(part.labels, minlength=len(classnames))
         return cls(
             num_classes=len(classnames),
@@ -78,6 +88,7 @@ class FolderFindings:
             first_unknown=next((part.first_unknown for part in parts if part.first_unknown), ""),
             empty_classes=tuple(classnames[label] for label in np.flatnonzero(counts == 0)),
             problems=dict(problems),
+            passed_over=passed_over,
         )
 
     def describe(self) -> list[str]:
@@ -96,7 +107,9 @@ class FolderFindings:
                 f"({_first(self.empty_classes)})"
             )
         for cause, names in self.problems.items():
-            lines.append(f"{cause}: {len(names)} ({_first(names)})")
+            lines.append(f"{explain(cause)}: {len(names)} ({_first(names)})")
+        for cause, (number, first) in self.passed_over.items():
+            lines.append(f"members passed over: {number}: {cause}, first {first}")
         return lines
 
 

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from ds_linclip.data.causes import printable
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample, OpenShard, Role
 from ds_linclip.data.transforms import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 
@@ -48,6 +49,7 @@ class LabelledPart(ABC):
         unknown_classes: The number of images left out, by the class that is not in the list.
         first_unknown: The first of these images.
         problems: Descriptions of samples that are left out or will be unreadable, by cause.
+        passed_over: Number and first name of the members of a tar that are never read, by cause.
 
     Raises:
         OSError: from the constructor, when the file system does not answer.
@@ -58,6 +60,7 @@ class LabelledPart(ABC):
         self.unknown_classes: Counter[str] = Counter()
         self.first_unknown = ""
         self.problems: dict[str, list[str]] = defaultdict(list)
+        self.passed_over: Mapping[str, tuple[int, str]] = {}
         self._file: BinaryIO | None = None
         self._fill([], [])
 
@@ -123,7 +126,9 @@ class LabelledTar(LabelledPart):
             shard = OpenShard(path.open("rb"), str(path))
         except BadSample as error:
             self.problems[error.cause].append(str(path))
+            self.passed_over = error.passed_over
             return
+        self.passed_over = shard.passed_over
         with closing(shard):
             if shard.cut:
                 self.problems["shard_cut"].append(str(path))
@@ -147,7 +152,7 @@ class LabelledTar(LabelledPart):
             raise BadSample("text_not_utf8") from error
 
     def where(self, key: str) -> str:
-        return f"sample {key} of {self.path}"
+        return f"sample {printable(key)} of {self.path}"
 
     def _read_labels(self, shard: OpenShard, classes: ClassLabels) -> dict[int, int]:
         """Return the labels of the samples that have one, by their index in the tar."""
@@ -236,7 +241,7 @@ def _has_class(shard: OpenShard) -> bool:
     try:
         shard.find(0, "class", max_bytes=_MAX_CLASS_BYTES)
     except BadSample as error:
-        return error.cause == "class_too_many_bytes"
+        return error.cause != "class_missing"
     return True
 
 

@@ -40,8 +40,7 @@ def run(options: argparse.Namespace) -> None:
             strict=not options.lenient,
         )
         if mesh.rank == 0:
-            findings = data.findings.describe() if options.lenient else []
-            _publish(options.out, options.words, model, result, findings)
+            _publish(options.out, options.words, model, result, data.findings.describe())
 
 
 def _publish(

@@ -1,5 +1,6 @@
 """Zero-shot accuracy during training: the task is opened once and scored repeatedly."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -16,6 +17,8 @@ from linclip_eval.zero_shot.evaluate import ZeroShotResult
 from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = ["HeldOutEvaluator"]
+
+logger = logging.getLogger(__name__)
 
 
 class _Writer(Protocol):
@@ -60,6 +63,9 @@ class HeldOutEvaluator:
             names=config.eval.names,
             templates=config.eval.templates,
         )
+        if group is None or dist.get_rank(group) == 0:
+            for finding in task.data.findings.describe():
+                logger.warning("eval.data (%s): %s", config.eval.data, finding)
         return cls(
             task=task,
             tokenizer=open_clip.SimpleTokenizer(context_length=config.model.text.context_length),
