@@ -4,8 +4,14 @@ __all__ = ["explain", "format_cause", "printable"]
 
 _REPACK = "unpack it with: {} OLD > NEW.tar"
 _EXPLANATIONS = {
+    "member_extension": "unknown; known are jpg, jpeg, png, webp, gif, txt, cls and json",
+    "member_hidden": "files of the system, not of the user",
+    "member_link": "not followed; tar -h --hard-dereference stores the files instead",
+    "member_special": "neither a file nor a link",
+    "member_surplus": "a second image or text, or a name that extends the key of a sample",
     "members_apart": "members of a sample must stand together in the tar",
     "shard_bzip2": f"compressed with bzip2; {_REPACK.format('bzip2 -dc')}",
+    "shard_cut": "broken or cut off; the samples before that place are used",
     "shard_empty": "a tar without samples",
     "shard_git_lfs": "a Git LFS pointer instead of the file; fetch it with: git lfs pull",
     "shard_gzip": f"compressed with gzip; {_REPACK.format('gzip -dc')}",

@@ -237,7 +237,9 @@ def open_shard(shard: Shard, storage: Storage) -> tuple[OpenShard | BadSample, l
         for cause, (number, first) in found.passed_over.items()
     ]
     if isinstance(found, BadSample):
-        return found, [ShardProblem(name, found.cause, 0, shard.num_samples), *problems]
+        if not (found.cause == "shard_empty" and shard.exact and shard.num_samples == 0):
+            problems.append(ShardProblem(name, found.cause, 0, shard.num_samples))
+        return found, problems
     if found.cut:
         problems.append(ShardProblem(name, "shard_cut", len(found), shard.num_samples))
     elif shard.exact and len(found) != shard.num_samples:

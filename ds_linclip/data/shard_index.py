@@ -256,7 +256,7 @@ class _Sizes:
         except BadSample as error:
             causes = [explain(error.cause)]
             for cause, (number, first) in error.passed_over.items():
-                causes.append(f"{cause} {number}, first {printable(first)}")
+                causes.append(f"{explain(cause)} {number}, first {printable(first)}")
             raise ValueError(
                 f"{self._name}: {url} must be a readable tar: {'; '.join(causes)}"
             ) from error

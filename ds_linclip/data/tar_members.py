@@ -18,6 +18,7 @@ _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _MAX_MEMBER_BYTES = 2**50  # headers can name sizes that no int64 holds
 _MAX_RECORD_BYTES = 64 * 2**10  # of an extended header, which describes the next member
+_MAX_PADDING = 64 * 2**10  # tars end with zeros up to a multiple of 10 KiB
 _PAX_RECORD = re.compile(rb"(\d{1,8}) ([^=\n]+)=")
 
 
@@ -50,6 +51,8 @@ def tar_members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int, Kind]
     while offset <= end:  # also at the end: reading there may raise an error
         header = os.pread(fd, _BLOCK, offset)
         if _ZEROS.startswith(header):
+            if os.pread(fd, _MAX_PADDING, offset).strip(b"\0"):
+                raise BrokenTarError("content after the end")  # a hole, or another tar
             break
         size, kind = _size(header), header[156:157]
         offset += _BLOCK

@@ -109,7 +109,7 @@ class FolderFindings:
         for cause, names in self.problems.items():
             lines.append(f"{explain(cause)}: {len(names)} ({_first(names)})")
         for cause, (number, first) in self.passed_over.items():
-            lines.append(f"members passed over: {number}: {cause}, first {first}")
+            lines.append(f"members passed over: {number}: {explain(cause)}, first {first}")
         return lines
 
 
