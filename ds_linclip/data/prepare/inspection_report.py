@@ -112,6 +112,7 @@ def summarise(total: ShardFindings, *, seconds: float, num_workers: int) -> dict
             for cause, count in sorted(total.members_by_cause.items())
         },
         "problems": total.problems[:_MAX_PROBLEMS_LISTED],
+        "problems_not_listed": len(total.problems[_MAX_PROBLEMS_LISTED:]),
         "caption_characters": _distribution(total.characters, _log_edges(total.characters)),
         "caption_tokens": {
             **_distribution(total.tokens, _even_edges(total.tokens)),
