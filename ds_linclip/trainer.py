@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +56,8 @@ class TrainResult:
     last: Mapping[str, float] = field(default_factory=dict)
     #: Values of the last evaluation; empty without an evaluator.
     evaluation: Mapping[str, float] = field(default_factory=dict)
+    #: A line for each kind of data that was replaced, damaged or passed over.
+    data_findings: Sequence[str] = ()
 
 
 def train(
@@ -319,6 +321,7 @@ class Trainer:
         self._request_reducer.close()
         self._checkpoints.wait()
         self._writer.end()
+        self.result.data_findings = self._report.describe()
 
 
 def _build_model(config: Config, mesh: Mesh, weights: InitConfig) -> CLIP:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections import Counter, deque
+from collections import ChainMap, Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
@@ -47,6 +47,8 @@ class Batch:
     skipped: Counter[str] = field(default_factory=Counter)
     #: Problems of the shards that were opened for this batch.
     problems: list[ShardProblem] = field(default_factory=list)
+    #: The first bad sample, by cause.
+    first_skipped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class _Part:
     keys: list[str]
     captions: list[str]
     skipped: Counter[str]
+    first_skipped: dict[str, str]
     problems: list[ShardProblem]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -195,16 +198,18 @@ class TrainData:
         bytes_per_sample = 8 * self._config.model.text.context_length + 3 * math.prod(image_size)
         memory = self._memory(len(positions) * bytes_per_sample)
         texts, images = _views(memory, len(positions), image_size)
-        found = _Part(memory, image_size, [], [], Counter(), [])
+        found = _Part(memory, image_size, [], [], Counter(), {}, [])
         places = zip(positions, *self.order.locate(positions), strict=True)
         for row, (position, shard, index) in enumerate(places):
-            sample, cause = self._reader.read(int(position), int(shard), int(index), image_size)
+            sample, replaced = self._reader.read(int(position), int(shard), int(index), image_size)
             images[row] = sample.image
             texts[row] = sample.tokens
             found.keys.append(sample.key)
             found.captions.append(sample.caption)
-            if cause is not None:
+            if replaced is not None:
+                cause, name = replaced
                 found.skipped[cause] += 1
+                found.first_skipped.setdefault(cause, name)
         found.problems.extend(self._reader.problems)
         self._reader.problems.clear()
         return found
@@ -247,6 +252,7 @@ def _joined(parts: Sequence[_Part], normalize: Normalizer, device: torch.device)
         keys=[key for part in parts for key in part.keys],
         captions=[caption for part in parts for caption in part.captions],
         skipped=sum((part.skipped for part in parts), Counter()),
+        first_skipped=dict(ChainMap(*(part.first_skipped for part in parts))),
         problems=[problem for part in parts for problem in part.problems],
     )
 

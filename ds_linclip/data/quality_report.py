@@ -2,12 +2,13 @@
 
 import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_linclip.data.causes import explain
 from ds_linclip.data.loader import Batch
 from ds_linclip.data.sample_reader import DataError, ShardProblem
 from ds_linclip.process.atomic import write_atomically
@@ -26,6 +27,7 @@ class DataCounts:
 
     samples: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    first_skipped: dict[str, str] = field(default_factory=dict)
     problems: list[ShardProblem] = field(default_factory=list)
 
 
@@ -44,12 +46,14 @@ class DataReport:
         self._own = DataCounts()
         self._samples = 0
         self._skipped: Counter[str] = Counter()
+        self._first_skipped: dict[str, str] = {}
         self._shards: dict[tuple[str, str], ShardProblem] = {}
 
     def add(self, batch: Batch) -> None:
         """Count a batch of this rank."""
         self._own.samples += len(batch.keys)
         self._own.skipped.update(batch.skipped)
+        self._own.first_skipped = batch.first_skipped | self._own.first_skipped
         self._own.problems += batch.problems
 
     def take(self) -> DataCounts:
@@ -62,6 +66,7 @@ class DataReport:
         for counts in ranks:
             self._samples += counts.samples
             self._skipped.update(counts.skipped)
+            self._first_skipped = counts.first_skipped | self._first_skipped
             for problem in counts.problems:  # several workers may meet the same shard
                 self._shards[problem.url, problem.cause] = problem
 
@@ -73,7 +78,8 @@ class DataReport:
         """
         bad = self._skipped.total()
         if bad > self._max_bad_samples * max(self._samples, _MIN_SAMPLES):
-            causes = ", ".join(f"{cause} {count}" for cause, count in self._skipped.most_common())
+            counts = self._skipped.most_common()
+            causes = ", ".join(f"{explain(cause)} {count}" for cause, count in counts)
             raise DataError(
                 f"data.max_bad_samples ({self._max_bad_samples}) is exceeded: {bad} of "
                 f"{self._samples} samples are bad ({causes})"
@@ -81,13 +87,35 @@ class DataReport:
 
     def scalars(self) -> dict[str, float]:
         """Return the counts by TensorBoard tag."""
-        causes = Counter(problem.cause for problem in self._shards.values())
+        bad = [problem for problem in self._shards.values() if not problem.is_of_members]
+        causes = Counter(problem.cause for problem in bad)
         return {
             "data/skipped_samples": self._skipped.total(),
-            "data/bad_shards": len({problem.url for problem in self._shards.values()}),
+            "data/bad_shards": len({problem.url for problem in bad}),
             **{f"data/skipped/{cause}": count for cause, count in sorted(self._skipped.items())},
             **{f"data/shards/{cause}": count for cause, count in sorted(causes.items())},
         }
+
+    def describe(self) -> list[str]:
+        """Return a line for each cause of what was replaced, damaged or passed over."""
+        lines = [
+            f"bad samples, replaced: {count} of {self._samples}: {explain(cause)}"
+            f", first {self._first_skipped.get(cause, 'unknown')}"
+            for cause, count in self._skipped.most_common()
+        ]
+        by_cause: dict[str, list[ShardProblem]] = defaultdict(list)
+        for problem in self._shards.values():
+            by_cause[problem.cause].append(problem)
+        for cause, problems in sorted(by_cause.items()):
+            first = problems[0]
+            if first.is_of_members:
+                count = sum(problem.found for problem in problems)
+                what, example = "members, passed over", f"{first.first} of {first.url}"
+            else:
+                count, what = len(problems), "shards"
+                example = f"{first.url}: {first.found} found, {first.expected} expected"
+            lines.append(f"{what}: {count}: {explain(cause)}, first {example}")
+        return lines
 
     def state(self) -> dict[str, Any]:
         """Return the counts as plain data, for a checkpoint and for ``data_report.json``."""
@@ -95,6 +123,7 @@ class DataReport:
             "samples": self._samples,
             "skipped_samples": self._skipped.total(),
             "skipped": dict(sorted(self._skipped.items())),
+            "first_skipped": dict(sorted(self._first_skipped.items())),
             "shards": [asdict(problem) for problem in self._shards.values()],
         }
 
@@ -102,6 +131,7 @@ class DataReport:
         """Continue from the counts of a checkpoint."""
         self._samples = state["samples"]
         self._skipped = Counter(state["skipped"])
+        self._first_skipped = state.get("first_skipped", {})  # checkpoints of 0.2 have none
         problems = [ShardProblem(**shard) for shard in state["shards"]]
         self._shards = {(problem.url, problem.cause): problem for problem in problems}
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ds_linclip.data.captions import MAX_TEXT_BYTES, CaptionTokenizer, decode_text
+from ds_linclip.data.causes import explain, printable
 from ds_linclip.data.remote import Storage, redact
 from ds_linclip.data.shard_index import Shard, ShardGroup
 from ds_linclip.data.tar_index import BadSample, OpenShard
@@ -45,20 +46,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShardProblem:
-    """A problem of a whole shard.
+    """A problem of a whole shard, or members of it that are passed over.
 
     Attributes:
         url: The shard's URL without secrets.
-        cause: ``shard_missing``, ``shard_unreadable``, ``shard_cut``, ``shard_short``,
-            ``shard_long`` (samples beyond the expected number are never read) or ``keys_repeated``.
-        found: Number of samples in the shard.
-        expected: Expected number of samples; for ``keys_repeated`` the number of distinct keys.
+        cause: ``shard_missing``, ``shard_cut``, ``shard_short``, ``shard_long`` (samples beyond the
+            expected number are never read), ``keys_repeated``, or a cause of
+            :class:`~ds_linclip.data.tar_index.OpenShard`.
+        found: Number of samples in the shard; of members that are passed over, their number.
+        expected: Expected number of samples; for ``keys_repeated`` the number of distinct keys; for
+            members that are passed over, none.
+        first: Name of the first member that is passed over.
     """
 
     url: str
     cause: str
     found: int
     expected: int
+    first: str = ""
+
+    @property
+    def is_of_members(self) -> bool:
+        """Whether it says which members are passed over, which is no defect of the samples."""
+        return bool(self.first)
 
 
 class SampleReader:
@@ -100,7 +110,7 @@ class SampleReader:
 
     def read(
         self, position: int, shard: int, index: int, image_size: tuple[int, int]
-    ) -> tuple[Sample, str | None]:
+    ) -> tuple[Sample, tuple[str, str] | None]:
         """Return a sample, or its replacement.
 
         Args:
@@ -109,20 +119,21 @@ class SampleReader:
             image_size: Height and width of the image.
 
         Returns:
-            The sample, and the cause if it is a replacement (None otherwise).
+            The sample, and None; or its replacement, and the cause and name of the bad sample.
 
         Raises:
             DataError: when all candidates are bad, or a shard cannot be reached.
         """
         causes: list[str] = []
-        lost = None
+        name, lost = "", None
         for number, candidate in self._candidates(shard, index):
             if number == lost:
                 continue
             try:
                 sample = self._load(position, number, candidate, image_size)
-                return sample, causes[0] if causes else None
+                return sample, (causes[0], name) if causes else None
             except BadSample as error:
+                name = name or self._name(number, candidate)
                 causes.append(error.cause)
                 lost = number if error.whole_shard else None
                 if len(causes) == self._max_bad_in_a_row:
@@ -130,7 +141,7 @@ class SampleReader:
         raise DataError(
             f"data.train ({redact(self._shards[shard].url)}) must hold usable samples: from sample "
             f"{index} on, {len(causes)} candidates in a row are bad (data.max_bad_in_a_row is "
-            f"{self._max_bad_in_a_row}, the first cause {causes[0]})"
+            f"{self._max_bad_in_a_row}, the first cause {explain(causes[0])})"
         )
 
     def keep(self, pools: Mapping[int, set[int]]) -> None:
@@ -162,6 +173,13 @@ class SampleReader:
         image = self._transform(content, image_size, position)
         return Sample(image, self._tokenize(caption)[0], shard.keys[index], caption)
 
+    def _name(self, number: int, index: int) -> str:
+        """Return the name of a bad sample for messages."""
+        shard, url = self._open.get(number), redact(self._shards[number].url)
+        if isinstance(shard, OpenShard) and index < len(shard):
+            return f"{printable(shard.keys[index])} of {url}"
+        return f"sample {index} of {url}"
+
     def _candidates(self, shard: int, index: int) -> Iterator[tuple[int, int]]:
         """Yield shard and index of a sample, and of those that may replace it."""
         first, count = self._bounds[shard]
@@ -177,10 +195,11 @@ class SampleReader:
         if found is None:
             found, problems = open_shard(self._shards[number], self._storage)
             for problem in problems:
-                logger.warning(
-                    "%s: %s (%d found, %d expected)",
-                    *(problem.url, problem.cause, problem.found, problem.expected),
-                )
+                if not problem.is_of_members:
+                    logger.warning(
+                        "%s: %s: %d found, %d expected",
+                        *(problem.url, explain(problem.cause), problem.found, problem.expected),
+                    )
             self.problems += problems
             if len(self._open) == self._capacity:
                 self._close(next(iter(self._open)))
@@ -211,9 +230,14 @@ def open_shard(shard: Shard, storage: Storage) -> tuple[OpenShard | BadSample, l
             found.close()
         found = _open(shard.url, storage, refetch=True)
     name = redact(shard.url)
+    problems = [
+        ShardProblem(name, cause, number, 0, printable(first))
+        for cause, (number, first) in found.passed_over.items()
+    ]
     if isinstance(found, BadSample):
-        return found, [ShardProblem(name, found.cause, 0, shard.num_samples)]
-    problems = []
+        if not (found.cause == "shard_empty" and shard.exact and shard.num_samples == 0):
+            problems.append(ShardProblem(name, found.cause, 0, shard.num_samples))
+        return found, problems
     if found.cut:
         problems.append(ShardProblem(name, "shard_cut", len(found), shard.num_samples))
     elif shard.exact and len(found) != shard.num_samples:

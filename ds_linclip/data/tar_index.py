@@ -1,53 +1,59 @@
-"""Index of the samples in a tar: one pass over the headers, then one read per member.
-
-Faster than tarfile by a factor of 2 to 8, and safe on damaged or hostile files.
-"""
+"""Index of the samples in a tar: which members belong to a sample, then one read per member."""
 
 import os
 import re
-import zlib
-from collections.abc import Iterator
-from typing import BinaryIO, Literal, TypedDict
+from collections.abc import Mapping
+from typing import BinaryIO, Literal
 
 import numpy as np
 
-__all__ = ["IMAGE_SUFFIXES", "BadSample", "OpenShard", "Role"]
+from ds_linclip.data.causes import format_cause
+from ds_linclip.data.tar_members import BrokenTarError, tar_members
+
+__all__ = ["IMAGE_SUFFIXES", "BadSample", "OpenShard", "PassedOver", "Role"]
 
 Role = Literal["image", "text", "class", "meta"]
+#: The members of a tar that are never read: number and first name, by cause.
+PassedOver = dict[str, tuple[int, str]]
 
 #: Ends of the names of images, in tars and in folders.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 _ROLES: tuple[Role, ...] = ("image", "text", "class", "meta")
-_ROLE_OF_EXTENSION = {suffix[1:]: 0 for suffix in IMAGE_SUFFIXES}
-_ROLE_OF_EXTENSION |= {"txt": 1, "cls": 2, "json": 3}
+_IMAGE, _TEXT, _CLASS, _META = range(len(_ROLES))
+_ROLE_OF_EXTENSION = {suffix[1:]: _IMAGE for suffix in IMAGE_SUFFIXES}
+_ROLE_OF_EXTENSION |= {"txt": _TEXT, "cls": _CLASS, "json": _META}
 
-_BLOCK = 512
-_ZEROS = bytes(_BLOCK)
-_MAX_MEMBER_BYTES = 2**50  # headers can name sizes that no int64 holds
-_MAX_RECORD_BYTES = 64 * 2**10  # of an extended header, which describes the next member
-_PAX_RECORD = re.compile(rb"(\d{1,8}) ([^=\n]+)=")
+_NOWHERE, _APART = (-1, 0), (-2, 0)  # instead of the offset and size of a member
+# Files that systems and programs put beside a user's.
+_HIDDEN = re.compile(r"(?:^|/)(?:\.[^/]*$|(?:__MACOSX|\.AppleDouble|@eaDir|PaxHeaders(?:\.\d+)?)/)")
+_MAX_EXTENSIONS = 8  # after a key; a hostile name has thousands of dots
 
 
 class BadSample(Exception):
     """A sample that cannot be used.
 
     Attributes:
-        cause: Short name for the counts.
+        cause: Short name for the counts; :func:`~ds_linclip.data.causes.explain` has the meaning.
         whole_shard: Whether the other samples of the shard are bad too.
+        passed_over: Of a whole shard, the members that are never read.
     """
 
-    def __init__(self, cause: str, *, whole_shard: bool = False) -> None:
+    def __init__(
+        self, cause: str, *, whole_shard: bool = False, passed_over: PassedOver | None = None
+    ) -> None:
         super().__init__(cause)
         self.cause = cause
         self.whole_shard = whole_shard
+        self.passed_over: Mapping[str, tuple[int, str]] = passed_over or {}
 
 
 class OpenShard:
     """An open tar with an index of its samples.
 
-    A sample is a sequence of members with the same key. The key is the file name without its known
-    extension and may contain dots. A key that comes twice makes two samples. Members with other
-    extensions are never read.
+    A sample is a sequence of members with one key: the file name without its known extension, which
+    may contain dots. Names that extend the key (``0.seg.png`` beside ``0.jpg``) are members of the
+    same sample and never read, unless they form an image with a text or class of its own. Of two
+    images of a sample the first one counts. A name that comes twice begins another sample.
 
     Args:
         file: A tar on a local file system; this object takes ownership.
@@ -57,47 +63,53 @@ class OpenShard:
         keys: Key of every sample.
         repeated_keys: Number of samples with a key that came before.
         cut: Whether the tar is broken or ends within a member. The samples before are usable.
+        passed_over: Members that are never read: ``member_hidden`` (a name that begins with a dot,
+            or in a folder such as ``__MACOSX``), ``member_extension`` (unknown), ``member_surplus``
+            (a second image, or a name that extends the key), ``member_link``, ``member_special``.
 
     Raises:
-        BadSample: ``shard_unreadable``, when nothing in it can be read.
+        BadSample: when there is no sample in it: ``shard_unreadable``, ``shard_empty``, or the name
+            of another format, such as ``shard_gzip``.
         OSError: when the file system fails, which says nothing about the shard.
     """
 
     def __init__(self, file: BinaryIO, url: str) -> None:
         self.url = url
-        self.keys: list[str] = []
         self._file = file
         self._end = os.fstat(file.fileno()).st_size
-        places: list[list[tuple[int, int]]] = []
+        found = _SampleFinder()
         try:
-            self.cut = self._scan(places)
-        except OSError:
+            self.cut = self._scan(found)
+            samples = found.finish()
+            if not samples:
+                raise BadSample(self._cause(), whole_shard=True, passed_over=found.passed_over)
+        except (OSError, BadSample):
             file.close()
             raise
-        if not places and (self.cut or self._end == 0):
-            file.close()
-            raise BadSample("shard_unreadable", whole_shard=True)
-        self._places = np.array(places, dtype=np.int64).reshape(len(places), len(_ROLES), 2)
+        self.passed_over = found.passed_over
+        self.keys = [sample.key for sample in samples]
+        self._places = np.array([sample.places for sample in samples], dtype=np.int64)
         self.repeated_keys = len(self.keys) - len(set(self.keys))
 
-    def _scan(self, places: list[list[tuple[int, int]]]) -> bool:
+    def _scan(self, found: "_SampleFinder") -> bool:
         """Find all samples and return whether the tar is cut."""
-        keys = self.keys
         end = 0
         try:
-            for name, offset, size in _members(self._file, self._end):
+            for name, offset, size, kind in tar_members(self._file, self._end):
                 end = offset + size
-                key, _, extension = name.rpartition(".")
-                column = _ROLE_OF_EXTENSION.get(extension.lower())
-                if column is None:
-                    continue
-                if not keys or keys[-1] != key or places[-1][column][0] >= 0:
-                    keys.append(key)
-                    places.append([(-1, 0)] * len(_ROLES))
-                places[-1][column] = (offset, size)
-        except _BrokenTarError:
+                if kind == "file":
+                    found.add(name, (offset, size))
+                else:
+                    found.pass_over(f"member_{kind}", name)
+        except BrokenTarError:
             return True
         return end > self._end
+
+    def _cause(self) -> str:
+        """Return why there is no sample."""
+        if not self.cut and self._end > 0:
+            return "shard_empty"
+        return format_cause(os.pread(self._file.fileno(), 512, 0)) or "shard_unreadable"
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -106,14 +118,15 @@ class OpenShard:
         """Return offset and size in bytes of one member of a sample, without reading it.
 
         Raises:
-            BadSample: ``shard_short`` (no such sample), ``<role>_missing`` or
-                ``<role>_too_many_bytes``.
+            BadSample: ``shard_short`` (no such sample), ``<role>_missing``, ``members_apart`` (it
+                stands elsewhere in the tar) or ``<role>_too_many_bytes``.
         """
         if index >= len(self.keys):
             raise BadSample("shard_short")
         offset, size = self._places[index, _ROLES.index(role)].tolist()
         if offset < 0:
-            raise BadSample(f"{role}_missing")
+            is_apart = offset == _APART[0]
+            raise BadSample("members_apart" if is_apart else f"{role}_missing")
         if size > max_bytes:
             raise BadSample(f"{role}_too_many_bytes")
         return offset, size
@@ -134,141 +147,107 @@ class OpenShard:
         self._file.close()
 
 
-class _BrokenTarError(ValueError):
-    """There is no valid header where one is expected."""
+class _Found:
+    """A sample, or a part of one: names and places of its members by role."""
+
+    __slots__ = ("key", "names", "places")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.names: list[str | None] = [None] * len(_ROLES)
+        self.places = [_NOWHERE] * len(_ROLES)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it could be used by itself."""
+        (image, _), (text, _), (label, _), _ = self.places
+        return image >= 0 and (text >= 0 or label >= 0)
+
+    def join(self, other: "_Found") -> None:
+        """Add members that stand elsewhere in the tar, which are not read."""
+        main, rest = (other, self) if other.is_complete else (self, other)
+        self.places = [
+            _APART if place == _NOWHERE != elsewhere else place
+            for place, elsewhere in zip(main.places, rest.places, strict=True)
+        ]
+        self.names = [mine or theirs for mine, theirs in zip(self.names, other.names, strict=True)]
 
 
-class _Extension(TypedDict, total=False):
-    """Values for a member from the extended headers before it."""
+class _SampleFinder:
+    """Forms samples of the files of a tar, which come in their order."""
 
-    name: str
-    size: int
-    sparse: bool
+    def __init__(self) -> None:
+        self.passed_over: PassedOver = {}
+        self._samples: list[_Found] = []
+        # The samples that the next member may belong to. The key of each extends the one before.
+        self._open: list[_Found] = []
 
+    def pass_over(self, cause: str, name: str) -> None:
+        number, first = self.passed_over.get(cause, (0, name))
+        self.passed_over[cause] = number + 1, first
 
-def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
-    """Yield name, offset and size of the regular files in a tar in V7, USTAR, GNU or pax format.
+    def add(self, name: str, place: tuple[int, int]) -> None:
+        key, _, extension = name.rpartition(".")
+        role = _ROLE_OF_EXTENSION.get(extension.lower())
+        is_next = bool(self._open) and self._open[-1].key == key  # most often, hence tried first
+        if not is_next and _HIDDEN.search(name):
+            self.pass_over("member_hidden", name)
+            return
+        if role is None:
+            self.pass_over("member_extension", name)
+            return
+        sample = self._open[-1] if is_next else self._sample_of(key)
+        if sample.names[role] == name:
+            self._open.pop()
+            sample = self._begin(key)
+        elif sample.names[role] is not None:
+            self.pass_over("member_surplus", name)
+            return
+        sample.names[role], sample.places[role] = name, place
 
-    The offset only increases, so the cost of a hostile tar is bounded by its length.
+    def _sample_of(self, key: str) -> _Found:
+        """Return an open sample with this key, or a new one."""
+        while self._open and not key.startswith(f"{self._open[-1].key}."):
+            if self._open[-1].key == key:
+                return self._open[-1]
+            self._open.pop()
+        return self._begin(key)
 
-    Raises:
-        _BrokenTarError: when the tar is broken at this place.
-    """
-    fd = file.fileno()
-    offset = 0
-    extension: _Extension | None = None
-    while offset <= end:  # also at the end: reading there may raise an error
-        header = os.pread(fd, _BLOCK, offset)
-        if _ZEROS.startswith(header):
-            break
-        size, kind = _size(header), header[156:157]
-        offset += _BLOCK
-        if kind in (b"x", b"L", b"X", b"K", b"g"):
-            records = _read_records(fd, offset, size)
-            if kind != b"g":  # values for the whole tar: dates, comments
-                # The first of several counts, as in tarfile.
-                extension = {**_extended(kind, records), **(extension or {})}
-        else:
-            name, sparse = None, False
-            if extension is not None:
-                name, sparse = extension.get("name"), extension.get("sparse", False)
-                size = extension.get("size", size)
-            if name is None:
-                name = _name(header)
-            if kind == b"\0":  # V7 marks folders by a slash
-                kind = b"5" if name.endswith("/") else b"0"
-            if kind in (b"0", b"7"):
-                if not sparse:
-                    yield name, offset, size
-            elif kind == b"S":
-                offset = _after_sparse_map(fd, header, offset)
-            elif kind in (b"1", b"2", b"3", b"4", b"5", b"6"):
-                size = 0  # links, devices and folders have no content, whatever their size says
-            extension = None
-        offset += -(-size // _BLOCK) * _BLOCK
-    if extension is not None:
-        raise _BrokenTarError("the header of a member describes nothing")
+    def _begin(self, key: str) -> _Found:
+        sample = _Found(key)
+        self._samples.append(sample)
+        self._open.append(sample)
+        return sample
 
-
-def _size(header: bytes) -> int:
-    """Return the size in bytes of the content after a header."""
-    size, checksum = _number(header[124:136]), _number(header[148:156])
-    # The checksum is the sum of all bytes, with its own field as blanks. The low half of Adler-32
-    # is that sum plus 1, modulo 65521, and zlib is fast.
-    unsigned = zlib.adler32(header[:148] + b"        " + header[156:]) & 0xFFFF
-    if unsigned != (checksum + 1) % 65521:
-        signed = sum(byte - 256 * (byte > 127) for byte in header[:148] + header[156:]) + 8 * 32
-        if signed != checksum:  # some old programs sum signed bytes
-            raise _BrokenTarError("checksum")
-    if len(header) < _BLOCK or not 0 <= size <= _MAX_MEMBER_BYTES:
-        raise _BrokenTarError("size")
-    return size
+    def finish(self) -> list[_Found]:
+        """Return the samples in the order of their first members."""
+        keys = {sample.key for sample in self._samples}
+        last: dict[str, _Found] = {}
+        samples = []
+        for sample in self._samples:
+            earlier = last.get(sample.key)
+            if not sample.is_complete and _extends_any(sample.key, keys):
+                for name in filter(None, sample.names[:_META]):
+                    self.pass_over("member_surplus", name)
+            elif earlier is None or any(map(_both, earlier.names, sample.names)):
+                samples.append(sample)
+                last[sample.key] = sample
+            else:
+                earlier.join(sample)
+        return samples
 
 
-def _number(field: bytes) -> int:
-    """Parse octal digits, or GNU's binary form for larger numbers."""
-    try:
-        if field[0] == 0x80:
-            return int.from_bytes(field[1:], "big")
-        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-    except (ValueError, IndexError) as error:
-        raise _BrokenTarError("number") from error
+def _both(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None
 
 
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[345] and header[257:263] == b"ustar\0":
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _read_records(fd: int, offset: int, size: int) -> bytes:
-    if size > _MAX_RECORD_BYTES:
-        raise _BrokenTarError("records too long")
-    records = os.pread(fd, size, offset)
-    if len(records) < size:
-        raise _BrokenTarError("records cut")
-    return records
-
-
-def _extended(kind: bytes, records: bytes) -> _Extension:
-    """Return the values of a long name (L) or of pax records (x, X); of a long link (K), none."""
-    if kind == b"L":
-        return {"name": records.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
-    # Nearly all pax headers have only dates and owners, which a search finds quickly.
-    if kind != b"K" and (b"path=" in records or b"size=" in records or b"GNU." in records):
-        return _pax_extension(records)
-    return {}
-
-
-def _pax_extension(records: bytes) -> _Extension:
-    values: _Extension = {}
-    at = 0
-    while at < len(records) and records[at]:
-        found = _PAX_RECORD.match(records, at)
-        end = at + int(found[1]) if found else 0
-        if found is None or not found.end() < end <= len(records) or records[end - 1] != 0x0A:
-            raise _BrokenTarError("pax record")
-        key, content = found[2], records[found.end() : end - 1]
-        if key == b"path":
-            values["name"] = content.rstrip(b"/").decode("utf-8", "surrogateescape")
-        elif key == b"size":
-            if not content.isdigit() or len(content) > 20 or int(content) > _MAX_MEMBER_BYTES:
-                raise _BrokenTarError("pax size")
-            values["size"] = int(content)
-        elif key.startswith(b"GNU.sparse."):
-            values["sparse"] = True
-        at = end
-    return values
-
-
-def _after_sparse_map(fd: int, header: bytes, offset: int) -> int:
-    """Return the offset of a GNU sparse file's content: its map may continue in further blocks."""
-    continues = header[482]
-    while continues:
-        block = os.pread(fd, _BLOCK, offset)
-        if len(block) < _BLOCK:
-            raise _BrokenTarError("sparse map cut")
-        continues = block[504]
-        offset += _BLOCK
-    return offset
+def _extends_any(key: str, keys: set[str]) -> bool:
+    """Whether a key is another one with extensions: ``folder/0.seg`` is ``folder/0`` with one."""
+    start = key.rfind("/") + 1
+    for _ in range(_MAX_EXTENSIONS):
+        key = key.rpartition(".")[0]
+        if len(key) <= start:
+            return False
+        if key in keys:
+            return True
+    return False

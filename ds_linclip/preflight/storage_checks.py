@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ds_linclip.config import Config, Source
 from ds_linclip.data import Storage, find_shards
+from ds_linclip.data.causes import explain, format_cause
 from ds_linclip.data.remote import redact
 from ds_linclip.data.shard_index import expand
 from ds_linclip.preflight.rendezvous import Rendezvous
@@ -163,11 +164,15 @@ def _open_first_shards(config: Config) -> float:
         name = f"data.train ({redact(source.shards)})"
         url = expand(source.shards, name)[0]
         try:
-            tarfile.TarInfo.frombuf(storage.head(url)[:512], "utf-8", "replace")
-        except tarfile.TarError as error:
-            raise ValueError(f"{name}: {redact(url)} is no tar file: {error}") from error
+            head = storage.head(url)
         except OSError as error:
             raise ValueError(f"{name}: {redact(url)} cannot be opened: {error}") from error
+        try:
+            tarfile.TarInfo.frombuf(head, "utf-8", "replace")
+        except tarfile.TarError as error:
+            cause = format_cause(head)
+            reason = explain(cause) if cause else error
+            raise ValueError(f"{name}: {redact(url)} is no tar file: {reason}") from error
 
     slowest = max(seconds_of(partial(open_first, source)) for source in config.data.train)
     storage.check([source.shards for source in config.data.train])

@@ -108,6 +108,8 @@ def _summary(config: Config, result: TrainResult) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"  {name:<{width}}  {value:>10}" for name, value in rows)
+    if result.data_findings:
+        table = "\n  ".join([f"{table}\n\ndata:", *result.data_findings])
     tensorboard = Path(sys.executable).with_name("tensorboard")
     return (
         f"\n{config.name}\n{table}\n\n"

@@ -26,14 +26,9 @@ from typing import Self
 
 import numpy as np
 
+from ds_linclip.data.causes import explain, printable
 from ds_linclip.data.eval.layout import Layout, find_parts
-from ds_linclip.data.eval.sources import (
-    NOT_AN_IMAGE,
-    ClassFolder,
-    ClassLabels,
-    LabelledPart,
-    LabelledTar,
-)
+from ds_linclip.data.eval.sources import ClassFolder, ClassLabels, LabelledPart, LabelledTar
 from ds_linclip.data.eval.unreadable import UnreadableImage, describe_unreadable
 from ds_linclip.process.progress import progress
 from ds_linclip.process.text_files import read_list
@@ -57,11 +52,14 @@ class FolderFindings:
         first_unknown: The first of these images; empty when there are none.
         empty_classes: The classes of the list without an image.
         problems: Descriptions by cause: tars that cannot be read to their end
-            (``shard_unreadable``, ``shard_cut``), hold fewer samples than they should
+            (``shard_cut``, ``shard_unreadable`` and the other causes of
+            :class:`~ds_linclip.data.tar_index.OpenShard`), hold fewer samples than they should
             (``shard_short``) or are not there (see :class:`Layout`); samples and files left out
             (``class_missing``, ``class_too_many_bytes``, ``class_cut``, ``image_extension``,
-            ``not_a_file``); annotations beside images (``not_an_image``), which are no defect.
+            ``not_a_file``); ``members_apart``.
         unreadable: The samples that are known to be unreadable, which count as wrong.
+        passed_over: Members of tars that are never read and annotations beside images, which are no
+            defect: their number and the first of them, by cause.
     """
 
     num_classes: int
@@ -70,17 +68,22 @@ class FolderFindings:
     empty_classes: tuple[str, ...]
     problems: Mapping[str, Sequence[str]]
     unreadable: tuple[UnreadableImage, ...]
+    passed_over: Mapping[str, tuple[int, str]]
 
     @classmethod
     def of(cls, parts: Sequence[LabelledPart], layout: Layout, classnames: Sequence[str]) -> Self:
         """Add up the defects of all parts and of their layout."""
         unknown: Counter[str] = Counter()
         problems: dict[str, list[str]] = defaultdict(list, layout.problems)
+        passed_over: dict[str, tuple[int, str]] = {}
         counts = np.zeros(len(classnames), np.int64)
         for part in parts:
             unknown.update(part.unknown_classes)
             for cause, names in part.problems.items():
                 problems[cause] += names
+            for cause, (number, name) in part.passed_over.items():
+                before, first = passed_over.get(cause, (0, f"{printable(name)} of {part.path}"))
+                passed_over[cause] = before + number, first
             counts += np.bincount(part.labels, minlength=len(classnames))
         return cls(
             num_classes=len(classnames),
@@ -89,12 +92,13 @@ class FolderFindings:
             empty_classes=tuple(classnames[label] for label in np.flatnonzero(counts == 0)),
             problems=dict(problems),
             unreadable=tuple(image for part in parts for image in part.unreadable),
+            passed_over=passed_over,
         )
 
     @property
     def has_defects(self) -> bool:
         """Whether images are missing or left out."""
-        return bool(self.unknown_classes or self.problems.keys() - {NOT_AN_IMAGE})
+        return bool(self.unknown_classes or self.problems)
 
     def describe(self) -> list[str]:
         """Return a line for each kind of defect, with counts and the first examples."""
@@ -112,9 +116,11 @@ class FolderFindings:
                 f"({_first(self.empty_classes)})"
             )
         for cause, names in self.problems.items():
-            lines.append(f"{cause}: {len(names)} ({_first(names)})")
+            lines.append(f"{explain(cause)}: {len(names)} ({_first(names)})")
         if self.unreadable:
             lines.append(describe_unreadable(self.unreadable))
+        for cause, (number, first) in self.passed_over.items():
+            lines.append(f"passed over: {number}: {explain(cause)}, first {first}")
         return lines
 
 

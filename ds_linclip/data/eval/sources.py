@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 
 from ds_linclip.data.captions import MAX_TEXT_BYTES, decode_text
+from ds_linclip.data.causes import printable
 from ds_linclip.data.eval.unreadable import UnreadableImage
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample, OpenShard, Role
 from ds_linclip.data.transforms import MAX_IMAGE_BYTES
 
-__all__ = ["NOT_AN_IMAGE", "ClassFolder", "ClassLabels", "LabelledPart", "LabelledTar"]
+__all__ = ["ClassFolder", "ClassLabels", "LabelledPart", "LabelledTar"]
 
-#: The cause that counts annotations beside images, which is no defect.
-NOT_AN_IMAGE = "not_an_image"
+_NOT_AN_IMAGE = "not_an_image"  # an annotation
 _NOTE_SUFFIXES = (".txt", ".xml", ".json", ".csv", ".tsv", ".md", ".mat", ".ini", ".db")
 _MAX_CLASS_BYTES = 32
 _NUMBER = re.compile(r"[0-9]{1,18}")
@@ -56,6 +56,7 @@ class LabelledPart(ABC):
         first_unknown: The first of these images.
         problems: Descriptions of what is left out, by cause.
         unreadable: The samples that are known to be unreadable.
+        passed_over: Number and first name of the members or files that are never read, by cause.
 
     Raises:
         OSError: from the constructor, when the file system does not answer.
@@ -67,6 +68,7 @@ class LabelledPart(ABC):
         self.first_unknown = ""
         self.problems: dict[str, list[str]] = defaultdict(list)
         self.unreadable: list[UnreadableImage] = []
+        self.passed_over: Mapping[str, tuple[int, str]] = {}
         self._file: BinaryIO | None = None
         self._fill([], [])
 
@@ -144,7 +146,9 @@ class LabelledTar(LabelledPart):
             shard = OpenShard(path.open("rb"), str(path))
         except BadSample as error:
             self.problems[error.cause].append(str(path))
+            self.passed_over = error.passed_over
             return
+        self.passed_over = shard.passed_over
         with closing(shard):
             if shard.cut:
                 self.problems["shard_cut"].append(str(path))
@@ -173,7 +177,7 @@ class LabelledTar(LabelledPart):
             return content, ""
 
     def where(self, key: str) -> str:
-        return f"sample {key} of {self.path}"
+        return f"sample {printable(key)} of {self.path}"
 
     def _read_labels(self, shard: OpenShard, classes: ClassLabels) -> dict[int, int]:
         """Return the labels of the samples that have one, by their index in the tar."""
@@ -235,6 +239,8 @@ class ClassFolder(LabelledPart):
         by_cause: dict[str, list[str]] = defaultdict(list)
         for name, cause in _files_below(path, frozenset()):
             by_cause[cause].append(f"{path.name}/{name}")
+        if notes := by_cause.pop(_NOT_AN_IMAGE, []):
+            self.passed_over = {_NOT_AN_IMAGE: (len(notes), min(notes))}
         keys = sorted(by_cause.pop("", []))
         if path.name not in classes.ids:
             self._leave_out(path.name, keys)
@@ -278,14 +284,14 @@ def _files_below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[tu
                 yield entry.name, ""
             else:
                 is_note = entry.name.lower().endswith(_NOTE_SUFFIXES)
-                yield entry.name, NOT_AN_IMAGE if is_note else "image_extension"
+                yield entry.name, _NOT_AN_IMAGE if is_note else "image_extension"
 
 
 def _has_class(shard: OpenShard) -> bool:
     try:
         shard.find(0, "class", max_bytes=_MAX_CLASS_BYTES)
     except BadSample as error:
-        return error.cause == "class_too_many_bytes"
+        return error.cause != "class_missing"
     return True
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ds_linclip.data.causes import explain
+
 __all__ = ["UnreadableImage", "describe_unreadable"]
 
 
@@ -26,6 +28,6 @@ def describe_unreadable(images: Iterable[UnreadableImage]) -> str:
     for image in images:
         by_cause.setdefault(image.cause, []).append(image)
     return "; ".join(
-        f"{cause}: {len(found)} ({found[0].where}{', ...' if len(found) > 1 else ''})"
+        f"{explain(cause)}: {len(found)} ({found[0].where}{', ...' if len(found) > 1 else ''})"
         for cause, found in by_cause.items()
     )

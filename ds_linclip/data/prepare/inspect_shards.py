@@ -9,7 +9,6 @@ import os
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from typing import Any
 
 from ds_linclip.config import CacheConfig, NetworkConfig, Source
 from ds_linclip.data.captions import MAX_TEXT_BYTES, CaptionTokenizer, decode_text
+from ds_linclip.data.causes import printable
 from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.prepare.inspection_figure import draw_inspection
 from ds_linclip.data.prepare.inspection_report import (
@@ -124,11 +124,15 @@ def _inspect(
     expected = shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
     findings = ShardFindings(expected=expected, unsized=int(not shard.exact))
     for problem in problems:
+        if problem.is_of_members:
+            first = f"{problem.first} of {problem.url}"
+            findings.pass_over(problem.cause, first, members=problem.found)
+            continue
         excess = problem.found - problem.expected
         count = max(0, excess if problem.cause in ("shard_long", "keys_repeated") else -excess)
-        findings.samples_by_cause[problem.cause] += count
-        findings.shards_by_cause[problem.cause] += 1
-        findings.problems.append(asdict(problem) | {"samples": count})
+        findings.count(problem.cause, problem.url, samples=count)
+        fields = {name: value for name, value in asdict(problem).items() if name != "first"}
+        findings.problems.append(fields | {"samples": count})
     if isinstance(opened, OpenShard):
         with closing(opened):
             findings.found = len(opened)
@@ -139,7 +143,7 @@ def _inspect(
 def _read(
     opened: OpenShard, indices: Sequence[int], findings: ShardFindings, *, decode: bool
 ) -> None:
-    bad: Counter[str] = Counter()
+    url = redact(opened.url)
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about defects that are counted here
@@ -147,11 +151,9 @@ def _read(
             try:
                 _read_sample(opened, index, findings, decode=decode)
             except BadSample as error:
-                bad[error.cause] += 1
+                findings.count(error.cause, f"{printable(opened.keys[index])} of {url}")
     findings.seconds = time.perf_counter() - start
     findings.read = len(indices)
-    findings.samples_by_cause.update(bad)
-    findings.shards_by_cause.update(bad.keys())
 
 
 def _read_sample(opened: OpenShard, index: int, findings: ShardFindings, *, decode: bool) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ds_linclip.data.causes import explain
+
 __all__ = ["CONTEXT_LENGTH", "ShardFindings", "summarise", "to_text"]
 
 CONTEXT_LENGTH = 77
@@ -28,6 +30,8 @@ class ShardFindings:
     seconds: float = 0.0  # of reading and decoding, summed over workers
     samples_by_cause: Counter[str] = field(default_factory=Counter)
     shards_by_cause: Counter[str] = field(default_factory=Counter)
+    members_by_cause: Counter[str] = field(default_factory=Counter)  # that are never read
+    first_by_cause: dict[str, str] = field(default_factory=dict)  # sample, member or shard
     problems: list[dict[str, str | int]] = field(default_factory=list)  # of single shards
     # Usable samples by length of the caption, (width, height) in pixels, size of the file, and
     # Pillow's format and mode.
@@ -43,12 +47,26 @@ class ShardFindings:
         """Whether every expected sample was found, and none beyond them."""
         return all(problem["cause"] == "keys_repeated" for problem in self.problems)
 
+    def count(self, cause: str, first: str, *, samples: int = 1) -> None:
+        """Count bad samples of this shard."""
+        self.samples_by_cause[cause] += samples
+        self.shards_by_cause[cause] = 1
+        self.first_by_cause.setdefault(cause, first)
+
+    def pass_over(self, cause: str, first: str, *, members: int) -> None:
+        """Count members of this shard that are never read."""
+        self.members_by_cause[cause] += members
+        self.shards_by_cause[cause] = 1
+        self.first_by_cause.setdefault(cause, first)
+
     def add(self, other: "ShardFindings") -> None:
         """Add the findings of other shards to these."""
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
             if isinstance(mine, Counter):
                 mine.update(theirs)
+            elif isinstance(mine, dict):
+                setattr(self, item.name, theirs | mine)
             else:
                 setattr(self, item.name, mine + theirs)
 
@@ -77,10 +95,24 @@ def summarise(total: ShardFindings, *, seconds: float, num_workers: int) -> dict
             "usable": usable,
         },
         "causes": {
-            cause: {"samples": total.samples_by_cause[cause], "shards": shards}
+            cause: {
+                "samples": total.samples_by_cause[cause],
+                "shards": shards,
+                "first": total.first_by_cause[cause],
+            }
             for cause, shards in sorted(total.shards_by_cause.items())
+            if cause not in total.members_by_cause
+        },
+        "passed_over": {
+            cause: {
+                "members": count,
+                "shards": total.shards_by_cause[cause],
+                "first": total.first_by_cause[cause],
+            }
+            for cause, count in sorted(total.members_by_cause.items())
         },
         "problems": total.problems[:_MAX_PROBLEMS_LISTED],
+        "problems_not_listed": len(total.problems[_MAX_PROBLEMS_LISTED:]),
         "caption_characters": _distribution(total.characters, _log_edges(total.characters)),
         "caption_tokens": {
             **_distribution(total.tokens, _even_edges(total.tokens)),
@@ -143,18 +175,26 @@ def _distribution(counts: Mapping[int, int], edges: np.ndarray) -> dict[str, Any
     }
 
 
+def _table(causes: Mapping[str, Mapping[str, Any]], counted: str) -> list[str]:
+    """Return a line for each cause, and the meanings of those that need one."""
+    rows = [
+        f"{cause:24} {counts[counted]:10} {counts['shards']:8}  {counts['first']}"
+        for cause, counts in causes.items()
+    ]
+    meanings = [explain(cause) for cause in causes if explain(cause) != cause]
+    title = "cause" if counted == "samples" else "passed over"
+    return [f"{title:24} {counted:>10} {'shards':>8}  first", *(rows or ["none"]), *meanings]
+
+
 def to_text(report: Mapping[str, Any]) -> str:
     """Return the report as a table for a terminal."""
     shards, samples, speed = report["shards"], report["samples"], report["throughput"]
     lines = [
         f"{shards['inspected']} of {shards['listed']} shards: {samples['expected']} samples "
         f"expected, {samples['found']} found, {samples['read']} read, {samples['usable']} usable",
-        f"{'cause':24} {'samples':>10} {'shards':>8}",
+        *_table(report["causes"], "samples"),
+        *(_table(report["passed_over"], "members") if report["passed_over"] else []),
     ]
-    lines += [
-        f"{cause:24} {counts['samples']:10} {counts['shards']:8}"
-        for cause, counts in report["causes"].items()
-    ] or ["none"]
     if shards["unsized"]:
         lines.append(
             f"{shards['unsized']} shards have neither sizes.json nor _stats.json and may be "

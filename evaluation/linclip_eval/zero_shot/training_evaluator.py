@@ -17,6 +17,8 @@ from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = ["HeldOutEvaluator"]
 
+logger = logging.getLogger(__name__)
+
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ds_linclip.data import DataError
+from helpers.tar_files import write_tar
 from helpers.training_shards import (
     BATCH,
     NUM_SAMPLES,
@@ -111,6 +112,35 @@ def test_keys_that_come_twice_are_both_kept_and_reported(tmp_path: Path) -> None
     }
     problems = {p for batch in batches for p in batch.problems}
     assert [(p.cause, p.found, p.expected) for p in problems] == [("keys_repeated", 15, 14)]
+
+
+def test_members_that_are_apart_or_no_samples_are_counted(tmp_path: Path) -> None:
+    """One shard by extension, one with other files; the statistics count the samples."""
+    patterns = write_shards(tmp_path, sound_samples())
+    for number in (0, 1):
+        path = tmp_path / f"0000{number}.tar"
+        with tarfile.open(path) as tar:
+            members = [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
+        if number == 0:
+            members.sort(key=lambda member: member[0][-3:])
+        else:
+            keys = dict.fromkeys(name.partition(".")[0] for name, _ in members)
+            others = [(f"{key}.seg.png", b"-") for key in keys] + [
+                (f"._{key}.jpg", b"-") for key in keys
+            ]
+            members = sorted(members + others)
+        write_tar(path, members)
+    batches = take(train_data(patterns), NUM_SAMPLES // BATCH)
+    assert sum((batch.skipped for batch in batches), Counter()) == {"members_apart": 15}
+    firsts = [first for batch in batches for first in batch.first_skipped.values()]
+    assert all(first.endswith(f" of {tmp_path}/00000.tar") for first in firsts)
+    seen = {int(key) for batch in batches for key in batch.keys}
+    assert seen == set(range(15, 60))
+    problems = {(p.cause, p.found, p.first) for b in batches for p in b.problems}
+    assert problems == {
+        ("member_hidden", 15, "._000000015.jpg"),
+        ("member_surplus", 15, "000000015.seg.png"),
+    }
 
 
 def peak_and_skipped(patterns: Sequence[str]) -> tuple[float, float, dict[str, int]]:

@@ -12,19 +12,22 @@ from ds_linclip.data.sample_reader import ShardProblem
 
 CUT = ShardProblem("/data/00001.tar", "shard_cut", 7, 9)
 MISSING = ShardProblem("/data/00002.tar", "shard_missing", 0, 9)
+HIDDEN = [ShardProblem(f"/data/0000{n}.tar", "member_hidden", 2 + n, 0, "._a.jpg") for n in (1, 3)]
 REPEATED = ShardProblem("/data/00001.tar", "keys_repeated", 7, 6)
 
 
 def batch(size: int, *problems: ShardProblem, **skipped: int) -> Batch:
     nothing = torch.empty(size, 0)
-    return Batch(nothing, nothing, ["k"] * size, ["c"] * size, Counter(skipped), list(problems))
+    first = {cause: f"{cause[0]}{count} of /data/00001.tar" for cause, count in skipped.items()}
+    keys, captions = ["k"] * size, ["c"] * size
+    return Batch(nothing, nothing, keys, captions, Counter(skipped), list(problems), first)
 
 
 def two_ranks(max_bad_samples: float = 0.1) -> DataReport:
     """Return what one of two ranks knows after two exchanges."""
     first, second = DataReport(max_bad_samples), DataReport(max_bad_samples)
     first.add(batch(100, CUT, text_empty=2))
-    second.add(batch(100, CUT, MISSING, image_undecodable=1))
+    second.add(batch(100, CUT, MISSING, *HIDDEN, image_undecodable=1))
     first.merge([first.take(), second.take()])
     first.add(batch(100, REPEATED))
     second.add(batch(100, text_empty=1))
@@ -49,8 +52,24 @@ def test_ranks_are_added_up_and_shards_listed_once() -> None:
     assert [shard["cause"] for shard in state["shards"]] == [
         "shard_cut",
         "shard_missing",
+        "member_hidden",
+        "member_hidden",
         "keys_repeated",
     ]
+
+
+def test_every_cause_is_described_with_its_count_and_an_example() -> None:
+    assert two_ranks().describe() == [
+        "bad samples, replaced: 3 of 400: text_empty, first t2 of /data/00001.tar",
+        "bad samples, replaced: 1 of 400: image_undecodable, first i1 of /data/00001.tar",
+        "shards: 1: keys_repeated, first /data/00001.tar: 7 found, 6 expected",
+        "members, passed over: 8: member_hidden (files of the system, not of the user), first "
+        "._a.jpg of /data/00001.tar",
+        "shards: 1: shard_cut (broken or cut off; the samples before that place are used), first "
+        "/data/00001.tar: 7 found, 9 expected",
+        "shards: 1: shard_missing, first /data/00002.tar: 0 found, 9 expected",
+    ]
+    assert DataReport(0.1).describe() == []
 
 
 def test_resumed_report_continues_its_counts() -> None:

@@ -1,12 +1,15 @@
 """Order of samples: complete, pure, independent of the layout, cheap at full scale."""
 
 import hashlib
+import random
 import time
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ds_linclip.data.sample_order import GroupSizes, SampleOrder
 
@@ -242,6 +245,60 @@ def test_following_pools_are_read_next_and_never_later(
             assert pool == announced[lane]
         present[lane] = pool
         (announced[lane],) = order.pool_shards([position], following=True).values()
+
+
+@st.composite
+def any_order(draw: st.DrawFn) -> tuple[SampleOrder, list[GroupSizes], bool]:
+    """Groups of shards with their shares, and whether every sample comes equally often."""
+    groups = []
+    for _ in range(draw(st.integers(1, 3))):
+        sizes = draw(st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any))
+        groups.append(GroupSizes(sizes, draw(st.integers(1, 2 * sum(sizes)))))
+    with_replacement = draw(st.booleans())
+    order = SampleOrder(
+        groups,
+        seed=draw(st.integers(0, 2**40)),
+        num_lanes=draw(st.integers(1, 5)),
+        shuffle_shards=draw(st.integers(1, 4)),
+        with_replacement=with_replacement,
+    )
+    return order, groups, not with_replacement
+
+
+@given(any_order(), st.integers(0, 100), st.sampled_from([1, 2, 3, 6]), st.randoms())
+def test_any_order_is_complete_and_independent_of_layout_and_start(
+    case: tuple[SampleOrder, list[GroupSizes], bool],
+    start: int,
+    dp_size: int,
+    random: random.Random,
+) -> None:
+    order, groups, is_even = case
+    length = 2 * order.num_samples
+    through = ids_at(order, np.arange(length))
+    sizes = [size for group in groups for size in group.shard_sizes]
+    assert all(0 <= index < sizes[shard] for shard, index in through)
+    in_group = group_of(np.array([shard for shard, _ in through]), groups)
+    assert np.bincount(in_group, minlength=len(groups)).tolist() == [
+        2 * group.samples_per_epoch for group in groups
+    ]
+    if is_even:  # the samples of a group come in turn
+        for number, group in enumerate(groups):
+            ids = [place for place, which in zip(through, in_group, strict=True) if which == number]
+            num_samples = sum(group.shard_sizes)
+            for first in range(0, len(ids), num_samples):
+                one_pass = ids[first : first + num_samples]
+                assert len(set(one_pass)) == len(one_pass)
+    # Any position may be looked up at any time.
+    positions = random.sample(range(length), min(length, 20))
+    assert ids_at(order, np.array(positions)) == [through[position] for position in positions]
+    # A global batch is the same on any number of ranks.
+    whole = order.step_positions(start, global_batch_size=6, dp_rank=0, dp_size=1)
+    parts = [
+        order.step_positions(start, global_batch_size=6, dp_rank=rank, dp_size=dp_size)
+        for rank in range(dp_size)
+    ]
+    assert np.concatenate(parts).tolist() == whole.tolist()
+    assert sorted(whole.tolist()) == list(range(6 * start, 6 * start + 6))
 
 
 def test_fingerprint_differs_between_orders() -> None:

@@ -1,5 +1,6 @@
 """Sources: which shards they name, how many samples each holds, and in which shares they come."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -102,6 +103,24 @@ def test_sizes_that_disagree_are_named(
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         find(Source(shards=pattern, num_samples=num_samples))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([], r"0\.tar must be a readable tar: shard_empty \(a tar without samples\)$"),
+        ([("0.bmp", b"")], r"shard_empty \(.*\); member_extension \(unknown; .*\) 1, first 0\.bmp"),
+        (None, r"shard_gzip \(compressed with gzip; unpack it with: gzip -dc OLD > NEW\.tar\)"),
+    ],
+)
+def test_shard_without_samples_is_named_with_the_reason(
+    tmp_path: Path, members: list[tuple[str, bytes]] | None, message: str
+) -> None:
+    write_tar(tmp_path / "0.tar", members or [])
+    if members is None:
+        (tmp_path / "0.tar").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    with pytest.raises(ValueError, match=rf"data\.train .*{message}"):
+        find(f"{tmp_path}/0.tar")
 
 
 def test_shard_that_comes_twice_is_named(tmp_path: Path) -> None:

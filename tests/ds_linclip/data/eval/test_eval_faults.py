@@ -14,6 +14,7 @@ from helpers.labelled_folders import (
     FISH,
     FORMS,
     image,
+    keys_of,
     labels_of,
     open_data,
     some_files,
@@ -43,7 +44,9 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         open_data(tmp_path)
     with tarfile.open(tmp_path / "0.tar", "w"):
         pass
-    with pytest.raises(ValueError, match=r"eval\.data \(.*\) must hold at least one sample$"):
+    with pytest.raises(
+        ValueError, match=r"must hold at least one sample: .*shard_empty \(.*0\.tar"
+    ):
         open_data(tmp_path)
 
 
@@ -162,7 +165,7 @@ def test_broken_tars(tmp_path: Path, strict: bool) -> None:
         inside_second = tar.getmembers()[1].offset_data + 100
     os.truncate(cut, inside_second)
     if strict:
-        message = rf"shard_unreadable: 1 \(.*{CAT}\.tar\); shard_cut: 1 \(.*{FISH}\.tar\)"
+        message = rf"shard_unreadable: 1 \(.*{CAT}\.tar\); shard_cut \(.*\): 1 \(.*{FISH}\.tar\)"
         with pytest.raises(ValueError, match=message):
             open_data(folder, classes=CLASSES)
         return
@@ -177,6 +180,52 @@ def test_broken_tars(tmp_path: Path, strict: bool) -> None:
     unreadable = [entry for batch in batches for entry in batch.unreadable]
     assert unreadable == [(f"{FISH}_1", "image_cut", f"sample {FISH}_1 of {cut}")]
     assert data.num_samples == 5
+
+
+@pytest.mark.parametrize("form", ["class_tars", "shards"])
+def test_what_tars_hold_beside_samples_is_told(tmp_path: Path, form: str) -> None:
+    files = [
+        (class_id, name, content)
+        for class_id, stem, content in [(c, n.removesuffix(".JPEG"), i) for c, n, i in some_files()]
+        for name, content in (
+            *((f"._{stem}.JPEG", b"-"), (f"{stem}.JPEG", content)),
+            (f"{stem}.seg.png", image(kind="PNG")),
+        )
+    ]
+    folder = write_form("class_tars", tmp_path / form, files)
+    if form == "shards":  # as class numbers
+        members = []
+        for class_id in sorted(CLASSES):
+            with tarfile.open(folder / f"{class_id}.tar") as tar:
+                for member in tar:
+                    members.append((member.name, tar.extractfile(member).read()))  # type: ignore[union-attr]
+                    if member.name.endswith("png"):
+                        label = str(CLASSES.index(class_id)).encode()
+                        members.append((member.name.replace(".seg.png", ".cls"), label))
+            (folder / f"{class_id}.tar").unlink()
+        write_tar(folder / "0.tar", members)
+    data = open_data(folder, classes=CLASSES)
+    assert keys_of(data) == [name.removesuffix(".JPEG") for _, name, _ in some_files()]
+    assert len(labels_of(data)) == 9
+    lines = data.findings.describe()
+    assert [line.partition(" (")[0] for line in lines] == [
+        "passed over: 9: member_hidden",
+        "passed over: 9: member_surplus",
+    ]
+    assert lines[1].endswith(f"first {DOG}_0.seg.png of {sorted(folder.iterdir())[0]}")
+
+
+def test_members_of_a_sample_that_are_apart_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, [])
+    members = [(f"{i}.jpg", image()) for i in range(3)] + [(f"{i}.cls", b"0") for i in range(3)]
+    write_tar(tmp_path / "0.tar", members)
+    message = (
+        r"members_apart \(members of a sample must stand together in the tar\): 3 \(sample 0 of"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_data(tmp_path)
+    with pytest.raises(ValueError, match=message):  # no sample is left
+        open_data(tmp_path, strict=False)
 
 
 def test_other_files_beside_images_are_counted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -106,7 +107,10 @@ def dirty_report(dirty: str) -> dict[str, Any]:
 
 
 def test_every_cause_is_counted_exactly(dirty_report: dict[str, Any]) -> None:
-    assert dirty_report["causes"] == {
+    causes = dirty_report["causes"]
+    firsts = {cause: Path(counts.pop("first")).name for cause, counts in causes.items()}
+    assert firsts["text_empty"] == firsts["shard_cut"].replace("00002", "00000")
+    assert causes == {
         "image_missing": {"samples": 1, "shards": 1},
         "image_too_many_bytes": {"samples": 1, "shards": 1},
         "image_too_many_pixels": {"samples": 1, "shards": 1},
@@ -227,12 +231,47 @@ def test_shards_without_a_stated_size_are_inspected(
     assert report["shards"] == {"listed": 3, "inspected": 3, "unsized": 3}
     assert report["samples"] == {"expected": 5, "found": 5, "read": 5, "usable": 4}
     assert report["causes"] == {
-        "shard_cut": {"samples": 0, "shards": 1},
-        "shard_unreadable": {"samples": 0, "shards": 1},
-        "text_missing": {"samples": 1, "shards": 1},
+        "shard_cut": {"samples": 0, "shards": 1, "first": f"{tmp_path}/1.tar"},
+        "shard_unreadable": {"samples": 0, "shards": 1, "first": f"{tmp_path}/2.tar"},
+        "text_missing": {"samples": 1, "shards": 1, "first": f"s0 of {tmp_path}/1.tar"},
     }
     assert "3 shards have neither sizes.json nor _stats.json" in capsys.readouterr().out
     assert not (tmp_path / "sizes.json").exists()
+
+
+def test_what_is_passed_over_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"jpg": picture(), "seg.png": b"-", "npy": b"-", "txt": b"one"}
+    samples = [(f"{i}", parts) for i in range(6)] + [(f"._{i}", {"jpg": b"-"}) for i in range(6)]
+    write_shard(tmp_path / "0.tar", samples, expected=6)
+    by_extension = [(f"{i}", {end: parts[end]}) for end in ("jpg", "txt") for i in range(6)]
+    write_shard(tmp_path / "1.tar", by_extension, expected=6)
+    write_shard(tmp_path / "2.tar", [], expected=0)
+    write_shard(tmp_path / "3.tar", [], expected=2)
+    arguments = [f"{tmp_path}/{{0..3}}.tar", "--out", str(tmp_path / "report"), "--workers", "1"]
+    assert main(["shards", "inspect", *arguments]) == 0
+    text = capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["samples"] == {"expected": 14, "found": 12, "read": 12, "usable": 6}
+    assert report["causes"] == {
+        "members_apart": {"samples": 6, "shards": 1, "first": f"0 of {tmp_path}/1.tar"},
+        "shard_empty": {"samples": 2, "shards": 1, "first": f"{tmp_path}/3.tar"},
+    }
+    firsts = {"hidden": "._0.jpg", "extension": "0.npy", "surplus": "0.seg.png"}
+    assert report["passed_over"] == {
+        f"member_{kind}": {"members": 6, "shards": 1, "first": f"{first} of {tmp_path}/0.tar"}
+        for kind, first in firsts.items()
+    }
+    assert "members of a sample must stand together" in text
+    assert re.search(r"^member_surplus +6 +1  0\.seg\.png of /", text, re.M)
+
+
+def test_names_that_no_terminal_shows_are_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "0.tar", [("\x1b[31m\n\udce4", {"jpg": picture(), "txt": b""})])
+    arguments = [f"{tmp_path}/0.tar", "--out", str(tmp_path / "report"), "--workers", "1"]
+    assert main(["shards", "inspect", *arguments]) == 0
+    assert rf"'\x1b[31m\n\udce4' of {tmp_path}/0.tar" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -301,7 +340,7 @@ def test_command_writes_report_and_figure(dirty: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "38 samples expected, 31 found, 29 read, 17 usable" in done.stdout
     table = [line.split() for line in done.stdout.splitlines()]
-    assert ["shard_unreadable", "7", "2"] in table
+    assert ["shard_unreadable", "7", "2"] in [words[:3] for words in table]
     assert ["image_width", "20", "20", "64", "64"] in table
     assert "captions over 77 tokens: 5.88%" in done.stdout
     assert "7/7" in done.stderr
