@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from ds_linclip.config.paths import saved_path
 from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.prepare import digits, synthetic_scenes
 from ds_linclip.data.prepare.image_text_files import (
@@ -284,11 +285,11 @@ def _override(out: Path, name: str) -> str:
         ValueError: when no config can hold the path.
     """
     folder = os.path.abspath(out)
-    if "${" in folder or re.search("[\ud800-\udfff]", folder):
-        raise ValueError(f"out ({printable(folder)}) must be UTF-8 without ${{, as config paths")
+    if re.search("[\ud800-\udfff]", folder):
+        raise ValueError(f"out ({printable(folder)}) must be UTF-8, as config paths")
     escaped = re.sub(r"([\\{},])", r"\\\1", folder)  # its braces are no pattern
     text = yaml.safe_dump(
-        [f"{escaped}/{name}.tar"],
+        [f"{saved_path(escaped)}/{name}.tar"],
         default_flow_style=True,
         default_style='"',
         allow_unicode=True,
