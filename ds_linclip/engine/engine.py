@@ -68,7 +68,6 @@ class Engine(ABC):
         self.state = RankState(self.deepspeed_engine, model, mesh)
         if unrounded:
             self.state.fill(unrounded)
-            del unrounded
         self._read_logit_values = self.state.reader(model.logit_parameters())
         self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])

@@ -103,11 +103,20 @@ class RankState:
 
         A piece's tensors are valid until the next one is requested.
         """
-        names = {
+        names = self._names()
+        yield from self._trained_pieces(names)
+        for p, name in names.items():
+            if not p.requires_grad:
+                yield self._locked_piece(name, p)
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {
             p: name
             for name, p in self._model.named_parameters()
             if not getattr(p, "is_placeholder", False)
         }
+
+    def _trained_pieces(self, names: Mapping[nn.Parameter, str]) -> Iterator[ParameterPiece]:
         zero = self._engine.optimizer
         for flat in self._flat_tensors():
             whole = {"weight": flat.tensor.detach()}
@@ -119,15 +128,12 @@ class RankState:
                 tensors = {kind: tensor[fragment.span] for kind, tensor in whole.items()}
                 if p in names and tensors["weight"].numel():
                     yield self._piece(names[p], p, fragment.start, tensors)
-        for p, name in names.items():
-            if not p.requires_grad:
-                yield self._locked_piece(name, p)
 
     @torch.no_grad()
     def fill(self, weights: Mapping[str, Tensor]) -> None:
         """Replace the optimizer's weights, which DeepSpeed took from the module's, by those from
         which the module's were rounded: this rank's parameters by name, fp32."""
-        for piece in self.pieces():
+        for piece in self._trained_pieces(self._names()):
             part = slice(piece.start, piece.start + piece.numel)
             piece.tensors["weight"].copy_(weights[piece.name].view(-1)[part])
 
