@@ -136,7 +136,7 @@ class CLIP(nn.Module):
         """
         for module in self.modules():
             if hasattr(module, "compute_dtype"):
-                module.compute_dtype = dtype
+                vars(module)["compute_dtype"] = dtype
 
     def compile_blocks(self) -> None:
         """torch.compile every block, in place."""
