@@ -111,7 +111,9 @@ class CLIP(nn.Module):
             return image, texts, *more
         (text,) = more
         features = (F.normalize(x.float(), dim=-1) for x in (image, text))
-        return *features, *self.logit_parameters()
+        # Views: DeepSpeed clears 16-bit gradients at the first output that is no parameter itself,
+        # which would be after those of scale and bias are there.
+        return *features, *(p.view(1) for p in self.logit_parameters())
 
     def logit_parameters(self) -> list[nn.Parameter]:
         """Return the logarithm of the logit scale and, with the sigmoid loss, the logit bias, [1]

@@ -20,8 +20,8 @@ from helpers.forked_ranks import train_in_ranks
 
 #: Each resumes from the checkpoint that the one before wrote after one more step.
 LAYOUTS = [
-    ["zero.stage=1"],
     ["zero.stage=1", "train.micro_batch_size=4"],
+    ["zero.stage=1"],
     ["zero.stage=2", "train.micro_batch_size=4"],
     ["zero.stage=3"],
     ["parallel.tp=2"],
