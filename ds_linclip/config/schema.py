@@ -224,9 +224,15 @@ class TrainConfig:
     #: batch: the features of all micro-batches are computed twice, first without a graph, then for
     #: the backward pass (GradCache, arXiv 2101.06983).
     micro_batch_size: int | None = None
-    #: `bf16`, `fp16` (with dynamic loss scaling) or `fp32`. Master weights and accumulated
-    #: gradients are always fp32.
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    #: `bf16` or `fp16` (with dynamic loss scaling): weights and gradients of the model in 16 bits.
+    #: `amp_bf16`: weights and gradients in fp32, matrix products and attention in bf16, as in
+    #: open_clip's mode of that name; more memory, less rounding. `fp32`. In each, the optimizer's
+    #: master weights and state, sums of gradients over micro-batches, and the logit scale and bias
+    #: that the loss uses are fp32.
+    precision: Literal["bf16", "amp_bf16", "fp16", "fp32"] = "bf16"
+    #: Dtype in which gradients are summed over ranks. `bf16` halves the bytes that ranks send, and
+    #: rounds every partial sum; for `precision` bf16 and amp_bf16.
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     #: Recompute activations of a block in the backward pass, to save memory. `full`: all but the
     #: block's input. `selective`: all but the outputs of matrix products and attention.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

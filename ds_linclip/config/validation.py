@@ -195,6 +195,11 @@ def _validate_train(config: Config) -> None:
             "train.compile (true) needs train.activation_checkpointing none or full, not "
             "(selective), which cannot see the operators inside compiled blocks"
         )
+    if config.train.reduce_dtype == "bf16" and "bf16" not in config.train.precision:
+        raise ValueError(
+            f"train.reduce_dtype (bf16) needs train.precision bf16 or amp_bf16, not "
+            f"({config.train.precision}): take train.reduce_dtype=fp32"
+        )
     warmup, steps = config.optim.warmup_steps, config.train.steps
     if warmup >= steps:
         raise ValueError(f"optim.warmup_steps ({warmup}) must be less than train.steps ({steps})")

@@ -63,6 +63,7 @@ def check_machine(config: Config) -> None:
     supported = {
         "fp16": accelerator.is_fp16_supported(),
         "bf16": accelerator.is_bf16_supported(),
+        "amp_bf16": accelerator.is_bf16_supported(),
         "fp32": True,
     }
     if not supported[precision]:
@@ -102,9 +103,9 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
         "zero_optimization": _zero(config, mesh),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # Gradients of several micro-batches are summed in fp32, also over ranks.
+        # Gradients of several micro-batches are summed in fp32.
         "data_types": {"grad_accum_dtype": "fp32" if is_accumulated else None},
-        "communication_data_type": "fp32" if is_accumulated else None,
+        "communication_data_type": config.train.reduce_dtype,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
         "steps_per_print": 2**31,
     }

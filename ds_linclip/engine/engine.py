@@ -17,7 +17,7 @@ from ds_linclip.engine.deepspeed_config import deepspeed_config, monitor_config
 from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.lamb import Lamb
 from ds_linclip.engine.zero_state import ParameterPiece, RankState, fill_module
-from ds_linclip.loss.grad_cache import ContrastiveLoss, surrogate
+from ds_linclip.loss.grad_cache import ContrastiveLoss, Outputs, surrogate
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh, prepare_for_deepspeed
 
@@ -47,6 +47,11 @@ class Engine(ABC):
         generated = deepspeed_config(config, mesh)
         if config.optim.ema_decay > 0:
             track_ema(optimizer)
+        if config.train.precision == "amp_bf16":
+            model.compute_in(torch.bfloat16)
+        unrounded: dict[str, Tensor] = {}
+        if config.train.precision in ("bf16", "fp16"):  # DeepSpeed rounds before it copies
+            unrounded = {name: p.detach().cpu() for name, p in model.named_parameters()}
         prepare_for_deepspeed()
         self.deepspeed_engine, _, _, _ = deepspeed.initialize(
             model=self._module(model),
@@ -61,6 +66,9 @@ class Engine(ABC):
         if config.train.precision == "fp16":  # the divergence guard decides when to give up
             self.deepspeed_engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self.state = RankState(self.deepspeed_engine, model, mesh)
+        if unrounded:
+            self.state.fill(unrounded)
+        self._read_logit_values = self.state.reader(model.logit_parameters())
         self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])
         self.on_features: list[Callable[[], None]] = []
@@ -145,6 +153,16 @@ class Engine(ABC):
     @abstractmethod
     def _whole_model(self) -> CLIP: ...
 
+    def _loss(self, outputs: Sequence[Outputs]) -> tuple[Tensor, list[Outputs]]:
+        """Return the loss of the model's outputs and their gradients; see
+        :class:`ContrastiveLoss`.
+
+        The logit scale and the bias are the optimizer's, in fp32: in bf16 a scale would move in
+        steps of 1.6 to 3.1 %, and a small change of it would be lost.
+        """
+        values = self._read_logit_values().split(1)
+        return self.objective([(*output[:2], *values) for output in outputs])
+
     def _features_ready(self) -> None:
         for listener in self.on_features:
             listener()
@@ -153,6 +171,8 @@ class Engine(ABC):
         """Return a model of all layers with arbitrary weights, in the dtype of training."""
         with torch.random.fork_rng(devices=[]):
             model = CLIP(self._config.model, self._mesh, loss=self._config.loss.kind)
+        if self._config.train.precision == "amp_bf16":
+            model.compute_in(torch.bfloat16)
         return model.to(next(self._model.parameters()).dtype)
 
 
@@ -168,7 +188,7 @@ class PlainEngine(Engine):
         with torch.set_grad_enabled(is_single):
             outputs = [self.deepspeed_engine(*inputs) for inputs in micro_batches]
         self._features_ready()
-        loss, gradients = self.objective(outputs)
+        loss, gradients = self._loss(outputs)
         for number, inputs in enumerate(micro_batches):
             output = outputs[0] if is_single else self.deepspeed_engine(*inputs)
             # DeepSpeed averages over micro-batches; the gradients are those of a sum.

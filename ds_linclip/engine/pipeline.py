@@ -58,7 +58,7 @@ class PipelineEngine(Engine):
         self._features_ready()
         loss, gradients = torch.zeros((), device=self._mesh.device), nothing
         if engine.is_last_stage():
-            loss, found = self.objective([tuple(output) for output in engine.fwd_outputs])
+            loss, found = self._loss([tuple(output) for output in engine.fwd_outputs])
             # DeepSpeed averages over micro-batches; the gradients are those of a sum.
             gradients = [tuple(len(found) * part for part in parts) for parts in found]
         engine.train_batch(iter(zip(micro_batches, gradients, strict=True)))

@@ -6,10 +6,12 @@ load what another one saved.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_linclip.parallel.mesh import Mesh
@@ -94,17 +96,27 @@ class RankState:
         self._engine = engine
         self._model = model
         self._mesh = mesh
+        self._replica = mesh.replicas.rank
 
     def pieces(self) -> Iterator[ParameterPiece]:
         """Yield everything this rank trains, and the locked weights it keeps.
 
         A piece's tensors are valid until the next one is requested.
         """
-        names = {
+        names = self._names()
+        yield from self._trained_pieces(names)
+        for p, name in names.items():
+            if not p.requires_grad:
+                yield self._locked_piece(name, p)
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {
             p: name
             for name, p in self._model.named_parameters()
             if not getattr(p, "is_placeholder", False)
         }
+
+    def _trained_pieces(self, names: Mapping[nn.Parameter, str]) -> Iterator[ParameterPiece]:
         zero = self._engine.optimizer
         for flat in self._flat_tensors():
             whole = {"weight": flat.tensor.detach()}
@@ -116,28 +128,65 @@ class RankState:
                 tensors = {kind: tensor[fragment.span] for kind, tensor in whole.items()}
                 if p in names and tensors["weight"].numel():
                     yield self._piece(names[p], p, fragment.start, tensors)
-        for p, name in names.items():
-            if not p.requires_grad:
-                yield self._locked_piece(name, p)
+
+    @torch.no_grad()
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the optimizer's weights, which DeepSpeed took from the module's, by those from
+        which the module's were rounded: this rank's parameters by name, fp32."""
+        for piece in self._trained_pieces(self._names()):
+            part = slice(piece.start, piece.start + piece.numel)
+            piece.tensors["weight"].copy_(weights[piece.name].view(-1)[part])
+
+    def reader(self, parameters: Sequence[nn.Parameter]) -> Callable[[], Tensor]:
+        """Return a function that reads the optimizer's values of parameters of one element.
+
+        It returns them in fp32, [n], where the module's own are rounded to its dtype. All data- and
+        context-parallel ranks call it together; one of them has each value.
+        """
+        order = {p: place for place, p in enumerate(parameters)}
+        found = [
+            (number, flat.tensor, fragment.span.start, order[flat.parameters[fragment.index]])
+            for number, flat in enumerate(flat_tensors(self._engine.optimizer, self._replica))
+            for fragment in flat.fragments
+            if flat.parameters[fragment.index] in order and fragment.span.stop > fragment.span.start
+        ]
+
+        @torch.no_grad()
+        def read() -> Tensor:
+            values = torch.zeros(len(order), device=self._mesh.device)
+            for number, tensor, index, place in found:
+                with self._in_memory(number):
+                    values[place] = tensor[index]
+            dist.all_reduce(values, group=self._mesh.replicas.group)
+            return values
+
+        return read
 
     def _flat_tensors(self) -> Iterator[FlatTensor]:
         """Yield the tensors of DeepSpeed's optimizer, each in memory, with its state, until the
-        next one is requested: NVMe offload swaps them."""
+        next one is requested."""
+        for number, flat in enumerate(flat_tensors(self._engine.optimizer, self._replica)):
+            with self._in_memory(number):
+                yield flat
+
+    @contextmanager
+    def _in_memory(self, number: int) -> Iterator[None]:
+        """Have a tensor of DeepSpeed's optimizer and its state in memory: NVMe offload swaps
+        them."""
         zero = self._engine.optimizer
-        for number, flat in enumerate(flat_tensors(zero, self._mesh.replicas.rank)):
-            is_away = getattr(zero, "_swappable_optimizer_subgroup", lambda _: False)(number)
-            if is_away:
-                zero._optimizer_states_and_gradient_swap_in(number)
-            yield flat
-            if is_away:
-                zero._optimizer_states_and_gradient_swap_out(number)
+        is_away = getattr(zero, "_swappable_optimizer_subgroup", lambda _: False)(number)
+        if is_away:
+            zero._optimizer_states_and_gradient_swap_in(number)
+        yield
+        if is_away:
+            zero._optimizer_states_and_gradient_swap_out(number)
 
     def scalars(self) -> dict[str, Any]:
         """Return what is equal on all ranks, as plain data: the counters of optimizer and loss
         scaler."""
         zero = self._engine.optimizer
         counters: dict[str, Any] = {}
-        for flat in flat_tensors(zero, self._mesh.replicas.rank):
+        for flat in flat_tensors(zero, self._replica):
             for name, value in zero.optimizer.state.get(flat.tensor, {}).items():
                 if isinstance(value, Tensor) and value.ndim == 0:
                     counters[name] = {"tensor": value.item(), "dtype": str(value.dtype)}
@@ -183,10 +232,9 @@ class RankState:
         self._engine.skipped_steps = scalars["skipped_steps"]
 
     def _locked_piece(self, name: str, p: Any) -> ParameterPiece:
-        replica = self._mesh.replicas.rank
         if not hasattr(p, "ds_tensor"):  # every data-parallel rank has all of it
-            return self._piece(name, p, 0, {"weight": p.detach().view(-1)}, replica == 0)
-        start, used = _partition(p, replica)
+            return self._piece(name, p, 0, {"weight": p.detach().view(-1)}, self._replica == 0)
+        start, used = _partition(p, self._replica)
         return self._piece(name, p, start, {"weight": p.ds_tensor.detach()[:used]})
 
     def _piece(

@@ -14,7 +14,7 @@ from ds_linclip.config import LossConfig
 from ds_linclip.loss.contrastive import clip_loss, siglip_loss
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["MAX_LOGIT_SCALE", "ContrastiveLoss", "surrogate"]
+__all__ = ["MAX_LOGIT_SCALE", "ContrastiveLoss", "Outputs", "surrogate"]
 
 MAX_LOGIT_SCALE = 100.0
 

@@ -111,8 +111,14 @@ class CLIP(nn.Module):
             return image, texts, *more
         (text,) = more
         features = (F.normalize(x.float(), dim=-1) for x in (image, text))
-        bias = (self.logit_bias,) if hasattr(self, "logit_bias") else ()
-        return *features, self.logit_scale, *bias
+        # Views: DeepSpeed clears 16-bit gradients at the first output that is no parameter itself,
+        # which would be after those of scale and bias are there.
+        return *features, *(p.view(1) for p in self.logit_parameters())
+
+    def logit_parameters(self) -> list[nn.Parameter]:
+        """Return the logarithm of the logit scale and, with the sigmoid loss, the logit bias, [1]
+        each, if this process holds them."""
+        return list(self.parameters(recurse=False))
 
     def recompute_activations(self, what: Recompute) -> None:
         """Set which activations the backward of every block recomputes; see :class:`Block`."""
@@ -123,6 +129,16 @@ class CLIP(nn.Module):
         """Set the backend of linear attention in every block; see :class:`SelfAttention`."""
         for block in self._blocks():
             block.attn.backend = backend
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Run matrix products and attention in ``dtype``, whatever the dtype of the weights.
+
+        Norms and the sum of residuals stay in the dtype of the weights. The casts are written out
+        where autocast would make them, which megatron's layers do not honour on a CPU.
+        """
+        for module in self.modules():
+            if hasattr(module, "compute_dtype"):
+                vars(module)["compute_dtype"] = dtype
 
     def compile_blocks(self) -> None:
         """torch.compile every block, in place."""

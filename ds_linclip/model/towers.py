@@ -34,7 +34,11 @@ class _Tower(nn.Module):
     Attributes:
         starts_locked: Whether the first unit held here is frozen. Units are frozen from the start
             of the tower on, so its input needs no gradient.
+        compute_dtype: Dtype of the projection's product, if not that of the weight.
     """
+
+    compute_dtype: torch.dtype | None = None
+    proj: nn.Parameter
 
     def __init__(self, layers: int, units: range, seed: int) -> None:
         super().__init__()
@@ -77,6 +81,10 @@ class _Tower(nn.Module):
             with self._seeded(1 + index):
                 blocks[str(index)] = Block(*shape, config.attention, mesh, causal=causal, init=init)
         return blocks
+
+    def _project(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype or self.proj.dtype
+        return x.to(dtype) @ self.proj.to(dtype)
 
     @contextmanager
     def _seeded(self, unit: int) -> Iterator[None]:
@@ -136,7 +144,7 @@ class VisionTransformer(_Tower):
             x = self._embed(x, kept_patches)
         for block in self.blocks.values():
             x = block(x)
-        return self.ln_post(first_token(x, self.cp.group)) @ self.proj if self.has_head else x
+        return self._project(self.ln_post(first_token(x, self.cp.group))) if self.has_head else x
 
     def _embed(self, images: Tensor, kept_patches: Tensor | None) -> Tensor:
         sides = images.shape[2:]
@@ -216,7 +224,7 @@ class TextTransformer(_Tower):
         if not self.has_head:
             return x
         rows = torch.arange(len(x), device=x.device)
-        return self.ln_final(x[rows, texts.argmax(dim=-1)]) @ self.proj
+        return self._project(self.ln_final(x[rows, texts.argmax(dim=-1)]))
 
     def _embed(self, texts: Tensor) -> Tensor:
         if texts.ndim != 2 or texts.shape[1] > self.context_length:
@@ -249,7 +257,13 @@ def resample_positions(
 
 
 class _PatchEmbedding(nn.Module):
-    """A linear map of square patches; its weight [width, 3, P, P] is that of a convolution."""
+    """A linear map of square patches; its weight [width, 3, P, P] is that of a convolution.
+
+    Attributes:
+        compute_dtype: Dtype of product and output, if not that of the weight.
+    """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, width: int, patch_size: int) -> None:
         super().__init__()
@@ -275,4 +289,5 @@ class _PatchEmbedding(nn.Module):
         else:
             image = torch.arange(len(images), device=images.device)[:, None]
             patches = patches[image, chosen // columns, chosen % columns]
-        return F.linear(patches.flatten(2).to(self.weight.dtype), self.weight.flatten(1))
+        dtype = self.compute_dtype or self.weight.dtype
+        return F.linear(patches.flatten(2).to(dtype), self.weight.flatten(1).to(dtype))

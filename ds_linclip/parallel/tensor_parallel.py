@@ -13,6 +13,8 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from torch import Tensor, nn
@@ -96,21 +98,38 @@ def vocab_parallel_embedding(mesh: Mesh, num_embeddings: int, dim: int, *, init:
 
 
 class _ColumnParallel(ColumnParallelLinear):
-    """Returns the output alone, and keeps megatron's empty extra state out of the state dict."""
+    """Returns the output alone, and keeps megatron's empty extra state out of the state dict.
+
+    Attributes:
+        compute_dtype: Dtype of product and output, if not that of the weight.
+    """
 
     get_extra_state = nn.Module.get_extra_state
+    compute_dtype: torch.dtype | None = None
 
     def forward(self, input_: Tensor) -> Tensor:
-        return super().forward(input_)[0]
+        if (dtype := self.compute_dtype) is None:
+            return super().forward(input_)[0]
+        x = copy_to_tensor_model_parallel_region(input_.to(dtype), group=self.tp_group)
+        return F.linear(x, self.weight.to(dtype), self.bias.to(dtype))
 
 
 class _RowParallel(RowParallelLinear):
-    """Returns the output alone, and keeps megatron's empty extra state out of the state dict."""
+    """Returns the output alone, and keeps megatron's empty extra state out of the state dict.
+
+    Attributes:
+        compute_dtype: Dtype of product and output, if not that of the weight.
+    """
 
     get_extra_state = nn.Module.get_extra_state
+    compute_dtype: torch.dtype | None = None
 
     def forward(self, input_: Tensor) -> Tensor:
-        return super().forward(input_)[0]
+        if (dtype := self.compute_dtype) is None:
+            return super().forward(input_)[0]
+        products = F.linear(input_.to(dtype), self.weight.to(dtype))
+        total = reduce_from_tensor_model_parallel_region(products, group=self.tp_group)
+        return total + self.bias.to(dtype)
 
 
 class HeadRMSNorm(nn.Module):

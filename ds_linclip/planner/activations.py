@@ -30,7 +30,7 @@ from ds_linclip.parallel.mesh import Mesh
 __all__ = ["meta_model", "trace_activations"]
 
 _META = torch.device("meta")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_16_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def meta_model(config: Config, mesh: Mesh) -> CLIP:
@@ -45,7 +45,10 @@ def meta_model(config: Config, mesh: Mesh) -> CLIP:
     lock_towers(model, config.init)
     model.recompute_activations(config.train.activation_checkpointing)
     model.choose_backend("triton" if mesh.device.type == "cuda" else "torch")
-    return model.to(_DTYPES[config.train.precision])
+    if config.train.precision == "amp_bf16":
+        model.compute_in(torch.bfloat16)
+        return model
+    return model.to(_16_BITS.get(config.train.precision, torch.float32))
 
 
 def trace_activations(config: Config, mesh: Mesh, model: CLIP) -> tuple[list[tuple[int, int]], int]:
@@ -147,13 +150,14 @@ def _received_buffers(config: Config, mesh: Mesh, model: CLIP, num: int) -> tupl
     vision, text = config.model.vision, config.model.text
     micro_batch = config.train.global_batch_size // mesh.dp.size // num
     start, dtype = stage_units(config, mesh.pp).start, next(model.parameters()).dtype
+    product_dtype = torch.bfloat16 if config.train.precision == "amp_bf16" else dtype
     texts = torch.empty(micro_batch, text.context_length, dtype=torch.int64)
     if start <= vision.layers + 1:
         num_tokens = 1 + vision.num_kept_patches_at(config.largest_image_size)
         held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
         shape = micro_batch, held.stop - held.start, vision.width
         return torch.empty(shape, dtype=dtype), texts
-    image = torch.empty(micro_batch, config.model.embed_dim, dtype=dtype)
+    image = torch.empty(micro_batch, config.model.embed_dim, dtype=product_dtype)
     if start == vision.layers + 2:
         return image, texts
     words = torch.empty(micro_batch, text.context_length, text.width, dtype=dtype)

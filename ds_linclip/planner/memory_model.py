@@ -10,7 +10,7 @@ from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.model.flops import num_state_values
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["PERSISTENT_BELOW", "StepMemory", "gradient_bytes", "value_bytes"]
+__all__ = ["PERSISTENT_BELOW", "StepMemory", "product_bytes", "reduced_bytes", "value_bytes"]
 
 #: Temporaries of the optimizer's step, in tensors as large as the rank's part of the weights.
 _MOMENTARY = {"adamw": 0, "lamb": 2, "lion": 1}
@@ -20,13 +20,18 @@ PERSISTENT_BELOW = 100_000
 
 
 def value_bytes(config: Config) -> int:
-    """Return the bytes of a weight or an activation."""
-    return 4 if config.train.precision == "fp32" else 2
+    """Return the bytes of a weight, and of an activation between blocks."""
+    return 2 if config.train.precision in ("bf16", "fp16") else _FP32
 
 
-def gradient_bytes(config: Config, mesh: Mesh) -> int:
-    """Return the bytes of a gradient as it is summed."""
-    return _FP32 if config.num_micro_batches(mesh.dp.size) > 1 else value_bytes(config)
+def product_bytes(config: Config) -> int:
+    """Return the bytes of an element of a matrix product."""
+    return _FP32 if config.train.precision == "fp32" else 2
+
+
+def reduced_bytes(config: Config) -> int:
+    """Return the bytes of a gradient as ranks send it."""
+    return _FP32 if config.train.reduce_dtype == "fp32" else 2
 
 
 class StepMemory:
@@ -47,7 +52,8 @@ class StepMemory:
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
         part = -(-self.trained // replicas)
         self.is_accumulated = config.num_micro_batches(mesh.dp.size) > 1
-        self.value, self.gradient = value_bytes(config), gradient_bytes(config, mesh)
+        self.value, self.reduced = value_bytes(config), reduced_bytes(config)
+        self.gradient = _FP32 if self.is_accumulated else self.value  # as it is summed
         self.bucket = zero["reduce_bucket_size"]
         is_offloaded = config.zero.offload_optimizer != "none"
         self.optimizer = 0 if is_offloaded else _FP32 * num_state_values(config.optim) * part
@@ -64,18 +70,18 @@ class StepMemory:
         self.is_compact = self.stage == 2 and self.is_accumulated and self.value < _FP32
         #: Without overlap, stage 1 averages gradients after the whole backward.
         self.is_late = not zero.get("overlap_comm")
-        of_bucket = self.gradient if self.stage == 1 else self.value
-        self.buckets = of_bucket * self.bucket * (2 - self.is_late)
-        #: The copy of a full bucket, or of a larger gradient, that is being sent: in bf16 too if it
-        #: is sent in fp32, and once more where gloo scatters it.
+        of_bucket = {1: self.gradient, 2: self.value, 3: self.reduced}[self.stage]
+        self.buckets = of_bucket * self.bucket * (1 if self.stage == 3 else 2 - self.is_late)
+        #: The copy of a full bucket, or of a larger gradient, that is being sent: once more if it
+        #: is sent in another dtype, or where gloo scatters it.
         largest = max(p.numel() for p in parameters if p.requires_grad)
-        is_cast = self.stage > 1 and self.value < self.gradient
         is_copied = self.stage == 3 and mesh.device.type == "cpu"
-        per_element = self.gradient * (1 + is_copied) + self.value * is_cast
-        self.sent = per_element * max(largest, min(self.bucket, self.trained))
+        self.copy = of_bucket + self.reduced * (self.reduced != of_bucket or is_copied)
+        self.sent = self.copy * max(largest, min(self.bucket, self.trained))
         self.averaged = (_FP32 if self.is_compact else self.gradient) * part
         #: The copy of all gradients that is sent, where they are summed in fp32.
-        self.copied = _FP32 * self.trained * (replicas > 1)
+        self.copied = (_FP32 + self.reduced * (self.reduced < _FP32)) * self.trained
+        self.copied *= replicas > 1
         self.kept = self.in_step + self.optimizer
         if self.stage == 3:
             # The partition's gradients and the bucket stay allocated. Small weights are always
@@ -84,7 +90,7 @@ class StepMemory:
             small = sum(size for size in sizes if size <= limit)
             parts = sum(-(-size // replicas) for size in sizes)
             here = self.value * (parts * (config.zero.offload_param == "none") + small)
-            self.kept = here + self.optimizer + self.gradient * part + self.value * self.bucket
+            self.kept = here + self.optimizer + self.gradient * part + self.buckets
             live = min(zero["stage3_max_live_parameters"], sum(sizes) - small)
             live = max(live, *sizes)  # the limit concerns prefetching only
             self.in_step = here + self.value * live
@@ -105,7 +111,7 @@ class StepMemory:
         """
         if self.stage == 3:
             sent = self.sent * (taken >= min(self.bucket, self.trained))
-            return self._held(self.averaged, self.value * self.bucket + sent)
+            return self._held(self.averaged, self.buckets + sent)
         if self.sums_all:
             # All gradients in fp32 stay allocated, those in bf16 until the end of the step.
             return self._held((_FP32 + self.value) * self.trained, 0)
@@ -118,7 +124,7 @@ class StepMemory:
         """Return bytes by kind when gradients are averaged late, and in the optimizer's step."""
         if self.stage == 3:
             gradients = self.averaged + self.in_fp32 + self.momentary
-            return [self._held(gradients, self.value * self.bucket)]
+            return [self._held(gradients, self.buckets)]
         if self.sums_all:
             gradients = (_FP32 + self.value) * self.trained
             return [self._held(gradients, max(self.copied, self.momentary))]
@@ -147,7 +153,7 @@ class StepMemory:
         if taken <= self.bucket:
             return first
         unsent = self.gradient * max(0, left - 2 * self.bucket)
-        sent = min(self.sent, self.gradient * (taken - self.bucket))
+        sent = min(self.sent, self.copy * (taken - self.bucket))
         received = self.averaged * (not self.is_compact)
         second = self._held(summed + received + unsent, self.buckets + sent)
         return max(first, second, key=lambda held: sum(held.values()))

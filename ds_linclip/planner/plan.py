@@ -14,7 +14,8 @@ from ds_linclip.planner.activations import meta_model, trace_activations
 from ds_linclip.planner.memory_model import (
     PERSISTENT_BELOW,
     StepMemory,
-    gradient_bytes,
+    product_bytes,
+    reduced_bytes,
     value_bytes,
 )
 
@@ -108,21 +109,22 @@ class _Traffic:
         #: Forward passes over every pair; several micro-batches or stages need two.
         self.forwards = 1 if self.num_micro_batches == mesh.pp.size == 1 else 2
         self.recomputed = config.train.activation_checkpointing == "full"
-        self.value_bytes = value_bytes(config)
+        self.value_bytes, self.product_bytes = value_bytes(config), product_bytes(config)
         vision, text = config.model.vision, config.model.text
         self.image_layers = vision.layers
         num_tokens = 1 + vision.num_kept_patches_at(config.image_size_at(0))
         held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
-        #: Bytes of the tokens of the local batch between two blocks.
-        self.image_tokens = self._bytes(held.stop - held.start, vision.width)
-        self.text_tokens = self._bytes(text.context_length, text.width)
+        #: Elements of the tokens of the local batch between two blocks.
+        self.image_tokens = self.local_batch * (held.stop - held.start) * vision.width
+        self.text_tokens = self.local_batch * text.context_length * text.width
 
     def tensor(self) -> int:
         """All-reduces after row-parallel layers, and of gradients before column-parallel ones."""
         image, text = self._num_blocks()
         sums = 2 * self.forwards + 2 + self.recomputed
+        products = sums * (image * self.image_tokens + text * self.text_tokens)
         embedding = self.forwards * self.text_tokens * (self.image_layers + 2 in self.units)
-        return sums * (image * self.image_tokens + text * self.text_tokens) + embedding
+        return products * self.product_bytes + embedding * self.value_bytes
 
     def context(self) -> int:
         """States of the image tower's attention, and the class token, forward and backward."""
@@ -132,7 +134,8 @@ class _Traffic:
         state = heads * (num_features(vision) + 1) * (vision.head_width + 1) * _FP32
         states = self.local_batch * image * state * (self.forwards + 1 + self.recomputed)
         has_head = self.image_layers + 1 in self.units
-        return states + has_head * self._bytes(1, vision.width) * (self.forwards + 1)
+        class_token = self.local_batch * vision.width * self.value_bytes
+        return states + has_head * class_token * (self.forwards + 1)
 
     def pipeline(self) -> int:
         """Activations sent to the next stage, gradients sent to the previous one."""
@@ -155,7 +158,7 @@ class _Traffic:
         """Gradients averaged and weights gathered over the data x context axis."""
         stage, replicas = self.config.zero.stage, self.mesh.replicas.size
         trained = [p for p in model.parameters() if p.requires_grad]
-        reduced = gradient_bytes(self.config, self.mesh) * sum(p.numel() for p in trained)
+        reduced = reduced_bytes(self.config) * sum(p.numel() for p in trained)
         reduced *= 1 if stage == 1 else self.num_micro_batches
         if stage < 3:
             # Weights gathered after a step: two parameter groups, each padded to a multiple.
@@ -169,15 +172,13 @@ class _Traffic:
         passes = self.num_micro_batches * (self.forwards + 1)
         return reduced + self.value_bytes * (passes * large + small)
 
-    def _bytes(self, num_tokens: int, width: int) -> int:
-        return self.local_batch * num_tokens * width * self.value_bytes
-
     def _boundary(self, unit: int) -> int:
-        """Activations that enter a unit."""
+        """Bytes of the activations that enter a unit."""
         if unit <= self.image_layers + 1:
-            return self.image_tokens
-        image_features = self._bytes(1, self.config.model.embed_dim)
-        return image_features + (self.text_tokens if unit > self.image_layers + 2 else 0)
+            return self.image_tokens * self.value_bytes
+        image_features = self.local_batch * self.config.model.embed_dim * self.product_bytes
+        words = self.text_tokens if unit > self.image_layers + 2 else 0
+        return image_features + words * self.value_bytes
 
     def _num_blocks(self) -> tuple[int, int]:
         first_text = self.image_layers + 3

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.layouts.check_layouts import run
+from benchmarks.traffic import CONTROL_BYTES
+
 #: Every axis is in one of them; the rest of the table is slow.
 LINEAR = ["single", "dp2-zero2-micro2", "tp2-pp2-micro2", "cp2-dp2-zero3"]
 SOFTMAX = ["single", "tp2-pp2-dp2-zero1-micro2"]
@@ -51,6 +54,22 @@ def test_every_layout_trains_as_one_process(tmp_path, embedded_overrides, attent
         split = {axis for axis in ("tp", "cp", "pp") if f"{axis}2" in row["layout"]}
         assert {axis for axis in ("tp", "cp", "pp") if int(row[f"{axis}_bytes"])} == split
     assert f"| {attention} | single | 1 |" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        ("tp2-pp2-micro2", ["train.precision=amp_bf16"]),
+        ("dp2-zero1", ["train.precision=bf16"]),
+        ("dp2-zero3-micro2", ["train.precision=bf16", "train.reduce_dtype=bf16"]),
+    ],
+)
+def test_traffic_is_as_planned_in_every_precision(embedded_overrides, layout, precision):
+    for rank in run(layout, "linear", 2, [*embedded_overrides, *precision]):
+        axes = rank.traffic.keys() | rank.planned.keys()
+        apart = {axis: rank.traffic.get(axis, 0) - rank.planned.get(axis, 0) for axis in axes}
+        assert all(abs(size) < CONTROL_BYTES for size in apart.values()), apart
 
 
 @pytest.mark.slow

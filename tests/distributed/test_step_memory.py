@@ -8,11 +8,12 @@ import pytest
 
 from helpers import job_environment
 
-QUICK = ["long-eq4-selective", "zero3-softmax", "pp2-micro"]
+QUICK = ["long-eq4-selective", "zero3-softmax", "pp2-micro", "zero2-amp"]
 SLOW = [
     *("bf16", "long-softmax-full", "zero2-micro", "tp2-full"),
     *("fp32-selective", "long-full", "zero1-micro", "zero1-softmax-full", "lamb"),
     *("zero2-full", "zero3-micro", "tp2-softmax", "pp2-full", "cp2-long"),
+    *("zero1", "zero1-micro-bf16-sums", "zero3", "pp2-amp-micro"),
 ]
 
 

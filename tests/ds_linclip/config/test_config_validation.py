@@ -31,6 +31,14 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ("model.vision.patch_size=5", r"image_size \(32, 32\) must be .*patch_size \(5\)"),
         ("model.vision.patch_size=0", r"image_size \(32, 32\) must be .*patch_size \(0\)"),
         ("model.text.heads=3", r"model\.text\.width \(64\) must be a positive multiple of heads"),
+        (
+            "train.reduce_dtype=bf16",
+            r"train\.reduce_dtype \(bf16\) needs train\.precision bf16 or amp_bf16, not \(fp32\)",
+        ),
+        (
+            "train.precision=tf32",
+            r"train\.precision: Invalid value 'tf32', expected one of .*amp_bf16",
+        ),
         ("train.steps=0", r"train\.steps \(0\) must be greater than 0"),
         ("train.steps=[1]", r"train\.steps \(\[1\]\) must be an integer"),
         ("optim.warmup_steps=100000", r"optim\.warmup_steps \(100000\) must be less than"),

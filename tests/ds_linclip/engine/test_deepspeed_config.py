@@ -28,6 +28,7 @@ def accelerator(*, fp16: bool, bf16: bool) -> SimpleNamespace:
         ),
         ("fp16", False, r"take train\.precision=fp32$"),
         ("bf16", False, r"^train\.precision \(bf16\) .* take train\.precision=fp32$"),
+        ("amp_bf16", False, r"^train\.precision \(amp_bf16\) .* take train\.precision=fp32$"),
     ],
 )
 def test_unsupported_precision_is_named(monkeypatch, precision, bf16, message):
@@ -68,6 +69,23 @@ def test_host_memory_is_pinned_for_gpus_only():
     config = load_config(EMBEDDED, ["zero.offload_optimizer=cpu"])
     zero = deepspeed_config(config, Mesh.create())["zero_optimization"]
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16", "fp16"])
+@pytest.mark.parametrize("micro_batch", [64, 128])
+def test_gradients_are_summed_over_ranks_in_fp32_unless_bf16_is_asked_for(precision, micro_batch):
+    form = [f"train.precision={precision}", f"train.micro_batch_size={micro_batch}"]
+    generated = deepspeed_config(load_config(EMBEDDED, form), Mesh.create())
+    assert generated["communication_data_type"] == "fp32"
+    if "bf16" in precision:
+        config = load_config(EMBEDDED, [*form, "train.reduce_dtype=bf16"])
+        assert deepspeed_config(config, Mesh.create())["communication_data_type"] == "bf16"
+
+
+def test_weights_are_fp32_with_amp_bf16():
+    generated = deepspeed_config(load_config(EMBEDDED, ["train.precision=amp_bf16"]), Mesh.create())
+    assert not generated["bf16"]["enabled"]
+    assert not generated["fp16"]["enabled"]
 
 
 def test_fp16_has_a_dynamic_loss_scale():

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from open_clip.model import resize_pos_embed
@@ -95,6 +97,34 @@ def test_bf16_weights_give_fp32_features_near_the_fp32_ones(mesh: Mesh) -> None:
         for got, wanted in zip(actual, expected, strict=True):
             assert got.dtype == torch.float32
             assert relative_rms(got, wanted) < 3e-2
+
+
+@pytest.mark.parametrize("kind", ["softmax", "normalized", "length_exponent"])
+def test_fp32_weights_compute_in_bf16_as_under_autocast(mesh: Mesh, kind: str) -> None:
+    model = build(mesh, ATTENTIONS[kind])
+    expected = model(*inputs())[:2]
+    model.compute_in(torch.bfloat16)
+    dtypes = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: object, output: torch.Tensor) -> None:
+            dtypes[name] = output.dtype
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith(("qkv", "out_proj", "c_fc", "c_proj", "conv1", "ln_1", "ln_post")):
+            module.register_forward_hook(record(name))
+    features = model(*inputs())[:2]
+    for got, wanted in zip(features, expected, strict=True):
+        assert got.dtype == torch.float32
+        assert 1e-4 < relative_rms(got, wanted) < 3e-2
+    for name, dtype in dtypes.items():
+        assert dtype == (torch.float32 if "ln_" in name else torch.bfloat16), name
+    assert len(dtypes) == 4 * 4 + 1 + 4 + 1
+    (features[0] @ features[1].T).sum().backward()
+    gradients = [p.grad for name, p in model.named_parameters() if name != "logit_scale"]
+    assert all(g is not None and g.dtype == torch.float32 for g in gradients)
 
 
 def test_attention_is_chosen_per_tower(mesh: Mesh) -> None:
