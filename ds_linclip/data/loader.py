@@ -46,6 +46,8 @@ class Batch:
     skipped: Counter[str] = field(default_factory=Counter)
     #: Problems of the shards that were opened for this batch.
     problems: list[ShardProblem] = field(default_factory=list)
+    #: Why this rank has no samples for the step; its images are NaN then.
+    failure: Exception | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ def ordered_map(
     Raises:
         OSError, ValueError: as the function raised it; other errors as torch's DataLoader reports
             them, with the worker's traceback as their message.
+        RuntimeError: when a worker was killed.
     """
     loader = DataLoader(
         _Results(function),
@@ -49,7 +51,24 @@ def ordered_map(
         # Without its own generator the loader draws a seed from the global one.
         generator=torch.Generator(),
     )
-    yield from map(_raised, loader)  # keeps no result, whose memory would stay in use
+    with _sigchld_untouched():
+        results = iter(loader)
+    yield from map(_raised, results)  # keeps no result, whose memory would stay in use
+
+
+@contextmanager
+def _sigchld_untouched() -> Iterator[None]:
+    """Restore the handler of SIGCHLD after this context.
+
+    The DataLoader sets one that raises an error for a dead worker wherever the main thread is, in
+    the middle of a collective, say. Without it the error comes with the next result.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class LabelledData:
             batches.
 
     Attributes:
+        folder, batch_size, num_workers: As given.
         classnames: The names or ids of the classes, in the order of their labels.
         templates: Prompt templates; empty when ``classes`` was given.
         num_samples: The number of images, unreadable ones included.
@@ -87,13 +88,13 @@ class LabelledData:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1")
-        self._folder, self._strict = Path(folder), strict
-        self._transform, self._batch_size, self._num_workers = transform, batch_size, num_workers
+        self.folder, self._strict = Path(folder), strict
+        self.batch_size, self.num_workers, self._transform = batch_size, num_workers, transform
         self.classnames, self.templates, labels = read_classes(
-            self._folder, classes, needs_classes=needs_classes
+            self.folder, classes, needs_classes=needs_classes
         )
         try:
-            parts = open_parts(self._folder, labels, split)
+            parts = open_parts(self.folder, labels, split)
         except OSError as error:
             raise ValueError(f"eval.data ({folder}) must be readable: {error}") from error
         self.findings = FolderFindings.of(parts, self.classnames)
@@ -111,10 +112,10 @@ class LabelledData:
         defects = "; ".join(findings.describe())
         if not self._parts:
             end = f": {defects}" if has_defects else ""
-            raise ValueError(f"eval.data ({self._folder}) must hold at least one sample{end}")
+            raise ValueError(f"eval.data ({self.folder}) must hold at least one sample{end}")
         if self._strict and (has_defects or (has_ids and findings.empty_classes)):
             raise ValueError(
-                f"eval.data ({self._folder}) must hold whole samples of its classes: {defects}"
+                f"eval.data ({self.folder}) must hold whole samples of its classes: {defects}"
             )
 
     @cached_property
@@ -129,8 +130,18 @@ class LabelledData:
         Raises:
             OSError: when the file system does not answer.
         """
+        return self._digest(self.files_version)
+
+    @cached_property
+    def files_version(self) -> str:
+        """SHA-256 of the folder's place and of its files' names, sizes and times.
+
+        Raises:
+            OSError: when the file system does not answer.
+        """
         versions = "".join(part.version() for part in self._parts)
-        return self._digest(hashlib.sha256((self._content + versions).encode()).hexdigest())
+        content = f"{self.folder.resolve()} {self._content}{versions}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
     def _content(self) -> str:
@@ -141,7 +152,7 @@ class LabelledData:
         return digest.hexdigest()
 
     def _digest(self, images: str) -> str:
-        content = f"{images} {self._transform.preprocess} {self._batch_size} {self._strict}"
+        content = f"{images} {self._transform.preprocess} {self.batch_size} {self._strict}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def batches(self, numbers: Sequence[int]) -> Iterator[LabelledBatch]:
@@ -153,19 +164,42 @@ class LabelledData:
         for number in numbers:
             if not 0 <= number < self.num_batches:
                 raise ValueError(f"numbers ({number}) must be in [0, {self.num_batches})")
-        yield from ordered_map(self._read, numbers, num_workers=self._num_workers)
+        yield from ordered_map(self._read, numbers, num_workers=self.num_workers)
 
     def __iter__(self) -> Iterator[LabelledBatch]:
         return self.batches(range(self.num_batches))
 
+    def unreadable_images(self, numbers: Sequence[int]) -> Iterator[list[tuple[str, str]]]:
+        """Decode batches, and yield for each where an image cannot be decoded, and why.
+
+        Raises:
+            ValueError: for an image that cannot be accessed.
+        """
+        yield from ordered_map(self._unreadable_in, numbers, num_workers=self.num_workers)
+
+    def _unreadable_in(self, number: int) -> list[tuple[str, str]]:
+        start, found = number * self.batch_size, []
+        for sample in range(start, min(start + self.batch_size, self.num_samples)):
+            part, row = self._find(sample)
+            where = part.where(part.key(row))
+            try:
+                self._transform(part.read(row)[0])
+            except OSError as error:
+                raise ValueError(
+                    f"eval.data ({self.folder}): {where} must be readable: {error}"
+                ) from error
+            except (BadSample, ValueError) as error:
+                found.append((where, str(error)))
+        return found
+
     def _read(self, number: int) -> LabelledBatch:
         """Decode a batch, in a worker."""
-        start = number * self._batch_size
+        start = number * self.batch_size
         pixels: list[Tensor] = []
         captions: list[str] = []
         readable: dict[int, str] = {}  # number of a sample -> its key
         unreadable: dict[int, tuple[str, str]] = {}  # number of a sample -> its key, the reason
-        for sample in range(start, min(start + self._batch_size, self.num_samples)):
+        for sample in range(start, min(start + self.batch_size, self.num_samples)):
             part, row = self._find(sample)
             try:
                 content, caption = part.read(row)
@@ -175,7 +209,7 @@ class LabelledData:
                 if self._strict or isinstance(error, OSError):
                     where = part.where(part.key(row))
                     raise ValueError(
-                        f"eval.data ({self._folder}): {where} must be readable: {error}"
+                        f"eval.data ({self.folder}): {where} must be readable: {error}"
                     ) from error
                 unreadable[sample] = (part.key(row), str(error))
                 continue

@@ -76,9 +76,6 @@ def _publish(
         "images that cannot be read, which count as not found, and whose captions are left out": (
             outputs.describe_unreadable(features)
         ),
-        "images and captions with features that are not finite, which count as not found": (
-            features.num_nonfinite
-        ),
     }
     outputs.publish(
         out,
@@ -99,7 +96,6 @@ def _publish(
             "num_images": result.num_images,
             "num_captions": result.num_captions,
             "num_repeated_captions": num_repeated,
-            "num_nonfinite": features.num_nonfinite,
             "unreadable": [{"key": key, "reason": reason} for key, reason in features.unreadable],
             "uncaptioned": missing,
             "findings": findings,

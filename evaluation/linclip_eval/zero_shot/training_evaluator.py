@@ -1,7 +1,9 @@
 """Zero-shot accuracy during training: the task is opened once and scored repeatedly."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import open_clip
@@ -11,8 +13,11 @@ from open_clip.transform import PreprocessCfg
 
 from ds_linclip.config import Config
 from ds_linclip.data import EvalTransform
+from ds_linclip.data.eval.image_check import check_images
+from ds_linclip.process.consensus import agree
+from ds_linclip.process.phase import PhaseTracker
 from linclip_eval.protocols import Encoders, Tokenizer
-from linclip_eval.zero_shot.evaluate import ZeroShotResult
+from linclip_eval.zero_shot.evaluate import Prediction, ZeroShotResult
 from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = ["HeldOutEvaluator"]
@@ -32,6 +37,8 @@ class HeldOutEvaluator:
         tokenizer: The tokenizer of the model.
         device: The device of the model.
         num_images: The number of predictions that rank 0 of ``group`` draws at each call.
+        checked_dir: Where :meth:`rehearse` keeps that it has decoded all images; None: it does not
+            decode them.
     """
 
     task: ZeroShotTask
@@ -39,6 +46,7 @@ class HeldOutEvaluator:
     device: torch.device
     group: dist.ProcessGroup | None = None
     num_images: int = 0
+    checked_dir: Path | None = None
 
     @classmethod
     def from_config(
@@ -66,7 +74,23 @@ class HeldOutEvaluator:
             device=device,
             group=group,
             num_images=config.log.num_images,
+            checked_dir=Path(config.output_dir, ".held_out") if config.eval.check_images else None,
         )
+
+    def rehearse(self, model: Encoders, phases: PhaseTracker) -> None:
+        """Decode every image once, and embed a few; all ranks of the run call this together.
+
+        Raises:
+            ValueError: on all ranks, when the task cannot be scored.
+        """
+        everyone = None if self.group is None else dist.group.WORLD
+        if self.checked_dir is not None:
+            on_round = partial(phases.enter, "checking held-out images")
+            data, place = self.task.data, self.checked_dir
+            check_images(data, group=everyone, results_dir=place, on_round=on_round)
+        phases.enter("rehearsing the evaluation")
+        rehearse = partial(self.task.rehearse, tokenizer=self.tokenizer, device=self.device)
+        agree(partial(rehearse, model), everyone, (Exception,))
 
     def score(self, model: Encoders) -> ZeroShotResult:
         """Classify every held-out image with a model in eval mode."""
@@ -86,8 +110,12 @@ class HeldOutEvaluator:
         """
         result = self.score(model)
         if result.predictions:
-            # Only the rank that draws imports matplotlib, which takes half a second.
-            from linclip_eval.zero_shot.figures import draw_predictions
-
-            writer.figure(step, "eval/predictions", draw_predictions(result.predictions))
+            agree(partial(_draw, result.predictions, writer, step), None, (Exception,))
         return {"eval/zeroshot_top1": result.topk(1), "eval/zeroshot_top5": result.topk(5)}
+
+
+def _draw(predictions: Sequence[Prediction], writer: _Writer, step: int) -> None:
+    # Only the rank that draws imports matplotlib, which takes half a second.
+    from linclip_eval.zero_shot.figures import draw_predictions
+
+    writer.figure(step, "eval/predictions", draw_predictions(predictions))

@@ -1,0 +1,102 @@
+"""Decoding every held-out image once, before training depends on them."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from ds_linclip.data.eval.dataset import LabelledData
+from ds_linclip.process.atomic import write_atomically
+from ds_linclip.process.consensus import AgreedError, from_first_rank, map_over_ranks
+from ds_linclip.process.progress import progress
+
+__all__ = ["check_images"]
+
+#: Images that one process decodes in a round: some twenty seconds of work.
+_IMAGES_PER_ROUND = 2000
+_NUM_NAMED = 3
+
+#: Where an image is, and why it cannot be decoded.
+_Unreadable = list[tuple[str, str]]
+
+
+def check_images(
+    data: LabelledData,
+    *,
+    group: ProcessGroup | None,
+    results_dir: Path,
+    on_round: Callable[[], None] = lambda: None,
+) -> None:
+    """Check that every image can be decoded; all ranks of ``group`` divide the work.
+
+    Args:
+        data: The images, the same on every rank.
+        results_dir: A folder for the result, which holds until a file of the set changes.
+        on_round: Called about every half minute, on all ranks together.
+
+    Raises:
+        AgreedError: on all ranks, naming images that cannot be decoded, or when the set cannot be
+            read or the result not be kept.
+    """
+    path = from_first_rank(lambda: results_dir / f"{_version(data)}.json", group)
+    unreadable = from_first_rank(lambda: _load(path), group)
+    if unreadable is None:
+        unreadable = _decode(data, group, on_round)
+        from_first_rank(partial(_keep, path, unreadable), group)
+    if unreadable:
+        named = ", ".join(f"{where} ({why})" for where, why in unreadable[:_NUM_NAMED])
+        more = f", ...; all are in {path}" if len(unreadable) > _NUM_NAMED else ""
+        raise AgreedError(
+            f"eval.data ({data.folder}): {len(unreadable)} of {data.num_samples} images cannot be "
+            f"decoded: {named}{more}"
+        )
+
+
+def _decode(
+    data: LabelledData, group: ProcessGroup | None, on_round: Callable[[], None]
+) -> _Unreadable:
+    rank, world_size = (0, 1) if group is None else (dist.get_rank(group), group.size())
+    size = world_size * max(1, data.num_workers) * max(1, _IMAGES_PER_ROUND // data.batch_size)
+    found: list[_Unreadable] = []
+    bar = progress(
+        desc="checking held-out images",
+        total=data.num_batches,
+        unit="batch",
+        delay=5,
+        leave=False,
+        disable=rank > 0,
+    )
+    with bar:
+        for start in range(0, data.num_batches, size):
+            on_round()
+            numbers = range(start, min(start + size, data.num_batches))
+            found += map_over_ranks(data.unreadable_images, numbers, group)
+            bar.update(len(numbers))
+    return list(chain(*found))
+
+
+def _version(data: LabelledData) -> str:
+    try:
+        return data.files_version
+    except OSError as error:
+        raise ValueError(f"eval.data ({data.folder}) must be readable: {error}") from error
+
+
+def _load(path: Path) -> _Unreadable | None:
+    """Return a result that was kept, or None."""
+    try:
+        return [(where, why) for where, why in json.loads(path.read_text())]
+    except (OSError, ValueError):
+        return None
+
+
+def _keep(path: Path, unreadable: _Unreadable) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(unreadable))
+    except OSError as error:
+        raise ValueError(f"{path.parent} cannot be written: {error}") from error
