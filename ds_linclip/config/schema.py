@@ -388,8 +388,8 @@ class EvalConfig:
     #: Images per forward pass and rank.
     batch_size: int = 256
     #: Decode every held-out image once before the first step, on all ranks and data workers (each
-    #: about 100 images of ImageNet per second); `<output_dir>/.held_out` keeps the result until a
-    #: file changes. `false`: an unreadable image ends the run at its first evaluation.
+    #: about 100 images of ImageNet per second); `<run folder>/held_out.json` keeps the result until
+    #: a file changes. `false`: an unreadable image ends the run at its first evaluation.
     check_images: bool = True
 
 

@@ -162,7 +162,7 @@ def test_no_space_for_one_rank_commits_on_none(whole, config, is_asynchronous):
     config.checkpoint.asynchronous = is_asynchronous
     in_ranks(config, fill_the_disk)
     for end in ends(config):
-        assert end.startswith("AgreedError: checkpoint ")
+        assert end.startswith("NotSaved: checkpoint ")
         assert "step-00000004 was not saved: [Errno 28] No space left on device" in end
         assert "(on rank 1 of 2)" in end
     assert steps_of(config) == [2]

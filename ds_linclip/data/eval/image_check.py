@@ -28,28 +28,27 @@ def check_images(
     data: LabelledData,
     *,
     group: ProcessGroup | None,
-    results_dir: Path,
+    result: Path,
     on_round: Callable[[], None] = lambda: None,
 ) -> None:
     """Check that every image can be decoded; all ranks of ``group`` divide the work.
 
     Args:
         data: The images, the same on every rank.
-        results_dir: A folder for the result, which holds until a file of the set changes.
+        result: A file for the result, which holds until a file of the set changes.
         on_round: Called about every half minute, on all ranks together.
 
     Raises:
         AgreedError: on all ranks, naming images that cannot be decoded, or when the set cannot be
             read or the result not be kept.
     """
-    path = from_first_rank(lambda: results_dir / f"{_version(data)}.json", group)
-    unreadable = from_first_rank(lambda: _load(path), group)
+    unreadable = from_first_rank(lambda: _load(result, _version(data)), group)
     if unreadable is None:
         unreadable = _decode(data, group, on_round)
-        from_first_rank(partial(_keep, path, unreadable), group)
+        from_first_rank(partial(_keep, result, data, unreadable), group)
     if unreadable:
         named = ", ".join(f"{where} ({why})" for where, why in unreadable[:_NUM_NAMED])
-        more = f", ...; all are in {path}" if len(unreadable) > _NUM_NAMED else ""
+        more = f", ...; all are in {result}" if len(unreadable) > _NUM_NAMED else ""
         raise AgreedError(
             f"eval.data ({data.folder}): {len(unreadable)} of {data.num_samples} images cannot be "
             f"decoded: {named}{more}"
@@ -86,17 +85,18 @@ def _version(data: LabelledData) -> str:
         raise ValueError(f"eval.data ({data.folder}) must be readable: {error}") from error
 
 
-def _load(path: Path) -> _Unreadable | None:
-    """Return a result that was kept, or None."""
+def _load(result: Path, version: str) -> _Unreadable | None:
+    """Return a result that was kept for this version of the files, or None."""
     try:
-        return [(where, why) for where, why in json.loads(path.read_text())]
-    except (OSError, ValueError):
+        kept = json.loads(result.read_text())
+        return kept["unreadable"] if kept["files"] == version else None
+    except (OSError, ValueError, LookupError, TypeError):  # none, cut off, or of another version
         return None
 
 
-def _keep(path: Path, unreadable: _Unreadable) -> None:
+def _keep(result: Path, data: LabelledData, unreadable: _Unreadable) -> None:
+    facts = {"images": data.num_samples, "unreadable": unreadable, "files": data.files_version}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(unreadable))
+        write_atomically(result, json.dumps(facts, indent=1) + "\n")
     except OSError as error:
-        raise ValueError(f"{path.parent} cannot be written: {error}") from error
+        raise ValueError(f"{result} cannot be written: {error}") from error

@@ -37,8 +37,8 @@ class HeldOutEvaluator:
         tokenizer: The tokenizer of the model.
         device: The device of the model.
         num_images: The number of predictions that rank 0 of ``group`` draws at each call.
-        checked_dir: Where :meth:`rehearse` keeps that it has decoded all images; None: it does not
-            decode them.
+        check_result: A file in which :meth:`rehearse` keeps what it found when it decoded all
+            images; None: it does not decode them.
     """
 
     task: ZeroShotTask
@@ -46,7 +46,7 @@ class HeldOutEvaluator:
     device: torch.device
     group: dist.ProcessGroup | None = None
     num_images: int = 0
-    checked_dir: Path | None = None
+    check_result: Path | None = None
 
     @classmethod
     def from_config(
@@ -74,7 +74,7 @@ class HeldOutEvaluator:
             device=device,
             group=group,
             num_images=config.log.num_images,
-            checked_dir=Path(config.output_dir, ".held_out") if config.eval.check_images else None,
+            check_result=config.run_dir / "held_out.json" if config.eval.check_images else None,
         )
 
     def rehearse(self, model: Encoders, phases: PhaseTracker) -> None:
@@ -84,10 +84,11 @@ class HeldOutEvaluator:
             ValueError: on all ranks, when the task cannot be scored.
         """
         everyone = None if self.group is None else dist.group.WORLD
-        if self.checked_dir is not None:
+        if self.check_result is not None:
             on_round = partial(phases.enter, "checking held-out images")
-            data, place = self.task.data, self.checked_dir
-            check_images(data, group=everyone, results_dir=place, on_round=on_round)
+            check_images(
+                self.task.data, group=everyone, result=self.check_result, on_round=on_round
+            )
         phases.enter("rehearsing the evaluation")
         rehearse = partial(self.task.rehearse, tokenizer=self.tokenizer, device=self.device)
         agree(partial(rehearse, model), everyone, (Exception,))
