@@ -390,8 +390,9 @@ class Trainer:
         """
         if self.step == self._config.train.steps:
             return True
-        is_done = self._mesh.from_rank_zero(lambda: self._writer.is_evaluated(self.step))
-        return self._is_due(self._config.eval.every_steps) and not is_done
+        return self._is_due(self._config.eval.every_steps) and not self._mesh.from_rank_zero(
+            lambda: self._writer.is_evaluated(self.step)
+        )
 
     def _evaluate(self) -> None:
         """Score the model as it is, if there is an evaluator."""

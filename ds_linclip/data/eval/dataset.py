@@ -134,14 +134,13 @@ class LabelledData:
 
     @cached_property
     def files_version(self) -> str:
-        """SHA-256 of the folder's place and of its files' names, sizes and times.
+        """SHA-256 of keys, labels, and the files' sizes and times.
 
         Raises:
             OSError: when the file system does not answer.
         """
         versions = "".join(part.version() for part in self._parts)
-        content = f"{self.folder.resolve()} {self._content}{versions}"
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256((self._content + versions).encode()).hexdigest()
 
     @cached_property
     def _content(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -42,10 +43,12 @@ def check_images(
         AgreedError: on all ranks, naming images that cannot be decoded, or when the set cannot be
             read or the result not be kept.
     """
-    unreadable = from_first_rank(lambda: _load(result, _version(data)), group)
+    files = from_first_rank(partial(_version, data), group)
+    unreadable = from_first_rank(partial(_load, result, files), group)
     if unreadable is None:
         unreadable = _decode(data, group, on_round)
-        from_first_rank(partial(_keep, result, data, unreadable), group)
+        facts = {"files": files, "images": data.num_samples, "unreadable": unreadable}
+        from_first_rank(partial(_keep, result, facts), group)
     if unreadable:
         named = ", ".join(f"{where} ({why})" for where, why in unreadable[:_NUM_NAMED])
         more = f", ...; all are in {result}" if len(unreadable) > _NUM_NAMED else ""
@@ -78,24 +81,24 @@ def _decode(
     return list(chain(*found))
 
 
-def _version(data: LabelledData) -> str:
+def _version(data: LabelledData) -> dict[str, str]:
+    """Return what changes with any file of the set, or with its place."""
     try:
-        return data.files_version
+        return {"folder": str(data.folder.resolve()), "version": data.files_version}
     except OSError as error:
         raise ValueError(f"eval.data ({data.folder}) must be readable: {error}") from error
 
 
-def _load(result: Path, version: str) -> _Unreadable | None:
-    """Return a result that was kept for this version of the files, or None."""
+def _load(result: Path, files: dict[str, str]) -> _Unreadable | None:
+    """Return a result that was kept for these files, or None."""
     try:
         kept = json.loads(result.read_text())
-        return kept["unreadable"] if kept["files"] == version else None
+        return kept["unreadable"] if kept["files"] == files else None
     except (OSError, ValueError, LookupError, TypeError):  # none, cut off, or of another version
         return None
 
 
-def _keep(result: Path, data: LabelledData, unreadable: _Unreadable) -> None:
-    facts = {"images": data.num_samples, "unreadable": unreadable, "files": data.files_version}
+def _keep(result: Path, facts: dict[str, Any]) -> None:
     try:
         write_atomically(result, json.dumps(facts, indent=1) + "\n")
     except OSError as error:

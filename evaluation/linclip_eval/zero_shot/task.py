@@ -96,6 +96,8 @@ class ZeroShotTask:
         )
         (batch,) = self.data.batches([0])
         images = batch.images if device.type == "cuda" else batch.images[:1]  # a CPU is slow
+        if len(images) == 0:  # none of the first batch can be read, which the task may allow
+            return
         features = unit_features(model.encode_image(images.to(device)), batch.keys[: len(images)])
         if features.shape[1] != len(classifier):
             raise ValueError(
