@@ -53,7 +53,19 @@ def ordered_map(
     )
     with _sigchld_untouched():
         results = iter(loader)
-    yield from map(_raised, results)  # keeps no result, whose memory would stay in use
+    yield from map(_raised, _received(results))  # keeps no result: its memory would stay in use
+
+
+def _received(results: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        try:
+            yield next(results)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:  # those of the function arrive as values
+            raise RuntimeError(
+                f"a data worker is gone, perhaps killed for its memory: {error}"
+            ) from error
 
 
 @contextmanager
