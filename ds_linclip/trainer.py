@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ds_linclip.checkpoint.manager import CheckpointManager
+from ds_linclip.checkpoint.manager import CheckpointManager, NotSaved
 from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.data.broadcast import broadcast_batches
-from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config
+from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config, open_monitor
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.engine.pipeline_stages import stage_units
@@ -26,7 +27,8 @@ from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.monitoring.sinks import open_sinks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import describe, plan_rank
-from ds_linclip.process.consensus import AgreedError
+from ds_linclip.preflight.shared_folder import check_run_folder
+from ds_linclip.process.consensus import AgreedCrash, AgreedError
 from ds_linclip.process.phase import PhaseTracker
 from ds_linclip.process.progress import progress
 from ds_linclip.resilience.divergence import Diverged, DivergenceGuard
@@ -42,9 +44,22 @@ __all__ = ["Evaluator", "TrainResult", "Trainer", "train"]
 
 logger = logging.getLogger(__name__)
 
-#: Scores the model after a number of steps; called by all ranks, in eval mode, without gradients.
-#: A ValueError that it raises must be raised on all ranks.
-Evaluator = Callable[[CLIP, MetricWriter, int], Mapping[str, float]]
+T = TypeVar("T")
+
+
+class Evaluator(Protocol):
+    """Scores the model during training.
+
+    All ranks call every method together, with a model in eval mode and without gradients. A
+    ValueError or AgreedCrash must be raised on all ranks, or by one after its last communication;
+    any other exception ends its rank.
+    """
+
+    def rehearse(self, model: CLIP, phases: PhaseTracker) -> None:
+        """Try before the first step what the later calls need."""
+
+    def __call__(self, model: CLIP, writer: MetricWriter, step: int) -> Mapping[str, float]:
+        """Return the scores after a number of steps, by their TensorBoard tags."""
 
 
 @dataclass(kw_only=True)
@@ -71,7 +86,8 @@ def train(
     Args:
         config: The run's configuration.
         mesh: The ranks that train together; all of them call this function.
-        evaluate: Scores the model every ``eval.every_steps`` and after the last step.
+        evaluate: Scores the model every ``eval.every_steps`` and after the last step; it is
+            rehearsed before the first one.
         phases: Records what this rank is doing, for a watchdog to read.
 
     Returns:
@@ -79,10 +95,11 @@ def train(
 
     Raises:
         AgreedError: on all ranks together, before the first step, for anything in the config that
-            does not fit the data, the ranks or the run folder; later, for held-out data that cannot
-            be scored and checkpoints that cannot be saved.
+            does not fit the data, the ranks or the run folder; later, when training or held-out
+            data cannot be read any more, or a log or a checkpoint cannot be written. The step is
+            saved first.
+        AgreedCrash: likewise for other errors in a data worker, an evaluation or a log.
         Preempted: on all ranks together, when one received SIGTERM and the step is saved.
-        DataError: on the rank that finds no usable training sample.
         Diverged: on all ranks together, when training cannot continue.
     """
     with ExitStack() as resources:
@@ -121,6 +138,7 @@ class Trainer:
         resume_from = self._checkpoints.newest()
         folder.record_start(resume_from)
         self._checkpoints.remove_leftovers()
+        check_run_folder(config, mesh)
 
         self._model = _build_model(config, mesh, InitConfig() if resume_from else config.init)
         plan = describe(config, mesh, mesh.gather_all(plan_rank(config, mesh)))
@@ -134,7 +152,8 @@ class Trainer:
             self.step, state = self._checkpoints.load(self._engine, resume_from)
             self._report.load_state(state)
             self._divergence.load_state(state["health"])
-        self._writer = MetricWriter(config, mesh, self._engine.monitor, listeners)
+        monitor = mesh.agree(lambda: open_monitor(config))
+        self._writer = MetricWriter(config, mesh, monitor, listeners)
         if mesh.rank == 0:
             start = f"resumed from {resume_from}" if self.step else "from step 0"
             logger.info("%s\n%s", start, plan)
@@ -151,19 +170,34 @@ class Trainer:
         self._bar = resources.enter_context(bar)
         self.result = TrainResult(steps=config.train.steps)
         self._open_batches()
+        self._check_records()
         self._model.train()
 
     def run(self) -> TrainResult:
-        """Take the steps that are left; log, save and evaluate when it is due."""
+        """Take the steps that are left; log, save and evaluate when it is due.
+
+        An error that all ranks know of ends the run after the last step is saved.
+        """
+        if self._evaluator is not None:
+            rehearse = self._evaluator.rehearse
+            self._with_evaluation_model(lambda model: rehearse(model, self._phases))
+        try:
+            self._run()
+        except NotSaved:
+            raise
+        except (AgreedError, AgreedCrash) as error:
+            raise type(error)(f"{error}; {self._save_before_the_end()}") from error
+        return self.result
+
+    def _run(self) -> None:
         config = self._config
-        was_finished = self.step == config.train.steps
+        if self.step > 0 and self._is_evaluation_owed():
+            self._evaluate()
         while self.step < config.train.steps:
             loss = self.train_step()
             is_leaving = self._receive_requests().leave
             is_logged = self._is_due(config.log.every_steps)
             is_saved = self._is_save_due() or is_leaving
-            if is_logged or is_saved:
-                self._count_samples()
             if is_logged:
                 logged = self._log(loss)["train/loss"]
                 self._divergence.check_loss(self.step, logged)
@@ -178,9 +212,6 @@ class Trainer:
             if self._is_due(config.eval.every_steps):
                 self._evaluate()
         self._finish()
-        if was_finished:
-            self._evaluate()
-        return self.result
 
     def train_step(self) -> Tensor:
         """Take one optimizer step on the next global batch.
@@ -193,7 +224,7 @@ class Trainer:
         started = time.perf_counter()
         batch = next(self._batches)
         self._meter.waited(time.perf_counter() - started)
-        self._report.add(batch)
+        counters = self._engine.state.skip_counters()
 
         self._phases.enter("computing features")
         inputs = _model_inputs(batch, config, self._mesh, done + self._divergence.skipped_batches)
@@ -202,8 +233,11 @@ class Trainer:
             lr=learning_rate(done, config.train.steps, config.optim),
             ema_decay=ema_decay(done, config.optim.ema_decay),
         )
+        if self._engine.was_skipped:
+            self._check_batch(batch, counters)
         self.step += 1
 
+        self._report.add(batch)
         self._sample_log.write(self.step, batch.keys)
         num_tokens = self._model.num_tokens(batch.images, batch.texts)
         self._meter.step_done(self.step, samples=len(batch.texts), tokens=num_tokens)
@@ -215,6 +249,17 @@ class Trainer:
             is_excused=self._engine.can_lower_loss_scale,
         )
         return loss
+
+    def _check_batch(self, batch: Batch, counters: Mapping[str, Any]) -> None:
+        """Raise on all ranks why one of them had no samples, so that the step was skipped.
+
+        The training state is then that before the step, with these ``counters``.
+        """
+        try:
+            self._mesh.agree(lambda: _raise_first([batch.failure]), (Exception,))
+        except (AgreedError, AgreedCrash):
+            self._engine.state.set_skip_counters(counters)
+            raise
 
     def _is_due(self, every: int) -> bool:
         """Whether to do now what is done every so many steps (0: never) and after the last one."""
@@ -233,29 +278,44 @@ class Trainer:
         """Share with all ranks what this one was asked to do; return what any rank was asked.
 
         Raises:
-            AgreedError: when a save has failed on any rank.
+            AgreedError: when a save or a log has failed on any rank.
         """
         save, leave = self._signals.take()
         save |= not self._divergence.is_skipping and self._checkpoints.is_due_by_clock()
-        mine = RunRequests(save=save, leave=leave, has_failed=self._checkpoints.has_failed)
+        has_failed = self._checkpoints.has_failed or self._sample_log.failure is not None
+        mine = RunRequests(save=save, leave=leave, has_failed=has_failed)
         requests = self._request_reducer.reduce(mine)
         if requests.has_failed:
             self._checkpoints.wait()
-            raise AgreedError(f"another rank takes {self._checkpoints.last} for not saved")
+            self._check_records()
+            raise NotSaved(f"another rank takes {self._checkpoints.last} for not saved")
         self._save_requested |= requests.save
         return requests
 
+    def _check_records(self) -> None:
+        """Raise on all ranks the failure of a log of one of them, or that too many samples are
+        bad."""
+
+        def check() -> None:
+            _raise_first([self._writer.failure, self._sample_log.failure])
+            self._report.check()
+
+        self._mesh.agree(check, (Exception,))
+
     def _count_samples(self) -> None:
-        """Sum over ranks the samples and faults met in the data; write and check the sums."""
+        """Sum over ranks the samples and faults met in the data, and write the sums."""
         self._phases.enter("logging")
-        report = self._report
-        report.merge(self._mesh.gather(report.take()))
+        self._report.merge(self._mesh.gather(self._report.take()))
         if self._mesh.rank == 0:
-            report.write(self._config.run_dir / "data_report.json", step=self.step)
-        self._mesh.agree(report.check)
+            self._report.write(self._config.run_dir / "data_report.json", step=self.step)
 
     def _log(self, loss: Tensor) -> Mapping[str, float]:
-        """Write the scalars of the step and return them."""
+        """Write the scalars of the step and return them.
+
+        Raises:
+            AgreedError: when too many samples are bad, or the scalars cannot be written.
+        """
+        self._count_samples()
         engine = self._engine
         values = self._meter.read(loss) | self._report.scalars() | self._divergence.scalars()
         values |= {
@@ -269,18 +329,23 @@ class Trainer:
         shown["samples/s"] = f"{values['perf/samples_per_second']:.0f}"
         self._bar.set_postfix(shown, refresh=False)
         self.result.last = values
+        self._check_records()
         self._meter.restart()
         return values
 
     def _rewind(self) -> None:
         """Load the newest checkpoint and continue behind the batches that were used since."""
         self._phases.enter("loading a checkpoint")
-        path = self._checkpoints.newest()
-        if path is None:
+        try:
+            path = self._checkpoints.newest()
+            if path is None:
+                raise AgreedError("there is none")
+            to_step, _ = self._checkpoints.load(self._engine, path)
+        except AgreedError as error:  # nothing to save: the weights may be damaged
             raise Diverged(
-                f"the loss jumped at step {self.step}, before there is a checkpoint to go back to"
-            )
-        to_step, _ = self._checkpoints.load(self._engine, path)
+                f"the loss jumped at step {self.step}, and there must be a checkpoint to go back "
+                f"to: {error}"
+            ) from error
         self._divergence.rewound(self.step, to_step)
         self.step = to_step
         self._open_batches()
@@ -295,25 +360,66 @@ class Trainer:
         self._meter.restart()
 
     def _save(self) -> None:
-        """Start to save what the run needs to resume from here."""
+        """Start to save what the run needs to resume from here.
+
+        Raises:
+            Diverged: when the weights are not finite.
+        """
+        self._count_samples()
         self._phases.enter("saving")
+        self._divergence.check_weights(self.step, self._engine.state.first_nonfinite())
         state = self._report.state() | {"health": self._divergence.state()}
         self._checkpoints.save(self._engine, self.step, state)
         self._save_requested = False
         self._meter.restart()
 
+    def _save_before_the_end(self) -> str:
+        """Save the last step because of an error that all ranks know of; return what came of it."""
+        if self.step == 0:
+            return "no step was taken"
+        try:
+            self._save()
+            self._checkpoints.wait()
+        except (AgreedError, Diverged) as error:
+            return f"step {self.step} is not saved: {error}"
+        return f"step {self.step} is saved, and the same command resumes there"
+
+    def _is_evaluation_owed(self) -> bool:
+        """Whether the weights that the run resumes from are to be scored first.
+
+        The run may have ended between a save and the evaluation of the same step; that of a
+        finished run is repeated for its result.
+        """
+        if self.step == self._config.train.steps:
+            return True
+        return self._is_due(self._config.eval.every_steps) and not self._mesh.from_rank_zero(
+            lambda: self._writer.is_evaluated(self.step)
+        )
+
     def _evaluate(self) -> None:
         """Score the model as it is, if there is an evaluator."""
-        if self._evaluator is None:
+        evaluator = self._evaluator
+        if evaluator is None:
             return
         self._phases.enter("evaluating")
-        try:
-            with self._engine.evaluation_model() as model:
-                self.result.evaluation = self._evaluator(model, self._writer, self.step)
-        except ValueError as error:
-            raise AgreedError(str(error)) from error
+        self.result.evaluation = self._with_evaluation_model(
+            lambda model: evaluator(model, self._writer, self.step)
+        )
         self._writer.scalars(self.step, self.result.evaluation)
+        self._check_records()
         self._meter.restart()
+
+    def _with_evaluation_model(self, work: Callable[[CLIP], T]) -> T:
+        """Call an evaluator's method, and share its error when the weights are back in place."""
+        result: list[T] = []
+        failures: list[Exception] = []
+        with self._engine.evaluation_model() as model:
+            try:
+                result.append(work(model))
+            except (ValueError, AgreedCrash) as error:
+                failures.append(error)
+        self._mesh.agree(lambda: _raise_first(failures), (Exception,))
+        return result[0]
 
     def _finish(self) -> None:
         """Wait until nothing is under way any more."""
@@ -322,6 +428,13 @@ class Trainer:
         self._checkpoints.wait()
         self._writer.end()
         self.result.data_findings = self._report.describe()
+        self._check_records()
+
+
+def _raise_first(failures: Sequence[Exception | None]) -> None:
+    for failure in failures:
+        if failure is not None:
+            raise failure
 
 
 def _build_model(config: Config, mesh: Mesh, weights: InitConfig) -> CLIP:

@@ -59,7 +59,8 @@ def test_architecture_page_is_generated_from_the_code():
 
 
 def test_troubleshooting_quotes_messages_of_the_code():
-    sources = [*(REPOSITORY / "ds_linclip").rglob("*.py"), *(REPOSITORY / "launch").rglob("*.py")]
+    packages = (REPOSITORY / package for package in ("ds_linclip", "evaluation", "launch"))
+    sources = [source for package in packages for source in package.rglob("*.py")]
     said = "\n".join(text for source in sources for text in texts_of(source))
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
     ours, _, _ = page.partition("## Said by others")

@@ -33,6 +33,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import plan_rank
+from ds_linclip.process.phase import PhaseTracker
 from ds_linclip.trainer import train
 from linclip_eval.results import markdown_table, write_report
 from linclip_kernels.linear_attention.reference import relative_rms
@@ -129,20 +130,29 @@ def run(layout: str, attention: str, steps: int, overrides: Sequence[str]) -> li
         return measure_on_ranks(math.prod(sizes.values()), train_rank, config)
 
 
-def train_rank(config: Config) -> RankResult:
-    mesh = Mesh.create(config.parallel)
-    weights: dict[str, Tensor] = {}
+class KeepWeights:
+    """An evaluator that keeps the weights and scores nothing."""
 
-    def keep_weights(model: CLIP, writer: MetricWriter, step: int) -> Mapping[str, float]:
-        weights.update(to_open_clip(model))
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+
+    def rehearse(self, model: CLIP, phases: PhaseTracker) -> None:
+        pass
+
+    def __call__(self, model: CLIP, writer: MetricWriter, step: int) -> Mapping[str, float]:
+        self.weights.update(to_open_clip(model))
         return {}
 
-    train(config, mesh, keep_weights)
+
+def train_rank(config: Config) -> RankResult:
+    mesh = Mesh.create(config.parallel)
+    evaluator = KeepWeights()
+    train(config, mesh, evaluator)
     traffic = traffic_of_a_step(config, mesh)
     records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
     losses = {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
     mesh.close()
-    return RankResult(losses, weights, *traffic)
+    return RankResult(losses, evaluator.weights, *traffic)
 
 
 def traffic_of_a_step(config: Config, mesh: Mesh) -> tuple[dict[str, int], dict[str, int]]:

@@ -23,13 +23,17 @@ from ds_linclip.engine.zero_state import ParameterPiece
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
 
-__all__ = ["CheckpointManager"]
+__all__ = ["CheckpointManager", "NotSaved"]
 
 logger = logging.getLogger(__name__)
 
 #: Settings of ``train`` that change how a step is computed but not its result.
 _MAY_CHANGE = ("micro_batch_size", "reduce_dtype", "activation_checkpointing", "compile")
 _VERSIONS = ("torch", "triton", "deepspeed", "megatron-core")
+
+
+class NotSaved(AgreedError):
+    """A save failed on one rank, and counts on none; older checkpoints stay."""
 
 
 class CheckpointManager:
@@ -89,7 +93,7 @@ class CheckpointManager:
         ``data_state`` is small, plain data, the same on all ranks; :meth:`load` returns it.
 
         Raises:
-            AgreedError: when this save or the previous one failed; older checkpoints stay.
+            NotSaved: when this save or the previous one failed.
         """
         if step == self._last_step:
             return
@@ -111,11 +115,11 @@ class CheckpointManager:
         """Wait until the last save is committed.
 
         Raises:
-            AgreedError: when it failed; older checkpoints stay.
+            NotSaved: when it failed.
         """
         failure = self._writer.wait()
         if failure is not None:
-            raise AgreedError(
+            raise NotSaved(
                 f"checkpoint {self.last} was not saved: {failure}; older ones are untouched: fix "
                 "this and start again"
             )

@@ -395,6 +395,10 @@ class EvalConfig:
     batch_size: int = 256
     #: Held-out images that may be unreadable; they are counted and are wrong. More are an error.
     max_bad_samples: int = 0
+    #: Decode every held-out image once before the first step, on all ranks and data workers (each
+    #: about 100 images of ImageNet per second); `<run folder>/held_out.json` keeps the result until
+    #: a file changes. `false`: an unreadable image ends the run at its first evaluation.
+    check_images: bool = True
 
 
 @dataclass(kw_only=True)

@@ -23,29 +23,36 @@ def broadcast_batches(
     shapes without content, because their input comes from the stage before. Keys, captions and
     counts of bad samples stay on the reading rank.
 
+    Where reading fails, the batch is one of NaN that holds the failure: the other ranks need this
+    one for the step, and a gradient that is not finite changes nothing on any of them.
+
     Args:
         data, config, mesh: The run's data, configuration and ranks.
         start_step: Number of finished optimizer steps.
         skipped_batches: Number of batches that the run has left out, after loss spikes.
-
-    Raises:
-        DataError: on the reading rank, as :meth:`~ds_linclip.data.TrainData.batches`.
     """
-    if mesh.is_first_of_its_data:
-        for batch in data.batches(start_step, mesh.device, skipped_batches):
-            _broadcast(batch, mesh)
-            yield batch
     size, nothing = config.train.global_batch_size // mesh.dp.size, torch.zeros(())
+    own = data.batches(start_step, mesh.device, skipped_batches)
     for step in itertools.count(start_step):
         images = (size, 3, *config.image_size_at(step))
         texts = (size, config.model.text.context_length)
         if mesh.pp.rank > 0:  # shapes that take no memory
             yield Batch(images=nothing.expand(images), texts=nothing.long().expand(texts))
             continue
-        batch = Batch(
-            images=torch.empty(images, device=mesh.device),
-            texts=torch.empty(texts, dtype=torch.int64, device=mesh.device),
-        )
+        if mesh.is_first_of_its_data:
+            try:
+                batch = next(own)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait
+                batch = Batch(
+                    images=torch.full(images, torch.nan, device=mesh.device),
+                    texts=torch.zeros(texts, dtype=torch.int64, device=mesh.device),
+                    failure=error,
+                )
+        else:
+            batch = Batch(
+                images=torch.empty(images, device=mesh.device),
+                texts=torch.empty(texts, dtype=torch.int64, device=mesh.device),
+            )
         _broadcast(batch, mesh)
         yield batch
 

@@ -49,6 +49,8 @@ class Batch:
     problems: list[ShardProblem] = field(default_factory=list)
     #: The first bad sample, by cause.
     first_skipped: dict[str, str] = field(default_factory=dict)
+    #: Why this rank has no samples for the step; its images are NaN then.
+    failure: Exception | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ def ordered_map(
     Raises:
         OSError, ValueError: as the function raised it; other errors as torch's DataLoader reports
             them, with the worker's traceback as their message.
+        RuntimeError: when a worker was killed.
     """
     loader = DataLoader(
         _Results(function),
@@ -52,10 +54,38 @@ def ordered_map(
     # Ctrl-C waits until the workers ignore it: until then it would end them with a traceback.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        results = iter(loader)
+        with _sigchld_untouched():
+            results = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    yield from map(_raised, results)  # keeps no result, whose memory would stay in use
+    yield from map(_raised, _received(results))  # keeps no result: its memory would stay in use
+
+
+def _received(results: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        try:
+            yield next(results)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:  # those of the function arrive as values
+            raise RuntimeError(
+                f"a data worker is gone, perhaps killed for its memory: {error}"
+            ) from error
+
+
+@contextmanager
+def _sigchld_untouched() -> Iterator[None]:
+    """Restore the handler of SIGCHLD after this context.
+
+    The DataLoader sets one that raises an error for a dead worker wherever the main thread is, in
+    the middle of a collective, say. Without it the error comes with the next result.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
@@ -16,7 +18,7 @@ from pydantic import ValidationError
 from ds_linclip.config import Config, check_batch
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["check_machine", "deepspeed_config", "monitor_config"]
+__all__ = ["check_machine", "deepspeed_config", "open_monitor"]
 
 #: Keys of the file that are passed to DeepSpeed's engine.
 _FILE_MAY_SET = {
@@ -124,18 +126,25 @@ def deepspeed_config(config: Config, mesh: Mesh) -> dict[str, Any]:
     return merged
 
 
-def monitor_config(config: Config) -> dict[str, Any]:
-    """Return DeepSpeed's monitor settings: TensorBoard from ``log``, others from the file.
+def open_monitor(config: Config) -> MonitorMaster:
+    """Open DeepSpeed's monitor: TensorBoard as ``log`` says, others as the file does.
 
     Raises:
-        ValueError: when the file cannot be read or sets a key it must not set.
+        ValueError: when the file cannot be read or sets a key it must not set, or when a folder
+            cannot be written.
     """
     board = {
         "enabled": config.log.tensorboard,
         "output_path": str(config.run_dir),
         "job_name": "tensorboard",
     }
-    return {k: v for k, v in _read(config).items() if k in _MONITORS} | {"tensorboard": board}
+    monitors = {k: v for k, v in _read(config).items() if k in _MONITORS} | {"tensorboard": board}
+    try:
+        return MonitorMaster(get_monitor_config(monitors))
+    except OSError as error:
+        raise ValueError(
+            f"log.tensorboard, or a monitor of zero.deepspeed_config, cannot write: {error}"
+        ) from error
 
 
 def _zero(config: Config, mesh: Mesh) -> dict[str, Any]:

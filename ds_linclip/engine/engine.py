@@ -8,12 +8,10 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.monitor.config import get_monitor_config
-from deepspeed.monitor.monitor import MonitorMaster
 from torch import Tensor, nn, optim
 
 from ds_linclip.config import Config
-from ds_linclip.engine.deepspeed_config import deepspeed_config, monitor_config
+from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.lamb import Lamb
 from ds_linclip.engine.zero_state import ParameterPiece, RankState, fill_module
@@ -32,7 +30,6 @@ class Engine(ABC):
 
     Attributes:
         deepspeed_engine: The object that ``deepspeed.initialize`` returns.
-        monitor: DeepSpeed's monitor, which writes scalars to TensorBoard and other back ends.
         objective: The contrastive loss; it holds the logit scale of the last step.
         state: The part of the training state that this rank holds.
         on_features: Functions that every step calls when this rank's own forward is done, before it
@@ -69,7 +66,6 @@ class Engine(ABC):
         if unrounded:
             self.state.fill(unrounded)
         self._read_logit_values = self.state.reader(model.logit_parameters())
-        self.monitor = MonitorMaster(get_monitor_config(monitor_config(config)))
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])
         self.on_features: list[Callable[[], None]] = []
 

@@ -192,12 +192,29 @@ class RankState:
                     counters[name] = {"tensor": value.item(), "dtype": str(value.dtype)}
                 elif isinstance(value, int | float):
                     counters[name] = value
-        scaler = getattr(zero, "loss_scaler", None)
+        return {"optimizer": counters, **self.skip_counters()}
+
+    def skip_counters(self) -> dict[str, Any]:
+        """Return what a skipped step changes: the loss scaler and the number of skipped steps."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         return {
-            "optimizer": counters,
             "loss_scaler": {n: getattr(scaler, n) for n in _LOSS_SCALER if hasattr(scaler, n)},
             "skipped_steps": int(self._engine.skipped_steps),
         }
+
+    def set_skip_counters(self, counters: Mapping[str, Any]) -> None:
+        """Restore the result of :meth:`skip_counters`."""
+        if (scaler := getattr(self._engine.optimizer, "loss_scaler", None)) is not None:
+            for name, value in counters["loss_scaler"].items():
+                setattr(scaler, name, value)
+        self._engine.skipped_steps = counters["skipped_steps"]
+
+    def first_nonfinite(self) -> str | None:
+        """Return the name of a parameter with a weight on this rank that is NaN or infinite."""
+        for piece in self.pieces():
+            if not piece.tensors["weight"].isfinite().all():
+                return piece.name
+        return None
 
     @torch.no_grad()
     def restore(
@@ -226,10 +243,7 @@ class RankState:
         for piece in self.pieces():
             for kind, tensor in piece.tensors.items():
                 tensor.copy_(read(piece, kind))
-        if (scaler := getattr(zero, "loss_scaler", None)) is not None:
-            for name, value in scalars["loss_scaler"].items():
-                setattr(scaler, name, value)
-        self._engine.skipped_steps = scalars["skipped_steps"]
+        self.set_skip_counters(scalars)
 
     def _locked_piece(self, name: str, p: Any) -> ParameterPiece:
         if not hasattr(p, "ds_tensor"):  # every data-parallel rank has all of it

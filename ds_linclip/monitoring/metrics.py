@@ -5,7 +5,8 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,26 @@ from ds_linclip.process.atomic import atomic_file
 __all__ = ["MetricWriter", "SampleLog", "StepMeter"]
 
 
-class MetricWriter:
+class _Log:
+    """A log of one rank, which raises no error while it is written: the other ranks would wait.
+
+    Attributes:
+        failure: The first error, for all ranks to act on together; None: there was none.
+    """
+
+    failure: Exception | None = None
+
+    @contextmanager
+    def _keeping_failure(self, name: object) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or ValueError(f"{name} cannot be written: {error}")
+        except Exception as error:  # noqa: BLE001 - trackers raise what they like
+            self.failure = self.failure or error
+
+
+class MetricWriter(_Log):
     """Records scalars and figures on rank 0; on the other ranks every method does nothing.
 
     Scalars go to ``<run folder>/metrics.jsonl``, one JSON object per call (null: not finite), to
@@ -42,6 +62,7 @@ class MetricWriter:
         self._monitor = monitor
         self._sinks = sinks
         self._path = config.run_dir / "metrics.jsonl"
+        self._monitor_name = f"{config.run_dir / 'tensorboard'}, or another monitor,"
         tensorboard = getattr(monitor, "tb_monitor", None) if self._is_writer else None
         self._board = None if tensorboard is None else tensorboard.summary_writer
 
@@ -49,22 +70,26 @@ class MetricWriter:
         """Record values measured after ``step`` optimizer steps."""
         if not self._is_writer:
             return
-        self._monitor.write_events([(tag, value, step) for tag, value in values.items()])
+        with self._keeping_failure(self._monitor_name):
+            self._monitor.write_events([(tag, value, step) for tag, value in values.items()])
         record = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        with self._path.open("a") as file:
+        with self._keeping_failure(self._path), self._path.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
         for sink in self._sinks:
-            sink(step, values)
+            with self._keeping_failure("log.wandb or log.trackio"):
+                sink(step, values)
 
     def begin(self, step: int, plan: str) -> None:
         """Write config, hyperparameters and ``plan`` (Markdown) to TensorBoard at the start."""
-        if self._board is not None:
-            begin_session(self._board, self._config, self._mesh.world_size, plan, step)
+        with self._keeping_failure(self._monitor_name):
+            if self._board is not None:
+                begin_session(self._board, self._config, self._mesh.world_size, plan, step)
 
     def end(self) -> None:
         """Mark the run as finished in TensorBoard."""
-        if self._board is not None:
-            end_session(self._board, self._config, self._mesh.world_size)
+        with self._keeping_failure(self._monitor_name):
+            if self._board is not None:
+                end_session(self._board, self._config, self._mesh.world_size)
 
     def cut_back(self, step: int) -> None:
         """Remove what was recorded after ``step``, from which training resumes.
@@ -74,13 +99,27 @@ class MetricWriter:
         """
         if not self._is_writer:
             return
+        with self._keeping_failure(self._monitor_name):
+            self._hide_points(step)
+        with self._keeping_failure(self._path):
+            self._path.touch()
+            self._move_lines(step)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the scores of an evaluation after ``step`` are recorded; rank 0 knows."""
+        if not self._is_writer or not self._path.exists():
+            return False
+        with self._path.open(errors="replace") as lines:
+            return any('"eval/' in line and _step_of(line) == step for line in lines)
+
+    def _hide_points(self, step: int) -> None:
         if self._board is not None and self._board.file_writer is not None:
             from tensorboard.compat.proto import event_pb2  # takes long; needed if there is a board
 
             purge = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._board.file_writer.add_event(event_pb2.Event(step=step + 1, session_log=purge))
-        if not self._path.exists():
-            return
+
+    def _move_lines(self, step: int) -> None:
         undone = self._path.with_name("metrics_undone.jsonl")
         with (
             self._path.open(errors="replace") as lines,
@@ -98,11 +137,12 @@ class MetricWriter:
     def figure(self, step: int, tag: str, figure: Any) -> None:
         """Draw a matplotlib figure into TensorBoard."""
         if self._board is not None:
-            self._board.add_figure(tag, figure, step)
-            self._board.flush()
+            with self._keeping_failure(self._monitor_name):
+                self._board.add_figure(tag, figure, step)
+                self._board.flush()
 
 
-class SampleLog:
+class SampleLog(_Log):
     """Records which samples every step used: one JSON object per step and data-parallel rank.
 
     Does nothing unless ``log.sample_keys`` is set. Steps that are repeated after a resume or a
@@ -115,14 +155,15 @@ class SampleLog:
         ranks = mesh.dp.size
         self._facts = {"start": start, "skipped_batches": skipped_batches, "ranks": ranks}
         if config.log.sample_keys and mesh.is_first_of_its_data:
-            folder = config.run_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            self._path = folder / f"rank-{mesh.dp.rank:05d}.jsonl"
+            self._path = config.run_dir / "samples" / f"rank-{mesh.dp.rank:05d}.jsonl"
+            with self._keeping_failure(self._path):
+                self._path.parent.mkdir(exist_ok=True)
+                self._path.touch()
 
     def write(self, step: int, keys: Sequence[str]) -> None:
         """Record the keys of this rank's part of the batch of ``step``."""
         if self._path is not None:
-            with self._path.open("a") as file:
+            with self._keeping_failure(self._path), self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **self._facts, "keys": keys}) + "\n")
 
 

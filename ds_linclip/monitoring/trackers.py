@@ -34,8 +34,10 @@ def wandb_run(config: Config) -> Iterator[ScalarSink]:
                 f"log.wandb ({config.log.wandb}) needs an account: run wandb login, or set "
                 "WANDB_MODE=offline"
             )
+        # Where wandb cannot write, it silently takes a temporary folder.
+        (config.run_dir / "wandb").mkdir(exist_ok=True)
         run = wandb.init(dir=config.run_dir, **_settings(config, config.log.wandb))
-    except wandb.Error as error:
+    except (OSError, wandb.Error) as error:
         raise _unusable("wandb", config.log.wandb, error) from error
     has_failed = True
     try:

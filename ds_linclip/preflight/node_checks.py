@@ -30,6 +30,7 @@ __all__ = [
     "check_disk_space",
     "check_layout",
     "check_nodes",
+    "checkpoint_size",
     "disk_space",
 ]
 
@@ -246,7 +247,7 @@ def check_disk_space(
 
 def disk_space(config: Config) -> dict[str, DiskSpace]:
     """Return the room for "checkpoints", for the "cache" if the config has one, in "/dev/shm"."""
-    checkpoint = 4 * num_state_values(config.optim) * num_parameters(config.model, config.loss)
+    checkpoint = checkpoint_size(config)
     count = _max_num_checkpoints(config)
     existing = _bytes_below(config.run_dir / "checkpoints")
     reason = f"{count} checkpoints of {checkpoint / 2**30:.3g} GiB"
@@ -262,6 +263,13 @@ def disk_space(config: Config) -> dict[str, DiskSpace]:
     reason = "the minimum for DeepSpeed and NCCL; data workers pass batches through it"
     spaces["/dev/shm"] = _disk_space(Path("/dev/shm"), 2**29, reason)
     return spaces
+
+
+def checkpoint_size(config: Config) -> int:
+    """Return the bytes of a checkpoint; with frozen towers, those of its weights at least."""
+    is_locked = config.init.lock_image or config.init.lock_text
+    num_values = 1 if is_locked else num_state_values(config.optim)
+    return 4 * num_values * num_parameters(config.model, config.loss)
 
 
 def _max_num_checkpoints(config: Config) -> int:

@@ -1,11 +1,9 @@
 """Checks of what the nodes share: the output folder, the training data, the held-out data."""
 
-import os
 import shutil
 import tarfile
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,14 +14,12 @@ from ds_linclip.data.causes import explain, format_cause
 from ds_linclip.data.remote import redact
 from ds_linclip.data.shard_index import expand
 from ds_linclip.preflight.rendezvous import Rendezvous
+from ds_linclip.preflight.shared_folder import read_probes, write_probe
 from ds_linclip.preflight.table import CheckResult, problems_if
 from ds_linclip.preflight.verdicts import format_range, plural, seconds_of
 
 __all__ = ["check_held_out_data", "check_output_folder", "check_training_data"]
 
-_FILE_SIZE = 2**20  # bytes that every rank writes
-#: Seconds in which a file server may still answer from what it knew before a file was written.
-_VISIBLE_WITHIN = 30.0
 #: Seconds for an fsync of one MiB from which on to warn.
 _SLOW_SYNC = 1.0
 
@@ -52,9 +48,11 @@ def check_output_folder(rendezvous: Rendezvous, config: Config) -> CheckResult:
             folder, hosts, rank = Path(results.values[0]), rendezvous.hosts, rendezvous.rank
             rule = f"output_dir ({config.output_dir}) must be one folder, which all hosts see"
             remedy = "put it on storage that all hosts mount at the same place"
-            written = rendezvous.gather("write", partial(_write, folder, hosts, rank))
+            written = rendezvous.gather("write", partial(write_probe, folder, hosts, rank))
             seconds, writers = written.by_host(max), list(written.values)
-            read = rendezvous.gather("read", partial(_read, folder, hosts, rank, writers), writers)
+            read = rendezvous.gather(
+                "read", partial(read_probes, folder, hosts, rank, writers), writers
+            )
             problems = problems_if(written.failures() + read.failures(), rule, remedy)
     finally:
         for path in created[:1]:
@@ -76,51 +74,6 @@ def check_output_folder(rendezvous: Rendezvous, config: Config) -> CheckResult:
     )
     figures = {"fsync_seconds": seconds}
     return CheckResult(check="output folder", found=found, problems=problems, figures=figures)
-
-
-def _write(folder: Path, hosts: Sequence[str], rank: int) -> float:
-    """Write this rank's file; return the seconds until it is on the disk."""
-    try:
-        # The folder is not created here: on another storage that would hide the difference.
-        with _file_of(folder, rank).open("xb") as file:
-            file.write(_content_of(hosts, rank))
-            file.flush()
-            return seconds_of(partial(os.fsync, file.fileno()))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}, which {hosts[0]} has created, is not there") from error
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
-
-
-def _read(folder: Path, hosts: Sequence[str], rank: int, writers: Sequence[int]) -> None:
-    """Wait until the files of all writers are visible, and read that of the next host.
-
-    Raises:
-        ValueError: naming the hosts whose files are not seen, or differ.
-    """
-    until = time.monotonic() + _VISIBLE_WITHIN
-    while True:
-        names = {path.name for path in folder.iterdir()}
-        unseen = [each for each in writers if _file_of(folder, each).name not in names]
-        if not unseen:
-            break
-        if time.monotonic() > until:
-            missing = ", ".join(dict.fromkeys(hosts[each] for each in unseen))
-            raise ValueError(f"{folder}: files of {missing} not seen after {_VISIBLE_WITHIN:.0f} s")
-        time.sleep(0.1)
-    others = [each for each in writers if hosts[each] != hosts[rank]]
-    other = min((each for each in others if each > rank), default=(others or [rank])[0])
-    if _file_of(folder, other).read_bytes() != _content_of(hosts, other):
-        raise ValueError(f"{folder}: a file reads otherwise than {hosts[other]} has written it")
-
-
-def _file_of(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:05d}"
-
-
-def _content_of(hosts: Sequence[str], rank: int) -> bytes:
-    line = f"rank {rank} of {hosts[rank]}\n".encode()
-    return line * (_FILE_SIZE // len(line))
 
 
 def check_training_data(rendezvous: Rendezvous, config: Config) -> CheckResult:

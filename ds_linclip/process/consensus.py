@@ -5,6 +5,7 @@ In all functions here ``group`` is the process group whose ranks call together, 
 process alone; what travels between ranks must be picklable.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
@@ -14,6 +15,7 @@ from torch.distributed import ProcessGroup
 from ds_linclip.process.progress import progress
 
 __all__ = [
+    "AgreedCrash",
     "AgreedError",
     "agree",
     "from_first_rank",
@@ -22,12 +24,18 @@ __all__ = [
     "require_equal",
 ]
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Item = TypeVar("Item")
 
 
 class AgreedError(ValueError):
     """A user's error that every rank knows of and raises at the same point."""
+
+
+class AgreedCrash(RuntimeError):
+    """Any other error of one rank that every rank knows of and raises at the same point."""
 
 
 def gather(value: T, group: ProcessGroup | None) -> list[T]:
@@ -56,6 +64,8 @@ def agree(
     Raises:
         AgreedError: with the message of the lowest failing rank, naming the failing ranks unless
             all of them failed.
+        AgreedCrash: likewise, when its error is neither a ValueError nor an OSError; the rank logs
+            the traceback.
     """
     result: T | None = None
     failure: Exception | None = None
@@ -63,15 +73,23 @@ def agree(
         result = work()
     except errors as error:
         failure = error
-    messages = gather(None if failure is None else str(failure), group)
-    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    kind: type[Exception] = AgreedError
+    message = str(failure)
+    if failure is not None and not isinstance(failure, ValueError | OSError):
+        kind = AgreedCrash
+        if not isinstance(failure, AgreedCrash):
+            logger.error("this rank failed", exc_info=failure)
+            message = f"{type(failure).__name__}: {failure}"
+    outcomes = gather(None if failure is None else (kind, message), group)
+    failed = [rank for rank, outcome in enumerate(outcomes) if outcome is not None]
     if not failed:
         return cast(T, result)
     where = ""
-    if len(failed) < len(messages):
+    if len(failed) < len(outcomes):
         ranks = ", ".join(map(str, failed))
-        where = f" (on rank{'s' if len(failed) > 1 else ''} {ranks} of {len(messages)})"
-    raise AgreedError(f"{messages[failed[0]]}{where}") from failure
+        where = f" (on rank{'s' if len(failed) > 1 else ''} {ranks} of {len(outcomes)})"
+    kind, message = cast(tuple[type[Exception], str], outcomes[failed[0]])
+    raise kind(f"{message}{where}") from failure
 
 
 def from_first_rank(work: Callable[[], T], group: ProcessGroup | None) -> T:
@@ -118,6 +136,7 @@ def map_over_ranks(
 
     Raises:
         AgreedError: on every rank, when ``work`` raised ValueError or OSError on one of them.
+        AgreedCrash: on every rank, when it raised another exception.
     """
     rank = 0 if group is None else dist.get_rank(group)
     world_size = 1 if group is None else dist.get_world_size(group)
@@ -127,5 +146,5 @@ def map_over_ranks(
     def results() -> list[T]:
         return list(progress(work(own), title, len(own), delay=5, leave=False, disable=hidden))
 
-    shares = gather(agree(results, group, (ValueError, OSError)), group)
+    shares = gather(agree(results, group, (Exception,)), group)
     return [shares[i % world_size][i // world_size] for i in range(len(items))]

@@ -86,12 +86,32 @@ class DivergenceGuard:
         """Check that a logged loss is finite.
 
         Raises:
-            Diverged: when it is not although its step was taken: the weights cannot be trusted.
+            Diverged: when it is not although its step was taken, so that the weights cannot be
+                trusted, or when the step was the last one.
         """
-        if not math.isfinite(loss) and not self.is_skipping:
+        is_last = step == self._config.train.steps
+        if math.isfinite(loss) or (self.is_skipping and not is_last):
+            return
+        how = (
+            "it is the last one" if self.is_skipping else "its gradient was finite and it was taken"
+        )
+        raise Diverged(f"the loss of step {step} is {loss}, and {how}. {self._checkpoint_hint()}")
+
+    def check_weights(self, step: int, nonfinite: str | None) -> None:
+        """Check that the weights to be saved are finite.
+
+        Args:
+            step: The last step.
+            nonfinite: The first parameter on this rank that is not finite, if there is one.
+
+        Raises:
+            Diverged: when there is one on any rank: the last step was too large.
+        """
+        found = [name for name in self._mesh.gather_all(nonfinite) if name is not None]
+        if found:
             raise Diverged(
-                f"the loss of step {step} is {loss} although its gradient was finite and its step "
-                f"was taken. {self._checkpoint_hint()}"
+                f"the weights after step {step} are not finite ({found[0]}): a step was too large. "
+                f"{self._checkpoint_hint()}"
             )
 
     def is_spike(self, step: int, loss: float) -> bool:

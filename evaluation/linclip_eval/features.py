@@ -11,7 +11,6 @@ from itertools import accumulate, chain
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -19,7 +18,7 @@ from torch.distributed import ProcessGroup
 from ds_linclip.data import UnreadableImage, clean_text
 from ds_linclip.process.consensus import map_over_ranks
 from ds_linclip.process.text_files import split_lines
-from linclip_eval.protocols import Encoder, ImageBatch, ImageSet
+from linclip_eval.protocols import Encoder, ImageBatch, ImageSet, unit_features
 
 __all__ = ["Features", "best_ranks", "extract_features", "similarities"]
 
@@ -35,7 +34,7 @@ class Features:
     """Image and caption features of a data set, in the order of the data.
 
     Attributes:
-        images: [N, E] float32, rows of length 1; NaN where the model returned non-finite numbers.
+        images: [N, E] float32, rows of length 1.
         labels: [N] int64 class numbers.
         keys: The keys of the N images.
         texts: [T, E] float32, likewise; the captions of an image follow each other.
@@ -60,11 +59,6 @@ class Features:
         captioned = set(self.owners.tolist())
         return tuple(key for image, key in enumerate(self.keys) if image not in captioned)
 
-    @property
-    def num_nonfinite(self) -> int:
-        """The number of images and captions whose features are NaN."""
-        return sum(int((~np.isfinite(f).all(axis=1)).sum()) for f in (self.images, self.texts))
-
 
 def extract_features(
     encode_image: Encoder,
@@ -82,8 +76,8 @@ def extract_features(
         embed_texts: Maps captions to features [B, E]; None: captions are left out.
 
     Raises:
-        ValueError: on all ranks, for data without a readable image, or when reading them raised
-            ValueError or OSError on one rank.
+        ValueError: on all ranks, for data without a readable image, for features that are not
+            finite, or when reading them raised ValueError or OSError on one rank.
     """
 
     def embed_batches(numbers: Sequence[int]) -> Iterator[Features]:
@@ -115,14 +109,13 @@ def similarities(
         at_once: The approximate number of cosines in a block.
 
     Yields:
-        A slice of the queries and their cosines [B, M], float64 on ``device``; -inf where one of
-        the two features is NaN.
+        A slice of the queries and their cosines [B, M], float64 on ``device``.
     """
     columns = _on_grid(candidates, device).T  # [E, M]
     step = max(1, at_once // max(1, len(candidates)))
     for start in range(0, len(queries), step):
         rows = slice(start, min(start + step, len(queries)))
-        yield rows, (_on_grid(queries[rows], device) @ columns).nan_to_num_(nan=-math.inf)
+        yield rows, _on_grid(queries[rows], device) @ columns
 
 
 def best_ranks(scores: Tensor, relevant: Tensor) -> Tensor:
@@ -157,18 +150,19 @@ def _embed(
     owners, captions = [], []
     if embed_texts is not None:
         for image, lines in enumerate(batch.captions):
-            texts = [line for line in split_lines(lines) if clean_text(line)]
-            captions += texts
-            owners += [image] * len(texts)
+            of_image = [line for line in split_lines(lines) if clean_text(line)]
+            captions += of_image
+            owners += [image] * len(of_image)
     chunks = [
         captions[i : i + _TEXTS_PER_FORWARD] for i in range(0, len(captions), _TEXTS_PER_FORWARD)
     ]
     images = batch.images.to(device, non_blocking=True)
+    texts = [unit_features(embed_texts(c), c) for c in chunks] if embed_texts else []
     return Features(
-        images=_normalise([encode_image(images)] if len(images) else []),
+        images=_rows([unit_features(encode_image(images), batch.keys)] if len(images) else []),
         labels=batch.labels.numpy(),
         keys=tuple(batch.keys),
-        texts=_normalise([embed_texts(chunk) for chunk in chunks] if embed_texts else []),
+        texts=_rows(texts),
         captions=tuple(captions),
         owners=np.array(owners, np.int64),
         unreadable=tuple(batch.unreadable),
@@ -176,12 +170,8 @@ def _embed(
     )
 
 
-def _normalise(features: Sequence[Tensor]) -> NDArray[np.float32]:
-    if not features:
-        return np.empty((0, 0), np.float32)
-    rows: NDArray[np.float32] = F.normalize(torch.cat(list(features)).float(), dim=-1).cpu().numpy()
-    rows[~np.isfinite(rows).all(axis=1)] = np.nan
-    return rows
+def _rows(features: Sequence[Tensor]) -> NDArray[np.float32]:
+    return torch.cat(list(features)).cpu().numpy() if features else np.empty((0, 0), np.float32)
 
 
 def _join(parts: Sequence[Features]) -> Features:

@@ -120,14 +120,13 @@ def knn(
         device: The device that computes cosines.
 
     Raises:
-        ValueError: when a k is not in [1, number of training images], or features are not finite.
+        ValueError: when a k is not in [1, number of training images].
     """
     for k in num_neighbors:
         if not 1 <= k <= len(train.images):
             raise ValueError(
                 f"num_neighbors ({k}) must be in [1, {len(train.images)}], the training images"
             )
-    _check_finite(train, test)
     train_labels = torch.from_numpy(train.labels)
     num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
     ranks = {k: np.empty(len(test.images), np.int64) for k in num_neighbors}
@@ -164,9 +163,8 @@ def linear_probe(
         max_iterations: The limit of every fit; a fit that reaches it counts as not converged.
 
     Raises:
-        ValueError: for training images of one class only, or features that are not finite.
+        ValueError: for training images of one class only.
     """
-    _check_finite(train, test)
     if len(np.unique(train.labels)) < 2:
         raise ValueError(f"training images ({len(train.labels)}) must be of two classes or more")
     order = np.random.default_rng(seed).permutation(len(train.labels))
@@ -263,12 +261,3 @@ def _accuracy(test: Features, ranks: NDArray[np.int64]) -> Accuracy:
         labels=np.concatenate([test.labels, test.unreadable_labels]),
         ranks=np.concatenate([ranks, np.full(len(test.unreadable_labels), never)]),
     )
-
-
-def _check_finite(train: Features, test: Features) -> None:
-    for name, features in (("training", train), ("test", test)):
-        if features.num_nonfinite:
-            raise ValueError(
-                f"features of {name} images must be finite; {features.num_nonfinite} of "
-                f"{len(features.images)} are not"
-            )

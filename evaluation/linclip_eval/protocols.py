@@ -1,5 +1,6 @@
-"""What evaluators take of a model and of its data; ``ds_linclip.data.LabelledData`` is an
-:class:`ImageSet`.
+"""What evaluators take of a model and of its data, and the check of what a model returns.
+
+``ds_linclip.data.LabelledData`` is an :class:`ImageSet`.
 
 Where an evaluator takes a ``group``, it is the process group whose ranks call together and divide
 the work among themselves; None: this process alone.
@@ -8,11 +9,12 @@ the work among themselves; None: this process alone.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds_linclip.data import UnreadableImage
 
-__all__ = ["Encoder", "Encoders", "ImageBatch", "ImageSet", "Tokenizer"]
+__all__ = ["Encoder", "Encoders", "ImageBatch", "ImageSet", "Tokenizer", "unit_features"]
 
 #: Maps images [B, 3, H, W], or token ids [B, L], to features [B, E], normalised or not. It must not
 #: communicate between ranks.
@@ -51,3 +53,20 @@ class ImageSet(Protocol):
     @property
     def num_batches(self) -> int: ...
     def batches(self, numbers: Sequence[int]) -> Iterable[ImageBatch]: ...
+
+
+def unit_features(features: Tensor, names: Sequence[str]) -> Tensor:
+    """Return features [B, E] in float32, with rows of length 1.
+
+    Raises:
+        ValueError: naming the first of the B images or texts whose features are NaN or infinite.
+    """
+    features = features.float()
+    bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"the features of {names[bad[0]]!r} must be finite; those of {len(bad)} of "
+            f"{len(names)} are NaN or infinite: check the model's weights, or take a higher "
+            "precision"
+        )
+    return F.normalize(features, dim=-1)

@@ -17,9 +17,8 @@ from ds_linclip.process.import_gc import gc_paused
 
 with gc_paused():
     from ds_linclip.config import Config, load_config
-    from ds_linclip.data import DataError
     from ds_linclip.parallel.mesh import Mesh
-    from ds_linclip.process.consensus import AgreedError
+    from ds_linclip.process.consensus import AgreedCrash, AgreedError
     from ds_linclip.process.exit_codes import ExitCode
     from ds_linclip.process.parent_death import end_with_launcher
     from ds_linclip.resilience.divergence import Diverged
@@ -51,12 +50,8 @@ def main() -> int:
         return _end_together(mesh, f"error: {error}", ExitCode.DIVERGED)
     except Preempted as reason:
         return _end_together(mesh, f"{reason}; start again to resume", ExitCode.PREEMPTED)
-    except DataError as error:
-        # The other ranks wait for this one: leave at once, so that the launcher ends them. A single
-        # write, or the lines of several ranks mix.
-        sys.stderr.write(f"error: rank {mesh.rank}: {error}\n")
-        sys.stderr.flush()
-        os._exit(ExitCode.USER_ERROR)
+    except AgreedCrash as error:
+        return _end_together(mesh, f"error: {error}", ExitCode.FAILED)
     if mesh.rank == 0:
         print(_summary(config, result), flush=True)
     mesh.close()

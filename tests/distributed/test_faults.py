@@ -27,6 +27,7 @@ from ds_linclip.process.exit_codes import ExitCode
 from ds_linclip.resilience.preemption import Preempted
 from ds_linclip.trainer import train
 from helpers import EMBEDDED
+from helpers.evaluators import Scores
 from helpers.saves_that_die import calls_of_second_save, die_in_second_save
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
@@ -60,7 +61,7 @@ def _train(config: Config, sabotage: Callable[[Config, Mesh, int], None] | None)
         return {}
 
     try:
-        train(config, mesh, after_step)
+        train(config, mesh, Scores(after_step))
     except (AgreedError, Preempted) as error:
         (config.run_dir / f"end-{mesh.rank}.txt").write_text(f"{type(error).__name__}: {error}")
     mesh.close()
@@ -161,7 +162,7 @@ def test_no_space_for_one_rank_commits_on_none(whole, config, is_asynchronous):
     config.checkpoint.asynchronous = is_asynchronous
     in_ranks(config, fill_the_disk)
     for end in ends(config):
-        assert end.startswith("AgreedError: checkpoint ")
+        assert end.startswith("NotSaved: checkpoint ")
         assert "step-00000004 was not saved: [Errno 28] No space left on device" in end
         assert "(on rank 1 of 2)" in end
     assert steps_of(config) == [2]

@@ -71,15 +71,18 @@ def test_unreadable_images_are_named_and_owners_point_past_them():
     assert features.owners.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_nonfinite_features_are_counted():
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        rows = flat(images).clone()
-        rows[1, 0] = math.inf
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nonfinite_features_are_refused_with_an_example(value):
+    def broken(rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.clone()
+        rows[1, 0] = value
         return rows
 
-    features = extract_features(encode, random_data(8, [1]), device="cpu", embed_texts=lengths)
-    assert features.num_nonfinite == 2
-    assert np.isnan(features.images[[1, 5]]).all()
+    data = random_data(8, [1])
+    with pytest.raises(ValueError, match=r"features of 's1' must be finite; those of 1 of 4 are"):
+        extract_features(lambda images: broken(flat(images)), data, device="cpu")
+    with pytest.raises(ValueError, match="must be finite; those of 1 of"):
+        extract_features(flat, data, device="cpu", embed_texts=lambda texts: broken(lengths(texts)))
 
 
 def test_data_without_a_readable_image_are_refused():

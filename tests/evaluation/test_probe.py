@@ -171,10 +171,6 @@ def test_bad_input_is_refused():
             knn(train, test, num_neighbors=[5, k], device="cpu")
     with pytest.raises(ValueError, match=r"training images \(5\) must be of two classes or more"):
         linear_probe(at_angles(range(5), [1] * 5), test)
-    test.images[3] = np.nan
-    for classify in (linear_probe, lambda *sets: knn(*sets, num_neighbors=[1], device="cpu")):
-        with pytest.raises(ValueError, match="of test images must be finite; 1 of 10 are not"):
-            classify(train, test)
 
 
 @pytest.fixture(scope="module")

@@ -126,14 +126,6 @@ def test_unreadable_image_is_not_found():
     assert result.recall("image_to_text", 10) == pytest.approx(5 / 6)
 
 
-def test_nonfinite_features_are_not_found():
-    features = features_of(np.eye(3), np.eye(3), [0, 1, 2])
-    features.images[1] = features.texts[2] = np.nan
-    result = rank_captions(features, device="cpu")
-    assert result.image_to_text.tolist() == [1, 4, 4]
-    assert result.text_to_image.tolist() == [1, 4, 4]
-
-
 def test_data_without_captions_are_refused():
     data = StandInData(torch.ones(2, 3, 8, 8), [0, 1], ["", "\n"])
     with pytest.raises(ValueError, match=r"captions \(\[\]\) must hold at least one caption"):

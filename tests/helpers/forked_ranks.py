@@ -14,6 +14,7 @@ from ds_linclip.monitoring.metrics import MetricWriter
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.trainer import train
+from helpers.evaluators import Scores
 
 
 def train_in_ranks(config: Config, world_size: int) -> tuple[dict[int, float], dict[str, Tensor]]:
@@ -34,5 +35,5 @@ def _train(config: Config) -> None:
             torch.save(weights, Path(config.run_dir) / "weights.pt")
         return {}
 
-    train(config, mesh, keep_weights)
+    train(config, mesh, Scores(keep_weights))
     mesh.close()

@@ -38,6 +38,7 @@ from ds_linclip.process.consensus import AgreedError
 from ds_linclip.trainer import train
 from helpers import EMBEDDED, REPOSITORY
 from helpers.dirty_shards import write_dirty_shards
+from helpers.evaluators import Scores
 from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 pytestmark = pytest.mark.distributed
@@ -80,7 +81,7 @@ def train_and_scrape(config: Config) -> None:
             scrapes.append(scrape(port))
         return score(model, writer, step)
 
-    train(config, mesh, evaluate)
+    train(config, mesh, Scores(evaluate))
     if mesh.rank == 0 and port is not None:
         with pytest.raises(urllib.error.URLError):
             scrape(port)

@@ -63,6 +63,7 @@ class LabelledData:
         max_bad_samples: The number of unreadable images that are counted even if ``strict``.
 
     Attributes:
+        folder, batch_size, num_workers: As given.
         classnames: The names or ids of the classes, in the order of their labels.
         templates: Prompt templates; empty when ``classes`` was given.
         num_samples: The number of images, unreadable ones included.
@@ -95,17 +96,17 @@ class LabelledData:
         ):
             if value < least:
                 raise ValueError(f"{name} ({value}) must be at least {least}")
-        self._folder, self._strict, self._max_bad = Path(folder), strict, max_bad_samples
-        self._transform, self._batch_size, self._num_workers = transform, batch_size, num_workers
+        self.folder, self._strict, self._max_bad = Path(folder), strict, max_bad_samples
+        self._transform, self.batch_size, self.num_workers = transform, batch_size, num_workers
         try:
-            if not self._folder.is_dir():
-                found = "it is a file" if self._folder.exists() else "there is none"
+            if not self.folder.is_dir():
+                found = "it is a file" if self.folder.exists() else "there is none"
                 found = "it is a URL" if "://" in str(folder) else found
                 raise ValueError(f"eval.data ({folder}) must be a folder on this machine; {found}")
             self.classnames, self.templates, labels = read_classes(
-                self._folder, classes, needs_classes=needs_classes
+                self.folder, classes, needs_classes=needs_classes
             )
-            parts, layout = open_parts(self._folder, labels, split)
+            parts, layout = open_parts(self.folder, labels, split)
         except OSError as error:
             raise ValueError(f"eval.data ({folder}) must be readable: {error}") from error
         self.findings = FolderFindings.of(parts, layout, self.classnames)
@@ -123,12 +124,12 @@ class LabelledData:
         defects = "; ".join(findings.describe())
         if not self._parts:
             end = f": {defects}" if findings.has_defects else ""
-            raise ValueError(f"eval.data ({self._folder}) must hold at least one sample{end}")
+            raise ValueError(f"eval.data ({self.folder}) must hold at least one sample{end}")
         if self._strict and (
             findings.has_defects or too_many or (has_ids and findings.empty_classes)
         ):
             raise ValueError(
-                f"eval.data ({self._folder}) must hold whole samples of its classes: {defects}"
+                f"eval.data ({self.folder}) must hold whole samples of its classes: {defects}"
             )
 
     def require_readable(self, unreadable: Sequence[UnreadableImage]) -> None:
@@ -140,7 +141,7 @@ class LabelledData:
         if self._strict and len(unreadable) > self._max_bad:
             first = unreadable[0]
             raise ValueError(
-                f"eval.data ({self._folder}): {first.where} must be readable: {first.cause}; "
+                f"eval.data ({self.folder}): {first.where} must be readable: {first.cause}; "
                 f"max_bad_samples is {self._max_bad}, found {describe_unreadable(unreadable)}"
             )
 
@@ -156,8 +157,17 @@ class LabelledData:
         Raises:
             OSError: when the file system does not answer.
         """
+        return self._digest(self.files_version)
+
+    @cached_property
+    def files_version(self) -> str:
+        """SHA-256 of keys, labels, and the files' sizes and times.
+
+        Raises:
+            OSError: when the file system does not answer.
+        """
         versions = "".join(part.version() for part in self._parts)
-        return self._digest(hashlib.sha256((self._content + versions).encode()).hexdigest())
+        return hashlib.sha256((self._content + versions).encode()).hexdigest()
 
     @cached_property
     def _content(self) -> str:
@@ -168,7 +178,7 @@ class LabelledData:
         return digest.hexdigest()
 
     def _digest(self, images: str) -> str:
-        content = f"{images} {self._transform.preprocess} {self._batch_size}"
+        content = f"{images} {self._transform.preprocess} {self.batch_size}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def batches(self, numbers: Sequence[int]) -> Iterator[LabelledBatch]:
@@ -182,7 +192,7 @@ class LabelledData:
             if not 0 <= number < self.num_batches:
                 raise ValueError(f"numbers ({number}) must be in [0, {self.num_batches})")
         unreadable: list[UnreadableImage] = []
-        with closing(ordered_map(self._read, numbers, num_workers=self._num_workers)) as batches:
+        with closing(ordered_map(self._read, numbers, num_workers=self.num_workers)) as batches:
             for batch in batches:
                 unreadable += batch.unreadable
                 self.require_readable(unreadable)
@@ -191,14 +201,25 @@ class LabelledData:
     def __iter__(self) -> Iterator[LabelledBatch]:
         return self.batches(range(self.num_batches))
 
+    def unreadable_images(self, numbers: Sequence[int]) -> Iterator[list[UnreadableImage]]:
+        """Decode batches, and yield the images of each that cannot be read.
+
+        Raises:
+            ValueError: for an image that cannot be accessed.
+        """
+        yield from ordered_map(self._unreadable_in, numbers, num_workers=self.num_workers)
+
+    def _unreadable_in(self, number: int) -> list[UnreadableImage]:
+        return self._read(number).unreadable
+
     def _read(self, number: int) -> LabelledBatch:
         """Decode a batch, in a worker."""
-        start = number * self._batch_size
+        start = number * self.batch_size
         pixels: list[Tensor] = []
         captions: list[str] = []
         readable: dict[int, str] = {}  # number of a sample -> its key
         unreadable: dict[int, UnreadableImage] = {}  # by the number of the sample
-        for sample in range(start, min(start + self._batch_size, self.num_samples)):
+        for sample in range(start, min(start + self.batch_size, self.num_samples)):
             part, row = self._find(sample)
             try:
                 content, caption = part.read(row)
@@ -209,7 +230,7 @@ class LabelledData:
             except OSError as error:
                 # A file system that does not answer is not a defect of the image.
                 raise ValueError(
-                    f"eval.data ({self._folder}): {part.where(part.key(row))} must be readable: "
+                    f"eval.data ({self.folder}): {part.where(part.key(row))} must be readable: "
                     f"{error}"
                 ) from error
             captions.append(caption)

@@ -78,9 +78,6 @@ def _publish(
         "images that cannot be read, which count as not found, and whose captions are left out": (
             describe_unreadable(features.unreadable)
         ),
-        "images and captions with features that are not finite, which count as not found": (
-            features.num_nonfinite
-        ),
     }
     outputs.publish(
         out,
@@ -101,7 +98,6 @@ def _publish(
             "num_images": result.num_images,
             "num_captions": result.num_captions,
             "num_repeated_captions": num_repeated,
-            "num_nonfinite": features.num_nonfinite,
             "unreadable": outputs.unreadable_entries(features.unreadable),
             "uncaptioned": missing,
             "findings": findings,

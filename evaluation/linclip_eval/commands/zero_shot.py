@@ -95,7 +95,7 @@ def _publish(
         f"{outputs.describe(model)} on {count} images of {len(classes) - num_empty} of "
         f"{len(classes)} classes of {classes.name}, {len(task.templates)} templates; {num_equal} "
         f"classes share their texts with others, {len(result.unreadable)} images could not be read "
-        f"and {result.num_nonfinite} had logits that are not finite: both count as wrong.",
+        "and count as wrong.",
         outputs.bullets(findings),
         markdown_table(("", "% (95 % interval)"), rows),
     ]
@@ -130,7 +130,6 @@ def _publish(
             "num_samples": count,
             "num_unreadable": len(result.unreadable),
             "unreadable": outputs.unreadable_entries(result.unreadable),
-            "num_nonfinite": result.num_nonfinite,
             **shares,
             **{f"{name}_interval": wilson_interval(known[name], count) for name in known},
             "hierarchical_baseline_top1": baseline and baseline[1],

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_linclip.process.consensus import map_over_ranks
-from linclip_eval.protocols import Encoder, Tokenizer
+from linclip_eval.protocols import Encoder, Tokenizer, unit_features
 from linclip_eval.zero_shot.tensor_files import load_tensors, save_tensors
 
 __all__ = ["Template", "build_classifier", "parse_template"]
@@ -76,7 +76,8 @@ def build_classifier(
 
     Raises:
         ValueError: for no class, a class without a name, no template, a template without a place
-            for the name, or, on all ranks, a ``cache_dir`` that one of them cannot write.
+            for the name, or, on all ranks, for features that are not finite or a ``cache_dir`` that
+            cannot be written on one of them.
     """
     if not texts:
         raise ValueError("classes ([]) must hold at least one class")
@@ -117,8 +118,8 @@ def _embed(
     flat = [prompt for class_prompts in prompts for prompt in class_prompts]
     parts = []
     for start in range(0, len(flat), _PROMPTS_PER_FORWARD):
-        tokens = tokenizer(flat[start : start + _PROMPTS_PER_FORWARD]).to(device)
-        parts.append(F.normalize(encode_text(tokens).float(), dim=-1))
+        texts = flat[start : start + _PROMPTS_PER_FORWARD]
+        parts.append(unit_features(encode_text(tokenizer(texts).to(device)), texts))
     by_class = torch.cat(parts).split([len(each) for each in prompts])
     means = [features.mean(dim=0) for features in by_class]
     return F.normalize(torch.stack(means), dim=-1).cpu().contiguous()

@@ -17,14 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_linclip.data import UnreadableImage, describe_unreadable
 from ds_linclip.process.consensus import map_over_ranks
-from linclip_eval.protocols import Encoder, ImageBatch, ImageSet
+from linclip_eval.protocols import Encoder, ImageBatch, ImageSet, unit_features
 from linclip_eval.zero_shot.class_lists import ClassList, ancestors, is_ancestor
 from linclip_eval.zero_shot.tensor_files import load_tensors, save_tensors
 
@@ -34,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 _NUM_KEPT = 10
 _BATCHES_PER_PART = 16
-#: Take the place of the predicted classes of images that count as wrong.
-_UNREADABLE, _NONFINITE = -1, -2
+#: Takes the place of the predicted classes of an image that cannot be decoded.
+_UNREADABLE = -1
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -65,7 +64,7 @@ class ZeroShotResult:
         classes: The C classes that the labels index.
         labels: [N] true classes, in the order of the data.
         top: [N, K] the most likely classes, most likely first. All K are negative for an image that
-            could not be read or has a NaN or infinite logit: it counts as wrong.
+            could not be read: it counts as wrong.
         unreadable: The images that could not be read.
         predictions: The first images of this rank, for display.
     """
@@ -82,10 +81,6 @@ class ZeroShotResult:
         return len(self.labels)
 
     @property
-    def num_nonfinite(self) -> int:
-        """The number of images with a NaN or infinite logit."""
-        return int((self.top[:, 0] == _NONFINITE).sum())
-
     @property
     def class_samples(self) -> NDArray[np.int64]:
         """The number of images of each class, [C]."""
@@ -98,7 +93,7 @@ class ZeroShotResult:
     def topk(self, k: int) -> float:
         """Return the share of images whose class is among their k most likely, k up to 10.
 
-        With k classes or fewer, every image with finite logits counts as right.
+        With k classes or fewer, every image that can be read counts as right.
         """
         return float(self._hits(k).mean())
 
@@ -192,8 +187,8 @@ def zero_shot(
 
     Raises:
         ValueError: for a classifier of the wrong shape or data without samples; on all ranks, for a
-            label without a class, an image that the data set refuses, or a part that cannot be
-            written.
+            label without a class, an image that the data set refuses, features that are not
+            finite, or a part that cannot be written.
     """
     if classifier.ndim != 2 or classifier.shape[1] != len(classes):
         raise ValueError(
@@ -206,7 +201,7 @@ def zero_shot(
 
     def classify(batch: ImageBatch) -> tuple[Tensor, Sequence[UnreadableImage]]:
         _check_labels(batch, len(classes))
-        logits = _logits(encode_image, classifier, batch.images)
+        logits = _logits(encode_image, classifier, batch)
         if missing := num_predictions - len(predictions):
             predictions.extend(_predictions(batch, logits[:missing], classes))
         return _labels_and_top(batch, logits), batch.unreadable
@@ -262,7 +257,6 @@ def _labels_and_top(batch: ImageBatch, logits: Tensor) -> Tensor:
     """Return a row [1 + K] per image, unreadable ones last: true class, most likely classes."""
     k = min(_NUM_KEPT, logits.shape[1])
     top = stable_topk(logits, k)
-    top[~logits.isfinite().all(dim=1)] = _NONFINITE
     unreadable = torch.full((len(batch.unreadable_labels), k), _UNREADABLE)
     labels = torch.cat([batch.labels, batch.unreadable_labels])
     return torch.cat([labels[:, None], torch.cat([top.cpu(), unreadable])], dim=1).int()
@@ -275,11 +269,11 @@ def _check_labels(batch: ImageBatch, num_classes: int) -> None:
 
 
 @torch.no_grad()
-def _logits(encode_image: Encoder, classifier: Tensor, images: Tensor) -> Tensor:
-    if len(images) == 0:
+def _logits(encode_image: Encoder, classifier: Tensor, batch: ImageBatch) -> Tensor:
+    if len(batch.images) == 0:
         return classifier.new_empty(0, classifier.shape[1])
-    features = encode_image(images.to(classifier.device, non_blocking=True))
-    return 100.0 * F.normalize(features.float(), dim=-1) @ classifier  # [B, C]
+    features = encode_image(batch.images.to(classifier.device, non_blocking=True))
+    return 100.0 * unit_features(features, batch.keys) @ classifier  # [B, C]
 
 
 def _predictions(batch: ImageBatch, logits: Tensor, classes: ClassList) -> list[Prediction]:
@@ -301,13 +295,11 @@ def _predictions(batch: ImageBatch, logits: Tensor, classes: ClassList) -> list[
 def _log_uncounted(result: ZeroShotResult) -> None:
     if len(result.classes) <= 5:
         logger.info("top-5 over %d classes counts every sample as right", len(result.classes))
-    message = "%d of %d images %s and count as wrong"
-    if result.num_nonfinite:
-        how = "have non-finite logits"
-        logger.warning(message, result.num_nonfinite, result.num_samples, how)
     if result.unreadable:
-        how = f"cannot be read ({describe_unreadable(result.unreadable)})"
-        logger.warning(message, len(result.unreadable), result.num_samples, how)
+        logger.warning(
+            "%d of %d images cannot be read (%s) and count as wrong",
+            *(len(result.unreadable), result.num_samples, describe_unreadable(result.unreadable)),
+        )
 
 
 def _save_part(file: Path, part: _Part) -> None:

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from ds_linclip.data import EvalTransform, LabelledData
 from ds_linclip.process.consensus import from_first_rank, require_equal
 from ds_linclip.process.text_files import read_list
-from linclip_eval.protocols import Encoders, Tokenizer
+from linclip_eval.protocols import Encoders, Tokenizer, unit_features
 from linclip_eval.zero_shot.class_lists import ClassList, NamePolicy, imagenet_classes
 from linclip_eval.zero_shot.classifier import Template, build_classifier, parse_template
 from linclip_eval.zero_shot.evaluate import ZeroShotResult, zero_shot
@@ -80,6 +80,32 @@ class ZeroShotTask:
         else:
             prompts = _parse_templates(_read_templates(templates), f"templates ({templates})")
         return cls(data=data, classes=class_list, templates=prompts)
+
+    @torch.no_grad()
+    def rehearse(self, model: Encoders, *, tokenizer: Tokenizer, device: torch.device) -> None:
+        """Embed one class and one image, on a GPU a whole batch, to meet errors early.
+
+        Raises:
+            ValueError: when image and text features do not fit each other or are not finite, or an
+                image cannot be read.
+        """
+        classifier = build_classifier(
+            model.encode_text,
+            self.classes.texts[:1],
+            self.templates,
+            tokenizer=tokenizer,
+            device=device,
+        )
+        (batch,) = self.data.batches([0])
+        images = batch.images if device.type == "cuda" else batch.images[:1]  # a CPU is slow
+        if len(images) == 0:  # none of the first batch can be read, which the task may allow
+            return
+        features = unit_features(model.encode_image(images.to(device)), batch.keys[: len(images)])
+        if features.shape[1] != len(classifier):
+            raise ValueError(
+                f"image features ({features.shape[1]}) must be as long as text features "
+                f"({len(classifier)})"
+            )
 
     def score(
         self,

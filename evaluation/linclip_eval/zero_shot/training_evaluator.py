@@ -1,8 +1,10 @@
 """Zero-shot accuracy during training: the task is opened once and scored repeatedly."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
@@ -11,8 +13,11 @@ from open_clip.transform import PreprocessCfg
 
 from ds_linclip.config import Config
 from ds_linclip.data import CaptionTokenizer, EvalTransform
+from ds_linclip.data.eval.image_check import check_images
+from ds_linclip.process.consensus import agree
+from ds_linclip.process.phase import PhaseTracker
 from linclip_eval.protocols import Encoders, Tokenizer
-from linclip_eval.zero_shot.evaluate import ZeroShotResult
+from linclip_eval.zero_shot.evaluate import Prediction, ZeroShotResult
 from linclip_eval.zero_shot.task import ZeroShotTask
 
 __all__ = ["HeldOutEvaluator"]
@@ -37,6 +42,8 @@ class HeldOutEvaluator:
         tokenizer: The tokenizer of the model.
         device: The device of the model.
         num_images: The number of predictions that rank 0 of ``group`` draws at each call.
+        check_result: A file in which :meth:`rehearse` keeps what it found when it decoded all
+            images; None: it does not decode them.
     """
 
     task: ZeroShotTask
@@ -44,6 +51,7 @@ class HeldOutEvaluator:
     device: torch.device
     group: dist.ProcessGroup | None = None
     num_images: int = 0
+    check_result: Path | None = None
 
     @classmethod
     def from_config(
@@ -75,7 +83,24 @@ class HeldOutEvaluator:
             device=device,
             group=group,
             num_images=config.log.num_images,
+            check_result=config.run_dir / "held_out.json" if config.eval.check_images else None,
         )
+
+    def rehearse(self, model: Encoders, phases: PhaseTracker) -> None:
+        """Decode every image once, and embed a few; all ranks of the run call this together.
+
+        Raises:
+            ValueError: on all ranks, when the task cannot be scored.
+        """
+        everyone = None if self.group is None else dist.group.WORLD
+        if self.check_result is not None:
+            on_round = partial(phases.enter, "checking held-out images")
+            check_images(
+                self.task.data, group=everyone, result=self.check_result, on_round=on_round
+            )
+        phases.enter("rehearsing the evaluation")
+        rehearse = partial(self.task.rehearse, tokenizer=self.tokenizer, device=self.device)
+        agree(partial(rehearse, model), everyone, (Exception,))
 
     def score(self, model: Encoders) -> ZeroShotResult:
         """Classify every held-out image with a model in eval mode."""
@@ -96,11 +121,15 @@ class HeldOutEvaluator:
         """
         result = self.score(model)
         if result.predictions:
-            # Only the rank that draws imports matplotlib, which takes half a second.
-            from linclip_eval.zero_shot.figures import draw_predictions
-
-            writer.figure(step, "eval/predictions", draw_predictions(result.predictions))
+            agree(partial(_draw, result.predictions, writer, step), None, (Exception,))
         scores = {"eval/zeroshot_top1": result.topk(1), "eval/zeroshot_top5": result.topk(5)}
         if result.unreadable:
             scores["eval/bad_samples"] = len(result.unreadable)
         return scores
+
+
+def _draw(predictions: Sequence[Prediction], writer: _Writer, step: int) -> None:
+    # Only the rank that draws imports matplotlib, which takes half a second.
+    from linclip_eval.zero_shot.figures import draw_predictions
+
+    writer.figure(step, "eval/predictions", draw_predictions(predictions))

@@ -73,6 +73,21 @@ def test_error_of_the_data_is_one_line_and_keeps_the_traceback_of_its_worker() -
     assert "self.function(item)" in note
 
 
+@pytest.mark.long
+@pytest.mark.faults
+def test_killed_worker_is_told_with_the_next_result_and_nowhere_else() -> None:
+    before = multiprocessing.active_children()
+    results = ordered_map(operator.neg, range(100), num_workers=1)
+    assert next(results) == 0
+    (worker,) = set(multiprocessing.active_children()) - set(before)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    time.sleep(0.1)  # a signal would be handled here
+    with pytest.raises(RuntimeError, match=r"worker .* exited unexpectedly|worker is gone"):
+        list(results)
+
+
 def test_closing_early_ends_the_processes() -> None:
     before = multiprocessing.active_children()  # of a test whose error still holds its workers
     with closing(ordered_map(operator.neg, range(10**9), num_workers=2)) as results:

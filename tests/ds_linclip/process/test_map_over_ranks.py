@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_linclip.process.consensus import AgreedError, map_over_ranks
+from ds_linclip.process.consensus import AgreedCrash, AgreedError, map_over_ranks
 
 
 def test_results_are_in_the_order_of_the_items():
@@ -22,6 +22,8 @@ def test_error_of_the_data_is_raised_as_agreed(error):
         map_over_ranks(work, range(5), None)
 
 
-def test_bug_is_not_hidden():
-    with pytest.raises(ZeroDivisionError):
+def test_bug_is_not_hidden(caplog):
+    with pytest.raises(AgreedCrash, match="ZeroDivisionError: division by zero") as raised:
         map_over_ranks(lambda share: [1 / item for item in share], range(2), None)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    assert "Traceback" in caplog.text

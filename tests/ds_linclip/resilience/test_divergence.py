@@ -77,8 +77,25 @@ def test_loss_that_is_not_finite_ends_the_run(make_guard):
     steps(guard, 3, "+")
     guard.check_loss(3, 2.5)
     steps(guard, 4, "+")
-    with pytest.raises(Diverged, match=r"loss of step 4 is nan although its gradient was finite"):
+    with pytest.raises(Diverged, match=r"loss of step 4 is nan, and its gradient was finite"):
         guard.check_loss(4, math.nan)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_last_loss_must_be_finite_even_if_its_step_was_skipped(make_guard, loss):
+    guard = make_guard("train.steps=2", "optim.warmup_steps=1")
+    steps(guard, 1, "--")
+    guard.check_loss(1, loss)
+    guard.check_loss(2, 2.5)  # only the gradient was too large
+    with pytest.raises(Diverged, match=rf"loss of step 2 is {loss}, and it is the last one"):
+        guard.check_loss(2, loss)
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_guard):
+    guard = make_guard()
+    guard.check_weights(7, None)
+    with pytest.raises(Diverged, match=r"weights after step 7 are not finite \(visual\.proj\)"):
+        guard.check_weights(7, "visual.proj")
 
 
 def test_spike_is_a_loss_far_above_the_median(make_guard):
