@@ -284,6 +284,12 @@ class OptimConfig:
     The defaults are open_clip's for a ViT.
     """
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        """The decays of both moments, that of the second by the optimizer unless it is set."""
+        default = 0.99 if self.kind == "lion" else 0.98
+        return self.beta1, default if self.beta2 is None else self.beta2
+
     #: `adamw`: torch's. `lion` (arXiv 2302.06675): try a tenth of AdamW's learning rate and ten
     #: times its weight decay; it has no `eps`. `lamb` (arXiv 1904.00962): one trust ratio per
     #: matrix, for very large batches.
@@ -292,8 +298,8 @@ class OptimConfig:
     lr: float = 5e-4
     #: Decay of the first moment.
     beta1: float = 0.9
-    #: Decay of the second moment.
-    beta2: float = 0.98
+    #: Decay of the second moment, of `lion` that of the momentum; null: 0.98, of `lion` 0.99.
+    beta2: float | None = None
     #: Added to the root of the second moment.
     eps: float = 1e-6
     #: Decoupled weight decay, for matrices only: not for gains, biases and the logit scale.
