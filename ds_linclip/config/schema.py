@@ -284,12 +284,6 @@ class OptimConfig:
     The defaults are open_clip's for a ViT.
     """
 
-    @property
-    def betas(self) -> tuple[float, float]:
-        """The decays of both moments, that of the second by the optimizer unless it is set."""
-        default = 0.99 if self.kind == "lion" else 0.98
-        return self.beta1, default if self.beta2 is None else self.beta2
-
     #: `adamw`: torch's. `lion` (arXiv 2302.06675): try a tenth of AdamW's learning rate and ten
     #: times its weight decay; it has no `eps`. `lamb` (arXiv 1904.00962): one trust ratio per
     #: matrix, for very large batches.
@@ -312,6 +306,12 @@ class OptimConfig:
     #: evaluation then uses; 0: no average. Costs 4 bytes per parameter, shared by the data-parallel
     #: ranks.
     ema_decay: float = 0.0
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """The decays of both moments, that of the second by the optimizer unless it is set."""
+        default = 0.99 if self.kind == "lion" else 0.98
+        return self.beta1, default if self.beta2 is None else self.beta2
 
 
 @dataclass(kw_only=True)
