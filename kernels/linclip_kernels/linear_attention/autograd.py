@@ -59,8 +59,8 @@ def fold_vmap_into_batch(operator: CustomOpDef) -> None:
 
 
 def _fold(x: Any, dim: int | None, size: int) -> Any:
-    if not isinstance(x, Tensor) or not x.numel():
-        return x
+    if not isinstance(x, Tensor) or (dim is None and x.dim() != 4 and x.is_floating_point()):
+        return x  # an option, or an empty tensor in place of a state
     if not x.is_floating_point():
         raise ValueError("cu_seqlens must be None inside torch.func.vmap, which extends the batch")
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)

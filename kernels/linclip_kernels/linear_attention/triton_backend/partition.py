@@ -216,7 +216,9 @@ class Partition:
             "part": self.part,
         }
         grid = (sum(self.parts_of_sequences) * self.heads,)
-        return Launch(kernel, grid, arguments | common, self.num_warps)
+        # Triton 3.6 cannot compile the pipelined loops of the causal kernels for AMD.
+        num_stages = 1 if self.chip.is_amd else 2
+        return Launch(kernel, grid, arguments | common, self.num_warps, num_stages)
 
 
 class Call(NamedTuple):
