@@ -363,11 +363,11 @@ def check_transforms(function: Callable[..., Tensor], device: str) -> None:
     def loss(q: Tensor, k: Tensor, v: Tensor, out_grad: Tensor) -> Tensor:
         return (function(q, k, v) * out_grad).sum()
 
-    def one_sample(*sample: Tensor) -> Tensor:
-        return loss(*(x[None] for x in sample))
+    def one_sample(q: Tensor, k: Tensor, v: Tensor, out_grad: Tensor) -> Tensor:
+        return loss(q[None], k[None], v[None], out_grad[None])
 
     everything = 0, 1, 2
-    out, backward = vjp(function, *plain)
+    out, backward, *_ = vjp(function, *plain)
     for found in (
         [out, *backward(out_grad)],
         [out, *gradient_of(loss, everything)(*plain, out_grad)],

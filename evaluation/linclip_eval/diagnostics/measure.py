@@ -86,8 +86,8 @@ def diagnose(
 def _recorders(model: CLIP, max_tokens: int) -> dict[str, "_TowerRecorder"]:
     assert model.visual is not None
     assert model.text is not None
-    towers = {"vision": model.visual, "text": model.text}
-    return {name: _TowerRecorder(tower.blocks, max_tokens) for name, tower in towers.items()}
+    blocks = {"vision": model.visual.blocks, "text": model.text.blocks}
+    return {name: _TowerRecorder(each, max_tokens) for name, each in blocks.items()}
 
 
 def _untrained(model: CLIP) -> CLIP:

@@ -51,7 +51,7 @@ class Chip:
         if device.type != "cuda":
             return Chip()
         properties = torch.cuda.get_device_properties(device)
-        arch = 10 * properties.major + properties.minor
+        arch: int | str = 10 * properties.major + properties.minor
         if torch.version.hip is not None:  # "gfx942:sramecc+:xnack-", whose capability is 9.4
             arch = properties.gcnArchName.partition(":")[0]
         return Chip(properties.multi_processor_count, arch)
