@@ -25,6 +25,7 @@ from ds_linclip.model.freeze import lock_towers
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.monitoring.sinks import open_sinks
+from ds_linclip.number_text import format_figure
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import describe, plan_rank
 from ds_linclip.preflight.shared_folder import check_run_folder
@@ -326,7 +327,7 @@ class Trainer:
         }
         self._writer.scalars(self.step, values)
         shown = {"loss": f"{values['train/loss']:.3f}"}
-        shown["samples/s"] = f"{values['perf/samples_per_second']:.0f}"
+        shown["samples/s"] = format_figure(values["perf/samples_per_second"])
         self._bar.set_postfix(shown, refresh=False)
         self.result.last = values
         self._check_records()

@@ -8,10 +8,11 @@ import torch
 
 from benchmarks.attention.operators import HEAD_DIM, Implementation, batch_and_heads
 from benchmarks.correctness import Check, correctness_table
+from ds_linclip.number_text import format_figure
 from linclip_eval.results import write_report
 from linclip_eval.runtime.figure import draw_times
 from linclip_eval.runtime.fit import CallCost, RuntimePoint, Scaling
-from linclip_eval.runtime.report import comparison_sections, digits, tables_by_tokens
+from linclip_eval.runtime.report import comparison_sections, tables_by_tokens
 
 __all__ = ["AttentionReport"]
 
@@ -52,7 +53,7 @@ class AttentionReport:
         scaling = Scaling(map(self._per_head, self.points), softmax=sdpa, fit_from=FIT_FROM)
 
         def time(what: str, work: str, num_tokens: int, cost: CallCost) -> str:
-            return digits(1e6 * cost.seconds)
+            return format_figure(1e6 * cost.seconds)
 
         def share(what: str, work: str, num_tokens: int, cost: CallCost) -> str:
             return f"{self._traffic(work, num_tokens) / cost.seconds / self.copy_bandwidth:.1%}"

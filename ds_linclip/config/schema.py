@@ -298,8 +298,8 @@ class OptimConfig:
     lr: float = 5e-4
     #: Decay of the first moment.
     beta1: float = 0.9
-    #: Decay of the second moment.
-    beta2: float = 0.98
+    #: Decay of the second moment, of `lion` that of the momentum; null: 0.98, of `lion` 0.99.
+    beta2: float | None = None
     #: Added to the root of the second moment.
     eps: float = 1e-6
     #: Decoupled weight decay, for matrices only: not for gains, biases and the logit scale.
@@ -312,6 +312,12 @@ class OptimConfig:
     #: evaluation then uses; 0: no average. Costs 4 bytes per parameter, shared by the data-parallel
     #: ranks.
     ema_decay: float = 0.0
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """The decays of both moments, that of the second by the optimizer unless it is set."""
+        default = 0.99 if self.kind == "lion" else 0.98
+        return self.beta1, default if self.beta2 is None else self.beta2
 
 
 @dataclass(kw_only=True)

@@ -18,14 +18,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> optim.Optimizer:
     :class:`Lamb`, whose ``attach`` must be called before its first step.
     """
     groups = weight_decay_groups(model, config.weight_decay)
-    betas = (config.beta1, config.beta2)
     if config.kind == "lion":
         from timm.optim import Lion  # importing timm takes seconds
 
-        return Lion(groups, lr=config.lr, betas=betas)
+        return Lion(groups, lr=config.lr, betas=config.betas)
     if config.kind == "lamb":
-        return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps)
-    return optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -112,14 +112,14 @@ def _architecture(config: Config) -> Iterator[tuple[str, str]]:
 
 def _training(config: Config, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     train, optim, init, step = config.train, config.optim, config.init, manifest["step"]
-    layout = manifest["layout"]
+    layout, (beta1, beta2) = manifest["layout"], optim.betas
     yield "data", ", ".join(_public(source.shards) for source in config.data.train)
     yield "steps", f"{step} of {train.steps}"
     yield "global batch", f"{train.global_batch_size} pairs; {step * train.global_batch_size} seen"
     yield "loss", config.loss.kind
     yield (
         "optimizer",
-        f"{optim.kind}, lr {optim.lr:g}, betas {optim.beta1:g} and {optim.beta2:g}, weight decay "
+        f"{optim.kind}, lr {optim.lr:g}, betas {beta1:g} and {beta2:g}, weight decay "
         f"{optim.weight_decay:g}, {optim.warmup_steps} warm-up steps, then cosine",
     )
     if optim.ema_decay:

@@ -10,6 +10,7 @@ import torch
 from ds_linclip.config import Config, ParallelConfig, check_batch, check_ranks
 from ds_linclip.data import Storage, find_shards
 from ds_linclip.model.flops import forward_flops, num_state_values, step_flops, training_flops
+from ds_linclip.number_text import format_figure
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.activations import meta_model
 from ds_linclip.planner.device_specs import device_spec
@@ -175,7 +176,7 @@ def _time_rows(
         (
             "step",
             f"{row}: {seconds:.3g} s at {mfu:g} of {peak:g} TFLOP/s per device (--mfu){waits}; "
-            f"{batch / seconds:,.0f} samples/s",
+            f"{format_figure(batch / seconds)} samples/s",
         ),
         ("whole run", f"{whole / 3600:.3g} hours, without saving and evaluation"),
     ]

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ds_linclip.number_text import format_figure
+
 __all__ = [
     "RankResults",
     "differences",
-    "format_figure",
     "format_gib",
     "format_range",
     "grouped",
@@ -90,10 +91,6 @@ def seconds_of(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def format_figure(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def format_gib(num_bytes: float) -> str:

@@ -13,6 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from ds_linclip.number_text import format_figure
 from ds_linclip.process.import_gc import gc_paused
 
 with gc_paused():
@@ -95,7 +96,7 @@ def _summary(config: Config, result: TrainResult) -> str:
     rows = [("steps", f"{result.steps}")]
     if result.last:
         rows.append(("loss", f"{result.last['train/loss']:.4f}"))
-        rows.append(("samples/s", f"{result.last['perf/samples_per_second']:.0f}"))
+        rows.append(("samples/s", format_figure(result.last["perf/samples_per_second"])))
     scores = result.evaluation.items()
     rows += [
         (tag.removeprefix("eval/"), str(value) if isinstance(value, int) else f"{value:.4f}")

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad as gradient_of
+from torch.func import jacfwd, jvp, vjp, vmap
 
 from linclip_kernels import (
     linear_attention,
@@ -343,3 +347,98 @@ def check_later_tokens_do_not_matter(
         out, changed = call(*inputs), call(*mixed)
     assert torch.equal(out[:, :cut], changed[:, :cut])
     assert not torch.equal(out[:, cut:], changed[:, cut:])
+
+
+def check_transforms(function: Callable[..., Tensor], device: str) -> None:
+    """torch.func's reverse mode and vmap agree with autograd; forward mode is refused.
+
+    Args:
+        function: (q, k, v) -> [B, N, H, Dv].
+        device: Where to run.
+    """
+    inputs, out_grad = make_inputs((3, 20, 2, 16, 16), torch.float32, device=device)
+    q, k, v = plain = tuple(x.detach() for x in inputs)
+    expected = with_gradients(function, inputs, out_grad)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, out_grad: Tensor) -> Tensor:
+        return (function(q, k, v) * out_grad).sum()
+
+    def one_sample(q: Tensor, k: Tensor, v: Tensor, out_grad: Tensor) -> Tensor:
+        return loss(q[None], k[None], v[None], out_grad[None])
+
+    everything = 0, 1, 2
+    out, backward, *_ = vjp(function, *plain)
+    for found in (
+        [out, *backward(out_grad)],
+        [out, *gradient_of(loss, everything)(*plain, out_grad)],
+        [out, *vmap(gradient_of(one_sample, everything))(*plain, out_grad)],
+    ):
+        for value, true in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, true)
+    mapped = vmap(function, in_dims=(2, None, None), out_dims=1)(torch.stack([q, k], 2), k, v)
+    torch.testing.assert_close(mapped, torch.stack([function(q, k, v), function(k, k, v)], 1))
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        jvp(function, plain, plain)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        jacfwd(lambda v: function(q, k, v))(v)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        function(q, forward_ad.make_dual(k, k), v)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        gradient_of(lambda q: gradient_of(loss)(q, k, v, out_grad).sum())(q)
+
+
+def check_changed_state(variant: dict[str, Any], backend: Backend, device: str) -> None:
+    """The returned state may be changed in place before the backward, as an all-reduce would."""
+    inputs, grad = make_inputs((1, 140, 2, 16, 24), torch.float32, device=device)
+    options = {**variant, "backend": backend}
+    expected = with_gradients(linear_attention, inputs, grad, **options)
+    out, state = linear_attention(*inputs, return_state=True, **options)
+    with torch.no_grad():
+        state += 1
+    for value, true in zip([out, *torch.autograd.grad(out, inputs, grad)], expected, strict=True):
+        assert_close(value, true)
+
+
+def check_extreme_rows(
+    variant: dict[str, Any], dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """Rows from 1e-25 to 1e18 are right; those whose |x|^2 overflows float32 count as NaN."""
+    inputs, grad = make_inputs((1, 70, 1, 32, 32), dtype, device=device)
+    with torch.no_grad():
+        for x in inputs[:2]:
+            x[:, 3::7] *= 1e18
+            x[:, 4::7] *= 1e-25
+    check_against_definition(inputs, grad, backend, **variant)
+    row = 40
+    for i in range(2):
+        overflowing = [x.detach().clone().requires_grad_() for x in inputs]
+        with torch.no_grad():
+            overflowing[i][:, row] = 2e19
+        out, *gradients = with_gradients(
+            linear_attention, overflowing, grad, backend=backend, **variant
+        )
+        assert out[:, row].isnan().all()
+        assert gradients[i][:, row].isnan().all()
+        if variant.get("causal"):
+            assert out[:, :row].isfinite().all()
+        if i == 0:
+            assert out[:, row + 1 :].isfinite().all()
+
+
+def check_strides(variant: dict[str, Any], backend: str, device: str) -> None:
+    """A stride in the last axis, and keys and values that all heads share, give the same bits."""
+    (q, k, v), grad = make_inputs((2, 40, 2, 32, 48), torch.float32, device=device)
+    shared = [x.detach()[:, :, :1].expand_as(x) for x in (k, v)]
+    for tensors in (
+        [torch.stack([x, x.neg()], -1).detach()[..., 0] for x in (q, k, v)],
+        [x.detach().mT.contiguous().mT for x in (q, k, v)],
+        [q.detach(), *shared],
+    ):
+        strided = [x.requires_grad_() for x in tensors]
+        plain = [x.detach().clone(memory_format=torch.contiguous_format) for x in strided]
+        assert any(x.stride() != y.stride() for x, y in zip(strided, plain, strict=True))
+        found = with_gradients(linear_attention, strided, grad, backend=backend, **variant)
+        plain = [x.requires_grad_() for x in plain]
+        expected = with_gradients(linear_attention, plain, grad, backend=backend, **variant)
+        assert all(map(torch.equal, found, expected))

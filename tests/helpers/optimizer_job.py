@@ -174,7 +174,7 @@ def train_in_one_process(
     if kind == "lamb":
         optimizer: Any = timm.optim.Lamb(
             weight_decay_groups(model, CONFIG.weight_decay),
-            betas=(CONFIG.beta1, CONFIG.beta2),
+            betas=CONFIG.betas,
             eps=CONFIG.eps,
             max_grad_norm=None,
         )

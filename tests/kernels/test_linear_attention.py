@@ -4,8 +4,10 @@ import gc
 import itertools
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,13 +19,17 @@ from helpers.kernel_checks import (
     VARIANTS,
     check_against_definition,
     check_cancelling_sums,
+    check_changed_state,
     check_collapsed_keys,
+    check_extreme_rows,
     check_later_tokens_do_not_matter,
     check_nan_stays_where_the_formula_puts_it,
     check_pieces_match_whole,
     check_sequences_are_independent,
     check_single_key,
     check_small_features,
+    check_strides,
+    check_transforms,
     make_inputs,
     relative_rms,
     with_gradients,
@@ -175,15 +181,26 @@ def test_small_features_keep_their_digits(variant: str) -> None:
     check_small_features(VARIANTS[variant], "torch", "cpu")
 
 
-@pytest.mark.parametrize("variant", ["eq7", "causal-eq4"])
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq7-quadratic"])
 def test_returned_state_may_be_changed_in_place(variant: str) -> None:
-    inputs, grad = make_inputs((1, 30, 2, 16, 16), torch.float32)
-    expected = with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
-    out, state = linear_attention(*inputs, return_state=True, **VARIANTS[variant])
-    with torch.no_grad():
-        state += 1  # as an all-reduce would
-    found = [out, *torch.autograd.grad(out, inputs, grad)]
-    assert all(map(torch.equal, found, expected))
+    check_changed_state({**VARIANTS, **MAP_VARIANTS}[variant], "torch", "cpu")
+
+
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
+def test_transforms_of_torch_func(variant: str) -> None:
+    options = {**VARIANTS, **MAP_VARIANTS}[variant]
+    check_transforms(partial(linear_attention, backend="torch", **options), "cpu")
+
+
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_rows(variant: str, dtype: torch.dtype) -> None:
+    check_extreme_rows(VARIANTS[variant], dtype, "torch", "cpu")
+
+
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
+def test_torch_backend_reads_any_strides(variant: str) -> None:
+    check_strides(VARIANTS[variant], "torch", "cpu")
 
 
 @pytest.mark.long
@@ -294,7 +311,8 @@ def test_compiles_to_one_graph_for_all_lengths(variant: str) -> None:
 
 
 def test_operators_are_registered_as_torch_wants_them() -> None:
-    (q, k, v), _ = make_inputs((1, 20, 2, 16, 16), torch.float32)
+    inputs, _ = make_inputs((1, 20, 2, 16, 16), torch.float32)
+    q, k, v = (x.detach() for x in inputs)  # autograd differentiates the function around them
     options = Variant(causal=True, normalized=True)
     arguments = (q, k, v, None, torch.tensor([0, 5, 20]), *options, True, False)
     torch.library.opcheck(torch.ops.linclip.linear_attention, arguments)
@@ -348,8 +366,22 @@ def test_autocast_casts_as_torch_attention_does(variant: str) -> None:
         ({"backend": "cuda"}, "backend ('cuda') must be one of auto, torch, triton"),
         ({"feature_map": "elu"}, "feature_map ('elu') must be one of affine, quadratic"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "q.shape[0] (2) must be 1 when cu_seqlens is given"),
-        ({"cu_seqlens": torch.tensor([0.0, 5])}, "cu_seqlens.dtype (torch.float32) must be int32"),
+        ({"cu_seqlens": torch.tensor([0.0, 5])}, "cu_seqlens.dtype (torch.float32) must be an int"),
+        ({"cu_seqlens": [0, 5.0]}, "cu_seqlens.dtype (torch.float32) must be an integer type"),
+        ({"cu_seqlens": [False, True]}, "cu_seqlens.dtype (torch.bool) must be an integer type"),
         ({"cu_seqlens": torch.tensor([5])}, "cu_seqlens.shape (1,) must be [S + 1]"),
+        ({"cu_seqlens": []}, "cu_seqlens.shape (0,) must be [S + 1]"),
+        ({"cu_seqlens": 5}, "cu_seqlens.shape () must be [S + 1]"),
+        ({"cu_seqlens": [[0, 5]]}, "cu_seqlens.shape (1, 2) must be [S + 1]"),
+        ({"cu_seqlens": [0, "5"]}, "cu_seqlens ([0, '5']) must be integers"),
+        ({"cu_seqlens": [0, None]}, "cu_seqlens ([0, None]) must be integers"),
+        ({"cu_seqlens": "05"}, "cu_seqlens ('05') must be integers"),
+        ({"cu_seqlens": [0, 2**70]}, "must be integers"),
+        (
+            {"cu_seqlens": torch.tensor([0, 5], device="meta")},
+            "cu_seqlens.device (meta) must be cpu or q.device (cpu)",
+        ),
+        ({"k": np.zeros((2, 5, 2, 16))}, "k (ndarray) must be a torch.Tensor"),
         (
             {"initial_state": torch.zeros(2, 2, 16, 17)},
             "initial_state.shape (2, 2, 16, 17) must be (2, 2, 17, 17)",
@@ -366,6 +398,20 @@ def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     arguments = {name: torch.zeros(2, 5, 2, 16) for name in "qkv"} | change
     with pytest.raises(ValueError, match=re.escape(message)):
         linear_attention(**arguments)
+
+
+@pytest.mark.parametrize("boundaries", [[0, 4, 4, 10], (0, 4, 4, 10), np.array([0, 4, 4, 10])])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_boundaries_may_be_any_sequence_of_integers(boundaries: Any, compiled: bool) -> None:
+    (q, k, v), _ = make_inputs((1, 10, 2, 16, 16), torch.float32)
+
+    def attend(q: Tensor) -> Tensor:
+        return linear_attention(q, k, v, causal=True, cu_seqlens=boundaries)
+
+    call = torch.compile(attend, backend="eager", fullgraph=True) if compiled else attend
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        tensor = torch.tensor([0, 4, 4, 10], dtype=dtype)
+        assert torch.equal(call(q), linear_attention(q, k, v, causal=True, cu_seqlens=tensor))
 
 
 @pytest.mark.parametrize("values", [[0, 3], [1, 5], [0, 4, 2, 5], [0, -1, 5], [0, 6, 5]])

@@ -16,6 +16,7 @@ from helpers.kernel_checks import (
     check_empty_halves,
     check_halves_against_definition,
     check_single_key_state,
+    check_transforms,
     from_state,
     make_inputs,
     with_gradients,
@@ -124,6 +125,11 @@ def test_state_may_be_changed_in_place() -> None:
     assert all(map(torch.equal, torch.autograd.grad(state, inputs[1:], grad), expected))
 
 
+@pytest.mark.parametrize("variant", ["eq7", "eq4-quadratic"])
+def test_transforms_of_torch_func(variant: str) -> None:
+    check_transforms(partial(halves, **BIDIRECTIONAL[variant]), "cpu")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("variant", ["eq4", "eq7-quadratic"])
 def test_compiles_to_one_graph_for_all_lengths(variant: str) -> None:
@@ -151,8 +157,9 @@ def test_compiles_to_one_graph_for_all_lengths(variant: str) -> None:
 
 def test_operators_are_registered_as_torch_wants_them() -> None:
     (q, k, v), _ = make_inputs((1, 20, 2, 16, 24), torch.float32)
+    q, k, v = (x.detach() for x in (q, k, v))  # autograd differentiates the functions around them
     torch.library.opcheck(torch.ops.linclip.linear_attention_state, (k, v, True, "relu", False))
-    state = linear_attention_state(k, v).detach().requires_grad_()
+    state = linear_attention_state(k, v)
     arguments = q, state, True, True, "affine", 0.5, 0.0, False
     torch.library.opcheck(torch.ops.linclip.linear_attention_from_state, arguments)
 

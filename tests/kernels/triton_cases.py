@@ -8,19 +8,23 @@ dtype once, with several blocks and several parts; those marked slow cover all c
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import triton
+from torch import Tensor
 
 from helpers.kernel_checks import (
     MAP_VARIANTS,
     VARIANTS,
     check_against_definition,
     check_cancelling_sums,
+    check_changed_state,
     check_collapsed_keys,
     check_empty_halves,
+    check_extreme_rows,
     check_halves_against_definition,
     check_later_tokens_do_not_matter,
     check_nan_stays_where_the_formula_puts_it,
@@ -29,6 +33,9 @@ from helpers.kernel_checks import (
     check_single_key,
     check_single_key_state,
     check_small_features,
+    check_strides,
+    check_transforms,
+    from_state,
     make_inputs,
     with_gradients,
 )
@@ -256,6 +263,44 @@ def test_second_derivative_is_refused(variant: str, device: str) -> None:
     (d_q,) = torch.autograd.grad(out, q, grad.requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         d_q.sum().backward()
+
+
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
+def test_transforms_of_torch_func(variant: str, device: str) -> None:
+    options = {**VARIANTS, **MAP_VARIANTS}[variant]
+    check_transforms(partial(linear_attention, backend="triton", **options), device)
+
+
+def test_transforms_of_the_halves(device: str) -> None:
+    check_transforms(partial(from_state, backend="triton", normalized=True), device)
+
+
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq7", "eq7-quadratic"])
+def test_returned_state_may_be_changed_in_place(variant: str, device: str) -> None:
+    check_changed_state({**VARIANTS, **MAP_VARIANTS}[variant], "triton", device)
+
+
+@pytest.mark.parametrize("variant", MAIN_VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, case(torch.bfloat16, slow=True)])
+def test_extreme_rows(variant: str, dtype: torch.dtype, device: str) -> None:
+    check_extreme_rows(VARIANTS[variant], dtype, "triton", device)
+
+
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
+def test_kernels_read_any_strides(variant: str, device: str) -> None:
+    check_strides(VARIANTS[variant], "triton", device)
+
+
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4"])
+def test_compiles_to_one_graph(variant: str, device: str) -> None:
+    inputs, grad = make_inputs((1, 20, 1, 16, 16), torch.float32, device=device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return linear_attention(q, k, v, backend="triton", **VARIANTS[variant]) * 2
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    plain, found = (with_gradients(f, inputs, grad) for f in (attend, compiled))
+    assert all(map(torch.equal, plain, found))
 
 
 @pytest.mark.parametrize(

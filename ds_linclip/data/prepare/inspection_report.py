@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ds_linclip.data.causes import explain
+from ds_linclip.number_text import format_figure
 
 __all__ = ["CONTEXT_LENGTH", "ShardFindings", "summarise", "to_text"]
 
@@ -211,10 +212,11 @@ def to_text(report: Mapping[str, Any]) -> str:
         f"captions over {CONTEXT_LENGTH} tokens: {share:.2%}"
         if samples["usable"]
         else "no usable sample",
-        f"{speed['samples_per_second']:.0f} samples/s, {speed['mb_per_second']:.1f} MB/s with "
+        f"{format_figure(speed['samples_per_second'])} samples/s, "
+        f"{format_figure(speed['mb_per_second'])} MB/s with "
         f"{speed['workers']} workers; a worker alone "
-        f"{speed['samples_per_second_per_worker']:.0f} samples/s, "
-        f"{speed['mb_per_second_per_worker']:.1f} MB/s",
+        f"{format_figure(speed['samples_per_second_per_worker'])} samples/s, "
+        f"{format_figure(speed['mb_per_second_per_worker'])} MB/s",
     ]
     lines += [
         f"{path}: {counts['written']} of {counts['shards']} shards written"

@@ -30,6 +30,8 @@ _ROWS = {
     "gain": ("gain", 2),
     "gain_variation": ("variation of the gain", 2),
     "token_similarity": ("token cosine", 2),
+    "branch_ratio": ("branch over residual", 2),
+    "branch_ratio_at_init": ("branch over residual at init", 2),
 }
 _NOTES = """\
 In the tables: means over layers, in brackets the lowest and the highest layer. A layer is a mean
@@ -46,6 +48,9 @@ own; texts end at their end-of-text token.
   matrices of rank D + 1 at most.
 - Gain: sum of a row before it is divided out, 1 except in Eq. 7; its variation is over rows.
 - Token cosine: mean over all pairs of different tokens after a block; layer 0 is the input.
+- Branch over residual: RMS of what attention adds to the residual stream over the RMS of the stream
+  before the block; at init: the same in a model of this architecture with the initial weights of
+  seed 0.
 
 There is one set of weights per model: differences say nothing about other seeds."""
 

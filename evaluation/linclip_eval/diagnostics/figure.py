@@ -21,6 +21,8 @@ _PANELS = {
     "variation": "Spread of weights over their mean",
     "effective_rank": "Effective rank, over N",
     "gain": "Sum of a row",
+    "gain_variation": "Spread of that sum over its mean",
+    "branch_ratio": "Attention branch over residual",
     "token_similarity": "Cosine of tokens",
 }
 #: Statistics of uniform attention, as far as they do not depend on the number of tokens.
@@ -30,13 +32,13 @@ _UNIFORM = {"entropy": 1.0, "contrast": 1.0, "variation": 0.0}
 def draw_diagnostics(models: Mapping[str, Sequence[LayerStatistic]]) -> Figure:
     """Draw the statistics of each model, by its label, over the layers."""
     colours = dict(zip(models, cycle(COLOURS), strict=False))
-    figure = new_figure(11, 12.4)
+    figure = new_figure(14.5, 12.4)
     parts = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for part, tower in zip(parts, ("vision", "text"), strict=True):
         part.suptitle(
             f"{tower.capitalize()} tower", x=0.01, ha="left", fontsize=13, color=INK, weight="bold"
         )
-        for axes, statistic in zip(part.subplots(2, 3).flat, _PANELS, strict=True):
+        for axes, statistic in zip(part.subplots(2, 4).flat, _PANELS, strict=True):
             for name, found in models.items():
                 here = [row for row in found if row.tower == tower]
                 _draw_lines(axes, here, statistic, colours[name])
@@ -49,7 +51,7 @@ def draw_diagnostics(models: Mapping[str, Sequence[LayerStatistic]]) -> Figure:
                 for name, colour in colours.items()
             ),
             Patch(color=MUTED, alpha=0.2, label="5 to 95 % of heads and samples"),
-            Line2D([], [], color=MUTED, linestyle="--", label="bound of 1 + cos"),
+            Line2D([], [], color=MUTED, linestyle="--", label="bound of 1 + cos; branch at init"),
             Line2D([], [], color=MUTED, linestyle=":", label="uniform attention"),
         ],
     )
@@ -65,6 +67,7 @@ def _draw_lines(axes: Axes, found: Sequence[LayerStatistic], statistic: str, col
     references = {
         "contrast": ("contrast_bound", "--", colour),
         "effective_rank": ("uniform_rank", ":", MUTED),
+        "branch_ratio": ("branch_ratio_at_init", "--", colour),
     }
     if statistic in references:
         name, style, shade = references[statistic]
@@ -75,7 +78,7 @@ def _draw_lines(axes: Axes, found: Sequence[LayerStatistic], statistic: str, col
 
 def _finish(axes: Axes, statistic: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    if statistic in ("contrast", "gain"):
+    if statistic in ("contrast", "gain", "branch_ratio"):
         axes.set_yscale("log")
         set_log_ticks(axes.yaxis, (1, 2, 5))
     if statistic in _UNIFORM:

@@ -5,13 +5,14 @@ returns them, for softmax and for every variant of linear attention.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention import SelfAttention
@@ -36,8 +37,10 @@ class LayerStatistic:
         tower: "vision" or "text".
         layer: 1 is the first block, 0 the input of the first block.
         statistic: A name from :func:`attention_statistics`; "contrast_bound" (affine scores only);
-            "uniform_rank", the effective rank of uniform attention; or "token_similarity", of the
-            block's output.
+            "uniform_rank", the effective rank of uniform attention; "token_similarity", of the
+            block's output; "branch_ratio", the RMS of what attention adds to the residual stream
+            over that of the stream before it; or "branch_ratio_at_init", the same of a model of
+            this architecture that has not been trained.
         mean, low, high: The mean, the 5 % and the 95 % quantile over heads and samples.
     """
 
@@ -51,7 +54,7 @@ class LayerStatistic:
 
 @torch.no_grad()
 def diagnose(
-    model: CLIP, images: Iterable[Tensor], texts: Iterable[Tensor], max_tokens: int = 4096
+    model: CLIP, images: Sequence[Tensor], texts: Sequence[Tensor], max_tokens: int = 4096
 ) -> list[LayerStatistic]:
     """Measure the attention and the tokens of every layer of both towers.
 
@@ -68,19 +71,39 @@ def diagnose(
         ValueError: when there are no images or no texts, a sequence has fewer than two tokens or
             more than ``max_tokens``, or attention is not finite.
     """
+    towers = _recorders(model, max_tokens)
+    with towers["vision"].hooks(), towers["text"].hooks():
+        _encode(model, images, texts)
+    found = [row for name, tower in towers.items() for row in tower.statistics(name)]
+    untrained = _untrained(model)
+    towers = _recorders(untrained, max_tokens)
+    branches = [tower.branch_hooks("branch_ratio_at_init") for tower in towers.values()]
+    with branches[0], branches[1]:
+        _encode(untrained, images, texts)
+    return found + [row for name, tower in towers.items() for row in tower.statistics(name)]
+
+
+def _recorders(model: CLIP, max_tokens: int) -> dict[str, "_TowerRecorder"]:
     assert model.visual is not None
     assert model.text is not None
+    blocks = {"vision": model.visual.blocks, "text": model.text.blocks}
+    return {name: _TowerRecorder(each, max_tokens) for name, each in blocks.items()}
+
+
+def _untrained(model: CLIP) -> CLIP:
+    """Return a model of the same architecture and dtype with its initial weights of seed 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return CLIP(model.config, model.mesh).to(next(model.parameters()).dtype).eval()
+
+
+def _encode(model: CLIP, images: Sequence[Tensor], texts: Sequence[Tensor]) -> None:
     weight = next(model.parameters())
-    vision = _TowerRecorder(model.visual.blocks, max_tokens)
-    with vision.hooks():
-        for batch in images:
-            model.encode_image(batch.to(weight.device, weight.dtype))
-    text = _TowerRecorder(model.text.blocks, max_tokens)
-    with text.hooks():
-        for batch in texts:
-            for same_length in _cut_and_group(batch):
-                model.encode_text(same_length.to(weight.device))
-    return [*vision.statistics("vision", "images"), *text.statistics("text", "texts")]
+    for batch in images:
+        model.encode_image(batch.to(weight.device, weight.dtype))
+    for batch in texts:
+        for same_length in _cut_and_group(batch):
+            model.encode_text(same_length.to(weight.device))
 
 
 class _TowerRecorder:
@@ -99,14 +122,23 @@ class _TowerRecorder:
             record = partial(self._record_attention, layer)
             handles.append(block.attn.register_forward_pre_hook(record))
             handles.append(block.register_forward_hook(partial(self._record_output, layer)))
-        try:
+        with self.branch_hooks("branch_ratio"), _removed(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def statistics(self, tower: str, inputs: str) -> Iterator[LayerStatistic]:
+    @contextmanager
+    def branch_hooks(self, statistic: str) -> Iterator[None]:
+        """Record only the ratio of the attention branch to the residual stream, by this name."""
+        handles = []
+        for layer, block in enumerate(self._blocks, start=1):
+            record = partial(self._record_branch, layer, statistic)
+            handles.append(block.register_forward_pre_hook(self._keep_residual))
+            handles.append(block.attn.register_forward_hook(record))
+        with _removed(handles):
+            yield
+
+    def statistics(self, tower: str) -> Iterator[LayerStatistic]:
         if not self._values:
+            inputs = {"vision": "images", "text": "texts"}[tower]
             raise ValueError(f"{inputs} (none) must hold at least one batch for the {tower} tower")
         for (layer, statistic), parts in sorted(self._values.items()):
             values = torch.cat(parts)
@@ -124,6 +156,15 @@ class _TowerRecorder:
                 "(max_tokens): attention is measured as whole matrices"
             )
         self._record_output(0, block, inputs, inputs[0])
+
+    def _keep_residual(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        (self._residual,) = inputs
+
+    def _record_branch(
+        self, layer: int, statistic: str, _: nn.Module, inputs: tuple[Tensor], branch: Tensor
+    ) -> None:
+        squares = [x.cpu().double().square().mean(dim=(1, 2)) for x in (branch, self._residual)]
+        self._values[layer, statistic].append((squares[0] / squares[1]).sqrt())  # [B]
 
     def _record_output(
         self, layer: int, _: nn.Module, inputs: tuple[Tensor], output: Tensor
@@ -152,6 +193,16 @@ class _TowerRecorder:
                 self._values[layer, statistic].append(values)
         uniform_rank = _uniform_rank(num_tokens, causal).expand(len(inputs[0]))
         self._values[layer, "uniform_rank"].append(uniform_rank)
+
+
+@contextmanager
+def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _weights(attention: SelfAttention, q: Tensor, k: Tensor) -> Tensor:

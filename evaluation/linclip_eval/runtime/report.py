@@ -6,12 +6,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ds_linclip.number_text import format_figure
 from linclip_eval.results import markdown_table, write_report
 from linclip_eval.runtime.figure import draw_memory, draw_times
 from linclip_eval.runtime.fit import CallCost, RuntimePoint, Scaling
 from linclip_eval.runtime.subjects import SUBJECTS
 
-__all__ = ["comparison_sections", "digits", "tables_by_tokens", "write_runtime_report"]
+__all__ = ["comparison_sections", "tables_by_tokens", "write_runtime_report"]
 
 
 def write_runtime_report(
@@ -74,10 +75,11 @@ def comparison_sections(scaling: Scaling, fitted: str) -> list[str]:
         if softmax is None:
             return "-"
         low, high = softmax.low / linear.high, softmax.high / linear.low
-        return f"{digits(softmax.seconds / linear.seconds)} ({digits(low)} to {digits(high)})"
+        middle = softmax.seconds / linear.seconds
+        return f"{format_figure(middle)} ({format_figure(low)} to {format_figure(high)})"
 
     def peak(what: str, direction: str, num_tokens: int, cost: CallCost) -> str:
-        return digits(cost.peak_bytes / 2**20)
+        return format_figure(cost.peak_bytes / 2**20)
 
     return [
         "## Growth",
@@ -115,11 +117,6 @@ def tables_by_tokens(
         ]
         yield f"### {what}, {direction}"
         yield markdown_table(["N", *names], rows)
-
-
-def digits(value: float) -> str:
-    """Return a number with three significant digits, or all before the point."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _row(point: RuntimePoint) -> dict[str, Any]:

@@ -4,21 +4,23 @@ torch.compile, autograd, activation checkpointing and autocast see two opaque op
 ``linclip::linear_attention`` and ``linclip::linear_attention_backward``.
 """
 
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
+from linclip_kernels.linear_attention.autograd import Gradient, Operator, fold_vmap_into_batch
 from linclip_kernels.linear_attention.quadratic_map import attend_quadratic
 from linclip_kernels.linear_attention.validation import (
     Backend,
     FeatureMap,
+    as_boundaries,
     cast_for_autocast,
     check_choice,
     check_state,
     check_tensors,
     implementation,
-    refuse_second_derivative,
     state_dtype,
     takes_triton,
     without_autocast,
@@ -40,7 +42,7 @@ def linear_attention(
     feature_map: FeatureMap = ...,
     score_scale: float = ...,
     length_exponent: float = ...,
-    cu_seqlens: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequence[int] | None = ...,
     initial_state: Tensor | None = ...,
     return_state: Literal[False] = ...,
     backend: Backend = ...,
@@ -57,7 +59,7 @@ def linear_attention(
     feature_map: FeatureMap = ...,
     score_scale: float = ...,
     length_exponent: float = ...,
-    cu_seqlens: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequence[int] | None = ...,
     initial_state: Tensor | None = ...,
     return_state: Literal[True],
     backend: Backend = ...,
@@ -73,7 +75,7 @@ def linear_attention(
     feature_map: FeatureMap = "affine",
     score_scale: float = 0.5,
     length_exponent: float = 0.0,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = False,
     backend: Backend = "auto",
@@ -101,7 +103,8 @@ def linear_attention(
         normalized: Divide by the sum of scores, clamped to at least 1e-6 per key. Where it is
             clamped no gradient passes through it. With the affine map, a row with one key and no
             initial state returns that key's value.
-        qk_norm: Scale the rows of q and k by (|x|^2 + 1e-6)^-1/2. Without it, and with the affine
+        qk_norm: Scale the rows of q and k by (|x|^2 + 1e-6)^-1/2. A row whose |x|^2 overflows (|x|
+            above 1.8e19 in float32) counts as NaN. Without the norm, and with the affine
             map, the caller must ensure |q.k| <= 1.
         feature_map: The score f of x = q.k: "affine", 1 + x; "quadratic", 1 + x + x^2 / 2; or
             phi(q).phi(k) with phi "relu", "softplus" or "identity", applied elementwise; use
@@ -109,8 +112,8 @@ def linear_attention(
         score_scale: Factor of o in Eq. 7.
         length_exponent: Power of 1/n in Eq. 7.
         cu_seqlens: Boundaries [S + 1] of S sequences that are concatenated along N; B is 1.
-            Integers from 0 to N in ascending order, read on the host: with a CUDA tensor the host
-            waits for the device.
+            Integers from 0 to N in ascending order, a tensor or a sequence. They are read on the
+            host, which waits for the device if they lie on it.
         initial_state: State [S, H, F + 1, Dv + 1] of keys that come before the sequence, float32
             (float64 for float64 inputs). S = B without cu_seqlens, F = D except for the quadratic
             map, where F = D + D (D // 2 + 1). Its number of keys is not differentiated. A state of
@@ -125,22 +128,33 @@ def linear_attention(
     Raises:
         ValueError: Shapes, dtypes, devices or boundaries are invalid, N is 0, or the backend does
             not support these tensors.
-        RuntimeError: A second derivative is requested, or cu_seqlens is given while a CUDA graph
-            is captured.
+        RuntimeError: A second or a forward-mode derivative is requested, or cu_seqlens is given
+            while a CUDA graph is captured.
 
     Source: arXiv 2604.10064, Eq. 4 and Eq. 7.
     """
     q, k, v = cast_for_autocast(q, k, v)
     check_choice("feature_map", feature_map, FeatureMap)
     check_tensors(q=q, k=k, v=v)
-    _check_sequences(q, v, cu_seqlens, initial_state, feature_map)
+    boundaries = as_boundaries(cu_seqlens, q)
+    if initial_state is not None:
+        num_sequences, value_dim = _num_sequences(q, boundaries), v.shape[3]
+        check_state(
+            "initial_state",
+            initial_state,
+            q,
+            feature_map,
+            num_sequences=num_sequences,
+            value_dim=value_dim,
+        )
     variant = Variant(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
     use_triton = takes_triton(backend, q, {"q.shape[-1]": q.shape[3], "v.shape[-1]": v.shape[3]})
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, variant: Variant
     ) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, initial, cu_seqlens, *variant, return_state, use_triton)
+        result = _Attend.apply(q, k, v, initial, boundaries, *variant, return_state, use_triton)
+        return cast(tuple[Tensor, Tensor], result)
 
     if feature_map == "quadratic":
         out, state = attend_quadratic(
@@ -148,6 +162,8 @@ def linear_attention(
         )
     else:
         out, state = attend(q, k, v, initial_state, variant)
+        if return_state and use_triton and not causal:
+            state = state.clone()  # the backward reads it, and the caller may change theirs
     return (out, state) if return_state else out
 
 
@@ -224,25 +240,42 @@ def _(q: Tensor, k: Tensor, v: Tensor, initial: Any, *_: Any) -> Any:
     return *gradients, q.new_empty(0) if initial is None else initial.new_empty(initial.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.return_state, ctx.use_triton = inputs
-    *tensors, ctx.variant = *tensors[:5], tensors[5:]
-    # A state that the backward does not read may be changed in place, by an all-reduce for example.
-    is_read = ctx.use_triton and not ctx.variant[0]
-    ctx.save_for_backward(*tensors, output[1] if is_read else None)
-    ctx.set_materialize_grads(False)
+class _Attend(Operator):
+    """:func:`_forward` with its gradient."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.return_state, ctx.use_triton = inputs
+        *tensors, ctx.variant = *tensors[:5], tensors[5:]
+        reads_state = ctx.use_triton and not ctx.variant[0]
+        ctx.save_for_backward(*tensors, output[1] if reads_state else None)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:
+        if not ctx.return_state:
+            grad_state = None
+        inputs = ctx.saved_tensors
+        d_q, d_k, d_v, d_initial = _AttendBackward.apply(
+            *inputs, grad, grad_state, *ctx.variant, ctx.use_triton
+        )
+        return d_q, d_k, d_v, d_initial if inputs[3] is not None else None, *(None,) * 9
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:
-    if not ctx.return_state:
-        grad_state = None
-    inputs = ctx.saved_tensors
-    d_q, d_k, d_v, d_initial = _backward(*inputs, grad, grad_state, *ctx.variant, ctx.use_triton)
-    return d_q, d_k, d_v, d_initial if inputs[3] is not None else None, *(None,) * 9
+class _AttendBackward(Gradient):
+    """:func:`_backward`."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _backward(*arguments)
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(refuse_second_derivative)
+fold_vmap_into_batch(_forward)
+fold_vmap_into_batch(_backward)
 
 
 def _keep_state(
@@ -264,27 +297,6 @@ def _keep_state(
 
 def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _check_sequences(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, initial: Tensor | None, feature_map: str
-) -> None:
-    if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens.shape {tuple(cu_seqlens.shape)} must be [S + 1], S >= 1")
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"cu_seqlens.dtype ({cu_seqlens.dtype}) must be int32 or int64")
-        if q.shape[0] != 1:
-            raise ValueError(f"q.shape[0] ({q.shape[0]}) must be 1 when cu_seqlens is given")
-    if initial is not None:
-        check_state(
-            "initial_state",
-            initial,
-            q,
-            feature_map,
-            num_sequences=_num_sequences(q, cu_seqlens),
-            value_dim=v.shape[3],
-        )
 
 
 def _boundaries(cu_seqlens: Tensor | None, num_tokens: int) -> list[int] | None:

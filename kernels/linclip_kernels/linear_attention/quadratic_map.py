@@ -163,13 +163,20 @@ def _blocks(key_dim: int) -> list[range]:
 
 
 def _without_features(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-    """Call a function whose features, D / 2 times q and k, the backward recomputes."""
+    """Call a function whose features, D / 2 times q and k, the backward recomputes.
+
+    They are kept inside torch.func's transforms, which torch's checkpoint does not support.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
     rows = _widened(x)
-    return (rows * (rows.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt()).to(x.dtype)
+    square = rows.square().sum(-1, keepdim=True)
+    # 0 * infinity is NaN: a row whose |x|^2 overflows is not scaled to zero.
+    return (rows * ((square + NORM_EPS).rsqrt() + 0 * square)).to(x.dtype)
 
 
 def _widened(x: Tensor) -> Tensor:

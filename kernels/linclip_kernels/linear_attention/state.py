@@ -5,11 +5,12 @@ for other queries. As in op.py, each half is a registered custom operator with i
 ``linclip::linear_attention_state`` and ``linclip::linear_attention_from_state``.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from linclip_kernels.linear_attention.autograd import Gradient, Operator, fold_vmap_into_batch
 from linclip_kernels.linear_attention.quadratic_map import apply_quadratic_state, sum_quadratic_keys
 from linclip_kernels.linear_attention.validation import (
     Backend,
@@ -19,7 +20,6 @@ from linclip_kernels.linear_attention.validation import (
     check_state,
     check_tensors,
     implementation,
-    refuse_second_derivative,
     state_dtype,
     takes_triton,
     without_autocast,
@@ -50,7 +50,7 @@ def linear_attention_state(
 
     Raises:
         ValueError: Shapes, dtypes or devices are invalid, or the backend does not support them.
-        RuntimeError: A second derivative is requested.
+        RuntimeError: A second or a forward-mode derivative is requested.
 
     Source: README.md beside this file, "The state".
     """
@@ -62,7 +62,8 @@ def linear_attention_state(
     variant = Variant(qk_norm=qk_norm, feature_map=feature_map)
 
     def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
-        return _sum_keys(k, v, variant.qk_norm, variant.feature_map, use_triton)
+        result = _SumKeys.apply(k, v, variant.qk_norm, variant.feature_map, use_triton)
+        return cast(Tensor, result)
 
     if feature_map == "quadratic":
         return sum_quadratic_keys(sum_keys, k, v, variant)
@@ -100,7 +101,7 @@ def linear_attention_from_state(
 
     Raises:
         ValueError: Shapes, dtypes or devices are invalid, or the backend does not support them.
-        RuntimeError: A second derivative is requested.
+        RuntimeError: A second or a forward-mode derivative is requested.
 
     Source: arXiv 2604.10064, Eq. 4 (normalized) and Eq. 7.
     """
@@ -113,7 +114,7 @@ def linear_attention_from_state(
     variant = Variant(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
 
     def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
-        return _apply_state(q, state, *variant[1:], use_triton)
+        return cast(Tensor, _ApplyState.apply(q, state, *variant[1:], use_triton))
 
     if feature_map == "quadratic":
         return apply_quadratic_state(apply_state, q, state, variant)
@@ -186,20 +187,60 @@ def _(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _SumKeys(Operator):
+    """:func:`_sum_keys` with its gradient."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return _sum_keys(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        _save_inputs(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_state: Tensor) -> tuple[Any, ...]:
+        gradients = _SumKeysBackward.apply(*ctx.saved_tensors, grad_state, *ctx.options)
+        return *gradients, None, None, None
+
+
+class _ApplyState(Operator):
+    """:func:`_apply_state` with its gradient."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return _apply_state(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        _save_inputs(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gradients = _ApplyStateBackward.apply(*ctx.saved_tensors, grad, *ctx.options)
+        return *gradients, *(None,) * 6
+
+
+class _SumKeysBackward(Gradient):
+    """:func:`_sum_keys_backward`."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _sum_keys_backward(*arguments)
+
+
+class _ApplyStateBackward(Gradient):
+    """:func:`_apply_state_backward`."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _apply_state_backward(*arguments)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.options = inputs[2:]
 
 
-def _differentiate_sum(ctx: Any, grad_state: Tensor) -> tuple[Any, ...]:
-    return *_sum_keys_backward(*ctx.saved_tensors, grad_state, *ctx.options), None, None, None
-
-
-def _differentiate_apply(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *_apply_state_backward(*ctx.saved_tensors, grad, *ctx.options), *(None,) * 6
-
-
-_sum_keys.register_autograd(_differentiate_sum, setup_context=_save_inputs)
-_apply_state.register_autograd(_differentiate_apply, setup_context=_save_inputs)
-_sum_keys_backward.register_autograd(refuse_second_derivative)
-_apply_state_backward.register_autograd(refuse_second_derivative)
+for _operator in (_sum_keys, _sum_keys_backward, _apply_state, _apply_state_backward):
+    fold_vmap_into_batch(_operator)

@@ -351,7 +351,9 @@ class _Rows:
         self.phi[..., 0], hat = constant, self.phi[..., 1:]
         if variant.qk_norm:
             square = torch.linalg.vecdot(self.x, self.x)
-            self.inverse = square.add_(NORM_EPS).rsqrt_().unsqueeze(-1)  # [B, H, N, 1]
+            inverse = (square + NORM_EPS).rsqrt_()
+            # 0 * infinity is NaN: a row whose |x|^2 overflows is not scaled to zero.
+            self.inverse = inverse.add_(square.mul_(0)).unsqueeze(-1)  # [B, H, N, 1]
             torch.mul(self.x, self.inverse, out=hat)
         else:
             hat.copy_(self.x)

@@ -1,5 +1,7 @@
 """Checks of the public functions' arguments, casts under autocast, and the choice of backend."""
 
+import reprlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -12,12 +14,12 @@ from linclip_kernels.linear_attention.quadratic_map import num_quadratic_feature
 __all__ = [
     "Backend",
     "FeatureMap",
+    "as_boundaries",
     "cast_for_autocast",
     "check_choice",
     "check_state",
     "check_tensors",
     "implementation",
-    "refuse_second_derivative",
     "state_dtype",
     "takes_triton",
     "without_autocast",
@@ -66,6 +68,8 @@ def check_tensors(*, may_be_empty: bool = False, **tensors: Tensor) -> None:
     """
     first, x = next(iter(tensors.items()))
     for name, y in tensors.items():
+        if not isinstance(y, Tensor):
+            raise ValueError(f"{name} ({type(y).__name__}) must be a torch.Tensor")
         if y.dim() != 4 or 0 in (*y.shape[:1], *y.shape[2 if may_be_empty else 1 :]):
             axes = "axis but N" if may_be_empty else "axis"
             shape = tuple(y.shape)
@@ -84,6 +88,27 @@ def check_tensors(*, may_be_empty: bool = False, **tensors: Tensor) -> None:
             raise ValueError(f"{name}.shape {tuple(y.shape)} {rule}")
     if x.shape[1] > MAX_TOKENS:
         raise ValueError(f"{first}.shape[1] ({x.shape[1]}) must be at most {MAX_TOKENS} tokens")
+
+
+def as_boundaries(cu_seqlens: Tensor | Sequence[int] | None, q: Tensor) -> Tensor | None:
+    """Return the boundaries of sequences as a tensor, after a check of everything but values."""
+    if cu_seqlens is None:
+        return None
+    if not isinstance(cu_seqlens, Tensor):
+        try:
+            cu_seqlens = torch.tensor(cu_seqlens, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"cu_seqlens ({reprlib.repr(cu_seqlens)}) must be integers") from error
+    dtype, device = cu_seqlens.dtype, cu_seqlens.device
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens.shape {tuple(cu_seqlens.shape)} must be [S + 1], S >= 1")
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise ValueError(f"cu_seqlens.dtype ({dtype}) must be an integer type")
+    if device.type != "cpu" and device != q.device:
+        raise ValueError(f"cu_seqlens.device ({device}) must be cpu or q.device ({q.device})")
+    if q.shape[0] != 1:
+        raise ValueError(f"q.shape[0] ({q.shape[0]}) must be 1 when cu_seqlens is given")
+    return cu_seqlens
 
 
 def check_state(
@@ -109,8 +134,8 @@ def check_state(
     num_features = num_quadratic_features(key_dim) if feature_map == "quadratic" else key_dim
     rows = num_sequences, q.shape[2], num_features + 1
     columns = "Dv + 1" if value_dim is None else value_dim + 1
-    has_columns = state.dim() == 4 and state.shape[3] > 1 and columns in ("Dv + 1", state.shape[3])
-    if not has_columns or state.shape[:3] != rows:
+    fits = state.dim() == 4 and state.shape[:3] == rows and state.shape[3] > 1
+    if not fits or value_dim not in (None, state.shape[3] - 1):
         wanted = ", ".join(map(str, (*rows, columns)))
         raise ValueError(f"{name}.shape {tuple(state.shape)} must be ({wanted})")
     if state.dtype != state_dtype(q):
@@ -130,20 +155,25 @@ def takes_triton(backend: str, x: Tensor, dims: dict[str, int]) -> bool:
     check_choice("backend", backend, Backend)
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return False
-    import triton
-
     for name, dim in dims.items():
         if not 16 <= dim <= 256:
             rule = "must be in 16..256 for the Triton kernels; use backend='torch'"
             raise ValueError(f"{name} ({dim}) {rule}")
     if x.dtype == torch.float64:
         raise ValueError("dtype (torch.float64) must not be float64 for the Triton kernels")
-    if x.device.type not in ("cuda", "meta") and not triton.knobs.runtime.interpret:
+    if x.device.type not in ("cuda", "meta") and not _interprets_kernels():
         raise ValueError(
             f"backend ('triton') must have CUDA tensors, not {x.device.type}; "
             "TRITON_INTERPRET=1 runs the kernels on the CPU"
         )
     return True
+
+
+@torch.compiler.assume_constant_result
+def _interprets_kernels() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
 
 
 def implementation(use_triton: bool) -> Any:
@@ -154,8 +184,3 @@ def implementation(use_triton: bool) -> Any:
     from linclip_kernels.linear_attention.triton_backend import backend
 
     return backend
-
-
-def refuse_second_derivative(*_: Any) -> None:
-    """Raise the error of a backward operator that is differentiated."""
-    raise RuntimeError("linear_attention can be differentiated once; its gradients cannot")

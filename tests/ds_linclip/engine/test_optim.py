@@ -86,6 +86,17 @@ def test_optimizer_is_built_as_configured(kind, form):
         assert group.get("eps", 1e-7) == 1e-7
 
 
+@pytest.mark.parametrize(("kind", "beta2"), [("adamw", 0.98), ("lion", 0.99), ("lamb", 0.98)])
+def test_second_beta_depends_on_the_optimizer_unless_it_is_set(kind, beta2):
+    for config, expected in (
+        (OptimConfig(kind=kind), beta2),
+        (OptimConfig(kind=kind, beta2=0.5), 0.5),
+        (OptimConfig(kind=kind, beta2=0.0), 0.0),
+    ):
+        optimizer = build_optimizer(small_model(), config)
+        assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.9, expected)}
+
+
 def test_lamb_equals_timms():
     config = OptimConfig(kind="lamb", lr=0.02, weight_decay=0.3)
     model, other = small_model(), small_model()

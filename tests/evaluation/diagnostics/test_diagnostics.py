@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import tarfile
 from pathlib import Path
 
@@ -113,6 +114,37 @@ def test_statistics_are_those_of_the_weights_that_make_the_output(mesh, form):
             low, high = values.quantile(torch.tensor([0.05, 0.95]).double()).tolist()
             wanted = (values.mean().item(), low, high)
             assert (row.mean, row.low, row.high) == pytest.approx(wanted, rel=1e-5), name
+
+
+@torch.no_grad()
+def test_branch_ratio_is_that_of_the_model_and_of_its_initial_weights(mesh):
+    model = tiny_clip(mesh, FORMS["eq7"])
+    images, texts = [torch.randn(3, 3, 16, 16)], some_texts()[:1, :6]
+    untrained = tiny_clip(mesh, FORMS["eq7"])
+    for name, module in untrained.named_modules():
+        if isinstance(module, SelfAttention):
+            module.qkv.weight.data.div_(4)
+            model.get_submodule(name).out_proj.weight.data.mul_(3)
+
+    def rms(x):
+        return x.square().mean(dim=(1, 2)).sqrt()
+
+    generator = torch.get_rng_state()
+    rows = diagnose(model, images, [texts])
+    assert torch.equal(torch.get_rng_state(), generator)
+    for source, statistic in ((model, "branch_ratio"), (untrained, "branch_ratio_at_init")):
+        expected = []
+
+        def record(block, inputs, _, ratios=expected):
+            (x,) = inputs
+            ratios.append((rms(block.attn(block.ln_1(x))) / rms(x)).mean().item())
+
+        for block in (*source.visual.blocks.values(), *source.text.blocks.values()):
+            block.register_forward_hook(record)
+        source.encode_image(images[0])
+        source.encode_text(texts)
+        found = [row.mean for row in rows if row.statistic == statistic]
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -268,6 +300,8 @@ def test_command_compares_models(hub_folders, tmp_path, capsys, captions):
     summary = (out / "summary.md").read_text()
     assert f"4 images of `{data}` and {4 if captions else 2} texts" in summary
     assert "| Eq. 7, scale 0.25, n^-0.5 |" in summary
+    for tower in summary.split("## ")[1:]:
+        assert re.search(r"\| branch over residual( at init)? \| \d+\.\d\d", tower)
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert summary in capsys.readouterr().out
 
@@ -294,11 +328,11 @@ def test_figure_has_a_line_for_every_model():
         LayerStatistic(tower=tower, layer=layer, statistic=name, mean=0.5, low=0.4, high=0.6)
         for tower in ("vision", "text")
         for layer in (1, 2)
-        for name in ("entropy", "contrast", "contrast_bound", "gain")
+        for name in ("entropy", "contrast", "contrast_bound", "branch_ratio_at_init")
     ]
     figure = draw_diagnostics({"one": found, "two": found})
-    panels = {axes.get_title(loc="left"): axes for axes in figure.axes[:6]}
-    assert len(figure.axes) == 12
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes[:8]}
+    assert len(figure.axes) == 16
     solid = [
         line for line in panels["Entropy of a row, over log n"].lines if line.get_linestyle() == "-"
     ]
@@ -307,5 +341,7 @@ def test_figure_has_a_line_for_every_model():
         line for line in panels["Largest over mean weight"].lines if line.get_linestyle() == "--"
     ]
     assert len(dashed) == 2
+    branch = panels["Attention branch over residual"].lines
+    assert [line.get_linestyle() for line in branch if len(line.get_xdata())] == ["--", "--"]
     (legend,) = figure.legends
     assert {"one", "two"} <= {text.get_text() for text in legend.get_texts()}

@@ -189,7 +189,7 @@ def _forward_kernel(
         b_a, b_factor, _inverse, b_scale, _unclamped = query_rows(
             b_q, b_z, num_keys, factor, i_n, place, META
         )
-        b_out = dot_state(b_a, b_s) * b_factor[:, None]  # [BLOCK_N, BLOCK_DV]
+        b_out = dot_state(b_a, b_s, META) * b_factor[:, None]  # [BLOCK_N, BLOCK_DV]
         if META.HAS_CONSTANT:
             b_out += b_w[None, :]
         store_tile(out, b_out * b_scale[:, None], i_n, place, META.DV, META.BLOCK_DV)
@@ -237,7 +237,7 @@ def _backward_kernel(
             b_a, b_factor, b_inverse, b_scale, unclamped = query_rows(
                 b_q, b_z, num_keys, factor, i_n, place, META
             )
-            b_u = dot_state(b_do, tl.trans(b_s))  # [BLOCK_N, BLOCK_D]
+            b_u = dot_state(b_do, tl.trans(b_s), META)  # [BLOCK_N, BLOCK_D]
             b_dphi = b_u * b_scale[:, None]
             if META.NORMALIZED:
                 b_numerator = b_factor * tl.sum(b_a.to(tl.float32) * b_u, axis=1)
@@ -253,7 +253,7 @@ def _backward_kernel(
             if META.HAS_CONSTANT:
                 b_dws += fold_rows(b_do.to(tl.float32) * b_scale[:, None], META.ROWS_DV)
             b_scaled = b_do.to(tl.float32) * (b_factor * b_scale)[:, None]
-            b_ds += dot(tl.trans(b_a), narrow(b_scaled, b_do.dtype))
+            b_ds += dot(tl.trans(b_a), narrow(b_scaled, b_do.dtype), META)
         b_dw, b_dz = tl.sum(b_dws, axis=0), tl.sum(b_dzs, axis=0)
 
     if dk is None:
@@ -265,8 +265,8 @@ def _backward_kernel(
             b_k = load_tile(k, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
             b_v = load_tile(v, i_n, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
             b_a, b_factor, b_inverse = features(b_k, i_n, place, META)
-            b_dv = dot_state(b_a, b_ds) * b_factor[:, None] + b_dw[None, :]
+            b_dv = dot_state(b_a, b_ds, META) * b_factor[:, None] + b_dw[None, :]
             store_tile(dv, b_dv, i_n, place, META.DV, META.BLOCK_DV)
-            b_dphi = dot_state(b_v, tl.trans(b_ds)) + b_dz[None, :]
+            b_dphi = dot_state(b_v, tl.trans(b_ds), META) + b_dz[None, :]
             b_dk = features_backward(b_dphi, b_k, b_inverse, META)
             store_tile(dk, b_dk, i_n, place, META.D, META.BLOCK_D)

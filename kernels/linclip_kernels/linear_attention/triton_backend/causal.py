@@ -112,13 +112,13 @@ def _plan_before(call: Call, total: Tensor | None) -> tuple[list[Launch], Tensor
 
 
 @triton.jit
-def masked_dot(b_a, b_x, i_rows, i_first, UPPER: tl.constexpr):
+def masked_dot(b_a, b_x, i_rows, i_first, UPPER: tl.constexpr, META: tl.constexpr):
     """a @ x, where zeros of a beyond the diagonal keep out NaN and infinity too.
 
     Rows of x stand for tokens i_first, i_first + 1, ...; a row of the product for token i_rows,
     which sees tokens up to itself (UPPER: from itself on).
     """
-    product = dot(narrow(b_a, b_x.dtype), b_x)
+    product = dot(narrow(b_a, b_x.dtype), b_x, META)
     check = tl.sum(tl.sum(product, axis=1), axis=0)
     if check - check != 0:
         # Token by token, as by the definition.
@@ -158,7 +158,7 @@ def _forward_kernel(
         if p_before is not None:
             b_s, b_w, b_z, num_keys = load_state(p_before, place.i_part, place, META)
             b_num_keys += num_keys
-            b_out = dot_state(b_aq, b_s) * b_fq[:, None]
+            b_out = dot_state(b_aq, b_s, META) * b_fq[:, None]
             b_denominator = b_fq * tl.sum(b_aq.to(tl.float32) * b_z[None, :], axis=1)
             if META.HAS_CONSTANT:
                 b_out += b_w[None, :]
@@ -168,12 +168,12 @@ def _forward_kernel(
             b_k = load_tile(k, i_m, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
             b_v = load_tile(v, i_m, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
             b_ak, b_fk, _inverse = features(b_k, i_m, place, META)
-            b_a = dot(b_aq, tl.trans(b_ak)) * b_fq[:, None] * b_fk[None, :]  # the scores
+            b_a = dot(b_aq, tl.trans(b_ak), META) * b_fq[:, None] * b_fk[None, :]  # the scores
             if META.HAS_CONSTANT:
                 b_a += 1.0
             b_a = tl.where(i_n[:, None] >= i_m[None, :], b_a, 0.0)
             b_denominator += tl.sum(b_a, axis=1)
-            b_out += masked_dot(b_a, b_v, i_n, key_start, False)
+            b_out += masked_dot(b_a, b_v, i_n, key_start, False, META)
         b_scale, _unclamped = row_scale(b_denominator, b_num_keys, factor, i_n, place, META)
         store_tile(out, b_out * b_scale[:, None], i_n, place, META.DV, META.BLOCK_DV)
 
@@ -217,7 +217,7 @@ def _backward_kernel(
             if p_before is not None:
                 b_s, b_w, b_z, num_keys = load_state(p_before, place.i_part, place, META)
                 b_num_keys += num_keys
-                b_u = dot_state(b_do, tl.trans(b_s))
+                b_u = dot_state(b_do, tl.trans(b_s), META)
                 if META.NORMALIZED:
                     b_zs += b_z[None, :]
                     b_sum = tl.sum(b_do.to(tl.float32) * b_w[None, :], axis=1)
@@ -227,14 +227,14 @@ def _backward_kernel(
                 b_v = load_tile(v, i_m, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
                 b_ak, b_fk, _inverse = features(b_k, i_m, place, META)
                 seen = i_n[:, None] >= i_m[None, :]
-                b_p = tl.where(seen, dot(b_do, tl.trans(b_v)), 0.0)  # [BLOCK_N, BLOCK_N]
+                b_p = tl.where(seen, dot(b_do, tl.trans(b_v), META), 0.0)  # [BLOCK_N, BLOCK_N]
                 # A factor that is NaN or infinite must not reach earlier rows through a zero.
                 b_p_scaled = tl.where(seen, b_p * b_fk[None, :], 0.0)
-                b_u += masked_dot(b_p_scaled, b_ak, i_n, key_start, False)
+                b_u += masked_dot(b_p_scaled, b_ak, i_n, key_start, False, META)
                 if META.NORMALIZED:
                     b_sum += tl.sum(b_p, axis=1)
                     b_factors = tl.where(seen, b_fk[None, :], 0.0)
-                    b_zs += masked_dot(b_factors, b_ak, i_n, key_start, False)
+                    b_zs += masked_dot(b_factors, b_ak, i_n, key_start, False, META)
             b_q = load_tile(q, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
             b_aq, b_fq, b_inverse = query_features(b_q, i_n, place, META)
             b_denominator = b_fq
@@ -270,8 +270,8 @@ def _backward_kernel(
             b_dphi = tl.full([META.BLOCK_N, META.BLOCK_D], 0.0, tl.float32)
             if p_after is not None:
                 b_ds, b_dw, b_dz, _none = load_state(p_after, place.i_part, place, META)
-                b_dv = dot_state(b_ak, b_ds) * b_fk[:, None] + b_dw[None, :]
-                b_dphi = dot_state(b_v, tl.trans(b_ds)) + b_dz[None, :]
+                b_dv = dot_state(b_ak, b_ds, META) * b_fk[:, None] + b_dw[None, :]
+                b_dphi = dot_state(b_v, tl.trans(b_ds), META) + b_dz[None, :]
             for start in range(key_start, place.end, META.BLOCK_N):
                 i_n = start + tl.arange(0, META.BLOCK_N)
                 b_q = load_tile(q, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -279,14 +279,14 @@ def _backward_kernel(
                 b_aq, b_fq, _inverse = query_features(b_q, i_n, place, META)
                 b_scale, b_e = load_rows(p_rows, i_n, place)
                 seen = i_m[:, None] <= i_n[None, :]  # transposed: a row for every key
-                b_a = dot(b_ak, tl.trans(b_aq)) * b_fk[:, None] * b_fq[None, :]
+                b_a = dot(b_ak, tl.trans(b_aq), META) * b_fk[:, None] * b_fq[None, :]
                 if META.HAS_CONSTANT:
                     b_a += 1.0
                 b_a = tl.where(seen, b_a * b_scale[None, :], 0.0)
-                b_dv += masked_dot(b_a, b_do, i_m, start, True)
-                b_da = dot(b_v, tl.trans(b_do)) * b_scale[None, :] + b_e[None, :]
+                b_dv += masked_dot(b_a, b_do, i_m, start, True, META)
+                b_da = dot(b_v, tl.trans(b_do), META) * b_scale[None, :] + b_e[None, :]
                 b_da = tl.where(seen, b_da * b_fq[None, :], 0.0)
-                b_dphi += masked_dot(b_da, b_aq, i_m, start, True)
+                b_dphi += masked_dot(b_da, b_aq, i_m, start, True, META)
             store_tile(dv, b_dv, i_m, place, META.DV, META.BLOCK_DV)
             b_dk = features_backward(b_dphi, b_k, b_inverse, META)
             store_tile(dk, b_dk, i_m, place, META.D, META.BLOCK_D)

@@ -33,12 +33,17 @@ class Chip:
     """The properties of a GPU that the partition depends on; by default those of an H100."""
 
     num_sms: int = 132
-    capability: int = 90
+    #: As Triton names it: the compute capability times ten, or the name of AMD's chip, "gfx942".
+    arch: int | str = 90
+
+    @property
+    def is_amd(self) -> bool:
+        return isinstance(self.arch, str)
 
     @property
     def is_large(self) -> bool:
         """Data-centre chips from Hopper on, whose matrix unit reads operands from shared memory."""
-        return 90 <= self.capability < 120
+        return isinstance(self.arch, int) and 90 <= self.arch < 120
 
     @staticmethod
     def of(device: torch.device) -> "Chip":
@@ -46,7 +51,10 @@ class Chip:
         if device.type != "cuda":
             return Chip()
         properties = torch.cuda.get_device_properties(device)
-        return Chip(properties.multi_processor_count, 10 * properties.major + properties.minor)
+        arch: int | str = 10 * properties.major + properties.minor
+        if torch.version.hip is not None:  # "gfx942:sramecc+:xnack-", whose capability is 9.4
+            arch = properties.gcnArchName.partition(":")[0]
+        return Chip(properties.multi_processor_count, arch)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ class Meta(NamedTuple):
     QK_NORM: bool
     FEATURE_MAP: str
     HAS_CONSTANT: bool
+    FP32_DOT: str  # the precision of products of float32
     NORMALIZED: bool = False
     FIX_SINGLE_KEY: bool = False
 
@@ -124,6 +133,7 @@ class Partition:
     num_warps: int
     dtype: torch.dtype
     device: torch.device
+    chip: Chip
 
     @cached_property
     def parts_of_sequences(self) -> list[int]:
@@ -189,6 +199,7 @@ class Partition:
             QK_NORM=self.variant.qk_norm,
             FEATURE_MAP=self.variant.feature_map,
             HAS_CONSTANT=self.variant.has_constant,
+            FP32_DOT="ieee" if self.chip.is_amd else "tf32x3",  # AMD has no three TF32 products
         )
 
     def _rows_at_once(self, columns: int) -> int:
@@ -205,7 +216,9 @@ class Partition:
             "part": self.part,
         }
         grid = (sum(self.parts_of_sequences) * self.heads,)
-        return Launch(kernel, grid, arguments | common, self.num_warps)
+        # Triton 3.6 cannot compile the pipelined loops of the causal kernels for AMD.
+        num_stages = 1 if self.chip.is_amd else 2
+        return Launch(kernel, grid, arguments | common, self.num_warps, num_stages)
 
 
 class Call(NamedTuple):
@@ -294,4 +307,5 @@ def partition_tokens(
         num_warps=4 if words <= 64 else 8,
         dtype=q.dtype,
         device=q.device,
+        chip=chip,
     )

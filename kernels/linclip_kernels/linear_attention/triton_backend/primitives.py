@@ -181,7 +181,9 @@ def features(b_x, i_n, place, META: tl.constexpr):
     x = b_x.to(tl.float32)
     inverse = tl.full([x.shape[0]], 1.0, tl.float32)
     if META.QK_NORM:
-        inverse = tl.rsqrt(tl.sum(x * x, axis=1) + NORM_EPS)
+        square = tl.sum(x * x, axis=1)
+        # 0 * infinity is NaN: a row whose |x|^2 overflows is not scaled to zero.
+        inverse = tl.rsqrt(square + NORM_EPS) + 0.0 * square
     if META.FEATURE_MAP == "relu":
         return narrow(tl.where(x < 0, 0.0, x), b_x.dtype), inverse, inverse
     elif META.FEATURE_MAP == "softplus":
@@ -227,25 +229,25 @@ def row_scale(b_denominator, b_num_keys, factor, i_n, place, META: tl.constexpr)
 
 
 @triton.jit
-def dot(a, b):
+def dot(a, b, META: tl.constexpr):
     """a @ b in float32; float32 operands lose no bits that matter, bfloat16 ones none at all."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     elif a.dtype == tl.float32:
-        return tl.dot(a, b, input_precision="tf32x3")
+        return tl.dot(a, b, input_precision=META.FP32_DOT)
     else:
         return tl.dot(a, b)
 
 
 @triton.jit
-def dot_state(a, state):
+def dot_state(a, state, META: tl.constexpr):
     """a @ state for a float32 state: in bfloat16 the state enters as a high and a low half."""
     if a.dtype == tl.float32:
-        return dot(a, state)
+        return dot(a, state, META)
     else:
         high = narrow(state, a.dtype)
         low = narrow(state - high.to(tl.float32), a.dtype)
-        return dot(a, high) + dot(a, low)
+        return dot(a, high, META) + dot(a, low, META)
 
 
 @triton.jit
@@ -306,7 +308,7 @@ def sum_tokens(x, y, p_rows, place, META: tl.constexpr):
                 b_ws += fold_rows(b_y.to(tl.float32) * b_scale[:, None], META.ROWS_DV)
             b_zs += fold_rows(b_phi * b_e[:, None], META.ROWS_D)
             b_phi *= b_scale[:, None]
-        b_s += dot(tl.trans(narrow(b_phi, b_y.dtype)), b_y)
+        b_s += dot(tl.trans(narrow(b_phi, b_y.dtype)), b_y, META)
     return b_s, tl.sum(b_ws, axis=0), tl.sum(b_zs, axis=0)
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,11 +31,27 @@ from linclip_kernels.linear_attention.triton_backend.partition import (
 )
 from linclip_kernels.linear_attention.variant import Variant
 
-__all__ = ["Case", "Usage", "cases", "compile_launch", "measure"]
+__all__ = ["MULTIPROCESSORS", "Case", "Usage", "cases", "compile_launch", "measure"]
 
-WARPS_PER_SM, BLOCKS_PER_SM, REGISTERS_PER_SM = 64, 32, 65536
-#: Bytes of shared memory of a multiprocessor, by compute capability; a block can have all but 1 KB.
-SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+
+class Multiprocessor(NamedTuple):
+    """What a multiprocessor holds, beside its 65,536 registers."""
+
+    shared_memory: int  # bytes; a block can have all but 1 KB
+    warps: int
+    blocks: int
+
+
+REGISTERS_PER_SM = 65536
+#: By compute capability: data-centre chips, and those of consumers with less memory.
+MULTIPROCESSORS = {
+    80: Multiprocessor(164 * 1024, 64, 32),
+    86: Multiprocessor(100 * 1024, 48, 16),
+    89: Multiprocessor(100 * 1024, 48, 24),
+    90: Multiprocessor(228 * 1024, 64, 32),
+    100: Multiprocessor(228 * 1024, 64, 32),
+    120: Multiprocessor(100 * 1024, 48, 24),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -57,9 +73,9 @@ class Case:
             name if self.variant.feature_map == "affine" else f"{name} {self.variant.feature_map}"
         )
 
-    def launches(self, capability: int) -> list[Launch]:
+    def launches(self, arch: int | str) -> list[Launch]:
         """Return the launches of a forward and a backward on views of a packed [B, N, H, 3, D]."""
-        shape, chip = (1, self.num_tokens, self.heads, 3, self.dim), Chip(capability=capability)
+        shape, chip = (1, self.num_tokens, self.heads, 3, self.dim), Chip(arch=arch)
         q, k, v = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").unbind(3)
         v = v[..., : max_value_block(q, chip)]
         plans, variant = causal if self.variant.causal else bidirectional, self.variant
@@ -92,17 +108,18 @@ class Usage:
     def blocks_per_sm(self) -> int:
         """The number of programs that fit on a multiprocessor."""
         registers = self.num_warps * 256 * -(-32 * self.registers // 256)
+        chip = MULTIPROCESSORS[self.capability]
         return min(
-            BLOCKS_PER_SM,
-            WARPS_PER_SM // self.num_warps,
+            chip.blocks,
+            chip.warps // self.num_warps,
             REGISTERS_PER_SM // registers,
-            SHARED_MEMORY[self.capability] // (self.shared + 1024),
+            chip.shared_memory // (self.shared + 1024),
         )
 
     @property
     def occupancy(self) -> float:
         """Resident warps over the warps a multiprocessor can hold."""
-        return self.blocks_per_sm * self.num_warps / WARPS_PER_SM
+        return self.blocks_per_sm * self.num_warps / MULTIPROCESSORS[self.capability].warps
 
 
 def cases() -> Iterator[Case]:
@@ -137,7 +154,7 @@ def measure(case: Case, capability: int) -> list[Usage]:
 
     Args:
         case: The inputs.
-        capability: The compute capability, 80, 90 or 100.
+        capability: The compute capability, a key of ``MULTIPROCESSORS``.
 
     Returns:
         One Usage per kernel.
@@ -180,9 +197,14 @@ def _name(launch: Launch) -> str:
     return name
 
 
-def compile_launch(launch: Launch, capability: int) -> Any:
-    """Compile with exactly the signature and specialisation that the launch would have."""
-    target = GPUTarget("cuda", capability, 32)
+def compile_launch(launch: Launch, arch: int | str) -> Any:
+    """Compile with exactly the signature and specialisation that the launch would have on a chip.
+
+    Args:
+        launch: The launch, planned for that chip.
+        arch: :attr:`Chip.arch`.
+    """
+    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
     backend = make_backend(target)
     kernel = launch.kernel
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
@@ -199,7 +221,11 @@ def compile_launch(launch: Launch, capability: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--capabilities", type=int, nargs="+", choices=SHARED_MEMORY, default=list(SHARED_MEMORY)
+        "--capabilities",
+        type=int,
+        nargs="+",
+        choices=MULTIPROCESSORS,
+        default=list(MULTIPROCESSORS),
     )
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     options = parser.parse_args()

@@ -1,0 +1,67 @@
+"""How the operators take part in autograd and torch.func: reverse mode, once, and vmap."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+__all__ = ["Gradient", "Operator", "fold_vmap_into_batch"]
+
+
+class Operator(torch.autograd.Function):
+    """An operator that reverse mode differentiates; forward mode is refused."""
+
+    generate_vmap_rule = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        torch.compiler.allow_in_graph(cls)  # torch.compile would trace it, and cannot trace jvp
+
+    @staticmethod
+    def jvp(_ctx: Any, *_tangents: Any) -> Any:
+        raise RuntimeError(
+            "linear_attention has no forward-mode derivative (torch.func.jvp, jacfwd, "
+            "torch.autograd.forward_ad); use reverse mode (torch.func.vjp, jacrev, backward)"
+        )
+
+
+class Gradient(Operator):
+    """The gradient of an operator, which has none itself."""
+
+    @staticmethod
+    def setup_context(_ctx: Any, _inputs: Any, _output: Any) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: Any) -> Any:
+        raise RuntimeError("linear_attention can be differentiated once; its gradients cannot")
+
+
+def fold_vmap_into_batch(operator: CustomOpDef) -> None:
+    """Let torch.func.vmap call an operator once: the mapped axis becomes part of the batch.
+
+    The first axis of all tensors with four axes must be the batch.
+    """
+
+    def call(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        folded = [_fold(x, dim, info.batch_size) for x, dim in zip(arguments, in_dims, strict=True)]
+        found = operator(*folded)
+        outputs = (found,) if isinstance(found, Tensor) else found
+        dims = tuple(0 if x.dim() == 4 else None for x in outputs)
+        split = tuple(
+            x if dim is None else x.unflatten(0, (info.batch_size, -1))
+            for x, dim in zip(outputs, dims, strict=True)
+        )
+        return (split[0], dims[0]) if isinstance(found, Tensor) else (split, dims)
+
+    operator.register_vmap(call)
+
+
+def _fold(x: Any, dim: int | None, size: int) -> Any:
+    if not isinstance(x, Tensor) or (dim is None and x.dim() != 4 and x.is_floating_point()):
+        return x  # an option, or an empty tensor in place of a state
+    if not x.is_floating_point():
+        raise ValueError("cu_seqlens must be None inside torch.func.vmap, which extends the batch")
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
