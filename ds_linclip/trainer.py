@@ -25,11 +25,11 @@ from ds_linclip.model.freeze import lock_towers
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.monitoring.sinks import open_sinks
-from ds_linclip.number_text import format_figure
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import describe, plan_rank
 from ds_linclip.preflight.shared_folder import check_run_folder
 from ds_linclip.process.consensus import AgreedCrash, AgreedError
+from ds_linclip.process.number_text import format_figure
 from ds_linclip.process.phase import PhaseTracker
 from ds_linclip.process.progress import progress
 from ds_linclip.resilience.divergence import Diverged, DivergenceGuard

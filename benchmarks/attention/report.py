@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.attention.operators import HEAD_DIM, Implementation, batch_and_heads
 from benchmarks.correctness import Check, correctness_table
-from ds_linclip.number_text import format_figure
+from ds_linclip.process.number_text import format_figure
 from linclip_eval.results import write_report
 from linclip_eval.runtime.figure import draw_times
 from linclip_eval.runtime.fit import CallCost, RuntimePoint, Scaling

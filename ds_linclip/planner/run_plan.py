@@ -10,12 +10,12 @@ import torch
 from ds_linclip.config import Config, ParallelConfig, check_batch, check_ranks
 from ds_linclip.data import Storage, find_shards
 from ds_linclip.model.flops import forward_flops, num_state_values, step_flops, training_flops
-from ds_linclip.number_text import format_figure
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.activations import meta_model
 from ds_linclip.planner.device_specs import device_spec
 from ds_linclip.planner.memory_model import value_bytes
 from ds_linclip.planner.plan import RankPlan, describe, plan_rank
+from ds_linclip.process.number_text import format_figure
 
 __all__ = ["DEVICES", "Target", "plan_run"]
 

@@ -10,10 +10,10 @@ from typing import TypedDict
 import torch
 import torch.distributed as dist
 
-from ds_linclip.number_text import format_figure
 from ds_linclip.preflight.rendezvous import Rendezvous
 from ds_linclip.preflight.table import CheckResult, problems_if, skipped
 from ds_linclip.preflight.verdicts import format_range, keys_by_value, seconds_of
+from ds_linclip.process.number_text import format_figure
 
 __all__ = ["AllReduceSpeed", "ClockOffset", "all_reduce_speed", "check_network", "clock_offset"]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ds_linclip.number_text import format_figure
+from ds_linclip.process.number_text import format_figure
 
 __all__ = [
     "RankResults",

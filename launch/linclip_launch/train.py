@@ -13,8 +13,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ds_linclip.number_text import format_figure
 from ds_linclip.process.import_gc import gc_paused
+from ds_linclip.process.number_text import format_figure
 
 with gc_paused():
     from ds_linclip.config import Config, load_config

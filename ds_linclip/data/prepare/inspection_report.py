@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ds_linclip.data.causes import explain
-from ds_linclip.number_text import format_figure
+from ds_linclip.process.number_text import format_figure
 
 __all__ = ["CONTEXT_LENGTH", "ShardFindings", "summarise", "to_text"]
 

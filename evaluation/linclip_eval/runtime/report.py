@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ds_linclip.number_text import format_figure
+from ds_linclip.process.number_text import format_figure
 from linclip_eval.results import markdown_table, write_report
 from linclip_eval.runtime.figure import draw_memory, draw_times
 from linclip_eval.runtime.fit import CallCost, RuntimePoint, Scaling

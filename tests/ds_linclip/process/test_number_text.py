@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ds_linclip.number_text import format_figure
+from ds_linclip.process.number_text import format_figure
 
 
 @pytest.mark.parametrize(
