@@ -38,7 +38,7 @@ PACKAGES = {
 #: Rooms from the lowest to the highest: a module imports its own room and those of lower layers.
 LAYERS: list[tuple[str, ...]] = [
     ("linclip_kernels",),
-    ("ds_linclip.config", "ds_linclip.process", "ds_linclip.provenance", "ds_linclip.process.number_text"),
+    ("ds_linclip.config", "ds_linclip.process", "ds_linclip.provenance"),
     ("ds_linclip.parallel",),
     ("ds_linclip.data", "ds_linclip.model"),
     ("ds_linclip.loss",),
