@@ -107,14 +107,6 @@ def test_similarities_do_not_depend_on_the_size_of_pieces(at_once):
     np.testing.assert_allclose(expected, queries.astype(float) @ candidates.T, atol=1e-6)
 
 
-def test_nan_features_are_similar_to_nothing():
-    queries, candidates = unit_rows(3, 4, 0), unit_rows(2, 4, 1)
-    queries[1] = candidates[0] = np.nan
-    ((rows, cosines),) = similarities(queries, candidates, device="cpu")
-    assert rows == slice(0, 3)
-    assert (cosines == -math.inf).tolist() == [[True, False], [True, True], [True, False]]
-
-
 def test_ranks_by_hand():
     scores = torch.tensor(
         [

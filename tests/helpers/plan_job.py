@@ -12,7 +12,10 @@ from linclip_launch.cli import main
 def call(arguments: list[str]) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["plan", *arguments])
+        try:
+            code = main(["plan", *arguments])
+        except SystemExit as end:  # the parser's way
+            code = end.code
     return int(code), out.getvalue(), err.getvalue()
 
 

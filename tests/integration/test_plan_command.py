@@ -42,7 +42,7 @@ ERRORS = {
     r"is activations \([\d.]+ GiB\): change train\.micro_batch_size .*activation_checkpointing",
     "no such device": r"--device \(h1000\) must be one of h100, h200, a100",
     "devices": r"parallel\.tp \(2\) x .* = 4 must divide the number of ranks \(6\)",
-    "no devices": r"--devices \(0\) must be greater than 0",
+    "no devices": r"argument --devices: must be a whole number >= 1, not '0'",
     "batch": r"train\.global_batch_size \(128\) must be a positive multiple .*\(3\): 126 or 129",
     "micro-batch": r"train\.micro_batch_size \(60\) must divide a rank's part of the batch",
     "mfu": r"--mfu \(35\.0\) must be at most 1",

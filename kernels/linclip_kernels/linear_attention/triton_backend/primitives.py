@@ -183,7 +183,7 @@ def features(b_x, i_n, place, META: tl.constexpr):
     if META.QK_NORM:
         square = tl.sum(x * x, axis=1)
         # 0 * infinity is NaN: a row whose |x|^2 overflows is not scaled to zero.
-        inverse = tl.rsqrt(square + NORM_EPS) + 0.0 * square
+        inverse = tl.rsqrt(square + (0.0 * square + NORM_EPS))
     if META.FEATURE_MAP == "relu":
         return narrow(tl.where(x < 0, 0.0, x), b_x.dtype), inverse, inverse
     elif META.FEATURE_MAP == "softplus":
