@@ -30,6 +30,7 @@ from ds_linclip.checkpoint.loading import latest_checkpoint, load_weights
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST
 from ds_linclip.data import CaptionTokenizer, EvalTransform
 from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE, read_config
+from ds_linclip.interop.key_mapping import SCALARS
 from ds_linclip.interop.state_dict import load_folder
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
@@ -110,7 +111,7 @@ def load_model(
             weights, the same ones every time.
         mesh: The ranks that load the model together, without tensor, context or pipeline
             parallelism; None: the processes of the launcher, or this process alone.
-        precision: The dtype of weights and images.
+        precision: The dtype of weights and images; logit scale and bias are always fp32.
         image_size: The side of the images in pixels; position embeddings are resampled to it. None:
             the size that the model was trained on.
 
@@ -146,7 +147,12 @@ class _Parts(NamedTuple):
 
 def _load(name: str, mesh: Mesh, dtype: torch.dtype, side: int | None) -> LoadedModel:
     parts = _load_parts(name, mesh, side)
+    named = parts.module.named_parameters()
+    # In bf16 the scale of the logits would change by a percent.
+    scalars = {p: p.data.to(mesh.device) for key, p in named if key in SCALARS}
     module = parts.module.to(mesh.device, dtype).eval().requires_grad_(False)
+    for p, value in scalars.items():
+        p.data = value
     weights = module.state_dict().items()
     try:
         # After the cast, which makes what exceeds fp16 infinite; not Megatron's extra state.

@@ -287,8 +287,8 @@ class Trainer:
         mine = RunRequests(save=save, leave=leave, has_failed=has_failed)
         requests = self._request_reducer.reduce(mine)
         if requests.has_failed:
+            self._check_records()  # first, for all ranks call it; the next line may raise on some
             self._checkpoints.wait()
-            self._check_records()
             raise NotSaved(f"another rank takes {self._checkpoints.last} for not saved")
         self._save_requested |= requests.save
         return requests

@@ -4,15 +4,17 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ds_linclip.checkpoint.directory import committed
 from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, sha256_of
 from ds_linclip.config import load_config
+from ds_linclip.loss.grad_cache import bounded_log_scale
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.progress import progress
 
-__all__ = ["check_files", "latest_checkpoint", "load_weights", "weight_kind"]
+__all__ = ["as_used", "check_files", "latest_checkpoint", "load_weights", "weight_kind"]
 
 
 def latest_checkpoint(run_dir: Path) -> Path:
@@ -42,8 +44,13 @@ def load_weights(checkpoint: Path, mesh: Mesh) -> CLIP:
     with torch.no_grad():
         for name, p in model.named_parameters():
             place = {"tp_rank": tp.rank, "tp_size": tp.size, "start": 0, "numel": p.numel()}
-            p.copy_(files.read(name, weight_kind(files, name), **place).view_as(p))
+            p.copy_(as_used(name, files.read(name, weight_kind(files, name), **place)).view_as(p))
     return model
+
+
+def as_used(name: str, weight: Tensor) -> Tensor:
+    """Return a saved parameter as the loss used it: the logit scale within its bounds."""
+    return bounded_log_scale(weight) if name == "logit_scale" else weight
 
 
 def weight_kind(files: CheckpointReader, name: str) -> str:

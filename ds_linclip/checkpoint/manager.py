@@ -56,6 +56,7 @@ class CheckpointManager:
             **data_identity,
             **_flatten(train, "train"),
             **_flatten(asdict(config.optim), "optim"),
+            "optim.beta2": config.optim.betas[1],
             **_flatten(asdict(config.model), "model"),
             **{f"init.{k}": v for k, v in asdict(config.init).items() if k.startswith("lock_")},
         }

@@ -156,7 +156,7 @@ class RankState:
             values = torch.zeros(len(order), device=self._mesh.device)
             for number, tensor, index, place in found:
                 with self._in_memory(number):
-                    values[place] = tensor[index]
+                    values[place].fill_(tensor[index])  # no wait for the device, if offloaded
             dist.all_reduce(values, group=self._mesh.replicas.group)
             return values
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ds_linclip.checkpoint.directory import checkpoint_path, committed, step_of
-from ds_linclip.checkpoint.loading import check_files, latest_checkpoint, weight_kind
+from ds_linclip.checkpoint.loading import as_used, check_files, latest_checkpoint, weight_kind
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST, CheckpointReader
 from ds_linclip.config import load_config
 from ds_linclip.interop.hub_folder import DTYPES, new_folder, write_hub_folder
@@ -88,7 +88,8 @@ def export_checkpoint(
 
         def read(key: str) -> Tensor:
             kind = weight_kind(files, names[key]) if chosen == "ema" else "weight"
-            return to_open_clip_layout(names[key], files.full(names[key], kind), config.model)
+            weight = as_used(names[key], files.full(names[key], kind))
+            return to_open_clip_layout(names[key], weight, config.model)
 
         try:
             num_parameters = write_hub_folder(

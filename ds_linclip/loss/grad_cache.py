@@ -4,6 +4,7 @@ The loss of the global batch gives a gradient for the outputs of every micro-bat
 micro-batches are then backpropagated one by one.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,9 +15,9 @@ from ds_linclip.config import LossConfig
 from ds_linclip.loss.contrastive import clip_loss, siglip_loss
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["MAX_LOGIT_SCALE", "ContrastiveLoss", "Outputs", "surrogate"]
+__all__ = ["ContrastiveLoss", "Outputs", "bounded_log_scale", "surrogate"]
 
-MAX_LOGIT_SCALE = 100.0
+_MAX_LOG_SCALE = math.log(100)
 
 #: Outputs of :class:`~ds_linclip.model.CLIP`, or their gradients: image features [B, E], text
 #: features [B, E], logarithm of the logit scale [1] and, with the sigmoid loss, the logit bias [1].
@@ -58,9 +59,8 @@ class ContrastiveLoss:
             for side in (0, 1)
         )
         log_scale, *bias = (parameter.detach().float() for parameter in outputs[0][2:])
-        # Clamped to [1, 100] here, not in the parameter: ZeRO's optimizer would overwrite it with
-        # its fp32 copy.
-        scale = log_scale.exp().clamp(1.0, MAX_LOGIT_SCALE).squeeze(0).requires_grad_()
+        log_scale = bounded_log_scale(log_scale)
+        scale = log_scale.exp().squeeze(0).requires_grad_()
         bias = [value.squeeze(0).requires_grad_() for value in bias]
         loss = self._loss(images, texts, scale, *bias)
         loss.backward()
@@ -70,7 +70,7 @@ class ContrastiveLoss:
         shared = torch.stack([value.grad for value in (scale, *bias) if value.grad is not None])
         dist.all_reduce(shared, group=self._group)
         shared /= self._group.size() * len(outputs)
-        shared[0] *= _is_free(self.logit_scale, shared[0]) * self.logit_scale  # d exp(x) = exp(x)
+        shared[:1] *= _is_free(log_scale, shared[:1]) * self.logit_scale  # d exp(x) = exp(x) dx
         assert images.grad is not None
         assert texts.grad is not None
         parts = zip(images.grad.split(sizes), texts.grad.split(sizes), strict=True)
@@ -91,7 +91,15 @@ def surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:
     return sum(products, start=torch.zeros((), device=outputs[0].device))
 
 
-def _is_free(scale: Tensor, gradient: Tensor) -> Tensor:
+def bounded_log_scale(log_scale: Tensor) -> Tensor:
+    """Return the logarithm of the logit scale that the loss uses: that of a scale in 1..100.
+
+    The optimizer's momentum may carry the parameter past these bounds.
+    """
+    return log_scale.clamp(0.0, _MAX_LOG_SCALE)
+
+
+def _is_free(log_scale: Tensor, gradient: Tensor) -> Tensor:
     """Return whether a step against the gradient stays within the bounds or returns to them."""
-    outward = ((scale >= MAX_LOGIT_SCALE) & (gradient < 0)) | ((scale <= 1.0) & (gradient > 0))
-    return ~outward
+    is_above, is_below = log_scale >= _MAX_LOG_SCALE, log_scale <= 0
+    return ~((is_above & (gradient < 0)) | (is_below & (gradient > 0)))

@@ -18,6 +18,7 @@ import torch
 from ds_linclip.config import Config, check_batch, check_ranks, load_config
 from ds_linclip.model.flops import num_parameters, num_state_values
 from ds_linclip.parallel.mesh import select_device
+from ds_linclip.planner.memory_model import value_bytes
 from ds_linclip.preflight.rendezvous import Rendezvous
 from ds_linclip.preflight.table import CheckResult, Problem, problems_if
 from ds_linclip.preflight.verdicts import differences, format_gib, format_range, grouped, plural
@@ -266,10 +267,10 @@ def disk_space(config: Config) -> dict[str, DiskSpace]:
 
 
 def checkpoint_size(config: Config) -> int:
-    """Return the bytes of a checkpoint; with frozen towers, those of its weights at least."""
+    """Return the bytes of a checkpoint; with frozen towers, a lower bound."""
     is_locked = config.init.lock_image or config.init.lock_text
-    num_values = 1 if is_locked else num_state_values(config.optim)
-    return 4 * num_values * num_parameters(config.model, config.loss)
+    per_parameter = value_bytes(config) if is_locked else 4 * num_state_values(config.optim)
+    return per_parameter * num_parameters(config.model, config.loss)
 
 
 def _max_num_checkpoints(config: Config) -> int:

@@ -133,7 +133,7 @@ def by_open_clip(
             },
         ],
         lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
+        betas=optim.betas,
         eps=optim.eps,
     )
     where = {"rank": mesh.rank, "world_size": mesh.world_size}

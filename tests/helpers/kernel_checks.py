@@ -367,11 +367,13 @@ def check_transforms(function: Callable[..., Tensor], device: str) -> None:
         return loss(q[None], k[None], v[None], out_grad[None])
 
     everything = 0, 1, 2
+    of_batch: Any = gradient_of(loss, everything)
+    of_samples: Any = vmap(gradient_of(one_sample, everything))
     out, backward, *_ = vjp(function, *plain)
     for found in (
         [out, *backward(out_grad)],
-        [out, *gradient_of(loss, everything)(*plain, out_grad)],
-        [out, *vmap(gradient_of(one_sample, everything))(*plain, out_grad)],
+        [out, *of_batch(*plain, out_grad)],
+        [out, *of_samples(*plain, out_grad)],
     ):
         for value, true in zip(found, expected, strict=True):
             torch.testing.assert_close(value, true)

@@ -20,8 +20,9 @@ VERSIONS = {"torch": "2.11.0", "deepspeed": "0.19.8"}
 
 
 def random_weights(model: CLIP) -> dict[str, Tensor]:
-    """Return weights unlike the initial ones, by our names."""
-    return {name: 0.05 * torch.randn(p.shape) for name, p in model.named_parameters()}
+    """Return weights unlike the initial ones, by our names; a logit scale above 1."""
+    weights = {name: 0.05 * torch.randn(p.shape) for name, p in model.named_parameters()}
+    return weights | {"logit_scale": weights["logit_scale"].abs()}
 
 
 def split_dims(model: CLIP) -> dict[str, int | None]:

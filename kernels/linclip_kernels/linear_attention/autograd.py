@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-__all__ = ["Gradient", "Operator", "fold_vmap_into_batch"]
+__all__ = ["Differentiated", "differentiated", "fold_vmap_into_batch", "gradient_of"]
 
 
-class Operator(torch.autograd.Function):
+class Differentiated(torch.autograd.Function):
     """An operator that reverse mode differentiates; forward mode is refused."""
 
     generate_vmap_rule = True
@@ -26,16 +26,50 @@ class Operator(torch.autograd.Function):
         )
 
 
-class Gradient(Operator):
-    """The gradient of an operator, which has none itself."""
+def gradient_of(operator: CustomOpDef) -> type[Differentiated]:
+    """Return a backward operator as a function that cannot be differentiated itself."""
 
-    @staticmethod
-    def setup_context(_ctx: Any, _inputs: Any, _output: Any) -> None:
-        """Keep nothing."""
+    class Gradient(Differentiated):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
 
-    @staticmethod
-    def backward(_ctx: Any, *_gradients: Any) -> Any:
-        raise RuntimeError("linear_attention can be differentiated once; its gradients cannot")
+        @staticmethod
+        def setup_context(_ctx: Any, _inputs: Any, _output: Any) -> None:
+            """Keep nothing."""
+
+        @staticmethod
+        def backward(_ctx: Any, *_gradients: Any) -> Any:
+            raise RuntimeError("linear_attention can be differentiated once; its gradients cannot")
+
+    fold_vmap_into_batch(operator)
+    return Gradient
+
+
+def differentiated(operator: CustomOpDef, backward_operator: CustomOpDef) -> type[Differentiated]:
+    """Return an operator of two tensors and options with its gradient.
+
+    ``backward_operator`` takes the two tensors, the gradient of the output, and the options.
+    """
+    gradient = gradient_of(backward_operator)
+
+    class WithGradient(Differentiated):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
+            ctx.save_for_backward(*inputs[:2])
+            ctx.options = inputs[2:]
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+            found = gradient.apply(*ctx.saved_tensors, *gradients, *ctx.options)
+            return *found, *(None,) * len(ctx.options)
+
+    fold_vmap_into_batch(operator)
+    return WithGradient
 
 
 def fold_vmap_into_batch(operator: CustomOpDef) -> None:

@@ -10,7 +10,11 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from linclip_kernels.linear_attention.autograd import Gradient, Operator, fold_vmap_into_batch
+from linclip_kernels.linear_attention.autograd import (
+    Differentiated,
+    fold_vmap_into_batch,
+    gradient_of,
+)
 from linclip_kernels.linear_attention.quadratic_map import attend_quadratic
 from linclip_kernels.linear_attention.validation import (
     Backend,
@@ -240,7 +244,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, initial: Any, *_: Any) -> Any:
     return *gradients, q.new_empty(0) if initial is None else initial.new_empty(initial.shape)
 
 
-class _Attend(Operator):
+_AttendBackward = gradient_of(_backward)
+fold_vmap_into_batch(_forward)
+
+
+class _Attend(Differentiated):
     """:func:`_forward` with its gradient."""
 
     @staticmethod
@@ -264,18 +272,6 @@ class _Attend(Operator):
             *inputs, grad, grad_state, *ctx.variant, ctx.use_triton
         )
         return d_q, d_k, d_v, d_initial if inputs[3] is not None else None, *(None,) * 9
-
-
-class _AttendBackward(Gradient):
-    """:func:`_backward`."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _backward(*arguments)
-
-
-fold_vmap_into_batch(_forward)
-fold_vmap_into_batch(_backward)
 
 
 def _keep_state(

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from linclip_kernels.linear_attention.autograd import Gradient, Operator, fold_vmap_into_batch
+from linclip_kernels.linear_attention.autograd import differentiated
 from linclip_kernels.linear_attention.quadratic_map import apply_quadratic_state, sum_quadratic_keys
 from linclip_kernels.linear_attention.validation import (
     Backend,
@@ -187,60 +187,5 @@ def _(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
-class _SumKeys(Operator):
-    """:func:`_sum_keys` with its gradient."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return _sum_keys(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
-        _save_inputs(ctx, inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_state: Tensor) -> tuple[Any, ...]:
-        gradients = _SumKeysBackward.apply(*ctx.saved_tensors, grad_state, *ctx.options)
-        return *gradients, None, None, None
-
-
-class _ApplyState(Operator):
-    """:func:`_apply_state` with its gradient."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return _apply_state(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
-        _save_inputs(ctx, inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gradients = _ApplyStateBackward.apply(*ctx.saved_tensors, grad, *ctx.options)
-        return *gradients, *(None,) * 6
-
-
-class _SumKeysBackward(Gradient):
-    """:func:`_sum_keys_backward`."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _sum_keys_backward(*arguments)
-
-
-class _ApplyStateBackward(Gradient):
-    """:func:`_apply_state_backward`."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _apply_state_backward(*arguments)
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]
-
-
-for _operator in (_sum_keys, _sum_keys_backward, _apply_state, _apply_state_backward):
-    fold_vmap_into_batch(_operator)
+_SumKeys = differentiated(_sum_keys, _sum_keys_backward)
+_ApplyState = differentiated(_apply_state, _apply_state_backward)

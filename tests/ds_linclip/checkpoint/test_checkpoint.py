@@ -86,6 +86,16 @@ def test_damaged_checkpoint_is_set_aside_for_the_previous_one(run, caplog):
     assert not list(folder.glob("*.tmp"))
 
 
+def test_run_resumes_when_a_default_that_it_used_is_written_out(run):
+    newest = run.run_dir / "checkpoints" / "step-00000006"
+    assert run.optim.beta2 is None
+    run.optim.beta2 = 0.98
+    assert CheckpointManager(run, Mesh.create(), {}).newest() == newest
+    run.optim.beta2 = 0.99
+    with pytest.raises(AgreedError, match=r"optim\.beta2 \(0\.99\) must equal 0\.98"):
+        CheckpointManager(run, Mesh.create(), {}).newest()
+
+
 def test_folder_without_a_valid_checkpoint_is_refused(run):
     folder = run.run_dir / "checkpoints"
     (folder / "step-00000006" / "manifest.json").unlink()

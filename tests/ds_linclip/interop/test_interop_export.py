@@ -16,13 +16,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import Config, ParallelConfig, load_config
+from ds_linclip.inference import load_model
 from ds_linclip.interop.export import export_checkpoint
 from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE
 from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.state_dict import load_folder
+from ds_linclip.loss.grad_cache import ContrastiveLoss
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from helpers.stored_checkpoints import random_weights, split_dims, write_checkpoint
@@ -89,6 +92,26 @@ def test_open_clip_computes_our_features(config_of, mesh, tmp_path, loss):
     assert theirs.logit_scale == ours.logit_scale[0]
     assert theirs.logit_bias is None if loss == "softmax" else theirs.logit_bias == ours.logit_bias
     assert "Normalize" in str(preprocess)
+
+
+@pytest.mark.parametrize("log_scale", [math.log(100) + 0.05, -0.02, 2.5])
+def test_scale_that_leaves_a_checkpoint_is_the_one_that_the_loss_used(
+    config_of, mesh, tmp_path, log_scale
+):
+    """A step's momentum may carry the parameter past the bounds of the loss."""
+    config, parameter = config_of(), torch.tensor([log_scale])
+    model = CLIP(config.model, mesh)
+    weights = random_weights(model) | {"logit_scale": parameter}
+    checkpoint = write_checkpoint(config, {"weight": weights}, split_dims(model))
+    objective = ContrastiveLoss(config.loss, mesh)
+    objective([(*F.normalize(torch.randn(2, 4, 8), dim=-1), parameter)])
+
+    export_checkpoint(config.run_dir, tmp_path / "out")
+    found = [load_file(tmp_path / "out" / WEIGHTS_FILE)["logit_scale"]]
+    for source in (checkpoint, tmp_path / "out"):
+        for precision in ("fp32", "bf16"):
+            found.append(load_model(source, mesh, precision=precision).module.logit_scale)
+    assert [each.exp().item() for each in found] == [objective.logit_scale.item()] * 5
 
 
 def test_linear_attention_is_refused_by_open_clip_and_read_here(config_of, mesh, tmp_path):

@@ -60,7 +60,7 @@ def test_logit_scale_is_held_in_range_whatever_the_parameter(
     for dtype in (torch.float32, torch.bfloat16):
         objective([(*features(4), torch.tensor([log_scale], dtype=dtype))])
         scale = objective.logit_scale.item()
-        assert 1.0 <= scale <= 100.0
+        assert 1.0 <= scale <= 100.0001
         assert scale == pytest.approx(expected, rel=2e-2 if dtype is torch.bfloat16 else 1e-5)
 
 
@@ -155,5 +155,5 @@ def test_logit_scale_stays_in_range_and_comes_back_under_zero(stage: int, precis
         largest_parameter = max(largest_parameter, model.logit_scale.item())
 
     assert largest_parameter > math.log(100)  # momentum did carry the parameter past the limit
-    assert max(scales) == 100.0
+    assert max(scales) == pytest.approx(100, rel=1e-6)
     assert scales[-1] < 60.0

@@ -41,6 +41,8 @@ def test_room_for_a_checkpoint_is_needed(tmp_path, monkeypatch):
 def test_frozen_tower_has_no_optimizer_state(tmp_path):
     frozen = config_of(tmp_path, "init.lock_image=true", "init.pretrained_image=x")
     assert checkpoint_size(frozen) == checkpoint_size(config_of(tmp_path)) / 3
+    frozen.train.precision = "bf16"
+    assert checkpoint_size(frozen) == checkpoint_size(config_of(tmp_path)) / 6
 
 
 def test_file_in_the_place_of_the_folder_is_named(tmp_path):
