@@ -81,7 +81,6 @@ class ZeroShotResult:
         return len(self.labels)
 
     @property
-    @property
     def class_samples(self) -> NDArray[np.int64]:
         """The number of images of each class, [C]."""
         return np.bincount(self.labels, minlength=len(self.classes))
