@@ -26,10 +26,11 @@ from typing import Self
 
 import numpy as np
 
-from ds_linclip.data.causes import explain, printable
+from ds_linclip.data.causes import explain
 from ds_linclip.data.eval.layout import Layout, find_parts
 from ds_linclip.data.eval.sources import ClassFolder, ClassLabels, LabelledPart, LabelledTar
 from ds_linclip.data.eval.unreadable import UnreadableImage, describe_unreadable
+from ds_linclip.data.tally import Tally
 from ds_linclip.process.progress import progress
 from ds_linclip.process.text_files import read_list
 
@@ -59,7 +60,7 @@ class FolderFindings:
             ``not_a_file``); ``members_apart``.
         unreadable: The samples that are known to be unreadable, which count as wrong.
         passed_over: Members of tars that are never read and annotations beside images, which are no
-            defect: their number and the first of them, by cause.
+            defect.
     """
 
     num_classes: int
@@ -68,22 +69,22 @@ class FolderFindings:
     empty_classes: tuple[str, ...]
     problems: Mapping[str, Sequence[str]]
     unreadable: tuple[UnreadableImage, ...]
-    passed_over: Mapping[str, tuple[int, str]]
+    passed_over: Tally
 
     @classmethod
     def of(cls, parts: Sequence[LabelledPart], layout: Layout, classnames: Sequence[str]) -> Self:
         """Add up the defects of all parts and of their layout."""
         unknown: Counter[str] = Counter()
         problems: dict[str, list[str]] = defaultdict(list, layout.problems)
-        passed_over: dict[str, tuple[int, str]] = {}
+        passed_over = Tally()
         counts = np.zeros(len(classnames), np.int64)
         for part in parts:
             unknown.update(part.unknown_classes)
             for cause, names in part.problems.items():
                 problems[cause] += names
-            for cause, (number, name) in part.passed_over.items():
-                before, first = passed_over.get(cause, (0, f"{printable(name)} of {part.path}"))
-                passed_over[cause] = before + number, first
+            for cause, number in part.passed_over.items():
+                example = f"{part.passed_over.examples[cause]} of {part.path}"
+                passed_over.add(cause, example, number)
             counts += np.bincount(part.labels, minlength=len(classnames))
         return cls(
             num_classes=len(classnames),
@@ -119,9 +120,7 @@ class FolderFindings:
             lines.append(f"{explain(cause)}: {len(names)} ({_first(names)})")
         if self.unreadable:
             lines.append(describe_unreadable(self.unreadable))
-        for cause, (number, first) in self.passed_over.items():
-            lines.append(f"passed over: {number}: {explain(cause)}, first {first}")
-        return lines
+        return lines + [f"passed over: {line}" for line in self.passed_over.describe()]
 
 
 def read_classes(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ds_linclip.data.prepare.tally import Tally
+from ds_linclip.data.tally import Tally
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES
 
 __all__ = ["read_table"]

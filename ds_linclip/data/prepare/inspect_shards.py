@@ -126,17 +126,18 @@ def _inspect(
     for problem in problems:
         if problem.is_of_members:
             first = f"{problem.first} of {problem.url}"
-            findings.pass_over(problem.cause, first, members=problem.found)
+            findings.passed_over.add(problem.cause, first, problem.found)
             continue
         excess = problem.found - problem.expected
         count = max(0, excess if problem.cause in ("shard_long", "keys_repeated") else -excess)
-        findings.count(problem.cause, problem.url, samples=count)
+        findings.bad_samples.add(problem.cause, problem.url, count)
         fields = {name: value for name, value in asdict(problem).items() if name != "first"}
         findings.problems.append(fields | {"samples": count})
     if isinstance(opened, OpenShard):
         with closing(opened):
             findings.found = len(opened)
             _read(opened, _spread(min(len(opened), expected), limit), findings, decode=decode)
+    findings.shards_by_cause.update([*findings.bad_samples, *findings.passed_over])
     return findings
 
 
@@ -151,7 +152,8 @@ def _read(
             try:
                 _read_sample(opened, index, findings, decode=decode)
             except BadSample as error:
-                findings.count(error.cause, f"{printable(opened.keys[index])} of {url}")
+                example = f"{printable(opened.keys[index])} of {url}"
+                findings.bad_samples.add(error.cause, example)
     findings.seconds = time.perf_counter() - start
     findings.read = len(indices)
 

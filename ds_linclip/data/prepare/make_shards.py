@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from ds_linclip.config.paths import saved_path
+from ds_linclip.data.causes import printable
 from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.prepare import digits, synthetic_scenes
 from ds_linclip.data.prepare.image_text_files import (
@@ -36,7 +37,7 @@ from ds_linclip.data.prepare.shard_writer import (
     write_once,
     write_train_shard,
 )
-from ds_linclip.data.prepare.tally import Tally, printable
+from ds_linclip.data.tally import Tally
 from ds_linclip.process.progress import progress
 
 __all__ = ["make_digits", "make_pairs", "make_scenes", "run"]
