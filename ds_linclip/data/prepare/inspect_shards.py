@@ -73,15 +73,13 @@ def inspect_shards(
         The report, ready for JSON.
 
     Raises:
-        ValueError: for a number below 1, a pattern that :func:`find_shards` refuses, or arguments
-            that ``write_sizes`` does not allow.
+        ValueError: for a pattern that :func:`find_shards` refuses, or arguments that
+            ``write_sizes`` does not allow.
         OSError: when a shard cannot be reached or ``sizes.json`` cannot be written.
     """
     for name, value in (("max_shards", max_shards), ("max_samples", max_samples)):
-        _check_at_least_one(name, value)
         if write_sizes and value is not None:
             raise ValueError(f"{name} ({value}) must be left out with write_sizes")
-    _check_at_least_one("workers", num_workers)
     if write_sizes:
         _check_local(patterns)
     sources = [Source(shards=pattern) for pattern in patterns]
@@ -181,11 +179,6 @@ def _spread(length: int, limit: int | None) -> list[int]:
     """Return at most ``limit`` evenly spaced indices below ``length``."""
     count = length if limit is None else min(length, limit)
     return [i * length // count for i in range(count)]
-
-
-def _check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} ({value}) must be at least 1")
 
 
 def _check_local(urls: Iterable[str]) -> None:
