@@ -29,7 +29,7 @@ class Tally(Counter[str]):
     def merge(self, other: "Tally") -> None:
         """Add the counts of another tally, and its examples of causes that have none here."""
         self.update(other)
-        self.examples = other.examples | self.examples
+        self.examples = self.examples | other.examples | self.examples  # in order
 
     def rows(self) -> list[tuple[str, int]]:
         """Return causes and counts, the most frequent causes first."""

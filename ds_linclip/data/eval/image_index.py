@@ -50,7 +50,6 @@ class FolderFindings:
 
     Attributes:
         unknown_classes: The number of images left out, by the class that is not in the list.
-        first_unknown: The first of these images; empty when there are none.
         empty_classes: The classes of the list without an image.
         problems: Descriptions by cause: tars that cannot be read to their end
             (``shard_cut``, ``shard_unreadable`` and the other causes of
@@ -64,8 +63,7 @@ class FolderFindings:
     """
 
     num_classes: int
-    unknown_classes: Mapping[str, int]
-    first_unknown: str
+    unknown_classes: Tally
     empty_classes: tuple[str, ...]
     problems: Mapping[str, Sequence[str]]
     unreadable: tuple[UnreadableImage, ...]
@@ -74,12 +72,12 @@ class FolderFindings:
     @classmethod
     def of(cls, parts: Sequence[LabelledPart], layout: Layout, classnames: Sequence[str]) -> Self:
         """Add up the defects of all parts and of their layout."""
-        unknown: Counter[str] = Counter()
+        unknown = Tally()
         problems: dict[str, list[str]] = defaultdict(list, layout.problems)
         passed_over = Tally()
         counts = np.zeros(len(classnames), np.int64)
         for part in parts:
-            unknown.update(part.unknown_classes)
+            unknown.merge(part.unknown_classes)
             for cause, names in part.problems.items():
                 problems[cause] += names
             for cause, number in part.passed_over.items():
@@ -88,8 +86,7 @@ class FolderFindings:
             counts += np.bincount(part.labels, minlength=len(classnames))
         return cls(
             num_classes=len(classnames),
-            unknown_classes=dict(unknown),
-            first_unknown=next((part.first_unknown for part in parts if part.first_unknown), ""),
+            unknown_classes=unknown,
             empty_classes=tuple(classnames[label] for label in np.flatnonzero(counts == 0)),
             problems=dict(problems),
             unreadable=tuple(image for part in parts for image in part.unreadable),
@@ -108,8 +105,8 @@ class FolderFindings:
             counts = [f"{name}: {count}" for name, count in self.unknown_classes.items()]
             lines.append(
                 f"images of classes that are not among the {self.num_classes} of the list: "
-                f"{sum(self.unknown_classes.values())} ({_first(counts)}), first "
-                f"{self.first_unknown}"
+                f"{self.unknown_classes.total()} ({_first(counts)}), first "
+                f"{next(iter(self.unknown_classes.examples.values()))}"
             )
         if self.empty_classes:
             lines.append(

@@ -3,7 +3,7 @@
 import os
 import re
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -55,7 +55,6 @@ class LabelledPart(ABC):
             take several times the memory.
         labels: [n] int32 class numbers.
         unknown_classes: The number of images left out, by the class that is not in the list.
-        first_unknown: The first of these images.
         problems: Descriptions of what is left out, by cause.
         unreadable: The samples that are known to be unreadable.
         passed_over: The members or files that are never read.
@@ -66,8 +65,7 @@ class LabelledPart(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.unknown_classes: Counter[str] = Counter()
-        self.first_unknown = ""
+        self.unknown_classes = Tally()
         self.problems: dict[str, list[str]] = defaultdict(list)
         self.unreadable: list[UnreadableImage] = []
         self.passed_over = Tally()
@@ -115,8 +113,7 @@ class LabelledPart(ABC):
 
     def _leave_out(self, class_name: str, keys: list[str]) -> None:
         if keys:
-            self.unknown_classes[class_name] += len(keys)
-            self.first_unknown = self.first_unknown or self.where(keys[0])
+            self.unknown_classes.add(class_name, self.where(keys[0]), len(keys))
 
 
 class LabelledTar(LabelledPart):
