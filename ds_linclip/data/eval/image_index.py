@@ -26,7 +26,7 @@ from typing import Self
 
 import numpy as np
 
-from ds_linclip.data.causes import explain
+from ds_linclip.data.causes import explain, printable
 from ds_linclip.data.eval.layout import Layout, find_parts
 from ds_linclip.data.eval.sources import ClassFolder, ClassLabels, LabelledPart, LabelledTar
 from ds_linclip.data.eval.unreadable import UnreadableImage, describe_unreadable
@@ -189,4 +189,4 @@ def _read_lines(path: Path) -> list[str]:
 
 def _first(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > _NUM_EXAMPLES else ""
-    return ", ".join(names[:_NUM_EXAMPLES]) + more
+    return ", ".join(map(printable, names[:_NUM_EXAMPLES])) + more

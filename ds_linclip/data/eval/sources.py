@@ -260,7 +260,7 @@ class ClassFolder(LabelledPart):
         return f"{self.path.name} {[_identity(os.stat(file)) for file in files]}"
 
     def where(self, key: str) -> str:
-        return f"image {self.path.parent / key}"
+        return f"image {printable(str(self.path.parent / key))}"
 
 
 def _defect(name: str) -> str:
