@@ -21,7 +21,7 @@ _EXPLANATIONS = {
     "shard_zip": "a zip archive; unpack it and make a tar of the files",
     "shard_zstd": f"compressed with zstd; {_REPACK.format('zstd -dc')}",
 }
-_MAX_NAME = 200  # characters of a name in a message
+_MAX_CHARACTERS = 1000  # of a name in a message
 _FIRST_BYTES = (
     (b"\x1f\x8b", "shard_gzip"),
     (b"BZh", "shard_bzip2"),
@@ -40,8 +40,15 @@ def explain(cause: str) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a name from a tar, which may hold anything, as it can be written to a terminal."""
-    return name if name.isprintable() and len(name) <= _MAX_NAME else repr(name[:_MAX_NAME])
+    """Return a name, which may hold anything, with escapes for what is no text, and not too long.
+
+    Line ends, other control characters and bytes that are not UTF-8 are no text.
+    """
+    text = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode()
+        for each in name[:_MAX_CHARACTERS]
+    )
+    return text if len(name) <= _MAX_CHARACTERS else f"{text}..."
 
 
 def format_cause(start: bytes) -> str | None:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections import ChainMap, Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
@@ -26,6 +26,7 @@ from ds_linclip.data.remote import Storage, is_remote, redact
 from ds_linclip.data.sample_order import GroupSizes, SampleOrder
 from ds_linclip.data.sample_reader import DataError, SampleReader, ShardProblem
 from ds_linclip.data.shard_index import ShardGroup, raise_file_limit
+from ds_linclip.data.tally import Tally
 from ds_linclip.data.transforms import Normalizer, TrainTransform
 
 __all__ = ["Batch", "TrainData"]
@@ -44,11 +45,9 @@ class Batch:
     #: The texts of the token ids.
     captions: list[str] = field(default_factory=list)
     #: Number of bad samples that were replaced in this batch, by cause.
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: Tally = field(default_factory=Tally)
     #: Problems of the shards that were opened for this batch.
     problems: list[ShardProblem] = field(default_factory=list)
-    #: The first bad sample, by cause.
-    first_skipped: dict[str, str] = field(default_factory=dict)
     #: Why this rank has no samples for the step; its images are NaN then.
     failure: Exception | None = None
 
@@ -65,8 +64,7 @@ class _Part:
     image_size: tuple[int, int]  # (H, W)
     keys: list[str]
     captions: list[str]
-    skipped: Counter[str]
-    first_skipped: dict[str, str]
+    skipped: Tally
     problems: list[ShardProblem]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -200,7 +198,7 @@ class TrainData:
         bytes_per_sample = 8 * self._config.model.text.context_length + 3 * math.prod(image_size)
         memory = self._memory(len(positions) * bytes_per_sample)
         texts, images = _views(memory, len(positions), image_size)
-        found = _Part(memory, image_size, [], [], Counter(), {}, [])
+        found = _Part(memory, image_size, [], [], Tally(), [])
         places = zip(positions, *self.order.locate(positions), strict=True)
         for row, (position, shard, index) in enumerate(places):
             sample, replaced = self._reader.read(int(position), int(shard), int(index), image_size)
@@ -209,9 +207,7 @@ class TrainData:
             found.keys.append(sample.key)
             found.captions.append(sample.caption)
             if replaced is not None:
-                cause, name = replaced
-                found.skipped[cause] += 1
-                found.first_skipped.setdefault(cause, name)
+                found.skipped.add(*replaced)
         found.problems.extend(self._reader.problems)
         self._reader.problems.clear()
         return found
@@ -248,13 +244,15 @@ def _views(memory: Tensor, num_samples: int, image_size: tuple[int, int]) -> tup
 def _joined(parts: Sequence[_Part], normalize: Normalizer, device: torch.device) -> Batch:
     """Return one batch on ``device``, normalized there; asynchronous from pinned memory."""
     texts, images = zip(*(part.tensors() for part in parts), strict=True)
+    skipped = Tally()
+    for part in parts:
+        skipped.merge(part.skipped)
     return Batch(
         images=normalize(images),
         texts=torch.cat([text.to(device, non_blocking=True) for text in texts]),
         keys=[key for part in parts for key in part.keys],
         captions=[caption for part in parts for caption in part.captions],
-        skipped=sum((part.skipped for part in parts), Counter()),
-        first_skipped=dict(ChainMap(*(part.first_skipped for part in parts))),
+        skipped=skipped,
         problems=[problem for part in parts for problem in part.problems],
     )
 

@@ -2,15 +2,15 @@
 
 import json
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_linclip.data.causes import explain
 from ds_linclip.data.loader import Batch
 from ds_linclip.data.sample_reader import DataError, ShardProblem
+from ds_linclip.data.tally import Tally
 from ds_linclip.process.atomic import write_atomically
 
 __all__ = ["DataReport"]
@@ -26,8 +26,7 @@ class DataCounts:
     """Counts of one rank since it was last read."""
 
     samples: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    first_skipped: dict[str, str] = field(default_factory=dict)
+    skipped: Tally = field(default_factory=Tally)
     problems: list[ShardProblem] = field(default_factory=list)
 
 
@@ -45,15 +44,13 @@ class DataReport:
         self._max_bad_samples = max_bad_samples
         self._own = DataCounts()
         self._samples = 0
-        self._skipped: Counter[str] = Counter()
-        self._first_skipped: dict[str, str] = {}
+        self._skipped = Tally()
         self._shards: dict[tuple[str, str], ShardProblem] = {}
 
     def add(self, batch: Batch) -> None:
         """Count a batch of this rank."""
         self._own.samples += len(batch.keys)
-        self._own.skipped.update(batch.skipped)
-        self._own.first_skipped = batch.first_skipped | self._own.first_skipped
+        self._own.skipped.merge(batch.skipped)
         self._own.problems += batch.problems
 
     def take(self) -> DataCounts:
@@ -65,8 +62,7 @@ class DataReport:
         """Add the counts of all data-parallel ranks."""
         for counts in ranks:
             self._samples += counts.samples
-            self._skipped.update(counts.skipped)
-            self._first_skipped = counts.first_skipped | self._first_skipped
+            self._skipped.merge(counts.skipped)
             for problem in counts.problems:  # several workers may meet the same shard
                 self._shards[problem.url, problem.cause] = problem
 
@@ -78,11 +74,9 @@ class DataReport:
         """
         bad = self._skipped.total()
         if bad > self._max_bad_samples * max(self._samples, _MIN_SAMPLES):
-            counts = self._skipped.most_common()
-            causes = ", ".join(f"{explain(cause)} {count}" for cause, count in counts)
             raise DataError(
                 f"data.max_bad_samples ({self._max_bad_samples}) is exceeded: {bad} of "
-                f"{self._samples} samples are bad ({causes})"
+                f"{self._samples} samples are bad: {self._skipped}"
             )
 
     def scalars(self) -> dict[str, float]:
@@ -98,24 +92,20 @@ class DataReport:
 
     def describe(self) -> list[str]:
         """Return a line for each cause of what was replaced, damaged or passed over."""
-        lines = [
-            f"bad samples, replaced: {count} of {self._samples}: {explain(cause)}"
-            f", first {self._first_skipped.get(cause, 'unknown')}"
-            for cause, count in self._skipped.most_common()
-        ]
-        by_cause: dict[str, list[ShardProblem]] = defaultdict(list)
+        shards, members = Tally(), Tally()
         for problem in self._shards.values():
-            by_cause[problem.cause].append(problem)
-        for cause, problems in sorted(by_cause.items()):
-            first = problems[0]
-            if first.is_of_members:
-                count = sum(problem.found for problem in problems)
-                what, example = "members, passed over", f"{first.first} of {first.url}"
+            url, found = problem.url, problem.found
+            if problem.is_of_members:
+                members.add(problem.cause, f"{problem.first} of {url}", found)
             else:
-                count, what = len(problems), "shards"
-                example = f"{first.url}: {first.found} found, {first.expected} expected"
-            lines.append(f"{what}: {count}: {explain(cause)}, first {example}")
-        return lines
+                example = f"{url}: {found} found, {problem.expected} expected"
+                shards.add(problem.cause, example)
+        counts = {
+            f"bad samples of {self._samples}, replaced": self._skipped,
+            "shards": shards,
+            "members, passed over": members,
+        }
+        return [f"{what}: {line}" for what, tally in counts.items() for line in tally.describe()]
 
     def state(self) -> dict[str, Any]:
         """Return the counts as plain data, for a checkpoint and for ``data_report.json``."""
@@ -123,15 +113,15 @@ class DataReport:
             "samples": self._samples,
             "skipped_samples": self._skipped.total(),
             "skipped": dict(sorted(self._skipped.items())),
-            "first_skipped": dict(sorted(self._first_skipped.items())),
+            "first_skipped": dict(sorted(self._skipped.examples.items())),
             "shards": [asdict(problem) for problem in self._shards.values()],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from the counts of a checkpoint."""
         self._samples = state["samples"]
-        self._skipped = Counter(state["skipped"])
-        self._first_skipped = state.get("first_skipped", {})  # checkpoints of 0.2 have none
+        # Checkpoints of 0.2 have no examples.
+        self._skipped = Tally(state["skipped"], state.get("first_skipped"))
         problems = [ShardProblem(**shard) for shard in state["shards"]]
         self._shards = {(problem.url, problem.cause): problem for problem in problems}
 

@@ -231,8 +231,8 @@ def open_shard(shard: Shard, storage: Storage) -> tuple[OpenShard | BadSample, l
         found = _open(shard.url, storage, refetch=True)
     name = redact(shard.url)
     problems = [
-        ShardProblem(name, cause, number, 0, printable(first))
-        for cause, (number, first) in found.passed_over.items()
+        ShardProblem(name, cause, number, 0, printable(found.passed_over.examples[cause]))
+        for cause, number in found.passed_over.items()
     ]
     if isinstance(found, BadSample):
         if not (found.cause == "shard_empty" and shard.exact and shard.num_samples == 0):

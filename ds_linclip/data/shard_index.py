@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
 from ds_linclip.config import Source
-from ds_linclip.data.causes import explain, printable
+from ds_linclip.data.causes import explain
 from ds_linclip.data.remote import Storage, check_url, is_remote, redact
 from ds_linclip.data.tar_index import BadSample, OpenShard
 
@@ -254,12 +254,8 @@ class _Sizes:
         except OSError as error:
             raise ValueError(f"{self._name}: {url} must be a readable tar: {error}") from error
         except BadSample as error:
-            causes = [explain(error.cause)]
-            for cause, (number, first) in error.passed_over.items():
-                causes.append(f"{explain(cause)} {number}, first {printable(first)}")
-            raise ValueError(
-                f"{self._name}: {url} must be a readable tar: {'; '.join(causes)}"
-            ) from error
+            causes = "; ".join([explain(error.cause), *error.passed_over.describe()])
+            raise ValueError(f"{self._name}: {url} must be a readable tar: {causes}") from error
         shard.close()
         return len(shard)
 

@@ -2,22 +2,22 @@
 
 import os
 import re
-from collections.abc import Mapping
 from typing import BinaryIO, Literal
 
 import numpy as np
 
 from ds_linclip.data.causes import format_cause
+from ds_linclip.data.tally import Tally
 from ds_linclip.data.tar_members import BrokenTarError, tar_members
 
-__all__ = ["IMAGE_SUFFIXES", "BadSample", "OpenShard", "PassedOver", "Role"]
+__all__ = ["IMAGE_SUFFIXES", "SYSTEM_FOLDERS", "BadSample", "OpenShard", "Role"]
 
 Role = Literal["image", "text", "class", "meta"]
-#: The members of a tar that are never read: number and first name, by cause.
-PassedOver = dict[str, tuple[int, str]]
 
 #: Ends of the names of images, in tars and in folders.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+#: Folders that systems and programs put beside a user's.
+SYSTEM_FOLDERS = ("__MACOSX", ".AppleDouble", "@eaDir")
 _ROLES: tuple[Role, ...] = ("image", "text", "class", "meta")
 _IMAGE, _TEXT, _CLASS, _META = range(len(_ROLES))
 _ROLE_OF_EXTENSION = {suffix[1:]: _IMAGE for suffix in IMAGE_SUFFIXES}
@@ -25,7 +25,9 @@ _ROLE_OF_EXTENSION |= {"txt": _TEXT, "cls": _CLASS, "json": _META}
 
 _NOWHERE, _APART = (-1, 0), (-2, 0)  # instead of the offset and size of a member
 # Files that systems and programs put beside a user's.
-_HIDDEN = re.compile(r"(?:^|/)(?:\.[^/]*$|(?:__MACOSX|\.AppleDouble|@eaDir|PaxHeaders(?:\.\d+)?)/)")
+_HIDDEN = re.compile(
+    rf"(?:^|/)(?:\.[^/]*$|(?:{'|'.join(map(re.escape, SYSTEM_FOLDERS))}|PaxHeaders(?:\.\d+)?)/)"
+)
 _MAX_EXTENSIONS = 8  # after a key; a hostile name has thousands of dots
 
 
@@ -39,12 +41,12 @@ class BadSample(Exception):
     """
 
     def __init__(
-        self, cause: str, *, whole_shard: bool = False, passed_over: PassedOver | None = None
+        self, cause: str, *, whole_shard: bool = False, passed_over: Tally | None = None
     ) -> None:
         super().__init__(cause)
         self.cause = cause
         self.whole_shard = whole_shard
-        self.passed_over: Mapping[str, tuple[int, str]] = passed_over or {}
+        self.passed_over = passed_over or Tally()
 
 
 class OpenShard:
@@ -100,7 +102,7 @@ class OpenShard:
                 if kind == "file":
                     found.add(name, (offset, size))
                 else:
-                    found.pass_over(f"member_{kind}", name)
+                    found.passed_over.add(f"member_{kind}", name)
         except BrokenTarError:
             return True
         return end > self._end
@@ -177,31 +179,27 @@ class _SampleFinder:
     """Forms samples of the files of a tar, which come in their order."""
 
     def __init__(self) -> None:
-        self.passed_over: PassedOver = {}
+        self.passed_over = Tally()
         self._samples: list[_Found] = []
         # The samples that the next member may belong to. The key of each extends the one before.
         self._open: list[_Found] = []
-
-    def pass_over(self, cause: str, name: str) -> None:
-        number, first = self.passed_over.get(cause, (0, name))
-        self.passed_over[cause] = number + 1, first
 
     def add(self, name: str, place: tuple[int, int]) -> None:
         key, _, extension = name.rpartition(".")
         role = _ROLE_OF_EXTENSION.get(extension.lower())
         is_next = bool(self._open) and self._open[-1].key == key  # most often, hence tried first
         if not is_next and _HIDDEN.search(name):
-            self.pass_over("member_hidden", name)
+            self.passed_over.add("member_hidden", name)
             return
         if role is None:
-            self.pass_over("member_extension", name)
+            self.passed_over.add("member_extension", name)
             return
         sample = self._open[-1] if is_next else self._sample_of(key)
         if sample.names[role] == name:
             self._open.pop()
             sample = self._begin(key)
         elif sample.names[role] is not None:
-            self.pass_over("member_surplus", name)
+            self.passed_over.add("member_surplus", name)
             return
         sample.names[role], sample.places[role] = name, place
 
@@ -228,7 +226,7 @@ class _SampleFinder:
             earlier = last.get(sample.key)
             if not sample.is_complete and _extends_any(sample.key, keys):
                 for name in filter(None, sample.names[:_META]):
-                    self.pass_over("member_surplus", name)
+                    self.passed_over.add("member_surplus", name)
             elif earlier is None or any(map(_both, earlier.names, sample.names)):
                 samples.append(sample)
                 last[sample.key] = sample

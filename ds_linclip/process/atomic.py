@@ -38,9 +38,14 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Write a whole file as :func:`atomic_file`; text is encoded in UTF-8."""
+    """Write a whole file as :func:`atomic_file`; text is encoded in UTF-8.
+
+    Names of files that are not UTF-8 keep their bytes.
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "surrogateescape")
     with atomic_file(path, durable=durable) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content)
 
 
 @contextmanager

@@ -4,10 +4,15 @@ import codecs
 import re
 from pathlib import Path
 
-__all__ = ["read_list", "read_text", "split_lines"]
+__all__ = ["encoding_of", "read_list", "read_text", "split_lines"]
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _MARK = "\ufeff"
+
+
+def encoding_of(start: bytes) -> str:
+    """Return the encoding of a text that starts with these bytes."""
+    return "utf-16" if start.startswith(_UTF16_MARKS) else "utf-8-sig"
 
 
 def read_text(path: Path) -> str:
@@ -23,9 +28,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ValueError(f"{path} must be a readable file: {error.strerror}") from error
     try:
-        text = content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8")
+        text = content.decode(encoding_of(content))
     except UnicodeDecodeError as error:
-        line = 1 + len(re.findall(rb"\r\n?|\n", content[: error.start]))
+        line = 1 + len(re.findall(rb"\r\n?|\n", error.object[: error.start]))
         raise ValueError(f"line {line} of {path} must be text in UTF-8: {error.reason}") from error
     if "\0" in text:
         raise ValueError(f"{path} must be text in UTF-8: it holds zero bytes")

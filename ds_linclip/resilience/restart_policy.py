@@ -12,6 +12,7 @@ from pathlib import Path
 from ds_linclip.checkpoint.directory import committed, step_of
 from ds_linclip.config import Config, check_batch
 from ds_linclip.process.exit_codes import ExitCode
+from ds_linclip.process.text_files import read_text, split_lines
 
 __all__ = [
     "Restart",
@@ -92,8 +93,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
         ValueError: naming the file, the line and the rule it breaks.
     """
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
+        lines = split_lines(read_text(path))
+    except ValueError as error:
         raise ValueError(f"hostfile ({path}) cannot be read: {error}") from error
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):

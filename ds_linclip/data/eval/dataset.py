@@ -89,13 +89,6 @@ class LabelledData:
         strict: bool = True,
         max_bad_samples: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("max_bad_samples", max_bad_samples, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} ({value}) must be at least {least}")
         self.folder, self._strict, self._max_bad = Path(folder), strict, max_bad_samples
         self._transform, self.batch_size, self.num_workers = transform, batch_size, num_workers
         try:

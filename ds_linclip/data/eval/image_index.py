@@ -30,6 +30,7 @@ from ds_linclip.data.causes import explain, printable
 from ds_linclip.data.eval.layout import Layout, find_parts
 from ds_linclip.data.eval.sources import ClassFolder, ClassLabels, LabelledPart, LabelledTar
 from ds_linclip.data.eval.unreadable import UnreadableImage, describe_unreadable
+from ds_linclip.data.tally import Tally
 from ds_linclip.process.progress import progress
 from ds_linclip.process.text_files import read_list
 
@@ -49,7 +50,6 @@ class FolderFindings:
 
     Attributes:
         unknown_classes: The number of images left out, by the class that is not in the list.
-        first_unknown: The first of these images; empty when there are none.
         empty_classes: The classes of the list without an image.
         problems: Descriptions by cause: tars that cannot be read to their end
             (``shard_cut``, ``shard_unreadable`` and the other causes of
@@ -59,36 +59,34 @@ class FolderFindings:
             ``not_a_file``); ``members_apart``.
         unreadable: The samples that are known to be unreadable, which count as wrong.
         passed_over: Members of tars that are never read and annotations beside images, which are no
-            defect: their number and the first of them, by cause.
+            defect.
     """
 
     num_classes: int
-    unknown_classes: Mapping[str, int]
-    first_unknown: str
+    unknown_classes: Tally
     empty_classes: tuple[str, ...]
     problems: Mapping[str, Sequence[str]]
     unreadable: tuple[UnreadableImage, ...]
-    passed_over: Mapping[str, tuple[int, str]]
+    passed_over: Tally
 
     @classmethod
     def of(cls, parts: Sequence[LabelledPart], layout: Layout, classnames: Sequence[str]) -> Self:
         """Add up the defects of all parts and of their layout."""
-        unknown: Counter[str] = Counter()
+        unknown = Tally()
         problems: dict[str, list[str]] = defaultdict(list, layout.problems)
-        passed_over: dict[str, tuple[int, str]] = {}
+        passed_over = Tally()
         counts = np.zeros(len(classnames), np.int64)
         for part in parts:
-            unknown.update(part.unknown_classes)
+            unknown.merge(part.unknown_classes)
             for cause, names in part.problems.items():
                 problems[cause] += names
-            for cause, (number, name) in part.passed_over.items():
-                before, first = passed_over.get(cause, (0, f"{printable(name)} of {part.path}"))
-                passed_over[cause] = before + number, first
+            for cause, number in part.passed_over.items():
+                example = f"{part.passed_over.examples[cause]} of {part.path}"
+                passed_over.add(cause, example, number)
             counts += np.bincount(part.labels, minlength=len(classnames))
         return cls(
             num_classes=len(classnames),
-            unknown_classes=dict(unknown),
-            first_unknown=next((part.first_unknown for part in parts if part.first_unknown), ""),
+            unknown_classes=unknown,
             empty_classes=tuple(classnames[label] for label in np.flatnonzero(counts == 0)),
             problems=dict(problems),
             unreadable=tuple(image for part in parts for image in part.unreadable),
@@ -107,8 +105,8 @@ class FolderFindings:
             counts = [f"{name}: {count}" for name, count in self.unknown_classes.items()]
             lines.append(
                 f"images of classes that are not among the {self.num_classes} of the list: "
-                f"{sum(self.unknown_classes.values())} ({_first(counts)}), first "
-                f"{self.first_unknown}"
+                f"{self.unknown_classes.total()} ({_first(counts)}), first "
+                f"{next(iter(self.unknown_classes.examples.values()))}"
             )
         if self.empty_classes:
             lines.append(
@@ -119,9 +117,7 @@ class FolderFindings:
             lines.append(f"{explain(cause)}: {len(names)} ({_first(names)})")
         if self.unreadable:
             lines.append(describe_unreadable(self.unreadable))
-        for cause, (number, first) in self.passed_over.items():
-            lines.append(f"passed over: {number}: {explain(cause)}, first {first}")
-        return lines
+        return lines + [f"passed over: {line}" for line in self.passed_over.describe()]
 
 
 def read_classes(
@@ -193,4 +189,4 @@ def _read_lines(path: Path) -> list[str]:
 
 def _first(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > _NUM_EXAMPLES else ""
-    return ", ".join(names[:_NUM_EXAMPLES]) + more
+    return ", ".join(map(printable, names[:_NUM_EXAMPLES])) + more

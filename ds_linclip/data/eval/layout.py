@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ds_linclip.data.folder_files import is_hidden
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES
 from ds_linclip.process.text_files import read_text
 
@@ -151,7 +152,7 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
     files: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.startswith("."):
+            if not is_hidden(entry.name):
                 is_folder = entry.is_dir() and not _is_tar(entry.name)
                 (folders if is_folder else files).append(entry.name)
     return sorted(folders), sorted(files)

@@ -3,8 +3,8 @@
 import os
 import re
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ import pyarrow as pa
 from ds_linclip.data.captions import MAX_TEXT_BYTES, decode_text
 from ds_linclip.data.causes import printable
 from ds_linclip.data.eval.unreadable import UnreadableImage
+from ds_linclip.data.folder_files import files_below
+from ds_linclip.data.tally import Tally
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample, OpenShard, Role
 from ds_linclip.data.transforms import MAX_IMAGE_BYTES
 
@@ -53,10 +55,9 @@ class LabelledPart(ABC):
             take several times the memory.
         labels: [n] int32 class numbers.
         unknown_classes: The number of images left out, by the class that is not in the list.
-        first_unknown: The first of these images.
         problems: Descriptions of what is left out, by cause.
         unreadable: The samples that are known to be unreadable.
-        passed_over: Number and first name of the members or files that are never read, by cause.
+        passed_over: The members or files that are never read.
 
     Raises:
         OSError: from the constructor, when the file system does not answer.
@@ -64,11 +65,10 @@ class LabelledPart(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.unknown_classes: Counter[str] = Counter()
-        self.first_unknown = ""
+        self.unknown_classes = Tally()
         self.problems: dict[str, list[str]] = defaultdict(list)
         self.unreadable: list[UnreadableImage] = []
-        self.passed_over: Mapping[str, tuple[int, str]] = {}
+        self.passed_over = Tally()
         self._file: BinaryIO | None = None
         self._fill([], [])
 
@@ -113,8 +113,7 @@ class LabelledPart(ABC):
 
     def _leave_out(self, class_name: str, keys: list[str]) -> None:
         if keys:
-            self.unknown_classes[class_name] += len(keys)
-            self.first_unknown = self.first_unknown or self.where(keys[0])
+            self.unknown_classes.add(class_name, self.where(keys[0]), len(keys))
 
 
 class LabelledTar(LabelledPart):
@@ -230,17 +229,17 @@ class LabelledTar(LabelledPart):
 class ClassFolder(LabelledPart):
     """A folder of images, named by the id of their class.
 
-    Images in folders below it (Tiny ImageNet has ``images``) belong to it too. Hidden files and
-    folders are ignored.
+    Images in folders below it (Tiny ImageNet has ``images``) belong to it too.
     """
 
     def __init__(self, path: Path, classes: ClassLabels) -> None:
         super().__init__(path)
         by_cause: dict[str, list[str]] = defaultdict(list)
-        for name, cause in _files_below(path, frozenset()):
-            by_cause[cause].append(f"{path.name}/{name}")
+        for name, is_file in files_below(path, self.passed_over):
+            # A link may lead to nothing.
+            by_cause[_defect(name) if is_file else "not_a_file"].append(f"{path.name}/{name}")
         if notes := by_cause.pop(_NOT_AN_IMAGE, []):
-            self.passed_over = {_NOT_AN_IMAGE: (len(notes), min(notes))}
+            self.passed_over.add(_NOT_AN_IMAGE, min(notes), len(notes))
         keys = sorted(by_cause.pop("", []))
         if path.name not in classes.ids:
             self._leave_out(path.name, keys)
@@ -261,30 +260,15 @@ class ClassFolder(LabelledPart):
         return f"{self.path.name} {[_identity(os.stat(file)) for file in files]}"
 
     def where(self, key: str) -> str:
-        return f"image {self.path.parent / key}"
+        return f"image {printable(str(self.path.parent / key))}"
 
 
-def _files_below(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """Yield the path of every file below a folder, and why it is not an image; links to folders are
-    followed, except to one of those ``above``."""
-    status = os.stat(folder)
-    above |= {(status.st_dev, status.st_ino)}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue  # macOS creates some beside copies
-            if entry.is_dir():
-                status = entry.stat()
-                if (status.st_dev, status.st_ino) not in above:
-                    for name, cause in _files_below(folder / entry.name, above):
-                        yield f"{entry.name}/{name}", cause
-            elif not entry.is_file():
-                yield entry.name, "not_a_file"  # such as a link to nothing
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                yield entry.name, ""
-            else:
-                is_note = entry.name.lower().endswith(_NOTE_SUFFIXES)
-                yield entry.name, _NOT_AN_IMAGE if is_note else "image_extension"
+def _defect(name: str) -> str:
+    """Return why a file is not an image, or nothing."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in IMAGE_SUFFIXES:
+        return ""
+    return _NOT_AN_IMAGE if suffix in _NOTE_SUFFIXES else "image_extension"
 
 
 def _has_class(shard: OpenShard) -> bool:

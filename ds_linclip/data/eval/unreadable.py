@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ds_linclip.data.causes import explain
+from ds_linclip.data.tally import Tally
 
 __all__ = ["UnreadableImage", "describe_unreadable"]
 
@@ -24,10 +24,7 @@ class UnreadableImage(NamedTuple):
 
 def describe_unreadable(images: Iterable[UnreadableImage]) -> str:
     """Return the number of images by cause, each with the first of them; empty without any."""
-    by_cause: dict[str, list[UnreadableImage]] = {}
+    counts = Tally()
     for image in images:
-        by_cause.setdefault(image.cause, []).append(image)
-    return "; ".join(
-        f"{explain(cause)}: {len(found)} ({found[0].where}{', ...' if len(found) > 1 else ''})"
-        for cause, found in by_cause.items()
-    )
+        counts.add(image.cause, image.where)
+    return str(counts)

@@ -12,21 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ds_linclip.data.prepare.tally import Tally
+from ds_linclip.data.causes import format_cause
+from ds_linclip.data.tally import Tally
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES
+from ds_linclip.process.text_files import encoding_of
 
 __all__ = ["read_table"]
 
-#: Starts of files that are no text -> what they are.
-_NO_TEXT = {
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "zip, as .xlsx is",
-}
 _MAX_FIELD = 2**31 - 1  # fits into a C long on every platform
 _MAX_SHOWN = 500  # characters of a header, in a message
 
@@ -37,7 +29,8 @@ def read_table(
     """Read two columns of a table; its content tells whether it is csv or parquet.
 
     Args:
-        file: A parquet file, or UTF-8 text with a header line.
+        file: A parquet file, or text with a header line in UTF-8, or in UTF-16 with a byte order
+            mark.
         image_column, caption_column: The names of the columns.
         separator: The character between the fields of a text.
 
@@ -56,29 +49,31 @@ def read_table(
         raise ValueError(f"image_column and caption_column ({caption_column}) must differ")
     names = {"image_column": image_column, "caption_column": caption_column}
     with open(file, "rb") as content:
-        start = content.read(8)
-    for magic, kind in _NO_TEXT.items():
-        if start.startswith(magic):
-            raise ValueError(f"source ({file}) must be UTF-8 text or parquet, not {kind}")
+        start = content.read(64)
+    if cause := format_cause(start):
+        kind = cause.removeprefix("shard_").replace("_", " ")
+        kind += ", as .xlsx is" if kind == "zip" else ""
+        raise ValueError(f"source ({file}) must be text or parquet, not {kind}")
     passed_over = Tally()
     if start.startswith(b"PAR1"):
         images, captions = _read_parquet(file, names)
     else:
-        images, captions = _read_csv(file, names, separator, passed_over)
+        images, captions = _read_csv(file, encoding_of(start), names, separator, passed_over)
     if not images:
         raise ValueError(f"source ({file}) must hold rows")
     return [image or "" for image in images], captions, passed_over
 
 
 def _read_csv(
-    file: Path, names: dict[str, str], separator: str, passed_over: Tally
+    file: Path, encoding: str, names: dict[str, str], separator: str, passed_over: Tally
 ) -> tuple[list[str | None], list[str | None]]:
     images: list[str | None] = []
     captions: list[str | None] = []
     columns: list[str] = []
     read: list[str] = []  # lines since the last row
     # A caption that is not UTF-8, or very long, makes one bad sample, not a bad table.
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    errors = "strict" if encoding == "utf-16" else "surrogateescape"
+    with open(file, encoding=encoding, errors=errors, newline="") as lines:
         reader = csv.reader(_noted(lines, read), delimiter=separator, strict=True)
         limit = csv.field_size_limit(_MAX_FIELD)
         try:
@@ -101,6 +96,8 @@ def _read_csv(
             what = "a quote is not closed" if "unexpected end" in str(error) else str(error)
             line = reader.line_num - max(0, len(read) - 1)
             raise ValueError(f"source ({file}) must be a csv file: line {line}: {what}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"source ({file}) must be text in UTF-16: {error.reason}") from error
         finally:
             csv.field_size_limit(limit)  # it is global
     return images, captions

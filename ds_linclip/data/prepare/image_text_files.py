@@ -5,7 +5,6 @@ Resize modes are those of img2dataset; pixels are decoded as in training.
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +13,10 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from ds_linclip.data.captions import MAX_TEXT_BYTES, decode_text
+from ds_linclip.data.folder_files import files_below
 from ds_linclip.data.prepare.caption_table import read_table
 from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample, encode_jpeg
-from ds_linclip.data.prepare.tally import Tally
+from ds_linclip.data.tally import Tally
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample
 from ds_linclip.data.transforms import (
     MAX_IMAGE_BYTES,
@@ -50,8 +50,8 @@ class PairSet:
 def folder_pairs(folder: Path) -> PairSet:
     """Return all images below a folder, sorted by path; ``a/b.txt`` has the caption of ``a/b.jpg``.
 
-    Links to folders are followed, each folder is read once. Files whose name begins with a dot are
-    passed over, as in tars.
+    Links to folders are followed, each folder is read once. Hidden files and folders are passed
+    over.
 
     Raises:
         ValueError: when it is not a folder or holds no images.
@@ -63,11 +63,9 @@ def folder_pairs(folder: Path) -> PairSet:
     images: list[str] = []
     texts: dict[str, str] = {}  # stem -> suffix
     digest = hashlib.sha256()
-    for path in sorted(_files_below(str(folder), passed_over)):
+    for path, _ in sorted(files_below(folder, passed_over)):
         stem, suffix = os.path.splitext(path)
-        if os.path.basename(path).startswith("."):
-            passed_over.add("dot_file", path)
-        elif suffix.lower() in (*IMAGE_SUFFIXES, ".txt"):
+        if suffix.lower() in (*IMAGE_SUFFIXES, ".txt"):
             digest.update(os.fsencode(path) + b"\0%d %d\0" % _size_and_time(folder / path))
             if suffix.lower() != ".txt":
                 images.append(path)
@@ -181,39 +179,6 @@ class PairLoader:
             exif=None,
             sha256=hashlib.sha256(content).hexdigest(),
         )
-
-
-def _files_below(folder: str, passed_over: Tally) -> Iterator[str]:
-    """Yield relative paths; a folder that cannot be listed is an error.
-
-    Links to folders are followed after all folders that are not below a link. A folder that was
-    read before, and a link to a folder that holds it, are passed over.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    whole, read = os.path.realpath(folder), set[str]()
-    links = [folder]
-    for link in links:  # grows
-        for parent, folders, names in os.walk(link, onerror=fail):
-            place, prefix = os.path.realpath(parent), os.path.relpath(parent, folder)
-            if place in read:
-                passed_over.add("folder_read_before", prefix)
-                folders.clear()
-                continue
-            read.add(place)
-            folders.sort()
-            for path in (os.path.join(parent, name) for name in folders):
-                if not os.path.islink(path):
-                    continue
-                target = os.path.realpath(path)
-                if any(Path(each).is_relative_to(target) for each in (place, whole)):
-                    passed_over.add("link_loop", os.path.relpath(path, folder))
-                else:
-                    links.append(path)
-            for name in names:
-                yield name if prefix == "." else os.path.join(prefix, name)
 
 
 def _size_and_time(file: Path) -> tuple[int, int]:

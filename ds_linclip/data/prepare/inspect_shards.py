@@ -73,15 +73,13 @@ def inspect_shards(
         The report, ready for JSON.
 
     Raises:
-        ValueError: for a number below 1, a pattern that :func:`find_shards` refuses, or arguments
-            that ``write_sizes`` does not allow.
+        ValueError: for a pattern that :func:`find_shards` refuses, or arguments that
+            ``write_sizes`` does not allow.
         OSError: when a shard cannot be reached or ``sizes.json`` cannot be written.
     """
     for name, value in (("max_shards", max_shards), ("max_samples", max_samples)):
-        _check_at_least_one(name, value)
         if write_sizes and value is not None:
             raise ValueError(f"{name} ({value}) must be left out with write_sizes")
-    _check_at_least_one("workers", num_workers)
     if write_sizes:
         _check_local(patterns)
     sources = [Source(shards=pattern) for pattern in patterns]
@@ -126,17 +124,18 @@ def _inspect(
     for problem in problems:
         if problem.is_of_members:
             first = f"{problem.first} of {problem.url}"
-            findings.pass_over(problem.cause, first, members=problem.found)
+            findings.passed_over.add(problem.cause, first, problem.found)
             continue
         excess = problem.found - problem.expected
         count = max(0, excess if problem.cause in ("shard_long", "keys_repeated") else -excess)
-        findings.count(problem.cause, problem.url, samples=count)
+        findings.bad_samples.add(problem.cause, problem.url, count)
         fields = {name: value for name, value in asdict(problem).items() if name != "first"}
         findings.problems.append(fields | {"samples": count})
     if isinstance(opened, OpenShard):
         with closing(opened):
             findings.found = len(opened)
             _read(opened, _spread(min(len(opened), expected), limit), findings, decode=decode)
+    findings.shards_by_cause.update([*findings.bad_samples, *findings.passed_over])
     return findings
 
 
@@ -151,7 +150,8 @@ def _read(
             try:
                 _read_sample(opened, index, findings, decode=decode)
             except BadSample as error:
-                findings.count(error.cause, f"{printable(opened.keys[index])} of {url}")
+                example = f"{printable(opened.keys[index])} of {url}"
+                findings.bad_samples.add(error.cause, example)
     findings.seconds = time.perf_counter() - start
     findings.read = len(indices)
 
@@ -179,11 +179,6 @@ def _spread(length: int, limit: int | None) -> list[int]:
     """Return at most ``limit`` evenly spaced indices below ``length``."""
     count = length if limit is None else min(length, limit)
     return [i * length // count for i in range(count)]
-
-
-def _check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} ({value}) must be at least 1")
 
 
 def _check_local(urls: Iterable[str]) -> None:

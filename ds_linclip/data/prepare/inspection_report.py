@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ds_linclip.data.causes import explain
+from ds_linclip.data.tally import Tally
 from ds_linclip.process.number_text import format_figure
 
 __all__ = ["CONTEXT_LENGTH", "ShardFindings", "summarise", "to_text"]
@@ -29,10 +30,9 @@ class ShardFindings:
     read: int = 0  # samples
     bytes_read: int = 0
     seconds: float = 0.0  # of reading and decoding, summed over workers
-    samples_by_cause: Counter[str] = field(default_factory=Counter)
+    bad_samples: Tally = field(default_factory=Tally)
+    passed_over: Tally = field(default_factory=Tally)  # members that are never read
     shards_by_cause: Counter[str] = field(default_factory=Counter)
-    members_by_cause: Counter[str] = field(default_factory=Counter)  # that are never read
-    first_by_cause: dict[str, str] = field(default_factory=dict)  # sample, member or shard
     problems: list[dict[str, str | int]] = field(default_factory=list)  # of single shards
     # Usable samples by length of the caption, (width, height) in pixels, size of the file, and
     # Pillow's format and mode.
@@ -48,26 +48,14 @@ class ShardFindings:
         """Whether every expected sample was found, and none beyond them."""
         return all(problem["cause"] == "keys_repeated" for problem in self.problems)
 
-    def count(self, cause: str, first: str, *, samples: int = 1) -> None:
-        """Count bad samples of this shard."""
-        self.samples_by_cause[cause] += samples
-        self.shards_by_cause[cause] = 1
-        self.first_by_cause.setdefault(cause, first)
-
-    def pass_over(self, cause: str, first: str, *, members: int) -> None:
-        """Count members of this shard that are never read."""
-        self.members_by_cause[cause] += members
-        self.shards_by_cause[cause] = 1
-        self.first_by_cause.setdefault(cause, first)
-
     def add(self, other: "ShardFindings") -> None:
         """Add the findings of other shards to these."""
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            if isinstance(mine, Counter):
+            if isinstance(mine, Tally):
+                mine.merge(theirs)
+            elif isinstance(mine, Counter):
                 mine.update(theirs)
-            elif isinstance(mine, dict):
-                setattr(self, item.name, theirs | mine)
             else:
                 setattr(self, item.name, mine + theirs)
 
@@ -95,23 +83,8 @@ def summarise(total: ShardFindings, *, seconds: float, num_workers: int) -> dict
             "read": total.read,
             "usable": usable,
         },
-        "causes": {
-            cause: {
-                "samples": total.samples_by_cause[cause],
-                "shards": shards,
-                "first": total.first_by_cause[cause],
-            }
-            for cause, shards in sorted(total.shards_by_cause.items())
-            if cause not in total.members_by_cause
-        },
-        "passed_over": {
-            cause: {
-                "members": count,
-                "shards": total.shards_by_cause[cause],
-                "first": total.first_by_cause[cause],
-            }
-            for cause, count in sorted(total.members_by_cause.items())
-        },
+        "causes": _entries(total.bad_samples, "samples", total.shards_by_cause),
+        "passed_over": _entries(total.passed_over, "members", total.shards_by_cause),
         "problems": total.problems[:_MAX_PROBLEMS_LISTED],
         "problems_not_listed": len(total.problems[_MAX_PROBLEMS_LISTED:]),
         "caption_characters": _distribution(total.characters, _log_edges(total.characters)),
@@ -135,6 +108,15 @@ def summarise(total: ShardFindings, *, seconds: float, num_workers: int) -> dict
             "samples_per_second_per_worker": total.read / busy,
             "mb_per_second_per_worker": megabytes / busy,
         },
+    }
+
+
+def _entries(
+    tally: Tally, counted: str, shards: Mapping[str, int]
+) -> dict[str, dict[str, int | str]]:
+    return {
+        cause: {counted: count, "shards": shards[cause], "first": tally.examples[cause]}
+        for cause, count in sorted(tally.items())
     }
 
 

@@ -25,9 +25,6 @@ __all__ = ["HeldOutEvaluator"]
 logger = logging.getLogger(__name__)
 
 
-logger = logging.getLogger(__name__)
-
-
 class _Writer(Protocol):
     def figure(self, step: int, tag: str, figure: Any) -> None: ...
 

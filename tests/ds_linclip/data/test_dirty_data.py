@@ -132,7 +132,7 @@ def test_members_that_are_apart_or_no_samples_are_counted(tmp_path: Path) -> Non
         write_tar(path, members)
     batches = take(train_data(patterns), NUM_SAMPLES // BATCH)
     assert sum((batch.skipped for batch in batches), Counter()) == {"members_apart": 15}
-    firsts = [first for batch in batches for first in batch.first_skipped.values()]
+    firsts = [first for batch in batches for first in batch.skipped.examples.values()]
     assert all(first.endswith(f" of {tmp_path}/00000.tar") for first in firsts)
     seen = {int(key) for batch in batches for key in batch.keys}
     assert seen == set(range(15, 60))

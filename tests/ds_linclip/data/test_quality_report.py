@@ -1,7 +1,6 @@
 """Counts of what is bad: exact over ranks and resumption, and an error when they are too many."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from ds_linclip.data import Batch, DataError, DataReport
 from ds_linclip.data.sample_reader import ShardProblem
+from ds_linclip.data.tally import Tally
 
 CUT = ShardProblem("/data/00001.tar", "shard_cut", 7, 9)
 MISSING = ShardProblem("/data/00002.tar", "shard_missing", 0, 9)
@@ -20,7 +20,7 @@ def batch(size: int, *problems: ShardProblem, **skipped: int) -> Batch:
     nothing = torch.empty(size, 0)
     first = {cause: f"{cause[0]}{count} of /data/00001.tar" for cause, count in skipped.items()}
     keys, captions = ["k"] * size, ["c"] * size
-    return Batch(nothing, nothing, keys, captions, Counter(skipped), list(problems), first)
+    return Batch(nothing, nothing, keys, captions, Tally(skipped, first), list(problems))
 
 
 def two_ranks(max_bad_samples: float = 0.1) -> DataReport:
@@ -60,14 +60,14 @@ def test_ranks_are_added_up_and_shards_listed_once() -> None:
 
 def test_every_cause_is_described_with_its_count_and_an_example() -> None:
     assert two_ranks().describe() == [
-        "bad samples, replaced: 3 of 400: text_empty, first t2 of /data/00001.tar",
-        "bad samples, replaced: 1 of 400: image_undecodable, first i1 of /data/00001.tar",
-        "shards: 1: keys_repeated, first /data/00001.tar: 7 found, 6 expected",
-        "members, passed over: 8: member_hidden (files of the system, not of the user), first "
-        "._a.jpg of /data/00001.tar",
-        "shards: 1: shard_cut (broken or cut off; the samples before that place are used), first "
-        "/data/00001.tar: 7 found, 9 expected",
-        "shards: 1: shard_missing, first /data/00002.tar: 0 found, 9 expected",
+        "bad samples of 400, replaced: text_empty: 3 (t2 of /data/00001.tar, ...)",
+        "bad samples of 400, replaced: image_undecodable: 1 (i1 of /data/00001.tar)",
+        "shards: keys_repeated: 1 (/data/00001.tar: 7 found, 6 expected)",
+        "shards: shard_cut (broken or cut off; the samples before that place are used): 1 "
+        "(/data/00001.tar: 7 found, 9 expected)",
+        "shards: shard_missing: 1 (/data/00002.tar: 0 found, 9 expected)",
+        "members, passed over: member_hidden (files of the system, not of the user): 8 "
+        "(._a.jpg of /data/00001.tar, ...)",
     ]
     assert DataReport(0.1).describe() == []
 
@@ -100,7 +100,7 @@ def test_too_many_bad_samples_are_an_error() -> None:
     report.merge([report.take()])
     with pytest.raises(
         DataError,
-        match=r"data\.max_bad_samples \(0\.1\) is exceeded: 101 of 1000 samples are bad "
-        r"\(text_empty 61, image_missing 40\)",
+        match=r"data\.max_bad_samples \(0\.1\) is exceeded: 101 of 1000 samples are bad: "
+        r"text_empty: 61 \(t60 of .*\); image_missing: 40 \(i40 of .*\)",
     ):
         report.check()

@@ -109,7 +109,7 @@ def test_sizes_that_disagree_are_named(
     ("members", "message"),
     [
         ([], r"0\.tar must be a readable tar: shard_empty \(a tar without samples\)$"),
-        ([("0.bmp", b"")], r"shard_empty \(.*\); member_extension \(unknown; .*\) 1, first 0\.bmp"),
+        ([("0.bmp", b"")], r"shard_empty \(.*\); member_extension \(unknown; .*\): 1 \(0\.bmp\)"),
         (None, r"shard_gzip \(compressed with gzip; unpack it with: gzip -dc OLD > NEW\.tar\)"),
     ],
 )

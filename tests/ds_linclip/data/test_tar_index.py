@@ -136,7 +136,7 @@ def test_members_form_samples_by_their_names(tmp_path: Path, case: str) -> None:
     write_tar(tmp_path / "0.tar", members)
     shard = open_shard(tmp_path / "0.tar")
     assert shard.keys == keys
-    assert {cause: number for cause, (number, _) in shard.passed_over.items()} == passed_over
+    assert shard.passed_over == passed_over
     for index in range(len(shard)):
         assert {
             "image": shard.read(index, "image", max_bytes=9),
@@ -156,7 +156,8 @@ def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
             tar.addfile(info)
     shard = open_shard(tmp_path / "0.tar")
     assert shard.keys == ["0"]
-    assert shard.passed_over == {"member_link": (2, "1.jpg"), "member_special": (1, "pipe")}
+    assert shard.passed_over == {"member_link": 2, "member_special": 1}
+    assert shard.passed_over.examples == {"member_link": "1.jpg", "member_special": "pipe"}
     shard.close()
 
 
@@ -173,7 +174,8 @@ def test_members_of_a_sample_must_stand_together(tmp_path: Path) -> None:
     write_tar(path, [(f"{key}.{end}", b"-") for end in ("jpg", "seg.png", "txt") for key in keys])
     shard = open_shard(path)
     assert (shard.keys, shard.repeated_keys) == (keys, 0)
-    assert shard.passed_over == {"member_surplus": (3, "a.seg.png")}
+    assert shard.passed_over == {"member_surplus": 3}
+    assert shard.passed_over.examples == {"member_surplus": "a.seg.png"}
     causes = {(cause_of(shard, i, "image"), cause_of(shard, i, "text")) for i in range(3)}
     assert causes == {(None, "members_apart")}
     assert cause_of(shard, 0, "class") == "class_missing"
@@ -672,7 +674,7 @@ def test_samples_are_those_of_the_members_that_tarfile_finds(
         passed_over, num_read = shard.passed_over, sum(len(parts) for _, parts in found)
         shard.close()
     # Nothing is lost in silence, but what no one reads: json beside a sample it does not belong to.
-    num_passed = sum(number for number, _ in passed_over.values())
+    num_passed = passed_over.total()
     num_json = sum(name.endswith("json") for name, _ in members)
     assert num_not_folders - num_json <= num_read + num_passed <= num_not_folders
 

@@ -30,6 +30,8 @@ def test_text_is_utf8_and_bytes_stay(tmp_path: Path) -> None:
     write_atomically(tmp_path / "b", b"\xff")
     assert (tmp_path / "a").read_bytes() == "Åland".encode()
     assert (tmp_path / "b").read_bytes() == b"\xff"
+    write_atomically(tmp_path / "c", os.fsdecode(b"\xe4.jpg"))
+    assert (tmp_path / "c").read_bytes() == b"\xe4.jpg"
 
 
 def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# the cluster\nnode-1 slots=8\n\n  node-2   slots=4 # half\n")
     assert read_hostfile(path) == {"node-1": 8, "node-2": 4} == fetch_hostfile(str(path))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_hostfile(path) == {"node-1": 8, "node-2": 4}
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_images_below_a_class_folder_belong_to_it(tmp_path):
     data = open_data(folder, classes=CLASSES)
     assert [key.replace("/images/", "/") for key in keys_of(data)] == flat
     (line,) = data.findings.describe()
-    assert line.startswith(f"passed over: 3: not_an_image, first {min(CLASSES)}/")
+    assert line.startswith(f"passed over: not_an_image: 3 ({min(CLASSES)}/")
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -181,10 +181,15 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     for name in CLASSES:
         os.symlink(folder / name, linked / name)
     os.symlink(folder, folder / CAT / "circle")
-    data = open_data(linked, classes=[*CLASSES])
-    assert data.num_samples == 9 + 6  # dogs and fish are below the cats too
-    (folder / CAT / "circle").unlink()
-    os.symlink(folder / CAT, folder / CAT / "circle")
+    os.symlink("self", folder / CAT / "self")
+    for name in (".DS_Store", ".hidden/0.jpg", "@eaDir/0.jpg/thumbnail.jpg"):
+        (folder / CAT / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / CAT / name).write_bytes(image())
+    data = open_data(linked, classes=CLASSES, strict=False)
+    assert data.num_samples == 9  # dogs are no cats, although the circle leads to them
+    assert data.findings.passed_over == {"link_loop": 1, "dot_file": 1, "hidden_folder": 2}
+    assert data.findings.problems == {"not_a_file": [f"image {linked / CAT / 'self'}"]}
+    (folder / CAT / "self").unlink()
     os.symlink("nowhere", folder / DOG / "lost.jpg")
     with pytest.raises(ValueError, match=r"not_a_file: 1 \(image .*/lost\.jpg\)"):
         open_data(linked, classes=CLASSES)

@@ -33,7 +33,7 @@ from ds_linclip.data.prepare.image_text_files import (
 )
 from ds_linclip.data.prepare.make_shards import make_pairs
 from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample
-from ds_linclip.data.prepare.tally import Tally
+from ds_linclip.data.tally import Tally
 from linclip_launch.cli import main
 
 COMMAND = Path(sys.executable).parent / "linclip"
@@ -228,6 +228,9 @@ def test_what_is_passed_over_is_counted_with_an_example(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     for name in (".DS_Store", "._a.JPG", "._a.TXT"):
         (tmp_path / name).write_bytes(b"\0\5\26\7")
+    for name in (".thumbnails", "@eaDir", "__MACOSX"):
+        (tmp_path / name).mkdir()
+        write_pair(tmp_path / name / "a")
     pairs = folder_pairs(tmp_path)
     assert dict(zip(pairs.images, pairs.captions, strict=True)) == {
         "a.JPG": ".TXT",
@@ -242,6 +245,7 @@ def test_what_is_passed_over_is_counted_with_an_example(tmp_path: Path) -> None:
         **dict.fromkeys(("*.tif", "*.jfif", "*.heic", "*.gz", "no_suffix"), 1),
         "unused_text": 2,
         "dot_file": 3,
+        "hidden_folder": 3,
     }
     assert pairs.passed_over.examples["*.bmp"] == "d.bmp"
     assert pairs.passed_over.examples["unused_text"] == "b.TXT"
@@ -277,7 +281,9 @@ def test_every_file_of_a_folder_is_an_image_a_caption_or_counted(
             }
             assert pairs.images == sorted(pairs.images)
             assert files >= used | set(pairs.images)
-            assert len(files) == len(used) + len(pairs.images) + pairs.passed_over.total()
+            hidden = {file for file in files if file.startswith(".d/")}  # is counted as a folder
+            counted = len(used) + len(pairs.images) + pairs.passed_over.total()
+            assert len(files - hidden) + bool(hidden) == counted
             assert "\n" not in "".join(pairs.passed_over.lines())
             return
     assert "must hold images" in message
