@@ -15,7 +15,7 @@ def call(arguments: list[str]) -> tuple[int, str, str]:
         try:
             code = main(["plan", *arguments])
         except SystemExit as end:  # the parser's way
-            code = end.code
+            code = int(end.code or 0)
     return int(code), out.getvalue(), err.getvalue()
 
 
