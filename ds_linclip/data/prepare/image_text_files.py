@@ -36,6 +36,7 @@ _MAX_JPEG_SIDE = 65500  # the limit of libjpeg; the format itself allows 65535
 class PairSet:
     """A list of image-text pairs whose image files have not been read yet."""
 
+    source: str  # the folder, or the table
     root: str  # the folder that relative image paths start from
     images: list[str]  # paths
     #: None where there is none; with ``captions_in_files`` the suffix of the text file that differs
@@ -91,6 +92,7 @@ def folder_pairs(folder: Path) -> PairSet:
         found = f"; it holds {passed_over}" if passed_over else ""
         raise ValueError(f"source ({folder}) must hold images ({', '.join(IMAGE_SUFFIXES)}){found}")
     return PairSet(
+        source=str(folder),
         root=str(folder),
         images=images,
         captions=captions,
@@ -114,6 +116,7 @@ def table_pairs(file: Path, *, image_column: str, caption_column: str, separator
         digest.update(b"\xff" if text is None else text.encode("utf-8", "surrogateescape"))
         digest.update(b"\0")
     return PairSet(
+        source=str(file),
         root=str(file.parent),
         images=images,
         captions=captions,
@@ -199,7 +202,7 @@ def _extension(content: bytes) -> str:
 def _read(path: str, role: Literal["image", "text"]) -> bytes:
     limit = MAX_IMAGE_BYTES if role == "image" else MAX_TEXT_BYTES
     if not os.path.isfile(path):
-        raise BadSample(f"{role}_missing")
+        raise BadSample(f"{role}_{_absence(path)}")
     try:
         with open(path, "rb") as file:
             content = file.read(limit + 1)
@@ -208,6 +211,13 @@ def _read(path: str, role: Literal["image", "text"]) -> bytes:
     if len(content) > limit:
         raise BadSample(f"{role}_too_many_bytes")
     return content
+
+
+def _absence(path: str) -> str:
+    """Return why there is no file: tables often name what is not on this machine."""
+    if "://" in path:
+        return "is_url"
+    return "path_of_windows" if "\\" in path else "missing"
 
 
 def _checked_text(text: str) -> str:

@@ -191,7 +191,9 @@ def make_pairs(
             for number in range(num_shards):
                 write_train_shard(folder, number, islice(samples, samples_per_shard))
         if not counts["success"]:
-            raise ValueError(f"source ({pairs.root}) must hold a usable pair; all failed: {counts}")
+            raise ValueError(
+                f"source ({pairs.source}) must hold a usable pair; all failed: {counts}"
+            )
 
     return counts if write_once(out, record, write) else None
 

@@ -234,7 +234,7 @@ def test_members_of_a_sample_that_are_apart_are_named(tmp_path: Path) -> None:
     members = [(f"{i}.jpg", image()) for i in range(3)] + [(f"{i}.cls", b"0") for i in range(3)]
     write_tar(tmp_path / "0.tar", members)
     message = (
-        r"members_apart \(members of a sample must stand together in the tar\): 3 \(sample 0 of"
+        r"members_apart \(members of a sample must stand together in the tar, .*\): 3 \(sample 0 of"
     )
     with pytest.raises(ValueError, match=message):
         open_data(tmp_path)

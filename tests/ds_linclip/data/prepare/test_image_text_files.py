@@ -251,6 +251,22 @@ def test_what_is_passed_over_is_counted_with_an_example(tmp_path: Path) -> None:
     assert pairs.passed_over.examples["unused_text"] == "b.TXT"
 
 
+def test_images_that_a_table_names_elsewhere_are_told_apart(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    urls = ["https://example.com/a.jpg", "file:///a.jpg", "sub\\a.jpg", "C:\\a.jpg", "no.jpg"]
+    table.write_text("\n".join(["filepath,title", *(f"{url},a cat" for url in urls)]))
+    pairs = table_pairs(table, image_column="filepath", caption_column="title", separator=",")
+    load = PairLoader(pairs.root, "no", 0, captions_in_files=False)
+    results = [load(pair) for pair in zip(pairs.images, pairs.captions, strict=True)]
+    assert [each.cause for each in results if isinstance(each, FailedSample)] == [
+        *["image_is_url"] * 2,
+        *["image_path_of_windows"] * 2,
+        "image_missing",
+    ]
+    with pytest.raises(ValueError, match=r"source \(.*/t\.csv\) must hold a usable pair"):
+        make_pairs(tmp_path / "out", pairs)
+
+
 # No slash and no NUL, which no file system has; bytes that are no text; little that is too long.
 NAMES = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=20)
 SUFFIXES = st.sampled_from(["", ".jpg", ".PNG", ".txt", ".Txt", ".bmp", ".", ".jpg.", "\udcff.gif"])
@@ -302,6 +318,7 @@ def test_order_is_a_permutation_that_only_the_seed_chooses(
         )
         Path(folder, "a.jpg").write_bytes(picture(4, 4))
         pairs = PairSet(
+            source=folder,
             root=folder,
             images=images,
             captions=[str(number) for number in range(count)],
