@@ -190,7 +190,9 @@ def _refuse_pickle(path: Path) -> None:
     if path.suffix in _PICKLES or (is_pickle and not is_safetensors):
         raise ValueError(f"{path} {_REFUSED}")
     if not is_safetensors:
-        raise ValueError(f"{path} is not a safetensors file")
+        is_pointer = start.startswith(b"version https://git-lfs")
+        hint = ": it is a Git LFS pointer; fetch the file with: git lfs pull" if is_pointer else ""
+        raise ValueError(f"{path} is not a safetensors file{hint}")
 
 
 @contextmanager

@@ -2,12 +2,17 @@
 
 import codecs
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["encoding_of", "read_list", "read_text", "split_lines"]
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _MARK = "\ufeff"
+# Lines of programs, tables and lists of another kind.
+_COMMENT = re.compile(r"#(?:\s.*)?")
+_QUOTED = re.compile(r"""(["']).*\1(,?)""")
+_SYNSET_FIRST = re.compile(r"n\d{8}[\s,;:].*")
 
 
 def encoding_of(start: bytes) -> str:
@@ -51,8 +56,9 @@ def read_list(path: Path) -> list[str]:
     The number of an entry is that of its line, so blank lines are allowed at the end only.
 
     Raises:
-        ValueError: naming the file and the line, as :func:`read_text` or for a blank line, a line
-            with a tab or a file without entries.
+        ValueError: naming the file and the line, as :func:`read_text` or for a blank line, a
+            comment, a line with a tab, entries in quotes or behind their numbers, as programs and
+            tables have them, or a file without entries.
     """
     lines = [line.strip() for line in split_lines(read_text(path))]
     while lines and _is_blank(lines[-1]):
@@ -64,7 +70,27 @@ def read_list(path: Path) -> list[str]:
             raise ValueError(f"line {number} of {path} must not be blank: it holds one entry")
         if "\t" in line:
             raise ValueError(f"line {number} of {path} must hold one entry, without tabs: {line!r}")
+        if _COMMENT.fullmatch(line):
+            raise ValueError(f"line {number} of {path} must hold an entry, no comment: {line!r}")
+    _check_entries_alone(path, lines)
     return lines
+
+
+def _check_entries_alone(path: Path, lines: Sequence[str]) -> None:
+    """Refuse the lines of a program or a table: their quotes or numbers would be part of names."""
+    quotes = [_QUOTED.fullmatch(line) for line in lines]
+    for number, (line, found) in enumerate(zip(lines, quotes, strict=True), start=1):
+        if found and (found[2] or all(quotes)):
+            raise ValueError(f"line {number} of {path} must hold an entry without quotes: {line!r}")
+    for first in (0, 1):
+        if len(lines) > 1 and all(
+            re.match(rf"{number}[,;:]", line) for number, line in enumerate(lines, start=first)
+        ):
+            raise ValueError(
+                f"line 1 of {path} must hold an entry without its number: {lines[0]!r}"
+            )
+    if all(map(_SYNSET_FIRST.fullmatch, lines)):
+        raise ValueError(f"line 1 of {path} must hold one entry, id or name: {lines[0]!r}")
 
 
 def _is_blank(line: str) -> bool:

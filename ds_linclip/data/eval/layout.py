@@ -28,6 +28,8 @@ _NO_TAR = re.compile(
 _SPLIT = re.compile(r"(?<![a-z])(train|test|val)(?:ing|id|idation)?(?![a-z])")
 #: A name with a number at its end: "0", "val-00", "val-00-of-10".
 _NUMBERED = re.compile(r"(.*?)([0-9]{1,18})(?:-of-([0-9]{1,9}))?")
+#: A copy that a file manager or a browser made: "0 (1)", "0 - Copy", "0 copy 2".
+_COPY = re.compile(r"(?: - copy| copy)(?: \d+| \(\d+\))?$| ?\(\d+\)$", re.IGNORECASE)
 _MAX_GAP = 100_000
 
 
@@ -183,7 +185,10 @@ def _number_problems(place: Path, stems: Sequence[str], promised: int | None) ->
     sequences: dict[str, dict[int, str]] = defaultdict(dict)  # text before it -> number -> name
     repeated, totals = [], set()
     for stem in stems:
-        if found := _NUMBERED.fullmatch(stem):
+        original = _COPY.sub("", stem)
+        if original != stem and original in stems:
+            repeated.append(f"{place}/{original}.tar and {stem}.tar")
+        elif found := _NUMBERED.fullmatch(stem):
             before, digits, total = found.groups()
             if (twin := sequences[before].setdefault(int(digits), stem)) != stem:
                 repeated.append(f"{place}/{twin}.tar and {stem}.tar")

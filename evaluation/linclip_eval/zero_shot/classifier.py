@@ -37,6 +37,8 @@ def parse_template(template: Template) -> Callable[[str], str]:
     if callable(template):
         return template
     text = template
+    if text.startswith("lambda "):
+        raise ValueError(f"template ({text!r}) must be text, not code of Python")
     probe = "name"
     try:
         has_place = text.format(probe, c=probe) != text.format("", c="")

@@ -300,6 +300,7 @@ def test_damaged_and_strange_files_are_refused(tmp_path, capsys):
     file, good = source / WEIGHTS_FILE, (source / WEIGHTS_FILE).read_bytes()
     bad = {
         "is not a safetensors file": b"<html>not found</html>",
+        "fetch the file with: git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid",
         "cannot be read: ": good[: len(good) // 2],
         "is a pickle": b"PK\x03\x04" + good[4:100].replace(b"{", b"}"),
     }

@@ -75,12 +75,37 @@ def test_any_file_is_a_list_or_one_error(file, content):
         (b"cat\r\ncaf\xe9\r\n", r"line 2 of .*list\.txt must be text in UTF-8"),
         ("cat\ndog\n".encode("utf-16-le"), r"list\.txt must be text in UTF-8: it holds zero bytes"),
         (b"cat\n1\tdog\n", r"line 2 of .*list\.txt must hold one entry, without tabs: '1\\tdog'"),
+        (b"# of my set\ncat\ndog\n", r"line 1 of .*list\.txt must hold an entry, no comment"),
+        (b"cat\n#\ndog\n", r"line 2 of .*list\.txt must hold an entry, no comment: '#'"),
+        (b"[\n'cat',\n'dog'\n]\n", r"line 2 of .* must hold an entry without quotes: \"'cat',\""),
+        (b'"cat"\n"dog"\n', r"line 1 of .* must hold an entry without quotes: '\"cat\"'"),
+        (b"0,cat\n1,dog\n", r"line 1 of .* must hold an entry without its number: '0,cat'"),
+        (b"1: cat\n2: dog\n", r"line 1 of .* must hold an entry without its number: '1: cat'"),
+        (b"n01440764 tench, Tinca\nn01443537 goldfish\n", r"line 1 of .* one entry, id or name"),
     ],
 )
 def test_what_is_no_list_is_named(file, content, message):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_list(file)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ["0", "1"],
+        ["0 - zero", "1 - one"],
+        ["0,5 l", "2,5 l"],
+        ["#1", "#cats"],
+        ["n01440764", "n01443537"],
+        ['"{}" on a sign', 'a sign "{}"'],
+        ["'s", "cat"],
+        ['"Heroes"', "Low"],
+    ],
+)
+def test_entries_with_numbers_marks_and_quotes_are_read(file, entries):
+    file.write_text("\n".join(entries))
+    assert read_list(file) == entries
 
 
 def test_file_that_cannot_be_read_is_named(tmp_path):

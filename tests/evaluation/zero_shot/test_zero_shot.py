@@ -374,6 +374,7 @@ def test_interrupted_evaluation_resumes(tmp_path):
         ("a {name}.", r"template \('a \{name\}.'\) must hold {} or {c}"),
         ("a {} and {}.", "must be a format string"),
         ("a {", "must be a format string"),
+        ("lambda c: f'a {c}.'", r"template \(.*\) must be text, not code"),
     ],
 )
 def test_bad_template_is_named(template, message):
