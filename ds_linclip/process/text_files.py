@@ -84,7 +84,8 @@ def _check_entries_alone(path: Path, lines: Sequence[str]) -> None:
             raise ValueError(f"line {number} of {path} must hold an entry without quotes: {line!r}")
     for first in (0, 1):
         if len(lines) > 1 and all(
-            re.match(rf"{number}[,;:]", line) for number, line in enumerate(lines, start=first)
+            line.startswith((f"{number},", f"{number};", f"{number}:"))
+            for number, line in enumerate(lines, start=first)
         ):
             raise ValueError(
                 f"line 1 of {path} must hold an entry without its number: {lines[0]!r}"
