@@ -51,8 +51,8 @@ def ordered_map(
         # Without its own generator the loader draws a seed from the global one.
         generator=torch.Generator(),
     )
-    # Ctrl-C waits until the workers ignore it: until then it would end them with a traceback.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Signals wait until the workers ignore them: until then they would end with a traceback.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         with _sigchld_untouched():
             results = iter(loader)

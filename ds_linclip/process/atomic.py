@@ -67,7 +67,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield partial
         partial.rename(path)
     finally:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a second Ctrl-C waits
+        # A second Ctrl-C waits.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         shutil.rmtree(partial, ignore_errors=True)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

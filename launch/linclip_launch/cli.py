@@ -9,6 +9,7 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,13 +19,17 @@ from linclip_launch.arguments import COMMANDS, GROUPS, Command
 
 __all__ = ["main", "parse", "parsers"]
 
-_USER_ERROR, _INTERRUPTED = 2, 130
+_USER_ERROR, _INTERRUPTED, _TERMINATED = 2, 130, 143
 #: Package that may be missing -> the extra of this one that installs it.
 _EXTRAS = {
     "markdown": "eval",
     "scipy": "eval",
     "sklearn": "eval",
 }
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, at which a command ends as after Ctrl-C, and removes what is unfinished."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,12 +40,24 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 2 for bad input, 130 after Ctrl-C, each one line."""
+    """Run a command and return its exit code.
+
+    It is 2 for bad input, 130 after Ctrl-C and 143 after SIGTERM, each with one line. ``train`` and
+    ``preflight`` handle these signals themselves.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(sys.argv[1:] if arguments is None else list(arguments))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return _INTERRUPTED
+    except KeyboardInterrupt as end:
+        is_terminated = isinstance(end, _Terminated)
+        print("terminated" if is_terminated else "interrupted", file=sys.stderr, flush=True)
+        return _TERMINATED if is_terminated else _INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(_number: int, _frame: object) -> NoReturn:
+    raise _Terminated
 
 
 def _run(words: Sequence[str]) -> int:

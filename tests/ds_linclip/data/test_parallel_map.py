@@ -100,14 +100,20 @@ def test_closing_early_ends_the_processes() -> None:
 
 
 @pytest.mark.long
-def test_interrupted_command_leaves_no_files_and_no_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_interrupted_command_leaves_no_files_and_no_processes(
+    tmp_path: Path, number: signal.Signals, code: int, told: str
+) -> None:
     (tmp_path / "images").mkdir()
-    for number in range(3000):
-        if number == 0:
+    for index in range(3000):
+        if index == 0:
             Image.new("RGB", (600, 600)).save(tmp_path / "images" / "0.jpg")
         else:
-            os.link(tmp_path / "images" / "0.jpg", tmp_path / "images" / f"{number}.jpg")
-        (tmp_path / "images" / f"{number}.txt").write_text("black")
+            os.link(tmp_path / "images" / "0.jpg", tmp_path / "images" / f"{index}.jpg")
+        (tmp_path / "images" / f"{index}.txt").write_text("black")
     command = [Path(sys.executable).parent / "linclip", "shards", "make", "folder"]
     arguments = [tmp_path / "images", tmp_path / "out", "--workers", "2", "--resize", "border"]
     with interruptible():
@@ -120,10 +126,10 @@ def test_interrupted_command_leaves_no_files_and_no_processes(tmp_path: Path) ->
     while not any(path.stat().st_size for path in tmp_path.glob(".*/*.tar")):
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGINT)  # as Ctrl-C does: to all processes
+    os.killpg(running.pid, number)  # to all processes, as Ctrl-C does
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert [line for line in errors.splitlines() if "image/s" not in line] == ["interrupted"]
+    assert running.returncode == code
+    assert [line for line in errors.splitlines() if "image/s" not in line] == [told]
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
     deadline = time.monotonic() + 10
     while is_group_alive(running.pid):
