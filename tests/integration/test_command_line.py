@@ -170,7 +170,7 @@ def failed(start_deepspeed_cpu, digits, embedded_overrides, tmp_path_factory):
         "dirty": [f"data.train=['{folders['dirty']}/{{00000..00007}}.tar']", "eval.data=null"],
         "no_gpu": ["parallel.device=cuda"],
         "wild": [
-            *("optim.lr=1e38", "optim.warmup_steps=1", "health.max_skipped_steps=3"),
+            *("optim.lr=1e30", "optim.warmup_steps=1", "health.max_skipped_steps=3"),
             *("checkpoint.every_steps=1", "log.every_steps=1", "eval.data=null"),
         ],
     }
@@ -201,7 +201,7 @@ def test_error_found_by_ranks_stops_all_with_one_message(failed):
 def test_shards_without_a_usable_sample_end_the_run(failed):
     code, _, err, _ = failed["unusable"]
     assert code == 2
-    assert re.search(r"^error: rank \d: data\.train .*00000\.tar\) must hold usable", err, re.M)
+    assert re.search(r"^error: data\.train .*00000\.tar\) must hold usable", err, re.M)
     assert "image_undecodable" in err
 
 

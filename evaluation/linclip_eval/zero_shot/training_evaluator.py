@@ -111,18 +111,19 @@ class HeldOutEvaluator:
         )
 
     def __call__(self, model: Encoders, writer: _Writer, step: int) -> Mapping[str, float]:
-        """Return top-1 and top-5 accuracy during training, and the number of unreadable images if
-        there are any, by their TensorBoard tags.
+        """Return top-1 and top-5 accuracy during training, and the number of unreadable images, by
+        their TensorBoard tags.
 
         ``writer`` receives a figure of the first predictions.
         """
         result = self.score(model)
         if result.predictions:
             agree(partial(_draw, result.predictions, writer, step), None, (Exception,))
-        scores = {"eval/zeroshot_top1": result.topk(1), "eval/zeroshot_top5": result.topk(5)}
-        if result.unreadable:
-            scores["eval/bad_samples"] = len(result.unreadable)
-        return scores
+        return {
+            "eval/zeroshot_top1": result.topk(1),
+            "eval/zeroshot_top5": result.topk(5),
+            "eval/bad_samples": len(result.unreadable),
+        }
 
 
 def _draw(predictions: Sequence[Prediction], writer: _Writer, step: int) -> None:
