@@ -169,7 +169,7 @@ class PairLoader:
                 stored, extension = encode_jpeg(image), "jpg"
         except BadSample as error:
             return FailedSample(readable_url, caption, f"failed_to_{step}", error.cause)
-        except Exception as error:  # noqa: BLE001  # of a decoder or of ours: it costs this pair only
+        except Exception as error:  # noqa: BLE001 - of a decoder or of ours: it costs this pair only
             cause = f"unexpected_{type(error).__name__}"
             return FailedSample(readable_url, caption, f"failed_to_{step}", cause)
         return EncodedSample(
