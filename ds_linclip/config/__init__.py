@@ -4,9 +4,19 @@ Later sources override earlier ones: defaults, a YAML file (after the files that
 ``key=value`` arguments. Only the typed :class:`Config` is passed on; no other module reads YAML.
 """
 
+from ds_linclip.config.attention import (
+    ATTENTION_KINDS,
+    Attention,
+    AttentionSettings,
+    DepthwiseLocal,
+    LayerAttention,
+    LinearAttention,
+    NoLocal,
+    SoftmaxAttention,
+    StateAttention,
+)
 from ds_linclip.config.loading import config_as_yaml, load_config, save_config
 from ds_linclip.config.schema import (
-    Attention,
     CacheConfig,
     Config,
     DataConfig,
@@ -25,27 +35,36 @@ from ds_linclip.config.schema import (
     ZeroConfig,
 )
 from ds_linclip.config.validation import check_batch, check_model, check_ranks
-from ds_linclip.config.values import as_image_size
+from ds_linclip.config.values import as_image_size, build_section
 
 __all__ = [
+    "ATTENTION_KINDS",
     "Attention",
+    "AttentionSettings",
     "CacheConfig",
     "Config",
     "DataConfig",
+    "DepthwiseLocal",
     "InitConfig",
+    "LayerAttention",
+    "LinearAttention",
     "LossConfig",
     "ModelConfig",
     "NetworkConfig",
+    "NoLocal",
     "OptimConfig",
     "ParallelConfig",
     "Resolution",
+    "SoftmaxAttention",
     "Source",
+    "StateAttention",
     "TextTower",
     "TrainConfig",
     "VisionTower",
     "WatchdogConfig",
     "ZeroConfig",
     "as_image_size",
+    "build_section",
     "check_batch",
     "check_model",
     "check_ranks",

@@ -46,15 +46,22 @@ all paths in absolute form.
 
 def reference() -> str:
     """Return all keys with their types, defaults and meanings, as Markdown."""
-    parts = [_HEAD, *(_section(path, node) for path, node in schema.sections())]
-    return "\n".join(parts)
+    first_paths = {node: path for path, node in reversed([*schema.sections()])}
+    sections = dict.fromkeys(node for _, node in schema.sections())
+    return "\n".join([_HEAD, *(_section(first_paths[node], node) for node in sections)])
 
 
 def _section(path: str, node: Any) -> str:
-    hints, meanings = get_type_hints(node), _meanings(node)
-    rows = []
+    hints = get_type_hints(node)
+    meanings = {k: v for cls in node.__mro__[-2::-1] for k, v in _meanings(cls).items()}
+    rows, kinds = [], get_args(hints.get("kind"))
+    is_one_of_several = len(kinds) == 1
     for field in fields(node):
-        if not is_dataclass(hints[field.name]):
+        is_shown = not is_dataclass(hints[field.name])
+        if is_shown and not (is_one_of_several and field.name == "kind"):
+            if field.name not in meanings:
+                name = f"{node.__name__}.{field.name}"
+                raise ValueError(f"{name} must have a comment that says what it is")
             kind = _type_name(hints[field.name])
             if "path" in field.metadata:
                 kind = kind.replace("str", "name or path" if "names" in field.metadata else "path")
@@ -62,23 +69,24 @@ def _section(path: str, node: Any) -> str:
             rows.append(f"| `{field.name}` | {kind} | {_default(field)} | {meaning} |")
     table = ["| key | type | default | meaning |", "|:---|:---|:---|:---|", *rows, ""]
     title = f"## `{path}`" if path else "## Top level"
+    if is_one_of_several:
+        title += f" of kind `{kinds[0]}`"
     return "\n".join([title, "", inspect.cleandoc(node.__doc__), "", *(table if rows else [])])
 
 
 def _meanings(node: Any) -> dict[str, str]:
-    """Return the ``#:`` comment above every field; ValueError for a field without one."""
+    """Return the ``#:`` comments above fields."""
     lines = inspect.getsource(node).splitlines()
     (tree,) = ast.parse("\n".join(lines)).body
     assert isinstance(tree, ast.ClassDef)
-    found, hints = {}, get_type_hints(node)
+    found = {}
     for statement in tree.body:
         if isinstance(statement, ast.AnnAssign):
             name = ast.unparse(statement.target)
             above = (line.strip() for line in reversed(lines[: statement.lineno - 1]))
             comment = list(takewhile(lambda line: line.startswith("#:"), above))
-            if not comment and not is_dataclass(hints[name]):
-                raise ValueError(f"{node.__name__}.{name} must have a comment that says what it is")
-            found[name] = " ".join(line[2:].strip() for line in reversed(comment))
+            if comment:
+                found[name] = " ".join(line[2:].strip() for line in reversed(comment))
     return found
 
 
@@ -90,9 +98,16 @@ def _type_name(hint: Any) -> str:
     if get_origin(hint) is list:
         (each,) = get_args(hint)
         return f"list of {_type_name(each)}"
+    if kinds := schema.kinds_of(hint):
+        return f"kind {' or '.join(f'`{kind}`' for kind in kinds)}"
     if get_args(hint):  # a union
         return " or ".join(_type_name(each) for each in get_args(hint))
-    special = {"NoneType": "null", "Source": "sources", "Resolution": "sizes"}
+    special = {
+        "NoneType": "null",
+        "Source": "sources",
+        "Resolution": "sizes",
+        "LayerAttention": "layers",
+    }
     return special.get(hint.__name__, hint.__name__)
 
 
@@ -100,6 +115,7 @@ def _default(field: Field[Any]) -> str:
     value = field.default if field.default_factory is MISSING else field.default_factory()
     if value is None or value == "":
         return "" if value == "" else "null"
+    value = getattr(value, "kind", value)  # one of several dataclasses
     shown = str(list(value) if isinstance(value, tuple) else value)
     return f"`{shown.lower() if isinstance(value, bool) else shown}`"
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from yaml import YAMLError
 
 from ds_linclip.config.interpolation import as_plain_text, resolve
 from ds_linclip.config.paths import resolved_path, saved_path, written_path
-from ds_linclip.config.schema import Config
+from ds_linclip.config.schema import Config, kinds_of
 from ds_linclip.config.validation import validate
 from ds_linclip.config.values import (
     build_config,
@@ -49,8 +49,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             _merge(merged, read_layer(content, source.parent))
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
+    given: dict[str, Any] = {}
     for override in overrides:
-        _merge(merged, read_layer(_parse_override(override), Path()))
+        _merge(given, read_layer(_parse_override(override), Path()))
+    _merge(merged, given)
     try:
         values = resolve(merged)
     except ValueError as error:
@@ -131,14 +133,24 @@ def _parse_override(override: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Change ``under`` in place: mappings are merged, everything else is replaced."""
+def _merge(
+    under: dict[str, Any], over: Mapping[str, Any], nodes: Sequence[Any] = (Config,)
+) -> None:
+    """Change ``under`` in place: mappings are merged, everything else is replaced, as is a section
+    whose kind changes; ``nodes`` are the dataclasses that ``under`` may become."""
     for key, value in over.items():
-        below = under.get(key)
-        if isinstance(below, dict) and isinstance(value, dict):
-            _merge(below, value)
-        else:
+        hint = next(h for node in nodes if (h := get_type_hints(node).get(key)))
+        below: Any = under.get(key)
+        kinds = kinds_of(hint)
+        are_mappings = isinstance(below, dict) and isinstance(value, dict)
+        if not are_mappings or (kinds and _changes_kind(below, value)):
             under[key] = value
+        else:
+            _merge(below, value, list(kinds.values()) or [hint])
+
+
+def _changes_kind(below: Any, value: Any) -> bool:
+    return "kind" in below and value.get("kind", below["kind"]) != below["kind"]
 
 
 def _as_plain(value: Any) -> Any:

@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ds_linclip.config.attention import Attention, LayerAttention, LinearAttention
 
 #: Marks a field that holds a path, which is made absolute. Its ``names`` are no paths.
 _PATH = {"path": True}
@@ -15,41 +19,37 @@ _CLASS_LISTS = (
 _TEMPLATE_SETS = ("one", "simple", "openai")
 
 
-@dataclass(kw_only=True, frozen=True)
-class Attention:
-    """Self-attention of one tower.
+class _Layers:
+    """The attention of a tower's layers."""
 
-    With `kind: softmax` (torch's SDPA) the other fields have no effect. With `kind: linear` queries
-    and keys are L2-normalized per head, and `feature_map` gives the score of a query q and a key k,
-    where x = q.k. "Eq. 4" and "Eq. 7" are those of arXiv 2604.10064.
-    """
+    attention: Attention
+    attention_by_layer: list[LayerAttention]
+    layers: int
 
-    #: `linear` costs O(N) time and memory for N tokens, `softmax` O(N^2).
-    kind: Literal["linear", "softmax"] = "linear"
-    #: `affine`: 1 + x (arXiv 2604.10064). `quadratic`: 1 + x + x^2 / 2, slower. `relu` and
-    #: `softplus`: phi(q).phi(k), with phi applied to every entry.
-    feature_map: Literal["affine", "quadratic", "relu", "softplus"] = "affine"
-    #: Divide the weighted sum of values by the sum of scores (Eq. 4). Otherwise the output is the
-    #: weighted sum itself (Eq. 7).
-    normalized: bool = False
-    #: Factor on the scores in Eq. 7; 0.5 brings 1 + x into [0, 1]. No effect on Eq. 4.
-    score_scale: float = 0.5
-    #: Exponent alpha: the output of Eq. 7 is multiplied by (number of keys)^-alpha. No effect on
-    #: Eq. 4.
-    length_exponent: float = 0.0
-    #: Apply RMSNorm with a learned gain to the output of every head, before the output projection.
-    head_norm: bool = False
+    @property
+    def attentions(self) -> list[Attention]:
+        """The attention of every layer."""
+        found = [self.attention] * self.layers
+        for each in self.attention_by_layer:
+            for number in each.numbers(self.layers):
+                found[number] = each.attention
+        return found
 
-    def __str__(self) -> str:
-        """Return the kind and the settings that have an effect on it."""
-        if self.kind == "softmax":
-            return "softmax"
-        settings = {k: v for k, v in asdict(self).items() if k != "kind"}
-        return f"linear ({', '.join(f'{k} {v}' for k, v in settings.items())})"
+    @property
+    def attention_text(self) -> str:
+        """The attention of all layers, in words."""
+        runs = [(str(each), len(list(same))) for each, same in groupby(self.attentions)]
+        if len(runs) == 1:
+            return runs[0][0]
+        stops = accumulate(length for _, length in runs)
+        return "; ".join(
+            f"layers {stop - length} to {stop - 1}: {text}"
+            for (text, length), stop in zip(runs, stops, strict=True)
+        )
 
 
 @dataclass(kw_only=True)
-class VisionTower:
+class VisionTower(_Layers):
     """The image tower, a ViT. Field names are those of open_clip's `vision_cfg`."""
 
     #: (height, width) in pixels. In a file or on the command line a single number means a square.
@@ -66,7 +66,11 @@ class VisionTower:
     mlp_ratio: float = 4.0
     #: Fraction of the patches of every training image that is dropped (FLIP, arXiv 2212.00794).
     patch_dropout: float = 0.0
-    attention: Attention = field(default_factory=Attention)
+    #: The attention of every layer; `kind` chooses one of the kinds below.
+    attention: Attention = field(default_factory=LinearAttention)
+    #: Layers with another attention, such as `[{layers: '-2:', attention: {kind: softmax}}]`; the
+    #: last entry that names a layer counts.
+    attention_by_layer: list[LayerAttention] = field(default_factory=list)
 
     @property
     def heads(self) -> int:
@@ -89,7 +93,7 @@ class VisionTower:
 
 
 @dataclass(kw_only=True)
-class TextTower:
+class TextTower(_Layers):
     """The text tower, a causal transformer. Field names are those of open_clip's `text_cfg`."""
 
     #: Tokens per caption; longer captions are cut off.
@@ -104,7 +108,11 @@ class TextTower:
     layers: int = 12
     #: Hidden size of the MLP, as a multiple of `width`.
     mlp_ratio: float = 4.0
-    attention: Attention = field(default_factory=Attention)
+    #: The attention of every layer; `kind` chooses one of the kinds below.
+    attention: Attention = field(default_factory=LinearAttention)
+    #: Layers with another attention, such as `[{layers: '-2:', attention: {kind: softmax}}]`; the
+    #: last entry that names a layer counts.
+    attention_by_layer: list[LayerAttention] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -505,10 +513,21 @@ class Config:
 
 
 def sections(node: Any = Config, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted path and class of a dataclass, then of those in its fields and lists."""
+    """Yield dotted path and class of a dataclass, then of those in its fields and lists; where a
+    field may have several, of each."""
     yield path, node
     for name, hint in get_type_hints(node).items():
         if get_origin(hint) is list:
             name, (hint,) = f"{name}[*]", get_args(hint)
-        if is_dataclass(hint):
-            yield from sections(hint, f"{path}.{name}".lstrip("."))
+        for each in get_args(hint) if kinds_of(hint) else (hint,):
+            if is_dataclass(each):
+                yield from sections(each, f"{path}.{name}".lstrip("."))
+
+
+def kinds_of(hint: Any) -> dict[str, Any]:
+    """Return the dataclasses of a type that is one of several, by the ``kind`` that chooses; empty
+    for other types."""
+    members = get_args(hint) if get_origin(hint) is UnionType else ()
+    if not members or not all(map(is_dataclass, members)):
+        return {}
+    return {member.kind: member for member in members}

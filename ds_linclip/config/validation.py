@@ -1,12 +1,21 @@
 """The rules that a configuration must satisfy before anything starts."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
-from ds_linclip.config.schema import Config, ModelConfig, NetworkConfig, ParallelConfig, Source
+from ds_linclip.config.attention import Attention
+from ds_linclip.config.schema import (
+    Config,
+    ModelConfig,
+    NetworkConfig,
+    ParallelConfig,
+    Source,
+    TextTower,
+    VisionTower,
+)
 
 __all__ = ["check_batch", "check_model", "check_ranks", "validate"]
 
@@ -123,11 +132,39 @@ def check_model(model: ModelConfig) -> None:
         if by <= 0 or width % by:
             raise ValueError(f"{name} ({width}) must be a positive multiple of {by_name} ({by})")
     for name, tower in (("model.vision", vision), ("model.text", text)):
-        head_dim = tower.width // tower.heads
-        if tower.attention.kind == "linear" and not 16 <= head_dim <= 256:
-            raise ValueError(
-                f"{name}: head dimension ({head_dim}) must be in 16..256 for linear attention"
-            )
+        for path, attention in _named_attentions(name, tower):
+            _check_attention(path, attention, tower, causal=tower is text)
+
+
+def _named_attentions(name: str, tower: VisionTower | TextTower) -> Iterator[tuple[str, Attention]]:
+    """Yield every attention of a tower with the name of its section."""
+    yield f"{name}.attention", tower.attention
+    for index, each in enumerate(tower.attention_by_layer):
+        path = f"{name}.attention_by_layer[{index}]"
+        try:
+            each.numbers(tower.layers)
+        except ValueError as error:
+            raise ValueError(f"{path}.{error}") from error
+        yield f"{path}.attention", each.attention
+
+
+def _check_attention(
+    path: str, attention: Attention, tower: VisionTower | TextTower, *, causal: bool
+) -> None:
+    head_dim, allowed = tower.width // tower.heads, attention.head_dims
+    if head_dim not in allowed:
+        nearest = min(allowed, key=lambda size: abs(size - head_dim))
+        raise ValueError(
+            f"{path}.kind ({attention.kind}) needs a head dimension in {allowed[0]}.."
+            f"{allowed[-1]}, not ({head_dim}): {nearest} would do"
+        )
+    if causal and not attention.may_be_causal:
+        raise ValueError(
+            f"{path}.kind ({attention.kind}) must be one that can be causal, for tokens of a text "
+            "see only those before them: take linear"
+        )
+    for field, rule in attention.problems(causal=causal):
+        raise ValueError(f"{path}.{field} ({attrgetter(field)(attention)}) must {rule}")
 
 
 def check_batch(config: Config, dp_size: int) -> None:
@@ -266,12 +303,17 @@ def _validate_parallel(config: Config) -> None:
             f"parallel.pp ({parallel.pp}) must be at most model.vision.layers + model.text.layers "
             f"({num_blocks}): a stage holds at least one block"
         )
-    if parallel.cp > 1 and vision.attention.kind != "linear":
-        raise ValueError(
-            f"parallel.cp ({parallel.cp}) needs model.vision.attention.kind linear, not "
-            f"({vision.attention.kind}), which would send every key to every rank; take "
-            "parallel.cp=1, or parallel.tp for softmax attention"
-        )
+    for path, attention in _named_attentions("model.vision", vision):
+        if parallel.cp > 1 and not attention.splits_tokens:
+            raise ValueError(
+                f"parallel.cp ({parallel.cp}) needs a {path}.kind whose keys and values can be "
+                f"summed over ranks, not ({attention.kind}); take parallel.cp=1, or parallel.tp"
+            )
+        if parallel.cp > 1 and attention.needs_grid:
+            raise ValueError(
+                f"parallel.cp ({parallel.cp}) must be 1 with {path} ({attention}): patches next to "
+                "each other would lie on different ranks; take parallel.tp"
+            )
     sizes = [vision.image_size, *(stage.image_size for stage in config.data.resolutions)]
     fewest = min(1 + vision.num_kept_patches_at(size) for size in sizes)
     if parallel.cp > fewest:

@@ -12,14 +12,24 @@ from collections.abc import Hashable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import IO, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import IO, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
 from ds_linclip.config.paths import resolved_path, written_path
-from ds_linclip.config.schema import Config, Source, sections
+from ds_linclip.config.schema import Config, Source, kinds_of, sections
 
-__all__ = ["as_image_size", "build_config", "is_null", "parse_yaml", "read_layer", "read_override"]
+__all__ = [
+    "as_image_size",
+    "build_config",
+    "build_section",
+    "is_null",
+    "parse_yaml",
+    "read_layer",
+    "read_override",
+]
+
+T = TypeVar("T")
 
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
@@ -93,9 +103,19 @@ def build_config(values: dict[str, Any]) -> Config:
     Raises:
         ValueError: naming the field, its value and the type it must have.
     """
-    config = _section(values, Config, "", None)
-    assert isinstance(config, Config)
-    return config
+    return build_section(values, Config, "")
+
+
+def build_section(values: Any, node: type[T], name: str) -> T:
+    """Return the dataclass ``node`` with the values of a mapping; ``name`` begins the names of
+    fields in messages.
+
+    Raises:
+        ValueError: naming an unknown key, or the field, its value and the type it must have.
+    """
+    section = _section(values, node, name, None)
+    assert isinstance(section, node)
+    return section
 
 
 def read_override(keys: Sequence[str], text: str) -> Any:
@@ -109,8 +129,9 @@ def read_override(keys: Sequence[str], text: str) -> Any:
     """
     hint: Any = Config
     for key in keys:
-        hint = get_type_hints(hint).get(key) if is_dataclass(hint) else None
-    is_container = is_dataclass(hint) or get_origin(hint) in (list, tuple)
+        found = [get_type_hints(each).get(key) for each in _classes(hint)]
+        hint = next((each for each in found if each is not None), None)
+    is_container = _is_container(hint)
     if _QUOTED.fullmatch(text) or (is_container and _CONTAINER.match(text)):
         return parse_yaml(text)
     return text
@@ -150,7 +171,7 @@ def _section(content: Any, node: Any, name: str, folder: Path | None) -> Any:
 
 def _value(value: Any, hint: Any, name: str, folder: Path | None) -> Any:
     kind, parts = get_origin(hint), get_args(hint)
-    is_container = is_dataclass(hint) or kind in (list, tuple)
+    is_container = _is_container(hint)
     if isinstance(value, str) and folder is not None:
         is_reference = value.startswith("${") if is_container else "${" in value
         if is_reference:
@@ -160,6 +181,8 @@ def _value(value: Any, hint: Any, name: str, folder: Path | None) -> Any:
             return None
         (hint,) = (part for part in parts if part is not NoneType)
         return _scalar(value, hint, name, or_null=", or null")
+    if kinds := kinds_of(hint):
+        return _one_of(value, kinds, name, folder)
     if is_dataclass(hint):
         return _section(value, hint, name, folder)
     if kind is list:
@@ -174,6 +197,58 @@ def _value(value: Any, hint: Any, name: str, folder: Path | None) -> Any:
         pairs = enumerate(zip(value, parts, strict=True))
         return tuple(_value(each, part, f"{name}[{i}]", folder) for i, (each, part) in pairs)
     return _scalar(value, hint, name)
+
+
+def _one_of(value: Any, kinds: dict[str, Any], name: str, folder: Path | None) -> Any:
+    """Return the values of the one of several dataclasses that ``kind`` chooses.
+
+    A single layer need not name the kind. A setting that has another type in another kind then
+    stays text.
+    """
+    words = " or ".join(", ".join(kinds).rsplit(", ", 1))
+    if not isinstance(value, dict):
+        raise _refusal(name, value, f"hold a kind and its settings, as in {{kind: {min(kinds)}}}")
+    kind: Any = value.get("kind")
+    if kind is None and folder is None:
+        raise ValueError(f"{name} must name its kind: {words}")
+    is_known = kind is None or kind in kinds
+    if not is_known and (folder is None or "${" not in str(kind)):
+        near = difflib.get_close_matches(str(kind), kinds, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise _refusal(f"{name}.kind", kind, f"be {words}{hint}")
+    possible = {kind: kinds[kind]} if kind in kinds else kinds
+    for key in value:
+        if key in _names(*possible.values()):
+            continue
+        owners = [each for each, node in kinds.items() if key in _names(node)]
+        if not owners:
+            raise ValueError(_unknown_key_message(f"{name}.{key}"))
+        own = sorted(_names(kinds[kind]) - {"kind"})
+        raise ValueError(
+            f"{name}.{key} ({value[key]}) is no setting of kind {kind}, which has "
+            f"{', '.join(own) or 'none'}; it is one of kind {' or '.join(owners)}"
+        )
+    if folder is None:
+        return _section(value, kinds[kind], name, None)
+    found = {}
+    for key, given in value.items():
+        hints = {h for node in possible.values() if (h := get_type_hints(node).get(key))}
+        is_clear = key != "kind" and len(hints) == 1
+        found[key] = _value(given, hints.pop(), f"{name}.{key}", folder) if is_clear else given
+    return found
+
+
+def _names(*nodes: Any) -> set[str]:
+    return {each.name for node in nodes for each in fields(node)}
+
+
+def _classes(hint: Any) -> list[Any]:
+    """Return the dataclasses that a value of this type may be."""
+    return [hint] if is_dataclass(hint) else list(kinds_of(hint).values())
+
+
+def _is_container(hint: Any) -> bool:
+    return bool(_classes(hint)) or get_origin(hint) in (list, tuple)
 
 
 def _list(value: Any, part: Any, name: str, folder: Path | None) -> list[Any]:

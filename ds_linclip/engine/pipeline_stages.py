@@ -1,7 +1,7 @@
 """The units of the model that each pipeline stage holds."""
 
 from ds_linclip.config import Config
-from ds_linclip.model.flops import block_flops
+from ds_linclip.model.flops import blocks_flops
 from ds_linclip.parallel.mesh import Axis
 
 __all__ = ["stage_units"]
@@ -29,8 +29,7 @@ def _block_costs(config: Config) -> list[float]:
     """Return the floating-point operations of every block per pair, image tower first."""
     vision, text = config.model.vision, config.model.text
     num_image = 1 + vision.num_kept_patches_at(config.image_size_at(0))
-    image, words = block_flops(vision, num_image), block_flops(text, text.context_length)
-    return [image] * vision.layers + [words] * text.layers
+    return blocks_flops(vision, num_image) + blocks_flops(text, text.context_length)
 
 
 def _balanced(costs: list[float], num_parts: int) -> list[int]:

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from ds_linclip.checkpoint.finite_weights import FiniteCheck
 from ds_linclip.checkpoint.sharded_safetensors import TensorSpec, write_tensors
-from ds_linclip.config import ModelConfig, TextTower, VisionTower, as_image_size
+from ds_linclip.config import ModelConfig, TextTower, VisionTower, build_section
 from ds_linclip.process.atomic import atomic_directory, sync, write_atomically
 from ds_linclip.process.progress import progress
 
@@ -197,21 +195,17 @@ def _tower_to_dict(tower: VisionTower | TextTower) -> dict[str, Any]:
     content = asdict(tower)
     if isinstance(tower, VisionTower) and tower.image_size[0] == tower.image_size[1]:
         content["image_size"] = tower.image_size[0]  # one number, as in open_clip's own configs
-    if tower.attention.kind == "softmax":
+    if not tower.attention_by_layer:
+        del content["attention_by_layer"]
+    if tower.attention_text == "softmax":
         del content["attention"]
     return content
 
 
 def _parse_tower(tower: type[Tower], name: str, content: Any) -> Tower:
-    defaults = {"attention": {"kind": "softmax"}}
-    if isinstance(content, dict) and "image_size" in content:
-        size = as_image_size(f"{name}.image_size", content["image_size"])
-        content = {**content, "image_size": size}
+    if isinstance(content, dict):
+        content = {"attention": {"kind": "softmax"}, **content}
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(tower), defaults, content)
-        parsed = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} must describe a plain transformer: {reason}") from error
-    assert isinstance(parsed, tower)
-    return parsed
+        return build_section(content, tower, name)
+    except ValueError as error:
+        raise ValueError(f"{name} must describe a plain transformer: {error}") from error

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ds_linclip.config import ModelConfig, TextTower, VisionTower
+from ds_linclip.model.attention import own_shapes
 
 __all__ = [
     "SCALARS",
@@ -111,9 +112,11 @@ def _blocks(prefix: str, tower: VisionTower | TextTower) -> Mapping[str, tuple[i
         **_linear("mlp.c_fc", width, hidden),
         **_linear("mlp.c_proj", hidden, width),
     }
-    if tower.attention.kind == "linear" and tower.attention.head_norm:
-        block["attn.head_norm.weight"] = (width,)
-    return {f"{prefix}.{i}.{k}": shape for i in range(tower.layers) for k, shape in block.items()}
+    return {
+        f"{prefix}.{index}.{name}": shape
+        for index, own in enumerate(own_shapes(tower))
+        for name, shape in {**block, **{f"attn.{k}": v for k, v in own.items()}}.items()
+    }
 
 
 def _norm(name: str, width: int) -> Mapping[str, tuple[int, ...]]:

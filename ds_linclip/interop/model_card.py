@@ -76,7 +76,7 @@ def model_card(
     "raw"; the metrics of ``run_dir`` are read if it has any.
     """
     towers = (config.model.vision, config.model.text)
-    fits_open_clip = all(tower.attention.kind == "softmax" for tower in towers)
+    fits_open_clip = all(tower.attention_text == "softmax" for tower in towers)
     facts = [
         *_architecture(config),
         ("parameters", f"{num_parameters:,}, {dtype}"),
@@ -100,12 +100,12 @@ def _architecture(config: Config) -> Iterator[tuple[str, str]]:
     yield (
         "image tower",
         f"ViT, {height} x {width} px in patches of {vision.patch_size}, {vision.layers} layers of "
-        f"width {vision.width}, {vision.heads} heads, {vision.attention} attention",
+        f"width {vision.width}, {vision.heads} heads, {vision.attention_text} attention",
     )
     yield (
         "text tower",
         f"{text.context_length} tokens of {text.vocab_size}, {text.layers} layers of width "
-        f"{text.width}, {text.heads} heads, {text.attention} attention",
+        f"{text.width}, {text.heads} heads, {text.attention_text} attention",
     )
     yield "shared space", f"{config.model.embed_dim}"
 

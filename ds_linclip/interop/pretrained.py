@@ -1,6 +1,8 @@
 """Initial weights of a run, from hub folders."""
 
 import logging
+import re
+from collections.abc import Container
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from ds_linclip.config import InitConfig, ModelConfig
 from ds_linclip.interop.hub_folder import WEIGHTS_FILE, read_config
 from ds_linclip.interop.state_dict import from_open_clip, named_keys
+from ds_linclip.model.attention import SelfAttention
 from ds_linclip.model.clip import CLIP
 from ds_linclip.model.towers import resample_positions
 
@@ -23,8 +26,11 @@ _PARTS = {
     "pretrained_image": ("visual.", ("vision",)),
     "pretrained_text": ("text.", ("text",)),
 }
+#: A parameter that softmax attention does not have, by its name in the model.
+_OWN_PARAMETER = re.compile(r"(visual|text)\.blocks\.(\d+)\.attn\.(?!qkv\.|out_proj\.)")
+_TOWERS = {"visual": "vision", "text": "text"}
 #: Fields of a tower's config in which weights and model may differ.
-_MAY_DIFFER = ("image_size", "patch_dropout", "attention")
+_MAY_DIFFER = ("image_size", "patch_dropout", "attention", "attention_by_layer")
 
 
 def load_pretrained(model: CLIP, config: InitConfig) -> None:
@@ -65,7 +71,7 @@ def _check_tower(tower: str, theirs: ModelConfig, ours: ModelConfig) -> None:
 
 
 def _check_attention(tower: str, theirs: ModelConfig, model: CLIP, *, may_change: bool) -> None:
-    trained, wanted = (str(getattr(each, tower).attention) for each in (theirs, model.config))
+    trained, wanted = (getattr(each, tower).attention_text for each in (theirs, model.config))
     if trained == wanted:
         return
     if not may_change:
@@ -88,19 +94,34 @@ def _copy(model: CLIP, path: Path, theirs: ModelConfig, prefix: str) -> None:
             "the weights hold no logit_bias, which loss.kind sigmoid needs: set the folder as "
             "init.pretrained_image and init.pretrained_text to start with a new bias"
         )
-    gains = {key for key in wanted if ".head_norm." in key and not _has_gains(key, theirs)}
+    fresh = _start_changed_attention(model, theirs, weights, wanted)
     if (key := "visual.positional_embedding") in wanted & weights.keys():
         grid, own_grid = _grid(theirs), _grid(model.config)
         if len(weights[key]) == 1 + grid[0] * grid[1]:
             weights[key] = resample_positions(weights[key], grid, own_grid)
-    from_open_clip(model, weights, only=wanted - gains)
+    from_open_clip(model, weights, only=wanted - fresh)
+
+
+def _start_changed_attention(
+    model: CLIP, theirs: ModelConfig, weights: Container[str], wanted: Container[str]
+) -> set[str]:
+    """Prepare the layers whose attention changes; return the keys of parameters that only the new
+    attention has, which are not copied."""
+    fresh = set()
+    for name, key, _ in named_keys(model):
+        found = _OWN_PARAMETER.match(name)
+        if found is None or key not in wanted:
+            continue
+        tower, layer = _TOWERS[found[1]], int(found[2])
+        before, now = (getattr(each, tower).attentions[layer] for each in (theirs, model.config))
+        if before != now and not (before.kind == now.kind and key in weights):
+            fresh.add(key)
+            module = model.get_submodule(f"{found[1]}.blocks.{layer}.attn")
+            assert isinstance(module, SelfAttention)
+            module.start_from_softmax()
+    return fresh
 
 
 def _grid(config: ModelConfig) -> tuple[int, int]:
     height, width = config.vision.image_size
     return height // config.vision.patch_size, width // config.vision.patch_size
-
-
-def _has_gains(key: str, config: ModelConfig) -> bool:
-    tower = config.vision if key.startswith("visual.") else config.text
-    return tower.attention.kind == "linear" and tower.attention.head_norm

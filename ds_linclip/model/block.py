@@ -14,8 +14,8 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from ds_linclip.config import Attention
-from ds_linclip.model.attention import SelfAttention
+from ds_linclip.config import AttentionSettings
+from ds_linclip.model.attention import Patches, SelfAttention, attention_class
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.tensor_parallel import column_parallel, row_parallel
 
@@ -90,7 +90,7 @@ class Block(nn.Module):
         width: int,
         heads: int,
         mlp_ratio: float,
-        attention: Attention,
+        attention: AttentionSettings,
         mesh: Mesh,
         *,
         causal: bool,
@@ -99,11 +99,12 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         inits = {"init_qkv": init.qkv, "init_out": init.attn_out}
-        self.attn = SelfAttention(width, heads, attention, mesh, causal=causal, **inits)
+        kind = attention_class(attention)
+        self.attn: SelfAttention = kind(width, heads, attention, mesh, causal=causal, **inits)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = _MLP(width, int(width * mlp_ratio), mesh, init)
         self.recompute: Recompute = "none"
-        self._run: Callable[[Tensor], Tensor] = self._forward
+        self._run: Callable[[Tensor, Patches | None], Tensor] = self._forward
 
     def compile_layers(self) -> None:
         """Apply torch.compile inside of activation checkpointing.
@@ -113,19 +114,21 @@ class Block(nn.Module):
         """
         self._run = torch.compile(self._forward)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, patches: Patches | None = None) -> Tensor:
+        """Run the block on tokens [B, N, width]; ``patches`` says where those of an image lie."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self._run(x)
+            return self._run(x, patches)
         return checkpoint(
             self._run,
             x,
+            patches,
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=_KEEP_SOME if self.recompute == "selective" else noop_context_fn,
         )
 
-    def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def _forward(self, x: Tensor, patches: Patches | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), patches)
         return x + self.mlp(self.ln_2(x))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.config import ModelConfig
+from ds_linclip.model.attention import Patches
 from ds_linclip.model.block import Block, Recompute
 from ds_linclip.model.towers import TextTransformer, VisionTransformer
 from ds_linclip.parallel.mesh import Mesh
@@ -96,7 +97,9 @@ class CLIP(nn.Module):
                 one.
             texts: Token ids [B, L] int64.
             more: In the first stage nothing, or indices [B, K] int64 of the patches to keep; in a
-                later stage the further outputs of the previous one.
+                later stage the further outputs of the previous one. Within the image tower these
+                are, if its attention needs the grid: uint8 [rows, columns], for its shape, and the
+                indices of the kept patches.
 
         Returns:
             Image features [B, E] and text features [B, E], fp32 of length one; the logarithm of the
@@ -104,7 +107,7 @@ class CLIP(nn.Module):
             arguments of the next one.
         """
         if self.visual is not None:
-            image, more = self.visual(image, *more), ()
+            image, more = self._run_visual(self.visual, image, *more)
         if self.text is not None:
             more = (self.text(texts, *more),)
         if not self.is_last:
@@ -114,6 +117,24 @@ class CLIP(nn.Module):
         # Views: DeepSpeed clears 16-bit gradients at the first output that is no parameter itself,
         # which would be after those of scale and bias are there.
         return *features, *(p.view(1) for p in self.logit_parameters())
+
+    @staticmethod
+    def _run_visual(
+        visual: VisionTransformer, x: Tensor, *more: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return features or tokens, and with tokens what :meth:`forward` passes on."""
+        patches = None
+        if visual.has_embedding:
+            patches = visual.grid(x, *more)
+        elif more:
+            grid, *kept = more
+            patches = Patches(*grid.shape, *kept)
+        features = visual(x, patches)
+        if visual.has_head or patches is None or not visual.needs_grid:
+            return features, ()
+        rows, columns, kept_patches = patches
+        grid = torch.zeros(rows, columns, dtype=torch.uint8, device=x.device)
+        return features, (grid,) if kept_patches is None else (grid, kept_patches)
 
     def logit_parameters(self) -> list[nn.Parameter]:
         """Return the logarithm of the logit scale and, with the sigmoid loss, the logit bias, [1]

@@ -6,6 +6,8 @@ recomputed activations, features computed twice for micro-batches, the quadratic
 linear attention's chunks. Causal softmax counts all pairs of tokens.
 """
 
+import math
+
 from ds_linclip.config import (
     Config,
     LossConfig,
@@ -14,11 +16,11 @@ from ds_linclip.config import (
     TextTower,
     VisionTower,
 )
+from ds_linclip.model.attention import attention_class, own_shapes
 
 __all__ = [
-    "block_flops",
+    "blocks_flops",
     "forward_flops",
-    "num_features",
     "num_parameters",
     "num_state_values",
     "step_flops",
@@ -26,24 +28,24 @@ __all__ = [
 ]
 
 
-def block_flops(tower: VisionTower | TextTower, num_tokens: int) -> float:
-    """Return the FLOPs of the forward pass of one block over one sequence.
+def blocks_flops(tower: VisionTower | TextTower, num_tokens: int) -> list[float]:
+    """Return the FLOPs of the forward pass of every block over one sequence.
 
-    For N tokens of width w and a hidden layer of r w: ``2 N w (4 w + 2 r w)`` in the projections
-    and the MLP, and ``4 N w K`` in the attention. Softmax multiplies queries with K = N keys and
-    weights as many values; linear attention adds to and reads a state of K features per head: the
-    head's width, or with the quadratic map also its pairs.
+    For N tokens of width w and a hidden layer of r w they are ``2 N w (4 w + 2 r w)`` in the
+    projections and the MLP, and those of the kind of attention. Softmax multiplies queries with N
+    keys and weights as many values, ``4 N^2 w`` together; linear attention adds to and reads a
+    state of F features per head, ``4 N F w``.
     """
-    width = tower.width
-    keys = num_tokens if tower.attention.kind == "softmax" else num_features(tower)
-    return 2 * num_tokens * width * (width * (4 + 2 * tower.mlp_ratio) + 2 * keys)
-
-
-def num_features(tower: VisionTower | TextTower) -> int:
-    """Return the number of features of a key in linear attention: the head's width, and with the
-    quadratic map also all pairs."""
-    size = tower.width // tower.heads
-    return size + size * (size // 2 + 1) if tower.attention.feature_map == "quadratic" else size
+    width, causal = tower.width, isinstance(tower, TextTower)
+    products = 2 * num_tokens * width**2 * (4 + 2 * tower.mlp_ratio)
+    head_dim = width // tower.heads
+    return [
+        products
+        + num_tokens
+        * tower.heads
+        * attention_class(each).flops(each, head_dim, num_tokens, causal=causal)
+        for each in tower.attentions
+    ]
 
 
 def forward_flops(model: ModelConfig, image_size: tuple[int, int]) -> float:
@@ -83,7 +85,7 @@ def num_parameters(model: ModelConfig, loss: LossConfig) -> int:
     # The class token, positions, the norms before and after the blocks, the projection.
     image = vision.width * (1 + vision.num_tokens + 4 + model.embed_dim)
     words = text.width * (text.vocab_size + text.context_length + 2 + model.embed_dim)
-    blocks = vision.layers * _block_parameters(vision) + text.layers * _block_parameters(text)
+    blocks = _block_parameters(vision) + _block_parameters(text)
     return patches + image + words + blocks + (2 if loss.kind == "sigmoid" else 1)
 
 
@@ -102,8 +104,8 @@ def _forward_by_unit(
     vision, text = model.vision, model.text
     num_patches = vision.num_kept_patches_at(image_size)
     patches = 2 * num_patches * 3 * vision.patch_size**2 * vision.width
-    image_blocks = [block_flops(vision, 1 + num_patches)] * vision.layers
-    text_blocks = [block_flops(text, text.context_length)] * text.layers
+    image_blocks = blocks_flops(vision, 1 + num_patches)
+    text_blocks = blocks_flops(text, text.context_length)
     return (
         [patches, *image_blocks, 2 * vision.width * model.embed_dim],
         [0.0, *text_blocks, 2 * text.width * model.embed_dim],
@@ -112,7 +114,6 @@ def _forward_by_unit(
 
 def _block_parameters(tower: VisionTower | TextTower) -> int:
     width, hidden = tower.width, int(tower.width * tower.mlp_ratio)
-    attention = 4 * width * (width + 1)
-    mlp = 2 * width * hidden + hidden + width
-    has_gain = tower.attention.kind == "linear" and tower.attention.head_norm
-    return attention + mlp + (4 + has_gain) * width
+    attention, mlp = 4 * width * (width + 1), 2 * width * hidden + hidden + width
+    own = sum(math.prod(shape) for shapes in own_shapes(tower) for shape in shapes.values())
+    return tower.layers * (attention + mlp + 4 * width) + own

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.config import TextTower, VisionTower
+from ds_linclip.model.attention import Patches
 from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.parallel.context_parallel import first_token, token_slice
 from ds_linclip.parallel.mesh import Mesh
@@ -77,9 +78,11 @@ class _Tower(nn.Module):
         """Create the blocks held here, named by their number in the whole tower."""
         shape = (config.width, config.heads, config.mlp_ratio)
         blocks = nn.ModuleDict()
+        attentions = config.attentions
         for index in self._held:
             with self._seeded(1 + index):
-                blocks[str(index)] = Block(*shape, config.attention, mesh, causal=causal, init=init)
+                attention = attentions[index]
+                blocks[str(index)] = Block(*shape, attention, mesh, causal=causal, init=init)
         return blocks
 
     def _project(self, x: Tensor) -> Tensor:
@@ -111,6 +114,7 @@ class VisionTransformer(_Tower):
         rows, columns = (side // self.patch_size for side in config.image_size)
         self.grid_size = (rows, columns)
         self.cp = mesh.cp
+        self.needs_grid = any(each.needs_grid for each in config.attentions)
         scale = width**-0.5
         if self.has_embedding:
             with self._seeded(0):
@@ -126,12 +130,12 @@ class VisionTransformer(_Tower):
             with self._seeded(config.layers + 1):
                 self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
-    def forward(self, x: Tensor, kept_patches: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, patches: Patches | None = None) -> Tensor:
         """Run the units held here.
 
         Args:
             x: Images [B, 3, H, W], or tokens [B, N, width] without the embedding.
-            kept_patches: Indices [B, K] int64 of the patches to keep; None: all.
+            patches: Those that are embedded, or are ``x``; None: all of an image, or unknown.
 
         Returns:
             Features [B, embed_dim], not normalized, or tokens [B, N, width] without the head.
@@ -141,12 +145,19 @@ class VisionTransformer(_Tower):
         """
         x = x.detach() if self.starts_locked else x
         if self.has_embedding:
-            x = self._embed(x, kept_patches)
+            patches = self.grid(x) if patches is None else patches
+            x = self._embed(x, patches)
+        patches = patches if self.needs_grid else None
         for block in self.blocks.values():
-            x = block(x)
+            x = block(x, patches)
         return self._project(self.ln_post(first_token(x, self.cp.group))) if self.has_head else x
 
-    def _embed(self, images: Tensor, kept_patches: Tensor | None) -> Tensor:
+    def grid(self, images: Tensor, kept: Tensor | None = None) -> Patches:
+        """Return the patches of images [B, 3, H, W], of which only ``kept`` may remain.
+
+        Raises:
+            ValueError: for images of another shape.
+        """
         sides = images.shape[2:]
         is_divided = all(side > 0 and side % self.patch_size == 0 for side in sides)
         if images.ndim != 4 or images.shape[1] != 3 or not is_divided:
@@ -155,15 +166,18 @@ class VisionTransformer(_Tower):
                 f"of patch_size ({self.patch_size})"
             )
         rows, columns = (side // self.patch_size for side in sides)
+        return Patches(rows, columns, kept)
+
+    def _embed(self, images: Tensor, patches: Patches) -> Tensor:
+        rows, columns, kept = patches
         class_position, positions = self._positions(rows, columns).tensor_split([1])
-        num_tokens = 1 + (rows * columns if kept_patches is None else kept_patches.shape[1])
-        held = token_slice(num_tokens, self.cp.rank, self.cp.size)
+        held = token_slice(patches.num_tokens, self.cp.rank, self.cp.size)
         first, last = max(held.start - 1, 0), held.stop - 1  # token 0 is the class token
-        if kept_patches is None:
+        if kept is None:
             x, positions = self.conv1(images, slice(first, last)), positions[first:last]
         else:
-            kept_patches = kept_patches[:, first:last]
-            x, positions = self.conv1(images, kept_patches), positions[kept_patches]
+            kept = kept[:, first:last]
+            x, positions = self.conv1(images, kept), positions[kept]
         x = x + positions  # [B, n, width]
         class_token = (self.class_embedding + class_position).expand(x.shape[0], 1, -1)
         # Empty if another rank has the class token; all parameters still get a gradient.

@@ -13,10 +13,8 @@ __all__ = ["begin_session", "dashboards", "end_session"]
 _HYPERPARAMETERS = (
     *("model.embed_dim", "model.vision.image_size", "model.vision.patch_size"),
     *("model.vision.width", "model.vision.layers", "model.vision.patch_dropout"),
-    *("model.vision.attention.kind", "model.vision.attention.feature_map"),
-    *("model.vision.attention.normalized", "model.text.width", "model.text.layers"),
-    *("model.text.attention.kind", "model.text.attention.feature_map"),
-    *("model.text.attention.normalized", "train.steps", "train.global_batch_size"),
+    *("model.vision.attention_text", "model.text.width", "model.text.layers"),
+    *("model.text.attention_text", "train.steps", "train.global_batch_size"),
     *("train.precision", "train.seed", "loss.kind", "optim.kind", "optim.lr"),
     *("optim.weight_decay", "optim.warmup_steps", "optim.ema_decay"),
     *("parallel.tp", "parallel.pp", "parallel.cp", "zero.stage"),

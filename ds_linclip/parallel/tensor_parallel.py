@@ -22,7 +22,14 @@ from torch.nn import functional as F
 
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["HeadRMSNorm", "column_parallel", "row_parallel", "vocab_parallel_embedding"]
+__all__ = [
+    "HeadRMSNorm",
+    "column_parallel",
+    "head_parameter",
+    "row_parallel",
+    "sum_gradients_of_heads",
+    "vocab_parallel_embedding",
+]
 
 Init = Callable[[Tensor], object]
 
@@ -95,6 +102,37 @@ def vocab_parallel_embedding(mesh: Mesh, num_embeddings: int, dim: int, *, init:
     return VocabParallelEmbedding(
         num_embeddings, dim, init_method=init, config=_config(mesh), tp_group=mesh.tp.group
     )
+
+
+def head_parameter(
+    mesh: Mesh, shape: tuple[int, ...], init: Init, split: int | None
+) -> nn.Parameter:
+    """Return this rank's part of a parameter of the heads.
+
+    Args:
+        mesh: The ranks that share the heads.
+        shape: Of the whole parameter.
+        init: Initializes the whole parameter in place.
+        split: Dimension of the heads; None: every rank has the whole parameter, and reads it
+            through :func:`sum_gradients_of_heads`.
+    """
+    full = torch.empty(shape)
+    with torch.no_grad():
+        init(full)
+    if split is None:
+        return nn.Parameter(full)
+    part = nn.Parameter(full.chunk(mesh.tp.size, split)[mesh.tp.rank].contiguous())
+    set_tensor_model_parallel_attributes(part, True, split, 1)
+    return part
+
+
+def sum_gradients_of_heads(x: Tensor, mesh: Mesh) -> Tensor:
+    """Return ``x``, the same on all tensor-parallel ranks, for use by the heads of this one; the
+    backward sums its gradient over the ranks."""
+    if mesh.tp.size == 1:
+        return x
+    found: Tensor = copy_to_tensor_model_parallel_region(x, group=mesh.tp.group)
+    return found
 
 
 class _ColumnParallel(ColumnParallelLinear):

@@ -156,7 +156,14 @@ def _received_buffers(config: Config, mesh: Mesh, model: CLIP, num: int) -> tupl
         num_tokens = 1 + vision.num_kept_patches_at(config.largest_image_size)
         held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
         shape = micro_batch, held.stop - held.start, vision.width
-        return torch.empty(shape, dtype=dtype), texts
+        tokens = torch.empty(shape, dtype=dtype), texts
+        if not any(each.needs_grid for each in vision.attentions):
+            return tokens
+        rows, columns = (side // vision.patch_size for side in config.largest_image_size)
+        grid = torch.empty(rows, columns, dtype=torch.uint8)
+        if vision.patch_dropout == 0:
+            return *tokens, grid
+        return *tokens, grid, torch.empty(micro_batch, num_tokens - 1, dtype=torch.int64)
     image = torch.empty(micro_batch, config.model.embed_dim, dtype=product_dtype)
     if start == vision.layers + 2:
         return image, texts

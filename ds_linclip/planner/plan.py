@@ -7,7 +7,7 @@ from itertools import groupby
 from ds_linclip.config import Config
 from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.model import CLIP
-from ds_linclip.model.flops import num_features
+from ds_linclip.model.attention import SelfAttention, attention_class
 from ds_linclip.parallel.context_parallel import token_slice
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.activations import meta_model, trace_activations
@@ -56,7 +56,7 @@ def plan_rank(config: Config, mesh: Mesh) -> RankPlan:
     units = stage_units(config, mesh.pp)
     traffic = _Traffic(config, mesh, units)
     found = {
-        "tp": traffic.tensor() if mesh.tp.size > 1 else 0,
+        "tp": traffic.tensor(model) if mesh.tp.size > 1 else 0,
         "cp": traffic.context() if mesh.cp.size > 1 else 0,
         "pp": traffic.pipeline(),
         "dp": traffic.loss() if mesh.dp.size > 1 and model.is_last else 0,
@@ -114,25 +114,56 @@ class _Traffic:
         self.image_layers = vision.layers
         num_tokens = 1 + vision.num_kept_patches_at(config.image_size_at(0))
         held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
+        self.num_image_tokens = held.stop - held.start
         #: Elements of the tokens of the local batch between two blocks.
-        self.image_tokens = self.local_batch * (held.stop - held.start) * vision.width
+        self.image_tokens = self.local_batch * self.num_image_tokens * vision.width
         self.text_tokens = self.local_batch * text.context_length * text.width
+        first_text = vision.layers + 3
+        #: The attention of the blocks held here.
+        self.image_blocks = [
+            each for unit, each in enumerate(vision.attentions, start=1) if unit in units
+        ]
+        self.text_blocks = [
+            each for unit, each in enumerate(text.attentions, start=first_text) if unit in units
+        ]
 
-    def tensor(self) -> int:
-        """All-reduces after row-parallel layers, and of gradients before column-parallel ones."""
-        image, text = self._num_blocks()
+    def tensor(self, model: CLIP) -> int:
+        """All-reduces after row-parallel layers, and of gradients before column-parallel ones and
+        of what heads share."""
         sums = 2 * self.forwards + 2 + self.recomputed
+        image, text = len(self.image_blocks), len(self.text_blocks)
         products = sums * (image * self.image_tokens + text * self.text_tokens)
+        products += self.local_batch * self._num_summed()
         embedding = self.forwards * self.text_tokens * (self.image_layers + 2 in self.units)
-        return products * self.product_bytes + embedding * self.value_bytes
+        layers = (each for each in model.modules() if isinstance(each, SelfAttention))
+        shared = self.num_micro_batches * sum(each.num_shared for each in layers)
+        return products * self.product_bytes + (embedding + shared) * self.value_bytes
+
+    def _num_summed(self) -> int:
+        vision, text = self.config.model.vision, self.config.model.text
+        image_size = vision.width, self.num_image_tokens
+        text_size = text.width, text.context_length
+        return sum(
+            attention_class(each).num_summed(each, *image_size, causal=False)
+            for each in self.image_blocks
+        ) + sum(
+            attention_class(each).num_summed(each, *text_size, causal=True)
+            for each in self.text_blocks
+        )
 
     def context(self) -> int:
         """States of the image tower's attention, and the class token, forward and backward."""
         vision = self.config.model.vision
-        image, _ = self._num_blocks()
         heads = vision.heads // self.mesh.tp.size
-        state = heads * (num_features(vision) + 1) * (vision.head_width + 1) * _FP32
-        states = self.local_batch * image * state * (self.forwards + 1 + self.recomputed)
+        state = (
+            _FP32
+            * heads
+            * sum(
+                attention_class(each).num_state_values(each, vision.head_width)
+                for each in self.image_blocks
+            )
+        )
+        states = self.local_batch * state * (self.forwards + 1 + self.recomputed)
         has_head = self.image_layers + 1 in self.units
         class_token = self.local_batch * vision.width * self.value_bytes
         return states + has_head * class_token * (self.forwards + 1)
@@ -144,7 +175,8 @@ class _Traffic:
         text_ids = self.local_batch * self.config.model.text.context_length * 8
         total = 0
         if self.units.stop < CLIP.num_units(self.config.model):
-            total += self.forwards * (self._boundary(self.units.stop) + text_ids)
+            stop = self.units.stop
+            total += self.forwards * (self._boundary(stop) + self._grid(stop) + text_ids)
         if self.units.start > 0:
             total += self._boundary(self.units.start)
         return total
@@ -180,11 +212,16 @@ class _Traffic:
         words = self.text_tokens if unit > self.image_layers + 2 else 0
         return image_features + words * self.value_bytes
 
-    def _num_blocks(self) -> tuple[int, int]:
-        first_text = self.image_layers + 3
-        last_text = self.image_layers + 2 + self.config.model.text.layers
-        image = sum(1 <= unit <= self.image_layers for unit in self.units)
-        return image, sum(first_text <= unit <= last_text for unit in self.units)
+    def _grid(self, unit: int) -> int:
+        """Bytes of the places of the patches that enter a unit."""
+        vision = self.config.model.vision
+        needs_grid = any(each.needs_grid for each in vision.attentions)
+        if not needs_grid or unit > self.image_layers + 1:
+            return 0
+        image_size = self.config.image_size_at(0)
+        grid = self.num_micro_batches * (vision.num_tokens_at(image_size) - 1)
+        num_kept = vision.num_kept_patches_at(image_size) if vision.patch_dropout else 0
+        return grid + self.local_batch * num_kept * 8
 
 
 def _padded(size: int, multiple: int) -> int:

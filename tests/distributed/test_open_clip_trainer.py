@@ -14,7 +14,14 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_linclip.config import Attention, Config, ModelConfig, TextTower, VisionTower, load_config
+from ds_linclip.config import (
+    Config,
+    ModelConfig,
+    SoftmaxAttention,
+    TextTower,
+    VisionTower,
+    load_config,
+)
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer, learning_rate
 from ds_linclip.interop.hub_folder import open_clip_config
@@ -25,7 +32,7 @@ from ds_linclip.parallel.spawn import run_ranks
 from helpers import EMBEDDED
 
 STEPS, WARMUP, BATCH = 40, 10, 16
-SOFTMAX = Attention(kind="softmax")
+SOFTMAX = SoftmaxAttention()
 MODEL = ModelConfig(
     embed_dim=32,
     vision=VisionTower(image_size=(32, 32), patch_size=8, width=64, layers=2, attention=SOFTMAX),

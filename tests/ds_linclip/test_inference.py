@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
+from ds_linclip.config import LinearAttention, ModelConfig, TextTower, VisionTower
 from ds_linclip.inference import load_model
 from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
@@ -42,7 +42,7 @@ def ours(mesh: Mesh, tmp_path: Path) -> tuple[CLIP, Path]:
         vision=VisionTower(image_size=(32, 32), patch_size=8, width=32, layers=1, head_width=16),
         text=TextTower(context_length=16, width=32, heads=2, layers=1),
     )
-    config.vision.attention = config.text.attention = Attention(kind="linear")
+    config.vision.attention = config.text.attention = LinearAttention()
     model = CLIP(config, mesh).eval()
     export_folder(model, tmp_path / "ours")
     return model, tmp_path / "ours"

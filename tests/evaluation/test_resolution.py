@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
+from ds_linclip.config import ATTENTION_KINDS, ModelConfig, TextTower, VisionTower
 from ds_linclip.data.prepare.make_shards import make_scenes
 from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             ),
             text=TextTower(context_length=16, width=32, heads=2, layers=1),
         )
-        config.vision.attention = config.text.attention = Attention(kind=kind)
+        config.vision.attention = config.text.attention = ATTENTION_KINDS[kind]()
         folders[kind] = tmp_path_factory.mktemp(kind) / "hub"
         export_folder(CLIP(config, Mesh.create()), folders[kind])
     return folders

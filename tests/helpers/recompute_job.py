@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_linclip.config import Attention, ModelConfig, ParallelConfig, TextTower, VisionTower
+from ds_linclip.config import (
+    LinearAttention,
+    ModelConfig,
+    ParallelConfig,
+    SoftmaxAttention,
+    TextTower,
+    VisionTower,
+)
 from ds_linclip.model import CLIP
 from ds_linclip.model.block import Recompute
 from ds_linclip.parallel.mesh import Mesh
@@ -21,7 +28,7 @@ COSTLY = ("mm", "matmul", "linear", "attention", "c10d")
 
 
 def small_config(kind: Literal["linear", "softmax"], head_norm: bool = False) -> ModelConfig:
-    attention = Attention(kind=kind, head_norm=head_norm)
+    attention = LinearAttention(head_norm=head_norm) if kind == "linear" else SoftmaxAttention()
     return ModelConfig(
         embed_dim=24,
         vision=VisionTower(

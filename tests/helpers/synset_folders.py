@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
+from ds_linclip.config import LinearAttention, ModelConfig, TextTower, VisionTower
 from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
@@ -20,7 +20,7 @@ def write_hub_folder(folder: Path) -> Path:
         vision=VisionTower(image_size=(16, 16), patch_size=8, width=32, layers=1, head_width=16),
         text=TextTower(context_length=24, width=32, heads=2, layers=1),
     )
-    config.vision.attention = config.text.attention = Attention(kind="linear")
+    config.vision.attention = config.text.attention = LinearAttention()
     export_folder(CLIP(config, Mesh.create()), folder)
     return folder
 

@@ -7,7 +7,13 @@ from statistics import fmean
 
 from torch import Tensor
 
-from ds_linclip.config import Attention
+from ds_linclip.config import (
+    Attention,
+    LinearAttention,
+    StateAttention,
+    TextTower,
+    VisionTower,
+)
 from ds_linclip.data import LabelledData
 from ds_linclip.inference import LoadedModel, load_model
 from ds_linclip.model import CLIP
@@ -79,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
             vision, text = model.module.config.vision, model.module.config.text
             heads = f"{vision.head_width}, {text.width // text.heads}"
             num_tokens = vision.num_tokens_at(model.image_size)
-            variants = _variant(vision.attention), _variant(text.attention)
+            variants = _variant(vision), _variant(text)
             about.append((name, model.name, num_tokens, heads, *variants))
     rows = {name: [asdict(row) for row in found] for name, found in statistics.items()}
     header = ("model", "weights", "image tokens", "head widths", "vision", "text")
@@ -120,16 +126,23 @@ def _spread(length: int, count: int) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
-def _variant(attention: Attention) -> str:
-    if attention.kind == "softmax":
-        return "softmax"
-    words = ["Eq. 4" if attention.normalized else f"Eq. 7, scale {attention.score_scale:g}"]
-    if attention.length_exponent and not attention.normalized:
-        words.append(f"n^-{attention.length_exponent:g}")
-    if attention.feature_map != "affine":
-        words.append(attention.feature_map)
-    if attention.head_norm:
-        words.append("norm of heads")
+def _variant(tower: VisionTower | TextTower) -> str:
+    """Return the attention of a tower's layers in short."""
+    return ", then ".join(dict.fromkeys(map(_in_short, tower.attentions)))
+
+
+def _in_short(attention: Attention) -> str:
+    if isinstance(attention, LinearAttention):
+        words = ["Eq. 4" if attention.normalized else f"Eq. 7, scale {attention.score_scale:g}"]
+        if attention.length_exponent and not attention.normalized:
+            words.append(f"n^-{attention.length_exponent:g}")
+        if attention.feature_map != "affine":
+            words.append(attention.feature_map)
+    else:
+        words = [attention.kind]
+    if isinstance(attention, StateAttention):
+        words += ["norm of heads"] * attention.head_norm
+        words += [f"{attention.local.kind} local part"] * (attention.local.kind != "none")
     return ", ".join(words)
 
 

@@ -1,7 +1,7 @@
 """Statistics of the attention and the tokens in every layer of a model.
 
-The weights are those that the layers use: :meth:`SelfAttention.attend` of the identity as values
-returns them, for softmax and for every variant of linear attention.
+The weights are those that the layers use, for every kind of attention:
+:meth:`~ds_linclip.model.attention.SelfAttention.weights`.
 """
 
 from collections import defaultdict
@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ds_linclip.model import CLIP
-from ds_linclip.model.attention import SelfAttention
+from ds_linclip.model.attention import Patches, SelfAttention
 from ds_linclip.model.block import Block
 from linclip_eval.diagnostics.attention_statistics import (
     attention_statistics,
@@ -25,7 +26,7 @@ from linclip_eval.diagnostics.attention_statistics import (
 
 __all__ = ["LayerStatistic", "diagnose"]
 
-#: Elements of the matrices that are processed together: 32 MiB, several copies of it.
+#: Elements of the matrices whose statistics are computed together: 32 MiB, several copies of it.
 _CHUNK_ELEMENTS = 2**22
 
 
@@ -148,7 +149,7 @@ class _TowerRecorder:
                 tower=tower, layer=layer, statistic=statistic, mean=mean, low=low, high=high
             )
 
-    def _record_input(self, block: nn.Module, inputs: tuple[Tensor]) -> None:
+    def _record_input(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
         num_tokens = inputs[0].shape[1]
         if not 2 <= num_tokens <= self._max_tokens:
             raise ValueError(
@@ -157,42 +158,51 @@ class _TowerRecorder:
             )
         self._record_output(0, block, inputs, inputs[0])
 
-    def _keep_residual(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
-        (self._residual,) = inputs
+    def _keep_residual(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._residual = inputs[0]
 
     def _record_branch(
-        self, layer: int, statistic: str, _: nn.Module, inputs: tuple[Tensor], branch: Tensor
+        self, layer: int, statistic: str, _: nn.Module, inputs: tuple[Any, ...], branch: Tensor
     ) -> None:
         squares = [x.cpu().double().square().mean(dim=(1, 2)) for x in (branch, self._residual)]
         self._values[layer, statistic].append((squares[0] / squares[1]).sqrt())  # [B]
 
     def _record_output(
-        self, layer: int, _: nn.Module, inputs: tuple[Tensor], output: Tensor
+        self, layer: int, _: nn.Module, inputs: tuple[Any, ...], output: Tensor
     ) -> None:
         similarity = token_similarity(output.cpu().double())
         self._values[layer, "token_similarity"].append(similarity)
 
     def _record_attention(
-        self, layer: int, attention: SelfAttention, inputs: tuple[Tensor]
+        self, layer: int, attention: SelfAttention, inputs: tuple[Tensor, Patches | None]
     ) -> None:
-        # Each head of each sequence is treated as its own sequence, to bound the memory.
-        q, k, _ = (
-            x.cpu().double().transpose(1, 2).flatten(0, 1) for x in attention.project(*inputs)
-        )
-        num_tokens = q.shape[1]  # [B * H, N, D]
-        size = max(1, _CHUNK_ELEMENTS // num_tokens**2)
-        variant, causal = attention.attention, attention.causal
-        for q_part, k_part in zip(q.split(size), k.split(size), strict=True):
-            weights = _weights(attention, q_part, k_part)
-            if not weights.isfinite().all():
-                raise ValueError(f"attention (layer {layer}) must be finite")
-            statistics = attention_statistics(weights, causal=causal)
-            if variant.kind == "linear" and variant.feature_map == "affine":
-                statistics["contrast_bound"] = contrast_bound(q_part, k_part, causal=causal)
-            for statistic, values in statistics.items():
+        x, patches = inputs
+        num_tokens, settings, causal = x.shape[1], attention.settings, attention.causal
+        has_bound = settings.kind == "linear" and settings.feature_map == "affine"
+        with _in_float64(attention):
+            weights = attention.weights(x.double(), patches).cpu().flatten(0, 1)  # [B * H, N, N]
+            q, k, _ = (each.cpu().transpose(1, 2) for each in attention.project(x.double()))
+        if not weights.isfinite().all():
+            raise ValueError(f"attention (layer {layer}) must be finite")
+        for part in weights.split(max(1, _CHUNK_ELEMENTS // num_tokens**2)):
+            for statistic, values in attention_statistics(part, causal=causal).items():
                 self._values[layer, statistic].append(values)
-        uniform_rank = _uniform_rank(num_tokens, causal).expand(len(inputs[0]))
+        if has_bound:
+            bound = contrast_bound(q.flatten(0, 1), k.flatten(0, 1), causal=causal)
+            self._values[layer, "contrast_bound"].append(bound)
+        uniform_rank = _uniform_rank(num_tokens, causal).expand(len(x))
         self._values[layer, "uniform_rank"].append(uniform_rank)
+
+
+@contextmanager
+def _in_float64(module: nn.Module) -> Iterator[None]:
+    """Convert the weights of a module, and back at the end."""
+    dtype = next(module.parameters()).dtype
+    module.double()
+    try:
+        yield
+    finally:
+        module.to(dtype)
 
 
 @contextmanager
@@ -203,13 +213,6 @@ def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _weights(attention: SelfAttention, q: Tensor, k: Tensor) -> Tensor:
-    """Return the attention weights [M, N, N] of queries and keys [M, N, D]."""
-    identity = torch.eye(q.shape[1]).to(q)[None, :, None]  # [1, N, 1, N]
-    values = identity.expand(len(q), -1, -1, -1)
-    return attention.attend(q[:, :, None], k[:, :, None], values).squeeze(2)
 
 
 @cache

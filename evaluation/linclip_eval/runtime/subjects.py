@@ -7,9 +7,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from ds_linclip.config import Attention, ModelConfig
+from ds_linclip.config import Attention, LinearAttention, ModelConfig, SoftmaxAttention
 from ds_linclip.interop.hub_folder import parse_config
-from ds_linclip.model.attention import SelfAttention
+from ds_linclip.model.attention import attention_class
 from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.model.towers import TextTransformer, VisionTransformer
 from ds_linclip.parallel.mesh import Mesh
@@ -17,10 +17,10 @@ from linclip_eval.runtime.measure import Inputs
 
 __all__ = ["ATTENTIONS", "DIRECTIONS", "SUBJECTS", "Inputs", "Subject"]
 
-ATTENTIONS = {
-    "softmax": Attention(kind="softmax"),
-    "Eq. 7": Attention(),
-    "Eq. 4": Attention(normalized=True),
+ATTENTIONS: dict[str, Attention] = {
+    "softmax": SoftmaxAttention(),
+    "Eq. 7": LinearAttention(),
+    "Eq. 4": LinearAttention(normalized=True),
 }
 DIRECTIONS = ("inference", "training")
 #: Name -> description.
@@ -123,7 +123,8 @@ def _make_module(what: str, attention: Attention, mesh: Mesh) -> nn.Module:
     vision.attention = text.attention = attention
     if what in ("attention", "layer"):
         inits = {"init_qkv": init.qkv, "init_out": init.attn_out}
-        return SelfAttention(vision.width, vision.heads, attention, mesh, causal=False, **inits)
+        kind = attention_class(attention)
+        return kind(vision.width, vision.heads, attention, mesh, causal=False, **inits)
     if what == "block":
         sizes = vision.width, vision.heads, vision.mlp_ratio
         return Block(*sizes, attention, mesh, causal=False, init=init)

@@ -80,7 +80,7 @@ class FinishedRun:
     @property
     def kind(self) -> Kind:
         """The kind of attention of both towers."""
-        return self.config.model.vision.attention.kind
+        return "softmax" if self.config.model.vision.attention_text == "softmax" else "linear"
 
     @property
     def compute(self) -> float:
@@ -190,8 +190,8 @@ def read_run(folder: Path) -> FinishedRun:
     final = [loss for step, loss in losses.items() if step > 0.9 * steps]
     if any(value is None or not math.isfinite(value) for value in (*final, scores[-1])):
         raise ValueError(f"{folder}: loss and {_TOP1} at the end must be finite: it diverged")
-    image, text = config.model.vision.attention, config.model.text.attention
-    if str(image) != str(text):  # the fields without effect on softmax may differ
+    image, text = config.model.vision.attention_text, config.model.text.attention_text
+    if image != text:
         raise ValueError(
             f"{folder}: model.text.attention ({text}) must be model.vision.attention ({image})"
         )
@@ -222,7 +222,7 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
                     f"{name} ({mine}) of {run.folder} must be that of {first.folder} ({others})"
                 )
         like = variants.setdefault(run.kind, run)
-        if str(run.config.model.vision.attention) != str(like.config.model.vision.attention):
+        if run.config.model.vision.attention_text != like.config.model.vision.attention_text:
             raise ValueError(
                 f"attention of {run.folder} must be the variant of {like.folder}: "
                 "one law is fitted to runs of one variant"

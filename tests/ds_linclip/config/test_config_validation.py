@@ -153,7 +153,7 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ("parallel.cp=66", r"parallel\.cp \(66\) must be at most the number of tokens .*\(65\)"),
         (
             ["parallel.cp=2", "model.vision.attention.kind=softmax"],
-            r"parallel\.cp \(2\) needs model\.vision\.attention\.kind linear, .* take parallel\.cp",
+            r"parallel\.cp \(2\) needs a model\.vision\.attention\.kind whose .* \(softmax\); take",
         ),
         (
             ["parallel.pp=2", "zero.stage=3"],
@@ -185,7 +185,10 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ("model.vision.patch_dropout=1", r"patch_dropout \(1\.0\) must be in \[0, 1\)"),
         ("model.text.vocab_size=1000", r"vocab_size \(1000\) must be at least 49408"),
         ("model.text.context_length=2", r"context_length \(2\) must be at least 3"),
-        ("model.vision.head_width=8", r"model\.vision: head dimension \(8\) must be in 16\.\.256"),
+        (
+            "model.vision.head_width=8",
+            r"attention\.kind \(linear\) needs a head dimension in 16\.\.256, not \(8\): 16",
+        ),
         ("watchdog.timeout_seconds=-1", r"watchdog\.timeout_seconds \(-1\.0\) must not be neg"),
         ("watchdog.timeout_seconds=.nan", r"watchdog\.timeout_seconds \(\.nan\) must be a finite"),
         ("watchdog.slow_rank_ratio=1", r"slow_rank_ratio \(1\.0\) must be greater than 1, or 0"),

@@ -176,7 +176,10 @@ PATH_KEYS = [
     *("data.train", "data.cache.dir", "zero.nvme_path", "zero.deepspeed_config"),
     *("eval.data", "eval.classes", "eval.templates"),
 ]
-TEXT_KEYS = {"name", "log.wandb", "log.trackio"}
+TEXT_KEYS = {
+    *("name", "log.wandb", "log.trackio"),
+    *(f"model.{tower}.attention_by_layer[*].layers" for tower in ("vision", "text")),
+}
 
 
 def test_every_text_field_is_a_path_or_known_to_be_none():

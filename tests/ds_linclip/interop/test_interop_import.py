@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ds_linclip.config import (
-    Attention,
     Config,
     InitConfig,
+    LinearAttention,
     ParallelConfig,
     check_model,
     load_config,
@@ -351,7 +351,7 @@ def test_another_normalization_of_images_is_reported(tmp_path, caplog):
 
 def test_linear_attention_comes_back_as_it_was(mesh, tmp_path):
     config = load_config("ds_configs/train/embedded.yaml").model
-    config.vision.attention = Attention(head_norm=True, length_exponent=0.5)
+    config.vision.attention = LinearAttention(head_norm=True, length_exponent=0.5)
     export_folder(CLIP(config, mesh), tmp_path / "in")
     import_weights(tmp_path / "in", tmp_path / "out")
     assert load_folder(tmp_path / "out", mesh).config == config

@@ -11,8 +11,10 @@ import torch
 from ds_linclip.config import (
     Attention,
     InitConfig,
+    LinearAttention,
     ModelConfig,
     ParallelConfig,
+    SoftmaxAttention,
     TextTower,
     VisionTower,
     load_config,
@@ -25,7 +27,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
 from ds_linclip.parallel.mesh import Mesh
 
-SOFTMAX = Attention(kind="softmax")
+SOFTMAX = SoftmaxAttention()
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,7 @@ def test_positions_are_interpolated_as_open_clip_does(mesh, folder, size):
 
 
 def test_another_attention_is_accepted_on_request_and_reported(mesh, folder, stored, caplog):
-    linear = Attention(head_norm=True)
+    linear = LinearAttention(head_norm=True)
     model = random_model(small_config(linear), mesh)
     with pytest.raises(
         ValueError,
@@ -164,11 +166,6 @@ def test_another_attention_is_accepted_on_request_and_reported(mesh, folder, sto
     )
     for key, value in to_open_clip(model).items():
         assert torch.equal(value, stored.get(key, before[key])), key
-
-
-def test_settings_without_effect_do_not_count_as_another_attention(mesh, folder):
-    softmax = Attention(kind="softmax", length_exponent=1.0)
-    load_pretrained(random_model(small_config(softmax), mesh), InitConfig(pretrained=str(folder)))
 
 
 def test_sigmoid_loss_needs_its_bias(mesh, folder):
@@ -262,7 +259,7 @@ def test_groups_are_open_clips(mesh, unlocked):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_locked_tower_makes_no_graph_and_gets_no_optimizer_state(mesh, recompute):
-    model = CLIP(small_config(Attention()), mesh)
+    model = CLIP(small_config(LinearAttention()), mesh)
     lock_towers(model, InitConfig(lock_image=True))
     model.recompute_activations(recompute)
     image, text, *_ = model(torch.randn(2, 3, 32, 32), torch.randint(0, 60, (2, 12)))
@@ -275,7 +272,7 @@ def test_a_locked_tower_makes_no_graph_and_gets_no_optimizer_state(mesh, recompu
 
 
 def test_the_locked_blocks_below_trained_ones_make_no_graph(mesh):
-    model = CLIP(small_config(Attention()), mesh)
+    model = CLIP(small_config(LinearAttention()), mesh)
     lock_towers(model, InitConfig(lock_image=True, lock_image_unlocked_groups=2))
     seen = {}
     for name, block in model.visual.blocks.items():

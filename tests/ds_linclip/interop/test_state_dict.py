@@ -11,8 +11,10 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from ds_linclip.config import (
     Attention,
+    LinearAttention,
     ModelConfig,
     ParallelConfig,
+    SoftmaxAttention,
     TextTower,
     VisionTower,
     load_config,
@@ -32,7 +34,7 @@ MODELS = {
     "ViT-B-16": ("vit_b16", 149_620_737),
     "ViT-L-16": ("vit_l16", 427_739_393),
 }
-SOFTMAX = Attention(kind="softmax")
+SOFTMAX = SoftmaxAttention()
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,7 @@ def test_open_clip_opens_a_softmax_export(
 @pytest.mark.parametrize("linear_tower", ["vision", "text"])
 def test_open_clip_refuses_a_linear_export(mesh: Mesh, tmp_path: Path, linear_tower: str) -> None:
     config = small_config()
-    getattr(config, linear_tower).attention = Attention()
+    getattr(config, linear_tower).attention = LinearAttention()
     export_folder(CLIP(config, mesh), tmp_path)
     with pytest.raises(TypeError, match="attention"):
         open_clip.create_model(f"local-dir:{tmp_path}")
@@ -185,8 +187,8 @@ def test_open_clip_refuses_a_linear_export(mesh: Mesh, tmp_path: Path, linear_to
     "attention",
     [
         SOFTMAX,
-        Attention(normalized=True, head_norm=True),
-        Attention(length_exponent=0.5, score_scale=0.25),
+        LinearAttention(normalized=True, head_norm=True),
+        LinearAttention(length_exponent=0.5, score_scale=0.25),
     ],
 )
 @pytest.mark.parametrize("size", [(32, 32), (16, 48)])
@@ -259,8 +261,8 @@ def test_many_problems_are_counted_not_listed(mesh: Mesh) -> None:
 
 
 def test_head_norm_gains_are_required(mesh: Mesh) -> None:
-    weights = to_open_clip(CLIP(small_config(Attention()), mesh))
-    model = CLIP(small_config(Attention(head_norm=True)), mesh)
+    weights = to_open_clip(CLIP(small_config(LinearAttention()), mesh))
+    model = CLIP(small_config(LinearAttention(head_norm=True)), mesh)
     with pytest.raises(ValueError, match=r"misses visual\..*\.attn\.head_norm\.weight"):
         from_open_clip(model, weights)
 

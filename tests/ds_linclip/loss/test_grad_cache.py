@@ -6,11 +6,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ds_linclip.config import (
-    Attention,
     Config,
     LossConfig,
     ModelConfig,
     ParallelConfig,
+    SoftmaxAttention,
     TextTower,
     TrainConfig,
     VisionTower,
@@ -126,7 +126,7 @@ def test_two_passes_give_the_gradient_of_the_batch_in_one_piece(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_logit_scale_stays_in_range_and_comes_back_under_zero(stage: int, precision: str) -> None:
-    softmax = Attention(kind="softmax")
+    softmax = SoftmaxAttention()
     config = Config(
         model=ModelConfig(
             embed_dim=8,

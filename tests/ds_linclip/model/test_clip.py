@@ -5,18 +5,27 @@ import torch
 from open_clip.model import resize_pos_embed
 from torch import nn
 
-from ds_linclip.config import Attention, ModelConfig, ParallelConfig, TextTower, VisionTower
+from ds_linclip.config import (
+    Attention,
+    LinearAttention,
+    ModelConfig,
+    ParallelConfig,
+    SoftmaxAttention,
+    TextTower,
+    VisionTower,
+)
 from ds_linclip.model import CLIP
+from ds_linclip.model.attention import Patches
 from ds_linclip.parallel.mesh import Mesh
 
 ATTENTIONS = {
-    "softmax": Attention(kind="softmax"),
-    "unnormalized": Attention(),
-    "length_exponent": Attention(length_exponent=0.5, head_norm=True),
-    "normalized": Attention(normalized=True),
-    "quadratic": Attention(normalized=True, feature_map="quadratic"),
-    "softplus": Attention(feature_map="softplus", head_norm=True),
-    "head_norm": Attention(normalized=True, head_norm=True),
+    "softmax": SoftmaxAttention(),
+    "unnormalized": LinearAttention(),
+    "length_exponent": LinearAttention(length_exponent=0.5, head_norm=True),
+    "normalized": LinearAttention(normalized=True),
+    "quadratic": LinearAttention(normalized=True, feature_map="quadratic"),
+    "softplus": LinearAttention(feature_map="softplus", head_norm=True),
+    "head_norm": LinearAttention(normalized=True, head_norm=True),
 }
 
 
@@ -128,8 +137,8 @@ def test_fp32_weights_compute_in_bf16_as_under_autocast(mesh: Mesh, kind: str) -
 
 
 def test_attention_is_chosen_per_tower(mesh: Mesh) -> None:
-    config = small_config(Attention(kind="softmax"))
-    config.text.attention = Attention(head_norm=True)
+    config = small_config(SoftmaxAttention())
+    config.text.attention = LinearAttention(head_norm=True)
     model = CLIP(config, mesh)
     with_gain = [name for name, _ in model.named_parameters() if "head_norm" in name]
     assert with_gain == [f"text.blocks.{i}.attn.head_norm.weight" for i in range(2)]
@@ -146,35 +155,35 @@ def test_text_tower_is_causal_and_reads_the_end_of_text(mesh: Mesh) -> None:
 
 
 def test_text_may_be_shorter_than_the_context(mesh: Mesh) -> None:
-    model = build(mesh, Attention(kind="softmax"))
+    model = build(mesh, SoftmaxAttention())
     _, texts = inputs()
     torch.testing.assert_close(model.encode_text(texts[:, :8]), model.encode_text(texts))
 
 
 def test_weights_depend_on_the_seed_alone(mesh: Mesh) -> None:
-    first, again = build(mesh, Attention(), seed=3), build(mesh, Attention(), seed=3)
-    other = build(mesh, Attention(), seed=4)
+    first, again = build(mesh, LinearAttention(), seed=3), build(mesh, LinearAttention(), seed=3)
+    other = build(mesh, LinearAttention(), seed=4)
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert not torch.equal(first.visual.proj, other.visual.proj)
 
 
 def test_attention_kind_changes_no_initial_weight(mesh: Mesh) -> None:
-    linear, softmax = build(mesh, Attention(head_norm=True)), build(mesh, Attention(kind="softmax"))
+    linear, softmax = build(mesh, LinearAttention(head_norm=True)), build(mesh, SoftmaxAttention())
     for name, value in softmax.state_dict().items():
         assert torch.equal(value, linear.state_dict()[name]), name
 
 
 def test_state_dict_holds_tensors_only_and_loads_back(mesh: Mesh) -> None:
-    model = build(mesh, Attention(), seed=0)
+    model = build(mesh, LinearAttention(), seed=0)
     state = model.state_dict()
     assert set(state) == {name for name, _ in model.named_parameters()}
-    build(mesh, Attention(), seed=1).load_state_dict(state)
+    build(mesh, LinearAttention(), seed=1).load_state_dict(state)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 40), (64, 8)])
 def test_tokens_of_a_batch_are_those_the_towers_see(mesh: Mesh, size: tuple[int, int]) -> None:
-    model = build(mesh, Attention())
+    model = build(mesh, LinearAttention())
     seen = []
     for block in (model.visual.blocks["0"], model.text.blocks["0"]):
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0][..., 0].numel()))
@@ -185,12 +194,12 @@ def test_tokens_of_a_batch_are_those_the_towers_see(mesh: Mesh, size: tuple[int,
 
 
 def test_positions_are_untouched_at_the_configured_size(mesh: Mesh) -> None:
-    visual = build(mesh, Attention()).visual
+    visual = build(mesh, LinearAttention()).visual
     assert visual._positions(4, 4) is visual.positional_embedding
 
 
 def test_positions_are_resampled_to_other_grids(mesh: Mesh) -> None:
-    visual = build(mesh, Attention()).visual
+    visual = build(mesh, LinearAttention()).visual
     column = torch.arange(4.0).repeat(4)  # the column of each patch, in row-major order
     with torch.no_grad():
         visual.positional_embedding[1:] = column[:, None]
@@ -204,7 +213,7 @@ def test_positions_are_resampled_to_other_grids(mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (16, 40)])
 def test_images_of_other_sizes_train(mesh: Mesh, size: tuple[int, int]) -> None:
-    model = build(mesh, Attention())
+    model = build(mesh, LinearAttention())
     features = model.encode_image(torch.randn(2, 3, *size))
     features.square().sum().backward()
     assert features.shape == (2, 24)
@@ -228,14 +237,14 @@ def test_model_of_a_wide_image_trains(mesh: Mesh, kind: str) -> None:
 
 def test_grid_is_rows_by_columns_and_not_its_transpose(mesh: Mesh) -> None:
     """A 6 x 2 and a 2 x 6 grid have as many positions: only one of them is left as it is."""
-    visual = build(mesh, Attention(), image_size=(16, 48)).visual
+    visual = build(mesh, LinearAttention(), image_size=(16, 48)).visual
     assert visual._positions(2, 6) is visual.positional_embedding
     assert not torch.equal(visual._positions(6, 2), visual.positional_embedding)
 
 
 def test_every_patch_has_the_position_of_its_place(mesh: Mesh) -> None:
     """Row-major, class token first: with content switched off, what enters the first block."""
-    visual = build(mesh, Attention(), image_size=(16, 24)).visual
+    visual = build(mesh, LinearAttention(), image_size=(16, 24)).visual
     nn.init.zeros_(visual.conv1.weight)
     nn.init.zeros_(visual.class_embedding)
     visual.ln_pre = nn.Identity()
@@ -284,8 +293,8 @@ def test_same_weights_serve_every_size(
 @torch.no_grad()
 def test_positions_are_resampled_as_open_clip_does(mesh: Mesh, size: tuple[int, int]) -> None:
     """open_clip resamples square grids when it loads weights."""
-    model = build(mesh, Attention())
-    theirs = build(mesh, Attention(), image_size=size)
+    model = build(mesh, LinearAttention())
+    theirs = build(mesh, LinearAttention(), image_size=size)
     weights = {"visual.positional_embedding": model.visual.positional_embedding}
     resize_pos_embed(weights, theirs)
     positions = model.visual._positions(size[0] // 8, size[1] // 8)
@@ -294,14 +303,14 @@ def test_positions_are_resampled_as_open_clip_does(mesh: Mesh, size: tuple[int, 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 33), (2, 1, 32, 32), (3, 32, 32), (2, 3, 0, 32)])
 def test_image_of_a_wrong_shape_is_named(mesh: Mesh, shape: tuple[int, ...]) -> None:
-    model = build(mesh, Attention())
+    model = build(mesh, LinearAttention())
     with pytest.raises(ValueError, match=r"images \(.*\) must have shape .* patch_size \(8\)"):
         model.encode_image(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(2, 13), (12,)])
 def test_text_of_a_wrong_shape_is_named(mesh: Mesh, shape: tuple[int, ...]) -> None:
-    model = build(mesh, Attention())
+    model = build(mesh, LinearAttention())
     with pytest.raises(ValueError, match=r"texts \(.*\) must have shape .* context_length \(12\)"):
         model.encode_text(torch.zeros(shape, dtype=torch.int64))
 
@@ -314,14 +323,14 @@ def test_blocks_are_compiled_also_under_activation_checkpointing(
     calls: list[torch.Size] = []
 
     def compiled(fn):
-        def run(x: torch.Tensor) -> torch.Tensor:
+        def run(x: torch.Tensor, patches: Patches | None) -> torch.Tensor:
             calls.append(x.shape)
-            return fn(x)
+            return fn(x, patches)
 
         return run
 
     monkeypatch.setattr(torch, "compile", compiled)
-    model = build(mesh, Attention())
+    model = build(mesh, LinearAttention())
     model.recompute_activations(recompute)
     model.compile_blocks()
     model.encode_image(inputs()[0]).sum().backward()

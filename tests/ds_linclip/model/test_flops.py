@@ -7,16 +7,18 @@ from ds_linclip.config import (
     Config,
     DataConfig,
     InitConfig,
+    LinearAttention,
     LossConfig,
     ModelConfig,
     Resolution,
+    SoftmaxAttention,
     TextTower,
     TrainConfig,
     VisionTower,
 )
 from ds_linclip.model import CLIP
 from ds_linclip.model.flops import (
-    block_flops,
+    blocks_flops,
     forward_flops,
     num_parameters,
     step_flops,
@@ -24,7 +26,7 @@ from ds_linclip.model.flops import (
 )
 from ds_linclip.parallel.mesh import Mesh
 
-SOFTMAX = Attention(kind="softmax")
+SOFTMAX = SoftmaxAttention()
 TINY = ModelConfig(
     embed_dim=32,
     vision=VisionTower(image_size=(32, 16), patch_size=8, width=48, layers=2, head_width=16),
@@ -56,24 +58,24 @@ def test_softmax_models_have_the_numbers_of_open_clip(model, parameters, gflops)
 @pytest.mark.parametrize("head_norm", [False, True])
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_parameters_are_those_of_the_model(head_norm, loss):
-    TINY.vision.attention = TINY.text.attention = Attention(head_norm=head_norm)
+    TINY.vision.attention = TINY.text.attention = LinearAttention(head_norm=head_norm)
     built = CLIP(TINY, Mesh.create(), loss=loss)
     count = sum(parameter.numel() for parameter in built.parameters())
     assert num_parameters(TINY, LossConfig(kind=loss)) == count
 
 
 def test_attention_costs_its_own_products():
-    def attention(kind: str, feature_map: str, num_tokens: int) -> float:
-        form = Attention(kind=kind, feature_map=feature_map)
-        tower = VisionTower(width=128, head_width=32, attention=form)
-        return block_flops(tower, num_tokens) - num_tokens * 2 * 128 * 12 * 128
+    def cost(attention: Attention, num_tokens: int) -> float:
+        tower = VisionTower(width=128, head_width=32, layers=1, attention=attention)
+        return sum(blocks_flops(tower, num_tokens)) - num_tokens * 2 * 128 * 12 * 128
 
-    assert attention("softmax", "affine", 100) == 2 * 2 * 100 * 100 * 128
+    affine, quadratic = LinearAttention(), LinearAttention(feature_map="quadratic")
+    assert cost(SoftmaxAttention(), 100) == 2 * 2 * 100 * 100 * 128
     # Each of 4 heads: a state of 32 x 32, added to and read by every token.
-    assert attention("linear", "affine", 100) == 4 * 2 * 2 * 100 * 32 * 32
-    assert attention("linear", "quadratic", 100) == 4 * 2 * 2 * 100 * (32 + 32 * 17) * 32
-    assert attention("linear", "affine", 200) == 2 * attention("linear", "affine", 100)
-    assert attention("softmax", "affine", 200) == 4 * attention("softmax", "affine", 100)
+    assert cost(affine, 100) == 4 * 2 * 2 * 100 * 32 * 32
+    assert cost(quadratic, 100) == 4 * 2 * 2 * 100 * (32 + 32 * 17) * 32
+    assert cost(affine, 200) == 2 * cost(affine, 100)
+    assert cost(SoftmaxAttention(), 200) == 4 * cost(SoftmaxAttention(), 100)
 
 
 def test_a_run_costs_three_forwards_of_every_pair_at_its_size():
@@ -97,7 +99,7 @@ def test_frozen_layers_cost_their_forward_only():
     config.init = InitConfig(lock_text=True)
     assert (whole - locked) + (whole - step_flops(config, 0)) == pytest.approx(2 * forward)
     config.init = InitConfig(lock_image=True, lock_image_unlocked_groups=2)
-    head, block = 2 * 48 * 32, block_flops(TINY.vision, 9)
+    head, block = 2 * 48 * 32, blocks_flops(TINY.vision, 9)[-1]
     assert step_flops(config, 0) - locked == pytest.approx(2 * (head + block))
     config.init.lock_image_unlocked_groups = TINY.vision.layers + 2
     assert step_flops(config, 0) == whole

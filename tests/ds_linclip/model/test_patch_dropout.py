@@ -5,7 +5,6 @@ import torch
 from open_clip.transformer import PatchDropout
 
 from ds_linclip.config import (
-    Attention,
     ModelConfig,
     ParallelConfig,
     TextTower,
@@ -24,7 +23,7 @@ def mesh() -> Mesh:
 
 def build(mesh: Mesh, kind: str, patch_dropout: float = 0.0) -> CLIP:
     torch.manual_seed(0)
-    attention = Attention(kind=kind, normalized=True)
+    attention = SoftmaxAttention() if kind == "softmax" else LinearAttention(normalized=True)
     vision = VisionTower(
         image_size=(32, 24),
         patch_size=8,

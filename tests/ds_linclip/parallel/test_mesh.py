@@ -4,7 +4,14 @@ from typing import Any
 import pytest
 import torch
 
-from ds_linclip.config import Attention, ModelConfig, ParallelConfig, TextTower, VisionTower
+from ds_linclip.config import (
+    LinearAttention,
+    ModelConfig,
+    ParallelConfig,
+    SoftmaxAttention,
+    TextTower,
+    VisionTower,
+)
 from ds_linclip.interop.state_dict import from_open_clip, to_open_clip
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
@@ -25,7 +32,7 @@ CONFIG = ModelConfig(
         width=64,
         layers=2,
         head_width=16,
-        attention=Attention(head_norm=True),
+        attention=LinearAttention(head_norm=True),
     ),
     text=TextTower(
         context_length=12,
@@ -33,7 +40,7 @@ CONFIG = ModelConfig(
         width=48,
         heads=4,
         layers=2,
-        attention=Attention(kind="softmax"),
+        attention=SoftmaxAttention(),
     ),
 )
 

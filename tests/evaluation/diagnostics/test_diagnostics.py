@@ -14,7 +14,14 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from ds_linclip.config import Attention, ModelConfig, TextTower, VisionTower
+from ds_linclip.config import (
+    Attention,
+    LinearAttention,
+    ModelConfig,
+    SoftmaxAttention,
+    TextTower,
+    VisionTower,
+)
 from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention import SelfAttention
@@ -30,10 +37,10 @@ from linclip_kernels.linear_attention.reference import linear_attention_referenc
 from linclip_launch.cli import main
 
 FORMS = {
-    "softmax": Attention(kind="softmax"),
-    "eq4": Attention(normalized=True),
-    "eq7": Attention(score_scale=0.25, length_exponent=0.5),
-    "quadratic": Attention(feature_map="quadratic", head_norm=True),
+    "softmax": SoftmaxAttention(),
+    "eq4": LinearAttention(normalized=True),
+    "eq7": LinearAttention(score_scale=0.25, length_exponent=0.5),
+    "quadratic": LinearAttention(feature_map="quadratic", head_norm=True),
 }
 
 
@@ -102,7 +109,7 @@ def test_statistics_are_those_of_the_weights_that_make_the_output(mesh, form):
         q, k, v = attention.project(x)
         weights = weights_by_formula(attention, q, k)
         o = (weights.float() @ v.transpose(1, 2)).transpose(1, 2)
-        o = attention.head_norm(o) if attention.head_norm is not None else o
+        o = attention.finish(o, x, v, None)
         assert_close(attention.out_proj(o.flatten(2)), output, rtol=1e-4, atol=1e-5)
         statistics = attention_statistics(weights.flatten(0, 1), causal=attention.causal)
         expected.setdefault(next(layers), []).append(statistics)
@@ -136,7 +143,7 @@ def test_branch_ratio_is_that_of_the_model_and_of_its_initial_weights(mesh):
         expected = []
 
         def record(block, inputs, _, ratios=expected):
-            (x,) = inputs
+            x = inputs[0]
             ratios.append((rms(block.attn(block.ln_1(x))) / rms(x)).mean().item())
 
         for block in (*source.visual.blocks.values(), *source.text.blocks.values()):

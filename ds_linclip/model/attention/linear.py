@@ -1,0 +1,29 @@
+"""Linear attention with an explicit score, Eq. 4 and Eq. 7 of arXiv 2604.10064."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ds_linclip.model.attention.base import LinearStateAttention
+
+__all__ = ["Attention"]
+
+
+class Attention(LinearStateAttention):
+    """The operator on L2-normalized queries and keys, with one of its feature maps."""
+
+    @classmethod
+    def num_features(cls, settings: Any, head_dim: int) -> int:
+        is_quadratic = settings.feature_map == "quadratic"
+        return head_dim + is_quadratic * head_dim * (head_dim // 2 + 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+        return self.sum_values(
+            q,
+            k,
+            v,
+            feature_map=self.settings.feature_map,
+            normalized=self.settings.normalized,
+            score_scale=self.settings.score_scale,
+            length_exponent=self.settings.length_exponent,
+        )
