@@ -52,10 +52,14 @@ def make_layer(mesh: Mesh, settings: Any, *, causal: bool, seed: int = 0) -> Sel
 
 
 def places(num_tokens: int, *, causal: bool) -> Patches | None:
-    """Return a grid that is not square, if the number of patches allows it."""
+    """Return a grid that is not square, if the number of patches allows it; of two images."""
     patches = num_tokens - 1
-    rows = max((n for n in range(1, 1 + int(patches**0.5)) if patches % n == 0), default=0)
-    return None if causal else Patches(rows, patches // rows if rows else 0)
+    if causal:
+        return None
+    if patches == 0:
+        return Patches(1, 1, torch.empty(2, 0, dtype=torch.int64))
+    rows = max(n for n in range(1, 1 + int(patches**0.5)) if patches % n == 0)
+    return Patches(rows, patches // rows)
 
 
 def before_projection(layer: SelfAttention, x: Tensor, patches: Patches | None) -> Tensor:

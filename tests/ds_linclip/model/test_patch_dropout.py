@@ -5,8 +5,10 @@ import torch
 from open_clip.transformer import PatchDropout
 
 from ds_linclip.config import (
+    LinearAttention,
     ModelConfig,
     ParallelConfig,
+    SoftmaxAttention,
     TextTower,
     VisionTower,
     load_config,

@@ -72,7 +72,7 @@ def some_texts() -> Tensor:
 
 def weights_by_formula(attention: SelfAttention, q: Tensor, k: Tensor) -> Tensor:
     """Return float64 weights [B, H, N, N] of softmax, or of the linear-attention reference."""
-    num_tokens, form = q.shape[1], attention.attention
+    num_tokens, form = q.shape[1], attention.settings
     if form.kind == "softmax":
         scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / math.sqrt(q.shape[-1])
         if attention.causal:

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
 
-from ds_linclip.config import Config, SoftmaxAttention, load_config, save_config
+from ds_linclip.config import ATTENTION_KINDS, Config, SoftmaxAttention, load_config, save_config
 from ds_linclip.model.flops import num_parameters, training_flops
 from helpers import EMBEDDED
 from linclip_eval.scaling_laws.figure import draw_scaling_laws
@@ -60,7 +60,7 @@ def write_run(
     config = deepcopy(base_config(*overrides))
     config.name, config.train.steps, config.train.seed = name, steps, seed
     for tower in (config.model.vision, config.model.text):
-        tower.width, tower.attention = width, replace(tower.attention, kind=kind)
+        tower.width, tower.attention = width, ATTENTION_KINDS[kind]()
     path = folder / name
     path.mkdir(parents=True)
     save_config(config, path / "config.yaml")
