@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-dev
 
 .PHONY: install check architecture docs docs-check site train test test-distributed test-single test-slow \
     test-faults test-latest test-gpu test-docker lock lint \
-    report study bench-kernels bench-data bench-memory bench-checkpoint bench-context \
+    report study study-kinds bench-kernels bench-zoo bench-data bench-memory bench-checkpoint bench-context \
     bench-loss bench-runtime bench-gpu check-layouts goodput
 
 install: $(STAMP)
@@ -88,6 +88,10 @@ report: $(STAMP) | data/embedded
 study: $(STAMP) | data/embedded
 	$(BIN)/python -m experiments.convergence docs/results/convergence train.global_batch_size=64 train.steps=400
 
+# The same for every kind of attention, at one length, with parameters and time: docs/results/zoo.
+study-kinds: $(STAMP) | data/embedded
+	$(BIN)/python -m experiments.convergence docs/results/zoo/accuracy --design kinds --image-sizes 32 train.global_batch_size=64 train.steps=400
+
 # Kills, signals, full disks, hangs: all of them; make test has a part (15 minutes).
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults
@@ -99,6 +103,11 @@ test-gpu: $(STAMP)
 # The operator against SDPA on the GPU, or on one CPU core (5 minutes): docs/results/kernels/<device>.
 bench-kernels: $(STAMP)
 	$(BIN)/python -m benchmarks.attention.bench_attention
+
+# Every kind of attention: parameters, FLOPs, time and memory against softmax, on the GPU or on one CPU
+# core (7 minutes): docs/results/zoo/<device>.
+bench-zoo: $(STAMP)
+	$(BIN)/python -m benchmarks.attention.bench_zoo
 
 # Training data against open_clip_train's loader, 1 worker (10 minutes): docs/results/data/<device>.
 bench-data: $(STAMP) | data/embedded

@@ -1,4 +1,4 @@
-"""Convergence study: every form of attention, several seeds, two sequence lengths, one table.
+"""Convergence study: forms or kinds of attention, several seeds and lengths, one table.
 
 ``python -m experiments.convergence OUTPUT_FOLDER`` trains on the embedded dataset, one process per
 core, and writes runs.jsonl, table.md and figure.png into OUTPUT_FOLDER, and the common settings
@@ -12,6 +12,7 @@ import os
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -21,7 +22,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.attention.zoo import ZOO, overrides_of
 from ds_linclip.config import Config, load_config, save_config
+from ds_linclip.model.flops import num_parameters
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.atomic import atomic_file, write_atomically
 from ds_linclip.process.progress import progress
@@ -36,18 +39,25 @@ from experiments.convergence_report import (
 )
 from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
-#: Attention settings of both towers; others keep their defaults.
-VARIANTS: dict[str, dict[str, str]] = {
-    "softmax": {"kind": "softmax"},
-    "Eq. 4": {"normalized": "true"},
-    "Eq. 7, alpha 0": {"length_exponent": "0"},
-    "Eq. 7, alpha 1/2": {"length_exponent": "0.5"},
-    "Eq. 7, alpha 1": {"length_exponent": "1"},
-    "Eq. 7, head norm": {"head_norm": "true"},
+#: Overrides of the forms of the paper, by their names.
+FORMS: dict[str, list[str]] = {
+    "softmax": overrides_of("softmax"),
+    "Eq. 4": overrides_of("Eq. 4"),
+    "Eq. 7, alpha 0": overrides_of("Eq. 7"),
+    **{
+        f"Eq. 7, {name}": [f"model.{tower}.attention.{setting}" for tower in ("vision", "text")]
+        for name, setting in (
+            ("alpha 1/2", "length_exponent=0.5"),
+            ("alpha 1", "length_exponent=1"),
+            ("head norm", "head_norm=true"),
+        )
+    },
 }
-
-#: What every variant is compared with, seed by seed.
-BASELINES = ("softmax", "Eq. 7, alpha 0")
+#: Variants by the names of the design, and what each is compared with, seed by seed.
+DESIGNS = {
+    "forms": (FORMS, ("softmax", "Eq. 7, alpha 0")),
+    "kinds": ({name: overrides_of(name) for name in ZOO}, ("softmax", "Eq. 7")),
+}
 
 
 def main() -> int:
@@ -56,11 +66,16 @@ def main() -> int:
     parser.add_argument("--config", default="ds_configs/train/embedded.yaml")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[32, 56])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--design", choices=DESIGNS, default="forms")
+    parser.add_argument("--variants", nargs="+", help="those of the design; default: all")
     parser.add_argument("overrides", nargs="*", help="dotted assignments for every run")
     arguments = parser.parse_intermixed_args()
     log = arguments.output / "runs.jsonl"
+    variants, baselines = DESIGNS[arguments.design]
+    chosen = arguments.variants or list(variants)
     try:
+        if unknown := [name for name in chosen if name not in variants]:
+            raise ValueError(f"variants ({unknown[0]}) must be of {', '.join(variants)}")
         _keep_settings(arguments.output, load_config(arguments.config, arguments.overrides))
         done = read_runs(log) if log.exists() else []
     except ValueError as error:
@@ -68,9 +83,13 @@ def main() -> int:
         return 2
     finished = {(run.variant, run.num_tokens, run.seed) for run in done}
     configs = []
-    plan = product(arguments.image_sizes, range(arguments.seeds), arguments.variants)
+    plan = product(arguments.image_sizes, range(arguments.seeds), chosen)
     for image_size, seed, variant in plan:
-        overrides = [*_overrides(arguments.output, variant, image_size, seed), *arguments.overrides]
+        overrides = [
+            *variants[variant],
+            *_overrides(arguments.output, variant, image_size, seed),
+            *arguments.overrides,
+        ]
         config = load_config(arguments.config, overrides)
         if (variant, config.model.vision.num_tokens, seed) not in finished:
             configs.append((variant, config))
@@ -78,14 +97,14 @@ def main() -> int:
         done.append(run)
         with log.open("a") as file:
             file.write(json.dumps(asdict(run)) + "\n")
-    done.sort(key=lambda run: (list(VARIANTS).index(run.variant), run.num_tokens, run.seed))
+    done.sort(key=lambda run: (list(variants).index(run.variant), run.num_tokens, run.seed))
     tables = [to_markdown(summarise(done))]
-    for baseline in BASELINES:
+    for baseline in baselines:
         tables += [compare(done, baseline, "top1", 1), compare(done, baseline, "loss", 3)]
     table = "\n".join(tables)
     write_atomically(arguments.output / "table.md", table)
     with atomic_file(arguments.output / "figure.png") as partial:
-        draw(done, BASELINES[0]).savefig(partial, format="png")
+        draw(done, baselines[0]).savefig(partial, format="png")
     print(table)
     return 0
 
@@ -110,6 +129,7 @@ def _run_one(variant: str, config: Config) -> ConvergenceRun:
     evaluator = HeldOutEvaluator.from_config(config, device=mesh.device)
     # Remove what an interrupted study left of this run.
     shutil.rmtree(config.run_dir, ignore_errors=True)
+    start = time.monotonic()
     result = train(config, mesh, evaluator)
     return ConvergenceRun(
         variant=variant,
@@ -118,6 +138,8 @@ def _run_one(variant: str, config: Config) -> ConvergenceRun:
         top1=result.evaluation["eval/zeroshot_top1"],
         top5=result.evaluation["eval/zeroshot_top5"],
         loss=_final_loss(config),
+        num_parameters=num_parameters(config.model, config.loss),
+        seconds=time.monotonic() - start,
     )
 
 
@@ -131,11 +153,8 @@ def _keep_settings(output: Path, common: Config) -> None:
 
 
 def _overrides(output: Path, variant: str, image_size: int, seed: int) -> list[str]:
-    values = VARIANTS[variant].items()
-    attention = [f"model.{t}.attention.{k}={v}" for t in ("vision", "text") for k, v in values]
     slug = "".join(c if c.isalnum() else "_" for c in variant)
     return [
-        *attention,
         f"output_dir={output / 'runs'}",
         f"name={slug}_{image_size}px_seed{seed}",
         f"train.seed={seed}",

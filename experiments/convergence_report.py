@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,9 @@ class ConvergenceRun:
     top5: float
     #: Training loss at the end.
     loss: float
+    #: Size of the model, and seconds of the whole run; None where they were not recorded.
+    num_parameters: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -89,6 +92,9 @@ class VariantSummary:
     top1: Interval
     top5: Interval
     loss: Interval
+    num_parameters: int | None = None
+    #: Median over the seeds.
+    seconds: float | None = None
 
 
 def read_runs(path: str | Path) -> list[ConvergenceRun]:
@@ -99,17 +105,20 @@ def read_runs(path: str | Path) -> list[ConvergenceRun]:
     """
     runs = []
     names = [field.name for field in fields(ConvergenceRun)]
+    required = [field.name for field in fields(ConvergenceRun) if field.default is MISSING]
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            runs.append(ConvergenceRun(**{name: entry[name] for name in names}))
+            values = {name: entry[name] for name in required}
+            values |= {name: entry[name] for name in names if name in entry}
+            runs.append(ConvergenceRun(**values))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: must be JSON: {error}") from error
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}, line {number} ({line}) must hold {', '.join(names)}"
+                f"{path}, line {number} ({line}) must hold {', '.join(required)}"
             ) from error
     if not runs:
         raise ValueError(f"{path} (0 runs) must hold at least one run")
@@ -141,9 +150,16 @@ def summarise(runs: Iterable[ConvergenceRun]) -> list[VariantSummary]:
                 score: Interval.of([getattr(run, score) for run in group.values()])
                 for score in ("top1", "top5", "loss")
             },
+            num_parameters=next(iter(group.values())).num_parameters,
+            seconds=_median([run.seconds for run in group.values()]),
         )
         for (num_tokens, variant), group in sorted(groups.items(), key=lambda item: item[0][0])
     ]
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def differences(
@@ -194,7 +210,12 @@ def to_markdown(summaries: Sequence[VariantSummary]) -> str:
         for row in summaries
     ]
     header = ["tokens", "variant", "seeds", "top-1, %", "top-5, %", "loss"]
-    return markdown_table(header, cells, align="rlrrrr") + "\n"
+    if any(row.num_parameters for row in summaries):
+        header += ["parameters, k", "seconds"]
+        for cell, row in zip(cells, summaries, strict=True):
+            cell.append("" if row.num_parameters is None else f"{1e-3 * row.num_parameters:.0f}")
+            cell.append("" if row.seconds is None else f"{row.seconds:.0f}")
+    return markdown_table(header, cells, align="rl" + "r" * (len(header) - 2)) + "\n"
 
 
 def draw(runs: Sequence[ConvergenceRun], baseline: str) -> Figure:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import REPOSITORY, benchmark_facts, measure_on_ranks
+from benchmarks.attention.zoo import ZOO, overrides_of, settings_of
 from benchmarks.memory.bench_memory import random_batch
 from benchmarks.traffic import CONTROL_BYTES, TrafficMeter
 from ds_linclip.config import Config, load_config
@@ -77,7 +78,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="for the embedded config, such as data.train")
     parser.add_argument("--out", type=Path, help="folder for layouts.csv and summary.md")
     parser.add_argument("--layouts", nargs="+", help=", ".join(LAYOUTS))
-    parser.add_argument("--attention", nargs="+", default=["linear", "softmax"])
+    parser.add_argument(
+        "--attention", nargs="+", default=["Eq. 7", "softmax"], choices=ZOO, metavar="NAME"
+    )
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_intermixed_args()
     rows = []
@@ -86,7 +89,8 @@ def main() -> int:
         for layout in LAYOUTS:
             if reference and arguments.layouts and layout not in arguments.layouts:
                 continue
-            if attention == "softmax" and "cp" in layout:
+            settings = settings_of(attention)
+            if "cp" in layout and (not settings.splits_tokens or settings.needs_grid):
                 continue
             start = time.perf_counter()
             ranks = run(layout, attention, arguments.steps, arguments.overrides)
@@ -94,7 +98,7 @@ def main() -> int:
             row = compare(ranks, reference)
             rows.append({"attention": attention, "layout": layout, "ranks": len(ranks), **row})
             print(
-                f"{attention:8} {layout:24} loss {row['loss_difference']:.1e} "
+                f"{attention:12} {layout:24} loss {row['loss_difference']:.1e} "
                 f"weights {row['weight_difference']:.1e} bytes off plan {row['bytes_off_plan']:4} "
                 f"{'good' if is_good(row) else 'NOT GOOD':8} {time.perf_counter() - start:5.1f} s",
                 flush=True,
@@ -122,7 +126,7 @@ def run(layout: str, attention: str, steps: int, overrides: Sequence[str]) -> li
                 # The bias of softmax's keys has no gradient but rounding: with a small eps Adam
                 # would take it for one.
                 *("optim.lr=3e-4", "optim.eps=1e-4"),
-                *(f"model.{t}.attention.kind={attention}" for t in ("vision", "text")),
+                *overrides_of(attention),
                 *(f"parallel.{axis}={size}" for axis, size in sizes.items()),
                 *(f"zero.stage={stage}", f"train.micro_batch_size={micro_batch}"),
             ],
