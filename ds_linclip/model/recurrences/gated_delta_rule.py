@@ -24,15 +24,16 @@ def gated_delta_rule(
     chunk_size: int = 64,
     backend: Backend = "torch",
 ) -> Tensor:
-    """Compute the causal gated delta rule, token by token in meaning, chunk by chunk in fact.
+    """Compute the causal gated delta rule in chunks of tokens.
 
     Every head has a state S [Dk, Dv], zero at first. A token does ``S = exp(log_decay) S``, then
     ``S = S + k (beta (v - S^T k))^T``, and its output is ``S^T q``. With a unit key and beta = 1
-    the state then returns exactly v for k. The caller normalizes k and scales q.
+    the state then returns v for k. The caller normalizes k and scales q.
 
-    The work is done in float32, or in float64 where an argument has it, also under autocast. The
-    output of a token depends on no later token, in no bit, as long as all are finite:
-    an infinite or nan argument reaches its whole chunk.
+    The work is done in float32, or in float64 where an argument has it, also under autocast. A
+    finite change of a token changes no bit of the outputs before it; inf and nan reach their whole
+    chunk. Memory grows with N alone: per token the inputs, a row of the chunk's matrices and its
+    share of one state per chunk.
 
     Args:
         q, k: [B, N, H, Dk].
@@ -41,8 +42,9 @@ def gated_delta_rule(
         log_decay: [B, N, H], at most 0.
         chunk_size: Greatest number of tokens in a chunk. It changes rounding and time only.
         backend: "torch" works on every device. "fla" calls the Triton kernels of
-            flash-linear-attention for CUDA tensors; this call was written from that library's
-            source (0.5.2) and has been measured on no GPU.
+            flash-linear-attention for CUDA tensors, with q and k in the dtype of v and chunks of
+            16, 32 or 64. That call follows the library's source (0.5.2); neither its results nor
+            its speed have been measured on a GPU, and it breaks the graph of torch.compile.
 
     Returns:
         [B, N, H, Dv] in the dtype of v.
@@ -140,8 +142,8 @@ def _fla(
             "backend ('fla') must be installed: pip install flash-linear-attention, or take 'torch'"
         ) from error
     o, _ = kernels.chunk_gated_delta_rule(
-        q=q,
-        k=k,
+        q=q.to(v.dtype),
+        k=k.to(v.dtype),
         v=v,
         g=log_decay,
         beta=beta,

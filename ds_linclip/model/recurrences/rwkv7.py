@@ -29,13 +29,14 @@ def dplr(
     does ``S = S G + v k^T``, and its output is ``S r``. RWKV-7 takes a = -kappa and b = eta kappa
     with unit kappa and eta in [0, 1]: for a key in kappa's direction the old value is replaced.
 
-    The work is done in float32, or in float64 where an argument has it, also under autocast. The
-    output of a token depends on no later token, in no bit.
+    The work is done in float32, or in float64 where an argument has it, also under autocast. A
+    finite change of a token changes no bit of the outputs before it; inf and nan reach their whole
+    chunk. Memory grows with N alone, as for :func:`gated_delta_rule`.
 
-    **Bound.** exp(-sum of log_w) over a chunk, per channel, is a factor of its own and must be
-    finite: keep the sum above -80 in float32 (and float64 alike). RWKV-7 has log_w > -0.61, so 32
-    tokens reach exp(19.4); its rounding error grows with the sum, to about 1e-6 there. Beyond the
-    bound the result is inf or nan: take a smaller chunk.
+    **Bound.** Over a chunk, the sum of log_w must stay above -80 in every channel (-700 in
+    float64), because exp of its negative is a factor by itself. RWKV-7 has log_w > -0.61: 32 tokens
+    reach -19.4. Down to -80 the error in float32 stays below 1e-5 of the RMS, also of gradients;
+    beyond it the result is inf or nan, and a smaller chunk helps.
 
     Args:
         r, k: [B, N, H, Dk].
