@@ -83,6 +83,7 @@ def main() -> int:
             sections=sections,
             facts=facts,
             tables={"regression.csv": risks, "limit.csv": distances},
+            float_format=".9g",
             figures={
                 "regression.png": draw_regression(risks),
                 "limit.png": draw_limit(distances),
