@@ -14,7 +14,7 @@ from statistics import geometric_mean
 
 import torch
 
-from benchmarks import benchmark_facts
+from ds_linclip.provenance import run_facts
 from experiments.in_context import (
     Regression,
     Risk,
@@ -58,7 +58,8 @@ def main() -> int:
     except OSError as error:
         reason = f"must be a folder one can write to: {error.strerror}"
         parser.exit(2, f"error: output ({output}) {reason}\n")
-    facts = benchmark_facts("cpu", ("experiments", "kernels/linclip_kernels"))
+    command = f"python -m experiments.theory {output}"
+    facts = run_facts("cpu", command, measured=("experiments", "kernels/linclip_kernels"))
     risks = measure_regressions(num_prompts=100_000)
     distances = measure_limits(num_draws=1000)
     sections = [

@@ -111,7 +111,7 @@ def draw_inline(distances: Sequence[Distance]) -> Figure:
         gap.plot(tokens, rms, color=colour, marker="o", markersize=4, label=distribution)
         if found[0].gap > 0:
             gap.axhline(found[0].gap, color=MUTED, linewidth=1, linestyle="--")
-    _dress_distance(gap, "v² = 0.25, entries not normal; dashed: gap", distances)
+    _dress_distance(gap, "From InLine, v² = 0.25; dashed: gap", distances)
     add_legend(gap)
     return figure
 
