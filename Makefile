@@ -88,7 +88,7 @@ report: $(STAMP) | data/embedded
 study: $(STAMP) | data/embedded
 	$(BIN)/python -m experiments.convergence docs/results/convergence train.global_batch_size=64 train.steps=400
 
-# The statements of docs/theory.md, measured and drawn (a minute on two idle cores).
+# The statements of docs/theory.md, measured and drawn (under a minute of CPU time).
 theory: $(STAMP)
 	$(BIN)/python -m experiments.theory
 

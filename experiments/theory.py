@@ -1,8 +1,8 @@
 """The three statements of docs/theory.md, measured with the operator, each with a picture.
 
 ``python -m experiments.theory [OUTPUT_FOLDER]`` writes summary.md, and per statement a table and a
-picture, into OUTPUT_FOLDER (docs/results/theory). Every number is drawn from a fixed seed. A minute
-on two idle cores.
+picture, into OUTPUT_FOLDER (docs/results/theory). Every number is drawn from a fixed seed. Under
+a minute of CPU time.
 """
 
 import argparse
