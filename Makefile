@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed-dev
 
 .PHONY: install check architecture docs docs-check site train test test-distributed test-single test-slow \
     test-faults test-latest test-gpu test-docker lock lint \
-    report study study-kinds bench-kernels bench-zoo bench-data bench-memory bench-checkpoint bench-context \
-    bench-loss bench-runtime bench-gpu check-layouts goodput
+    report study study-kinds theory bench-kernels bench-zoo bench-data bench-memory \
+    bench-checkpoint bench-context bench-loss bench-runtime bench-gpu check-layouts goodput
 
 install: $(STAMP)
 
@@ -91,6 +91,10 @@ study: $(STAMP) | data/embedded
 # The same for every kind of attention, at one length, with parameters and time: docs/results/zoo.
 study-kinds: $(STAMP) | data/embedded
 	$(BIN)/python -m experiments.convergence docs/results/zoo/accuracy --design kinds --image-sizes 32 train.global_batch_size=64 train.steps=400
+
+# The statements of docs/theory.md, measured and drawn (under a minute of CPU time).
+theory: $(STAMP)
+	$(BIN)/python -m experiments.theory
 
 # Kills, signals, full disks, hangs: all of them; make test has a part (15 minutes).
 test-faults: $(STAMP)
