@@ -67,6 +67,11 @@ class AttentionSettings:
         """Whether it must know where in the image the patches lie."""
         return False
 
+    @property
+    def needs_all_patches(self) -> bool:
+        """Whether no patch of an image may be left out (``model.vision.patch_dropout``)."""
+        return False
+
     def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
         """Yield a setting and the rule that its value breaks, for each rule that is broken."""
         yield from ()

@@ -1,0 +1,54 @@
+"""Every kind of attention trains in every layout as in one process, and sends what is planned."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.attention.zoo import ZOO, settings_of
+from benchmarks.traffic import CONTROL_BYTES
+from helpers import job_environment
+from helpers.attention_layouts_job import LAYOUTS
+from linclip_kernels.linear_attention.reference import relative_rms
+
+pytestmark = pytest.mark.distributed
+
+
+def train(folder: Path, layout: str, names: list[str]) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "helpers.attention_layouts_job", str(folder), layout, *names]
+    environment = job_environment(OMP_NUM_THREADS="1")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    found: list[dict[str, Any]] = torch.load(folder / f"{layout}.pt")
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    (found,) = train(tmp_path_factory.mktemp("alone"), "single", list(ZOO))
+    return found
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
+def test_every_kind_trains_as_in_one_process(alone, tmp_path, layout):
+    names = list(ZOO)
+    if "cp" in layout:
+        settings = {name: settings_of(name) for name in ZOO}
+        names = [k for k, v in settings.items() if v.splits_tokens and not v.needs_grid]
+    ranks = train(tmp_path, layout, names)
+    for name in names:
+        expected_losses, expected, *_ = alone[name]
+        # A rank's loss is that of its own pairs.
+        losses = torch.tensor([rank[name][0] for rank in ranks]).mean(0).tolist()
+        assert losses == pytest.approx(expected_losses, rel=1e-5), name
+        weights = ranks[0][name][1]
+        for key, value in expected.items():
+            assert relative_rms(weights[key], value) <= 1e-5, (name, key)
+        for rank in ranks:
+            *_, measured, planned = rank[name]
+            for axis in measured.keys() | planned.keys():
+                apart = measured.get(axis, 0) - planned.get(axis, 0)
+                assert abs(apart) < CONTROL_BYTES, (name, axis, measured, planned)
