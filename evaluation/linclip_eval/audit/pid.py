@@ -11,8 +11,8 @@ problem whose dual is
     so that   log sum_y exp(u(x1, y) + v(x2, y)) <= 0  for every (x1, x2).
 
 Any u and v can be shifted to satisfy the constraints, which gives a lower bound; any q with the
-right margins gives an upper one. Their difference, the gap, bounds the error of the result, whatever
-the solver did.
+right margins gives an upper one. Their difference, the gap, bounds the error of the result,
+whatever the solver did.
 """
 
 import math
