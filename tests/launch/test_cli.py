@@ -150,7 +150,7 @@ def test_argument_of_the_wrong_type_states_the_rule(capsys):
                 except argparse.ArgumentError as error:
                     message = str(error)
                     assert re.search(
-                        rf": must be a (whole number >= [01](, or none)?|number >=? 0|"
+                        rf": must be a (whole number >= \d+(, or none)?|number >=? 0|"
                         rf"path, with ./ before a ~), not {re.escape(repr(word))}$",
                         message,
                     ), message

@@ -149,14 +149,14 @@ def estimate(samples: Binned, *, num_repeats: int, seed: int) -> tuple[list[Esti
             f"the decisions ({len(samples.outcomes)}) must be of two kinds or more: the model "
             "decides the same for all samples"
         )
-    rng = np.random.default_rng(seed)
+    for_null, for_units = np.random.default_rng(seed).spawn(2)
     num_units = int(samples.units.max()) + 1
 
     def shuffled() -> NDArray[np.float64]:
-        return samples.table(outcomes=rng.permutation(samples.outcomes))
+        return samples.table(outcomes=for_null.permutation(samples.outcomes))
 
     def resampled() -> NDArray[np.float64]:
-        drawn = np.bincount(rng.integers(num_units, size=num_units), minlength=num_units)
+        drawn = np.bincount(for_units.integers(num_units, size=num_units), minlength=num_units)
         return samples.table(weights=drawn[samples.units])
 
     found = decompose(samples.table())

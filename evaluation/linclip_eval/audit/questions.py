@@ -114,10 +114,10 @@ def ask_parts(
         seed: The seed of clusters and groups.
 
     Raises:
-        ValueError: for too few images, or more groups than classes.
+        ValueError: for too few images.
     """
     whole, centre, surroundings = parts
-    groups = class_groups(classifier, num_groups, seed)
+    groups = _class_groups(classifier, num_groups, seed)
     check_samples(len(whole.images), num_bins, int(groups.max()) + 1)
     columns = np.ascontiguousarray(classifier.T.cpu().numpy())
     decided = np.concatenate(
@@ -143,18 +143,11 @@ def ask_parts(
     )
 
 
-def class_groups(classifier: Tensor, num_groups: int | None, seed: int) -> Numbers:
-    """Return the group [C] of every class.
-
-    Raises:
-        ValueError: for more groups than classes.
-    """
+def _class_groups(classifier: Tensor, num_groups: int | None, seed: int) -> Numbers:
+    """Return the group [C] of every class."""
     columns = np.ascontiguousarray(classifier.T.cpu().numpy())
-    num_classes = len(columns)
     if num_groups is None:
-        return np.arange(num_classes)
-    if not 2 <= num_groups <= num_classes:
-        raise ValueError(f"--groups ({num_groups}) must be in [2, {num_classes}], the classes")
+        return np.arange(len(columns))
     return cluster(columns, num_groups, what="classes", seed=seed)
 
 

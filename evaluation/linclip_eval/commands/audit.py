@@ -113,7 +113,12 @@ def _parts(
             templates=options.templates or "one",
             **inputs.data_options(options, model),
         )
-        check_samples(task.data.num_samples, options.bins, options.groups or len(task.classes))
+        num_outcomes = options.groups or len(task.classes)
+        if num_outcomes > len(task.classes):
+            raise ValueError(
+                f"--groups ({num_outcomes}) must be at most {len(task.classes)}, the classes"
+            )
+        check_samples(task.data.num_samples, options.bins, num_outcomes)
         return task
 
     task = mesh.agree(open_task, (ValueError, OSError))
