@@ -5,6 +5,7 @@ images; the first one then does the rest alone.
 """
 
 import argparse
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -169,8 +170,9 @@ def _publish(
     num_samples, num_images = len(samples.outcomes), int(samples.units.max()) + 1
     share = options.centre_share or _CENTRE_SHARE
     question = _QUESTIONS[options.question].format(threshold=audited.threshold or 0.0, share=share)
-    outcomes = ", ".join(
-        f"{name or number!r} {counts[number]}" for number, name in enumerate(audited.outcomes)
+    outcomes = "; ".join(
+        f"{textwrap.shorten(name, 60, placeholder=' ...')}: {counts[number]}"
+        for number, name in enumerate(audited.outcomes)
     )
     right = float(audited.right.mean())
     rows = [
@@ -194,7 +196,7 @@ def _publish(
             f"{num_samples} decisions, {options.bins} clusters of each source. {question}",
             f"The decisions have {entropy:.4f} bits; {estimates[-1].bits:.4f} of them follow from "
             f"the clusters. {percent(right, num_images)} % are right.",
-            outputs.bullets([*findings, *outputs.remarks(lost), f"decisions: {outcomes}"]),
+            outputs.bullets([*findings, *outputs.remarks(lost), f"decisions ({outcomes})"]),
             markdown_table(("", "bits (95 % interval)", "null", "null, 95 %", "p"), rows),
             "![Parts of the decision's information](parts.png)",
             _NOTES,
