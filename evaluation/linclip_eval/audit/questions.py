@@ -19,7 +19,7 @@ from linclip_eval.audit.estimate import Binned, check_samples, cluster
 from linclip_eval.features import Features, similarities
 from linclip_eval.protocols import Encoder
 
-__all__ = ["Audited", "ask_match", "ask_parts", "parts_encoder", "split_parts"]
+__all__ = ["Audited", "ask_match", "ask_parts", "captioned", "parts_encoder", "split_parts"]
 
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]
@@ -89,6 +89,18 @@ def ask_match(
         keys=[features.keys[image] for image in images],
         right=yes == (np.arange(2 * num_images) < num_images),
         threshold=threshold,
+    )
+
+
+def captioned(features: Features) -> Features:
+    """Return the features of the images that have a caption."""
+    kept, owners = np.unique(features.owners, return_inverse=True)
+    return replace(
+        features,
+        images=features.images[kept],
+        labels=features.labels[kept],
+        keys=tuple(features.keys[image] for image in kept),
+        owners=owners,
     )
 
 

@@ -19,7 +19,14 @@ from ds_linclip.inference import LoadedModel
 from ds_linclip.parallel.mesh import Mesh
 from linclip_eval.audit.estimate import Estimate, check_samples, estimate
 from linclip_eval.audit.figure import draw_audit
-from linclip_eval.audit.questions import Audited, ask_match, ask_parts, parts_encoder, split_parts
+from linclip_eval.audit.questions import (
+    Audited,
+    ask_match,
+    ask_parts,
+    captioned,
+    parts_encoder,
+    split_parts,
+)
 from linclip_eval.commands import inputs, outputs
 from linclip_eval.features import extract_features
 from linclip_eval.results import markdown_table, percent, wilson_interval
@@ -97,10 +104,16 @@ def _match(
         group=mesh.dp.group,
     )
     data.require_readable(features.unreadable)
+    findings = data.findings.describe()
+    if options.lenient and (missing := features.uncaptioned):
+        findings.append(
+            f"images without a caption, which are left out: {len(missing)} ({missing[0]}, ...)"
+        )
+        features = captioned(features)
     ask = partial(
         ask_match, features, num_bins=options.bins, device=model.device, seed=options.seed
     )
-    return mesh.agree(ask, (ValueError,)), data.findings.describe(), features.unreadable
+    return mesh.agree(ask, (ValueError,)), findings, features.unreadable
 
 
 def _parts(
@@ -219,7 +232,9 @@ def _publish(
             "seed": options.seed,
             "threshold": audited.threshold,
             "centre_share": share if options.question == "parts" else None,
-            "outcomes": {name: counts[i] for i, name in enumerate(audited.outcomes)},
+            "outcomes": [
+                {"name": name, "count": counts[i]} for i, name in enumerate(audited.outcomes)
+            ],
             "entropy": entropy,
             "right": right,
             "right_interval": wilson_interval(right, num_images),

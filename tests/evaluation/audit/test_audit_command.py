@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_command_writes_numbers_summary_tables_and_figure(
     numbers = json.loads((out / "results.json").read_text())
     assert numbers["sources"] == sources
     assert numbers["num_samples"] == num_samples
-    assert sum(numbers["outcomes"].values()) == num_samples
+    assert sum(outcome["count"] for outcome in numbers["outcomes"]) == num_samples
     assert 0 < numbers["entropy"] <= 1
     parts = {row["part"]: row for row in numbers["parts"]}
     assert sum(parts[name]["bits"] for name in list(parts)[:4]) == pytest.approx(
@@ -108,6 +109,20 @@ def test_bad_input_is_one_line(model_folder, data, tmp_path, capsys, more, messa
     assert line.startswith("error: ")
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_images_without_a_caption_are_an_error_or_left_out(model_folder, data, tmp_path, capsys):
+    folder = tmp_path / "data"
+    samples = list(islice(digit_samples("train", image_size=16, seed=0), 420))
+    samples[5] = replace(samples[5], caption="")
+    write_labelled_folder(folder, samples, classnames=CLASSNAMES, templates=TEMPLATES)
+    out = tmp_path / "out"
+    assert main(words(model_folder, folder, out)) == 2
+    assert "must have a caption; 1 of 420 have none" in capsys.readouterr().err
+    assert main(words(model_folder, folder, out, "--lenient")) == 0
+    numbers = json.loads((out / "results.json").read_text())
+    assert (numbers["num_images"], numbers["num_samples"]) == (419, 838)
+    assert "images without a caption, which are left out: 1 (" in (out / "summary.md").read_text()
 
 
 def test_a_model_that_decides_the_same_for_all_images_is_refused(data, tmp_path, capsys):
