@@ -80,6 +80,14 @@ def test_intervals_are_those_of_the_images_not_of_the_samples():
     assert one.low < 1 - 0.722 < one.high
 
 
+def test_intervals_of_parts_that_are_zero_contain_it():
+    """Estimates from samples, and more so from resamples, are above 0; the interval is not."""
+    samples = samples_of(lambda first, second, rng: first % 2 ^ (rng.random(NUM) < 0.3))
+    found = estimated(samples)["synergistic"]
+    assert found.bits > 0.001
+    assert found.low == 0
+
+
 def test_a_seed_gives_the_same_numbers():
     samples = samples_of(noisy)
     assert estimated(samples, seed=1) == estimated(samples, seed=1)
