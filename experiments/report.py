@@ -57,6 +57,11 @@ def main() -> int:
             f"probe-{name}": ("probe", run, "--train", out / "domains" / "train", "--test", test)
             for name, run in runs.items()
         },
+        # The held-out digits are too few for more than two clusters.
+        **{
+            f"audit-{name}": ("audit", run, "--data", EMBEDDED / "train")
+            for name, run in runs.items()
+        },
         "resolution": ("resolution", *models, "--data", *domains, "--sizes", 16, 24, 32, 48, 64),
         "diagnostics": (
             "diagnostics",

@@ -22,7 +22,7 @@ FORBIDDEN = {
     "linclip_eval": ["ds_linclip.trainer"],
     **{
         f"linclip_eval.{evaluator}": ["ds_linclip.parallel", "ds_linclip.model"]
-        for evaluator in ("features", "probe", "retrieval", "zero_shot")
+        for evaluator in ("audit", "features", "probe", "retrieval", "zero_shot")
     },
 }
 #: What only these modules, and everything below them, may import.

@@ -50,7 +50,10 @@ LAYERS: list[tuple[str, ...]] = [
     ("linclip_eval.protocols", "linclip_eval.plotting", "linclip_eval.results"),
     ("linclip_eval.zero_shot",),
     ("linclip_eval.features",),
-    ("linclip_eval.probe", "linclip_eval.retrieval", "linclip_eval.diagnostics"),
+    (
+        *("linclip_eval.probe", "linclip_eval.retrieval", "linclip_eval.audit"),
+        "linclip_eval.diagnostics",
+    ),
     ("linclip_eval.runtime", "linclip_eval.scaling_laws"),
     ("linclip_eval.commands",),
     ("linclip_eval.__main__",),

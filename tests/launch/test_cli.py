@@ -150,8 +150,9 @@ def test_argument_of_the_wrong_type_states_the_rule(capsys):
                 except argparse.ArgumentError as error:
                     message = str(error)
                     assert re.search(
-                        rf": must be a (whole number >= [01](, or none)?|number >=? 0|"
-                        rf"path, with ./ before a ~), not {re.escape(repr(word))}$",
+                        rf": must be a (whole number >= \d+(, or none)?|number >=? 0|"
+                        rf"number between 0 and 1|path, with ./ before a ~), "
+                        rf"not {re.escape(repr(word))}$",
                         message,
                     ), message
                     refused.append(word)

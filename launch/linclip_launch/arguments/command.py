@@ -15,6 +15,7 @@ __all__ = [
     "path",
     "path_text",
     "positive_number",
+    "share",
     "whole_number",
 ]
 
@@ -88,3 +89,11 @@ def positive_number(word: str) -> float:
         if (value := number(word)) > 0:
             return value
     raise argparse.ArgumentTypeError(f"must be a number > 0, not {word!r}")
+
+
+def share(word: str) -> float:
+    """Return a number between 0 and 1, both excluded."""
+    with suppress(ValueError):
+        if 0 < (value := float(word)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, not {word!r}")

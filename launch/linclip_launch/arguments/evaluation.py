@@ -8,6 +8,7 @@ from linclip_launch.arguments.command import (
     path,
     path_text,
     positive_number,
+    share,
     whole_number,
 )
 
@@ -305,6 +306,60 @@ def _diagnostics(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _audit(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument(
+        "--question",
+        choices=("match", "parts"),
+        default="match",
+        help="match: does a caption belong to an image, from image and caption; parts: which class "
+        "has an image, from its centre and its surroundings; default: match",
+    )
+    parser.add_argument(
+        "--data",
+        type=path_text,
+        required=True,
+        metavar="FOLDER",
+        help="images with captions for match, as for retrieval; with classes for parts, as for "
+        "zero-shot",
+    )
+    parser.add_argument(
+        "--bins",
+        type=whole_number(2),
+        default=5,
+        metavar="N",
+        help="clusters of each source, at most 20 and 50 samples per cell; default: 5",
+    )
+    parser.add_argument(
+        "--groups",
+        type=whole_number(2),
+        metavar="N",
+        help="of parts: groups that the classes are joined to; default: each by itself",
+    )
+    parser.add_argument(
+        "--centre-share",
+        type=share,
+        metavar="S",
+        help="of parts: share of the image's area that is its centre; default: 0.5",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=whole_number(20),
+        default=200,
+        metavar="N",
+        help="shuffles, and bootstrap samples; default: 200",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="of pairs, clusters, shuffles and bootstrap; default: 0",
+    )
+    _task(parser)
+    add_out(parser)
+
+
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folders", type=path, nargs="+", metavar="FOLDER", help="results of other commands"
@@ -360,6 +415,14 @@ linclip eval resolution runs/my_run --data photos=data/photos --sizes 224 448 --
         run="linclip_eval.commands.diagnostics:run",
         examples="""\
 linclip eval diagnostics linear=runs/a softmax=runs/b --data data/embedded/test --out layers""",
+    ),
+    ("eval", "audit"): Command(
+        summary="decompose what decisions are made from: image, caption, centre, surroundings",
+        add_arguments=_audit,
+        run="linclip_eval.commands.audit:run",
+        examples="""\
+linclip eval audit runs/my_run --data /data/flickr30k --out audit
+linclip eval audit runs/my_run --question parts --groups 4 --data data/photos --out audit""",
     ),
     ("eval", "report"): Command(
         summary="show the results of other commands as one page",

@@ -1,0 +1,1 @@
+"""A modality audit: which of two inputs a model's decisions take their information from."""
