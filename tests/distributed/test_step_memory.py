@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from benchmarks.attention.zoo import ZOO
 from helpers import job_environment
 
 QUICK = ["long-eq4-selective", "zero3-softmax", "pp2-micro", "zero2-amp"]
@@ -18,7 +19,9 @@ SLOW = [
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("names", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "names", [QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in (SLOW, list(ZOO)))]
+)
 def test_peak_memory_of_a_step_is_as_planned(tmp_path, names):
     done = subprocess.run(
         [sys.executable, "-m", "helpers.step_memory_job", str(tmp_path), *names],

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks.attention.zoo import ZOO, overrides_of
 from benchmarks.memory.bench_memory import run
 from benchmarks.memory.report import totals
 
@@ -63,12 +64,17 @@ CASES = {
     "pp2-full": layout(2, "bf16", 1, 32, 32, *FULL, "parallel.pp=2", "parallel.dp=1"),
     "cp2-long": layout(2, "fp32", 1, 4, 4, *LONG, "parallel.cp=2", "parallel.dp=1"),
 }
+#: Every kind of attention, on its own.
+KINDS = {
+    name: layout(1, "bf16", 1, 8, 8, "model.vision.image_size=256", *overrides_of(name))
+    for name in ZOO
+}
 
 
 def main(folder: Path, names: list[str]) -> None:
     found = {}
     for name in names:
-        ranks, overrides = CASES[name]
+        ranks, overrides = (CASES | KINDS)[name]
         rows = run(ranks, [*MODEL, *overrides], ZERO)
         found[name] = [totals(row, "step")[::-1] for row in rows]
     (folder / "results.json").write_text(json.dumps(found))
