@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.attention.zoo import ZOO, overrides_of
 from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import Config, load_config
 from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.trainer import train
 from helpers import EMBEDDED
 from helpers.forked_ranks import train_in_ranks
 from linclip_kernels.linear_attention.reference import relative_rms
@@ -66,3 +68,19 @@ def test_chain_of_layouts(tmp_path, embedded_overrides, kind, precision, toleran
             assert newest[name].to(average.dtype).equal(average), (layout, name)
         for step in range(2 * leg + 4, STEPS + 1, 2):  # the next one starts here
             shutil.rmtree(checkpoints / f"step-{step:08d}")
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_kind_resumes_with_the_same_bits(tmp_path, embedded_overrides, name):
+    small = ["model.text.layers=1", "model.vision.layers=1", "train.steps=4", *overrides_of(name)]
+    weights = []
+    for starts in (["whole"], ["parts", "parts"]):
+        for start, folder in enumerate(starts, start=1):
+            config = config_of(tmp_path / folder, *embedded_overrides, *small)
+            checkpoints = config.run_dir / "checkpoints"
+            train(config, Mesh.create())
+            if start < len(starts):
+                shutil.rmtree(checkpoints / "step-00000004")
+        weights.append(to_open_clip(load_weights(checkpoints / "step-00000004", Mesh.create())))
+    for key, value in weights[0].items():
+        assert weights[1][key].equal(value), key

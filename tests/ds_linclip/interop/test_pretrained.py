@@ -7,9 +7,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from benchmarks.attention.zoo import ZOO, settings_of
 from ds_linclip.config import (
     Attention,
+    DepthwiseLocal,
     InitConfig,
     LinearAttention,
     ModelConfig,
@@ -20,7 +23,7 @@ from ds_linclip.config import (
     load_config,
 )
 from ds_linclip.engine.optim import weight_decay_groups
-from ds_linclip.interop.hub_folder import open_clip_config
+from ds_linclip.interop.hub_folder import WEIGHTS_FILE, open_clip_config
 from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.interop.state_dict import export_folder, to_open_clip
 from ds_linclip.model import CLIP
@@ -166,6 +169,47 @@ def test_another_attention_is_accepted_on_request_and_reported(mesh, folder, sto
     )
     for key, value in to_open_clip(model).items():
         assert torch.equal(value, stored.get(key, before[key])), key
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "softmax"])
+def test_every_kind_starts_from_softmax_weights(mesh, folder, stored, name):
+    config = small_config(settings_of(name))
+    config.text.attention = settings_of(name, causal=True)
+    model = CLIP(config, mesh)
+    load_pretrained(model, InitConfig(pretrained=str(folder), change_attention=True))
+    found = to_open_clip(model)
+    assert stored.keys() <= found.keys()
+    for key, value in stored.items():
+        assert torch.equal(found[key], value), key
+    images, texts = torch.randn(2, 3, *config.vision.image_size), torch.randint(1, 50, (2, 8))
+    assert model.encode_image(images).isfinite().all()
+    assert model.encode_text(texts).isfinite().all()
+
+
+def test_a_new_local_part_adds_nothing_at_first(mesh, folder):
+    plain, local = LinearAttention(), LinearAttention(local=DepthwiseLocal())
+    images = torch.randn(2, 3, *small_config().vision.image_size)
+    features = []
+    for attention in (plain, local):
+        model = random_model(small_config(attention), mesh)
+        load_pretrained(model, InitConfig(pretrained=str(folder), change_attention=True))
+        features.append(model.encode_image(images))
+    assert torch.equal(*features)
+
+
+def test_parameters_of_an_unchanged_kind_are_copied_and_not_left_out(mesh, tmp_path):
+    attention = LinearAttention(local=DepthwiseLocal())
+    model = random_model(small_config(attention), mesh)
+    export_folder(model, tmp_path / "hub")
+    other = random_model(small_config(attention), mesh)
+    load_pretrained(other, InitConfig(pretrained=str(tmp_path / "hub")))
+    for key, value in to_open_clip(model).items():
+        assert torch.equal(to_open_clip(other)[key], value), key
+    weights = load_file(tmp_path / "hub" / WEIGHTS_FILE)
+    key = next(key for key in weights if "local_weight" in key)
+    save_file({k: v for k, v in weights.items() if k != key}, tmp_path / "hub" / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match=f"misses {key}"):
+        load_pretrained(other, InitConfig(pretrained=str(tmp_path / "hub")))
 
 
 def test_sigmoid_loss_needs_its_bias(mesh, folder):
