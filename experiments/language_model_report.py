@@ -1,0 +1,173 @@
+"""Tables and figure of the language-model study, from its recorded runs.
+
+Intervals are 95 %: of bits per byte over the held-out documents, as a ratio of two sums with
+Student's t; of recall over the held-out sequences, with Student's t.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t
+
+from experiments.convergence_report import Interval
+from linclip_eval.plotting import COLOURS, INK, add_legend, dress, new_figure, set_token_axis
+from linclip_eval.results import markdown_table
+
+__all__ = ["bits_per_byte", "draw", "to_sections"]
+
+#: A recorded run: its task, kind, seed and results.
+Record = Mapping[str, Any]
+
+
+def bits_per_byte(bits: Sequence[float] | np.ndarray, sizes: Sequence[int]) -> Interval:
+    """Return all bits over all bytes, and the half width of its interval over documents.
+
+    Args:
+        bits: Bits of every document, or the bits by which two models differ.
+        sizes: Bytes of every document.
+    """
+    ratio = float(np.sum(bits) / np.sum(sizes))
+    count = len(sizes)
+    # The first-order error of a ratio of sums.
+    residuals = np.asarray(bits) - ratio * np.asarray(sizes)
+    error = np.sqrt(count / (count - 1) * np.sum(residuals**2)) / np.sum(sizes)
+    return Interval(mean=ratio, half_width=float(student_t.ppf(0.975, count - 1) * error))
+
+
+def to_sections(records: Sequence[Record], sizes: Sequence[int], chance: float) -> list[str]:
+    """Return the sections of the summary, Markdown.
+
+    Args:
+        records: All runs; kinds are listed in the order of their appearance.
+        sizes: Bytes of every held-out document.
+        chance: Accuracy of recall by a model that knows the values but not whose they are.
+    """
+    return [
+        *_text_section(_by_kind(records, "text"), sizes),
+        *_recall_section(_by_kind(records, "recall"), chance),
+        *_speed_sections(_by_kind(records, "speed")),
+    ]
+
+
+def _text_section(runs: Mapping[str, list[Record]], sizes: Sequence[int]) -> list[str]:
+    if not runs:
+        return []
+    first, rows = next(iter(runs)), []
+    for kind, own in runs.items():
+        seeds = [bits_per_byte(run["document_bits"], sizes).mean for run in own]
+        apart = _mean_bits(own) - _mean_bits(runs[first])
+        rows.append(
+            [
+                *(kind, f"{own[0]['parameters']:,}", len(seeds)),
+                bits_per_byte(_mean_bits(own), sizes).text(3),
+                "" if kind == first else bits_per_byte(apart, sizes).text(3),
+                Interval.of(seeds).text(3) if len(seeds) > 1 else "",
+                f"{np.mean([run['seconds'] for run in own]):.0f}",
+            ]
+        )
+    header = ["attention", "parameters", "seeds", "bits per byte", f"minus {first}"]
+    return [
+        f"## Text\n\n{len(sizes)} held-out documents, {sum(sizes):,} bytes. Intervals over the "
+        "documents, of the mean over seeds; differences are paired by document. Over seeds: the "
+        "interval for other seeds, on the same documents.",
+        markdown_table([*header, "over seeds", "training, s"], rows),
+    ]
+
+
+def _recall_section(runs: Mapping[str, list[Record]], chance: float) -> list[str]:
+    if not runs:
+        return []
+    rows = []
+    for kind, own in runs.items():
+        seeds = [f"{100 * _recall([run], chance).mean:.1f}" for run in own]
+        mean = _recall(own, chance).text(1, 100)
+        rows.append([kind, f"{own[0]['parameters']:,}", len(own), mean, ", ".join(seeds)])
+    header = ["attention", "parameters", "seeds", "right, %", "by seed, %"]
+    return [
+        "## Associative recall\n\nAnswers to queries that are right; chance, for a model that "
+        f"knows the values of a sequence but not whose they are, is {100 * chance:.1f} %. "
+        "Intervals over sequences, of the mean over seeds.",
+        markdown_table(header, rows),
+    ]
+
+
+def _speed_sections(runs: Mapping[str, list[Record]]) -> list[str]:
+    lengths = sorted({run["length"] for own in runs.values() for run in own})
+    sections = []
+    for title, field, unit in (
+        ("Tokens per second", "tokens_per_second", 1.0),
+        ("Peak memory beyond the weights, MiB", "peak_bytes", 2.0**20),
+    ):
+        rows = []
+        for kind, own in runs.items():
+            found = {run["length"]: run[field] / unit for run in own}
+            rows.append([kind, *(f"{found[n]:,.0f}" if n in found else "" for n in lengths)])
+        if rows:
+            sections += [
+                f"## {title}\n\nForward and backward of {max(lengths):,} tokens in sequences of N.",
+                markdown_table(["attention", *(f"N = {n}" for n in lengths)], rows),
+            ]
+    return sections
+
+
+def draw(records: Sequence[Record], sizes: Sequence[int], chance: float) -> Figure:
+    """Return a figure of what the tables say; see :func:`to_sections` for the arguments."""
+    kinds = list(dict.fromkeys(record["kind"] for record in records))
+    colours = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
+    figure = new_figure(11, 4.6 + 0.3 * len(kinds))
+    (text, recall), (speed, memory) = figure.subplots(2, 2)
+    texts, recalls, speeds = (_by_kind(records, task) for task in ("text", "recall", "speed"))
+    for row, kind in enumerate(kinds):
+        colour = colours[kind]
+        if runs := texts.get(kind):
+            _draw_interval(text, row, bits_per_byte(_mean_bits(runs), sizes), colour)
+        if runs := recalls.get(kind):
+            _draw_interval(recall, row, _recall(runs, chance), colour, factor=100)
+        if runs := sorted(speeds.get(kind, []), key=lambda run: run["length"]):
+            lengths = [run["length"] for run in runs]
+            style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3}
+            speed.plot(lengths, [run["tokens_per_second"] for run in runs], **style, label=kind)
+            memory.plot(lengths, [run["peak_bytes"] / 2**20 for run in runs], **style)
+    recall.axvline(100 * chance, color=INK, linewidth=0.8, linestyle=":")
+    dress(text, "Bits per byte, held-out documents")
+    dress(recall, "Associative recall, % (dotted: chance)")
+    for axes in (text, recall):
+        axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
+        axes.set_ylim(len(kinds) - 0.5, -0.5)
+    every = sorted({run["length"] for runs in speeds.values() for run in runs})
+    for axes, title in ((speed, "Tokens per second"), (memory, "Peak memory, MiB")):
+        if every:
+            set_token_axis(axes, every)
+            axes.set_yscale("log")
+        dress(axes, f"{title}, forward and backward", xlabel="tokens of a sequence")
+    if every:
+        add_legend(figure, speed.get_lines())
+    return figure
+
+
+def _by_kind(records: Sequence[Record], task: str) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if record["task"] == task:
+            found.setdefault(record["kind"], []).append(record)
+    return found
+
+
+def _mean_bits(runs: Sequence[Record]) -> np.ndarray:
+    return np.mean([run["document_bits"] for run in runs], axis=0)
+
+
+def _recall(runs: Sequence[Record], chance: float) -> Interval:
+    """Return the share of right answers; a sequence has 1 / chance queries."""
+    return Interval.of((chance * np.mean([run["right_answers"] for run in runs], axis=0)).tolist())
+
+
+def _draw_interval(
+    axes: Axes, row: int, interval: Interval, colour: str, factor: float = 1.0
+) -> None:
+    reach = factor * (interval.half_width or 0.0)
+    style: dict[str, Any] = {"fmt": "o", "markersize": 5, "capsize": 3, "color": colour}
+    axes.errorbar([factor * interval.mean], [row], xerr=[[reach], [reach]], **style)
