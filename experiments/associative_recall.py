@@ -25,8 +25,8 @@ class RecallTask:
     """
 
     pairs: int = 8
-    length: int = 48
-    num_keys: int = 32
+    length: int = 32
+    num_keys: int = 16
 
     def __post_init__(self) -> None:
         if self.pairs > self.num_keys:

@@ -138,33 +138,45 @@ def plan(
 def run_all(
     jobs: Sequence[Job], settings: TextSettings, corpus: Corpus, device: Device, processes: int
 ) -> Iterator[dict[str, Any]]:
-    """Run jobs, each in a process of its own, and yield their records: what measures time and
-    memory one by one, then the others, ``processes`` at a time."""
-    alone = [job for job in jobs if job.task == "speed"]
-    others = [job for job in jobs if job.task != "speed"]
+    """Run jobs and yield their records: what measures time and memory first and by itself, in a
+    process for every kind, then the others, ``processes`` at a time."""
+    speeds: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.task == "speed":
+            speeds.setdefault(job.kind, []).append(job)
+    others = [[job] for job in jobs if job.task != "speed"]
     if processes > 1:
         os.environ["TQDM_DISABLE"] = "1"  # in the runs: tqdm reads it when a process imports it
     with progress(total=len(jobs), desc="runs", unit="run") as bar:
-        for group, at_a_time in ((alone, 1), (others, processes)):
-            context = get_context("spawn")
-            with ProcessPoolExecutor(at_a_time, context, max_tasks_per_child=1) as pool:
-                futures = [pool.submit(_run, job, settings, corpus, device) for job in group]
+        for groups, at_a_time, is_alone in (
+            (list(speeds.values()), 1, True),
+            (others, processes, False),
+        ):
+            context, per_process = get_context("spawn"), 1 if is_alone else None
+            with ProcessPoolExecutor(at_a_time, context, max_tasks_per_child=per_process) as pool:
+                futures = [pool.submit(_run, each, settings, corpus, device) for each in groups]
                 try:
                     for future in as_completed(futures):
-                        yield future.result()
-                        bar.update()
+                        records = future.result()
+                        yield from records
+                        bar.update(len(records))
                 finally:
                     pool.shutdown(cancel_futures=True)
 
 
-def _run(job: Job, settings: TextSettings, corpus: Corpus, device: Device) -> dict[str, Any]:
-    if job.task == "speed":
-        result = measure_speed(job.kind, job.length, job.total, settings, device)
-    elif job.task == "recall":
-        result = train_recall(job.kind, job.seed, settings, device)
-    else:
-        result = train_text(job.kind, job.seed, settings, corpus, device)
-    return {**asdict(job), "attention": repr(KINDS[job.kind]), **result}
+def _run(
+    jobs: Sequence[Job], settings: TextSettings, corpus: Corpus, device: Device
+) -> list[dict[str, Any]]:
+    records = []
+    for job in jobs:
+        if job.task == "speed":
+            result = measure_speed(job.kind, job.length, job.total, settings, device)
+        elif job.task == "recall":
+            result = train_recall(job.kind, job.seed, settings, device)
+        else:
+            result = train_text(job.kind, job.seed, settings, corpus, device)
+        records.append({**asdict(job), "attention": repr(KINDS[job.kind]), **result})
+    return records
 
 
 def _parser() -> BenchmarkParser:

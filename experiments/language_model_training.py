@@ -38,7 +38,7 @@ Batch = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 #: The recall task, its model and its training: softmax solves it in a third of the steps.
 RECALL = RecallTask()
 _RECALL_SIZES = {"width": 64, "layers": 2, "heads": 1}
-_RECALL_BATCH = 128
+_RECALL_BATCH = 64
 _RECALL_HELD_OUT = 1000
 #: Passes that are timed, after one whose memory is measured; the fastest counts.
 _TIMED_PASSES = 2
