@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-dev
 
 .PHONY: install check architecture docs docs-check site train test test-distributed test-single test-slow \
     test-faults test-latest test-gpu test-docker lock lint \
-    report study bench-kernels bench-data bench-memory bench-checkpoint bench-context \
+    report study language-model bench-kernels bench-data bench-memory bench-checkpoint bench-context \
     bench-loss bench-runtime bench-gpu check-layouts goodput
 
 install: $(STAMP)
@@ -87,6 +87,11 @@ report: $(STAMP) | data/embedded
 # in docs/results/convergence are shown and not repeated.
 study: $(STAMP) | data/embedded
 	$(BIN)/python -m experiments.convergence docs/results/convergence train.global_batch_size=64 train.steps=400
+
+# A causal language model with every attention: bits per byte, recall, speed, memory (20 minutes on two
+# idle cores): docs/results/language_model/<device>.
+language-model: $(STAMP)
+	$(BIN)/python -m experiments.language_model
 
 # Kills, signals, full disks, hangs: all of them; make test has a part (15 minutes).
 test-faults: $(STAMP)

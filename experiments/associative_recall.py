@@ -15,7 +15,7 @@ __all__ = ["IGNORED", "RecallTask"]
 IGNORED = -100
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RecallTask:
     """Sequences of ``length`` tokens: ``pairs`` keys, each followed by its value, then each key
     once more, as a query, among filler tokens.
@@ -24,8 +24,8 @@ class RecallTask:
     sequence are distinct, and every sequence has its own assignment.
     """
 
-    pairs: int = 8
-    length: int = 32
+    pairs: int
+    length: int
     num_keys: int = 16
 
     def __post_init__(self) -> None:

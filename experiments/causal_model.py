@@ -14,7 +14,7 @@ from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.tensor_parallel import vocab_parallel_embedding
 
-__all__ = ["KINDS", "CausalModel", "ModelShape"]
+__all__ = ["KINDS", "SLOW_KINDS", "CausalModel", "ModelShape"]
 
 #: Attention by the name that the command line and the tables use.
 KINDS: dict[str, Attention] = {
@@ -27,6 +27,8 @@ KINDS: dict[str, Attention] = {
     "softplus": Attention(feature_map="softplus", normalized=True),
     "quadratic": Attention(feature_map="quadratic", normalized=True),
 }
+#: Kinds that take many times as long as the others on a CPU, and run only when they are named.
+SLOW_KINDS = ("quadratic",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ import torch
 from benchmarks import BenchmarkParser
 from ds_linclip.process.atomic import write_atomically
 from ds_linclip.process.progress import progress
-from experiments.causal_model import KINDS
+from experiments.causal_model import KINDS, SLOW_KINDS
 from experiments.language_model_report import draw, to_sections
 from experiments.language_model_training import (
-    RECALL,
+    RECALL_TASKS,
     Device,
     TextSettings,
     measure_speed,
@@ -49,21 +49,22 @@ class Job:
 
     Attributes:
         seed: Of weights and batches; 0 for "speed".
-        length: Tokens of a sequence for "speed", otherwise 0.
-        total: Tokens of a pass for "speed", otherwise 0.
+        length: Tokens of a sequence for "speed" and "recall", otherwise 0.
     """
 
     task: Literal["speed", "text", "recall"]
     kind: str
     seed: int = 0
     length: int = 0
-    total: int = 0
 
 
 def main() -> int:
     parser = _parser()
     arguments = parser.parse_args()
     settings = _settings(parser, arguments)
+    processes = arguments.processes or os.cpu_count() or 1
+    if arguments.device == "cuda":
+        processes = 1
     try:
         corpus = read_corpus(arguments.text, held_out_bytes=arguments.held_out_bytes)
         longest = sum(len(document) + 1 for document in corpus.training) - 1
@@ -76,12 +77,9 @@ def main() -> int:
         common = _common(settings, corpus, arguments.device)
         _keep_settings(output, common)
         log = output / "runs.jsonl"
-        jobs = plan(arguments.kinds, arguments.tasks, arguments.seeds, arguments.contexts)
         finished = _finished(log)
+        jobs = plan(arguments.kinds, arguments.tasks, arguments.seeds, settings.contexts)
         missing = [job for job in jobs if job not in finished]
-        processes = arguments.processes or (os.cpu_count() or 1)
-        if arguments.device == "cuda":
-            processes = 1
         for record in run_all(missing, settings, corpus, arguments.device, processes):
             with log.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -92,25 +90,18 @@ def main() -> int:
     order.sort(key=lambda job: (list(KINDS).index(job.kind), job.length, job.seed))
     records = [done[job] for job in order]
     sizes = [len(document) for document in corpus.held_out]
-    about = (
-        f"{settings.layers} causal blocks of width {settings.width}, {settings.heads} heads, "
-        f"context {settings.context}; {settings.steps} steps of {settings.batch} sequences. "
-        f"Training text: {common['text']['training_bytes']:,} bytes. Recall: {RECALL.pairs} pairs "
-        f"of {RECALL.num_keys} keys in {RECALL.length} tokens, {settings.recall_steps} steps."
+    summary = write_report(
+        output,
+        title="A causal language model with every attention",
+        sections=[
+            _about(settings, corpus),
+            *to_sections(records, sizes, RECALL_TASKS),
+            "![Bits per byte, recall, speed and memory](figure.png)",
+        ],
+        facts=facts,
+        figures={"figure.png": draw(records, sizes, RECALL_TASKS)},
     )
-    print(
-        write_report(
-            output,
-            title="A causal language model with every attention",
-            sections=[
-                about,
-                *to_sections(records, sizes, RECALL.chance),
-                "![Bits per byte, recall, speed and memory](figure.png)",
-            ],
-            facts=facts,
-            figures={"figure.png": draw(records, sizes, RECALL.chance)},
-        )
-    )
+    print(summary)
     return 0
 
 
@@ -120,18 +111,13 @@ def plan(
     """Return the runs of a study: speed first, then all kinds of a seed before the next seed."""
     jobs = []
     if "speed" in tasks:
-        total = max(contexts)
-        lengths = [(n, total) for n in contexts]
-        jobs += [
-            Job(task="speed", kind=kind, length=n, total=total)
-            for kind, (n, total) in product(kinds, lengths)
-        ]
-    trained: list[Literal["text", "recall"]] = ["text", "recall"]
-    jobs += [
-        Job(task=task, kind=kind, seed=seed)
-        for seed, task, kind in product(range(seeds), trained, kinds)
-        if task in tasks
-    ]
+        jobs += [Job(task="speed", kind=kind, length=n) for kind, n in product(kinds, contexts)]
+    for seed in range(seeds):
+        if "text" in tasks:
+            jobs += [Job(task="text", kind=kind, seed=seed) for kind in kinds]
+        if "recall" in tasks:
+            lengths = product(RECALL_TASKS, kinds)
+            jobs += [Job(task="recall", kind=kind, seed=seed, length=n) for n, kind in lengths]
     return jobs
 
 
@@ -170,9 +156,9 @@ def _run(
     records = []
     for job in jobs:
         if job.task == "speed":
-            result = measure_speed(job.kind, job.length, job.total, settings, device)
+            result = measure_speed(job.kind, job.length, settings, device)
         elif job.task == "recall":
-            result = train_recall(job.kind, job.seed, settings, device)
+            result = train_recall(job.kind, job.length, job.seed, settings, device)
         else:
             result = train_text(job.kind, job.seed, settings, corpus, device)
         records.append({**asdict(job), "attention": repr(KINDS[job.kind]), **result})
@@ -182,9 +168,9 @@ def _run(
 def _parser() -> BenchmarkParser:
     parser = BenchmarkParser("language_model", __doc__, "--out")
     parser.add_argument("text", nargs="*", help="text files, or tars with captions (patterns)")
-    parser.add_argument(
-        "--kinds", nargs="+", default=list(KINDS), metavar="KIND", help="of: " + ", ".join(KINDS)
-    )
+    quick = [kind for kind in KINDS if kind not in SLOW_KINDS]
+    about = f"of {', '.join(KINDS)}; default: all but {', '.join(SLOW_KINDS)}"
+    parser.add_argument("--kinds", nargs="+", default=quick, metavar="KIND", help=about)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -220,7 +206,18 @@ def _settings(parser: BenchmarkParser, arguments: Any) -> TextSettings:
             parser.error(f"contexts ({length}) must divide the longest ({max(arguments.contexts)})")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("device (cuda) must be available: take cpu")
-    return TextSettings(**{name: getattr(arguments, name) for name in sizes})
+    contexts = tuple(sorted(set(arguments.contexts)))
+    return TextSettings(**{name: getattr(arguments, name) for name in sizes}, contexts=contexts)
+
+
+def _about(settings: TextSettings, corpus: Corpus) -> str:
+    text = sum(map(len, corpus.training))
+    return (
+        f"{settings.layers} causal blocks of width {settings.width}, {settings.heads} heads, "
+        f"context {settings.context}; {settings.steps} steps of {settings.batch} sequences, from "
+        f"{text:,} bytes in {len(corpus.training)} documents; {settings.recall_steps} steps of a "
+        "smaller model on associative recall."
+    )
 
 
 def _common(settings: TextSettings, corpus: Corpus, device: Device) -> dict[str, Any]:
@@ -235,15 +232,19 @@ def _common(settings: TextSettings, corpus: Corpus, device: Device) -> dict[str,
         "held_out_bytes": sum(map(len, corpus.held_out)),
         "sha256": digest.hexdigest(),
     }
-    common = {"device": device, "model": asdict(settings), "recall": asdict(RECALL)}
+    common = {
+        "device": device,
+        "model": asdict(settings),
+        "recall": [asdict(task) for task in RECALL_TASKS.values()],
+    }
     return {**common, "text": text}
 
 
 def _keep_settings(output: Path, common: dict[str, Any]) -> None:
-    path = output / "settings.json"
+    path, text = output / "settings.json", json.dumps(common, indent=1) + "\n"
     if not path.exists():
-        write_atomically(path, json.dumps(common, indent=1) + "\n")
-    elif json.loads(path.read_text()) != common:
+        write_atomically(path, text)
+    elif path.read_text() != text:
         raise ValueError(f"out ({output}) must be another folder: {path} has other settings")
 
 

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
+from experiments.associative_recall import RecallTask
 from experiments.convergence_report import Interval
 from linclip_eval.plotting import COLOURS, INK, add_legend, dress, new_figure, set_token_axis
 from linclip_eval.results import markdown_table
@@ -37,17 +38,19 @@ def bits_per_byte(bits: Sequence[float] | np.ndarray, sizes: Sequence[int]) -> I
     return Interval(mean=ratio, half_width=float(student_t.ppf(0.975, count - 1) * error))
 
 
-def to_sections(records: Sequence[Record], sizes: Sequence[int], chance: float) -> list[str]:
+def to_sections(
+    records: Sequence[Record], sizes: Sequence[int], recalls: Mapping[int, RecallTask]
+) -> list[str]:
     """Return the sections of the summary, Markdown.
 
     Args:
         records: All runs; kinds are listed in the order of their appearance.
         sizes: Bytes of every held-out document.
-        chance: Accuracy of recall by a model that knows the values but not whose they are.
+        recalls: The recall tasks by their length.
     """
     return [
         *_text_section(_by_kind(records, "text"), sizes),
-        *_recall_section(_by_kind(records, "recall"), chance),
+        *_recall_section(_by_kind(records, "recall"), recalls),
         *_speed_sections(_by_kind(records, "speed")),
     ]
 
@@ -77,20 +80,24 @@ def _text_section(runs: Mapping[str, list[Record]], sizes: Sequence[int]) -> lis
     ]
 
 
-def _recall_section(runs: Mapping[str, list[Record]], chance: float) -> list[str]:
+def _recall_section(
+    runs: Mapping[str, list[Record]], recalls: Mapping[int, RecallTask]
+) -> list[str]:
     if not runs:
         return []
     rows = []
     for kind, own in runs.items():
-        seeds = [f"{100 * _recall([run], chance).mean:.1f}" for run in own]
-        mean = _recall(own, chance).text(1, 100)
-        rows.append([kind, f"{own[0]['parameters']:,}", len(own), mean, ", ".join(seeds)])
-    header = ["attention", "parameters", "seeds", "right, %", "by seed, %"]
+        found = (_recall(own, task) for task in recalls.values())
+        cells = (interval.text(1, 100) if interval else "" for interval in found)
+        seeds = len({run["seed"] for run in own})
+        rows.append([kind, f"{own[0]['parameters']:,}", seeds, *cells])
+    tasks = [f"{task.pairs} pairs in {task.length} tokens, %" for task in recalls.values()]
+    chances = " and ".join(f"{100 * task.chance:.1f} %" for task in recalls.values())
     return [
         "## Associative recall\n\nAnswers to queries that are right; chance, for a model that "
-        f"knows the values of a sequence but not whose they are, is {100 * chance:.1f} %. "
-        "Intervals over sequences, of the mean over seeds.",
-        markdown_table(header, rows),
+        f"knows the values of a sequence but not whose they are, is {chances}. Intervals over "
+        "sequences, of the mean over seeds.",
+        markdown_table(["attention", "parameters", "seeds", *tasks], rows),
     ]
 
 
@@ -113,27 +120,32 @@ def _speed_sections(runs: Mapping[str, list[Record]]) -> list[str]:
     return sections
 
 
-def draw(records: Sequence[Record], sizes: Sequence[int], chance: float) -> Figure:
+def draw(
+    records: Sequence[Record], sizes: Sequence[int], recalls: Mapping[int, RecallTask]
+) -> Figure:
     """Return a figure of what the tables say; see :func:`to_sections` for the arguments."""
     kinds = list(dict.fromkeys(record["kind"] for record in records))
     colours = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
     figure = new_figure(11, 4.6 + 0.3 * len(kinds))
     (text, recall), (speed, memory) = figure.subplots(2, 2)
-    texts, recalls, speeds = (_by_kind(records, task) for task in ("text", "recall", "speed"))
+    texts, answers, speeds = (_by_kind(records, task) for task in ("text", "recall", "speed"))
     for row, kind in enumerate(kinds):
         colour = colours[kind]
         if runs := texts.get(kind):
             _draw_interval(text, row, bits_per_byte(_mean_bits(runs), sizes), colour)
-        if runs := recalls.get(kind):
-            _draw_interval(recall, row, _recall(runs, chance), colour, factor=100)
+        for marker, task in zip("so", recalls.values(), strict=False):
+            if interval := _recall(answers.get(kind, []), task):
+                _draw_interval(recall, row, interval, colour, factor=100, marker=marker)
         if runs := sorted(speeds.get(kind, []), key=lambda run: run["length"]):
             lengths = [run["length"] for run in runs]
             style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3}
             speed.plot(lengths, [run["tokens_per_second"] for run in runs], **style, label=kind)
             memory.plot(lengths, [run["peak_bytes"] / 2**20 for run in runs], **style)
-    recall.axvline(100 * chance, color=INK, linewidth=0.8, linestyle=":")
+    for task in recalls.values():
+        recall.axvline(100 * task.chance, color=INK, linewidth=0.8, linestyle=":")
     dress(text, "Bits per byte, held-out documents")
-    dress(recall, "Associative recall, % (dotted: chance)")
+    few, many = (task.pairs for task in recalls.values())
+    dress(recall, f"Recall, %: {few} pairs (square), {many} (circle); dotted: chance")
     for axes in (text, recall):
         axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
         axes.set_ylim(len(kinds) - 0.5, -0.5)
@@ -160,14 +172,17 @@ def _mean_bits(runs: Sequence[Record]) -> np.ndarray:
     return np.mean([run["document_bits"] for run in runs], axis=0)
 
 
-def _recall(runs: Sequence[Record], chance: float) -> Interval:
-    """Return the share of right answers; a sequence has 1 / chance queries."""
-    return Interval.of((chance * np.mean([run["right_answers"] for run in runs], axis=0)).tolist())
+def _recall(runs: Sequence[Record], task: RecallTask) -> Interval | None:
+    """Return the share of right answers, if there are runs of this task."""
+    right = [run["right_answers"] for run in runs if run["length"] == task.length]
+    if not right:
+        return None
+    return Interval.of((np.mean(right, axis=0) / task.pairs).tolist())
 
 
 def _draw_interval(
-    axes: Axes, row: int, interval: Interval, colour: str, factor: float = 1.0
+    axes: Axes, row: int, interval: Interval, colour: str, factor: float = 1.0, marker: str = "o"
 ) -> None:
     reach = factor * (interval.half_width or 0.0)
-    style: dict[str, Any] = {"fmt": "o", "markersize": 5, "capsize": 3, "color": colour}
+    style: dict[str, Any] = {"fmt": marker, "markersize": 5, "capsize": 3, "color": colour}
     axes.errorbar([factor * interval.mean], [row], xerr=[[reach], [reach]], **style)

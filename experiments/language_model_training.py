@@ -23,7 +23,7 @@ from experiments.causal_model import KINDS, CausalModel, ModelShape
 from experiments.text_data import VOCABULARY, Corpus
 
 __all__ = [
-    "RECALL",
+    "RECALL_TASKS",
     "Device",
     "TextSettings",
     "document_bits",
@@ -35,10 +35,11 @@ __all__ = [
 Device = Literal["cpu", "cuda"]
 Batch = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 
-#: The recall task, its model and its training: softmax solves it in a third of the steps.
-RECALL = RecallTask()
+#: The recall tasks by their length, their model and their training; softmax solves both in a third
+#: of the steps.
+RECALL_TASKS = {task.length: task for task in (RecallTask(4, 16), RecallTask(8, 32))}
 _RECALL_SIZES = {"width": 64, "layers": 2, "heads": 1}
-_RECALL_BATCH = 64
+_RECALL_TOKENS = 2048  # of a step
 _RECALL_HELD_OUT = 1000
 #: Passes that are timed, after one whose memory is measured; the fastest counts.
 _TIMED_PASSES = 2
@@ -53,6 +54,7 @@ class TextSettings:
         steps: Steps of training on text.
         recall_steps: Steps of training on associative recall.
         lr: Peak learning rate of both.
+        contexts: Lengths whose speed and memory are measured; each divides the longest.
     """
 
     width: int
@@ -63,6 +65,7 @@ class TextSettings:
     steps: int
     recall_steps: int
     lr: float
+    contexts: tuple[int, ...]
 
     def shape(self, context: int | None = None) -> ModelShape:
         """Return the sizes of the model on text, for another context if given."""
@@ -102,19 +105,23 @@ def train_text(
     }
 
 
-def train_recall(kind: str, seed: int, settings: TextSettings, device: Device) -> dict[str, Any]:
-    """Train on associative recall; return the accuracy on every held-out sequence."""
+def train_recall(
+    kind: str, length: int, seed: int, settings: TextSettings, device: Device
+) -> dict[str, Any]:
+    """Train on the recall task of this length; return the right answers to every held-out
+    sequence."""
+    task = RECALL_TASKS[length]
     mesh = _mesh(device)
-    shape = ModelShape(context=RECALL.length, vocabulary=RECALL.vocabulary, **_RECALL_SIZES)
+    shape = ModelShape(context=length, vocabulary=task.vocabulary, **_RECALL_SIZES)
     model = CausalModel(shape, KINDS[kind], mesh, seed=seed)
 
     def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return RECALL.sample(_RECALL_BATCH, generator)
+        return task.sample(_RECALL_TOKENS // length, generator)
 
     steps = settings.recall_steps
-    loss, seconds = _train(model, batch, steps, settings.lr, seed, f"recall, {kind}", mesh)
+    loss, seconds = _train(model, batch, steps, settings.lr, seed, f"recall {length}, {kind}", mesh)
     # A seed that no run trains with, so that all runs answer the same questions.
-    tokens, targets = RECALL.sample(_RECALL_HELD_OUT, torch.Generator().manual_seed(2**31))
+    tokens, targets = task.sample(_RECALL_HELD_OUT, torch.Generator().manual_seed(2**31))
     with torch.no_grad():
         answers = model(tokens.to(mesh.device)).argmax(dim=-1).cpu()
     right = ((answers == targets) & (targets != IGNORED)).sum(dim=1)  # [B]
@@ -126,10 +133,9 @@ def train_recall(kind: str, seed: int, settings: TextSettings, device: Device) -
     }
 
 
-def measure_speed(
-    kind: str, length: int, total: int, settings: TextSettings, device: Device
-) -> dict[str, Any]:
-    """Measure forward and backward over ``total`` tokens in sequences of ``length``.
+def measure_speed(kind: str, length: int, settings: TextSettings, device: Device) -> dict[str, Any]:
+    """Measure forward and backward over as many tokens as the longest of ``settings.contexts`` has,
+    in sequences of ``length``.
 
     Returns:
         Tokens per second of the fastest pass, and the peak memory of a pass beyond the weights:
@@ -138,7 +144,9 @@ def measure_speed(
     mesh = _mesh(device)
     model = CausalModel(settings.shape(length), KINDS[kind], mesh, seed=0)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(VOCABULARY - 1, (total // length, length + 1), generator=generator)
+    tokens = torch.randint(
+        VOCABULARY - 1, (max(settings.contexts) // length, length + 1), generator=generator
+    )
     tokens = tokens.to(mesh.device)
 
     def run(tokens: Tensor) -> float:
