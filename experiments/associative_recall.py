@@ -1,7 +1,7 @@
 """Associative recall with several queries: pairs of a key and a value, then keys to be answered.
 
-The task is MQAR of arXiv 2312.04927 (section 4). Two choices are simpler here: queries stand at
-places drawn uniformly instead of by a power law, and one filler token is between them.
+The task is MQAR of arXiv 2312.04927, made simpler in two ways: queries stand at places drawn
+uniformly instead of by a power law, and the tokens between them are one filler token.
 """
 
 from dataclasses import dataclass

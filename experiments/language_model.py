@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -85,23 +85,7 @@ def main() -> int:
                 file.write(json.dumps(record) + "\n")
     except ValueError as error:
         parser.error(str(error))
-    done = _finished(log)
-    order = [job for job in done if job.kind in KINDS]
-    order.sort(key=lambda job: (list(KINDS).index(job.kind), job.length, job.seed))
-    records = [done[job] for job in order]
-    sizes = [len(document) for document in corpus.held_out]
-    summary = write_report(
-        output,
-        title="A causal language model with every attention",
-        sections=[
-            _about(settings, corpus),
-            *to_sections(records, sizes, RECALL_TASKS),
-            "![Bits per byte, recall, speed and memory](figure.png)",
-        ],
-        facts=facts,
-        figures={"figure.png": draw(records, sizes, RECALL_TASKS)},
-    )
-    print(summary)
+    print(_report(output, settings, corpus, facts))
     return 0
 
 
@@ -210,13 +194,30 @@ def _settings(parser: BenchmarkParser, arguments: Any) -> TextSettings:
     return TextSettings(**{name: getattr(arguments, name) for name in sizes}, contexts=contexts)
 
 
-def _about(settings: TextSettings, corpus: Corpus) -> str:
+def _report(output: Path, settings: TextSettings, corpus: Corpus, facts: Mapping[str, str]) -> str:
+    """Write the summary of all recorded runs, and return it."""
+    done = _finished(output / "runs.jsonl")
+    order = [job for job in done if job.kind in KINDS]
+    order.sort(key=lambda job: (list(KINDS).index(job.kind), job.length, job.seed))
+    records = [done[job] for job in order]
+    sizes = [len(document) for document in corpus.held_out]
     text = sum(map(len, corpus.training))
-    return (
+    about = (
         f"{settings.layers} causal blocks of width {settings.width}, {settings.heads} heads, "
         f"context {settings.context}; {settings.steps} steps of {settings.batch} sequences, from "
         f"{text:,} bytes in {len(corpus.training)} documents; {settings.recall_steps} steps of a "
         "smaller model on associative recall."
+    )
+    return write_report(
+        output,
+        title="A causal language model with every attention",
+        sections=[
+            about,
+            *to_sections(records, sizes, RECALL_TASKS),
+            "![Bits per byte, recall, speed and memory](figure.png)",
+        ],
+        facts=facts,
+        figures={"figure.png": draw(records, sizes, RECALL_TASKS)},
     )
 
 

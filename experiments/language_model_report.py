@@ -90,14 +90,14 @@ def _recall_section(
         found = (_recall(own, task) for task in recalls.values())
         cells = (interval.text(1, 100) if interval else "" for interval in found)
         seeds = len({run["seed"] for run in own})
-        rows.append([kind, f"{own[0]['parameters']:,}", seeds, *cells])
+        rows.append([kind, seeds, *cells])
     tasks = [f"{task.pairs} pairs in {task.length} tokens, %" for task in recalls.values()]
     chances = " and ".join(f"{100 * task.chance:.1f} %" for task in recalls.values())
     return [
         "## Associative recall\n\nAnswers to queries that are right; chance, for a model that "
         f"knows the values of a sequence but not whose they are, is {chances}. Intervals over "
         "sequences, of the mean over seeds.",
-        markdown_table(["attention", "parameters", "seeds", *tasks], rows),
+        markdown_table(["attention", "seeds", *tasks], rows),
     ]
 
 

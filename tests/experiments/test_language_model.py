@@ -16,12 +16,29 @@ from experiments import language_model
 from experiments.associative_recall import IGNORED, RecallTask
 from experiments.causal_model import KINDS, CausalModel, ModelShape
 from experiments.language_model_report import bits_per_byte
-from experiments.language_model_training import TextSettings, document_bits, train_text
+from experiments.language_model_training import (
+    TextSettings,
+    document_bits,
+    measure_speed,
+    train_recall,
+    train_text,
+)
 from experiments.text_data import SEPARATOR, VOCABULARY, Corpus, read_corpus
 from linclip_kernels.linear_attention import op
 from linclip_kernels.linear_attention.reference import relative_rms
 
 SHAPE = ModelShape(width=64, layers=2, heads=2, context=40, vocabulary=VOCABULARY)
+TINY = TextSettings(
+    width=32,
+    layers=1,
+    heads=1,
+    context=32,
+    batch=8,
+    steps=60,
+    recall_steps=2,
+    lr=1e-2,
+    contexts=(32, 64),
+)
 TEXT = "\n\n".join(f"Paragraph {i}: " + "the cat sat on the mat. " * 20 for i in range(60))
 
 
@@ -124,22 +141,11 @@ def test_windows_predict_every_token_once():
 
 
 def test_training_lowers_the_loss():
-    settings = TextSettings(
-        width=32,
-        layers=1,
-        heads=1,
-        context=32,
-        batch=8,
-        steps=60,
-        recall_steps=1,
-        lr=1e-2,
-        contexts=(32,),
-    )
     corpus = Corpus([b"the cat sat on the mat. " * 40], [b"the cat sat on the mat. "])
-    result = train_text("eq7", 0, settings, corpus, "cpu")
+    result = train_text("eq7", 0, TINY, corpus, "cpu")
     assert result["train_loss"] < 0.5 * math.log(VOCABULARY)
     assert sum(result["document_bits"]) < 0.5 * 8 * 24
-    again = train_text("eq7", 0, settings, corpus, "cpu")
+    again = train_text("eq7", 0, TINY, corpus, "cpu")
     assert again["document_bits"] == result["document_bits"]
 
 
@@ -171,6 +177,33 @@ def test_recall_tasks_that_cannot_be():
         RecallTask(9, 64, num_keys=8)
     with pytest.raises(ValueError, match=r"length \(23\) must hold .* take 24"):
         RecallTask(8, 23, num_keys=8)
+
+
+def test_answers_before_training_are_guesses():
+    right = train_recall("eq4", 16, 0, TINY, "cpu")["right_answers"]
+    assert len(right) == 1000
+    assert 0 <= min(right) <= max(right) <= 4
+    assert sum(right) / 4000 < 0.4
+
+
+def test_speed_and_memory_are_measured():
+    found = measure_speed("softmax", 32, TINY, "cpu")
+    assert found["tokens_per_second"] > 0
+    assert found["peak_bytes"] >= 0
+
+
+@pytest.mark.long
+def test_command_runs_every_task_in_processes(text, monkeypatch, capsys):
+    sizes = {"width": 32, "layers": 1, "heads": 1, "context": 32, "steps": 3, "recall-steps": 3}
+    options = [word for name, size in sizes.items() for word in (f"--{name}", size)]
+    out = text.parent / "out"
+    common = [text, "--held-out-bytes", 3000, "--kinds", "eq7", "--contexts", 32, 64]
+    assert launch(monkeypatch, *common, *options, "--out", out) == 0
+    records = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    tasks = [(record["task"], record["length"]) for record in records]
+    assert tasks[:2] == [("speed", 32), ("speed", 64)]
+    assert sorted(tasks[2:]) == [("recall", 16), ("recall", 32), ("text", 0)]
+    assert "| eq7 |" in capsys.readouterr().out
 
 
 def test_interval_of_bits_per_byte_by_hand():
@@ -278,7 +311,7 @@ def test_recorded_runs_are_not_repeated(text, monkeypatch, capsys):
     assert len(ran) == len(set(ran)) == 5 * 2 + 3 * 2
     summary = (out / "summary.md").read_text()
     assert "| eq7 | 10 | 2 | 3.000 ± 0.000 | 0.000 ± 0.000 | 3.000 ± 0.000 | 1 |" in summary
-    assert "| softmax | 10 | 2 | 87.5 ± 158.8 | 43.8 ± 79.4 |" in summary
+    assert "| softmax | 2 | 87.5 ± 158.8 | 43.8 ± 79.4 |" in summary
     assert "| softmax | 1,000 | 1,000 |" in summary
     assert (out / "figure.png").stat().st_size > 10_000
     assert len((out / "runs.jsonl").read_text().splitlines()) == 16
