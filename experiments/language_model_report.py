@@ -153,7 +153,7 @@ def draw(
     for axes, title in ((speed, "Tokens per second"), (memory, "Peak memory, MiB")):
         if every:
             set_token_axis(axes, every)
-            axes.set_yscale("log")
+            axes.set_ylim(bottom=0)
         dress(axes, f"{title}, forward and backward", xlabel="tokens of a sequence")
     if every:
         add_legend(figure, speed.get_lines())
