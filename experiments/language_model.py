@@ -34,7 +34,7 @@ from experiments.language_model_training import (
     train_recall,
     train_text,
 )
-from experiments.text_data import Corpus, read_corpus
+from experiments.text_data import Corpus, pair_bits, read_corpus
 from linclip_eval.results import write_report
 
 __all__ = ["Job", "main"]
@@ -166,7 +166,7 @@ def _parser() -> BenchmarkParser:
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--recall-steps", type=int, default=1500)
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate on text")
     parser.add_argument("--held-out-bytes", type=int, default=131072)
     lengths = [256, 512, 1024, 2048, 4096]
     about = "lengths to measure; each must divide the longest"
@@ -213,7 +213,7 @@ def _report(output: Path, settings: TextSettings, corpus: Corpus, facts: Mapping
         title="A causal language model with every attention",
         sections=[
             about,
-            *to_sections(records, sizes, RECALL_TASKS),
+            *to_sections(records, sizes, pair_bits(corpus), RECALL_TASKS),
             "![Bits per byte, recall, speed and memory](figure.png)",
         ],
         facts=facts,

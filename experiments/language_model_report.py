@@ -39,23 +39,29 @@ def bits_per_byte(bits: Sequence[float] | np.ndarray, sizes: Sequence[int]) -> I
 
 
 def to_sections(
-    records: Sequence[Record], sizes: Sequence[int], recalls: Mapping[int, RecallTask]
+    records: Sequence[Record],
+    sizes: Sequence[int],
+    pair_bits: Sequence[float],
+    recalls: Mapping[int, RecallTask],
 ) -> list[str]:
     """Return the sections of the summary, Markdown.
 
     Args:
         records: All runs; kinds are listed in the order of their appearance.
         sizes: Bytes of every held-out document.
+        pair_bits: Bits of every held-out document under counted pairs of tokens.
         recalls: The recall tasks by their length.
     """
     return [
-        *_text_section(_by_kind(records, "text"), sizes),
+        *_text_section(_by_kind(records, "text"), sizes, pair_bits),
         *_recall_section(_by_kind(records, "recall"), recalls),
         *_speed_sections(_by_kind(records, "speed")),
     ]
 
 
-def _text_section(runs: Mapping[str, list[Record]], sizes: Sequence[int]) -> list[str]:
+def _text_section(
+    runs: Mapping[str, list[Record]], sizes: Sequence[int], pair_bits: Sequence[float]
+) -> list[str]:
     if not runs:
         return []
     first, rows = next(iter(runs)), []
@@ -75,7 +81,8 @@ def _text_section(runs: Mapping[str, list[Record]], sizes: Sequence[int]) -> lis
     return [
         f"## Text\n\n{len(sizes)} held-out documents, {sum(sizes):,} bytes. Intervals over the "
         "documents, of the mean over seeds; differences are paired by document. Over seeds: the "
-        "interval for other seeds, on the same documents.",
+        "interval for other seeds, on the same documents. Counted pairs of bytes give "
+        f"{bits_per_byte(pair_bits, sizes).mean:.3f}: a model above that has learned little.",
         markdown_table([*header, "over seeds", "training, s"], rows),
     ]
 

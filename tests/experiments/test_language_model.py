@@ -23,7 +23,7 @@ from experiments.language_model_training import (
     train_recall,
     train_text,
 )
-from experiments.text_data import SEPARATOR, VOCABULARY, Corpus, read_corpus
+from experiments.text_data import SEPARATOR, VOCABULARY, Corpus, pair_bits, read_corpus
 from linclip_kernels.linear_attention import op
 from linclip_kernels.linear_attention.reference import relative_rms
 
@@ -138,6 +138,16 @@ def test_windows_predict_every_token_once():
         assert targets[targets >= 0].tolist() == [*document, SEPARATOR]
         inputs = own[:, :-1].flatten()[: len(document) + 1]
         assert inputs.tolist() == [SEPARATOR, *document]
+
+
+def test_counted_pairs_by_hand():
+    corpus = Corpus([b"ab", b"ac"], [b"ab", b"d"])
+    whole = 0.05 * VOCABULARY
+    # The stream is a, b, separator, a, c, separator: each of its five pairs comes once.
+    first = (whole + 1) / 1.05, (whole + 2) / 1.05, (whole + 1) / 1.05
+    second = (whole + 1) / 0.05, whole / 0.05
+    by_hand = [sum(map(math.log2, each)) for each in (first, second)]
+    assert pair_bits(corpus) == pytest.approx(by_hand, rel=1e-9)
 
 
 def test_training_lowers_the_loss():
