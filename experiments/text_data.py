@@ -5,6 +5,7 @@ its exact code length, whatever its language.
 """
 
 import ast
+import logging
 import random
 import re
 import sysconfig
@@ -22,10 +23,13 @@ from ds_linclip.data.captions import MAX_TEXT_BYTES, decode_text
 from ds_linclip.data.remote import Storage
 from ds_linclip.data.sample_reader import open_shard
 from ds_linclip.data.shard_index import Shard, expand
+from ds_linclip.data.tally import Tally
 from ds_linclip.data.tar_index import BadSample
 from ds_linclip.process.text_files import read_text
 
 __all__ = ["SEPARATOR", "VOCABULARY", "Corpus", "pair_bits", "read_corpus"]
+
+logger = logging.getLogger(__name__)
 
 SEPARATOR = 256
 VOCABULARY = 257
@@ -138,17 +142,22 @@ def _paragraphs(text: str) -> list[str]:
 
 def _captions(pattern: str) -> list[str]:
     storage, captions = Storage(CacheConfig(), NetworkConfig()), []
+    left_out = Tally()
     for url in expand(pattern, "text"):
-        opened, _ = open_shard(Shard(url, 0, exact=False), storage)
+        opened, problems = open_shard(Shard(url, 0, exact=False), storage)
         if isinstance(opened, BadSample):
             raise ValueError(f"text ({url}) must be a tar of samples: {opened.cause}")
+        for problem in problems:
+            left_out.add(problem.cause, problem.url)
         with closing(opened):
             for index in range(len(opened)):
                 try:
                     content = opened.read(index, "text", max_bytes=MAX_TEXT_BYTES)
                     captions.append(decode_text(content))
-                except BadSample:  # training replaces such a sample; here it is no document
-                    continue
+                except BadSample as error:  # training replaces such a sample
+                    left_out.add(error.cause, f"{opened.keys[index]} of {url}")
+    if left_out:
+        logger.warning("text (%s): left out: %s", pattern, left_out)
     return captions
 
 

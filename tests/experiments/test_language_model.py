@@ -235,7 +235,7 @@ def test_documents_of_a_text_file_are_joined_paragraphs(tmp_path):
     assert corpus.stream.tolist().count(SEPARATOR) == len(corpus.training)
 
 
-def test_documents_of_a_tar_are_its_captions(tmp_path):
+def test_documents_of_a_tar_are_its_captions(tmp_path, caplog):
     captions = [f"caption {i}, größer" for i in range(40)]
     with tarfile.open(tmp_path / "00.tar", "w") as tar:
         for i, text in enumerate([*(caption.encode() for caption in captions), b"\xff\xfe bad"]):
@@ -246,6 +246,7 @@ def test_documents_of_a_tar_are_its_captions(tmp_path):
     corpus = read_corpus([str(tmp_path / "{00..00}.tar")], held_out_bytes=100)
     found = sorted(document.decode() for document in (*corpus.training, *corpus.held_out))
     assert found == sorted(captions)
+    assert "left out: text_not_utf8: 1 (040 of" in caplog.text
 
 
 def test_manual_of_python_says_nothing_twice():
