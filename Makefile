@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-dev
 
 .PHONY: install check architecture docs docs-check site train test test-distributed test-single test-slow \
     test-faults test-latest test-gpu test-docker lock lint \
-    report study study-kinds theory bench-kernels bench-zoo bench-data bench-memory \
+    report study study-kinds language-model theory bench-kernels bench-zoo bench-data bench-memory \
     bench-checkpoint bench-context bench-loss bench-runtime bench-gpu check-layouts goodput
 
 install: $(STAMP)
@@ -95,6 +95,11 @@ study-kinds: $(STAMP) | data/embedded
 # The statements of docs/theory.md, measured and drawn (under a minute of CPU time).
 theory: $(STAMP)
 	$(BIN)/python -m experiments.theory
+
+# A causal language model with every attention: bits per byte, recall, speed, memory (20 minutes on two
+# idle cores): docs/results/language_model/<device>.
+language-model: $(STAMP)
+	$(BIN)/python -m experiments.language_model
 
 # Kills, signals, full disks, hangs: all of them; make test has a part (15 minutes).
 test-faults: $(STAMP)

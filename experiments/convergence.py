@@ -42,8 +42,8 @@ from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 #: Overrides of the forms of the paper, by their names.
 FORMS: dict[str, list[str]] = {
     "softmax": overrides_of("softmax"),
-    "Eq. 4": overrides_of("Eq. 4"),
-    "Eq. 7, alpha 0": overrides_of("Eq. 7"),
+    "Eq. 4": overrides_of("eq4"),
+    "Eq. 7, alpha 0": overrides_of("eq7"),
     **{
         f"Eq. 7, {name}": [f"model.{tower}.attention.{setting}" for tower in ("vision", "text")]
         for name, setting in (
@@ -56,7 +56,7 @@ FORMS: dict[str, list[str]] = {
 #: Variants by the names of the design, and what each is compared with, seed by seed.
 DESIGNS = {
     "forms": (FORMS, ("softmax", "Eq. 7, alpha 0")),
-    "kinds": ({name: overrides_of(name) for name in ZOO}, ("softmax", "Eq. 7")),
+    "kinds": ({name: overrides_of(name) for name in ZOO}, ("softmax", "eq7")),
 }
 
 

@@ -13,10 +13,10 @@ __all__ = ["ZOO", "overrides_of", "settings_of"]
 #: Name -> the values of ``model.vision.attention``, beside defaults. Softmax comes first.
 ZOO: dict[str, Mapping[str, Any]] = {
     "softmax": {"kind": "softmax"},
-    "Eq. 7": {"kind": "linear"},
-    "Eq. 4": {"kind": "linear", "normalized": True},
+    "eq7": {"kind": "linear"},
+    "eq4": {"kind": "linear", "normalized": True},
     "quadratic": {"kind": "linear", "normalized": True, "feature_map": "quadratic"},
-    "Eq. 4 + 3x3": {"kind": "linear", "normalized": True, "local": {"kind": "depthwise"}},
+    "eq4-local": {"kind": "linear", "normalized": True, "local": {"kind": "depthwise"}},
 }
 
 

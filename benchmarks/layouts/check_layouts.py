@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for layouts.csv and summary.md")
     parser.add_argument("--layouts", nargs="+", help=", ".join(LAYOUTS))
     parser.add_argument(
-        "--attention", nargs="+", default=["Eq. 7", "softmax"], choices=ZOO, metavar="NAME"
+        "--attention", nargs="+", default=["eq7", "softmax"], choices=ZOO, metavar="NAME"
     )
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_intermixed_args()

@@ -41,7 +41,7 @@ def table(folder: Path, embedded_overrides: list[str], *options: str) -> list[di
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("attention", "layouts"),
-    [("Eq. 7", LINEAR), pytest.param("softmax", SOFTMAX, marks=pytest.mark.slow)],
+    [("eq7", LINEAR), pytest.param("softmax", SOFTMAX, marks=pytest.mark.slow)],
 )
 def test_every_layout_trains_as_one_process(tmp_path, embedded_overrides, attention, layouts):
     options = ["--attention", attention, "--steps", "5", "--layouts", *layouts]
@@ -66,7 +66,7 @@ def test_every_layout_trains_as_one_process(tmp_path, embedded_overrides, attent
     ],
 )
 def test_traffic_is_as_planned_in_every_precision(embedded_overrides, layout, precision):
-    for rank in run(layout, "Eq. 7", 2, [*embedded_overrides, *precision]):
+    for rank in run(layout, "eq7", 2, [*embedded_overrides, *precision]):
         axes = rank.traffic.keys() | rank.planned.keys()
         apart = {axis: rank.traffic.get(axis, 0) - rank.planned.get(axis, 0) for axis in axes}
         assert all(abs(size) < CONTROL_BYTES for size in apart.values()), apart
