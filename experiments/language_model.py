@@ -145,7 +145,7 @@ def _run(
             result = train_recall(job.kind, job.length, job.seed, settings, device)
         else:
             result = train_text(job.kind, job.seed, settings, corpus, device)
-        records.append({**asdict(job), "attention": repr(KINDS[job.kind]), **result})
+        records.append({**asdict(job), "attention": str(KINDS[job.kind]), **result})
     return records
 
 
@@ -259,7 +259,7 @@ def _finished(log: Path) -> dict[Job, dict[str, Any]]:
     done = {}
     for record in map(json.loads, lines):
         job = Job(**{name: record[name] for name in Job.__dataclass_fields__})
-        if job.kind in KINDS and record["attention"] != repr(KINDS[job.kind]):
+        if job.kind in KINDS and record["attention"] != str(KINDS[job.kind]):
             raise ValueError(
                 f"out ({log.parent}) must be another folder: {job.kind} was {record['attention']}"
             )

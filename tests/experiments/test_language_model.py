@@ -62,7 +62,7 @@ def test_logits_do_not_depend_on_later_tokens(kind):
     assert not torch.isclose(before[:, 17:], after[:, 17:]).all(dim=-1).any()
 
 
-@pytest.mark.parametrize("kind", ["eq4", "eq7", "eq7-mean", "relu"])
+@pytest.mark.parametrize("kind", ["eq4", "eq7"])
 def test_attention_token_by_token_with_a_state_is_that_of_the_whole_text(kind):
     model, settings = build(kind).double(), KINDS[kind]
     attention = model.blocks[0].attn
@@ -303,7 +303,7 @@ def test_recorded_runs_are_not_repeated(text, monkeypatch, capsys):
             ran.append(job)
             yield {
                 **vars(job),
-                "attention": repr(KINDS[job.kind]),
+                "attention": str(KINDS[job.kind]),
                 "parameters": 10,
                 "seconds": 1.0,
                 "train_loss": 1.0,
@@ -331,5 +331,5 @@ def test_recorded_runs_are_not_repeated(text, monkeypatch, capsys):
     assert "must be another folder" in capsys.readouterr().err
     monkeypatch.setitem(KINDS, "softmax", KINDS["eq4"])
     assert launch(monkeypatch, *common) == 2
-    assert "softmax was Attention(kind='softmax'" in capsys.readouterr().err
+    assert "softmax was softmax" in capsys.readouterr().err
     assert json.loads((out / "settings.json").read_text())["device"] == "cpu"
