@@ -1,12 +1,19 @@
 """Every kind of attention as a loop over tokens in float64, written by hand from its definition."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ds_linclip.config import DepthwiseLocal, LinearAttention, SoftmaxAttention
+from ds_linclip.config import (
+    DepthwiseLocal,
+    HedgehogAttention,
+    LinearAttention,
+    LunaAttention,
+    SoftmaxAttention,
+)
 from ds_linclip.model.attention import Patches, SelfAttention
 
 __all__ = ["CASES", "Case", "define"]
@@ -127,6 +134,41 @@ def linear(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
     return by_row(layer, x, row)
 
 
+def divided(score: Tensor, v: Tensor) -> Tensor:
+    """Return the weighted mean of values [n, D] of one query."""
+    return score @ v / score.sum().clamp(min=1e-6 * len(v))
+
+
+def hedgehog(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    def features(matrix: Tensor, row: Tensor) -> Tensor:
+        up, down = (matrix @ row).exp(), (-matrix @ row).exp()
+        return torch.cat([up / up.sum(), down / down.sum()])
+
+    q, k, v = layer.project(x)
+    o = torch.zeros_like(v)
+    for b, h in product(range(len(v)), range(v.shape[2])):
+        for i, seen in enumerate(rows(layer, v.shape[1])):
+            query = features(layer.query_map[h], q[b, i, h])
+            keys = torch.stack([features(layer.key_map[h], each) for each in k[b, seen, h]])
+            o[b, i, h] = divided(keys @ query, v[b, seen, h])
+    return o
+
+
+def luna(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    def psi(u: Tensor) -> Tensor:
+        hidden = (layer.hidden_weight * u + layer.hidden_bias).clamp(min=0)
+        return (layer.channel_weight @ hidden + layer.channel_bias).clamp(min=0)
+
+    def features(row: Tensor) -> Tensor:
+        projections = layer.directions @ row + layer.offsets
+        return torch.cat([psi(u) for u in projections]) / len(projections) ** 0.5
+
+    def row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return divided(torch.stack([features(each) for each in k]) @ features(q), v)
+
+    return by_row(layer, x, row)
+
+
 CASES: dict[str, Case] = {
     "softmax": Case(SoftmaxAttention(), softmax),
     "eq4": Case(LinearAttention(normalized=True, head_norm=True), linear),
@@ -135,4 +177,8 @@ CASES: dict[str, Case] = {
     "quadratic": Case(LinearAttention(feature_map="quadratic", normalized=True), linear),
     "relu": Case(LinearAttention(feature_map="relu", normalized=True), linear),
     "softplus": Case(LinearAttention(feature_map="softplus"), linear),
+    "hedgehog": Case(HedgehogAttention(), hedgehog),
+    "hedgehog-local": Case(HedgehogAttention(head_norm=True, local=DepthwiseLocal()), hedgehog),
+    "luna": Case(LunaAttention(directions=5, channels=4, hidden=7), luna),
+    "luna-local": Case(LunaAttention(head_norm=True, local=DepthwiseLocal()), luna),
 }
