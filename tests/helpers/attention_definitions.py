@@ -1,6 +1,7 @@
 """Every kind of attention as a loop over tokens in float64, written by hand from its definition."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -134,39 +135,42 @@ def linear(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
     return by_row(layer, x, row)
 
 
-def divided(score: Tensor, v: Tensor) -> Tensor:
-    """Return the weighted mean of values [n, D] of one query."""
-    return score @ v / score.sum().clamp(min=1e-6 * len(v))
-
-
-def hedgehog(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
-    def features(matrix: Tensor, row: Tensor) -> Tensor:
-        up, down = (matrix @ row).exp(), (-matrix @ row).exp()
-        return torch.cat([up / up.sum(), down / down.sum()])
-
+def by_features(
+    layer: Any,
+    x: Tensor,
+    query_features: Callable[[Tensor, int], Tensor],
+    key_features: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Return means of values with weights phi(q).phi(k); phi is given a row [D] and its head."""
     q, k, v = layer.project(x)
     o = torch.zeros_like(v)
     for b, h in product(range(len(v)), range(v.shape[2])):
+        keys = torch.stack([key_features(each, h) for each in k[b, :, h]])
         for i, seen in enumerate(rows(layer, v.shape[1])):
-            query = features(layer.query_map[h], q[b, i, h])
-            keys = torch.stack([features(layer.key_map[h], each) for each in k[b, seen, h]])
-            o[b, i, h] = divided(keys @ query, v[b, seen, h])
+            score = keys[seen] @ query_features(q[b, i, h], h)
+            o[b, i, h] = score @ v[b, seen, h] / score.sum().clamp(min=1e-6 * len(score))
     return o
+
+
+def hedgehog(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    def features(matrices: Tensor, row: Tensor, head: int) -> Tensor:
+        up, down = (matrices[head] @ row).exp(), (-matrices[head] @ row).exp()
+        return torch.cat([up / up.sum(), down / down.sum()])
+
+    maps = partial(features, layer.query_map), partial(features, layer.key_map)
+    return by_features(layer, x, *maps)
 
 
 def luna(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
     def psi(u: Tensor) -> Tensor:
         hidden = (layer.hidden_weight * u + layer.hidden_bias).clamp(min=0)
-        return (layer.channel_weight @ hidden + layer.channel_bias).clamp(min=0)
+        return (1 + (layer.channel_weight @ hidden + layer.channel_bias).exp()).log()
 
-    def features(row: Tensor) -> Tensor:
+    def features(row: Tensor, head: int) -> Tensor:
         projections = layer.directions @ row + layer.offsets
         return torch.cat([psi(u) for u in projections]) / len(projections) ** 0.5
 
-    def row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return divided(torch.stack([features(each) for each in k]) @ features(q), v)
-
-    return by_row(layer, x, row)
+    return by_features(layer, x, features, features)
 
 
 CASES: dict[str, Case] = {

@@ -1,7 +1,8 @@
 """LUNA: linear attention with a learned feature map that all heads share, arXiv 2512.08061.
 
 Query and key x have the features psi_l(w_i.x + b_i) / sqrt(m), l inner, for the paper's envelope
-h(x) = 1. The psi_l are the outputs of one MLP of a number, relu both inside and after.
+h(x) = 1. The psi_l are the outputs of one MLP of a number, with relu inside and softplus after it.
+The paper has relu there too, after which many features are zero for all inputs and learn nothing.
 """
 
 from collections.abc import Mapping
@@ -21,9 +22,6 @@ __all__ = ["Attention"]
 #: Hidden values of the MLP that are there at once, 128 MiB in fp32: all of them would be hundreds
 #: of times the size of queries and keys.
 _MAX_HIDDEN = 2**25
-#: Initial bias of the psi_l. With a smaller one, such as that of torch's layers, some features are
-#: zero for all inputs and learn nothing.
-_CHANNEL_BIAS = 0.5
 
 
 class Attention(LinearStateAttention):
@@ -48,17 +46,20 @@ class Attention(LinearStateAttention):
         return 2 * features + super().flops(settings, head_dim, num_tokens, causal=causal)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
-        parameters = [self.shared(name) for name in _map_parameters(self.settings, self.head_dim)]
-        q, k = (self._features(x, v.dtype, parameters) for x in (q, k))
+        q, k = self.features(q, k, dtype=v.dtype)
         return self.sum_values(q, k, v, feature_map="identity", qk_norm=False, normalized=True)
 
-    def _features(self, x: Tensor, dtype: torch.dtype, parameters: list[Tensor]) -> Tensor:
-        """Return the features [B, N, H, F] of queries or keys, a number of rows at a time."""
-        rows = x.flatten(0, 1)  # [B * N, H, D]
-        hidden_per_row = x.shape[2] * self.settings.directions * self.settings.hidden
-        parts = rows.split(max(1, _MAX_HIDDEN // hidden_per_row))
-        features = torch.cat([recomputed(_features, part, dtype, *parameters) for part in parts])
-        return features.unflatten(0, x.shape[:2])
+    def features(self, *inputs: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Return the features [B, N, H, F] of queries or keys [B, N, H, D], in ``dtype``."""
+        parameters = [self.shared(name) for name in _map_parameters(self.settings, self.head_dim)]
+        found = []
+        for x in inputs:
+            rows = x.flatten(0, 1)  # [B * N, H, D]
+            hidden_per_row = x.shape[2] * self.settings.directions * self.settings.hidden
+            parts = rows.split(max(1, _MAX_HIDDEN // hidden_per_row))
+            phi = torch.cat([recomputed(_features, part, dtype, *parameters) for part in parts])
+            found.append(phi.unflatten(0, x.shape[:2]))
+        return found
 
 
 def _map_parameters(settings: Any, head_dim: int) -> dict[str, OwnParameter]:
@@ -66,14 +67,13 @@ def _map_parameters(settings: Any, head_dim: int) -> dict[str, OwnParameter]:
     m, channels, hidden = settings.directions, settings.channels, settings.hidden
     of_inputs, of_hidden = _uniform(1), _uniform(hidden)  # torch's, for 1 and for hidden inputs
     direction = partial(nn.init.normal_, std=head_dim**-0.5)
-    bias = partial(nn.init.constant_, val=_CHANNEL_BIAS)
     return {
         "directions": OwnParameter((m, head_dim), direction, split=None),
         "offsets": OwnParameter((m,), nn.init.zeros_, split=None),
         "hidden_weight": OwnParameter((hidden,), of_inputs, split=None),
         "hidden_bias": OwnParameter((hidden,), of_inputs, split=None),
         "channel_weight": OwnParameter((channels, hidden), of_hidden, split=None),
-        "channel_bias": OwnParameter((channels,), bias, split=None),
+        "channel_bias": OwnParameter((channels,), of_hidden, split=None),
     }
 
 
@@ -88,5 +88,5 @@ def _features(x: Tensor, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
     hidden_weight, hidden_bias, channel_weight, channel_bias = mlp
     projected = F.linear(x, directions, offsets)  # [R, H, m]
     hidden = (projected[..., None] * hidden_weight + hidden_bias).relu()  # [R, H, m, hidden]
-    psi = F.linear(hidden, channel_weight, channel_bias).relu()  # [R, H, m, L]
+    psi = F.softplus(F.linear(hidden, channel_weight, channel_bias))  # [R, H, m, L]
     return (psi.flatten(2) * len(directions) ** -0.5).to(dtype)
