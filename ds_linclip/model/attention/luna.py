@@ -19,9 +19,9 @@ from ds_linclip.model.attention.recompute import recomputed
 
 __all__ = ["Attention"]
 
-#: Hidden values of the MLP that are there at once, 128 MiB in fp32: all of them would be hundreds
-#: of times the size of queries and keys.
-_MAX_HIDDEN = 2**25
+#: Hidden values of the MLP that are there at once, 64 MiB in fp32. All of them are, with 16
+#: directions and 64 hidden units, 32 times the size of queries and keys in bf16.
+_MAX_HIDDEN = 2**24
 
 
 class Attention(LinearStateAttention):

@@ -76,7 +76,7 @@ def test_intermediate_results_of_the_map_are_not_kept(mesh, kind):
 
 def test_the_hidden_layer_of_luna_is_computed_in_parts(mesh, monkeypatch):
     results = []
-    for most in (2**25, 2**15):
+    for most in (2**24, 2**15):
         monkeypatch.setattr(luna, "_MAX_HIDDEN", most)
         layer = make_layer(mesh, "luna").double()
         x = torch.randn(2, 50, WIDTH, dtype=torch.float64, requires_grad=True)
