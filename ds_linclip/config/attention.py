@@ -13,9 +13,11 @@ __all__ = [
     "Attention",
     "AttentionSettings",
     "DepthwiseLocal",
+    "HedgehogAttention",
     "LayerAttention",
     "LinearAttention",
     "Local",
+    "LunaAttention",
     "NoLocal",
     "SoftmaxAttention",
     "StateAttention",
@@ -138,8 +140,56 @@ class LinearAttention(StateAttention):
     length_exponent: float = 0.0
 
 
+@dataclass(kw_only=True, frozen=True)
+class HedgehogAttention(StateAttention):
+    """Linear attention whose learned features are softmaxes over the entries of a head, Hedgehog,
+    arXiv 2402.04347.
+
+    A query and a key have the features [softmax(A x), softmax(-A x)], with a matrix A for the
+    queries and one for the keys of every head. The output is divided by the sum of scores.
+    """
+
+    kind: Literal["hedgehog"] = "hedgehog"
+    # The operator takes at most 256 features, two for each entry of a head.
+    head_dims: ClassVar[range] = range(16, 129)
+
+
+@dataclass(kw_only=True, frozen=True)
+class LunaAttention(StateAttention):
+    """Linear attention with a learned feature map that all heads share, LUNA, arXiv 2512.08061.
+
+    A query and a key x have the features psi_l(w_i.x + b_i), where the psi_l are the outputs of one
+    small MLP of a number, without negative values. The output is divided by the sum of scores.
+    """
+
+    kind: Literal["luna"] = "luna"
+    #: Directions w_i on which queries and keys are projected.
+    directions: int = 16
+    #: Features psi_l of every direction; 16 <= directions x channels <= 256.
+    channels: int = 4
+    #: Hidden units of the MLP.
+    hidden: int = 64
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        yield from super().problems(causal=causal)
+        if not 1 <= self.channels <= 256:
+            nearest = 1 if self.channels < 1 else 256
+            yield "channels", f"be in 1..256: {nearest} would do"
+        elif not 16 <= self.directions * self.channels <= 256:
+            fewest, most = -(-16 // self.channels), 256 // self.channels
+            nearest = min(max(self.directions, fewest), most)
+            yield (
+                "directions",
+                f"be in {fewest}..{most} with {self.channels} channels, for "
+                f"16 <= directions x channels <= 256: {nearest} would do",
+            )
+        if self.hidden < 1:
+            yield "hidden", "be at least 1"
+
+
 #: The attention of a layer.
-Attention = LinearAttention | SoftmaxAttention
+Attention = HedgehogAttention | LinearAttention | LunaAttention | SoftmaxAttention
 #: The settings of every kind, by its name.
 ATTENTION_KINDS: dict[str, Any] = {each.kind: each for each in get_args(Attention)}
 

@@ -1,12 +1,20 @@
 """Every kind of attention as a loop over tokens in float64, written by hand from its definition."""
 
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ds_linclip.config import DepthwiseLocal, LinearAttention, SoftmaxAttention
+from ds_linclip.config import (
+    DepthwiseLocal,
+    HedgehogAttention,
+    LinearAttention,
+    LunaAttention,
+    SoftmaxAttention,
+)
 from ds_linclip.model.attention import Patches, SelfAttention
 
 __all__ = ["CASES", "Case", "define"]
@@ -127,6 +135,44 @@ def linear(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
     return by_row(layer, x, row)
 
 
+def by_features(
+    layer: Any,
+    x: Tensor,
+    query_features: Callable[[Tensor, int], Tensor],
+    key_features: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Return means of values with weights phi(q).phi(k); phi is given a row [D] and its head."""
+    q, k, v = layer.project(x)
+    o = torch.zeros_like(v)
+    for b, h in product(range(len(v)), range(v.shape[2])):
+        keys = torch.stack([key_features(each, h) for each in k[b, :, h]])
+        for i, seen in enumerate(rows(layer, v.shape[1])):
+            score = keys[seen] @ query_features(q[b, i, h], h)
+            o[b, i, h] = score @ v[b, seen, h] / score.sum().clamp(min=1e-6 * len(score))
+    return o
+
+
+def hedgehog(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    def features(matrices: Tensor, row: Tensor, head: int) -> Tensor:
+        up, down = (matrices[head] @ row).exp(), (-matrices[head] @ row).exp()
+        return torch.cat([up / up.sum(), down / down.sum()])
+
+    maps = partial(features, layer.query_map), partial(features, layer.key_map)
+    return by_features(layer, x, *maps)
+
+
+def luna(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    def psi(u: Tensor) -> Tensor:
+        hidden = (layer.hidden_weight * u + layer.hidden_bias).clamp(min=0)
+        return (1 + (layer.channel_weight @ hidden + layer.channel_bias).exp()).log()
+
+    def features(row: Tensor, head: int) -> Tensor:
+        projections = layer.directions @ row + layer.offsets
+        return torch.cat([psi(u) for u in projections]) / len(projections) ** 0.5
+
+    return by_features(layer, x, features, features)
+
+
 CASES: dict[str, Case] = {
     "softmax": Case(SoftmaxAttention(), softmax),
     "eq4": Case(LinearAttention(normalized=True, head_norm=True), linear),
@@ -135,4 +181,8 @@ CASES: dict[str, Case] = {
     "quadratic": Case(LinearAttention(feature_map="quadratic", normalized=True), linear),
     "relu": Case(LinearAttention(feature_map="relu", normalized=True), linear),
     "softplus": Case(LinearAttention(feature_map="softplus"), linear),
+    "hedgehog": Case(HedgehogAttention(), hedgehog),
+    "hedgehog-local": Case(HedgehogAttention(head_norm=True, local=DepthwiseLocal()), hedgehog),
+    "luna": Case(LunaAttention(directions=5, channels=4, hidden=7), luna),
+    "luna-local": Case(LunaAttention(head_norm=True, local=DepthwiseLocal()), luna),
 }

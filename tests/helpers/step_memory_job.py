@@ -25,6 +25,8 @@ ZERO = {
 }
 LONG = ("model.vision.image_size=512", "train.micro_batch_size=4")
 SOFTMAX = ("model.vision.attention.kind=softmax", "model.text.attention.kind=softmax")
+LUNA = ("model.vision.attention.kind=luna", "model.text.attention.kind=luna")
+HEDGEHOG = ("model.vision.attention.kind=hedgehog", "model.text.attention.kind=hedgehog")
 FULL = ("train.activation_checkpointing=full",)
 SELECTIVE = ("train.activation_checkpointing=selective",)
 
@@ -62,6 +64,12 @@ CASES = {
     "zero3-micro": layout(2, "bf16", 3, 32, 4),
     "tp2-softmax": layout(2, "fp32", 1, 16, 16, *SOFTMAX, "parallel.tp=2", "parallel.dp=1"),
     "pp2-full": layout(2, "bf16", 1, 32, 32, *FULL, "parallel.pp=2", "parallel.dp=1"),
+    "long-luna": layout(1, "bf16", 1, 4, 4, *LONG, *LUNA),
+    "long-luna-selective": layout(1, "bf16", 1, 4, 4, *LONG, *LUNA, *SELECTIVE),
+    "long-luna-full": layout(1, "bf16", 1, 4, 4, *LONG, *LUNA, *FULL),
+    "zero3-luna": layout(2, "bf16", 3, 32, 16, *LUNA),
+    "long-hedgehog": layout(1, "bf16", 1, 4, 4, *LONG, *HEDGEHOG),
+    "tp2-hedgehog": layout(2, "fp32", 1, 16, 16, *HEDGEHOG, "parallel.tp=2", "parallel.dp=1"),
     "cp2-long": layout(2, "fp32", 1, 4, 4, *LONG, "parallel.cp=2", "parallel.dp=1"),
 }
 #: Every kind of attention, on its own.

@@ -7,6 +7,7 @@ import pytest
 from ds_linclip.config import as_image_size, load_config
 
 EMBEDDED = "ds_configs/train/embedded.yaml"
+LUNA = "model.vision.attention.kind=luna"
 NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
 
 
@@ -19,7 +20,7 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ("optim.lr=fast", r"^optim\.lr \(fast\) must be a finite number$"),
         (
             "model.text.attention.kind=flash",
-            r"^model\.text\.attention\.kind \(flash\) must be linear or softmax$",
+            r"^model\.text\.attention\.kind \(flash\) must be hedgehog, .*softmax$",
         ),
         (
             "model.vision.image_size=[30,32]",
@@ -188,6 +189,30 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             "model.vision.head_width=8",
             r"attention\.kind \(linear\) needs a head dimension in 16\.\.256, not \(8\): 16",
+        ),
+        (
+            [
+                "model.vision.attention.kind=hedgehog",
+                "model.vision.head_width=256",
+                "model.vision.width=256",
+            ],
+            r"attention\.kind \(hedgehog\) needs a head dimension in 16\.\.128, not \(256\): 128",
+        ),
+        (
+            [LUNA, "model.vision.attention.directions=3"],
+            r"attention\.directions \(3\) must be in 4\.\.64 with 4 channels, .*: 4 would do",
+        ),
+        (
+            [LUNA, "model.vision.attention.channels=32"],
+            r"directions \(16\) must be in 1\.\.8 with 32 channels, .* <= 256: 8 would do",
+        ),
+        (
+            [LUNA, "model.vision.attention.channels=0"],
+            r"attention\.channels \(0\) must be in 1\.\.256: 1 would do",
+        ),
+        (
+            [LUNA, "model.vision.attention.hidden=0"],
+            r"attention\.hidden \(0\) must be at least 1",
         ),
         ("watchdog.timeout_seconds=-1", r"watchdog\.timeout_seconds \(-1\.0\) must not be neg"),
         ("watchdog.timeout_seconds=.nan", r"watchdog\.timeout_seconds \(\.nan\) must be a finite"),
