@@ -43,7 +43,8 @@ class Attention(LinearStateAttention):
 
     @classmethod
     def num_summed(cls, settings: Any, width: int, num_tokens: int, *, causal: bool) -> int:
-        return settings.gate * width * num_tokens
+        local = super().num_summed(settings, width, num_tokens, causal=causal)
+        return local + settings.gate * width * num_tokens
 
     @classmethod
     def projection_flops(cls, settings: Any, width: int) -> float:

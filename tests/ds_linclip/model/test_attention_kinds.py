@@ -289,3 +289,17 @@ def test_a_layer_that_needs_the_grid_says_so(mesh):
     layer = make_layer(mesh, CASES["eq7-local"].settings, causal=False)
     with pytest.raises(ValueError, match=r"patches \(None\) must be given: attention linear"):
         layer(torch.randn(1, 5, WIDTH))
+
+
+@pytest.mark.parametrize(("name", "causal"), BOTH)
+def test_a_layer_is_one_graph_to_the_compiler_and_has_shapes_without_memory(mesh, name, causal):
+    layer, patches = (
+        make_layer(mesh, CASES[name].settings, causal=causal),
+        places(13, causal=causal),
+    )
+    x = torch.randn(2, 13, WIDTH)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert relative_rms(compiled(x, patches), layer(x, patches)) <= 1e-6
+    o = layer.to("meta")(x.to("meta").requires_grad_(), patches)
+    o.sum().backward()
+    assert o.shape == x.shape
