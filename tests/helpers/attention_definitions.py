@@ -167,8 +167,10 @@ def mila(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
         speeds = layer.settings.rotation_base ** -(torch.arange(steps).double() / steps)
         for i, seen in enumerate(rows(layer, q.shape[1])):
             turns = ((places[i] - places[seen])[:, :, None] * speeds).flatten(1)[:, None]
-            (a, b_), (c, d) = q[b, i].chunk(2, -1), k[b, seen].chunk(2, -1)  # [H, D / 2] and [n, H, D / 2]
-            weight = (turns.cos() * (a * c + b_ * d) + turns.sin() * (a * d - b_ * c)).sum(-1)
+            q_1, q_2 = q[b, i].chunk(2, -1)  # [H, D / 2]
+            k_1, k_2 = k[b, seen].chunk(2, -1)  # [n, H, D / 2]
+            along, across = q_1 * k_1 + q_2 * k_2, q_1 * k_2 - q_2 * k_1
+            weight = (turns.cos() * along + turns.sin() * across).sum(-1)
             score = (q[b, i] * k[b, seen]).sum(-1)  # [n, H]
             out.append((weight[:, :, None] * v[b, seen]).sum(0) / score.sum(0)[:, None])
     return torch.stack(out).view(v.shape)

@@ -17,6 +17,6 @@ def identity_layer(settings: Any, head_dim: int, *, causal: bool = False) -> Sel
     kind = attention_class(settings)
     layer = kind(head_dim, 1, settings, Mesh.create(), causal=causal, **options).double()
     with torch.no_grad():
-        layer.qkv.weight.copy_(torch.eye(head_dim).repeat(3, 1))
-        layer.out_proj.weight.copy_(torch.eye(head_dim))
+        layer.get_parameter("qkv.weight").copy_(torch.eye(head_dim).repeat(3, 1))
+        layer.get_parameter("out_proj.weight").copy_(torch.eye(head_dim))
     return layer

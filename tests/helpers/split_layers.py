@@ -54,7 +54,7 @@ def run_layer(mesh: Mesh, name: str, *, causal: bool) -> Result:
         o.detach(),
         x.grad,
         {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()},
-        {n: p.partition_dim for n, p in parameters.items() if getattr(p, "partition_dim", -1) >= 0},
+        {n: p.partition_dim for n, p in parameters.items() if hasattr(p, "partition_dim")},
     )
 
 
@@ -65,7 +65,8 @@ def run_split(axis: str, names: list[tuple[str, bool]], folder: Path) -> list[di
 
 
 def _write_results(axis: str, names: list[tuple[str, bool]], folder: Path) -> None:
-    mesh = Mesh.create(ParallelConfig(**{axis: 2}))
+    sizes: dict[str, Any] = {axis: 2}
+    mesh = Mesh.create(ParallelConfig(**sizes))
     results = {(name, causal): run_layer(mesh, name, causal=causal) for name, causal in names}
     torch.save(results, folder / f"{axis}-{mesh.rank}.pt")
     mesh.close()

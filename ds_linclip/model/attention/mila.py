@@ -44,9 +44,8 @@ class Attention(LinearStateAttention):
         """Return the mean [B, N or 1, H, D] of all keys' features that a token sees."""
         if self.causal:
             return k.cumsum(1) / torch.arange(1, k.shape[1] + 1, device=k.device)[:, None, None]
-        assert patches is not None or self.cp_group is None
-        num_tokens = k.shape[1] if self.cp_group is None else patches.num_tokens
-        return sum_over_ranks(k.sum(1, keepdim=True), self.cp_group) / num_tokens
+        total = sum_over_ranks(k.sum(1, keepdim=True), self.cp_group)
+        return total / (k.shape[1] if patches is None else patches.num_tokens)
 
     def _angles(self, x: Tensor, patches: Patches | None, dtype: torch.dtype) -> Tensor:
         """Return the angle of every token and pair of channels, [1 or B, N, 1, D / 2]."""
@@ -64,7 +63,7 @@ class Attention(LinearStateAttention):
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Return x [B, N, H, D] with channels i and i + D / 2 rotated, by angles [1 or B, N, 1, D / 2]."""
+    """Return x [B, N, H, D], channels i and i + D / 2 rotated by angles [1 or B, N, 1, D / 2]."""
     first, second = x.chunk(2, -1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)

@@ -56,7 +56,8 @@ def test_rows_without_positive_entries_give_zero_and_no_gradient(causal):
     everything = torch.zeros(1, 3, SIZE, requires_grad=True)
     o = layer(everything)
     (grad,) = torch.autograd.grad(o.sum(), everything)
-    assert not o.any() and not grad.any()
+    assert not o.any()
+    assert not grad.any()
 
 
 def test_features_of_tiny_and_huge_rows_are_scaled_ones():

@@ -68,4 +68,5 @@ def test_very_negative_features_are_finite():
     x = torch.full((1, 3, SIZE), -1000.0, requires_grad=True)
     o = layer(x)
     (grad,) = torch.autograd.grad(o.sum(), x)
-    assert o.isfinite().all() and grad.isfinite().all()
+    assert o.isfinite().all()
+    assert grad.isfinite().all()
