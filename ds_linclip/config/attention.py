@@ -174,8 +174,7 @@ class MilaAttention(StateAttention):
 
     kind: Literal["mila"] = "mila"
     head_dims: ClassVar[range] = range(16, 257, 4)
-    #: The slowest pair of channels turns by about 1 / rotation_base per patch or token, the fastest
-    #: by 1.
+    #: Pairs of channels turn by rotation_base^-t radians per patch or token, t from 0 to almost 1.
     rotation_base: float = 10000.0
 
     @property
