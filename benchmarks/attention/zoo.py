@@ -17,6 +17,9 @@ ZOO: dict[str, Mapping[str, Any]] = {
     "eq4": {"kind": "linear", "normalized": True},
     "quadratic": {"kind": "linear", "normalized": True, "feature_map": "quadratic"},
     "eq4-local": {"kind": "linear", "normalized": True, "local": {"kind": "depthwise"}},
+    "focused": {"kind": "focused"},
+    "mila": {"kind": "mila"},
+    "polaformer": {"kind": "polaformer"},
 }
 
 

@@ -203,7 +203,7 @@ class PolaformerAttention(StateAttention):
     """
 
     kind: Literal["polaformer"] = "polaformer"
-    head_dims: ClassVar[range] = range(32, 129, 2)
+    head_dims: ClassVar[range] = range(16, 129, 2)
     #: Powers are 1 + alpha * sigmoid(learned number), 1 + alpha / 2 at first.
     alpha: float = 4.0
     #: Multiply the output by a linear map of the layer's input, as large as the one that gives the

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ds_linclip.model.attention.base import LinearStateAttention
 from ds_linclip.model.attention.patches import Patches
+from ds_linclip.model.attention.recompute import recomputed
 from ds_linclip.parallel.context_parallel import sum_over_ranks, token_slice
 
 __all__ = ["Attention"]
@@ -28,13 +29,9 @@ class Attention(LinearStateAttention):
 
     def prepare(self, x: Tensor, patches: Patches | None) -> tuple[Tensor, ...]:
         q, k, v = self.project(x)
-        dtype = torch.promote_types(v.dtype, torch.float32)
-        q, k = (F.elu(each.to(dtype)) + 1 for each in (q, k))
-        mean_score = (q * self._mean(k, patches)).sum(-1, keepdim=True)  # [B, N, H, 1]
-        angles = self._angles(x, patches, dtype)
-        # Divided here, the sums of values need no division, and are in the range of the values.
-        q = _rotate(q, angles) / mean_score.clamp(min=1e-6)
-        return q.to(v.dtype), _rotate(k, angles).to(v.dtype), v
+        angles = self._angles(x, patches)
+        q = recomputed(_queries, q, self._mean(k, patches), angles)
+        return q, recomputed(_keys, k, angles), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
         form = {"feature_map": "identity", "qk_norm": False}
@@ -43,13 +40,15 @@ class Attention(LinearStateAttention):
     def _mean(self, k: Tensor, patches: Patches | None) -> Tensor:
         """Return the mean [B, N or 1, H, D] of all keys' features that a token sees."""
         if self.causal:
-            return k.cumsum(1) / torch.arange(1, k.shape[1] + 1, device=k.device)[:, None, None]
-        total = sum_over_ranks(k.sum(1, keepdim=True), self.cp_group)
+            num_keys = torch.arange(1, k.shape[1] + 1, device=k.device)[:, None, None]
+            return recomputed(_running_sum, k) / num_keys
+        total = sum_over_ranks(recomputed(_sum, k), self.cp_group)
         return total / (k.shape[1] if patches is None else patches.num_tokens)
 
-    def _angles(self, x: Tensor, patches: Patches | None, dtype: torch.dtype) -> Tensor:
+    def _angles(self, x: Tensor, patches: Patches | None) -> Tensor:
         """Return the angle of every token and pair of channels, [1 or B, N, 1, D / 2]."""
         self.check_patches(patches)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if patches is None or self.causal:
             places = torch.arange(x.shape[1], device=x.device)[None, :, None]  # [1, N, 1]
         else:
@@ -60,6 +59,30 @@ class Attention(LinearStateAttention):
         exponents = torch.arange(num_frequencies, device=x.device, dtype=dtype) / num_frequencies
         frequencies = self.settings.rotation_base**-exponents
         return (places[..., None] * frequencies).flatten(2)[:, :, None]
+
+
+def _features(x: Tensor) -> Tensor:
+    return F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
+
+
+def _sum(k: Tensor) -> Tensor:
+    return _features(k).sum(1, keepdim=True)
+
+
+def _running_sum(k: Tensor) -> Tensor:
+    return _features(k).cumsum(1)
+
+
+def _keys(k: Tensor, angles: Tensor) -> Tensor:
+    return _rotate(_features(k), angles).to(k.dtype)
+
+
+def _queries(q: Tensor, mean: Tensor, angles: Tensor) -> Tensor:
+    """Return rotated features, divided by the mean of the scores: then the sums of values need no
+    division and are in the range of the values."""
+    features = _features(q)
+    mean_score = (features * mean).sum(-1, keepdim=True).clamp(min=1e-6)  # [B, N, H, 1]
+    return (_rotate(features, angles) / mean_score).to(q.dtype)
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:

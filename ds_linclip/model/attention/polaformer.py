@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ds_linclip.model.attention.base import LinearStateAttention
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.patches import Patches
+from ds_linclip.model.attention.recompute import recomputed
 from ds_linclip.parallel.tensor_parallel import sum_gradients_of_heads
 
 __all__ = ["Attention"]
@@ -39,7 +40,8 @@ class Attention(LinearStateAttention):
     @classmethod
     def num_state_values(cls, settings: Any, head_dim: int) -> int:
         # Each half of the values has a state.
-        return 2 * (2 * head_dim + 1) * (head_dim // 2 + 1)
+        num_values = head_dim // 2 if _is_divided(head_dim) else head_dim
+        return 2 * (2 * head_dim + 1) * (num_values + 1)
 
     @classmethod
     def num_summed(cls, settings: Any, width: int, num_tokens: int, *, causal: bool) -> int:
@@ -52,17 +54,18 @@ class Attention(LinearStateAttention):
 
     def prepare(self, x: Tensor, patches: Patches | None) -> tuple[Tensor, ...]:
         q, k, v = self.project(x)
-        dtype = torch.promote_types(v.dtype, torch.float32)
-        power = self.get_parameter("power").view(self.local_heads, self.head_dim).to(dtype)
-        exponent = 1 + self.settings.alpha * power.sigmoid()  # [H, D]
-        q, k = (_by_sign(each.to(dtype), exponent).to(v.dtype) for each in (q, k))
+        power, alpha = self.get_parameter("power"), self.settings.alpha
+        q, k = (recomputed(_by_sign, each, power, alpha) for each in (q, k))
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
-        # Positive and negative parts change places in the queries of the second half.
-        halves = zip((q, q.roll(self.head_dim, -1)), v.chunk(2, -1), strict=True)
-        form = {"feature_map": "identity", "qk_norm": False, "normalized": True}
-        return torch.cat([self.sum_values(each, k, values, **form) for each, values in halves], -1)
+        half = v.shape[3] // 2
+        first, second = v.chunk(2, -1) if _is_divided(self.head_dim) else (v, v)
+        attend = partial(self.sum_values, feature_map="identity", qk_norm=False, normalized=True)
+        same = attend(q, k, first)[..., :half]
+        # Positive and negative parts change places in the queries.
+        opposite = attend(q.roll(self.head_dim, -1), k, second)[..., -half:]
+        return torch.cat([same, opposite], -1)
 
     def finish(self, o: Tensor, x: Tensor, v: Tensor, patches: Patches | None) -> Tensor:
         o = super().finish(o, x, v, patches)
@@ -88,7 +91,15 @@ class Attention(LinearStateAttention):
             nn.init.ones_(self.get_parameter("gate_bias"))
 
 
-def _by_sign(x: Tensor, exponent: Tensor) -> Tensor:
-    """Return relu(x)^p and relu(-x)^p, [B, N, H, 2 * D], of x [B, N, H, D]."""
-    powers = x.abs().pow(exponent)
-    return torch.cat([powers.where(x > 0, 0), powers.where(x < 0, 0)], -1)
+def _is_divided(head_dim: int) -> bool:
+    """Return whether each half of the values is computed alone: the kernels need 16 of them."""
+    return head_dim >= 32
+
+
+def _by_sign(x: Tensor, power: Tensor, alpha: float) -> Tensor:
+    """Return relu(x)^p and relu(-x)^p, [B, N, H, 2 * D], of x [B, N, H, D] and the learned numbers
+    [H * D] that give p."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    exponent = 1 + alpha * power.to(dtype).sigmoid().view(x.shape[2:])
+    powers = x.to(dtype).abs().pow(exponent)
+    return torch.cat([powers.where(x > 0, 0), powers.where(x < 0, 0)], -1).to(x.dtype)

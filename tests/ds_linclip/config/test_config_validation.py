@@ -190,8 +190,8 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
             r"attention\.kind \(linear\) needs a head dimension in 16\.\.256, not \(8\): 16",
         ),
         (
-            ["model.vision.head_width=16", "model.vision.attention.kind=polaformer"],
-            r"\(polaformer\) needs a head dimension in 32\.\.128 in steps of 2, not \(16\): 32",
+            ["model.vision.head_width=8", "model.vision.attention.kind=polaformer"],
+            r"\(polaformer\) needs a head dimension in 16\.\.128 in steps of 2, not \(8\): 16",
         ),
         (
             ["model.vision.attention.kind=polaformer", "model.vision.attention.alpha=-1"],
