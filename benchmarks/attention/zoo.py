@@ -10,6 +10,7 @@ from ds_linclip.config import ATTENTION_KINDS, Attention, SoftmaxAttention, buil
 
 __all__ = ["ZOO", "overrides_of", "settings_of"]
 
+
 #: Name -> the values of ``model.vision.attention``, beside defaults. Softmax comes first.
 ZOO: dict[str, Mapping[str, Any]] = {
     "softmax": {"kind": "softmax"},
@@ -17,6 +18,9 @@ ZOO: dict[str, Mapping[str, Any]] = {
     "eq4": {"kind": "linear", "normalized": True},
     "quadratic": {"kind": "linear", "normalized": True, "feature_map": "quadratic"},
     "eq4-local": {"kind": "linear", "normalized": True, "local": {"kind": "depthwise"}},
+    "focused": {"kind": "focused"},
+    "mila": {"kind": "mila"},
+    "polaformer": {"kind": "polaformer"},
 }
 
 

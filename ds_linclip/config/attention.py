@@ -13,12 +13,15 @@ __all__ = [
     "Attention",
     "AttentionSettings",
     "DepthwiseLocal",
+    "FocusedAttention",
     "HedgehogAttention",
     "LayerAttention",
     "LinearAttention",
     "Local",
     "LunaAttention",
+    "MilaAttention",
     "NoLocal",
+    "PolaformerAttention",
     "SoftmaxAttention",
     "StateAttention",
 ]
@@ -68,6 +71,11 @@ class AttentionSettings:
     def needs_grid(self) -> bool:
         """Whether it must know where in the image the patches lie."""
         return False
+
+    @property
+    def needs_neighbours(self) -> bool:
+        """Whether a patch takes from those next to it; ranks hold only some (``parallel.cp``)."""
+        return self.needs_grid
 
     @property
     def needs_all_patches(self) -> bool:
@@ -141,6 +149,77 @@ class LinearAttention(StateAttention):
 
 
 @dataclass(kw_only=True, frozen=True)
+class FocusedAttention(StateAttention):
+    """Focused linear attention of FLatten Transformer (arXiv 2308.00442), normalized.
+
+    Features are relu(x)^p, per head, rescaled to the norm of relu(x).
+    """
+
+    kind: Literal["focused"] = "focused"
+    #: The power p, the paper's focusing factor; at 1 features are relu(x).
+    power: float = 3.0
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        yield from super().problems(causal=causal)
+        if self.power < 1:
+            yield "power", "be at least 1"
+
+
+@dataclass(kw_only=True, frozen=True)
+class MilaAttention(StateAttention):
+    """Linear attention of MILA (arXiv 2405.16605), also called MLLA.
+
+    Features are elu(x) + 1. Those of the numerator are rotated by the place of the token (RoPE):
+    row and column of a patch, position in a text. Those of the denominator are not.
+    """
+
+    kind: Literal["mila"] = "mila"
+    head_dims: ClassVar[range] = range(16, 257, 4)
+    #: Pairs of channels turn by rotation_base^-t radians per patch or token, t from 0 to almost 1.
+    rotation_base: float = 10000.0
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it must know where in the image the patches lie."""
+        return True
+
+    @property
+    def needs_neighbours(self) -> bool:
+        """Whether a patch takes from those next to it; ranks hold only some (``parallel.cp``)."""
+        return super().needs_grid
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        yield from super().problems(causal=causal)
+        if self.rotation_base < 1:
+            yield "rotation_base", "be at least 1"
+
+
+@dataclass(kw_only=True, frozen=True)
+class PolaformerAttention(StateAttention):
+    """Polarity-aware linear attention of PolaFormer (arXiv 2501.15061), normalized.
+
+    Features are relu(x)^p and relu(-x)^p with a learned power p per channel. Half of the values
+    are weighted by entries of q and k with equal signs, half by those with opposite signs.
+    """
+
+    kind: Literal["polaformer"] = "polaformer"
+    head_dims: ClassVar[range] = range(16, 129, 2)
+    #: Powers are 1 + alpha * sigmoid(learned number), 1 + alpha / 2 at first.
+    alpha: float = 4.0
+    #: Multiply the output by a linear map of the layer's input, as large as the one that gives the
+    #: queries.
+    gate: bool = True
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        yield from super().problems(causal=causal)
+        if self.alpha < 0:
+            yield "alpha", "not be negative"
+
+
+@dataclass(kw_only=True, frozen=True)
 class HedgehogAttention(StateAttention):
     """Linear attention whose learned features are softmaxes over the entries of a head, Hedgehog,
     arXiv 2402.04347.
@@ -189,7 +268,17 @@ class LunaAttention(StateAttention):
 
 
 #: The attention of a layer.
-Attention = HedgehogAttention | LinearAttention | LunaAttention | SoftmaxAttention
+Attention = (
+    FocusedAttention
+    | HedgehogAttention
+    | LinearAttention
+    | LunaAttention
+    | MilaAttention
+    | PolaformerAttention
+    | SoftmaxAttention
+)
+
+
 #: The settings of every kind, by its name.
 ATTENTION_KINDS: dict[str, Any] = {each.kind: each for each in get_args(Attention)}
 

@@ -154,9 +154,10 @@ def _check_attention(
     head_dim, allowed = tower.width // tower.heads, attention.head_dims
     if head_dim not in allowed:
         nearest = min(allowed, key=lambda size: abs(size - head_dim))
+        steps = f" in steps of {allowed.step}" if allowed.step > 1 else ""
         raise ValueError(
             f"{path}.kind ({attention.kind}) needs a head dimension in {allowed[0]}.."
-            f"{allowed[-1]}, not ({head_dim}): {nearest} would do"
+            f"{allowed[-1]}{steps}, not ({head_dim}): {nearest} would do"
         )
     if causal and not attention.may_be_causal:
         raise ValueError(
@@ -315,7 +316,7 @@ def _validate_parallel(config: Config) -> None:
                 f"parallel.cp ({parallel.cp}) needs a {path}.kind whose keys and values can be "
                 f"summed over ranks, not ({attention.kind}); take parallel.cp=1, or parallel.tp"
             )
-        if parallel.cp > 1 and attention.needs_grid:
+        if parallel.cp > 1 and attention.needs_neighbours:
             raise ValueError(
                 f"parallel.cp ({parallel.cp}) must be 1 with {path} ({attention}): patches next to "
                 "each other would lie on different ranks; take parallel.tp"

@@ -10,14 +10,18 @@ from torch import Tensor
 
 from ds_linclip.config import (
     DepthwiseLocal,
+    FocusedAttention,
     HedgehogAttention,
     LinearAttention,
     LunaAttention,
+    MilaAttention,
+    PolaformerAttention,
     SoftmaxAttention,
 )
 from ds_linclip.model.attention import Patches, SelfAttention
 
 __all__ = ["CASES", "Case", "define"]
+
 
 #: From a layer, its input [B, N, W] and the places of its tokens to what enters the output
 #: projection, [B, N, H, D].
@@ -31,12 +35,14 @@ class Case(NamedTuple):
         settings: The settings of a kind.
         define: Returns the output of attention, before head norm and local part.
         is_causal, is_bidirectional: Whether a text, an image tower may have it.
+        gate: Returns the factor on the output after head norm and local part, [B, N, H, D].
     """
 
     settings: Any
     define: Definition
     is_causal: bool = True
     is_bidirectional: bool = True
+    gate: Callable[[Any, Tensor], Tensor] | None = None
 
 
 def define(case: Case, layer: SelfAttention, x: Tensor, patches: Patches | None) -> Tensor:
@@ -49,7 +55,7 @@ def define(case: Case, layer: SelfAttention, x: Tensor, patches: Patches | None)
     local = getattr(settings, "local", None)
     if isinstance(local, DepthwiseLocal):
         o = o + depthwise(layer, x, patches, local.size)
-    return o
+    return o if case.gate is None else o * case.gate(layer, x)
 
 
 def depthwise(layer: Any, x: Tensor, patches: Patches | None, size: int) -> Tensor:
@@ -135,6 +141,74 @@ def linear(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
     return by_row(layer, x, row)
 
 
+def focused(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    def features(x: Tensor) -> Tensor:
+        r = x.clamp(min=0)
+        powers = r**layer.settings.power
+        lengths = (r.square().sum(-1, keepdim=True) / powers.square().sum(-1, keepdim=True)).sqrt()
+        return lengths * powers
+
+    def row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        score = features(k) @ features(q)
+        return score @ v / score.sum().clamp(min=1e-6 * len(k))
+
+    return by_row(layer, x, row)
+
+
+def mila(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    """Return every weight from the angle between two tokens: turning both features by their angles
+    has the effect of turning one by the difference."""
+    q, k, v = layer.project(x)
+    q, k = (torch.where(each > 0, each + 1, each.exp()) for each in (q, k))
+    half = q.shape[3] // 2
+    out = []
+    for b in range(len(q)):
+        if patches is None:
+            places = torch.arange(q.shape[1])[:, None]
+        else:
+            found = patches.coordinates(v.device).expand(len(v), -1, -1)[b]
+            places = torch.cat([torch.zeros(1, 2), found])
+        steps = half // places.shape[1]
+        speeds = layer.settings.rotation_base ** -(torch.arange(steps).double() / steps)
+        for i, seen in enumerate(rows(layer, q.shape[1])):
+            turns = ((places[i] - places[seen])[:, :, None] * speeds).flatten(1)[:, None]
+            q_1, q_2 = q[b, i].chunk(2, -1)  # [H, D / 2]
+            k_1, k_2 = k[b, seen].chunk(2, -1)  # [n, H, D / 2]
+            along, across = q_1 * k_1 + q_2 * k_2, q_1 * k_2 - q_2 * k_1
+            weight = (turns.cos() * along + turns.sin() * across).sum(-1)
+            score = (q[b, i] * k[b, seen]).sum(-1)  # [n, H]
+            out.append((weight[:, :, None] * v[b, seen]).sum(0) / score.sum(0)[:, None])
+    return torch.stack(out).view(v.shape)
+
+
+def polaformer(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    size = layer.head_dim
+    learned = layer.power.view(1, layer.local_heads, size)
+    exponent = 1 + layer.settings.alpha / (1 + (-learned).exp())  # [1, H, D]
+
+    def score(q: Tensor, k: Tensor) -> Tensor:
+        """Return the products of entries of equal sign, to their power, [n, H]."""
+        product = q * k
+        return torch.where(product > 0, product.abs() ** exponent, 0).sum(-1)
+
+    q, k, v = layer.project(x)
+    out = []
+    for b in range(len(q)):
+        for i, seen in enumerate(rows(layer, x.shape[1])):
+            halves = []
+            for sign, values in zip((1, -1), v[b, seen].chunk(2, -1), strict=True):
+                weight = score(sign * q[b, i], k[b, seen])
+                total = weight.sum(0).clamp(min=1e-6 * len(weight))  # [H]
+                halves.append((weight[:, :, None] * values).sum(0) / total[:, None])
+            out.append(torch.cat(halves, -1))
+    return torch.stack(out).view(v.shape)
+
+
+def linear_gate(layer: Any, x: Tensor) -> Tensor:
+    gate = x @ layer.gate_weight.T + layer.gate_bias
+    return gate.view(*x.shape[:2], layer.local_heads, layer.head_dim)
+
+
 def by_features(
     layer: Any,
     x: Tensor,
@@ -185,4 +259,14 @@ CASES: dict[str, Case] = {
     "hedgehog-local": Case(HedgehogAttention(head_norm=True, local=DepthwiseLocal()), hedgehog),
     "luna": Case(LunaAttention(directions=5, channels=4, hidden=7), luna),
     "luna-local": Case(LunaAttention(head_norm=True, local=DepthwiseLocal()), luna),
+    "focused": Case(FocusedAttention(), focused),
+    "focused-power": Case(
+        FocusedAttention(power=2.5, head_norm=True, local=DepthwiseLocal(size=5)), focused
+    ),
+    "mila": Case(MilaAttention(local=DepthwiseLocal(size=3)), mila),
+    "mila-base": Case(MilaAttention(rotation_base=50.0), mila),
+    "polaformer": Case(
+        PolaformerAttention(local=DepthwiseLocal(size=5)), polaformer, gate=linear_gate
+    ),
+    "polaformer-ungated": Case(PolaformerAttention(alpha=3.0, gate=False), polaformer),
 }

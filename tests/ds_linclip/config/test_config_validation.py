@@ -21,6 +21,7 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             "model.text.attention.kind=flash",
             r"^model\.text\.attention\.kind \(flash\) must be hedgehog, .*softmax$",
+            r"^model\.text\.attention\.kind \(flash\) must be .*\blinear, .*\bsoftmax\b",
         ),
         (
             "model.vision.image_size=[30,32]",
@@ -213,6 +214,36 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             [LUNA, "model.vision.attention.hidden=0"],
             r"attention\.hidden \(0\) must be at least 1",
+            ["model.vision.head_width=8", "model.vision.attention.kind=polaformer"],
+            r"\(polaformer\) needs a head dimension in 16\.\.128 in steps of 2, not \(8\): 16",
+        ),
+        (
+            ["model.vision.attention.kind=polaformer", "model.vision.attention.alpha=-1"],
+            r"attention\.alpha \(-1\.0\) must not be negative",
+        ),
+        (
+            [
+                "model.vision.head_width=18",
+                "model.vision.width=36",
+                "model.vision.attention.kind=mila",
+            ],
+            r"\(mila\) needs a head dimension in 16\.\.256 in steps of 4, not \(18\): 16 would do",
+        ),
+        (
+            ["model.text.attention.kind=mila", "model.text.attention.rotation_base=0.5"],
+            r"text\.attention\.rotation_base \(0\.5\) must be at least 1",
+        ),
+        (
+            ["parallel.cp=2", "model.vision.attention={kind: mila, local: {kind: depthwise}}"],
+            r"parallel\.cp \(2\) must be 1 with model\.vision\.attention \(mila .*depthwise",
+        ),
+        (
+            ["model.vision.attention.kind=focused", "model.vision.attention.power=0.5"],
+            r"attention\.power \(0\.5\) must be at least 1",
+        ),
+        (
+            ["model.vision.attention.kind=focused", "model.vision.attention.score_scale=1"],
+            r"score_scale",
         ),
         ("watchdog.timeout_seconds=-1", r"watchdog\.timeout_seconds \(-1\.0\) must not be neg"),
         ("watchdog.timeout_seconds=.nan", r"watchdog\.timeout_seconds \(\.nan\) must be a finite"),

@@ -1,0 +1,80 @@
+"""Attention layers on one rank, and with their heads or tokens split over two."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ds_linclip.config import ParallelConfig
+from ds_linclip.model.attention import Patches, SelfAttention, attention_class
+from ds_linclip.parallel.context_parallel import token_slice
+from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.spawn import run_ranks
+from helpers.attention_definitions import CASES
+
+__all__ = ["Result", "run_layer", "run_split"]
+
+WIDTH, HEADS = 64, 4
+#: Of the 3 x 5 patches of two images.
+KEPT = torch.tensor([[0, 1, 4, 5, 7, 8, 11, 12, 14], [1, 2, 3, 6, 7, 9, 10, 12, 13]])
+
+
+class Result(NamedTuple):
+    """Output [B, n, W] of a layer, and gradients of its input [B, n, W] and its parameters.
+
+    Attributes:
+        split: Dimension along which a parameter is split over the tensor axis.
+    """
+
+    output: Tensor
+    grad_input: Tensor
+    gradients: dict[str, Tensor]
+    split: dict[str, int]
+
+
+def run_layer(mesh: Mesh, name: str, *, causal: bool) -> Result:
+    """Run the layer of one of ``CASES`` forward and backward in float64, on this rank's tokens."""
+    torch.manual_seed(0)
+    init = partial(nn.init.normal_, std=2 * WIDTH**-0.5)
+    settings: Any = CASES[name].settings
+    kind = attention_class(settings)
+    layer = kind(WIDTH, HEADS, settings, mesh, causal=causal, init_qkv=init, init_out=init).double()
+    _leave_initial_values(layer)
+    x = torch.randn(2, 10, WIDTH, dtype=torch.float64)
+    grad = torch.randn(2, 10, WIDTH, dtype=torch.float64)
+    held = slice(None) if causal else token_slice(10, mesh.cp.rank, mesh.cp.size)
+    x = x[:, held].requires_grad_()
+    o = layer(x, None if causal else Patches(3, 5, KEPT))
+    o.backward(grad[:, held])
+    assert x.grad is not None
+    parameters = dict(layer.named_parameters())
+    return Result(
+        o.detach(),
+        x.grad,
+        {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()},
+        {n: p.partition_dim for n, p in parameters.items() if hasattr(p, "partition_dim")},
+    )
+
+
+def run_split(axis: str, names: list[tuple[str, bool]], folder: Path) -> list[dict[Any, Result]]:
+    """Return the results of two ranks of an axis (``tp``, ``cp``) for cases and their causality."""
+    run_ranks(2, _write_results, axis, names, folder)
+    return [torch.load(folder / f"{axis}-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _write_results(axis: str, names: list[tuple[str, bool]], folder: Path) -> None:
+    sizes: dict[str, Any] = {axis: 2}
+    mesh = Mesh.create(ParallelConfig(**sizes))
+    results = {(name, causal): run_layer(mesh, name, causal=causal) for name, causal in names}
+    torch.save(results, folder / f"{axis}-{mesh.rank}.pt")
+    mesh.close()
+
+
+def _leave_initial_values(layer: SelfAttention) -> None:
+    """Move the own parameters of a kind away from zeros and ones, the same on all ranks."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if not name.startswith(("qkv", "out_proj")):
+                parameter.add_(0.1 * torch.sin(torch.tensor(float(len(name)))))
