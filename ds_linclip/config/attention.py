@@ -13,10 +13,14 @@ __all__ = [
     "Attention",
     "AttentionSettings",
     "DepthwiseLocal",
+    "FastAttention",
+    "InlineAttention",
     "LayerAttention",
     "LinearAttention",
     "Local",
     "NoLocal",
+    "PredictedLocal",
+    "QtAttention",
     "SoftmaxAttention",
     "StateAttention",
 ]
@@ -42,8 +46,22 @@ class DepthwiseLocal:
     size: int = 3
 
 
+@dataclass(kw_only=True, frozen=True)
+class PredictedLocal:
+    """The local residual of InLine (arXiv 2412.06590): a convolution of the values whose weights
+    are predicted from the mean of the layer's input, added to the output of attention.
+
+    A two-layer MLP per head, with GELU between, gives 3 x 3 weights for every channel of an image.
+    The mean is over all tokens, and patches have the residual, the class token has none. In the
+    text tower the mean is that of a token and those before it, and gives every token 3 weights per
+    channel, for itself and the two tokens before it.
+    """
+
+    kind: Literal["predicted"] = "predicted"
+
+
 #: The local part of an attention.
-Local = NoLocal | DepthwiseLocal
+Local = NoLocal | DepthwiseLocal | PredictedLocal
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -74,6 +92,10 @@ class AttentionSettings:
 
     def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
         """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        yield from ()
+
+    def problems_when_split(self) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks if the tokens are on several ranks."""
         yield from ()
 
     def __str__(self) -> str:
@@ -138,8 +160,59 @@ class LinearAttention(StateAttention):
     length_exponent: float = 0.0
 
 
+@dataclass(kw_only=True, frozen=True)
+class FastAttention(StateAttention):
+    """FAST (arXiv 2402.07901): the score is the Taylor polynomial of exp(q.k), divided by its sum
+    over the keys."""
+
+    kind: Literal["fast"] = "fast"
+    #: Order of the polynomial: 1, 1 + x; 2, 1 + x + x^2 / 2, slower.
+    order: int = 1
+    #: `token`: every query and key is L2-normalized. `max`: queries are divided by the largest norm
+    #: among those of their sequence and head, and keys likewise; image tower only, without
+    #: `parallel.cp`.
+    qk_norm: Literal["token", "max"] = "token"
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        yield from super().problems(causal=causal)
+        if self.order not in (1, 2):
+            yield "order", "be 1 or 2"
+        if causal and self.qk_norm == "max":
+            yield "qk_norm", "be token in a text: the largest norm may be that of a later token"
+
+    def problems_when_split(self) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks if the tokens are on several ranks."""
+        if self.qk_norm == "max":
+            yield "qk_norm", "be token: the largest norm may be that of a token of another rank"
+
+
+@dataclass(kw_only=True, frozen=True)
+class InlineAttention(StateAttention):
+    """InLine attention (arXiv 2412.06590): scores q.k / sqrt(head_dim) minus their mean over the
+    keys, plus one, divided by the number of keys.
+
+    The weights of a row sum to 1 and may be negative. InLine's own local part is `predicted`.
+    """
+
+    kind: Literal["inline"] = "inline"
+
+
+@dataclass(kw_only=True, frozen=True)
+class QtAttention(StateAttention):
+    """QT-ViT's quadratic Taylor attention (NeurIPS 2024), divided by the sum of scores."""
+
+    kind: Literal["qt"] = "qt"
+    #: `compact`: c^2 + cos(q * q, k * k) with squared entries and a learned c per head, as released.
+    #: `full`: 1 + x + x^2 / 2 of x = q.k / sqrt(head_dim), as in the paper; slower, and made for
+    #: queries and keys whose |q||k| / sqrt(head_dim) is below about 30.
+    form: Literal["compact", "full"] = "compact"
+    #: Add GELU(a v + b) of the value v of each token, with a learned gain a and bias b per channel.
+    value_part: bool = False
+
+
 #: The attention of a layer.
-Attention = LinearAttention | SoftmaxAttention
+Attention = FastAttention | InlineAttention | LinearAttention | QtAttention | SoftmaxAttention
 #: The settings of every kind, by its name.
 ATTENTION_KINDS: dict[str, Any] = {each.kind: each for each in get_args(Attention)}
 

@@ -315,6 +315,11 @@ def _validate_parallel(config: Config) -> None:
                 f"parallel.cp ({parallel.cp}) needs a {path}.kind whose keys and values can be "
                 f"summed over ranks, not ({attention.kind}); take parallel.cp=1, or parallel.tp"
             )
+        for field, rule in attention.problems_when_split() if parallel.cp > 1 else ():
+            raise ValueError(
+                f"{path}.{field} ({attrgetter(field)(attention)}) with parallel.cp "
+                f"({parallel.cp}) must {rule}"
+            )
         if parallel.cp > 1 and attention.needs_grid:
             raise ValueError(
                 f"parallel.cp ({parallel.cp}) must be 1 with {path} ({attention}): patches next to "
