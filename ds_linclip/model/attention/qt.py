@@ -22,8 +22,8 @@ _SMALLEST = 1e-4
 
 
 class Attention(LinearStateAttention):
-    """The operator's affine map on squared unit vectors, or its quadratic map on plain ones, divided
-    by the sum of scores."""
+    """The operator's affine map on squared unit vectors, or its quadratic map on the vectors
+    themselves, divided by the sum of scores."""
 
     @classmethod
     def own_parameters(
