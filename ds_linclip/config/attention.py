@@ -203,9 +203,9 @@ class QtAttention(StateAttention):
     """QT-ViT's quadratic Taylor attention (NeurIPS 2024), divided by the sum of scores."""
 
     kind: Literal["qt"] = "qt"
-    #: `compact`: c^2 + cos(q * q, k * k) of squared entries, with a learned c per head, as released.
-    #: `full`: 1 + x + x^2 / 2 of x = q.k / sqrt(head_dim), as in the paper; slower. In bfloat16 it
-    #: loses digits where |q| |k| / sqrt(head_dim) is above about 30.
+    #: `compact`: c^2 + cos(q * q, k * k), of squared entries and with a learned c per head, as
+    #: released. `full`: 1 + x + x^2 / 2 of x = q.k / sqrt(head_dim), as in the paper; slower, and
+    #: inexact in bfloat16 where |q| |k| / sqrt(head_dim) is above about 30.
     form: Literal["compact", "full"] = "compact"
     #: Add GELU(a v + b) of the value v of each token, with a learned gain a and bias b per channel.
     value_part: bool = False

@@ -18,8 +18,8 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ("model.visoin.width=8", r"unknown key \(model\.visoin.*did you mean model\.vision"),
         ("optim.lr=fast", r"^optim\.lr \(fast\) must be a finite number$"),
         (
-            "model.text.attention.kind=flash",
-            r"^model\.text\.attention\.kind \(flash\) must be linear or softmax$",
+            "model.text.attention.kind=unknown",
+            r"^model\.text\.attention\.kind \(unknown\) must be fast, .*linear, .* or ",
         ),
         (
             "model.vision.image_size=[30,32]",
@@ -154,6 +154,30 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             ["parallel.cp=2", "model.vision.attention.kind=softmax"],
             r"parallel\.cp \(2\) needs a model\.vision\.attention\.kind whose .* \(softmax\); take",
+        ),
+        (
+            ["parallel.cp=2", "model.vision.attention={kind: inline, local: {kind: predicted}}"],
+            r"parallel\.cp \(2\) must be 1 with model\.vision\.attention \(inline .*predicted\)",
+        ),
+        (
+            ["parallel.cp=2", "model.vision.attention={kind: fast, qk_norm: max}"],
+            r"vision\.attention\.qk_norm \(max\) with parallel\.cp \(2\) must be token: the largest",
+        ),
+        (
+            "model.text.attention={kind: fast, qk_norm: max}",
+            r"model\.text\.attention\.qk_norm \(max\) must be token in a text: the largest norm",
+        ),
+        (
+            "model.text.attention={kind: fast, order: 3}",
+            r"model\.text\.attention\.order \(3\) must be 1 or 2$",
+        ),
+        (
+            "model.text.attention={kind: qt, form: half}",
+            r"model\.text\.attention\.form \(half\) must be compact or full$",
+        ),
+        (
+            "model.vision.attention={kind: inline, local: {kind: predicted, size: 5}}",
+            r"local\.size",
         ),
         (
             ["parallel.pp=2", "zero.stage=3"],

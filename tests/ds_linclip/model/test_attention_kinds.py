@@ -238,6 +238,29 @@ def test_bfloat16_features_are_near_those_of_single_precision(mesh, name):
         assert relative_rms(found, expected) <= 0.05
 
 
+@pytest.mark.parametrize(("name", "causal"), BOTH)
+def test_zeros_have_finite_gradients(mesh, name, causal):
+    layer = make_layer(mesh, CASES[name].settings, causal=causal)
+    x = torch.zeros(2, 13, WIDTH, requires_grad=True)
+    layer(x, places(13, causal=causal)).sum().backward()
+    for parameter in (x, *layer.parameters()):
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "causal"), BOTH)
+def test_a_kind_is_compiled_as_one_graph(mesh, name, causal):
+    layer = make_layer(mesh, CASES[name].settings, causal=causal)
+    patches, x = places(13, causal=causal), torch.randn(2, 13, WIDTH)
+    inputs = [each.detach() for each in layer.prepare(x, patches)]
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+        return layer.finish(layer.attend(q, k, v, *more), x, v, patches)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(compute, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs), compute(*inputs))
+
+
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
 def test_a_folder_gives_the_same_model_back(mesh, name, tmp_path):
     settings = CASES[name].settings
