@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from statistics import fmean
 
 from torch import Tensor
@@ -142,7 +142,9 @@ def _in_short(attention: Attention) -> str:
         if attention.feature_map != "affine":
             words.append(attention.feature_map)
     else:
-        words = [attention.kind]
+        own = ((each.name, getattr(attention, each.name)) for each in fields(attention))
+        common = {"kind", "head_norm", "local"}
+        words = [attention.kind, *(f"{name} {value}" for name, value in own if name not in common)]
     if isinstance(attention, StateAttention):
         words += ["norm of heads"] * attention.head_norm
         words += [f"{attention.local.kind} local part"] * (attention.local.kind != "none")

@@ -26,8 +26,8 @@ def attention_statistics(weights: Tensor, *, causal: bool) -> dict[str, Tensor]:
     Returns:
         One number for each matrix, [M], by name:
 
-        - contrast: the largest absolute weight of a row over the mean of its keys, mean over rows. 1
-          is uniform, n_i a single key.
+        - contrast: the largest absolute weight of a row over the mean one of its keys, mean over
+          rows. 1 is uniform, n_i a single key.
         - variation: the standard deviation of the absolute weights of a row over their mean, mean
           over rows. 0 is uniform.
         - entropy: the entropy of the absolute weights of a row over log n_i, mean over rows. 1 is
