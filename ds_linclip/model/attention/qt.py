@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ds_linclip.model.attention.base import LinearStateAttention
 from ds_linclip.model.attention.parameters import OwnParameter
@@ -49,8 +50,9 @@ class Attention(LinearStateAttention):
             return attend(q * scale, k * scale, v, feature_map="quadratic")
         # (c^2 + p(q).p(k)) / c^2: entries of p are not negative, so that scores are at least 1.
         constant = self.get_parameter("constant")[:, None].square().clamp(min=_SMALLEST)  # [H, 1]
-        q = _squares(q) / constant
-        return attend(q.to(v.dtype), _squares(k).to(v.dtype), v, feature_map="affine")
+        # What the map computes in fp32 on the way is several times the size of q and k.
+        squares = partial(checkpoint, _squares, use_reentrant=False, preserve_rng_state=False)
+        return attend(squares(q, 1 / constant), squares(k, 1.0), v, feature_map="affine")
 
     def finish(self, o: Tensor, x: Tensor, v: Tensor, patches: Patches | None) -> Tensor:
         o = super().finish(o, x, v, patches)
@@ -66,8 +68,10 @@ class Attention(LinearStateAttention):
             nn.init.zeros_(self.get_parameter("value_gain"))
 
 
-def _squares(y: Tensor) -> Tensor:
-    """Return the squares of the entries of each row's unit vector, as a unit vector."""
-    y = y.to(torch.promote_types(y.dtype, torch.float32))
-    squares = y.square() / (y.square().sum(-1, keepdim=True) + _EPS)
-    return squares * (squares.square().sum(-1, keepdim=True) + _EPS_OF_SQUARES).rsqrt()
+def _squares(y: Tensor, factor: Tensor | float) -> Tensor:
+    """Return the squares of the entries of each row's unit vector, as a unit vector, times a
+    factor."""
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    squares = wide.square() / (wide.square().sum(-1, keepdim=True) + _EPS)
+    inverse = (squares.square().sum(-1, keepdim=True) + _EPS_OF_SQUARES).rsqrt()
+    return (squares * inverse * factor).to(y.dtype)
