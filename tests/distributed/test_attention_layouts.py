@@ -38,6 +38,7 @@ def test_every_kind_trains_as_in_one_process(alone, tmp_path, layout):
     if "cp" in layout:
         settings = {name: settings_of(name) for name in ZOO}
         names = [k for k, v in settings.items() if v.splits_tokens and not v.needs_grid]
+        names = [k for k in names if not any(settings[k].problems_when_split())]
     ranks = train(tmp_path, layout, names)
     for name in names:
         expected_losses, expected, *_ = alone[name]

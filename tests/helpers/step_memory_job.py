@@ -25,12 +25,6 @@ ZERO = {
 }
 LONG = ("model.vision.image_size=512", "train.micro_batch_size=4")
 SOFTMAX = ("model.vision.attention.kind=softmax", "model.text.attention.kind=softmax")
-PREDICTED = tuple(
-    f"model.{tower}.attention={{kind: inline, local: {{kind: predicted}}}}"
-    for tower in ("vision", "text")
-)
-QT = ("model.vision.attention={kind: qt, value_part: true}",)
-QT_FULL = ("model.vision.attention={kind: qt, form: full}",)
 FULL = ("train.activation_checkpointing=full",)
 SELECTIVE = ("train.activation_checkpointing=selective",)
 
@@ -55,10 +49,7 @@ CASES = {
     "pp2-micro": layout(2, "fp32", 1, 32, 8, "parallel.pp=2", "parallel.dp=1"),
     "zero2-amp": layout(2, "amp_bf16", 2, 32, 16),
     # Slow.
-    "long-inline": layout(1, "bf16", 1, 4, 4, *LONG, *PREDICTED),
-    "inline-selective": layout(1, "fp32", 1, 16, 16, *PREDICTED, *SELECTIVE),
-    "long-qt": layout(1, "bf16", 1, 4, 4, *LONG, *QT),
-    "long-qt-full": layout(1, "bf16", 1, 4, 4, *LONG, *QT_FULL),
+    "inline-selective": layout(1, "fp32", 1, 16, 16, *SELECTIVE, *overrides_of("inline-local")),
     "fp32-selective": layout(1, "fp32", 1, 16, 16, *SELECTIVE),
     "long-full": layout(1, "bf16", 1, 4, 4, *LONG, *FULL),
     "zero1-micro": layout(2, "bf16", 1, 32, 8),
