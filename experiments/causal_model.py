@@ -18,9 +18,13 @@ from ds_linclip.parallel.tensor_parallel import vocab_parallel_embedding
 __all__ = ["KINDS", "SLOW_KINDS", "CausalModel", "ModelShape"]
 
 #: The kinds of attention that can be causal, by name.
-KINDS = {name: settings_of(name) for name in ZOO if settings_of(name).may_be_causal}
+KINDS = {
+    name: settings
+    for name in ZOO
+    if (settings := settings_of(name)) == settings_of(name, causal=True)
+}
 #: Kinds that take many times as long as the others on a CPU, and run only when they are named.
-SLOW_KINDS = ("quadratic",)
+SLOW_KINDS = ("quadratic", "qt-full")
 
 
 @dataclass(frozen=True, kw_only=True)

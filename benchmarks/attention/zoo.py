@@ -21,15 +21,21 @@ ZOO: dict[str, Mapping[str, Any]] = {
     "focused": {"kind": "focused"},
     "mila": {"kind": "mila"},
     "polaformer": {"kind": "polaformer"},
+    "fast-max": {"kind": "fast", "qk_norm": "max"},
+    "inline": {"kind": "inline"},
+    "inline-local": {"kind": "inline", "local": {"kind": "predicted"}},
+    "qt": {"kind": "qt"},
+    "qt-full": {"kind": "qt", "form": "full"},
 }
 
 
 def settings_of(name: str, *, causal: bool = False) -> Attention:
-    """Return the settings of a name in :data:`ZOO`; softmax for a text tower where the kind cannot
-    be causal."""
+    """Return the settings of a name in :data:`ZOO`; softmax for a text tower where they cannot be
+    causal."""
     values = ZOO[name]
     found: Attention = build_section(values, ATTENTION_KINDS[values["kind"]], "attention")
-    return found if found.may_be_causal or not causal else SoftmaxAttention()
+    may_be_causal = found.may_be_causal and not any(found.problems(causal=True))
+    return found if may_be_causal or not causal else SoftmaxAttention()
 
 
 def overrides_of(name: str) -> list[str]:

@@ -13,8 +13,10 @@ __all__ = [
     "Attention",
     "AttentionSettings",
     "DepthwiseLocal",
+    "FastAttention",
     "FocusedAttention",
     "HedgehogAttention",
+    "InlineAttention",
     "LayerAttention",
     "LinearAttention",
     "Local",
@@ -22,6 +24,8 @@ __all__ = [
     "MilaAttention",
     "NoLocal",
     "PolaformerAttention",
+    "PredictedLocal",
+    "QtAttention",
     "SoftmaxAttention",
     "StateAttention",
 ]
@@ -47,8 +51,22 @@ class DepthwiseLocal:
     size: int = 3
 
 
+@dataclass(kw_only=True, frozen=True)
+class PredictedLocal:
+    """The local residual of InLine (arXiv 2412.06590): a convolution of the values whose weights
+    are predicted from the mean of the layer's input, added to the output of attention.
+
+    A two-layer MLP per head, with GELU between, gives 3 x 3 weights for every channel of an image.
+    The mean is over all tokens, and patches have the residual, the class token has none. In the
+    text tower the mean is that of a token and those before it, and gives every token 3 weights per
+    channel, for itself and the two tokens before it.
+    """
+
+    kind: Literal["predicted"] = "predicted"
+
+
 #: The local part of an attention.
-Local = NoLocal | DepthwiseLocal
+Local = NoLocal | DepthwiseLocal | PredictedLocal
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -73,17 +91,16 @@ class AttentionSettings:
         return False
 
     @property
-    def needs_neighbours(self) -> bool:
-        """Whether a patch takes from those next to it; ranks hold only some (``parallel.cp``)."""
-        return self.needs_grid
-
-    @property
     def needs_all_patches(self) -> bool:
         """Whether no patch of an image may be left out (``model.vision.patch_dropout``)."""
         return False
 
     def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
         """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        yield from ()
+
+    def problems_when_split(self) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks if the tokens are on several ranks."""
         yield from ()
 
     def __str__(self) -> str:
@@ -118,6 +135,13 @@ class StateAttention(AttentionSettings):
         ):
             yield "local.size", "be odd and positive"
 
+    def problems_when_split(self) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks if the tokens are on several ranks."""
+        if self.local.kind != "none":
+            yield "local.kind", (
+                "be none: patches next to each other would lie on different ranks; take parallel.tp"
+            )
+
 
 @dataclass(kw_only=True, frozen=True)
 class SoftmaxAttention(AttentionSettings):
@@ -146,6 +170,58 @@ class LinearAttention(StateAttention):
     #: Exponent alpha: the output of Eq. 7 is multiplied by (number of keys)^-alpha. No effect on
     #: Eq. 4.
     length_exponent: float = 0.0
+
+
+@dataclass(kw_only=True, frozen=True)
+class FastAttention(StateAttention):
+    """FAST (arXiv 2402.07901): the score is the Taylor polynomial of exp(q.k), divided by its sum
+    over the keys."""
+
+    kind: Literal["fast"] = "fast"
+    #: Order of the polynomial: 1, 1 + x; 2, 1 + x + x^2 / 2, slower.
+    order: int = 1
+    #: `token`: every query and key is L2-normalized. `max`: queries are divided by the largest norm
+    #: among those of their sequence and head, and keys likewise; image tower only, without
+    #: `parallel.cp`.
+    qk_norm: Literal["token", "max"] = "token"
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        yield from super().problems(causal=causal)
+        if self.order not in (1, 2):
+            yield "order", "be 1 or 2"
+        if causal and self.qk_norm == "max":
+            yield "qk_norm", "be token in a text: the largest norm may be that of a later token"
+
+    def problems_when_split(self) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks if the tokens are on several ranks."""
+        yield from super().problems_when_split()
+        if self.qk_norm == "max":
+            yield "qk_norm", "be token: the largest norm may be that of a token of another rank"
+
+
+@dataclass(kw_only=True, frozen=True)
+class InlineAttention(StateAttention):
+    """InLine attention (arXiv 2412.06590): scores q.k / sqrt(head_dim) minus their mean over the
+    keys, plus one, divided by the number of keys.
+
+    The weights of a row sum to 1 and may be negative. InLine's own local part is `predicted`.
+    """
+
+    kind: Literal["inline"] = "inline"
+
+
+@dataclass(kw_only=True, frozen=True)
+class QtAttention(StateAttention):
+    """QT-ViT's quadratic Taylor attention (NeurIPS 2024), divided by the sum of scores."""
+
+    kind: Literal["qt"] = "qt"
+    #: `compact`: c^2 + cos(q * q, k * k), of squared entries and with a learned c per head, as
+    #: released. `full`: 1 + x + x^2 / 2 of x = q.k / sqrt(head_dim), as in the paper; slower, and
+    #: inexact in bfloat16 where |q| |k| / sqrt(head_dim) is above about 30.
+    form: Literal["compact", "full"] = "compact"
+    #: Add GELU(a v + b) of the value v of each token, with a learned gain a and bias b per channel.
+    value_part: bool = False
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -183,11 +259,6 @@ class MilaAttention(StateAttention):
     def needs_grid(self) -> bool:
         """Whether it must know where in the image the patches lie."""
         return True
-
-    @property
-    def needs_neighbours(self) -> bool:
-        """Whether a patch takes from those next to it; ranks hold only some (``parallel.cp``)."""
-        return super().needs_grid
 
     def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
         """Yield a setting and the rule that its value breaks, for each rule that is broken."""
@@ -269,12 +340,15 @@ class LunaAttention(StateAttention):
 
 #: The attention of a layer.
 Attention = (
-    FocusedAttention
+    FastAttention
+    | FocusedAttention
     | HedgehogAttention
+    | InlineAttention
     | LinearAttention
     | LunaAttention
     | MilaAttention
     | PolaformerAttention
+    | QtAttention
     | SoftmaxAttention
 )
 

@@ -316,10 +316,10 @@ def _validate_parallel(config: Config) -> None:
                 f"parallel.cp ({parallel.cp}) needs a {path}.kind whose keys and values can be "
                 f"summed over ranks, not ({attention.kind}); take parallel.cp=1, or parallel.tp"
             )
-        if parallel.cp > 1 and attention.needs_neighbours:
+        for field, rule in attention.problems_when_split() if parallel.cp > 1 else ():
             raise ValueError(
-                f"parallel.cp ({parallel.cp}) must be 1 with {path} ({attention}): patches next to "
-                "each other would lie on different ranks; take parallel.tp"
+                f"{path}.{field} ({attrgetter(field)(attention)}) with parallel.cp "
+                f"({parallel.cp}) must {rule}"
             )
     sizes = [vision.image_size, *(stage.image_size for stage in config.data.resolutions)]
     fewest = min(1 + vision.num_kept_patches_at(size) for size in sizes)

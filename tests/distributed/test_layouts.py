@@ -74,5 +74,13 @@ def test_traffic_is_as_planned_in_every_precision(embedded_overrides, layout, pr
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_means_for_predicted_weights_are_sent_in_the_dtype_of_products(embedded_overrides):
+    overrides = [*embedded_overrides, "train.precision=amp_bf16"]
+    for rank in run("tp2-pp2-micro2", "inline-local", 2, overrides):
+        assert abs(rank.traffic["tp"] - rank.planned["tp"]) < CONTROL_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_whole_table(tmp_path, embedded_overrides):
     assert len(table(tmp_path, embedded_overrides)) > 30

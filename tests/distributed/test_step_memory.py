@@ -17,6 +17,7 @@ SLOW = [
     *("zero1", "zero1-micro-bf16-sums", "zero3", "pp2-amp-micro"),
     *("long-luna", "long-luna-selective", "long-luna-full", "zero3-luna"),
     *("long-hedgehog", "tp2-hedgehog"),
+    "inline-selective",
 ]
 
 

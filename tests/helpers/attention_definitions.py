@@ -10,12 +10,16 @@ from torch import Tensor
 
 from ds_linclip.config import (
     DepthwiseLocal,
+    FastAttention,
     FocusedAttention,
     HedgehogAttention,
+    InlineAttention,
     LinearAttention,
     LunaAttention,
     MilaAttention,
     PolaformerAttention,
+    PredictedLocal,
+    QtAttention,
     SoftmaxAttention,
 )
 from ds_linclip.model.attention import Patches, SelfAttention
@@ -55,7 +59,39 @@ def define(case: Case, layer: SelfAttention, x: Tensor, patches: Patches | None)
     local = getattr(settings, "local", None)
     if isinstance(local, DepthwiseLocal):
         o = o + depthwise(layer, x, patches, local.size)
+    if isinstance(local, PredictedLocal):
+        o = o + predicted(layer, x, patches)
+    if getattr(settings, "value_part", False):
+        _, _, v = layer.project(x)
+        gain, bias = (
+            getattr(layer, f"value_{name}").view(v.shape[2:]) for name in ("gain", "bias")
+        )
+        o = o + gelu(gain * v + bias)
     return o if case.gate is None else o * case.gate(layer, x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + (x / 2**0.5).erf()) / 2
+
+
+def predicted(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    """Return the convolution with predicted weights of the values, token by token and head by
+    head."""
+    _, _, v = layer.project(x)
+    heads, dim = v.shape[2:]
+    weight, bias = layer.local_hidden_weight.view(heads, dim, dim), layer.local_hidden_bias
+    taps_weight = layer.local_taps_weight.view(heads, dim, -1, dim)  # [H, D, taps, D]
+    taps_bias = layer.local_taps_bias.view(heads, dim, -1)
+    found = []
+    for b, i in ((b, i) for b in range(len(v)) for i in range(v.shape[1])):
+        mean = x[b, slice(0, i + 1 if patches is None else None)].mean(0)
+        for h in range(heads):
+            own = slice(h * dim, (h + 1) * dim)
+            hidden = gelu(weight[h] @ mean[own] + bias[own])
+            taps = taps_weight[h] @ hidden + taps_bias[h]  # [D, taps]
+            near = neighbours(i, b, v, patches, 3)
+            found.append(sum((taps[:, t] * v[b, n, h] for t, n in near), 0 * v[b, i, h]))
+    return torch.stack(found).view(v.shape)
 
 
 def depthwise(layer: Any, x: Tensor, patches: Patches | None, size: int) -> Tensor:
@@ -139,6 +175,50 @@ def linear(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
         return settings.score_scale * len(k) ** -settings.length_exponent * (score @ v)
 
     return by_row(layer, x, row)
+
+
+def inline(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    def row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = k @ q / len(q) ** 0.5
+        return (scores - scores.mean() + 1) @ v / len(k)
+
+    return by_row(layer, x, row)
+
+
+def fast(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    q, k, v = layer.project(x)
+    if layer.settings.qk_norm == "max":
+        largest = [y.square().sum(-1).amax(1)[:, None, :, None] for y in (q, k)]
+        q, k = (y / (m + 1e-6).sqrt() for y, m in zip((q, k), largest, strict=True))
+    else:
+        q, k = unit(q), unit(k)
+    found = []
+    for i, seen in enumerate(rows(layer, q.shape[1])):
+        x = torch.einsum("bhd,bnhd->bhn", q[:, i], k[:, seen])
+        score = 1 + x + (x**2 / 2 if layer.settings.order == 2 else 0)
+        # The weight of a row's only key is one, whatever its score.
+        weights = score / score.sum(-1, keepdim=True) if x.shape[2] > 1 else torch.ones_like(x)
+        found.append(torch.einsum("bhn,bnhd->bhd", weights, v[:, seen]))
+    return torch.stack(found, dim=1)
+
+
+def qt(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = k @ q / len(q) ** 0.5
+        score = 1 + x + x**2 / 2
+        return score @ v / score.sum()
+
+    if layer.settings.form == "full":
+        return by_row(layer, x, full)
+    q, k, v = layer.project(x)
+    q, k = (y / y.square().sum(-1, keepdim=True).sqrt() for y in (unit(q) ** 2, unit(k) ** 2))
+    constant = layer.constant.square().clamp(min=1e-4)[:, None]  # [H, 1]
+    found = []
+    for i, seen in enumerate(rows(layer, q.shape[1])):
+        score = constant + torch.einsum("bhd,bnhd->bhn", q[:, i], k[:, seen])
+        weights = score / score.sum(-1, keepdim=True)
+        found.append(torch.einsum("bhn,bnhd->bhd", weights, v[:, seen]))
+    return torch.stack(found, dim=1)
 
 
 def focused(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
@@ -269,4 +349,13 @@ CASES: dict[str, Case] = {
         PolaformerAttention(local=DepthwiseLocal(size=5)), polaformer, gate=linear_gate
     ),
     "polaformer-ungated": Case(PolaformerAttention(alpha=3.0, gate=False), polaformer),
+    "eq7-predicted": Case(LinearAttention(local=PredictedLocal()), linear),
+    "inline": Case(InlineAttention(), inline),
+    "inline-predicted": Case(InlineAttention(head_norm=True, local=PredictedLocal()), inline),
+    "fast-1": Case(FastAttention(), fast),
+    "fast-2": Case(FastAttention(order=2, head_norm=True), fast),
+    "fast-1-max": Case(FastAttention(qk_norm="max"), fast, is_causal=False),
+    "fast-2-max": Case(FastAttention(order=2, qk_norm="max"), fast, is_causal=False),
+    "qt": Case(QtAttention(value_part=True, local=DepthwiseLocal()), qt),
+    "qt-full": Case(QtAttention(form="full"), qt),
 }

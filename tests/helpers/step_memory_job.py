@@ -51,6 +51,7 @@ CASES = {
     "pp2-micro": layout(2, "fp32", 1, 32, 8, "parallel.pp=2", "parallel.dp=1"),
     "zero2-amp": layout(2, "amp_bf16", 2, 32, 16),
     # Slow.
+    "inline-selective": layout(1, "fp32", 1, 16, 16, *SELECTIVE, *overrides_of("inline-local")),
     "fp32-selective": layout(1, "fp32", 1, 16, 16, *SELECTIVE),
     "long-full": layout(1, "bf16", 1, 4, 4, *LONG, *FULL),
     "zero1-micro": layout(2, "bf16", 1, 32, 8),

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ds_linclip.config import AttentionSettings, DepthwiseLocal
-from ds_linclip.model.attention.local import add_local, local_flops, local_parameters
+from ds_linclip.config import AttentionSettings
+from ds_linclip.model.attention.local import local_part
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.patches import Patches
 from ds_linclip.parallel.context_parallel import sum_over_ranks
@@ -200,6 +200,7 @@ class LinearStateAttention(SelfAttention):
 
     def __init__(self, width: int, heads: int, settings: Any, mesh: Mesh, **options: Any) -> None:
         super().__init__(width, heads, settings, mesh, **options)
+        self.local = local_part(settings.local, causal=self.causal)
         self.head_norm: HeadRMSNorm | None = None
         if settings.head_norm:
             self.head_norm = HeadRMSNorm(self.local_heads, self.head_dim)
@@ -208,7 +209,7 @@ class LinearStateAttention(SelfAttention):
     def own_parameters(
         cls, settings: Any, width: int, heads: int, *, causal: bool
     ) -> Mapping[str, OwnParameter]:
-        return local_parameters(settings.local, width, causal=causal)
+        return local_part(settings.local, causal=causal).own_parameters(width, heads)
 
     @classmethod
     def own_shapes(
@@ -230,19 +231,22 @@ class LinearStateAttention(SelfAttention):
     def flops(cls, settings: Any, head_dim: int, num_tokens: int, *, causal: bool) -> float:
         # Every key is added to the state, and every query reads it.
         state = 4 * cls.num_features(settings, head_dim) * head_dim
-        return state + local_flops(settings.local, head_dim, causal=causal)
+        return state + local_part(settings.local, causal=causal).flops(head_dim, num_tokens)
+
+    @classmethod
+    def num_summed(cls, settings: Any, width: int, num_tokens: int, *, causal: bool) -> int:
+        return local_part(settings.local, causal=causal).num_summed(width, num_tokens)
 
     def finish(self, o: Tensor, x: Tensor, v: Tensor, patches: Patches | None) -> Tensor:
         if self.head_norm is not None:
             o = self.head_norm(o)
-        if isinstance(local := self.settings.local, DepthwiseLocal):
+        if self.settings.needs_grid:
             self.check_patches(patches)
-            o = add_local(o, v, self.get_parameter("local_weight"), local, patches)
-        return o
+        return self.local.add(o, x, v, patches, self.get_parameter, self.mesh)
 
     def start_from_softmax(self) -> None:
-        if isinstance(self.settings.local, DepthwiseLocal):
-            nn.init.zeros_(self.get_parameter("local_weight"))
+        for name in self.local.zeroed:
+            nn.init.zeros_(self.get_parameter(name))
 
     def sum_values(self, q: Tensor, k: Tensor, v: Tensor, **form: Any) -> Tensor:
         """Return linear attention with the operator's arguments ``form``, over the keys of all

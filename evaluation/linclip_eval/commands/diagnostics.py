@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from statistics import fmean
 
 from torch import Tensor
@@ -35,6 +35,7 @@ _ROWS = {
     "uniform_rank": ("effective rank if uniform", 3),
     "gain": ("gain", 2),
     "gain_variation": ("variation of the gain", 2),
+    "negative_share": ("negative share", 2),
     "token_similarity": ("token cosine", 2),
     "branch_ratio": ("branch over residual", 2),
     "branch_ratio_at_init": ("branch over residual at init", 2),
@@ -53,6 +54,8 @@ own; texts end at their end-of-text token.
   attention has 1 / N, and more when causal. Affine scores of heads of width D give bidirectional
   matrices of rank D + 1 at most.
 - Gain: sum of a row before it is divided out, 1 except in Eq. 7; its variation is over rows.
+- Negative share: what a row subtracts, over the sum of its absolute weights. Where it is not 0, the
+  statistics above are those of absolute weights, except for rank and gain.
 - Token cosine: mean over all pairs of different tokens after a block; layer 0 is the input.
 - Branch over residual: RMS of what attention adds to the residual stream over the RMS of the stream
   before the block; at init: the same in a model of this architecture with the initial weights of
@@ -139,7 +142,9 @@ def _in_short(attention: Attention) -> str:
         if attention.feature_map != "affine":
             words.append(attention.feature_map)
     else:
-        words = [attention.kind]
+        own = ((each.name, getattr(attention, each.name)) for each in fields(attention))
+        common = {"kind", "head_norm", "local"}
+        words = [attention.kind, *(f"{name} {value}" for name, value in own if name not in common)]
     if isinstance(attention, StateAttention):
         words += ["norm of heads"] * attention.head_norm
         words += [f"{attention.local.kind} local part"] * (attention.local.kind != "none")

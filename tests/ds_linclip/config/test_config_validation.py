@@ -22,6 +22,8 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
             "model.text.attention.kind=flash",
             r"^model\.text\.attention\.kind \(flash\) must be hedgehog, .*softmax$",
             r"^model\.text\.attention\.kind \(flash\) must be .*\blinear, .*\bsoftmax\b",
+            "model.text.attention.kind=unknown",
+            r"^model\.text\.attention\.kind \(unknown\) must be fast, .*linear, .* or ",
         ),
         (
             "model.vision.image_size=[30,32]",
@@ -156,6 +158,30 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             ["parallel.cp=2", "model.vision.attention.kind=softmax"],
             r"parallel\.cp \(2\) needs a model\.vision\.attention\.kind whose .* \(softmax\); take",
+        ),
+        (
+            ["parallel.cp=2", "model.vision.attention={kind: inline, local: {kind: predicted}}"],
+            r"parallel\.cp \(2\) must be 1 with model\.vision\.attention \(inline .*predicted\)",
+        ),
+        (
+            ["parallel.cp=2", "model.vision.attention={kind: fast, qk_norm: max}"],
+            r"vision\.attention\.qk_norm \(max\) with parallel\.cp \(2\) must be token: the",
+        ),
+        (
+            "model.text.attention={kind: fast, qk_norm: max}",
+            r"model\.text\.attention\.qk_norm \(max\) must be token in a text: the largest norm",
+        ),
+        (
+            "model.text.attention={kind: fast, order: 3}",
+            r"model\.text\.attention\.order \(3\) must be 1 or 2$",
+        ),
+        (
+            "model.text.attention={kind: qt, form: half}",
+            r"model\.text\.attention\.form \(half\) must be compact or full$",
+        ),
+        (
+            "model.vision.attention={kind: inline, local: {kind: predicted, size: 5}}",
+            r"local\.size",
         ),
         (
             ["parallel.pp=2", "zero.stage=3"],

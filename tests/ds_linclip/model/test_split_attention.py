@@ -20,7 +20,8 @@ HEADS_SPLIT = [
 TOKENS_SPLIT = [
     (name, False)
     for name, case in CASES.items()
-    if case.is_bidirectional and case.settings.splits_tokens and not case.settings.needs_neighbours
+    if case.is_bidirectional and case.settings.splits_tokens
+    if not any(case.settings.problems_when_split())
 ]
 
 

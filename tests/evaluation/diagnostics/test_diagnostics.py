@@ -197,6 +197,21 @@ def test_factors_of_rows_change_only_the_gain():
     assert_close(scaled["gain_variation"], spread)
 
 
+def test_negative_weights_count_by_their_size():
+    signs = torch.tensor([[1.0, 1, 1, -1], [1, 1, 1, 1], [1, 1, 1, -1], [-1, -1, -1, 1]])
+    uniform = attention_statistics(signs[None].double() / 2, causal=False)
+    assert uniform["entropy"].item() == pytest.approx(1)
+    assert uniform["contrast"].item() == pytest.approx(1)
+    assert uniform["variation"].item() == pytest.approx(0, abs=1e-7)
+    assert uniform["gain"].item() == pytest.approx((1 + 2 + 1 - 1) / 4)
+    assert uniform["negative_share"].item() == pytest.approx((1 / 4 + 0 + 1 / 4 + 3 / 4) / 4)
+    assert uniform["effective_rank"].item() > 1 / 4  # uniform weights of one sign have 1 / 4
+    row = torch.tensor([[[2.0, -1, 0], [2, -1, 0], [2, -1, 0]]], dtype=torch.float64)
+    found = attention_statistics(row, causal=False)
+    assert found["contrast"].item() == pytest.approx(2)
+    assert found["gain"].item() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_contrast_of_affine_scores_stays_below_its_bound(causal):
     q, k = torch.randn(2, 3, 9, 4, dtype=torch.float64)
