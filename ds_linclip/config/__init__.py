@@ -14,6 +14,7 @@ from ds_linclip.config.attention import (
     NoLocal,
     SoftmaxAttention,
     StateAttention,
+    WindowAttention,
 )
 from ds_linclip.config.loading import config_as_yaml, load_config, save_config
 from ds_linclip.config.schema import (
@@ -62,6 +63,7 @@ __all__ = [
     "TrainConfig",
     "VisionTower",
     "WatchdogConfig",
+    "WindowAttention",
     "ZeroConfig",
     "as_image_size",
     "build_section",

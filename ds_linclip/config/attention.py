@@ -19,6 +19,7 @@ __all__ = [
     "NoLocal",
     "SoftmaxAttention",
     "StateAttention",
+    "WindowAttention",
 ]
 
 
@@ -133,8 +134,35 @@ class LinearAttention(StateAttention):
     length_exponent: float = 0.0
 
 
+@dataclass(kw_only=True, frozen=True)
+class WindowAttention(AttentionSettings):
+    """Softmax attention of neighbours, in O(N) time for N tokens (arXiv 2004.05150).
+
+    A token of a text sees a window that ends with it; a patch of an image sees a square around it
+    and the class token, which sees all. A window that covers everything is softmax attention.
+    """
+
+    kind: Literal["window"] = "window"
+    #: Number of tokens of a text that a token sees, itself the last of them.
+    size: int = 32
+    #: Greatest difference of rows, and of columns, of patches that see each other.
+    radius: int = 3
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it must know where in the image the patches lie."""
+        return True
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        if self.size < 1:
+            yield "size", "be at least 1, the token itself"
+        if self.radius < 0:
+            yield "radius", "not be negative"
+
+
 #: The attention of a layer.
-Attention = LinearAttention | SoftmaxAttention
+Attention = LinearAttention | SoftmaxAttention | WindowAttention
 #: The settings of every kind, by its name.
 ATTENTION_KINDS: dict[str, Any] = {each.kind: each for each in get_args(Attention)}
 

@@ -6,7 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ds_linclip.config import DepthwiseLocal, LinearAttention, SoftmaxAttention
+from ds_linclip.config import (
+    DepthwiseLocal,
+    LinearAttention,
+    SoftmaxAttention,
+    WindowAttention,
+)
 from ds_linclip.model.attention import Patches, SelfAttention
 
 __all__ = ["CASES", "Case", "define"]
@@ -127,6 +132,25 @@ def linear(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
     return by_row(layer, x, row)
 
 
+def window(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    q, k, v = layer.project(x)
+
+    def seen(b: int, i: int) -> list[int]:
+        if patches is None:
+            return [*range(max(0, i - layer.settings.size + 1), i + 1)]
+        if i == 0:
+            return [*range(q.shape[1])]
+        size = 2 * layer.settings.radius + 1
+        return [0, *(n for _, n in neighbours(i, b, v, patches, size))]
+
+    def row(b: int, i: int, h: int) -> Tensor:
+        n = seen(b, i)
+        return (k[b, n, h] @ q[b, i, h] / q.shape[3] ** 0.5).softmax(0) @ v[b, n, h]
+
+    places = [(b, i, h) for b in range(len(q)) for i in range(q.shape[1]) for h in range(q.shape[2])]
+    return torch.stack([row(*place) for place in places]).view(q.shape)
+
+
 CASES: dict[str, Case] = {
     "softmax": Case(SoftmaxAttention(), softmax),
     "eq4": Case(LinearAttention(normalized=True, head_norm=True), linear),
@@ -135,4 +159,6 @@ CASES: dict[str, Case] = {
     "quadratic": Case(LinearAttention(feature_map="quadratic", normalized=True), linear),
     "relu": Case(LinearAttention(feature_map="relu", normalized=True), linear),
     "softplus": Case(LinearAttention(feature_map="softplus"), linear),
+    "window": Case(WindowAttention(size=5, radius=1), window),
+    "window-of-everything": Case(WindowAttention(size=200, radius=20), window),
 }
