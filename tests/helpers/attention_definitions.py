@@ -147,7 +147,9 @@ def window(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
         n = seen(b, i)
         return (k[b, n, h] @ q[b, i, h] / q.shape[3] ** 0.5).softmax(0) @ v[b, n, h]
 
-    places = [(b, i, h) for b in range(len(q)) for i in range(q.shape[1]) for h in range(q.shape[2])]
+    places = [
+        (b, i, h) for b in range(len(q)) for i in range(q.shape[1]) for h in range(q.shape[2])
+    ]
     return torch.stack([row(*place) for place in places]).view(q.shape)
 
 

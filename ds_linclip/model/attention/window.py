@@ -1,5 +1,5 @@
-"""Softmax attention of neighbours: a window that slides over a text (arXiv 2004.05150, section 3.1),
-a square around every patch of an image, whose class token sees all and is seen by all."""
+"""Softmax attention of neighbours: a window that slides over a text (arXiv 2004.05150, section
+3.1), a square around every patch of an image, whose class token sees all and is seen by all."""
 
 from typing import Any, NamedTuple
 
@@ -69,9 +69,7 @@ class _Window(NamedTuple):
     @property
     def covers_the_grid(self) -> bool:
         """Whether every token sees all, or all before it."""
-        return all(
-            side - 1 <= margin for side, margin in zip(self.grid, self.before, strict=True)
-        )
+        return all(side - 1 <= margin for side, margin in zip(self.grid, self.before, strict=True))
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -160,7 +158,7 @@ class _Window(NamedTuple):
         return pieces.permute(1, 2, 0, 4, 5, 3).flatten(3, 4).flatten(0, 1)
 
     def _join(self, tiles: Tensor) -> Tensor:
-        """Return the tokens of the grid [B * H, rows * columns, D] of tiles [tiles, B * H, n, D]."""
+        """Return the tokens of the grid, [B * H, n, D], of tiles [tiles, B * H, queries, D]."""
         x = tiles.unflatten(0, self.num_tiles).unflatten(3, self.tile)
         x = x.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)  # [B * H, rows, columns, D]
         return x[:, : self.grid[0], : self.grid[1]].flatten(1, 2)

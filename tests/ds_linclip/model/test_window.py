@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ds_linclip.config import SoftmaxAttention, WindowAttention
 from ds_linclip.model.attention import Patches, SelfAttention, attention_class
+from ds_linclip.model.attention.window import _Window
 from ds_linclip.parallel.mesh import Mesh
 from helpers.attention_definitions import window
 from linclip_kernels.linear_attention.reference import relative_rms
@@ -55,13 +56,13 @@ def test_a_window_over_everything_has_the_bits_of_softmax(mesh, settings, patche
         (WindowAttention(size=70), None, 640),
         (WindowAttention(radius=1), Patches(24, 17), 409),
         (WindowAttention(radius=0), Patches(3, 150), 451),
-        (WindowAttention(radius=3), Patches(25, 25), 626),
+        (WindowAttention(radius=3), Patches(26, 31), 807),
     ],
 )
 def test_tiles_are_a_loop_over_tokens(mesh, settings, patches, num_tokens, monkeypatch):
     layer = make_layer(mesh, settings, causal=patches is None).double()
     x = torch.randn(1, num_tokens, WIDTH, dtype=torch.float64, requires_grad=True)
-    monkeypatch.setattr(type(layer._window(num_tokens, patches)), "mask", fail)
+    monkeypatch.setattr(_Window, "mask", fail)
     found = run(layer, x, patches)
     monkeypatch.undo()
     for each, expected in zip(found, run(layer, x, patches, loop=True), strict=True):
@@ -81,7 +82,7 @@ def fail(*_: object) -> None:
 
 def test_few_tokens_and_dropped_patches_need_a_mask(mesh, monkeypatch):
     layer = make_layer(mesh, WindowAttention(), causal=False)
-    monkeypatch.setattr(type(layer._window(1, Patches(1, 1))), "attend_in_tiles", fail)
+    monkeypatch.setattr(_Window, "attend_in_tiles", fail)
     layer(torch.randn(1, 197, WIDTH), Patches(14, 14))
     layer(torch.randn(1, 401, WIDTH), Patches(32, 32, torch.arange(400)[None]))
     with pytest.raises(AssertionError, match="a mask over all tokens"):
