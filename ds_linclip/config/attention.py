@@ -13,6 +13,7 @@ __all__ = [
     "Attention",
     "AttentionSettings",
     "DepthwiseLocal",
+    "GatedDeltaAttention",
     "LayerAttention",
     "LinearAttention",
     "Local",
@@ -135,6 +136,31 @@ class LinearAttention(StateAttention):
 
 
 @dataclass(kw_only=True, frozen=True)
+class GatedDeltaAttention(AttentionSettings):
+    """Gated DeltaNet, a linear attention whose state forgets and overwrites (arXiv 2412.06464).
+
+    A text is scanned once; an image forwards and backwards, row by row, and the outputs of both
+    scans are averaged.
+    """
+
+    kind: Literal["gated_delta"] = "gated_delta"
+    #: Taps of the depthwise convolution of queries, keys and values: the token and those before it
+    #: in the scan.
+    conv_size: int = 4
+    #: Multiply the normalized output by silu of a projection of the layer's input, which has as
+    #: many weights as that of the queries.
+    gate: bool = True
+    #: How a GPU scans: `torch`, or `fla`, the kernels of flash-linear-attention. Other devices use
+    #: torch.
+    implementation: Literal["torch", "fla"] = "torch"
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        if self.conv_size < 1:
+            yield "conv_size", "be at least 1, the token itself"
+
+
+@dataclass(kw_only=True, frozen=True)
 class WindowAttention(AttentionSettings):
     """Softmax attention of neighbours, in O(N) time for N tokens (arXiv 2004.05150).
 
@@ -162,7 +188,7 @@ class WindowAttention(AttentionSettings):
 
 
 #: The attention of a layer.
-Attention = LinearAttention | SoftmaxAttention | WindowAttention
+Attention = GatedDeltaAttention | LinearAttention | SoftmaxAttention | WindowAttention
 #: The settings of every kind, by its name.
 ATTENTION_KINDS: dict[str, Any] = {each.kind: each for each in get_args(Attention)}
 

@@ -9,6 +9,7 @@ linear attention's chunks. Causal softmax counts all pairs of tokens.
 import math
 
 from ds_linclip.config import (
+    AttentionSettings,
     Config,
     LossConfig,
     ModelConfig,
@@ -32,20 +33,20 @@ def blocks_flops(tower: VisionTower | TextTower, num_tokens: int) -> list[float]
     """Return the FLOPs of the forward pass of every block over one sequence.
 
     For N tokens of width w and a hidden layer of r w they are ``2 N w (4 w + 2 r w)`` in the
-    projections and the MLP, and those of the kind of attention. Softmax multiplies queries with N
-    keys and weights as many values, ``4 N^2 w`` together; linear attention adds to and reads a
-    state of F features per head, ``4 N F w``.
+    projections and the MLP, and those of the kind of attention, which may project more. Softmax
+    multiplies queries with N keys and weights as many values, ``4 N^2 w`` together; linear
+    attention adds to and reads a state of F features per head, ``4 N F w``.
     """
-    width, causal = tower.width, isinstance(tower, TextTower)
-    products = 2 * num_tokens * width**2 * (4 + 2 * tower.mlp_ratio)
-    head_dim = width // tower.heads
-    return [
-        products
-        + num_tokens
-        * tower.heads
-        * attention_class(each).flops(each, head_dim, num_tokens, causal=causal)
-        for each in tower.attentions
-    ]
+    width, heads, causal = tower.width, tower.heads, isinstance(tower, TextTower)
+    products = 2 * width**2 * (4 + 2 * tower.mlp_ratio)
+
+    def per_token(each: AttentionSettings) -> float:
+        kind = attention_class(each)
+        own = heads * kind.flops(each, width // heads, num_tokens, causal=causal)
+        projections = kind.projection_flops(each, width, heads, causal=causal)
+        return products + projections + own
+
+    return [num_tokens * per_token(each) for each in tower.attentions]
 
 
 def forward_flops(model: ModelConfig, image_size: tuple[int, int]) -> float:

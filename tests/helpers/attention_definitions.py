@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ds_linclip.config import (
     DepthwiseLocal,
+    GatedDeltaAttention,
     LinearAttention,
     SoftmaxAttention,
     WindowAttention,
@@ -153,6 +154,45 @@ def window(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
     return torch.stack([row(*place) for place in places]).view(q.shape)
 
 
+def gated_delta(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    settings, heads, head_dim = layer.settings, layer.heads, layer.head_dim
+    num_scans = 1 if layer.causal else 2
+    v = (x @ layer.qkv.weight.T + layer.qkv.bias).unflatten(2, (heads, 3, head_dim))
+    taps = layer.conv_weight.view(heads, 3, head_dim, num_scans, settings.conv_size)
+    scans = (layer.beta_weight, layer.decay_weight, layer.a_log, layer.dt_bias)
+    scans = [each.unflatten(0, (heads, num_scans)) for each in scans]
+    outputs = []
+    for scan in range(num_scans):
+        order = [*range(x.shape[1])]
+        order = order[::-1] if scan else order
+        w_beta, w_decay, a_log, dt_bias = (each[:, scan] for each in scans)
+        state: Any = 0
+        found = {}
+        for step, token in enumerate(order):
+            mixed = sum(
+                v[:, order[step - back]] * taps[:, :, :, scan, -1 - back]
+                for back in range(min(step + 1, settings.conv_size))
+            )
+            query, key, value = (mixed / (1 + (-mixed).exp())).unbind(2)  # [B, H, D]
+            query, key = unit(query) / head_dim**0.5, unit(key)
+            beta = 1 / (1 + (-x[:, token] @ w_beta.T).exp())  # [B, H]
+            step_size = (1 + (x[:, token] @ w_decay.T + dt_bias).exp()).log()
+            state = state * (-a_log.exp() * step_size).exp()[:, :, None, None]
+            if step == 0:
+                state = torch.zeros_like(key[..., None] * value[..., None, :])
+            wrong = value - torch.einsum("bhkv,bhk->bhv", state, key)
+            state = state + beta[..., None, None] * key[..., None] * wrong[..., None, :]
+            found[token] = torch.einsum("bhkv,bhk->bhv", state, query)
+        outputs.append(torch.stack([found[token] for token in range(x.shape[1])], 1))
+    o = sum(outputs) / num_scans
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    o = o * layer.norm_weight.view(heads, head_dim)
+    if settings.gate:
+        gate = (x @ layer.gate_weight.T).view(o.shape)
+        o = o * gate / (1 + (-gate).exp())
+    return o
+
+
 CASES: dict[str, Case] = {
     "softmax": Case(SoftmaxAttention(), softmax),
     "eq4": Case(LinearAttention(normalized=True, head_norm=True), linear),
@@ -161,6 +201,8 @@ CASES: dict[str, Case] = {
     "quadratic": Case(LinearAttention(feature_map="quadratic", normalized=True), linear),
     "relu": Case(LinearAttention(feature_map="relu", normalized=True), linear),
     "softplus": Case(LinearAttention(feature_map="softplus"), linear),
+    "gated-delta": Case(GatedDeltaAttention(), gated_delta),
+    "gated-delta-plain": Case(GatedDeltaAttention(conv_size=2, gate=False), gated_delta),
     "window": Case(WindowAttention(size=5, radius=1), window),
     "window-of-everything": Case(WindowAttention(size=200, radius=20), window),
 }

@@ -116,9 +116,15 @@ class SelfAttention(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def projection_flops(cls, settings: Any, width: int, heads: int, *, causal: bool) -> float:
+        """Return the FLOPs per token of what the kind projects beside q, k, v and the output."""
+        return 0
+
+    @classmethod
     def flops(cls, settings: Any, head_dim: int, num_tokens: int, *, causal: bool) -> float:
         """Return the FLOPs of the forward pass per token and head, all but those of the q, k, v and
-        output projections: matrix products only, two operations per multiply-add."""
+        output projections and of :meth:`projection_flops`: matrix products only, two operations
+        per multiply-add."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, patches: Patches | None = None) -> Tensor:
