@@ -1,5 +1,6 @@
 """Gated DeltaNet: a state that decays, and where a key overwrites its value (arXiv 2412.06464,
-Eq. 10). Images are scanned in both directions, as arXiv 2405.18425 does with gated linear attention.
+Eq. 10). Images are scanned in both directions, as arXiv 2405.18425 does with gated linear
+attention.
 """
 
 import math
