@@ -157,7 +157,8 @@ def test_weights_make_the_output_of_attention(mesh, name, causal):
         q, k, v, *more = layer.prepare(x, patches)
         o = layer.attend(q, k, v, *more)
     num_maps = weights.shape[1]  # Equal parts of a head's values may have different weights.
-    assert weights.shape == (2, num_maps, 13, 13) and num_maps % HEADS == 0
+    assert weights.shape == (2, num_maps, 13, 13)
+    assert num_maps % HEADS == 0
     v, o = (each.flatten(2).unflatten(2, (num_maps, -1)).transpose(1, 2) for each in (v, o))
     assert relative_rms(weights @ v, o) <= 1e-12
     if causal:
