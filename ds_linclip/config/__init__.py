@@ -11,6 +11,7 @@ from ds_linclip.config.attention import (
     DepthwiseLocal,
     FastAttention,
     FocusedAttention,
+    GatedDeltaAttention,
     HedgehogAttention,
     InlineAttention,
     LayerAttention,
@@ -23,6 +24,7 @@ from ds_linclip.config.attention import (
     QtAttention,
     SoftmaxAttention,
     StateAttention,
+    WindowAttention,
 )
 from ds_linclip.config.loading import config_as_yaml, load_config, save_config
 from ds_linclip.config.schema import (
@@ -56,6 +58,7 @@ __all__ = [
     "DepthwiseLocal",
     "FastAttention",
     "FocusedAttention",
+    "GatedDeltaAttention",
     "HedgehogAttention",
     "InitConfig",
     "InlineAttention",
@@ -80,6 +83,7 @@ __all__ = [
     "TrainConfig",
     "VisionTower",
     "WatchdogConfig",
+    "WindowAttention",
     "ZeroConfig",
     "as_image_size",
     "build_section",

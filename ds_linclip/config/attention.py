@@ -15,6 +15,7 @@ __all__ = [
     "DepthwiseLocal",
     "FastAttention",
     "FocusedAttention",
+    "GatedDeltaAttention",
     "HedgehogAttention",
     "InlineAttention",
     "LayerAttention",
@@ -28,6 +29,7 @@ __all__ = [
     "QtAttention",
     "SoftmaxAttention",
     "StateAttention",
+    "WindowAttention",
 ]
 
 
@@ -138,8 +140,11 @@ class StateAttention(AttentionSettings):
     def problems_when_split(self) -> Iterator[tuple[str, str]]:
         """Yield a setting and the rule that its value breaks if the tokens are on several ranks."""
         if self.local.kind != "none":
-            yield "local.kind", (
-                "be none: patches next to each other would lie on different ranks; take parallel.tp"
+            yield (
+                "local.kind",
+                (
+                    "be none: patches next to each other would lie on different ranks; take parallel.tp"
+                ),
             )
 
 
@@ -170,6 +175,58 @@ class LinearAttention(StateAttention):
     #: Exponent alpha: the output of Eq. 7 is multiplied by (number of keys)^-alpha. No effect on
     #: Eq. 4.
     length_exponent: float = 0.0
+
+
+@dataclass(kw_only=True, frozen=True)
+class GatedDeltaAttention(AttentionSettings):
+    """Gated DeltaNet, a linear attention whose state forgets and overwrites (arXiv 2412.06464).
+
+    A text is scanned once; an image forwards and backwards, row by row, and the outputs of both
+    scans are averaged.
+    """
+
+    kind: Literal["gated_delta"] = "gated_delta"
+    #: Taps of the depthwise convolution of queries, keys and values: the token and those before it
+    #: in the scan.
+    conv_size: int = 4
+    #: Multiply the normalized output by silu of a projection of the layer's input, which has as
+    #: many weights as that of the queries.
+    gate: bool = True
+    #: How a GPU scans: `torch`, or `fla`, the kernels of flash-linear-attention. Other devices use
+    #: torch.
+    implementation: Literal["torch", "fla"] = "torch"
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        if self.conv_size < 1:
+            yield "conv_size", "be at least 1, the token itself"
+
+
+@dataclass(kw_only=True, frozen=True)
+class WindowAttention(AttentionSettings):
+    """Softmax attention of neighbours, in O(N) time for N tokens (arXiv 2004.05150).
+
+    A token of a text sees a window that ends with it; a patch of an image sees a square around it
+    and the class token, which sees all. A window that covers everything is softmax attention.
+    """
+
+    kind: Literal["window"] = "window"
+    #: Number of tokens of a text that a token sees, itself the last of them.
+    size: int = 32
+    #: Greatest difference of rows, and of columns, of patches that see each other.
+    radius: int = 3
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it must know where in the image the patches lie."""
+        return True
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        if self.size < 1:
+            yield "size", "be at least 1, the token itself"
+        if self.radius < 0:
+            yield "radius", "not be negative"
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -342,6 +399,7 @@ class LunaAttention(StateAttention):
 Attention = (
     FastAttention
     | FocusedAttention
+    | GatedDeltaAttention
     | HedgehogAttention
     | InlineAttention
     | LinearAttention
@@ -350,6 +408,7 @@ Attention = (
     | PolaformerAttention
     | QtAttention
     | SoftmaxAttention
+    | WindowAttention
 )
 
 

@@ -43,7 +43,8 @@ def blocks_flops(tower: VisionTower | TextTower, num_tokens: int) -> list[float]
     def per_token(each: AttentionSettings) -> float:
         kind = attention_class(each)
         own = heads * kind.flops(each, width // heads, num_tokens, causal=causal)
-        return products + kind.projection_flops(each, width) + own
+        projections = kind.projection_flops(each, width, heads, causal=causal)
+        return products + projections + own
 
     return [num_tokens * per_token(each) for each in tower.attentions]
 

@@ -12,6 +12,7 @@ from ds_linclip.config import (
     DepthwiseLocal,
     FastAttention,
     FocusedAttention,
+    GatedDeltaAttention,
     HedgehogAttention,
     InlineAttention,
     LinearAttention,
@@ -21,6 +22,7 @@ from ds_linclip.config import (
     PredictedLocal,
     QtAttention,
     SoftmaxAttention,
+    WindowAttention,
 )
 from ds_linclip.model.attention import Patches, SelfAttention
 
@@ -175,6 +177,66 @@ def linear(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
         return settings.score_scale * len(k) ** -settings.length_exponent * (score @ v)
 
     return by_row(layer, x, row)
+
+
+def window(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    q, k, v = layer.project(x)
+
+    def seen(b: int, i: int) -> list[int]:
+        if patches is None:
+            return [*range(max(0, i - layer.settings.size + 1), i + 1)]
+        if i == 0:
+            return [*range(q.shape[1])]
+        size = 2 * layer.settings.radius + 1
+        return [0, *(n for _, n in neighbours(i, b, v, patches, size))]
+
+    def row(b: int, i: int, h: int) -> Tensor:
+        n = seen(b, i)
+        return (k[b, n, h] @ q[b, i, h] / q.shape[3] ** 0.5).softmax(0) @ v[b, n, h]
+
+    places = [
+        (b, i, h) for b in range(len(q)) for i in range(q.shape[1]) for h in range(q.shape[2])
+    ]
+    return torch.stack([row(*place) for place in places]).view(q.shape)
+
+
+def gated_delta(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    settings, heads, head_dim = layer.settings, layer.heads, layer.head_dim
+    num_scans = 1 if layer.causal else 2
+    v = (x @ layer.qkv.weight.T + layer.qkv.bias).unflatten(2, (heads, 3, head_dim))
+    taps = layer.conv_weight.view(heads, 3, head_dim, num_scans, settings.conv_size)
+    scans = (layer.beta_weight, layer.decay_weight, layer.a_log, layer.dt_bias)
+    scans = [each.unflatten(0, (heads, num_scans)) for each in scans]
+    outputs = []
+    for scan in range(num_scans):
+        order = [*range(x.shape[1])]
+        order = order[::-1] if scan else order
+        w_beta, w_decay, a_log, dt_bias = (each[:, scan] for each in scans)
+        state: Any = 0
+        found = {}
+        for step, token in enumerate(order):
+            mixed = sum(
+                v[:, order[step - back]] * taps[:, :, :, scan, -1 - back]
+                for back in range(min(step + 1, settings.conv_size))
+            )
+            query, key, value = (mixed / (1 + (-mixed).exp())).unbind(2)  # [B, H, D]
+            query, key = unit(query) / head_dim**0.5, unit(key)
+            beta = 1 / (1 + (-x[:, token] @ w_beta.T).exp())  # [B, H]
+            step_size = (1 + (x[:, token] @ w_decay.T + dt_bias).exp()).log()
+            state = state * (-a_log.exp() * step_size).exp()[:, :, None, None]
+            if step == 0:
+                state = torch.zeros_like(key[..., None] * value[..., None, :])
+            wrong = value - torch.einsum("bhkv,bhk->bhv", state, key)
+            state = state + beta[..., None, None] * key[..., None] * wrong[..., None, :]
+            found[token] = torch.einsum("bhkv,bhk->bhv", state, query)
+        outputs.append(torch.stack([found[token] for token in range(x.shape[1])], 1))
+    o = sum(outputs) / num_scans
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    o = o * layer.norm_weight.view(heads, head_dim)
+    if settings.gate:
+        gate = (x @ layer.gate_weight.T).view(o.shape)
+        o = o * gate / (1 + (-gate).exp())
+    return o
 
 
 def inline(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
@@ -358,4 +420,8 @@ CASES: dict[str, Case] = {
     "fast-2-max": Case(FastAttention(order=2, qk_norm="max"), fast, is_causal=False),
     "qt": Case(QtAttention(value_part=True, local=DepthwiseLocal()), qt),
     "qt-full": Case(QtAttention(form="full"), qt),
+    "gated-delta": Case(GatedDeltaAttention(), gated_delta),
+    "gated-delta-plain": Case(GatedDeltaAttention(conv_size=2, gate=False), gated_delta),
+    "window": Case(WindowAttention(size=5, radius=1), window),
+    "window-of-everything": Case(WindowAttention(size=200, radius=20), window),
 }

@@ -116,7 +116,7 @@ class SelfAttention(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def projection_flops(cls, settings: Any, width: int) -> float:
+    def projection_flops(cls, settings: Any, width: int, heads: int, *, causal: bool) -> float:
         """Return the FLOPs per token of what the kind projects beside q, k, v and the output."""
         return 0
 

@@ -49,7 +49,7 @@ class Attention(LinearStateAttention):
         return local + settings.gate * width * num_tokens
 
     @classmethod
-    def projection_flops(cls, settings: Any, width: int) -> float:
+    def projection_flops(cls, settings: Any, width: int, heads: int, *, causal: bool) -> float:
         return settings.gate * 2 * width**2
 
     def prepare(self, x: Tensor, patches: Patches | None) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
             r"^model\.text\.attention\.kind \(flash\) must be .*\blinear, .*\bsoftmax\b",
             "model.text.attention.kind=unknown",
             r"^model\.text\.attention\.kind \(unknown\) must be fast, .*linear, .* or ",
+            r"^model\.text\.attention\.kind \(flash\) must be .*linear.* or window$",
         ),
         (
             "model.vision.image_size=[30,32]",
@@ -270,6 +271,16 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             ["model.vision.attention.kind=focused", "model.vision.attention.score_scale=1"],
             r"score_scale",
+            ["model.text.attention.kind=window", "model.text.attention.size=0"],
+            r"^model\.text\.attention\.size \(0\) must be at least 1, the token itself$",
+        ),
+        (
+            ["model.vision.attention.kind=window", "model.vision.attention.radius=-1"],
+            r"^model\.vision\.attention\.radius \(-1\) must not be negative$",
+        ),
+        (
+            ["parallel.cp=2", "model.vision.attention.kind=window"],
+            r"parallel\.cp \(2\) needs a model\.vision\.attention\.kind whose .* \(window\); take",
         ),
         ("watchdog.timeout_seconds=-1", r"watchdog\.timeout_seconds \(-1\.0\) must not be neg"),
         ("watchdog.timeout_seconds=.nan", r"watchdog\.timeout_seconds \(\.nan\) must be a finite"),
