@@ -140,12 +140,7 @@ class StateAttention(AttentionSettings):
     def problems_when_split(self) -> Iterator[tuple[str, str]]:
         """Yield a setting and the rule that its value breaks if the tokens are on several ranks."""
         if self.local.kind != "none":
-            yield (
-                "local.kind",
-                (
-                    "be none: patches next to each other would lie on different ranks; take parallel.tp"
-                ),
-            )
+            yield "local.kind", "be none: neighbours would lie on different ranks; take parallel.tp"
 
 
 @dataclass(kw_only=True, frozen=True)
