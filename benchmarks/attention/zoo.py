@@ -25,7 +25,9 @@ def settings_of(name: str, *, causal: bool = False) -> Attention:
     be causal."""
     values = ZOO[name]
     found: Attention = build_section(values, ATTENTION_KINDS[values["kind"]], "attention")
-    return found if found.may_be_causal or not causal else SoftmaxAttention()
+    if causal and (not found.may_be_causal or any(found.problems(causal=True))):
+        return SoftmaxAttention()
+    return found
 
 
 def overrides_of(name: str) -> list[str]:

@@ -13,6 +13,7 @@ __all__ = [
     "Attention",
     "AttentionSettings",
     "DepthwiseLocal",
+    "FrequencyAttention",
     "LayerAttention",
     "LinearAttention",
     "Local",
@@ -66,6 +67,11 @@ class AttentionSettings:
     def needs_grid(self) -> bool:
         """Whether it must know where in the image the patches lie."""
         return False
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a head's output is a sum of its values times numbers, and not matrices."""
+        return True
 
     def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
         """Yield a setting and the rule that its value breaks, for each rule that is broken."""
@@ -133,8 +139,42 @@ class LinearAttention(StateAttention):
     length_exponent: float = 0.0
 
 
+@dataclass(kw_only=True, frozen=True)
+class FrequencyAttention(AttentionSettings):
+    """RWKV-7's recurrence on the real and the imaginary part of a Fourier transform.
+
+    The idea is FRWKV's, arXiv 2512.07539; the recurrence is that of arXiv 2503.14456, in O(N) time
+    and memory for N tokens.
+    """
+
+    kind: Literal["frequency"] = "frequency"
+    #: What is transformed. `features`: those of every token and head; the recurrence runs over the
+    #: tokens, in images also from the last to the first. `tokens`, for images: the grid of patches;
+    #: the recurrence runs over the frequencies, from low to high, and then the class token.
+    axis: Literal["features", "tokens"] = "features"
+    #: Side of the state on which a token's transition acts. `right`: on keys, as in RWKV-7, so that
+    #: a repeated key is overwritten. `paper`: on values, as in FRWKV's released code, where it is
+    #: not; such attention has no weights that `linclip eval diagnostics` could measure.
+    side: Literal["right", "paper"] = "right"
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it must know where in the image the patches lie."""
+        return self.axis == "tokens"
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a head's output is a sum of its values times numbers, and not matrices."""
+        return self.side == "right"
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        if causal and self.axis == "tokens":
+            yield "axis", "be features: a transform over the tokens of a text shows later ones"
+
+
 #: The attention of a layer.
-Attention = LinearAttention | SoftmaxAttention
+Attention = FrequencyAttention | LinearAttention | SoftmaxAttention
 #: The settings of every kind, by its name.
 ATTENTION_KINDS: dict[str, Any] = {each.kind: each for each in get_args(Attention)}
 
