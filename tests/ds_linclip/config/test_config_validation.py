@@ -19,7 +19,7 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ("optim.lr=fast", r"^optim\.lr \(fast\) must be a finite number$"),
         (
             "model.text.attention.kind=flash",
-            r"^model\.text\.attention\.kind \(flash\) must be linear or softmax$",
+            r"^model\.text\.attention\.kind \(flash\) must be frequency, linear or softmax$",
         ),
         (
             "model.vision.image_size=[30,32]",
@@ -188,6 +188,18 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             "model.vision.head_width=8",
             r"attention\.kind \(linear\) needs a head dimension in 16\.\.256, not \(8\): 16",
+        ),
+        (
+            ["model.text.attention.kind=frequency", "model.text.attention.axis=tokens"],
+            r"^model\.text\.attention\.axis \(tokens\) must be features: a transform over the tok",
+        ),
+        (
+            ["parallel.cp=2", "model.vision.attention.kind=frequency"],
+            r"parallel\.cp \(2\) needs a model\.vision\.attention\.kind whose .* \(frequency\)",
+        ),
+        (
+            ["model.vision.attention.kind=frequency", "model.vision.attention.side=left"],
+            r"model\.vision\.attention\.side \(left\) must be right or paper",
         ),
         ("watchdog.timeout_seconds=-1", r"watchdog\.timeout_seconds \(-1\.0\) must not be neg"),
         ("watchdog.timeout_seconds=.nan", r"watchdog\.timeout_seconds \(\.nan\) must be a finite"),
