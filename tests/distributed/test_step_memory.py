@@ -14,6 +14,7 @@ SLOW = [
     *("fp32-selective", "long-full", "zero1-micro", "zero1-softmax-full", "lamb"),
     *("zero2-full", "zero3-micro", "tp2-softmax", "pp2-full", "cp2-long"),
     *("zero1", "zero1-micro-bf16-sums", "zero3", "pp2-amp-micro"),
+    *("frequency-selective", "frequency-amp", "long-frequency-tokens"),
 ]
 
 

@@ -24,6 +24,8 @@ ZERO = {
 }
 LONG = ("model.vision.image_size=512", "train.micro_batch_size=4")
 SOFTMAX = ("model.vision.attention.kind=softmax", "model.text.attention.kind=softmax")
+FREQUENCY = ("model.vision.attention.kind=frequency", "model.text.attention.kind=frequency")
+OVER_TOKENS = ("model.vision.attention={kind: frequency, axis: tokens}",)
 FULL = ("train.activation_checkpointing=full",)
 SELECTIVE = ("train.activation_checkpointing=selective",)
 
@@ -48,6 +50,9 @@ CASES = {
     "pp2-micro": layout(2, "fp32", 1, 32, 8, "parallel.pp=2", "parallel.dp=1"),
     "zero2-amp": layout(2, "amp_bf16", 2, 32, 16),
     # Slow.
+    "frequency-selective": layout(1, "bf16", 1, 16, 16, *FREQUENCY, *SELECTIVE),
+    "frequency-amp": layout(1, "amp_bf16", 1, 8, 8, *FREQUENCY),
+    "long-frequency-tokens": layout(1, "bf16", 1, 4, 4, *LONG, *OVER_TOKENS),
     "fp32-selective": layout(1, "fp32", 1, 16, 16, *SELECTIVE),
     "long-full": layout(1, "bf16", 1, 4, 4, *LONG, *FULL),
     "zero1-micro": layout(2, "bf16", 1, 32, 8),
