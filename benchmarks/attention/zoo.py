@@ -14,18 +14,24 @@ __all__ = ["ZOO", "overrides_of", "settings_of"]
 #: Name -> the values of ``model.vision.attention``, beside defaults. Softmax comes first.
 ZOO: dict[str, Mapping[str, Any]] = {
     "softmax": {"kind": "softmax"},
+    "window": {"kind": "window"},
     "eq7": {"kind": "linear"},
     "eq4": {"kind": "linear", "normalized": True},
-    "quadratic": {"kind": "linear", "normalized": True, "feature_map": "quadratic"},
     "eq4-local": {"kind": "linear", "normalized": True, "local": {"kind": "depthwise"}},
-    "focused": {"kind": "focused"},
-    "mila": {"kind": "mila"},
-    "polaformer": {"kind": "polaformer"},
+    "quadratic": {"kind": "linear", "normalized": True, "feature_map": "quadratic"},
     "fast-max": {"kind": "fast", "qk_norm": "max"},
-    "inline": {"kind": "inline"},
-    "inline-local": {"kind": "inline", "local": {"kind": "predicted"}},
     "qt": {"kind": "qt"},
     "qt-full": {"kind": "qt", "form": "full"},
+    "inline": {"kind": "inline"},
+    "inline-local": {"kind": "inline", "local": {"kind": "predicted"}},
+    "luna": {"kind": "luna"},
+    "hedgehog": {"kind": "hedgehog"},
+    "focused": {"kind": "focused", "local": {"kind": "depthwise", "size": 5}},
+    "polaformer": {"kind": "polaformer", "local": {"kind": "depthwise", "size": 5}},
+    "mila": {"kind": "mila", "local": {"kind": "depthwise"}},
+    "gated-delta": {"kind": "gated_delta"},
+    "frequency": {"kind": "frequency"},
+    "frequency-tokens": {"kind": "frequency", "axis": "tokens"},
 }
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "DepthwiseLocal",
     "FastAttention",
     "FocusedAttention",
+    "FrequencyAttention",
     "GatedDeltaAttention",
     "HedgehogAttention",
     "InlineAttention",
@@ -91,6 +92,11 @@ class AttentionSettings:
     def needs_grid(self) -> bool:
         """Whether it must know where in the image the patches lie."""
         return False
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a head's output is a sum of its values times numbers, and not matrices."""
+        return True
 
     @property
     def needs_all_patches(self) -> bool:
@@ -170,6 +176,40 @@ class LinearAttention(StateAttention):
     #: Exponent alpha: the output of Eq. 7 is multiplied by (number of keys)^-alpha. No effect on
     #: Eq. 4.
     length_exponent: float = 0.0
+
+
+@dataclass(kw_only=True, frozen=True)
+class FrequencyAttention(AttentionSettings):
+    """RWKV-7's recurrence on the real and the imaginary part of a Fourier transform.
+
+    The idea is FRWKV's, arXiv 2512.07539; the recurrence is that of arXiv 2503.14456, in O(N) time
+    and memory for N tokens.
+    """
+
+    kind: Literal["frequency"] = "frequency"
+    #: What is transformed. `features`: those of every token and head; the recurrence runs over the
+    #: tokens, in images also from the last to the first. `tokens`, for images: the grid of patches;
+    #: the recurrence runs over the frequencies, from low to high, and then the class token.
+    axis: Literal["features", "tokens"] = "features"
+    #: Side of the state on which a token's transition acts. `right`: on keys, as in RWKV-7, so that
+    #: a repeated key is overwritten. `paper`: on values, as in FRWKV's released code, where it is
+    #: not; such attention has no weights that `linclip eval diagnostics` could measure.
+    side: Literal["right", "paper"] = "right"
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it must know where in the image the patches lie."""
+        return self.axis == "tokens"
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a head's output is a sum of its values times numbers, and not matrices."""
+        return self.side == "right"
+
+    def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
+        """Yield a setting and the rule that its value breaks, for each rule that is broken."""
+        if causal and self.axis == "tokens":
+            yield "axis", "be features: a transform over the tokens of a text shows later ones"
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -394,6 +434,7 @@ class LunaAttention(StateAttention):
 Attention = (
     FastAttention
     | FocusedAttention
+    | FrequencyAttention
     | GatedDeltaAttention
     | HedgehogAttention
     | InlineAttention

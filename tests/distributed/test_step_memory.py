@@ -18,6 +18,7 @@ SLOW = [
     *("long-luna", "long-luna-selective", "long-luna-full", "zero3-luna"),
     *("long-hedgehog", "tp2-hedgehog"),
     "inline-selective",
+    *("frequency-selective", "frequency-amp", "long-frequency-tokens"),
 ]
 
 

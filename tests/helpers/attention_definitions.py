@@ -1,6 +1,8 @@
 """Every kind of attention as a loop over tokens in float64, written by hand from its definition."""
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ from ds_linclip.config import (
     DepthwiseLocal,
     FastAttention,
     FocusedAttention,
+    FrequencyAttention,
     GatedDeltaAttention,
     HedgehogAttention,
     InlineAttention,
@@ -177,6 +180,103 @@ def linear(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
         return settings.score_scale * len(k) ** -settings.length_exponent * (score @ v)
 
     return by_row(layer, x, row)
+
+
+def frequency(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
+    r, k, v = layer.project(x)
+    heads, size = v.shape[2:]
+    if layer.settings.axis == "features":
+        waves = waves_of((1, size), [(0, f) for f in range(size // 2 + 1)])
+        r, k, v = (torch.einsum("wfd,bnhd->bnhwf", waves.forward, each) for each in (r, k, v))
+        o = rwkv7(layer, r, k, v)
+        o = torch.einsum("wfd,bnhwf->bnhd", waves.backward, o)
+    else:
+        o = over_frequencies(layer, r, k, v, patches)
+    o = o - o.mean(-1, keepdim=True)
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-5 * size).sqrt()
+    gain, bias = layer.norm_gain, layer.norm_bias
+    return o * gain.view(heads, size) + bias.view(heads, size)
+
+
+class Waves(NamedTuple):
+    """Real and imaginary parts of a half spectrum, [2, frequencies, places] of a grid.
+
+    Attributes:
+        forward: Times the places: the spectrum.
+        backward: Times the spectrum: the places.
+    """
+
+    forward: Tensor
+    backward: Tensor
+
+
+def waves_of(grid: tuple[int, int], frequencies: list[tuple[int, int]]) -> Waves:
+    rows, columns = grid
+    found, counts = torch.zeros(2, len(frequencies), rows * columns, dtype=torch.float64), []
+    for f, (up, along) in enumerate(frequencies):
+        for place in range(rows * columns):
+            row, column = divmod(place, columns)
+            angle = 2 * math.pi * (up * row / rows + along * column / columns)
+            found[0, f, place] = math.cos(angle) / (rows * columns) ** 0.5
+            found[1, f, place] = -math.sin(angle) / (rows * columns) ** 0.5
+        # The others stand for their conjugates, too.
+        counts.append(1.0 if 2 * along in (0, columns) else 2.0)
+    return Waves(found, found * torch.tensor(counts, dtype=torch.float64)[:, None])
+
+
+def over_frequencies(layer: Any, r: Tensor, k: Tensor, v: Tensor, patches: Any) -> Tensor:
+    rows, columns = patches.rows, patches.columns
+
+    def magnitude(frequency: tuple[int, int]) -> Fraction:
+        up = Fraction(min(frequency[0], rows - frequency[0]), rows)
+        return up**2 + Fraction(frequency[1], columns) ** 2
+
+    found = [(up, along) for up in range(rows) for along in range(columns // 2 + 1)]
+    waves = waves_of((rows, columns), sorted(found, key=magnitude))
+    kept = [*range(rows * columns)]
+    kept = [kept] * len(v) if patches.kept is None else patches.kept.tolist()
+    streams = []
+    for each in (r, k, v):
+        bins = [
+            torch.einsum("wfp,phd->fhwd", waves.forward[:, :, places], each[b, 1:])
+            for b, places in enumerate(kept)
+        ]
+        of_class = torch.stack([each[:, :1], torch.zeros_like(each[:, :1])], dim=3)
+        streams.append(torch.cat([torch.stack(bins), of_class], dim=1))
+    o = rwkv7(layer, unit(streams[0]), unit(streams[1]), streams[2])  # [B, L + 1, H, 2, D]
+    patch_tokens = [
+        torch.einsum("wfp,fhwd->phd", waves.backward[:, :, places], o[b, :-1])
+        for b, places in enumerate(kept)
+    ]
+    return torch.cat([o[:, -1:, :, 0], torch.stack(patch_tokens)], dim=1)
+
+
+def rwkv7(layer: Any, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the recurrence on real and imaginary parts [B, L, H, 2, C], a token at a time."""
+    shape = k.shape[2:]
+    xi, g, u = (getattr(layer, f"{n}_gain").view(shape) for n in ("removal", "rate", "bonus"))
+    b_w, b_a = layer.decay_bias.view(shape), layer.rate_bias.view(shape)
+    orders = [[*range(r.shape[1])]]
+    if not layer.causal and layer.settings.axis == "features":
+        orders.append(orders[0][::-1])
+    total = torch.zeros_like(v)
+    for order in orders:
+        state = v.new_zeros(len(v), *shape, shape[-1])  # values by keys
+        outputs: dict[int, Tensor] = {}
+        for t in order:
+            key = k[:, t]
+            z = b_w + torch.einsum("hwdc,bhwc->bhwd", layer.decay_map, key)
+            w = (-math.exp(-0.5) / (1 + (-z).exp())).exp()
+            rate = 1 / (1 + (-b_a - torch.einsum("hwdc,bhwc->bhwd", layer.rate_map, key)).exp())
+            kappa = unit(key * xi)
+            change = torch.diag_embed(w) - kappa[..., :, None] * (rate * kappa)[..., None, :]
+            key = key * (1 + (rate - 1) * g)
+            state = state @ change if layer.settings.side == "right" else change @ state
+            state = state + v[:, t, ..., :, None] * key[..., None, :]
+            bonus = (r[:, t] * u * key).sum(-1, keepdim=True) * v[:, t]
+            outputs[t] = (state @ r[:, t, ..., None])[..., 0] + bonus
+        total = total + torch.stack([outputs[t] for t in sorted(outputs)], dim=1) / len(orders)
+    return total
 
 
 def window(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
@@ -424,4 +524,10 @@ CASES: dict[str, Case] = {
     "gated-delta-plain": Case(GatedDeltaAttention(conv_size=2, gate=False), gated_delta),
     "window": Case(WindowAttention(size=5, radius=1), window),
     "window-of-everything": Case(WindowAttention(size=200, radius=20), window),
+    "frequency": Case(FrequencyAttention(), frequency),
+    "frequency-paper": Case(FrequencyAttention(side="paper"), frequency),
+    "frequency-tokens": Case(FrequencyAttention(axis="tokens"), frequency, is_causal=False),
+    "frequency-tokens-paper": Case(
+        FrequencyAttention(axis="tokens", side="paper"), frequency, is_causal=False
+    ),
 }

@@ -27,6 +27,8 @@ LONG = ("model.vision.image_size=512", "train.micro_batch_size=4")
 SOFTMAX = ("model.vision.attention.kind=softmax", "model.text.attention.kind=softmax")
 LUNA = ("model.vision.attention.kind=luna", "model.text.attention.kind=luna")
 HEDGEHOG = ("model.vision.attention.kind=hedgehog", "model.text.attention.kind=hedgehog")
+FREQUENCY = ("model.vision.attention.kind=frequency", "model.text.attention.kind=frequency")
+OVER_TOKENS = ("model.vision.attention={kind: frequency, axis: tokens}",)
 FULL = ("train.activation_checkpointing=full",)
 SELECTIVE = ("train.activation_checkpointing=selective",)
 
@@ -52,6 +54,9 @@ CASES = {
     "zero2-amp": layout(2, "amp_bf16", 2, 32, 16),
     # Slow.
     "inline-selective": layout(1, "fp32", 1, 16, 16, *SELECTIVE, *overrides_of("inline-local")),
+    "frequency-selective": layout(1, "bf16", 1, 16, 16, *FREQUENCY, *SELECTIVE),
+    "frequency-amp": layout(1, "amp_bf16", 1, 8, 8, *FREQUENCY),
+    "long-frequency-tokens": layout(1, "bf16", 1, 4, 4, *LONG, *OVER_TOKENS),
     "fp32-selective": layout(1, "fp32", 1, 16, 16, *SELECTIVE),
     "long-full": layout(1, "bf16", 1, 4, 4, *LONG, *FULL),
     "zero1-micro": layout(2, "bf16", 1, 32, 8),

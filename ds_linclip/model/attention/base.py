@@ -160,7 +160,16 @@ class SelfAttention(nn.Module):
         return o
 
     def weights(self, x: Tensor, patches: Patches | None = None) -> Tensor:
-        """Return the weight of every value in every output of :meth:`attend`, [B, H, N, N]."""
+        """Return the weight of every value in every output of :meth:`attend`, [B, H, N, N].
+
+        Raises:
+            ValueError: when the kind multiplies values by matrices.
+        """
+        if not self.settings.has_weights:
+            raise ValueError(
+                f"attention ({self.settings}) must have a number as the weight of every value in "
+                "every output: this one multiplies values by matrices"
+            )
         q, k, _, *more = self.prepare(x, patches)
         batch, num_tokens, heads, _ = q.shape
         identity = torch.eye(num_tokens).to(q)[None, :, None]  # [1, N, 1, N]

@@ -25,6 +25,7 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
             "model.text.attention.kind=unknown",
             r"^model\.text\.attention\.kind \(unknown\) must be fast, .*linear, .* or ",
             r"^model\.text\.attention\.kind \(flash\) must be .*linear.* or window$",
+            r"^model\.text\.attention\.kind \(flash\) must be frequency, linear or softmax$",
         ),
         (
             "model.vision.image_size=[30,32]",
@@ -281,6 +282,16 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             ["parallel.cp=2", "model.vision.attention.kind=window"],
             r"parallel\.cp \(2\) needs a model\.vision\.attention\.kind whose .* \(window\); take",
+            ["model.text.attention.kind=frequency", "model.text.attention.axis=tokens"],
+            r"^model\.text\.attention\.axis \(tokens\) must be features: a transform over the tok",
+        ),
+        (
+            ["parallel.cp=2", "model.vision.attention.kind=frequency"],
+            r"parallel\.cp \(2\) needs a model\.vision\.attention\.kind whose .* \(frequency\)",
+        ),
+        (
+            ["model.vision.attention.kind=frequency", "model.vision.attention.side=left"],
+            r"model\.vision\.attention\.side \(left\) must be right or paper",
         ),
         ("watchdog.timeout_seconds=-1", r"watchdog\.timeout_seconds \(-1\.0\) must not be neg"),
         ("watchdog.timeout_seconds=.nan", r"watchdog\.timeout_seconds \(\.nan\) must be a finite"),

@@ -160,6 +160,10 @@ def test_later_tokens_change_nothing_in_a_text(mesh, name):
 def test_weights_make_the_output_of_attention(mesh, name, causal):
     layer = make_layer(mesh, CASES[name].settings, causal=causal).double()
     patches, x = places(13, causal=causal), torch.randn(2, 13, WIDTH, dtype=torch.float64)
+    if not layer.settings.has_weights:
+        with pytest.raises(ValueError, match=r"attention \(.*\) must have a number as the weight"):
+            layer.weights(x, patches)
+        return
     with torch.no_grad():
         weights = layer.weights(x, patches)
         q, k, v, *more = layer.prepare(x, patches)
