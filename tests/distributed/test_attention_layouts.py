@@ -51,8 +51,11 @@ def test_every_kind_trains_as_in_one_process(alone, tmp_path, layout):
         weights = ranks[0][name][1]
         for key, value in expected.items():
             assert relative_rms(weights[key], value) <= 1e-5, (name, key)
+        # Parameters of a few numbers, such as one per head, are sent in messages that do not count.
+        sizes = [each.numel() * each.element_size() for each in expected.values()]
+        uncounted = sum(size for size in sizes if size < CONTROL_BYTES)
         for rank in ranks:
             *_, measured, planned = rank[name]
             for axis in measured.keys() | planned.keys():
                 apart = measured.get(axis, 0) - planned.get(axis, 0)
-                assert abs(apart) < CONTROL_BYTES, (name, axis, measured, planned)
+                assert abs(apart) < CONTROL_BYTES + uncounted, (name, axis, measured, planned)
