@@ -17,6 +17,8 @@ ZOO: dict[str, Mapping[str, Any]] = {
     "Eq. 4": {"kind": "linear", "normalized": True},
     "quadratic": {"kind": "linear", "normalized": True, "feature_map": "quadratic"},
     "Eq. 4 + 3x3": {"kind": "linear", "normalized": True, "local": {"kind": "depthwise"}},
+    "frequency": {"kind": "frequency"},
+    "frequency, tokens": {"kind": "frequency", "axis": "tokens"},
 }
 
 
