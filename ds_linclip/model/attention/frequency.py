@@ -18,13 +18,14 @@ The output is the inverse transform of both streams, then RWKV-7's group norm of
   norm.
 - Ours: one projection for q, k and v instead of two-layer networks; no token shift, no output gate
   and no value of the first layer; A_w and A_a are linear in the key of the same head, and zero at
-  first; b_w rises evenly over the channels of a stream, from -6 to -1. Features are transformed head by head: ranks that hold different heads need nothing from
-  each other. In images the scans from both ends are averaged. And ``axis="tokens"``, below.
+  first, when b_w rises evenly over the channels of a stream. Features are transformed head by head:
+  ranks that hold different heads need nothing from each other. In images the scans from both ends
+  are averaged. And ``axis="tokens"``:
 
 A transform over tokens is that of the grid of patches, with zeros for dropped ones. Frequencies,
 ordered by their magnitude, take the place of the tokens; the class token, which has no imaginary
 part, comes last and so reads all real parts. Queries and keys are unit vectors there: spectra of
-images are largest at frequency 0, and in a product of three everything else would vanish.
+images are largest at frequency 0, and in a product of three little else would be left.
 """
 
 import math
