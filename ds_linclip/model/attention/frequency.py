@@ -14,18 +14,21 @@ The output is the inverse transform of both streams, then RWKV-7's group norm of
   bonus (r . (u * k')) v before the norm, and with ``side="paper"`` a transition that multiplies the
   state from the left, as its released code does. FRWKV transforms the samples in time of a variable
   and scans over the variables; that is ``axis="features"``, for features of tokens.
-- From RWKV-7: the recurrence above with its initial xi, g and u, and the group norm.
+- From RWKV-7: the recurrence above with its initial xi, g and u (0.71, 1.02, -0.04), and the group
+  norm.
 - Ours: one projection for q, k and v instead of two-layer networks; no token shift, no output gate
   and no value of the first layer; A_w and A_a are linear in the key of the same head, and zero at
-  first. Features are transformed head by head: ranks that hold different heads need nothing from
-  each other. In images the scans from both ends are averaged. And ``axis="tokens"``, below.
+  first, when b_w rises evenly over the channels of a stream. Features are transformed head by head:
+  ranks that hold different heads need nothing from each other. In images the scans from both ends
+  are averaged. And ``axis="tokens"``:
 
 A transform over tokens is that of the grid of patches, with zeros for dropped ones. Frequencies,
 ordered by their magnitude, take the place of the tokens; the class token, which has no imaginary
 part, comes last and so reads all real parts. Queries and keys are unit vectors there: spectra of
-images are largest at frequency 0, and in a product of three everything else would vanish.
+images are largest at frequency 0, and in a product of three little else would be left.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -42,7 +45,7 @@ from ds_linclip.model.recurrences import dplr, dplr_flops
 __all__ = ["Attention"]
 
 #: The strongest decay of a token is exp(-exp(-1/2)).
-_STRONGEST = 0.6065306597126334
+_STRONGEST = math.exp(-0.5)
 #: Initial b_w of the first and the last channel of a stream: states that last for hundreds of
 #: tokens, down to a few.
 _DECAY_RANGE = -6.0, -1.0

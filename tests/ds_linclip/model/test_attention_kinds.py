@@ -258,9 +258,10 @@ def test_zeros_have_finite_gradients(mesh, name, causal):
 def test_a_kind_is_compiled_as_one_graph(mesh, name, causal):
     layer = make_layer(mesh, CASES[name].settings, causal=causal)
     patches, x = places(13, causal=causal), torch.randn(2, 13, WIDTH)
-    inputs = [each.detach() for each in layer.prepare(x, patches)]
+    with torch.no_grad():
+        inputs = layer.prepare(x, patches)
 
-    def compute(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
+    def compute(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
         return layer.finish(layer.attend(q, k, v, *more), x, v, patches)
 
     torch._dynamo.reset()

@@ -14,6 +14,7 @@ from ds_linclip.config import (
     load_config,
 )
 from ds_linclip.model import CLIP
+from ds_linclip.model.attention import Patches
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.parallel.mesh import Mesh
 
@@ -96,7 +97,7 @@ def test_the_model_sees_the_class_token_and_the_kept_patches_at_their_places(mes
     images = torch.randn(3, 3, 32, 24)
     kept = torch.tensor([[0, 5, 11], [1, 2, 3], [4, 7, 8]])
     model.visual(images)
-    model.visual(images, kept)
+    model.visual(images, model.visual.grid(images, kept))
     whole, part = entered
     assert part.shape == (3, 4, 32)
     torch.testing.assert_close(part[:, 0], whole[:, 0])
@@ -108,7 +109,7 @@ def test_keeping_all_patches_changes_nothing(mesh, kind):
     model = build(mesh, kind)
     images = torch.randn(3, 3, 32, 24)
     every = torch.arange(12).expand(3, 12)
-    torch.testing.assert_close(model.visual(images, every), model.visual(images))
+    torch.testing.assert_close(model.visual(images, Patches(4, 3, every)), model.visual(images))
 
 
 def test_evaluation_never_drops(mesh):
