@@ -149,7 +149,10 @@ class _ColumnParallel(ColumnParallelLinear):
         if (dtype := self.compute_dtype) is None:
             return super().forward(input_)[0]
         x = copy_to_tensor_model_parallel_region(input_.to(dtype), group=self.tp_group)
-        return F.linear(x, self.weight.to(dtype), self.bias.to(dtype))
+        # Not F.linear: under ZeRO-3 DeepSpeed puts its own there, which adds the bias in place to a
+        # product that selective checkpointing has kept.
+        rows = torch.addmm(self.bias.to(dtype), x.flatten(0, -2), self.weight.to(dtype).t())
+        return rows.unflatten(0, x.shape[:-1])
 
 
 class _RowParallel(RowParallelLinear):

@@ -44,6 +44,15 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pp2-micro2": (2, ["parallel.pp=2", "train.micro_batch_size=4"]),
     "dp2-zero3": (2, ["zero.stage=3"]),
     "cp2": (2, ["parallel.cp=2"]),
+    # Compared with each other.
+    "amp": (2, ["zero.stage=3", "train.precision=amp_bf16"]),
+    "amp-selective": (
+        2,
+        [
+            *("zero.stage=3", "train.precision=amp_bf16"),
+            "train.activation_checkpointing=selective",
+        ],
+    ),
 }
 
 
@@ -83,6 +92,7 @@ def train_kinds(folder: Path, names: list[str], layout: str) -> dict[str, Any]:
         mesh = Mesh.create(config.parallel)
         torch.manual_seed(0)
         model = CLIP(config.model, mesh, units=stage_units(config, mesh.pp))
+        model.recompute_activations(config.train.activation_checkpointing)
         planned = plan_rank(config, mesh).traffic
         engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
         batch = batch_of(config, mesh)

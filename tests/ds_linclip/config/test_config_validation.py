@@ -237,6 +237,8 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             [LUNA, "model.vision.attention.hidden=0"],
             r"attention\.hidden \(0\) must be at least 1",
+        ),
+        (
             ["model.vision.head_width=8", "model.vision.attention.kind=polaformer"],
             r"\(polaformer\) needs a head dimension in 16\.\.128 in steps of 2, not \(8\): 16",
         ),
@@ -258,7 +260,7 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ),
         (
             ["parallel.cp=2", "model.vision.attention={kind: mila, local: {kind: depthwise}}"],
-            r"parallel\.cp \(2\) must be 1 with model\.vision\.attention \(mila .*depthwise",
+            r"attention\.local\.kind \(depthwise\) with parallel\.cp \(2\) must be none: neigh",
         ),
         (
             ["model.vision.attention.kind=focused", "model.vision.attention.power=0.5"],
