@@ -133,7 +133,7 @@ def test_decay_and_gains_are_vectors_without_weight_decay(mesh):
 
 def tower(attention: Attention) -> VisionTower:
     return VisionTower(
-        image_size=16, patch_size=4, width=128, head_width=32, layers=1, attention=attention
+        image_size=(16, 16), patch_size=4, width=128, head_width=32, layers=1, attention=attention
     )
 
 
