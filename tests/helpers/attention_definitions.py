@@ -159,8 +159,8 @@ def gated_delta(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
     num_scans = 1 if layer.causal else 2
     v = (x @ layer.qkv.weight.T + layer.qkv.bias).unflatten(2, (heads, 3, head_dim))
     taps = layer.conv_weight.view(heads, 3, head_dim, num_scans, settings.conv_size)
-    own = (layer.beta_weight, layer.decay_weight, layer.a_log, layer.dt_bias)
-    scans = [each.unflatten(0, (heads, num_scans)) for each in own]
+    scans = (layer.beta_weight, layer.decay_weight, layer.a_log, layer.dt_bias)
+    scans = [each.unflatten(0, (heads, num_scans)) for each in scans]
     outputs = []
     for scan in range(num_scans):
         order = [*range(x.shape[1])]
@@ -184,7 +184,7 @@ def gated_delta(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
             state = state + beta[..., None, None] * key[..., None] * wrong[..., None, :]
             found[token] = torch.einsum("bhkv,bhk->bhv", state, query)
         outputs.append(torch.stack([found[token] for token in range(x.shape[1])], 1))
-    o = torch.stack(outputs).mean(0)
+    o = sum(outputs) / num_scans
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     o = o * layer.norm_weight.view(heads, head_dim)
     if settings.gate:
