@@ -277,6 +277,14 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
             r"^model\.vision\.attention\.radius \(-1\) must not be negative$",
         ),
         (
+            ["model.vision.attention.kind=gated_delta", "model.vision.attention.conv_size=0"],
+            r"^model\.vision\.attention\.conv_size \(0\) must be at least 1, the token itself$",
+        ),
+        (
+            ["parallel.cp=2", "model.vision.attention.kind=gated_delta"],
+            r"parallel\.cp \(2\) needs a model\.vision\.attention\.kind .* \(gated_delta\); take",
+        ),
+        (
             ["parallel.cp=2", "model.vision.attention.kind=window"],
             r"parallel\.cp \(2\) needs a model\.vision\.attention\.kind whose .* \(window\); take",
             ["model.text.attention.kind=frequency", "model.text.attention.axis=tokens"],

@@ -7,9 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from ds_linclip.config import GatedDeltaAttention, load_config
+from ds_linclip.config import (
+    Attention,
+    GatedDeltaAttention,
+    InitConfig,
+    ModelConfig,
+    SoftmaxAttention,
+    TextTower,
+    VisionTower,
+    load_config,
+)
+from ds_linclip.interop.pretrained import load_pretrained
+from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention import SelfAttention, attention_class
+from ds_linclip.model.flops import blocks_flops
 from ds_linclip.parallel.mesh import Mesh
 from helpers import REPOSITORY
 
@@ -117,6 +129,39 @@ def test_fla_must_be_installed_where_there_is_a_gpu(mesh, monkeypatch):
 def test_decay_and_gains_are_vectors_without_weight_decay(mesh):
     vectors = {n for n, p in make_layer(mesh, causal=False).named_parameters() if p.ndim < 2}
     assert vectors == {"a_log", "dt_bias", "norm_weight", "qkv.bias", "out_proj.bias"}
+
+
+def tower(attention: Attention) -> VisionTower:
+    return VisionTower(
+        image_size=(16, 16), patch_size=4, width=128, head_width=32, layers=1, attention=attention
+    )
+
+
+@pytest.mark.parametrize(("gate", "gate_cost"), [(True, 2 * 128 * 128), (False, 0)])
+def test_a_layer_costs_its_own_products(gate, gate_cost):
+    layer = GatedDeltaAttention(gate=gate, conv_size=3)
+    (cost,) = blocks_flops(tower(layer), 100)
+    scan = 6 * 32 * 32 + 3 * 2 * 3 * 32
+    two_gates = 2 * 2 * 128
+    own = gate_cost + 4 * 2 * (scan + two_gates)
+    assert cost - 100 * 2 * 128 * 12 * 128 == 100 * own
+
+
+def test_weights_of_a_softmax_model_become_those_of_the_layer(mesh, tmp_path):
+    models = []
+    for seed, attention in enumerate((SoftmaxAttention(), GatedDeltaAttention())):
+        torch.manual_seed(seed)
+        text = TextTower(width=64, heads=4, layers=1, attention=attention)
+        config = ModelConfig(embed_dim=16, vision=tower(attention), text=text)
+        models.append(CLIP(config, mesh))
+    trained, model = models
+    export_folder(trained, tmp_path / "hub")
+    load_pretrained(model, InitConfig(pretrained=str(tmp_path / "hub"), change_attention=True))
+    for side in ("visual", "text"):
+        theirs, layer = (getattr(each, side).blocks["0"].attn for each in (trained, model))
+        assert torch.equal(layer.qkv.weight, theirs.qkv.weight)
+        assert layer.beta_weight.count_nonzero() == 0
+        assert torch.equal(layer.conv_weight[:, 3], torch.ones(len(layer.conv_weight)))
 
 
 def test_the_layout_of_the_docs_trains(mesh, tmp_path):

@@ -103,6 +103,15 @@ def test_tiles_take_memory_of_the_tokens(mesh):
     assert sizes[1] < 4.1 * sizes[0]
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "causal", "num_keys"),
+    [(20, True, 20), (200, True, 32), (40, False, 40), (197, False, 51)],
+)
+def test_a_token_costs_what_it_sees(num_tokens, causal, num_keys):
+    kind = attention_class(WindowAttention())
+    assert kind.flops(WindowAttention(), 16, num_tokens, causal=causal) == 4 * 16 * num_keys
+
+
 def test_values_of_text_far_away_change_nothing(mesh):
     layer = make_layer(mesh, WindowAttention(size=32), causal=True)
     x = torch.randn(1, 300, WIDTH)
