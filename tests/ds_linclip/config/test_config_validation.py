@@ -269,6 +269,8 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             ["model.vision.attention.kind=focused", "model.vision.attention.score_scale=1"],
             r"score_scale",
+        ),
+        (
             ["model.text.attention.kind=window", "model.text.attention.size=0"],
             r"^model\.text\.attention\.size \(0\) must be at least 1, the token itself$",
         ),
@@ -287,6 +289,8 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         (
             ["parallel.cp=2", "model.vision.attention.kind=window"],
             r"parallel\.cp \(2\) needs a model\.vision\.attention\.kind whose .* \(window\); take",
+        ),
+        (
             ["model.text.attention.kind=frequency", "model.text.attention.axis=tokens"],
             r"^model\.text\.attention\.axis \(tokens\) must be features: a transform over the tok",
         ),
