@@ -86,7 +86,9 @@ def _features(x: Tensor, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     x, directions, offsets, *mlp = (each.to(wide) for each in (x, *parameters))
     hidden_weight, hidden_bias, channel_weight, channel_bias = mlp
-    projected = F.linear(x, directions, offsets)  # [R, H, m]
+    # Biases are added apart: with ZeRO-3 DeepSpeed replaces F.linear by one that adds a bias in
+    # place, to a product that recomputation may have kept.
+    projected = F.linear(x, directions) + offsets  # [R, H, m]
     hidden = (projected[..., None] * hidden_weight + hidden_bias).relu()  # [R, H, m, hidden]
-    psi = F.softplus(F.linear(hidden, channel_weight, channel_bias))  # [R, H, m, L]
+    psi = F.softplus(F.linear(hidden, channel_weight) + channel_bias)  # [R, H, m, L]
     return (psi.flatten(2) * len(directions) ** -0.5).to(dtype)
