@@ -158,7 +158,7 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ),
         (
             ["parallel.cp=2", "model.vision.attention={kind: inline, local: {kind: predicted}}"],
-            r"parallel\.cp \(2\) must be 1 with model\.vision\.attention \(inline .*predicted\)",
+            r"attention\.local\.kind \(predicted\) with parallel\.cp \(2\) must be none",
         ),
         (
             ["parallel.cp=2", "model.vision.attention={kind: fast, qk_norm: max}"],
