@@ -48,8 +48,10 @@ def test_every_kind_trains_as_in_one_process(alone, tmp_path, layout):
         losses = torch.tensor([rank[name][0] for rank in ranks]).mean(0).tolist()
         assert losses == pytest.approx(expected_losses, rel=1e-5), name
         weights = ranks[0][name][1]
-        for key, value in expected.items():
-            assert relative_rms(weights[key], value) <= 1e-5, (name, key)
+        # Over all weights together: where a gradient is nearly zero, its rounding decides how far
+        # Adam moves a weight. test_split_attention compares the gradients of every parameter.
+        both = [(weights[key].flatten(), value.flatten()) for key, value in expected.items()]
+        assert relative_rms(*map(torch.cat, zip(*both, strict=True))) <= 1e-6, name
         # Parameters of a few numbers, such as one per head, are sent in messages that do not count.
         sizes = [each.numel() * each.element_size() for each in expected.values()]
         uncounted = sum(size for size in sizes if size < CONTROL_BYTES)
