@@ -15,7 +15,7 @@ from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.tensor_parallel import vocab_parallel_embedding
 
-__all__ = ["KINDS", "SLOW_KINDS", "CausalModel", "ModelShape"]
+__all__ = ["KINDS", "CausalModel", "ModelShape"]
 
 #: The kinds of attention that can be causal, by name.
 KINDS = {
@@ -23,8 +23,6 @@ KINDS = {
     for name in ZOO
     if (settings := settings_of(name)) == settings_of(name, causal=True)
 }
-#: Kinds that take many times as long as the others on a CPU, and run only when they are named.
-SLOW_KINDS = ("quadratic", "qt-full")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,10 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import BenchmarkParser
+from benchmarks.attention.zoo import SLOW
 from ds_linclip.process.atomic import write_atomically
 from ds_linclip.process.progress import progress
-from experiments.causal_model import KINDS, SLOW_KINDS
+from experiments.causal_model import KINDS
 from experiments.language_model_report import draw, to_sections
 from experiments.language_model_training import (
     RECALL_TASKS,
@@ -152,8 +153,8 @@ def _run(
 def _parser() -> BenchmarkParser:
     parser = BenchmarkParser("language_model", __doc__, "--out")
     parser.add_argument("text", nargs="*", help="text files, or tars with captions (patterns)")
-    quick = [kind for kind in KINDS if kind not in SLOW_KINDS]
-    about = f"of {', '.join(KINDS)}; default: all but {', '.join(SLOW_KINDS)}"
+    quick = [kind for kind in KINDS if kind not in SLOW]
+    about = f"of {', '.join(KINDS)}; default: all but {', '.join(SLOW)}"
     parser.add_argument("--kinds", nargs="+", default=quick, metavar="KIND", help=about)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=1)

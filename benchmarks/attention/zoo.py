@@ -8,7 +8,7 @@ import yaml
 
 from ds_linclip.config import ATTENTION_KINDS, Attention, SoftmaxAttention, build_section
 
-__all__ = ["ZOO", "overrides_of", "settings_of"]
+__all__ = ["SLOW", "ZOO", "overrides_of", "settings_of"]
 
 
 #: Name -> the values of ``model.vision.attention``, beside defaults. Softmax comes first.
@@ -33,6 +33,9 @@ ZOO: dict[str, Mapping[str, Any]] = {
     "frequency": {"kind": "frequency"},
     "frequency-tokens": {"kind": "frequency", "axis": "tokens"},
 }
+
+#: Names whose features are many products of entries: many times as slow as the others on a CPU.
+SLOW = ("quadratic", "qt-full")
 
 
 def settings_of(name: str, *, causal: bool = False) -> Attention:
