@@ -91,7 +91,7 @@ study: $(STAMP) | data/embedded
 # The same for the kinds of attention, at one length, with parameters and time: 51 runs, half an hour on
 # two idle cores.
 study-kinds: $(STAMP) | data/embedded
-	$(BIN)/python -m experiments.convergence docs/results/zoo/accuracy --design kinds --image-sizes 32 train.global_batch_size=64 train.steps=200
+	$(BIN)/python -m experiments.convergence docs/results/zoo/accuracy train.global_batch_size=64 train.steps=200 --design kinds --image-sizes 32
 
 # The statements of docs/theory.md, measured and drawn (under a minute of CPU time).
 theory: $(STAMP)
