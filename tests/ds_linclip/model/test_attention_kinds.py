@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 
 from ds_linclip.config import (
@@ -23,6 +24,7 @@ from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.state_dict import export_folder, load_folder, to_open_clip
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention import Patches, SelfAttention, attention_class
+from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.model.flops import blocks_flops
 from ds_linclip.parallel.mesh import Mesh
 from helpers.attention_definitions import CASES, define
@@ -175,6 +177,29 @@ def test_weights_make_the_output_of_attention(mesh, name, causal):
     assert relative_rms(weights @ v, o) <= 1e-12
     if causal:
         assert not weights.triu(1).any()
+
+
+@pytest.mark.parametrize(("name", "causal"), BOTH)
+def test_recomputation_gives_the_same_bits_with_the_linear_of_zero3(
+    mesh, name, causal, monkeypatch
+):
+    """It adds a bias in place, to a product that "selective" keeps."""
+    monkeypatch.setattr(nn.functional, "linear", zero3_linear_wrap)
+    torch.manual_seed(0)
+    options: Any = {"causal": causal, "init": BlockInit.vision()}
+    block = Block(WIDTH, HEADS, 2.0, CASES[name].settings, mesh, **options)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x, patches = torch.randn(2, 7, WIDTH, requires_grad=True), places(7, causal=causal)
+    gradients = []
+    for what in ("none", "selective", "full"):
+        block.recompute = what
+        loss = block(x, patches).square().sum()
+        gradients.append(torch.autograd.grad(loss, [x, *block.parameters()], allow_unused=True))
+    for found in gradients[1:]:
+        for each, expected in zip(found, gradients[0], strict=True):
+            assert expected is None or torch.equal(each, expected)
 
 
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
