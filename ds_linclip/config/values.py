@@ -207,12 +207,14 @@ def _one_of(value: Any, kinds: dict[str, Any], name: str, folder: Path | None) -
     """
     words = " or ".join(", ".join(kinds).rsplit(", ", 1))
     if not isinstance(value, dict):
-        raise _refusal(name, value, f"hold a kind and its settings, as in {{kind: {min(kinds)}}}")
+        example = value if isinstance(value, str) and value in kinds else min(kinds)
+        raise _refusal(name, value, f"hold a kind and its settings, as in {{kind: {example}}}")
     kind: Any = value.get("kind")
     if kind is None and folder is None:
         raise ValueError(f"{name} must name its kind: {words}")
-    is_known = kind is None or kind in kinds
-    if not is_known and (folder is None or "${" not in str(kind)):
+    is_text = isinstance(kind, str)
+    is_known = kind is None or (is_text and kind in kinds)
+    if not is_known and not (folder is not None and is_text and "${" in kind):
         near = difflib.get_close_matches(str(kind), kinds, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise _refusal(f"{name}.kind", kind, f"be {words}{hint}")

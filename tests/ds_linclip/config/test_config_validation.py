@@ -23,6 +23,18 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
             r"^model\.text\.attention\.kind \(flash\) must be .*\blinear, .*\bsoftmax\b",
         ),
         (
+            "model.text.attention={kind: [softmax]}",
+            r"^model\.text\.attention\.kind \(\['softmax'\]\) must be .*\bsoftmax\b",
+        ),
+        (
+            "model.text.attention={kind: {a: '${name}'}}",
+            r"^model\.text\.attention\.kind \(\{'a': .*\) must be .*\bsoftmax\b",
+        ),
+        (
+            "model.text.attention=softmax",
+            r"^model\.text\.attention \(softmax\) must hold .*, as in \{kind: softmax\}$",
+        ),
+        (
             "model.vision.image_size=[30,32]",
             r"model\.vision\.image_size \(30, 32\) must be .* multiple of patch_size \(4\)",
         ),
