@@ -195,9 +195,10 @@ def _tower_to_dict(tower: VisionTower | TextTower) -> dict[str, Any]:
     content = asdict(tower)
     if isinstance(tower, VisionTower) and tower.image_size[0] == tower.image_size[1]:
         content["image_size"] = tower.image_size[0]  # one number, as in open_clip's own configs
-    if not tower.attention_by_layer:
+    is_softmax = tower.attention_text == "softmax"
+    if is_softmax or not tower.attention_by_layer:
         del content["attention_by_layer"]
-    if tower.attention_text == "softmax":
+    if is_softmax:
         del content["attention"]
     return content
 

@@ -22,7 +22,7 @@ from ds_linclip.checkpoint.loading import load_weights
 from ds_linclip.config import Config, ParallelConfig, load_config
 from ds_linclip.inference import load_model
 from ds_linclip.interop.export import export_checkpoint
-from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE
+from ds_linclip.interop.hub_folder import CONFIG_FILE, WEIGHTS_FILE, open_clip_config
 from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.state_dict import load_folder
 from ds_linclip.loss.grad_cache import ContrastiveLoss
@@ -112,6 +112,12 @@ def test_scale_that_leaves_a_checkpoint_is_the_one_that_the_loss_used(
         for precision in ("fp32", "bf16"):
             found.append(load_model(source, mesh, precision=precision).module.logit_scale)
     assert [each.exp().item() for each in found] == [objective.logit_scale.item()] * 5
+
+
+def test_layers_that_are_all_softmax_are_written_as_open_clip_does(config_of):
+    every_layer = "model.vision.attention_by_layer=[{layers: ':', attention: {kind: softmax}}]"
+    model = config_of("model.text.attention.kind=softmax", every_layer).model
+    assert open_clip_config(model) == open_clip_config(config_of(*SOFTMAX).model)
 
 
 def test_linear_attention_is_refused_by_open_clip_and_read_here(config_of, mesh, tmp_path):
