@@ -17,7 +17,7 @@ from ds_linclip.checkpoint.finite_weights import check_finite
 from ds_linclip.checkpoint.loading import check_files
 from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, read_manifest
 from ds_linclip.checkpoint.writer import CheckpointWriter
-from ds_linclip.config import Config
+from ds_linclip.config import Config, ModelConfig
 from ds_linclip.engine.engine import Engine
 from ds_linclip.engine.zero_state import ParameterPiece
 from ds_linclip.parallel.mesh import Mesh
@@ -60,7 +60,7 @@ class CheckpointManager:
             **_flatten(asdict(config.model), "model"),
             **{f"init.{k}": v for k, v in asdict(config.init).items() if k.startswith("lock_")},
         }
-        self._identity = json.loads(json.dumps(identity))  # as it is read back
+        self._identity = _as_read_back(identity)
         self._layout = {**mesh.axis_sizes, "zero": config.zero.stage}
         self._writer = CheckpointWriter(self.directory, config, mesh)
         self._last_step = -1
@@ -199,7 +199,9 @@ class CheckpointManager:
         return None
 
     def _check_same_run(self, path: Path) -> None:
-        theirs = read_manifest(path)["run"]
+        # A setting that the checkpoint does not have came later: its default is how the run began.
+        defaults = _as_read_back(_flatten(asdict(ModelConfig()), "model"))
+        theirs = defaults | read_manifest(path)["run"]
         differences = [
             f"{name} ({value}) must equal {theirs.get(name)}"
             for name, value in self._identity.items()
@@ -221,6 +223,11 @@ def _check_share(reader: CheckpointReader, names: Sequence[str], *, show_progres
         check_finite(pair for name in weights for pair in reader.tensors(name))
     except ValueError as error:
         raise ValueError(f"checkpoint ({reader.path}): {error}") from error
+
+
+def _as_read_back(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
 
 
 def _flatten(tree: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ds_linclip.checkpoint.sharded_safetensors import (
     sha256_of,
     write_manifest,
 )
-from ds_linclip.config import Config, load_config
+from ds_linclip.config import Config, LayerAttention, load_config
 from ds_linclip.inference import load_model
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
@@ -93,6 +93,21 @@ def test_run_resumes_when_a_default_that_it_used_is_written_out(run):
     assert CheckpointManager(run, Mesh.create(), {}).newest() == newest
     run.optim.beta2 = 0.99
     with pytest.raises(AgreedError, match=r"optim\.beta2 \(0\.99\) must equal 0\.98"):
+        CheckpointManager(run, Mesh.create(), {}).newest()
+
+
+def test_run_resumes_when_a_setting_that_came_later_has_its_default(run):
+    newest = run.run_dir / "checkpoints" / "step-00000006"
+    manifest = read_manifest(newest)
+    later = [name for name in manifest["run"] if "attention_by_layer" in name or "local" in name]
+    assert len(later) == 4
+    for name in later:
+        del manifest["run"][name]
+    pieces = [StoredPiece(**piece) for piece in manifest.pop("pieces")]
+    write_manifest(newest, manifest, pieces)
+    assert CheckpointManager(run, Mesh.create(), {}).newest() == newest
+    run.model.vision.attention_by_layer = [LayerAttention(layers="0")]
+    with pytest.raises(AgreedError, match=r"vision\.attention_by_layer \(\[\{.*must equal \[\]"):
         CheckpointManager(run, Mesh.create(), {}).newest()
 
 
