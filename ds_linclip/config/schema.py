@@ -43,7 +43,7 @@ class _Layers:
             return runs[0][0]
         stops = accumulate(length for _, length in runs)
         return "; ".join(
-            f"layers {stop - length} to {stop - 1}: {text}"
+            f"{_numbered(stop - length, stop - 1)}: {text}"
             for (text, length), stop in zip(runs, stops, strict=True)
         )
 
@@ -510,6 +510,10 @@ class Config:
         """Return the number of micro-batches that each of ``dp_size`` ranks runs per step."""
         local = self.train.global_batch_size // dp_size
         return local // (self.train.micro_batch_size or local)
+
+
+def _numbered(first: int, last: int) -> str:
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
 def sections(node: Any = Config, path: str = "") -> Iterator[tuple[str, Any]]:

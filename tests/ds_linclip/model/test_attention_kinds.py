@@ -327,7 +327,7 @@ def test_layers_may_have_different_kinds(mesh, tmp_path):
     ]
     export_folder(model, tmp_path / "hub")
     assert load_folder(tmp_path / "hub", mesh).config == config
-    assert config.vision.attention_text.endswith("layers 1 to 1: softmax")
+    assert config.vision.attention_text.endswith("layer 1: softmax")
 
 
 @pytest.mark.parametrize(
