@@ -49,7 +49,7 @@ class Layers:
         self.device, self._dtype = mesh.device, dtype
         self.layers = {name: make_layer(name, mesh).to(mesh.device, dtype) for name in names}
         self.growth: Mapping[str, int] = {
-            name: 2 if flops_per_token(each, 2048) > 1.5 * flops_per_token(each, 1024) else 1
+            name: 2 if own_flops(each, 2048) > 1.5 * own_flops(each, 1024) else 1
             for name, each in self.layers.items()
         }
 
@@ -87,8 +87,13 @@ def square_grid(num_tokens: int) -> Patches:
 
 def flops_per_token(layer: SelfAttention, num_tokens: int) -> float:
     """Return the forward FLOPs of a token in the whole layer."""
-    own = layer.flops(layer.settings, WIDTH // HEADS, num_tokens, causal=False)
-    return 8 * WIDTH**2 + HEADS * own
+    more = layer.projection_flops(layer.settings, WIDTH, HEADS, causal=False)
+    return 8 * WIDTH**2 + more + HEADS * own_flops(layer, num_tokens)
+
+
+def own_flops(layer: SelfAttention, num_tokens: int) -> float:
+    """Return the forward FLOPs of a token and head between the projections."""
+    return layer.flops(layer.settings, WIDTH // HEADS, num_tokens, causal=False)
 
 
 def main() -> int:
