@@ -78,6 +78,11 @@ def main() -> int:
             raise ValueError(f"variants ({unknown[0]}) must be of {', '.join(variants)}")
         _keep_settings(arguments.output, load_config(arguments.config, arguments.overrides))
         done = read_runs(log) if log.exists() else []
+        if strange := [run.variant for run in done if run.variant not in variants]:
+            raise ValueError(
+                f"output ({arguments.output}) must be another folder: {log} has runs of another "
+                f"design ({strange[0]})"
+            )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """The study summary against numbers worked out by hand."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from matplotlib.collections import PathCollection
@@ -62,6 +62,18 @@ def test_markdown_table():
         "| 65 | Eq. 7 \\| alpha 0 | 2 | 85.0 ± 63.5 | 100.0 ± 0.0 | 0.500 ± 0.000 |",
         "| 257 | softmax | 1 | 94.0 | 100.0 | 0.500 |",
     ]
+
+
+def test_parameters_and_median_time_stand_in_the_table_where_they_are_known(tmp_path):
+    known = [replace(each, num_parameters=12_345, seconds=10.0 * each.seed) for each in RUNS[1:4]]
+    lines = to_markdown(summarise([*known, RUNS[0]])).splitlines()
+    assert lines[0].endswith("| loss | parameters, k | seconds |")
+    assert lines[2].endswith("| 12 | 10 |")
+    assert lines[3].endswith("| 0.500 |  |  |")
+    path = tmp_path / "runs.jsonl"
+    old = {k: v for k, v in asdict(RUNS[0]).items() if k not in ("num_parameters", "seconds")}
+    path.write_text("\n".join(json.dumps(each) for each in (old, asdict(known[0]))))
+    assert read_runs(path) == [RUNS[0], known[0]]
 
 
 def test_pooling_lengths_of_unlike_spread_would_say_too_much():
