@@ -95,7 +95,7 @@ class AttentionSettings:
 
     @property
     def has_weights(self) -> bool:
-        """Whether a head's output is a sum of its values times numbers, and not matrices."""
+        """Whether a head's output is a sum of its values, each times a number, not a matrix."""
         return True
 
     @property
@@ -203,7 +203,7 @@ class FrequencyAttention(AttentionSettings):
 
     @property
     def has_weights(self) -> bool:
-        """Whether a head's output is a sum of its values times numbers, and not matrices."""
+        """Whether a head's output is a sum of its values, each times a number, not a matrix."""
         return self.side == "right"
 
     def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:

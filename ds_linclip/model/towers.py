@@ -135,7 +135,8 @@ class VisionTransformer(_Tower):
 
         Args:
             x: Images [B, 3, H, W], or tokens [B, N, width] without the embedding.
-            patches: Those that are embedded, or are ``x``; None: all of an image, or unknown.
+            patches: Places of the patches to embed, or of the tokens ``x``; None: all patches of
+                the images, or unknown.
 
         Returns:
             Features [B, embed_dim], not normalized, or tokens [B, N, width] without the head.

@@ -111,7 +111,7 @@ def head_parameter(
 
     Args:
         mesh: The ranks that share the heads.
-        shape: Of the whole parameter.
+        shape: Shape of the whole parameter.
         init: Initializes the whole parameter in place.
         split: Dimension of the heads; None: every rank has the whole parameter, and reads it
             through :func:`sum_gradients_of_heads`.

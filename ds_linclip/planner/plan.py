@@ -141,29 +141,26 @@ class _Traffic:
 
     def _num_summed(self) -> int:
         vision, text = self.config.model.vision, self.config.model.text
-        image_size = vision.width, self.num_image_tokens
-        text_size = text.width, text.context_length
+        towers = (
+            (self.image_blocks, vision.width, self.num_image_tokens, False),
+            (self.text_blocks, text.width, text.context_length, True),
+        )
         return sum(
-            attention_class(each).num_summed(each, *image_size, causal=False)
-            for each in self.image_blocks
-        ) + sum(
-            attention_class(each).num_summed(each, *text_size, causal=True)
-            for each in self.text_blocks
+            attention_class(each).num_summed(each, width, num_tokens, causal=causal)
+            for blocks, width, num_tokens, causal in towers
+            for each in blocks
         )
 
     def context(self) -> int:
         """States of the image tower's attention, and the class token, forward and backward."""
         vision = self.config.model.vision
         heads = vision.heads // self.mesh.tp.size
-        state = (
-            _FP32
-            * heads
-            * sum(
-                attention_class(each).num_state_values(each, vision.head_width)
-                for each in self.image_blocks
-            )
+        num_values = heads * sum(
+            attention_class(each).num_state_values(each, vision.head_width)
+            for each in self.image_blocks
         )
-        states = self.local_batch * state * (self.forwards + 1 + self.recomputed)
+        passes = self.forwards + 1 + self.recomputed
+        states = self.local_batch * num_values * _FP32 * passes
         has_head = self.image_layers + 1 in self.units
         class_token = self.local_batch * vision.width * self.value_bytes
         return states + has_head * class_token * (self.forwards + 1)

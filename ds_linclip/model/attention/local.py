@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ds_linclip.config import DepthwiseLocal, PredictedLocal
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.patches import Patches
+from ds_linclip.model.attention.recompute import recomputed
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.tensor_parallel import sum_gradients_of_heads
 
@@ -22,7 +22,7 @@ _SIZE = 3
 
 
 class LocalPart:
-    """No local part; others override what they have.
+    """The base of all local parts, which adds nothing.
 
     Attributes:
         zeroed: The parameters without which the part adds nothing.
@@ -167,8 +167,7 @@ class _Predicted(LocalPart):
         ]
         if patches is None:
             # What it computes on the way is several times the size of its inputs.
-            compute = partial(checkpoint, _causal_residual, use_reentrant=False)
-            found = compute(mean, v, *parts, preserve_rng_state=False)
+            found = recomputed(_causal_residual, mean, v, *parts)
         else:
             found = _grid_residual(mean, v, patches, *parts)
         return o + found.to(o.dtype)

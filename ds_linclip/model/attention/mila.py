@@ -42,8 +42,8 @@ class Attention(LinearStateAttention):
         if self.causal:
             num_keys = torch.arange(1, k.shape[1] + 1, device=k.device)[:, None, None]
             return recomputed(_running_sum, k) / num_keys
-        total = sum_over_ranks(recomputed(_sum, k), self.cp_group)
-        return total / (k.shape[1] if patches is None else patches.num_tokens)
+        assert patches is not None
+        return sum_over_ranks(recomputed(_sum, k), self.cp_group) / patches.num_tokens
 
     def _angles(self, x: Tensor, patches: Patches | None) -> Tensor:
         """Return the angle of every token and pair of channels, [1 or B, N, 1, D / 2]."""

@@ -12,7 +12,7 @@ class OwnParameter(NamedTuple):
     """A parameter that softmax attention does not have.
 
     Attributes:
-        shape: Of the whole parameter, over all heads.
+        shape: Shape of the whole parameter, over all heads.
         init: Initializes the whole parameter in place.
         split: Dimension of the heads, which the tensor axis splits; None: every head uses all of
             it.

@@ -10,11 +10,12 @@ __all__ = ["Patches"]
 
 
 class Patches(NamedTuple):
-    """The patches behind the class token, which is token 0.
+    """The places of an image's patches, which are the tokens after the class token.
 
     Attributes:
         rows, columns: The grid of the whole image.
-        kept: Ascending indices [B, K] int64, row by row, of the patches that there are; None: all.
+        kept: Ascending indices [B, K] int64, row by row, of the patches that are not dropped; None:
+            none is dropped.
     """
 
     rows: int

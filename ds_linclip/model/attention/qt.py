@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ds_linclip.model.attention.base import LinearStateAttention
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.patches import Patches
+from ds_linclip.model.attention.recompute import recomputed
 from linclip_kernels.linear_attention.quadratic_map import num_quadratic_features
 
 __all__ = ["Attention"]
@@ -51,8 +51,8 @@ class Attention(LinearStateAttention):
         # (c^2 + p(q).p(k)) / c^2: entries of p are not negative, so that scores are at least 1.
         constant = self.get_parameter("constant")[:, None].square().clamp(min=_SMALLEST)  # [H, 1]
         # What the map computes in fp32 on the way is several times the size of q and k.
-        squares = partial(checkpoint, _squares, use_reentrant=False, preserve_rng_state=False)
-        return attend(squares(q, 1 / constant), squares(k, 1.0), v, feature_map="affine")
+        q, k = recomputed(_squares, q, 1 / constant), recomputed(_squares, k, 1.0)
+        return attend(q, k, v, feature_map="affine")
 
     def finish(self, o: Tensor, x: Tensor, v: Tensor, patches: Patches | None) -> Tensor:
         o = super().finish(o, x, v, patches)

@@ -181,14 +181,15 @@ class _TowerRecorder:
         has_bound = settings.kind == "linear" and settings.feature_map == "affine"
         with _in_float64(attention):
             weights = attention.weights(x.double(), patches).cpu().flatten(0, 1)  # [B * H, N, N]
-            q, k, _ = (each.cpu().transpose(1, 2) for each in attention.project(x.double()))
+            vectors = attention.project(x.double()) if has_bound else ()
         if not weights.isfinite().all():
             raise ValueError(f"attention (layer {layer}) must be finite")
         for part in weights.split(max(1, _CHUNK_ELEMENTS // num_tokens**2)):
             for statistic, values in attention_statistics(part, causal=causal).items():
                 self._values[layer, statistic].append(values)
         if has_bound:
-            bound = contrast_bound(q.flatten(0, 1), k.flatten(0, 1), causal=causal)
+            q, k, _ = (each.cpu().transpose(1, 2).flatten(0, 1) for each in vectors)
+            bound = contrast_bound(q, k, causal=causal)
             self._values[layer, "contrast_bound"].append(bound)
         uniform_rank = _uniform_rank(num_tokens, causal).expand(len(x))
         self._values[layer, "uniform_rank"].append(uniform_rank)
