@@ -125,7 +125,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         value = read_override(keys, text)
     except YAMLError as error:
         raise ValueError(
-            f"override ({override}) must have a YAML value; quote a pattern within a list: "
+            f"override ({override}) must have a YAML value; quote what holds braces or colons: "
             "data.train=['{00..99}.tar']"
         ) from error
     for part in reversed(keys):

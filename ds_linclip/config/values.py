@@ -16,6 +16,7 @@ from typing import IO, Any, ClassVar, Literal, TypeVar, get_args, get_origin, ge
 
 import yaml
 
+from ds_linclip.config.attention import LayerAttention
 from ds_linclip.config.paths import resolved_path, written_path
 from ds_linclip.config.schema import Config, Source, kinds_of, sections
 
@@ -156,6 +157,8 @@ def _section(content: Any, node: Any, name: str, folder: Path | None) -> Any:
         content = {"shards": content}
     if not isinstance(content, dict):
         raise _refusal(name, content, "hold keys and values")
+    if node is LayerAttention and folder is None:
+        content = {"attention": {}, **content}  # which must name its kind
     hints, known = get_type_hints(node), {field.name: field.metadata for field in fields(node)}
     found: dict[str, Any] = {}
     for key, given in content.items():

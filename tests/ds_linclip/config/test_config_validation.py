@@ -31,6 +31,18 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
             r"^model\.text\.attention\.kind \(\{'a': .*\) must be .*\bsoftmax\b",
         ),
         (
+            "model.text.attention_by_layer=[{layers: '0'}]",
+            r"^model\.text\.attention_by_layer\[0\]\.attention must name its kind: ",
+        ),
+        (
+            "model.text.attention_by_layer=[{attention: {kind: softmax}}]",
+            r"^model\.text\.attention_by_layer\[0\]\.layers \(''\) must be an index or a slice",
+        ),
+        (
+            "model.text.attention_by_layer=[{layers: -2:}]",
+            r"^override \(.*\) must have a YAML value; quote what holds braces or colons: ",
+        ),
+        (
             "model.text.attention=softmax",
             r"^model\.text\.attention \(softmax\) must hold .*, as in \{kind: softmax\}$",
         ),
