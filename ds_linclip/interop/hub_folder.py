@@ -1,8 +1,8 @@
 """The folder format of open_clip's models on the Hugging Face hub: its config, and writing it.
 
 A hub folder holds ``open_clip_config.json`` and ``open_clip_model.safetensors``; open_clip opens it
-as ``local-dir:<folder>``. The config of a linear-attention tower has an ``attention`` entry that
-stock open_clip refuses, so that such weights are never run as softmax by mistake.
+as ``local-dir:<folder>``. The config of a tower that is not all softmax has an ``attention`` entry,
+which stock open_clip refuses, so that such weights are never run as softmax by mistake.
 """
 
 import json

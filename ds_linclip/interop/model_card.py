@@ -44,7 +44,7 @@ tokenizer = open_clip.get_tokenizer("local-dir:{name}")
 
 ds_linclip starts from it with `init.pretrained={name}`.
 """
-_DS_LINCLIP = """A tower of this model has linear attention, which open_clip does not support: stock
+_DS_LINCLIP = """A tower of this model has attention that open_clip does not support: stock
 open_clip refuses `open_clip_config.json`, so the weights are never run with softmax by mistake.
 
 ```python
@@ -76,7 +76,8 @@ def model_card(
     "raw"; the metrics of ``run_dir`` are read if it has any.
     """
     towers = (config.model.vision, config.model.text)
-    fits_open_clip = all(tower.attention_text == "softmax" for tower in towers)
+    kinds = {each.kind for tower in towers for each in tower.attentions}
+    fits_open_clip = kinds == {"softmax"}
     facts = [
         *_architecture(config),
         ("parameters", f"{num_parameters:,}, {dtype}"),
@@ -85,7 +86,7 @@ def model_card(
     ]
     return _CARD.format(
         library="open_clip" if fits_open_clip else "ds_linclip",
-        tags="" if fits_open_clip else "- linear-attention\n",
+        tags="- linear-attention\n" if kinds - {"softmax", "window"} else "",
         name=name,
         run=config.name,
         training="\n".join(_table(("", ""), facts)),

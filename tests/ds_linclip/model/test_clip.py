@@ -7,7 +7,9 @@ from torch import nn
 
 from ds_linclip.config import (
     Attention,
+    LayerAttention,
     LinearAttention,
+    MilaAttention,
     ModelConfig,
     ParallelConfig,
     SoftmaxAttention,
@@ -166,6 +168,30 @@ def test_weights_depend_on_the_seed_alone(mesh: Mesh) -> None:
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert not torch.equal(first.visual.proj, other.visual.proj)
+
+
+@pytest.mark.parametrize("drops_patches", [False, True])
+@pytest.mark.parametrize("needs_grid", [False, True])
+def test_pipeline_stages_compute_what_the_whole_model_does(
+    mesh: Mesh, needs_grid: bool, drops_patches: bool
+) -> None:
+    """The last layer of the image tower needs the grid; those before it pass it on."""
+    config = small_config(LinearAttention(), (32, 48))
+    if needs_grid:
+        config.vision.attention_by_layer = [LayerAttention(layers="-1", attention=MilaAttention())]
+    kept = [torch.tensor([[0, 1, 5, 6, 9, 11, 16, 22]] * 4)] if drops_patches else []
+    units = range(CLIP.num_units(config))
+    stages = []
+    for held in [units, *(range(unit, unit + 1) for unit in units)]:
+        torch.manual_seed(0)
+        stages.append(CLIP(config, mesh, units=held))
+    whole, *parts = stages
+    expected = whole(*inputs(image_size=(32, 48)), *kept)
+    found = *inputs(image_size=(32, 48)), *kept
+    for part in parts:
+        found = part(*found)
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_attention_kind_changes_no_initial_weight(mesh: Mesh) -> None:
