@@ -41,6 +41,12 @@ _CONTAINER = re.compile(r"\[|\{\s*\w+:\s|\{\s*\}$")
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 
 
+#: Files that version 0.2 saved list these beside ``kind: softmax``, where they had no effect.
+_ONCE_WITHOUT_EFFECT = {
+    *("feature_map", "normalized", "score_scale", "length_exponent", "head_norm"),
+}
+
+
 class _Quoted(str):
     """Text that stands in quotes, and thus never means null."""
 
@@ -221,6 +227,8 @@ def _one_of(value: Any, kinds: dict[str, Any], name: str, folder: Path | None) -
         near = difflib.get_close_matches(str(kind), kinds, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise _refusal(f"{name}.kind", kind, f"be {words}{hint}")
+    if kind == "softmax" and value.keys() >= _ONCE_WITHOUT_EFFECT:
+        value = {"kind": kind}
     possible = {kind: kinds[kind]} if kind in kinds else kinds
     for key in value:
         if key in _names(*possible.values()):

@@ -6,8 +6,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
-from ds_linclip.config import Resolution, Source, VisionTower, load_config, save_config
+from ds_linclip.config import (
+    Resolution,
+    SoftmaxAttention,
+    Source,
+    VisionTower,
+    load_config,
+    save_config,
+)
 from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS
 
 EMBEDDED = "ds_configs/train/embedded.yaml"
@@ -275,3 +283,18 @@ def test_commands_in_the_readme_have_overrides_that_load():
     for command in commands:
         config, *overrides = command[command.index("linclip_launch.train") + 1 :]
         assert load_config(config, overrides).data.train
+
+
+def test_settings_that_version_0_2_saved_beside_softmax_are_read(tmp_path):
+    path = tmp_path / "config.yaml"
+    old = "{kind: softmax, feature_map: affine, normalized: false, score_scale: 0.5, "
+    old += "length_exponent: 0.0, head_norm: false}"
+    save_config(load_config(EMBEDDED), path)
+    content = yaml.safe_load(path.read_text())
+    content["model"]["vision"]["attention"] = yaml.safe_load(old)
+    path.write_text(yaml.safe_dump(content))
+    assert load_config(path).model.vision.attention == SoftmaxAttention()
+    del content["model"]["vision"]["attention"]["head_norm"]
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"no setting of kind softmax"):
+        load_config(path)
