@@ -73,7 +73,9 @@ class Attention(LinearStateAttention):
             return o
         weight, bias = (self.get_parameter(f"gate_{name}") for name in ("weight", "bias"))
         x = sum_gradients_of_heads(x.to(v.dtype), self.mesh)
-        gate = F.linear(x, weight.to(v.dtype), bias.to(v.dtype))  # [B, N, H * D]
+        # The bias is added apart: with ZeRO-3 DeepSpeed replaces F.linear by one that adds it in
+        # place, to a product that selective recomputation has kept.
+        gate = F.linear(x, weight.to(v.dtype)) + bias.to(v.dtype)  # [B, N, H * D]
         return o * gate.unflatten(2, o.shape[2:])
 
     def weights(self, x: Tensor, patches: Patches | None = None) -> Tensor:

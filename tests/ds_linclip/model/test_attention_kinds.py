@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 
 from ds_linclip.config import (
@@ -22,10 +23,12 @@ from ds_linclip.interop.hub_folder import CONFIG_FILE
 from ds_linclip.interop.key_mapping import open_clip_shapes
 from ds_linclip.interop.state_dict import export_folder, load_folder, to_open_clip
 from ds_linclip.model import CLIP
-from ds_linclip.model.attention import Patches, SelfAttention, attention_class
+from ds_linclip.model.attention import Patches
+from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.model.flops import blocks_flops
 from ds_linclip.parallel.mesh import Mesh
 from helpers.attention_definitions import CASES, define
+from helpers.attention_layers import before_projection, leave_initial_values, make_layer
 from linclip_kernels.linear_attention.reference import relative_rms
 
 WIDTH, HEADS = 64, 4
@@ -44,13 +47,6 @@ def mesh() -> Mesh:
     return Mesh.create()
 
 
-def make_layer(mesh: Mesh, settings: Any, *, causal: bool, seed: int = 0) -> SelfAttention:
-    torch.manual_seed(seed)
-    init = partial(nn.init.normal_, std=2 * WIDTH**-0.5)
-    kind = attention_class(settings)
-    return kind(WIDTH, HEADS, settings, mesh, causal=causal, init_qkv=init, init_out=init)
-
-
 def places(num_tokens: int, *, causal: bool) -> Patches | None:
     """Return a grid that is not square, if the number of patches allows it; of two images."""
     patches = num_tokens - 1
@@ -60,12 +56,6 @@ def places(num_tokens: int, *, causal: bool) -> Patches | None:
         return Patches(1, 1, torch.empty(2, 0, dtype=torch.int64))
     rows = max(n for n in range(1, 1 + int(patches**0.5)) if patches % n == 0)
     return Patches(rows, patches // rows)
-
-
-def before_projection(layer: SelfAttention, x: Tensor, patches: Patches | None) -> Tensor:
-    """Return what enters the output projection, [B, N, H, D]."""
-    q, k, v, *more = layer.prepare(x, patches)
-    return layer.finish(layer.attend(q, k, v, *more), x, v, patches)
 
 
 def may_be_causal(settings: Any) -> bool:
@@ -111,7 +101,7 @@ def test_every_kind_has_a_case_and_a_row_of_the_table():
 @pytest.mark.parametrize(("name", "causal"), BOTH)
 def test_a_layer_is_its_definition(mesh, name, causal, num_tokens):
     case = CASES[name]
-    layer = make_layer(mesh, case.settings, causal=causal).double()
+    layer = make_layer(mesh, case.settings, causal=causal, is_trained=True).double()
     patches = places(num_tokens, causal=causal)
     x = torch.randn(2, num_tokens, WIDTH, dtype=torch.float64, requires_grad=True)
     parameters = [p for n, p in layer.named_parameters() if not n.startswith("out_proj")]
@@ -235,6 +225,24 @@ def test_a_model_trains_and_recomputes_the_same_bits(mesh, name):
 
 
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_recomputation_gives_the_same_bits_with_the_linear_of_zero3(mesh, name, monkeypatch):
+    """It adds a bias in place, to a product that "selective" keeps."""
+    monkeypatch.setattr(nn.functional, "linear", zero3_linear_wrap)
+    block = Block(
+        WIDTH, HEADS, 2.0, CASES[name].settings, mesh, causal=False, init=BlockInit.vision()
+    )
+    leave_initial_values(block.attn, mesh)
+    x, gradients = torch.randn(2, 7, WIDTH, requires_grad=True), []
+    for what in ("none", "selective", "full"):
+        block.recompute = what
+        loss = block(x, places(7, causal=False)).square().sum()
+        gradients.append(torch.autograd.grad(loss, [x, *block.parameters()], allow_unused=True))
+    for found in gradients[1:]:
+        for each, expected in zip(found, gradients[0], strict=True):
+            assert each is expected is None or torch.equal(each, expected)
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
 def test_bfloat16_features_are_near_those_of_single_precision(mesh, name):
     torch.manual_seed(0)
     model = CLIP(clip_config(CASES[name].settings), mesh)
@@ -252,21 +260,6 @@ def test_zeros_have_finite_gradients(mesh, name, causal):
     layer(x, places(13, causal=causal)).sum().backward()
     for parameter in (x, *layer.parameters()):
         assert parameter.grad is None or parameter.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(("name", "causal"), BOTH)
-def test_a_kind_is_compiled_as_one_graph(mesh, name, causal):
-    layer = make_layer(mesh, CASES[name].settings, causal=causal)
-    patches, x = places(13, causal=causal), torch.randn(2, 13, WIDTH)
-    with torch.no_grad():
-        inputs = layer.prepare(x, patches)
-
-    def compute(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
-        return layer.finish(layer.attend(q, k, v, *more), x, v, patches)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(compute, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(*inputs), compute(*inputs))
 
 
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
@@ -319,9 +312,12 @@ def test_layers_that_are_not_there_are_refused(layers):
         LayerAttention(layers=layers).numbers(5)
 
 
-def test_a_layer_that_needs_the_grid_says_so(mesh):
-    layer = make_layer(mesh, CASES["eq7-local"].settings, causal=False)
-    with pytest.raises(ValueError, match=r"patches \(None\) must be given: attention linear"):
+@pytest.mark.parametrize(
+    "name", [name for name in BIDIRECTIONAL if CASES[name].settings.needs_grid]
+)
+def test_a_layer_that_needs_the_grid_says_so(mesh, name):
+    layer = make_layer(mesh, CASES[name].settings)
+    with pytest.raises(ValueError, match=r"patches \(None\) must be given: attention \w+ \("):
         layer(torch.randn(1, 5, WIDTH))
 
 
