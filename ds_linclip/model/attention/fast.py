@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_linclip.model.attention.base import LinearStateAttention
+from ds_linclip.model.attention.rows import widened
 from linclip_kernels.linear_attention.quadratic_map import num_quadratic_features
 
 __all__ = ["Attention"]
@@ -32,6 +32,6 @@ class Attention(LinearStateAttention):
 
 def _by_largest_norm(x: Tensor) -> Tensor:
     """Return rows [B, N, H, D] over the largest norm among their N rows."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = widened(x)
     largest = x.square().sum(-1, keepdim=True).amax(1, keepdim=True)  # [B, 1, H, 1]
     return x * (largest + _EPS).rsqrt()

@@ -12,6 +12,7 @@ from ds_linclip.model.attention.base import LinearStateAttention
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.patches import Patches
 from ds_linclip.model.attention.recompute import recomputed
+from ds_linclip.model.attention.rows import wide_dtype
 from ds_linclip.parallel.tensor_parallel import sum_gradients_of_heads
 
 __all__ = ["Attention"]
@@ -101,7 +102,7 @@ def _is_divided(head_dim: int) -> bool:
 def _by_sign(x: Tensor, power: Tensor, alpha: float) -> Tensor:
     """Return relu(x)^p and relu(-x)^p, [B, N, H, 2 * D], of x [B, N, H, D] and the learned numbers
     [H * D] that give p."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     exponent = 1 + alpha * power.to(dtype).sigmoid().view(x.shape[2:])
     powers = x.to(dtype).abs().pow(exponent)
     return torch.cat([powers.where(x > 0, 0), powers.where(x < 0, 0)], -1).to(x.dtype)
