@@ -88,7 +88,8 @@ def square_grid(num_tokens: int) -> Patches:
 def flops_per_token(layer: SelfAttention, num_tokens: int) -> float:
     """Return the forward FLOPs of a token in the whole layer."""
     own = layer.flops(layer.settings, WIDTH // HEADS, num_tokens, causal=False)
-    return 8 * WIDTH**2 + HEADS * own
+    projections = layer.projection_flops(layer.settings, WIDTH, HEADS, causal=False)
+    return 8 * WIDTH**2 + projections + HEADS * own
 
 
 def main() -> int:

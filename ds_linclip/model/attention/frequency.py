@@ -41,7 +41,7 @@ from ds_linclip.model.attention.base import SelfAttention
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.patches import Patches
 from ds_linclip.model.attention.rows import unit, widened
-from ds_linclip.model.recurrences import dplr, dplr_flops
+from ds_linclip.model.recurrences import dplr
 
 __all__ = ["Attention"]
 
@@ -92,8 +92,9 @@ class Attention(SelfAttention):
             # The half spectrum of a square grid.
             side = (num_tokens - 1) ** 0.5
             length, scans = 1 + round(side * (side / 2 + 1)), 1
-        maps = 2 * 2 * channels**2
-        stream = maps + scans * dplr_flops(length, channels, channels)
+        # A token reads the state with kappa and its query, and adds two products to it; not the
+        # chunks. And a matrix for its decay, one for its rate.
+        stream = (8 * scans + 4) * channels**2
         return 2 * stream * length / num_tokens
 
     def prepare(self, x: Tensor, patches: Patches | None) -> tuple[Any, ...]:
