@@ -19,11 +19,12 @@ def make_layer(
     causal: bool = False,
     width: int = 64,
     heads: int = 4,
+    seed: int = 0,
     is_trained: bool = False,
 ) -> Any:
     """Return a layer; ``is_trained``: with parameters of its own that have left their initial
     values, differently in every head."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     init = partial(nn.init.normal_, std=2 * width**-0.5)
     kind = attention_class(settings)
     layer = kind(width, heads, settings, mesh, causal=causal, init_qkv=init, init_out=init)
