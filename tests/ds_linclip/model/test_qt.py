@@ -46,6 +46,19 @@ def test_the_full_form_has_the_score_of_the_paper(mesh, x):
     torch.testing.assert_close(o[0, 1, 0, 0].item(), 0.5)
 
 
+@pytest.mark.parametrize(("size", "least", "most"), [(16, 0.002, 0.02), (64, 0.05, 0.5)])
+def test_the_full_form_cancels_in_bfloat16_where_products_are_large(mesh, size, least, most):
+    """Keys at right angles to all queries, with |q| |k| / sqrt(D) = size."""
+    layer, q, k = make_layer(mesh, 64, 1, form="full"), *torch.randn(2, 1, 50, 1, 64)
+    q[..., 32:], k[..., :32] = 0, 0
+    turn = torch.linalg.qr(torch.randn(64, 64))[0]
+    q, k = (((8 * size) ** 0.5 * nn.functional.normalize(x, dim=-1) @ turn) for x in (q, k))
+    inputs = [x.bfloat16() for x in (q, k, torch.randn(1, 50, 1, 64))]
+    exact = layer.attend(*(x.double() for x in inputs))
+    assert least < relative_rms(layer.attend(*inputs), exact) < most
+    assert relative_rms(layer.attend(*(x.float() for x in inputs)), exact) < 1e-4
+
+
 @pytest.mark.parametrize("form", ["compact", "full"])
 def test_rows_of_zeros_give_the_mean_and_finite_gradients(mesh, form):
     layer = make_layer(mesh, form=form)
