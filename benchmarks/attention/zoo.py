@@ -43,8 +43,7 @@ def settings_of(name: str, *, causal: bool = False) -> Attention:
     causal."""
     values = ZOO[name]
     found: Attention = build_section(values, ATTENTION_KINDS[values["kind"]], "attention")
-    may_be_causal = found.may_be_causal and not any(found.problems(causal=True))
-    return found if may_be_causal or not causal else SoftmaxAttention()
+    return SoftmaxAttention() if causal and any(found.problems(causal=True)) else found
 
 
 def overrides_of(name: str) -> list[str]:

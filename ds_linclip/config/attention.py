@@ -79,13 +79,11 @@ class AttentionSettings:
     Attributes:
         kind: Chooses the kind; the name of its module in ``ds_linclip/model/attention``.
         head_dims: Sizes of a head that the kind can run.
-        may_be_causal: Whether a text tower may use it.
         splits_tokens: Whether the tokens of an image may be on several ranks (``parallel.cp``).
     """
 
     kind: str
     head_dims: ClassVar[range] = range(1, 2**16)
-    may_be_causal: ClassVar[bool] = True
     splits_tokens: ClassVar[bool] = False
 
     @property
@@ -97,11 +95,6 @@ class AttentionSettings:
     def has_weights(self) -> bool:
         """Whether a head's output is a sum of its values, each times a number, not a matrix."""
         return True
-
-    @property
-    def needs_all_patches(self) -> bool:
-        """Whether no patch of an image may be left out (``model.vision.patch_dropout``)."""
-        return False
 
     def problems(self, *, causal: bool) -> Iterator[tuple[str, str]]:
         """Yield a setting and the rule that its value breaks, for each rule that is broken."""

@@ -19,7 +19,8 @@ A YAML file describes a whole experiment. Its top-level key `base:` names anothe
 this one, whose values it changes; `key=value` on the command line overrides both. An unknown key is
 an error that names the nearest known keys, and a value that breaks a rule is an error that names
 the rule. Examples are in [ds_configs/train](../ds_configs/train). This page is generated from
-[schema.py](../ds_linclip/config/schema.py) by `make docs`.
+[schema.py](../ds_linclip/config/schema.py) and
+[attention.py](../ds_linclip/config/attention.py) by `make docs`.
 
 **Values** mean what their key's type says, in a file and on the command line alike; no value's type
 is guessed from its look.

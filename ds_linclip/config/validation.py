@@ -159,17 +159,6 @@ def _check_attention(
             f"{path}.kind ({attention.kind}) needs a head dimension in {allowed[0]}.."
             f"{allowed[-1]}{steps}, not ({head_dim}): {nearest} would do"
         )
-    if causal and not attention.may_be_causal:
-        raise ValueError(
-            f"{path}.kind ({attention.kind}) must be one that can be causal, for tokens of a text "
-            "see only those before them: take linear"
-        )
-    dropout = tower.patch_dropout if isinstance(tower, VisionTower) else 0
-    if dropout and attention.needs_all_patches:
-        raise ValueError(
-            f"model.vision.patch_dropout ({dropout}) must be 0 with {path} ({attention}), which "
-            "needs all patches"
-        )
     for field, rule in attention.problems(causal=causal):
         raise ValueError(f"{path}.{field} ({attrgetter(field)(attention)}) must {rule}")
 

@@ -290,14 +290,12 @@ def window(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
         size = 2 * layer.settings.radius + 1
         return [0, *(n for _, n in neighbours(i, b, v, patches, size))]
 
-    def row(b: int, i: int, h: int) -> Tensor:
+    found = []
+    for b, i in product(range(len(q)), range(q.shape[1])):
         n = seen(b, i)
-        return (k[b, n, h] @ q[b, i, h] / q.shape[3] ** 0.5).softmax(0) @ v[b, n, h]
-
-    places = [
-        (b, i, h) for b in range(len(q)) for i in range(q.shape[1]) for h in range(q.shape[2])
-    ]
-    return torch.stack([row(*place) for place in places]).view(q.shape)
+        scores = torch.einsum("hd,nhd->hn", q[b, i], k[b, n]) / q.shape[3] ** 0.5
+        found.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), v[b, n]))
+    return torch.stack(found).view(q.shape)
 
 
 def gated_delta(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure_on_ranks
-from benchmarks.attention.zoo import overrides_of, settings_of
+from benchmarks.attention.zoo import overrides_of
 from benchmarks.traffic import TrafficMeter
 from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
@@ -34,6 +34,7 @@ MODEL = [
     *("model.text.width=64", "model.text.heads=4", "model.text.context_length=16"),
     *("model.embed_dim=32", "data.train=unused.tar", "eval.data=null", "train.steps=100"),
     *(f"train.global_batch_size={BATCH}", "train.seed=0", "optim.warmup_steps=0"),
+    "model.vision.patch_dropout=0.25",
     # The bias of softmax's keys has no gradient but rounding: a small eps would magnify it.
     *("optim.eps=1e-4", "parallel.device=cpu", "train.precision=fp32"),
 ]
@@ -57,10 +58,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 
 
 def config_of(name: str, layout: str) -> Config:
-    """Return the config of a kind in a layout; kinds that can leave out patches do."""
-    settings = settings_of(name)
-    dropout = [] if settings.needs_all_patches else ["model.vision.patch_dropout=0.25"]
-    overrides = [*MODEL, *overrides_of(name), *dropout, *LAYOUTS[layout][1]]
+    """Return the config of a kind in a layout, with dropped patches."""
+    overrides = [*MODEL, *overrides_of(name), *LAYOUTS[layout][1]]
     return load_config(REPOSITORY / "ds_configs" / "train" / "embedded.yaml", overrides)
 
 

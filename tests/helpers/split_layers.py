@@ -1,22 +1,21 @@
 """Attention layers on one rank, and with their heads or tokens split over two."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_linclip.config import ParallelConfig
-from ds_linclip.model.attention import Patches, SelfAttention, attention_class
+from ds_linclip.model.attention import Patches
 from ds_linclip.parallel.context_parallel import token_slice
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from helpers.attention_definitions import CASES
+from helpers.attention_layers import make_layer
 
 __all__ = ["Result", "run_layer", "run_split"]
 
-WIDTH, HEADS = 64, 4
 #: Of the 3 x 5 patches of two images.
 KEPT = torch.tensor([[0, 1, 4, 5, 7, 8, 11, 12, 14], [1, 2, 3, 6, 7, 9, 10, 12, 13]])
 
@@ -36,14 +35,10 @@ class Result(NamedTuple):
 
 def run_layer(mesh: Mesh, name: str, *, causal: bool) -> Result:
     """Run the layer of one of ``CASES`` forward and backward in float64, on this rank's tokens."""
-    torch.manual_seed(0)
-    init = partial(nn.init.normal_, std=2 * WIDTH**-0.5)
-    settings: Any = CASES[name].settings
-    kind = attention_class(settings)
-    layer = kind(WIDTH, HEADS, settings, mesh, causal=causal, init_qkv=init, init_out=init).double()
-    _leave_initial_values(layer)
-    x = torch.randn(2, 10, WIDTH, dtype=torch.float64)
-    grad = torch.randn(2, 10, WIDTH, dtype=torch.float64)
+    settings = CASES[name].settings
+    layer = make_layer(mesh, settings, causal=causal, is_trained=True).double()
+    generator = torch.Generator().manual_seed(1)
+    x, grad = torch.randn(2, 2, 10, layer.width, dtype=torch.float64, generator=generator)
     held = slice(None) if causal else token_slice(10, mesh.cp.rank, mesh.cp.size)
     x = x[:, held].requires_grad_()
     o = layer(x, None if causal else Patches(3, 5, KEPT))
@@ -70,11 +65,3 @@ def _write_results(axis: str, names: list[tuple[str, bool]], folder: Path) -> No
     results = {(name, causal): run_layer(mesh, name, causal=causal) for name, causal in names}
     torch.save(results, folder / f"{axis}-{mesh.rank}.pt")
     mesh.close()
-
-
-def _leave_initial_values(layer: SelfAttention) -> None:
-    """Move the own parameters of a kind away from zeros and ones, the same on all ranks."""
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if not name.startswith(("qkv", "out_proj")):
-                parameter.add_(0.1 * torch.sin(torch.tensor(float(len(name)))))

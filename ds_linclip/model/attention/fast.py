@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ds_linclip.model.attention.base import LinearStateAttention
+from ds_linclip.model.attention.recompute import recomputed
+from ds_linclip.model.attention.rows import widened
 from linclip_kernels.linear_attention.quadratic_map import num_quadratic_features
 
 __all__ = ["Attention"]
@@ -25,13 +26,13 @@ class Attention(LinearStateAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
         is_token = self.settings.qk_norm == "token"
         if not is_token:
-            q, k = _by_largest_norm(q).to(v.dtype), _by_largest_norm(k).to(v.dtype)
+            q, k = recomputed(_by_largest_norm, q), recomputed(_by_largest_norm, k)
         feature_map = "affine" if self.settings.order == 1 else "quadratic"
         return self.sum_values(q, k, v, feature_map=feature_map, qk_norm=is_token, normalized=True)
 
 
 def _by_largest_norm(x: Tensor) -> Tensor:
     """Return rows [B, N, H, D] over the largest norm among their N rows."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = x.square().sum(-1, keepdim=True).amax(1, keepdim=True)  # [B, 1, H, 1]
-    return x * (largest + _EPS).rsqrt()
+    wide = widened(x)
+    largest = wide.square().sum(-1, keepdim=True).amax(1, keepdim=True)  # [B, 1, H, 1]
+    return (wide * (largest + _EPS).rsqrt()).to(x.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ds_linclip.model.attention.base import LinearStateAttention
 from ds_linclip.model.attention.patches import Patches
 from ds_linclip.model.attention.recompute import recomputed
+from ds_linclip.model.attention.rows import widened
 
 __all__ = ["Attention"]
 
@@ -27,7 +28,7 @@ class Attention(LinearStateAttention):
 
 def _focus(x: Tensor, power: float) -> Tensor:
     """Return |r| r^p / |r^p| of r = relu(x) over the last axis; 0 for r = 0."""
-    r = x.to(torch.promote_types(x.dtype, torch.float32)).relu()
+    r = widened(x).relu()
     # The direction does not depend on the length of r; its largest entry becomes one, so that the
     # powers neither overflow nor vanish together, and their norm is at least one.
     largest = r.detach().amax(-1, keepdim=True)

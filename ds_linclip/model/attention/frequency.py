@@ -40,7 +40,8 @@ from torch.nn import functional as F
 from ds_linclip.model.attention.base import SelfAttention
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.patches import Patches
-from ds_linclip.model.recurrences import dplr, dplr_flops
+from ds_linclip.model.attention.rows import unit, widened
+from ds_linclip.model.recurrences import dplr
 
 __all__ = ["Attention"]
 
@@ -49,8 +50,6 @@ _STRONGEST = math.exp(-0.5)
 #: Initial b_w of the first and the last channel of a stream: states that last for hundreds of
 #: tokens, down to a few.
 _DECAY_RANGE = -6.0, -1.0
-#: Added to squared norms.
-_EPS = 1e-6
 #: Added to the variance of a head, for each of its channels.
 _NORM_EPS = 1e-5
 
@@ -93,12 +92,14 @@ class Attention(SelfAttention):
             # The half spectrum of a square grid.
             side = (num_tokens - 1) ** 0.5
             length, scans = 1 + round(side * (side / 2 + 1)), 1
-        maps = 2 * 2 * channels**2
-        stream = maps + scans * dplr_flops(length, channels, channels)
+        # A token reads the state with kappa and its query, and adds two products to it; not the
+        # chunks. And a matrix for its decay, one for its rate.
+        stream = (8 * scans + 4) * channels**2
         return 2 * stream * length / num_tokens
 
     def prepare(self, x: Tensor, patches: Patches | None) -> tuple[Any, ...]:
-        q, k, v = (_widened(each) for each in self.project(x))
+        # There is no transform in bfloat16.
+        q, k, v = (widened(each) for each in self.project(x))
         if self.settings.axis == "tokens":
             self.check_patches(patches)
             return q, k, v, patches
@@ -110,20 +111,20 @@ class Attention(SelfAttention):
             return self._attend_streams(q, k, v)
         (patches,) = more
         q, k, v = (_to_frequencies(each, patches) for each in (q, k, v))
-        return _from_frequencies(self._attend_streams(_unit(q), _unit(k), v), patches)
+        return _from_frequencies(self._attend_streams(unit(q), unit(k), v), patches)
 
     def finish(self, o: Tensor, x: Tensor, v: Tensor, patches: Patches | None) -> Tensor:
         if self.settings.axis == "features":
             o = torch.fft.irfft(_from_streams(o), n=self.head_dim, norm="ortho")  # [B, N, H, D]
         o = F.layer_norm(o, o.shape[-1:], eps=_NORM_EPS * self.head_dim)
-        gain, bias = (_widened(self.get_parameter(f"norm_{each}")) for each in ("gain", "bias"))
+        gain, bias = (widened(self.get_parameter(f"norm_{each}")) for each in ("gain", "bias"))
         return (o * gain.view(o.shape[2:]) + bias.view(o.shape[2:])).to(x.dtype)
 
     def _attend_streams(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return S r and the bonus for streams r, k [B, L, 2 H, C] and v [B, L, 2 H, Cv]."""
         log_w = -_STRONGEST * self._gate("decay", k)
         rate = self._gate("rate", k)
-        kappa = _unit(k * self._per_channel("removal_gain", k))
+        kappa = unit(k * self._per_channel("removal_gain", k))
         k = k * (1 + (rate - 1) * self._per_channel("rate_gain", k))
         bonus = (r * self._per_channel("bonus_gain", k) * k).sum(-1, keepdim=True)
         inputs = [r, k, v, log_w, -kappa, rate * kappa]
@@ -135,13 +136,13 @@ class Attention(SelfAttention):
 
     def _gate(self, name: str, k: Tensor) -> Tensor:
         """Return ``sigmoid(bias + map k)`` for keys [B, L, 2 H, C] of streams."""
-        matrices = _widened(self.get_parameter(f"{name}_map")).flatten(0, 1)  # [2 H, C, C]
+        matrices = widened(self.get_parameter(f"{name}_map")).flatten(0, 1)  # [2 H, C, C]
         mapped = torch.einsum("blhc,hdc->blhd", k, matrices)
         return torch.sigmoid(mapped + self._per_channel(f"{name}_bias", k))
 
     def _per_channel(self, name: str, k: Tensor) -> Tensor:
         """Return a vector of parameters as [2 H, C]."""
-        return _widened(self.get_parameter(name)).view(k.shape[2:])
+        return widened(self.get_parameter(name)).view(k.shape[2:])
 
 
 def _num_channels(settings: Any, head_dim: int) -> int:
@@ -150,15 +151,6 @@ def _num_channels(settings: Any, head_dim: int) -> int:
 
 def _set_ramp(vector: Tensor, channels: int) -> None:
     vector.view(-1, channels).copy_(torch.linspace(*_DECAY_RANGE, channels))
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Return ``x`` in at least float32; there is no transform in bfloat16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * (x.square().sum(-1, keepdim=True) + _EPS).rsqrt()
 
 
 def _to_streams(spectrum: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.model.attention.base import SelfAttention
-from ds_linclip.model.attention.parameters import OwnParameter
+from ds_linclip.model.attention.parameters import OwnParameter, uniform
 from ds_linclip.model.attention.patches import Patches
+from ds_linclip.model.attention.rows import unit, wide_dtype, widened
 from ds_linclip.model.recurrences import gated_delta_rule
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.tensor_parallel import sum_gradients_of_heads
@@ -51,10 +52,10 @@ class Attention(SelfAttention):
     ) -> Mapping[str, OwnParameter]:
         num_scans = _num_scans(causal=causal)
         rows, num_taps = num_scans * heads, num_scans * settings.conv_size
-        linear = _uniform(width**-0.5)
+        linear = uniform(width)
         own = {
             # A row per row of the joint projection; per scan from the earliest token to the token.
-            "conv_weight": OwnParameter((3 * width, num_taps), _uniform(settings.conv_size**-0.5)),
+            "conv_weight": OwnParameter((3 * width, num_taps), uniform(settings.conv_size)),
             "beta_weight": OwnParameter((rows, width), linear),
             "decay_weight": OwnParameter((rows, width), linear),
             "a_log": OwnParameter((rows,), _init_a_log),
@@ -115,9 +116,9 @@ class Attention(SelfAttention):
         mixed = F.silu(self._convolve(qkv))  # [B, N, scans * H * 3 * D]
         heads = self.num_scans * self.local_heads
         q, k, v = mixed.unflatten(2, (heads, 3, self.head_dim)).unbind(3)
-        dtype = _at_least_float32(v)
-        q = (self.head_dim**-0.5 * _unit(q.to(dtype))).to(v.dtype)
-        k = _unit(k.to(dtype)).to(v.dtype)
+        dtype = wide_dtype(v)
+        q = (self.head_dim**-0.5 * unit(widened(q))).to(v.dtype)
+        k = unit(widened(k)).to(v.dtype)
         beta = self._per_scan(x, "beta_weight").to(dtype).sigmoid()
         step = F.softplus(
             self._per_scan(x, "decay_weight").to(dtype) + self._per_head("dt_bias", dtype)
@@ -157,7 +158,7 @@ class Attention(SelfAttention):
         return torch.cat([forwards, backwards.flip(1)], dim=2)
 
     def _finish(self, o: Tensor, x: Tensor) -> Tensor:
-        dtype, result_dtype = _at_least_float32(o), o.dtype
+        dtype, result_dtype = wide_dtype(o), o.dtype
         o = o.to(dtype).unflatten(2, (self.num_scans, self.local_heads)).mean(2)
         gain = self.get_parameter("norm_weight").to(dtype).view(self.local_heads, self.head_dim)
         o = F.rms_norm(o, (self.head_dim,), eps=_NORM_EPS) * gain
@@ -169,18 +170,6 @@ class Attention(SelfAttention):
 
 def _num_scans(*, causal: bool) -> int:
     return 1 if causal else 2
-
-
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
-
-def _uniform(bound: float) -> partial[Tensor]:
-    return partial(nn.init.uniform_, a=-bound, b=bound)
 
 
 def _init_a_log(x: Tensor) -> None:

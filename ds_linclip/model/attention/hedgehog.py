@@ -13,6 +13,7 @@ from torch import Tensor
 from ds_linclip.model.attention.base import LinearStateAttention
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.recompute import recomputed
+from ds_linclip.model.attention.rows import wide_dtype
 
 __all__ = ["Attention"]
 
@@ -51,6 +52,6 @@ def _set_identity(matrices: Tensor) -> None:
 
 def _features(x: Tensor, matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the features [B, N, H, 2 D] of queries or keys [B, N, H, D], in ``dtype``."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     mapped = torch.einsum("bnhd,hed->bnhe", x.to(wide), matrices.to(wide))
     return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1).to(dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ds_linclip.model.attention.base import LinearStateAttention
+from ds_linclip.model.attention.rows import running_mean, wide_dtype
 from ds_linclip.parallel.context_parallel import sum_over_ranks
 from linclip_kernels import linear_attention_from_state, linear_attention_state
 
@@ -34,14 +35,14 @@ class Attention(LinearStateAttention):
         if self.causal:
             return self._attend_causally(q, k, v)
         if self.cp_group is None:
-            k = k - k.mean(1, keepdim=True, dtype=_wide(k))
+            k = k - k.mean(1, keepdim=True, dtype=wide_dtype(k))
             return self.sum_values(q, k.to(v.dtype), v, feature_map="affine", **_MEAN)
         state = linear_attention_state(k, v, qk_norm=False, backend=self.backend)
         state = _centred(sum_over_ranks(state, self.cp_group))
         return linear_attention_from_state(q, state, backend=self.backend, **_MEAN)
 
     def _attend_causally(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mean_k, mean_v = _running_mean(k), _running_mean(v)
+        mean_k, mean_v = running_mean(k), running_mean(v)
         mean_before = F.pad(mean_v[:, :-1], (0, 0, 0, 0, 1, 0))  # any would do for the first
         centred = (k - mean_k).to(v.dtype), (v - mean_before).to(v.dtype)
         o = self.sum_values(q, *centred, feature_map="identity", **_MEAN)
@@ -54,13 +55,3 @@ def _centred(state: Tensor) -> Tensor:
     products = state[..., 1:, :-1] - sum_k * (sum_v / num_keys)
     lower = torch.cat([products, torch.zeros_like(sum_k)], dim=-1)
     return torch.cat([state[..., :1, :], lower], dim=-2)
-
-
-def _running_mean(x: Tensor) -> Tensor:
-    """Return the means [B, N, H, D] of each row and those before it."""
-    num_seen = torch.arange(1, x.shape[1] + 1, dtype=_wide(x), device=x.device)
-    return x.cumsum(1, dtype=_wide(x)) / num_seen[:, None, None]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_linclip.model.attention.base import LinearStateAttention
+from linclip_kernels.linear_attention.quadratic_map import num_quadratic_features
 
 __all__ = ["Attention"]
 
@@ -15,7 +16,7 @@ class Attention(LinearStateAttention):
     @classmethod
     def num_features(cls, settings: Any, head_dim: int) -> int:
         is_quadratic = settings.feature_map == "quadratic"
-        return head_dim + is_quadratic * head_dim * (head_dim // 2 + 1)
+        return num_quadratic_features(head_dim) if is_quadratic else head_dim
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
         return self.sum_values(

@@ -1,17 +1,17 @@
 """Local parts of linear attention: what a token takes from its neighbours, beside attention."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ds_linclip.config import DepthwiseLocal, PredictedLocal
-from ds_linclip.model.attention.parameters import OwnParameter
+from ds_linclip.model.attention.parameters import OwnParameter, uniform
 from ds_linclip.model.attention.patches import Patches
 from ds_linclip.model.attention.recompute import recomputed
+from ds_linclip.model.attention.rows import running_mean, wide_dtype
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.tensor_parallel import sum_gradients_of_heads
 
@@ -80,7 +80,7 @@ class _Depthwise(LocalPart):
 
     def own_parameters(self, width: int, heads: int) -> Mapping[str, OwnParameter]:
         # As torch's convolutions begin.
-        return {"local_weight": OwnParameter((width, self.num_taps), _uniform(self.num_taps))}
+        return {"local_weight": OwnParameter((width, self.num_taps), uniform(self.num_taps))}
 
     def flops(self, head_dim: int, num_tokens: int) -> float:
         return 2 * head_dim * self.num_taps
@@ -127,7 +127,7 @@ class _Predicted(LocalPart):
 
     def own_parameters(self, width: int, heads: int) -> Mapping[str, OwnParameter]:
         head_dim, rows = width // heads, width * self.num_taps
-        init = _uniform(head_dim)
+        init = uniform(head_dim)
         return {
             "local_hidden_weight": OwnParameter((width, head_dim), init),
             "local_hidden_bias": OwnParameter((width,), init),
@@ -152,19 +152,13 @@ class _Predicted(LocalPart):
         parameter: Callable[[str], Tensor],
         mesh: Mesh,
     ) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if self.causal:
-            num_seen = torch.arange(1, x.shape[1] + 1, dtype=wide, device=x.device)
-            mean = x.cumsum(1, dtype=wide) / num_seen[:, None]  # [B, N, W]
-        else:
-            mean = x.mean(1, keepdim=True, dtype=wide)  # [B, 1, W]
+        # [B, N or 1, W]
+        mean = running_mean(x) if self.causal else x.mean(1, keepdim=True, dtype=wide_dtype(x))
         # Every rank has the whole mean, and its heads use their channels.
         mean = sum_gradients_of_heads(mean.to(v.dtype), mesh)
         mean = mean.chunk(mesh.tp.size, dim=-1)[mesh.tp.rank].unflatten(-1, v.shape[2:])
         layers = ("hidden", "taps")
-        parts = [
-            parameter(f"local_{n}_{p}").to(v.dtype) for n in layers for p in ("weight", "bias")
-        ]
+        parts = [parameter(f"local_{n}_{p}") for n in layers for p in ("weight", "bias")]
         if patches is None:
             # What it computes on the way is several times the size of its inputs.
             found = recomputed(_causal_residual, mean, v, *parts)
@@ -196,15 +190,11 @@ def _predict(
     heads, head_dim = mean.shape[2:]
 
     def per_head(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        matrices = weight.view(heads, -1, head_dim)  # [H, rows of a head, D]
-        return torch.einsum("bmhd,hrd->bmhr", x, matrices) + bias.view(heads, -1)
+        matrices = weight.to(x.dtype).view(heads, -1, head_dim)  # [H, rows of a head, D]
+        return torch.einsum("bmhd,hrd->bmhr", x, matrices) + bias.to(x.dtype).view(heads, -1)
 
     hidden = F.gelu(per_head(mean, weight, bias))
     return per_head(hidden, taps_weight, taps_bias).unflatten(-1, (head_dim, -1))
-
-
-def _uniform(fan_in: int) -> Callable[[Tensor], object]:
-    return partial(nn.init.uniform_, a=-(fan_in**-0.5), b=fan_in**-0.5)
 
 
 _PARTS: dict[type, type[LocalPart]] = {DepthwiseLocal: _Depthwise, PredictedLocal: _Predicted}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.model.attention.base import LinearStateAttention
-from ds_linclip.model.attention.parameters import OwnParameter
+from ds_linclip.model.attention.parameters import OwnParameter, uniform
 from ds_linclip.model.attention.recompute import recomputed
+from ds_linclip.model.attention.rows import wide_dtype
 
 __all__ = ["Attention"]
 
@@ -65,7 +66,7 @@ class Attention(LinearStateAttention):
 def _map_parameters(settings: Any, head_dim: int) -> dict[str, OwnParameter]:
     """Return the parameters of the feature map, in the order of :func:`_features`."""
     m, channels, hidden = settings.directions, settings.channels, settings.hidden
-    of_inputs, of_hidden = _uniform(1), _uniform(hidden)  # torch's, for 1 and for hidden inputs
+    of_inputs, of_hidden = uniform(1), uniform(hidden)  # torch's, for 1 and for hidden inputs
     direction = partial(nn.init.normal_, std=head_dim**-0.5)
     return {
         "directions": OwnParameter((m, head_dim), direction, split=None),
@@ -77,13 +78,9 @@ def _map_parameters(settings: Any, head_dim: int) -> dict[str, OwnParameter]:
     }
 
 
-def _uniform(fan_in: int) -> Any:
-    return partial(nn.init.uniform_, a=-(fan_in**-0.5), b=fan_in**-0.5)
-
-
 def _features(x: Tensor, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
     """Return the features [R, H, m * L] of rows [R, H, D], in ``dtype``."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     x, directions, offsets, *mlp = (each.to(wide) for each in (x, *parameters))
     hidden_weight, hidden_bias, channel_weight, channel_bias = mlp
     # Biases are added apart: with ZeRO-3 DeepSpeed replaces F.linear by one that adds a bias in

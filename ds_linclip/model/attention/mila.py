@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ds_linclip.model.attention.base import LinearStateAttention
 from ds_linclip.model.attention.patches import Patches
 from ds_linclip.model.attention.recompute import recomputed
+from ds_linclip.model.attention.rows import running_mean, wide_dtype, widened
 from ds_linclip.parallel.context_parallel import sum_over_ranks, token_slice
 
 __all__ = ["Attention"]
@@ -40,15 +41,13 @@ class Attention(LinearStateAttention):
     def _mean(self, k: Tensor, patches: Patches | None) -> Tensor:
         """Return the mean [B, N or 1, H, D] of all keys' features that a token sees."""
         if self.causal:
-            num_keys = torch.arange(1, k.shape[1] + 1, device=k.device)[:, None, None]
-            return recomputed(_running_sum, k) / num_keys
+            return recomputed(_running_mean, k)
         assert patches is not None
         return sum_over_ranks(recomputed(_sum, k), self.cp_group) / patches.num_tokens
 
     def _angles(self, x: Tensor, patches: Patches | None) -> Tensor:
         """Return the angle of every token and pair of channels, [1 or B, N, 1, D / 2]."""
         self.check_patches(patches)
-        dtype = torch.promote_types(x.dtype, torch.float32)
         if patches is None or self.causal:
             places = torch.arange(x.shape[1], device=x.device)[None, :, None]  # [1, N, 1]
         else:
@@ -56,21 +55,23 @@ class Attention(LinearStateAttention):
             held = token_slice(patches.num_tokens, self.mesh.cp.rank, self.mesh.cp.size)
             places = places[:, held]
         num_frequencies = self.head_dim // (2 * places.shape[2])
-        exponents = torch.arange(num_frequencies, device=x.device, dtype=dtype) / num_frequencies
+        exponents = (
+            torch.arange(num_frequencies, device=x.device, dtype=wide_dtype(x)) / num_frequencies
+        )
         frequencies = self.settings.rotation_base**-exponents
         return (places[..., None] * frequencies).flatten(2)[:, :, None]
 
 
 def _features(x: Tensor) -> Tensor:
-    return F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
+    return F.elu(widened(x)) + 1
 
 
 def _sum(k: Tensor) -> Tensor:
     return _features(k).sum(1, keepdim=True)
 
 
-def _running_sum(k: Tensor) -> Tensor:
-    return _features(k).cumsum(1)
+def _running_mean(k: Tensor) -> Tensor:
+    return running_mean(_features(k))
 
 
 def _keys(k: Tensor, angles: Tensor) -> Tensor:

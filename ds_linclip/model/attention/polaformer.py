@@ -12,6 +12,7 @@ from ds_linclip.model.attention.base import LinearStateAttention
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.patches import Patches
 from ds_linclip.model.attention.recompute import recomputed
+from ds_linclip.model.attention.rows import wide_dtype
 from ds_linclip.parallel.tensor_parallel import sum_gradients_of_heads
 
 __all__ = ["Attention"]
@@ -73,8 +74,8 @@ class Attention(LinearStateAttention):
             return o
         weight, bias = (self.get_parameter(f"gate_{name}") for name in ("weight", "bias"))
         x = sum_gradients_of_heads(x.to(v.dtype), self.mesh)
-        # The bias is added apart: with ZeRO-3 DeepSpeed replaces F.linear by one that adds a bias
-        # in place, to a product that recomputation may have kept.
+        # The bias is added apart: with ZeRO-3 DeepSpeed replaces F.linear by one that adds it in
+        # place, to a product that selective recomputation has kept.
         gate = F.linear(x, weight.to(v.dtype)) + bias.to(v.dtype)  # [B, N, H * D]
         return o * gate.unflatten(2, o.shape[2:])
 
@@ -101,7 +102,7 @@ def _is_divided(head_dim: int) -> bool:
 def _by_sign(x: Tensor, power: Tensor, alpha: float) -> Tensor:
     """Return relu(x)^p and relu(-x)^p, [B, N, H, 2 * D], of x [B, N, H, D] and the learned numbers
     [H * D] that give p."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x)
     exponent = 1 + alpha * power.to(dtype).sigmoid().view(x.shape[2:])
     powers = x.to(dtype).abs().pow(exponent)
     return torch.cat([powers.where(x > 0, 0), powers.where(x < 0, 0)], -1).to(x.dtype)

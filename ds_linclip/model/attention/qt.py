@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +11,7 @@ from ds_linclip.model.attention.base import LinearStateAttention
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.patches import Patches
 from ds_linclip.model.attention.recompute import recomputed
+from ds_linclip.model.attention.rows import widened
 from linclip_kernels.linear_attention.quadratic_map import num_quadratic_features
 
 __all__ = ["Attention"]
@@ -49,10 +49,8 @@ class Attention(LinearStateAttention):
             scale = self.head_dim**-0.25
             return attend(q * scale, k * scale, v, feature_map="quadratic")
         # (c^2 + p(q).p(k)) / c^2: entries of p are not negative, so that scores are at least 1.
-        constant = self.get_parameter("constant")[:, None].square().clamp(min=_SMALLEST)  # [H, 1]
-        # What the map computes in fp32 on the way is several times the size of q and k.
-        q, k = recomputed(_squares, q, 1 / constant), recomputed(_squares, k, 1.0)
-        return attend(q, k, v, feature_map="affine")
+        q = recomputed(_squares, q, self.get_parameter("constant"))
+        return attend(q, recomputed(_squares, k), v, feature_map="affine")
 
     def finish(self, o: Tensor, x: Tensor, v: Tensor, patches: Patches | None) -> Tensor:
         o = super().finish(o, x, v, patches)
@@ -68,10 +66,13 @@ class Attention(LinearStateAttention):
             nn.init.zeros_(self.get_parameter("value_gain"))
 
 
-def _squares(y: Tensor, factor: Tensor | float) -> Tensor:
-    """Return the squares of the entries of each row's unit vector, as a unit vector, times a
-    factor."""
-    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+def _squares(y: Tensor, constant: Tensor | None = None) -> Tensor:
+    """Return the squares of the entries of each row's unit vector, as a unit vector, over the
+    square of the constant [H] of its head."""
+    wide = widened(y)
     squares = wide.square() / (wide.square().sum(-1, keepdim=True) + _EPS)
     inverse = (squares.square().sum(-1, keepdim=True) + _EPS_OF_SQUARES).rsqrt()
-    return (squares * inverse * factor).to(y.dtype)
+    squares = squares * inverse
+    if constant is not None:
+        squares = squares / constant[:, None].to(wide.dtype).square().clamp(min=_SMALLEST)
+    return squares.to(y.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_linclip.model.recurrences.chunks import Chunks, check, scan, without_autocast
 
-__all__ = ["gated_delta_rule", "gated_delta_rule_flops"]
+__all__ = ["gated_delta_rule"]
 
 Backend = Literal["torch", "fla"]
 FLA_CHUNK_SIZES = (16, 32, 64)
@@ -66,22 +66,6 @@ def gated_delta_rule(
         return _fla(q, k, v, beta, log_decay, chunk_size)
     with without_autocast(q.device):
         return _chunked(q, k, v, beta, log_decay, Chunks(q.shape[1], chunk_size), dtype).to(v.dtype)
-
-
-def gated_delta_rule_flops(
-    num_tokens: int, key_dim: int, value_dim: int, chunk_size: int = 64
-) -> float:
-    """Return the FLOPs of the torch backend's forward pass, per token and head.
-
-    Only matrix products and the triangular solve count, with two operations per multiply-add, and
-    they include the zero tokens at the end.
-    """
-    chunks = Chunks(num_tokens, chunk_size)
-    scores = 4 * chunks.length * key_dim
-    solve = chunks.length * (key_dim + value_dim)
-    weighted = 2 * chunks.length * value_dim
-    state = (2 + 4 * (1 - 1 / chunks.num)) * key_dim * value_dim
-    return (1 + chunks.padding / num_tokens) * (scores + solve + weighted + state)
 
 
 def _chunked(

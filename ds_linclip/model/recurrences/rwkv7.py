@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ds_linclip.model.recurrences.chunks import Chunks, check, scan, without_autocast
 
-__all__ = ["dplr", "dplr_flops"]
+__all__ = ["dplr"]
 
 Side = Literal["right", "paper"]
 
@@ -65,20 +65,6 @@ def dplr(
         r, k, v, log_w, a, b = (chunks.split(x, dtype) for x in (r, k, v, log_w, a, b))
         o = (_right if side == "right" else _paper)(chunks.num, r, k, v, log_w, a, b)
         return chunks.join(o, heads).to(out_dtype)
-
-
-def dplr_flops(num_tokens: int, key_dim: int, value_dim: int, chunk_size: int = 32) -> float:
-    """Return the FLOPs of the forward pass per token and head, on either side if both dimensions
-    are equal.
-
-    Only matrix products and the triangular solve count, with two operations per multiply-add, and
-    they include the zero tokens at the end.
-    """
-    chunks = Chunks(num_tokens, chunk_size)
-    products = 8 * key_dim + 6 * value_dim
-    solve = key_dim + value_dim
-    state = (4 + 4 * (1 - 1 / chunks.num)) * key_dim * value_dim
-    return (1 + chunks.padding / num_tokens) * (chunks.length * (products + solve) + state)
 
 
 def _right(

@@ -1,27 +1,16 @@
 """FAST: its token form is Eq. 4, its max form keeps the differences in length within a sequence."""
 
-from functools import partial
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
 
 from ds_linclip.config import FastAttention, LinearAttention
-from ds_linclip.model.attention import attention_class
 from ds_linclip.parallel.mesh import Mesh
+from helpers.attention_layers import make_layer
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Mesh:
     return Mesh.create()
-
-
-def make_layer(mesh: Mesh, settings: Any, *, causal: bool = False) -> Any:
-    torch.manual_seed(0)
-    init = partial(nn.init.normal_, std=0.25)
-    kind = attention_class(settings)
-    return kind(64, 4, settings, mesh, causal=causal, init_qkv=init, init_out=init)
 
 
 @pytest.mark.parametrize("causal", [False, True])

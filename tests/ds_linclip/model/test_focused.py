@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ds_linclip.config import FocusedAttention
-from helpers.identity_layers import identity_layer
+from helpers.attention_layers import identity_layer
 
 SIZE = 16
 

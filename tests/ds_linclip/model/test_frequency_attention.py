@@ -1,21 +1,18 @@
-"""Frequency attention: known values, its transforms, and its heads on two ranks."""
+"""Frequency attention: known values and its transforms."""
 
 import math
-from functools import partial
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ds_linclip.config import FrequencyAttention, ParallelConfig
-from ds_linclip.model.attention import Patches, SelfAttention
-from ds_linclip.model.attention.frequency import Attention
+from ds_linclip.config import FrequencyAttention
+from ds_linclip.model.attention import Patches, attention_class
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.spawn import run_ranks
+from helpers import attention_layers
 from helpers.attention_definitions import CASES, define
 from linclip_kernels.linear_attention.reference import relative_rms
 
@@ -33,18 +30,8 @@ def make_layer(
     mesh: Mesh, settings: FrequencyAttention, *, head_dim: int = 8, causal: bool = False
 ) -> Any:
     """Return a layer in float64 whose own parameters have left their initial values."""
-    torch.manual_seed(0)
-    width = HEADS * head_dim
-    init = partial(nn.init.normal_, std=2 * width**-0.5)
-    layer = Attention(width, HEADS, settings, mesh, causal=causal, init_qkv=init, init_out=init)
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if not name.startswith(("qkv", "out_proj")):
-                # The same on ranks that hold different heads.
-                values = torch.linspace(-1, 1, parameter.numel() * mesh.tp.size) ** 3
-                part = values.view(-1, *parameter.shape[1:]).chunk(mesh.tp.size)[mesh.tp.rank]
-                parameter.add_(part.view_as(parameter))
-    return layer.double()
+    options = {"width": HEADS * head_dim, "heads": HEADS, "is_trained": True}
+    return attention_layers.make_layer(mesh, settings, causal=causal, **options).double()
 
 
 def normed(x: Tensor) -> Tensor:
@@ -103,25 +90,23 @@ def test_only_the_right_side_overwrites_the_value_of_a_repeated_key(mesh, side):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("frequency")])
-@pytest.mark.parametrize("head_dim", [7, 8])
-@pytest.mark.parametrize("causal", [False, True])
-def test_trained_parameters_follow_the_definition(mesh, name, head_dim, causal):
-    case = CASES[name]
-    if causal and not case.is_causal:
-        return
-    layer = make_layer(mesh, case.settings, head_dim=head_dim, causal=causal)
-    x = torch.randn(2, 16, HEADS * head_dim, dtype=torch.float64, requires_grad=True)
-    patches = None if causal else Patches(3, 5)
-    parameters = [p for n, p in layer.named_parameters() if not n.startswith("out_proj")]
-    q, k, v, *more = layer.prepare(x, patches)
-    results = []
-    for o in (
-        layer.finish(layer.attend(q, k, v, *more), x, v, patches),
-        define(case, layer, x, patches),
-    ):
-        results.append((o, *torch.autograd.grad(o, [x, *parameters], torch.sin(o.detach() + 1))))
-    for found, expected in zip(*results, strict=True):
-        assert relative_rms(found, expected) <= 1e-9
+def test_heads_of_odd_size_follow_the_definition(mesh, name):
+    case, patches = CASES[name], Patches(3, 5)
+    layer = make_layer(mesh, case.settings, head_dim=7)
+    x = torch.randn(2, 16, HEADS * 7, dtype=torch.float64)
+    with torch.no_grad():
+        found = attention_layers.before_projection(layer, x, patches)
+        assert relative_rms(found, define(case, layer, x, patches)) <= 1e-9
+
+
+def test_cost_of_two_streams_and_two_scans():
+    def cost(settings: FrequencyAttention, *, causal: bool) -> float:
+        return attention_class(settings).flops(settings, 64, 197, causal=causal)
+
+    # Per stream, a matrix for each of two gates, and four products with the state per scan.
+    assert cost(FrequencyAttention(), causal=True) == 2 * (2 * 2 + 4 * 2) * 33**2
+    assert cost(FrequencyAttention(), causal=False) == 2 * (2 * 2 + 2 * 4 * 2) * 33**2
+    assert cost(TOKENS, causal=False) == 2 * (2 * 2 + 4 * 2) * 64**2 * (14 * 8 + 1) / 197
 
 
 @pytest.mark.parametrize("name", ["frequency", "frequency-tokens"])
@@ -153,51 +138,8 @@ def test_the_class_token_reads_real_parts_and_changes_no_patch(mesh):
 
 
 @pytest.mark.parametrize("name", ["frequency", "frequency-tokens"])
-def test_meta_tensors_and_compiled_layers(mesh, name):
+def test_transforms_are_traced_with_their_gradients(mesh, name):
     layer, patches = make_layer(mesh, CASES[name].settings).float(), Patches(3, 4)
     x = torch.randn(2, 13, HEADS * 8)
     compiled = torch.compile(layer, backend="aot_eager")
     assert relative_rms(compiled(x, patches), layer(x, patches)) <= 1e-5
-    o = layer.to("meta")(x.to("meta"), patches)
-    o.sum().backward()
-    assert (o.device.type, o.shape) == ("meta", x.shape)
-
-
-def test_a_layer_over_tokens_needs_to_know_their_places(mesh):
-    with pytest.raises(ValueError, match=r"patches \(None\) must be given: attention frequency"):
-        make_layer(mesh, TOKENS)(torch.randn(1, 5, HEADS * 8, dtype=torch.float64))
-
-
-def run_layer(mesh: Mesh, name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the output, the gradient of the input, and those of this rank's parameters."""
-    layer: SelfAttention = make_layer(mesh, CASES[name].settings)
-    x = torch.randn(2, 7, HEADS * 8, dtype=torch.float64, requires_grad=True)
-    o = layer(x, Patches(2, 3))
-    o.backward(torch.sin(o.detach()))
-    assert x.grad is not None
-    found = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
-    return o.detach(), x.grad, found
-
-
-def write_results(folder: Path) -> None:
-    mesh = Mesh.create(ParallelConfig(tp=2))
-    results = {name: run_layer(mesh, name) for name in CASES if name.startswith("frequency")}
-    torch.save(results, folder / f"{mesh.rank}.pt")
-    mesh.close()
-
-
-@pytest.mark.distributed
-def test_heads_on_two_ranks_give_the_whole_layer(mesh, tmp_path):
-    run_ranks(2, write_results, tmp_path)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for name in ranks[0]:
-        o, x_grad, whole = run_layer(mesh, name)
-        for found, found_x_grad, _ in (each[name] for each in ranks):
-            assert relative_rms(found, o) <= 1e-12
-            assert relative_rms(found_x_grad, x_grad) <= 1e-12
-        for parameter, expected in whole.items():
-            parts = [each[name][2][parameter] for each in ranks]
-            if parameter != "out_proj.bias":
-                parts = [torch.cat(parts, dim=1 if parameter == "out_proj.weight" else 0)]
-            for found in parts:
-                assert relative_rms(found, expected) <= 1e-11, (name, parameter)

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
-from ds_linclip.model.recurrences import gated_delta_rule, gated_delta_rule_flops
+from ds_linclip.model.recurrences import gated_delta_rule
 from ds_linclip.model.recurrences.gated_delta_rule import _fla
 from linclip_kernels.linear_attention.reference import relative_rms
 
@@ -169,19 +168,6 @@ def test_autocast_changes_no_bit():
     with torch.autocast("cpu", torch.bfloat16):
         found = gated_delta_rule(*inputs)
     assert torch.equal(found, gated_delta_rule(*inputs))
-
-
-@pytest.mark.parametrize("num_tokens", [1, 64, 77, 197, 1025])
-@pytest.mark.parametrize("dims", [(64, 64), (16, 24)])
-def test_flops_are_those_of_the_products_and_the_solve(num_tokens, dims):
-    inputs = [x.to("meta") for x in arguments(num_tokens, dims=dims)]
-    with FlopCounterMode(display=False) as counter:
-        gated_delta_rule(*inputs)
-    chunks = -(-num_tokens // 64)
-    length = -(-num_tokens // chunks)
-    # The counter does not see the triangular solve: length^2 operations per column.
-    counted = counter.get_total_flops() / (2 * 3) + chunks * length**2 * sum(dims)
-    assert gated_delta_rule_flops(num_tokens, *dims) * num_tokens == pytest.approx(counted)
 
 
 def test_the_call_of_fla_means_the_same(monkeypatch):

@@ -1,24 +1,20 @@
 """Hedgehog's feature map: known values, and what it is before training."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from ds_linclip.config import HedgehogAttention
 from ds_linclip.model.attention.hedgehog import Attention
 from ds_linclip.parallel.mesh import Mesh
+from helpers.attention_layers import make_layer
 from linclip_kernels.linear_attention.reference import relative_rms
 
 
 @pytest.fixture(scope="module")
 def layer() -> Any:
-    init = partial(nn.init.normal_, std=0.1)
-    torch.manual_seed(0)
-    settings, mesh = HedgehogAttention(), Mesh.create()
-    return Attention(64, 4, settings, mesh, causal=False, init_qkv=init, init_out=init).double()
+    return make_layer(Mesh.create(), HedgehogAttention()).double()
 
 
 def test_maps_of_queries_and_of_keys_begin_as_the_identity(layer):

@@ -1,15 +1,15 @@
 """InLine attention and its predicted local part: known values and what cancels."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_linclip.config import InlineAttention, PredictedLocal
 from ds_linclip.model.attention import Patches, attention_class
 from ds_linclip.parallel.mesh import Mesh
+from helpers import attention_layers
 from linclip_kernels.linear_attention.reference import relative_rms
 
 
@@ -18,12 +18,11 @@ def mesh() -> Mesh:
     return Mesh.create()
 
 
-def make_layer(mesh: Mesh, width: int, heads: int, *, causal: bool = False, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    init = partial(nn.init.normal_, std=width**-0.5)
+def make_layer(
+    mesh: Mesh, width: int = 64, heads: int = 4, *, causal: bool = False, **settings: Any
+) -> Any:
     made = InlineAttention(**settings)
-    kind = attention_class(made)
-    return kind(width, heads, made, mesh, causal=causal, init_qkv=init, init_out=init)
+    return attention_layers.make_layer(mesh, made, causal=causal, width=width, heads=heads)
 
 
 def column(*values: float) -> Tensor:
@@ -39,7 +38,7 @@ def test_two_keys_have_the_known_output(mesh):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_weights_of_a_row_sum_to_one_and_may_be_negative(mesh, causal):
-    layer = make_layer(mesh, 64, 4, causal=causal).double()
+    layer = make_layer(mesh, causal=causal).double()
     weights = layer.weights(3 * torch.randn(2, 20, 64, dtype=torch.float64))
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     assert weights.min() < 0
@@ -47,7 +46,7 @@ def test_weights_of_a_row_sum_to_one_and_may_be_negative(mesh, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_all_keys_have_in_common_cancels(mesh, causal):
-    layer = make_layer(mesh, 64, 4, causal=causal)
+    layer = make_layer(mesh, causal=causal)
     q, k, v = torch.randn(3, 1, 197, 4, 16).unbind()
     shift = 50 * torch.randn(4, 16)
     exact = layer.attend(q.double(), k.double(), v.double())
@@ -56,14 +55,14 @@ def test_what_all_keys_have_in_common_cancels(mesh, causal):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_token_of_a_text_has_its_own_value(mesh, dtype):
-    layer = make_layer(mesh, 64, 4, causal=True)
+    layer = make_layer(mesh, causal=True)
     q, k, v = (100 * torch.randn(3, 2, 9, 4, 16)).to(dtype).unbind()
     assert torch.equal(layer.attend(q, k, v)[:, 0], v[:, 0])
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_bfloat16_is_near_single_precision_though_keys_have_a_mean(mesh, causal):
-    layer = make_layer(mesh, 64, 4, causal=causal)
+    layer = make_layer(mesh, causal=causal)
     q, k, v = torch.randn(3, 2, 77, 4, 16).bfloat16().unbind()
     k = k + 4
     exact = layer.attend(q.double(), k.double(), v.double())
@@ -72,7 +71,7 @@ def test_bfloat16_is_near_single_precision_though_keys_have_a_mean(mesh, causal)
 
 def predicted(mesh: Mesh, *, causal: bool, taps: list[float]) -> Any:
     """Return a layer whose predicted weights are ``taps``, whatever the input."""
-    layer = make_layer(mesh, 64, 4, causal=causal, local=PredictedLocal())
+    layer = make_layer(mesh, causal=causal, local=PredictedLocal())
     layer.start_from_softmax()
     with torch.no_grad():
         layer.local_taps_bias.copy_(torch.tensor(taps).repeat(64))
@@ -83,7 +82,7 @@ def predicted(mesh: Mesh, *, causal: bool, taps: list[float]) -> Any:
 def test_known_weights_give_the_known_residual(mesh, causal):
     patches = None if causal else Patches(3, 4)
     x, o = torch.randn(2, 13, 64), torch.randn(2, 13, 4, 16)
-    _, _, v = make_layer(mesh, 64, 4, causal=causal).project(x)
+    _, _, v = make_layer(mesh, causal=causal).project(x)
     num_taps = 3 if causal else 9
     nothing = predicted(mesh, causal=causal, taps=[0.0] * num_taps)
     assert torch.equal(nothing.finish(o, x, v, patches), o)
@@ -96,7 +95,7 @@ def test_known_weights_give_the_known_residual(mesh, causal):
 
 
 def test_the_class_token_is_part_of_the_mean(mesh):
-    layer = make_layer(mesh, 64, 4, local=PredictedLocal())
+    layer = make_layer(mesh, local=PredictedLocal())
     x, o = torch.randn(2, 13, 64), torch.zeros(2, 13, 4, 16)
     _, _, v = layer.project(x)
     changed = x.clone()

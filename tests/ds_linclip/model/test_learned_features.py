@@ -1,7 +1,5 @@
-"""What attention with learned features does beside its definition: memory, extremes, ranks."""
+"""What attention with learned features does beside its definition: memory and extremes."""
 
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,36 +9,23 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_linclip.config import HedgehogAttention, LunaAttention, ParallelConfig
-from ds_linclip.model.attention import SelfAttention, attention_class, luna
-from ds_linclip.parallel.context_parallel import token_slice
+from ds_linclip.config import HedgehogAttention, LunaAttention
+from ds_linclip.model.attention import SelfAttention, luna
 from ds_linclip.parallel.mesh import Mesh
-from ds_linclip.parallel.spawn import run_ranks
+from helpers import attention_layers
 from linclip_kernels.linear_attention.reference import relative_rms
 
 WIDTH, HEADS = 64, 4
 KINDS = {"luna": LunaAttention(), "hedgehog": HedgehogAttention()}
-#: An axis over which two ranks split a layer, and whether the layer is causal.
-SPLITS = [("tp", False), ("tp", True), ("cp", False)]
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Mesh:
-    return Mesh.create(ParallelConfig(device="cpu"))
+    return Mesh.create()
 
 
 def make_layer(mesh: Mesh, kind: str, *, causal: bool = False) -> Any:
-    torch.manual_seed(0)
-    init = partial(nn.init.normal_, std=2 * WIDTH**-0.5)
-    layer: Any = attention_class(KINDS[kind])(
-        WIDTH, HEADS, KINDS[kind], mesh, causal=causal, init_qkv=init, init_out=init
-    )
-    if kind == "hedgehog":  # without the symmetries of the identity
-        matrices = 0.5 * torch.randn(2, HEADS, 16, 16)
-        own = matrices.chunk(mesh.tp.size, 1)[mesh.tp.rank]
-        layer.query_map.data.copy_(own[0])
-        layer.key_map.data.copy_(own[1])
-    return layer
+    return attention_layers.make_layer(mesh, KINDS[kind], causal=causal, is_trained=True)
 
 
 class Largest(TorchDispatchMode):
@@ -119,53 +104,3 @@ def assert_finite(layer: SelfAttention, x: Tensor) -> None:
     out = layer(x)
     gradients = torch.autograd.grad(out.float().sum(), [x, *layer.parameters()])
     assert all(torch.isfinite(each).all() for each in (out, *gradients))
-
-
-def run_layer(mesh: Mesh, kind: str, *, causal: bool) -> dict[str, Tensor]:
-    """Return output and gradients of a layer, of this rank's tokens and heads."""
-    layer = make_layer(mesh, kind, causal=causal).double()
-    generator = torch.Generator().manual_seed(1)
-    x, grad = torch.randn(2, 2, 9, WIDTH, dtype=torch.float64, generator=generator)
-    held = token_slice(9, mesh.cp.rank, mesh.cp.size)
-    x = x[:, held].requires_grad_()
-    out = layer(x)
-    out.backward(grad[:, held])
-    assert x.grad is not None
-    gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-    return {"output": out.detach(), "x": x.grad, **gradients}
-
-
-def two_ranks(folder: Path) -> None:
-    results = {}
-    for axis, causal in SPLITS:
-        mesh = Mesh.create(ParallelConfig(device="cpu", **{axis: 2}))
-        for kind in KINDS:
-            results[axis, causal, kind] = run_layer(mesh, kind, causal=causal)
-    torch.save(results, folder / f"{mesh.rank}.pt")
-    mesh.close()
-
-
-@pytest.fixture(scope="module")
-def both_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str, Tensor]]]:
-    folder = tmp_path_factory.mktemp("two_ranks")
-    run_ranks(2, two_ranks, folder)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("axis", "causal"), SPLITS)
-def test_two_ranks_give_the_results_of_one(mesh, both_ranks, axis, causal, kind):
-    whole = run_layer(mesh, kind, causal=causal)
-    parts = [each[axis, causal, kind] for each in both_ranks]
-    for name, expected in whole.items():
-        first, second = (part[name] for part in parts)
-        if axis == "cp":
-            joined = torch.cat([first, second], 1) if name in ("output", "x") else first + second
-        elif first.shape == expected.shape:
-            joined = first
-            assert torch.equal(first, second), name
-        else:
-            split = 1 if name == "out_proj.weight" else 0
-            joined = torch.cat([first, second], split)
-        assert relative_rms(joined, expected) <= 1e-11, name

@@ -1,8 +1,5 @@
 """LUNA's feature map: known values, and no feature without a gradient at the start."""
 
-from functools import partial
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,17 +8,13 @@ from ds_linclip.config import LunaAttention, ModelConfig, TextTower, VisionTower
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention.luna import Attention
 from ds_linclip.parallel.mesh import Mesh
+from helpers.attention_layers import make_layer
 from linclip_kernels.linear_attention.reference import relative_rms
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Mesh:
     return Mesh.create()
-
-
-def make_layer(mesh: Mesh, settings: LunaAttention, width: int = 64, heads: int = 4) -> Any:
-    init = partial(nn.init.normal_, std=width**-0.5)
-    return Attention(width, heads, settings, mesh, causal=False, init_qkv=init, init_out=init)
 
 
 def test_parameters_are_shared_by_heads_and_few(mesh):
@@ -34,7 +27,7 @@ def test_parameters_are_shared_by_heads_and_few(mesh):
         "channel_weight": (4, 64),
         "channel_bias": (4,),
     }
-    layer = make_layer(mesh, LunaAttention(), 768, 12)
+    layer = make_layer(mesh, LunaAttention(), width=768, heads=12)
     assert layer.num_shared == 1428
 
 
@@ -67,8 +60,7 @@ def test_positive_and_negative_parts_of_the_entries_are_a_known_score(mesh):
 
 def test_no_feature_is_dead_at_first_for_normal_inputs(mesh):
     for seed in range(5):
-        torch.manual_seed(seed)
-        layer = make_layer(mesh, LunaAttention(), 256, 4)
+        layer = make_layer(mesh, LunaAttention(), width=256, seed=seed)
         inputs = torch.randn(2, 4, 200, 4, 64)
         assert dead_share(layer, *inputs) == 0
         assert dead_share(layer, *nn.functional.normalize(inputs, dim=-1)) == 0

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ds_linclip.config import MilaAttention
 from ds_linclip.model.attention import Patches
-from helpers.identity_layers import identity_layer
+from helpers.attention_layers import identity_layer
 
 SIZE = 16
 

@@ -8,7 +8,7 @@ import torch
 from ds_linclip.config import PolaformerAttention, VisionTower
 from ds_linclip.model.attention import own_shapes
 from ds_linclip.model.flops import blocks_flops
-from helpers.identity_layers import identity_layer
+from helpers.attention_layers import identity_layer
 
 SIZE = 32
 PLAIN = PolaformerAttention(gate=False)
