@@ -265,8 +265,8 @@ class InitConfig:
     pretrained_image: str | None = field(default=None, metadata=_PATH)
     #: Folder with the text tower and its projection; nothing else is taken from it.
     pretrained_text: str | None = field(default=None, metadata=_PATH)
-    #: Accept weights that were trained with another attention than the model's. Parameters that only
-    #: the new attention has begin with its initial values, local parts with zero.
+    #: Accept weights that were trained with another attention than the model's. Parameters that
+    #: only the new attention has begin with its initial values, local parts with zero.
     change_attention: bool = False
     #: Freeze the image tower: no gradients, no optimizer state.
     lock_image: bool = False
