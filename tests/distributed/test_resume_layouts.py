@@ -25,6 +25,8 @@ CHAIN = [
     (4, ["zero.stage=3"]),
     (2, ["zero.stage=3", "parallel.tp=2", "train.micro_batch_size=8"]),
 ]
+#: Kinds with parameters of their own, of every form.
+QUICK_KINDS = ("inline-local", "luna", "polaformer", "gated-delta", "frequency-tokens")
 
 pytestmark = pytest.mark.distributed
 
@@ -70,7 +72,10 @@ def test_chain_of_layouts(tmp_path, embedded_overrides, kind, precision, toleran
             shutil.rmtree(checkpoints / f"step-{step:08d}")
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK_KINDS else pytest.param(name, marks=pytest.mark.slow) for name in ZOO],
+)
 def test_every_kind_resumes_with_the_same_bits(tmp_path, embedded_overrides, name):
     small = ["model.text.layers=1", "model.vision.layers=1", "train.steps=4", *overrides_of(name)]
     weights = []
