@@ -60,7 +60,9 @@ def write_run(
     config = deepcopy(base_config(*overrides))
     config.name, config.train.steps, config.train.seed = name, steps, seed
     for tower in (config.model.vision, config.model.text):
-        tower.width, tower.attention = width, ATTENTION_KINDS[kind]()
+        tower.width = width
+        if tower.attention.kind != kind:
+            tower.attention = ATTENTION_KINDS[kind]()
     path = folder / name
     path.mkdir(parents=True)
     save_config(config, path / "config.yaml")
