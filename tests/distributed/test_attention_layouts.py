@@ -25,9 +25,16 @@ def train(folder: Path, layout: str, names: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    (found,) = train(tmp_path_factory.mktemp("alone"), "single", list(ZOO))
+#: Kinds with parameters of their own that heads split and share, and some that need the grid.
+QUICK = ["inline-local", "luna", "polaformer", "gated-delta", "frequency-tokens"]
+REST = [name for name in ZOO if name not in QUICK]
+
+
+@pytest.fixture(scope="module", params=[QUICK, pytest.param(REST, marks=pytest.mark.slow)])
+def alone(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    (found,) = train(tmp_path_factory.mktemp("alone"), "single", request.param)
     return found
 
 
@@ -40,9 +47,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ],
 )
 def test_every_kind_trains_as_in_one_process(alone, tmp_path, layout):
-    names = list(ZOO)
+    names = list(alone)
     if "cp" in layout:
-        settings = {name: settings_of(name) for name in ZOO}
+        settings = {name: settings_of(name) for name in alone}
         names = [
             name
             for name, each in settings.items()
