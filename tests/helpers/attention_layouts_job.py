@@ -95,10 +95,10 @@ def train_kinds(folder: Path, names: list[str], layout: str) -> dict[str, Any]:
         planned = plan_rank(config, mesh).traffic
         engine = initialize_engine(model, build_optimizer(model, config.optim), config, mesh)
         batch = batch_of(config, mesh)
-        losses = [float(engine.step(batch, lr=1e-3)) for _ in range(STEPS)]
+        losses = [float(engine.step(batch, lr=2e-4)) for _ in range(STEPS)]
         axes = {"tp": mesh.tp, "cp": mesh.cp, "pp": mesh.pp, "dp": mesh.dp, "zero": mesh.replicas}
         with TrafficMeter({axis: each.group for axis, each in axes.items()}) as meter:
-            losses.append(float(engine.step(batch, lr=1e-3)))
+            losses.append(float(engine.step(batch, lr=2e-4)))
         with engine.evaluation_model() as whole:
             weights = to_open_clip(whole)
         found[name] = losses, weights, dict(meter.bytes), planned
