@@ -36,7 +36,7 @@ data/embedded: | $(STAMP)
 train: $(BASE)
 	$(BIN)/linclip train embedded $(if $(RANKS),--ranks $(RANKS))
 
-# Style, types and the quick tests of one process, in two minutes.
+# Style, types and the quick tests of one process, in four minutes.
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
