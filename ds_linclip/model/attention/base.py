@@ -26,7 +26,7 @@ from linclip_kernels import (
     linear_attention_state,
 )
 
-__all__ = ["LinearStateAttention", "SelfAttention"]
+__all__ = ["LinearStateAttention", "SelfAttention", "identity_values"]
 
 #: Arguments of the operator that the state of the keys depends on.
 _OF_THE_STATE = {"feature_map", "qk_norm", "backend"}
@@ -171,10 +171,7 @@ class SelfAttention(nn.Module):
                 "every output: this one multiplies values by matrices"
             )
         q, k, _, *more = self.prepare(x, patches)
-        batch, num_tokens, heads, _ = q.shape
-        identity = torch.eye(num_tokens).to(q)[None, :, None]  # [1, N, 1, N]
-        values = identity.expand(batch, -1, heads, -1)
-        return self.attend(q, k, values, *more).transpose(1, 2)
+        return self.attend(q, k, identity_values(q), *more).transpose(1, 2)
 
     def start_from_softmax(self) -> None:
         """Set the kind's own parameters for projections that were trained with softmax attention.
@@ -266,6 +263,14 @@ class LinearStateAttention(SelfAttention):
         features = {name: form[name] for name in _OF_THE_STATE & form.keys()}
         state = sum_over_ranks(linear_attention_state(k, v, **features), self.cp_group)
         return linear_attention_from_state(q, state, **form)
+
+
+def identity_values(q: Tensor) -> Tensor:
+    """Return values [B, N, H, N] for queries [B, N, H, D], of which attention makes its weights:
+    every token has an entry of its own, which is one."""
+    batch, num_tokens, heads, _ = q.shape
+    identity = torch.eye(num_tokens).to(q)[None, :, None]  # [1, N, 1, N]
+    return identity.expand(batch, -1, heads, -1)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ds_linclip.model.attention.base import LinearStateAttention
+from ds_linclip.model.attention.base import LinearStateAttention, identity_values
 from ds_linclip.model.attention.parameters import OwnParameter
 from ds_linclip.model.attention.patches import Patches
 from ds_linclip.model.attention.recompute import recomputed
@@ -82,9 +82,7 @@ class Attention(LinearStateAttention):
     def weights(self, x: Tensor, patches: Patches | None = None) -> Tensor:
         """Return the weights as if each half of a head were a head, [B, 2 * H, N, N]."""
         q, k, *_ = self.prepare(x, patches)
-        batch, num_tokens, heads, _ = q.shape
-        identity = torch.eye(num_tokens).to(q)[None, :, None]  # [1, N, 1, N]
-        both = identity.repeat(batch, 1, heads, 2)  # [B, N, H, 2 * N]
+        both = identity_values(q).repeat(1, 1, 1, 2)  # [B, N, H, 2 * N]
         return self.attend(q, k, both).unflatten(3, (2, -1)).flatten(2, 3).transpose(1, 2)
 
     def start_from_softmax(self) -> None:
