@@ -19,6 +19,8 @@ class Variant(NamedTuple):
     feature_map: str = "affine"
     score_scale: float = 0.5
     length_exponent: float = 0.0
+    qk_scale: float = 1.0
+    centered: bool = False
 
     @property
     def has_constant(self) -> bool:
@@ -28,9 +30,14 @@ class Variant(NamedTuple):
     @property
     def fixes_single_key(self) -> bool:
         """Whether the weight of a row's only key, score / score, is set to 1: 1 + q.k may be 0."""
-        return self.normalized and self.feature_map == "affine"
+        return self.feature_map == "affine" and (self.normalized or self.centered)
 
     @property
     def has_length_factor(self) -> bool:
         """Whether rows are scaled by a power of their number of keys."""
         return not self.normalized and self.length_exponent != 0
+
+    @property
+    def has_inverse_length(self) -> bool:
+        """Whether rows are divided by their number of keys."""
+        return not self.normalized and self.length_exponent == 1

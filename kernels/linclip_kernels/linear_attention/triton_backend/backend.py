@@ -212,7 +212,7 @@ def _query_call(
     if variant.has_length_factor:
         num_keys = state[:, 0, 0, -1:].double()  # [B, 1]
         factors = _factors(num_keys, partition)
-    return Call(q, None, None, None, partition, RowFactor(float(variant.score_scale), factors))
+    return Call(q, None, None, None, partition, RowFactor(float(variant.score_scale), float(variant.qk_scale), factors))
 
 
 def _value_blocks(q: Tensor, value_dim: int) -> list[slice]:
@@ -255,10 +255,10 @@ def _row_factor(initial: Tensor | None, partition: Partition) -> RowFactor:
     """Return the factor of the rows of an unnormalised variant."""
     variant, boundaries = partition.variant, partition.boundaries
     if not variant.has_length_factor:
-        return RowFactor(float(variant.score_scale), None)
+        return RowFactor(float(variant.score_scale), float(variant.qk_scale), None)
     if not variant.causal and initial is None and boundaries is None:
         length_factor = partition.num_tokens**-variant.length_exponent
-        return RowFactor(variant.score_scale * length_factor, None)
+        return RowFactor(variant.score_scale * length_factor, float(variant.qk_scale), None)
     place = torch.arange(partition.num_tokens, dtype=torch.float64, device=partition.device)
     if boundaries is None:
         num_keys = (place + 1 if variant.causal else 0 * place + partition.num_tokens).view(1, -1)
@@ -272,7 +272,7 @@ def _row_factor(initial: Tensor | None, partition: Partition) -> RowFactor:
             first = first - initial[:, 0, 0, -1]
         num_keys = -first.repeat_interleave(lengths, output_size=size)
         num_keys = (num_keys + place if variant.causal else num_keys).view(1, -1)
-    return RowFactor(float(variant.score_scale), _factors(num_keys, partition))
+    return RowFactor(float(variant.score_scale), float(variant.qk_scale), _factors(num_keys, partition))
 
 
 def _factors(num_keys: Tensor, partition: Partition) -> Tensor:

@@ -12,19 +12,22 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention.triton_backend.partition import Call, Launch
 from linclip_kernels.linear_attention.triton_backend.primitives import (
+    DENOMINATOR_EPS,
     LENGTHS,
+    as_columns,
     at_head,
+    column_sums,
     combine_states,
     dot,
-    dot_state,
+    dot_halves,
     features,
     features_backward,
-    fold_rows,
+    halves,
     load_state,
     load_tile,
     narrow,
     program_place,
-    row_scale,
+    scaled_features,
     store_state,
     store_tile,
     sum_states,
@@ -88,13 +91,11 @@ def plan_backward(
 
 def plan_state(call: Call, state: Tensor) -> list[Launch]:
     """Return the launches that fill ``state`` [S, H, D + 1, Dv + 1] with the sums over keys."""
-    assert call.k is not None
-    assert call.v is not None
     if call.is_whole:
-        return [sum_states(call.k, call.v, None, state, call.partition)]
+        return [sum_states(call, state)]
     parts = call.partition.empty_parts()
     return [
-        sum_states(call.k, call.v, None, parts, call.partition),
+        sum_states(call, parts),
         combine_states(parts, call.partition, start=call.initial, total=state),
     ]
 
@@ -154,18 +155,25 @@ def _launch_backward(
 
 
 @triton.jit
-def query_rows(b_q, b_z, num_keys, factor, i_n, place, META: tl.constexpr):
-    """Return features of q as (a, factor, inverse norm), the rows' scale, where it is unclamped."""
-    b_a, b_factor, b_inverse = features(b_q, i_n, place, META)
+def seen_state(b_s, b_w, b_z, num_keys, META: tl.constexpr):
+    """Return S and z as queries see them: about the mean key, or hidden where it is the only one."""
+    if META.CENTERED:
+        b_s -= b_z[:, None] * (b_w / num_keys)[None, :]
     if META.FIX_SINGLE_KEY:
-        b_factor = tl.where(num_keys == 1, 0.0, b_factor)
-    b_denominator = b_factor
-    if META.NORMALIZED:
-        b_denominator = b_factor * tl.sum(b_a.to(tl.float32) * b_z[None, :], axis=1)
-        if META.HAS_CONSTANT:
-            b_denominator += num_keys
-    b_scale, unclamped = row_scale(b_denominator, num_keys, factor, i_n, place, META)
-    return b_a, b_factor, b_inverse, b_scale, unclamped
+        b_s = tl.where(num_keys == 1, 0.0, b_s)
+        b_z = tl.where(num_keys == 1, 0.0, b_z)
+    return b_s, b_z
+
+
+@triton.jit
+def unnormalized_scale(num_keys, factor, place, META: tl.constexpr):
+    """Return Eq. 7's factor, the same for all rows of the sequence."""
+    if META.LENGTH_FACTOR == "inverse":
+        return factor.scale / num_keys
+    elif META.LENGTH_FACTOR == "table":
+        return factor.scale * tl.load(factor.p_table + place.i_s)
+    else:
+        return factor.scale
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -175,24 +183,115 @@ def _forward_kernel(
     """Without p_state, sum the keys first, and write their state to p_save if there is one."""
     place = program_place(schedule, num_tokens, num_parts, part)
     if p_state is None:
-        b_s, b_w, b_z = sum_tokens(at_head(k, place), at_head(v, place), None, place, META)
+        b_s, b_w, b_z = sum_tokens(at_head(k, place), at_head(v, place), place, META)
         num_keys = place.length.to(tl.float32)
         if p_save is not None:
             store_state(p_save, place.i_s, place, b_s, b_w, b_z, num_keys, META)
     else:
         b_s, b_w, b_z, num_keys = load_state(p_state, place.i_s, place, META)
+    b_s, b_z = seen_state(b_s, b_w, b_z, num_keys, META)
     # Not earlier: the pointers would take registers from the sum.
     q, out = at_head(q, place), at_head(out, place)
+    dtype: tl.constexpr = q.p.dtype.element_ty
+    b_high, b_low = halves(b_s, dtype)
+    scale = 1.0
+    if META.NORMALIZED:
+        b_zs = as_columns(b_z, dtype)
+    else:
+        scale = unnormalized_scale(num_keys, factor, place, META)
+        b_w *= scale
     for start in range(place.first, place.end, META.BLOCK_N):
         i_n = start + tl.arange(0, META.BLOCK_N)
-        b_q = load_tile(q, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_a, b_factor, _inverse, b_scale, _unclamped = query_rows(
-            b_q, b_z, num_keys, factor, i_n, place, META
-        )
-        b_out = dot_state(b_a, b_s, META) * b_factor[:, None]  # [BLOCK_N, BLOCK_DV]
-        if META.HAS_CONSTANT:
-            b_out += b_w[None, :]
-        store_tile(out, b_out * b_scale[:, None], i_n, place, META.DV, META.BLOCK_DV)
+        b_q = load_tile(q, i_n, place.end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_a, b_factor, _inverse = features(b_q, i_n, place.end, META)
+        b_factor *= factor.qk_scale
+        b_out = dot_halves(b_a, b_high, b_low, META)  # [BLOCK_N, BLOCK_DV]
+        if META.NORMALIZED:
+            b_denominator = b_factor * tl.sum(dot(b_a, b_zs, META), axis=1)
+            if META.HAS_CONSTANT:
+                b_denominator += num_keys
+            b_scale = 1.0 / tl.maximum(b_denominator, DENOMINATOR_EPS * num_keys)
+            b_out = b_out * (b_factor * b_scale)[:, None]
+            if META.HAS_CONSTANT:
+                b_out += b_scale[:, None] * b_w[None, :]
+        else:
+            b_out = b_out * (b_factor * scale)[:, None]
+            if META.HAS_CONSTANT:
+                b_out += b_w[None, :]
+        store_tile(out, b_out, i_n, place.end, META.DV, META.BLOCK_DV)
+
+
+@triton.jit
+def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.constexpr):
+    """Write dq of the part and return its sums dS, dw and dz, for S and z as queries see them."""
+    dtype: tl.constexpr = q.p.dtype.element_ty
+    b_high, b_low = halves(b_s, dtype)
+    scale = 1.0
+    if META.NORMALIZED:
+        b_ws, b_zs = as_columns(b_w, dtype), as_columns(b_z, dtype)
+    else:
+        scale = unnormalized_scale(num_keys, factor, place, META)
+    b_ds = tl.full([META.BLOCK_D, META.BLOCK_DV], 0.0, tl.float32)
+    b_dws = tl.full([META.BLOCK_DV, 16], 0.0, tl.float32)
+    b_dzs = tl.full([META.BLOCK_D, 16], 0.0, tl.float32)
+    for start in range(place.first, place.end, META.BLOCK_N):
+        i_n = start + tl.arange(0, META.BLOCK_N)
+        b_q = load_tile(q, i_n, place.end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_do = load_tile(do, i_n, place.end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_a, b_factor, b_inverse = features(b_q, i_n, place.end, META)
+        b_factor *= factor.qk_scale
+        b_u = dot_halves(b_do, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
+        b_along = b_factor
+        if META.NORMALIZED or META.QK_NORM:
+            b_along = tl.sum(b_a.to(tl.float32) * b_u, axis=1)
+        if META.NORMALIZED:
+            b_az = tl.sum(dot(b_a, b_zs, META), axis=1)
+            b_denominator, b_numerator = b_factor * b_az, b_factor * b_along
+            if META.HAS_CONSTANT:
+                b_denominator += num_keys
+                b_numerator += tl.sum(dot(b_do, b_ws, META), axis=1)
+            floor = DENOMINATOR_EPS * num_keys
+            b_scale = 1.0 / tl.maximum(b_denominator, floor)
+            b_e = -b_numerator * b_scale * b_scale
+            b_e = tl.where(b_denominator >= floor, b_e, 0.0 * b_e)
+            b_dphi = b_u * b_scale[:, None] + b_e[:, None] * b_z[None, :]
+            b_along = b_along * b_scale + b_e * b_az
+            b_dzs += column_sums(b_a, b_factor * b_e, META)
+            b_dws += column_sums(b_do, b_scale, META)
+            b_g = narrow(b_do.to(tl.float32) * (b_factor * b_scale)[:, None], dtype)
+        else:
+            b_dphi = b_u * scale
+            b_along *= scale
+            b_dws += column_sums(b_do, None, META)
+            b_g = scaled_features(b_do, b_factor, META)
+        b_dq = features_backward(b_dphi, b_q, b_inverse, b_along, META)
+        store_tile(dq, b_dq * factor.qk_scale, i_n, place.end, META.D, META.BLOCK_D)
+        b_ds += dot(tl.trans(b_a), b_g, META)
+    b_dw, b_dz = tl.sum(b_dws, axis=1), tl.sum(b_dzs, axis=1)
+    if not META.NORMALIZED:
+        b_ds, b_dw = b_ds * scale, b_dw * scale
+        if not META.QK_NORM:
+            b_ds *= factor.qk_scale
+    return b_ds, b_dw, b_dz
+
+
+@triton.jit
+def key_side(k, v, dk, dv, b_ds, b_dw, b_dz, place, META: tl.constexpr):
+    """Write dk and dv of the part."""
+    b_high, b_low = halves(b_ds, k.p.dtype.element_ty)
+    for start in range(place.first, place.end, META.BLOCK_N):
+        i_n = start + tl.arange(0, META.BLOCK_N)
+        b_k = load_tile(k, i_n, place.end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = load_tile(v, i_n, place.end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_a, b_factor, b_inverse = features(b_k, i_n, place.end, META)
+        b_dv = dot_halves(b_a, b_high, b_low, META) * b_factor[:, None] + b_dw[None, :]
+        store_tile(dv, b_dv, i_n, place.end, META.DV, META.BLOCK_DV)
+        b_dphi = dot_halves(b_v, b_high, b_low, META, TRANSPOSED=True) + b_dz[None, :]
+        b_along = b_factor
+        if META.QK_NORM:
+            b_along = tl.sum(b_a.to(tl.float32) * b_dphi, axis=1)
+        b_dk = features_backward(b_dphi, b_k, b_inverse, b_along, META)
+        store_tile(dk, b_dk, i_n, place.end, META.D, META.BLOCK_D)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -222,51 +321,24 @@ def _backward_kernel(
         b_ds, b_dw, b_dz, _none = load_state(p_dstate, place.i_s, place, META)
     else:
         if p_state is None:
-            b_s, b_w, b_z = sum_tokens(k, v, None, place, META)
+            b_s, b_w, b_z = sum_tokens(k, v, place, META)
             num_keys = place.length.to(tl.float32)
         else:
             b_s, b_w, b_z, num_keys = load_state(p_state, place.i_s, place, META)
+        b_s, b_seen_z = seen_state(b_s, b_w, b_z, num_keys, META)
         q, do, dq = at_head(q, place), at_head(do, place), at_head(dq, place)
-        b_ds = tl.full([META.BLOCK_D, META.BLOCK_DV], 0.0, tl.float32)
-        b_dws = tl.full([META.ROWS_DV, META.BLOCK_DV], 0.0, tl.float32)
-        b_dzs = tl.full([META.ROWS_D, META.BLOCK_D], 0.0, tl.float32)
-        for start in range(place.first, place.end, META.BLOCK_N):
-            i_n = start + tl.arange(0, META.BLOCK_N)
-            b_q = load_tile(q, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            b_do = load_tile(do, i_n, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            b_a, b_factor, b_inverse, b_scale, unclamped = query_rows(
-                b_q, b_z, num_keys, factor, i_n, place, META
-            )
-            b_u = dot_state(b_do, tl.trans(b_s), META)  # [BLOCK_N, BLOCK_D]
-            b_dphi = b_u * b_scale[:, None]
-            if META.NORMALIZED:
-                b_numerator = b_factor * tl.sum(b_a.to(tl.float32) * b_u, axis=1)
-                if META.HAS_CONSTANT:
-                    b_numerator += tl.sum(b_do.to(tl.float32) * b_w[None, :], axis=1)
-                b_e = tl.where(unclamped, -b_numerator * b_scale * b_scale, 0.0 * b_numerator)
-                b_dphi += b_e[:, None] * b_z[None, :]
-                b_dzs += fold_rows(b_a.to(tl.float32) * (b_factor * b_e)[:, None], META.ROWS_D)
-            if META.FIX_SINGLE_KEY:
-                b_dphi = tl.where(num_keys == 1, 0.0, b_dphi)
-            b_dq = features_backward(b_dphi, b_q, b_inverse, META)
-            store_tile(dq, b_dq, i_n, place, META.D, META.BLOCK_D)
-            if META.HAS_CONSTANT:
-                b_dws += fold_rows(b_do.to(tl.float32) * b_scale[:, None], META.ROWS_DV)
-            b_scaled = b_do.to(tl.float32) * (b_factor * b_scale)[:, None]
-            b_ds += dot(tl.trans(b_a), narrow(b_scaled, b_do.dtype), META)
-        b_dw, b_dz = tl.sum(b_dws, axis=0), tl.sum(b_dzs, axis=0)
+        b_ds, b_dw, b_dz = query_side(
+            q, do, dq, b_s, b_w, b_seen_z, num_keys, factor, place, META
+        )
+        if META.FIX_SINGLE_KEY:
+            b_ds = tl.where(num_keys == 1, 0.0, b_ds)
+            b_dz = tl.where(num_keys == 1, 0.0, b_dz)
+        if META.CENTERED:
+            b_dw -= tl.sum(b_ds * b_z[:, None], axis=0) / num_keys
+            b_dz = -tl.sum(b_ds * b_w[None, :], axis=1) / num_keys
 
     if dk is None:
         store_state(p_dstate, place.i_part, place, b_ds, b_dw, b_dz, 0.0, META)
     else:
         dk, dv = at_head(dk, place), at_head(dv, place)
-        for start in range(place.first, place.end, META.BLOCK_N):
-            i_n = start + tl.arange(0, META.BLOCK_N)
-            b_k = load_tile(k, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            b_v = load_tile(v, i_n, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            b_a, b_factor, b_inverse = features(b_k, i_n, place, META)
-            b_dv = dot_state(b_a, b_ds, META) * b_factor[:, None] + b_dw[None, :]
-            store_tile(dv, b_dv, i_n, place, META.DV, META.BLOCK_DV)
-            b_dphi = dot_state(b_v, tl.trans(b_ds), META) + b_dz[None, :]
-            b_dk = features_backward(b_dphi, b_k, b_inverse, META)
-            store_tile(dk, b_dk, i_n, place, META.D, META.BLOCK_D)
+        key_side(k, v, dk, dv, b_ds, b_dw, b_dz, place, META)

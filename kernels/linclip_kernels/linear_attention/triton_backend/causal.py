@@ -1,9 +1,11 @@
 # mypy: allow-untyped-defs
-"""Causal linear attention in Triton: masked tiles within a part, a state for all that precedes it.
+"""Causal linear attention in Triton: a masked tile per chunk, a running state for all before it.
 
-A part is short, and its scores are computed tile by tile. Where a sequence is one part, one launch
-computes everything. Otherwise every part first gets the state before it (forward) and after it
-(backward). The derivation is in linear_attention/README.md.
+A program walks over the chunks of its part with the state in registers: forwards for the output and
+the gradient of the queries, backwards, with the gradient of the state, for those of keys and values.
+Where a sequence is one part, one launch computes everything. Otherwise every part first gets the
+state before it, and in the backward the gradient from all parts after it. The derivation is in
+linear_attention/README.md.
 """
 
 import torch
@@ -13,20 +15,23 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention.triton_backend.partition import Call, Launch
 from linclip_kernels.linear_attention.triton_backend.primitives import (
+    DENOMINATOR_EPS,
     LENGTHS,
+    as_columns,
     at_head,
+    column_sums,
     combine_states,
     dot,
-    dot_state,
+    dot_halves,
     features,
     features_backward,
-    load_rows,
+    halves,
     load_state,
     load_tile,
     narrow,
     program_place,
-    row_scale,
-    store_rows,
+    scaled_features,
+    store_state,
     store_tile,
     sum_states,
     views,
@@ -67,9 +72,8 @@ def plan_backward(
         grad_state: The gradient of the state, if there is one.
         gradients: dq and dk [B, N, H, D] and dv [B, N, H, Dv], to be filled.
     """
-    assert call.q is not None
     partition, (d_q, d_k, d_v) = call.partition, gradients
-    shape = partition.batch, partition.heads, 2, partition.num_tokens
+    shape = partition.batch, partition.heads, 3, partition.num_tokens
     rows = torch.empty(shape, dtype=torch.float32, device=grad.device)
 
     def launch(
@@ -88,9 +92,10 @@ def plan_backward(
     launches, before = _plan_before(call, None)
     after = partition.empty_parts()
     d_initial = None if call.initial is None else partition.empty_states(partition.num_sequences)
+    sums = views(q=call.q, do=grad) | {"p_rows": rows, "p_states": after} | call.arguments
     launches += [
         launch(d_q, None, None, before=before),
-        sum_states(call.q, grad, rows, after, partition),
+        partition.launch(_sum_queries_kernel, sums),
         combine_states(
             after, partition, start=grad_state, before=after, total=d_initial, reverse=True
         ),
@@ -101,45 +106,129 @@ def plan_backward(
 
 def _plan_before(call: Call, total: Tensor | None) -> tuple[list[Launch], Tensor]:
     """Return the launches that sum the state before every part, and the tensor they fill."""
-    assert call.k is not None
-    assert call.v is not None
     before = call.partition.empty_parts()
     launches = [
-        sum_states(call.k, call.v, None, before, call.partition),
+        sum_states(call, before),
         combine_states(before, call.partition, start=call.initial, before=before, total=total),
     ]
     return launches, before
 
 
 @triton.jit
-def masked_dot(b_a, b_x, i_rows, i_first, UPPER: tl.constexpr, META: tl.constexpr):
-    """a @ x, where zeros of a beyond the diagonal keep out NaN and infinity too.
-
-    Rows of x stand for tokens i_first, i_first + 1, ...; a row of the product for token i_rows,
-    which sees tokens up to itself (UPPER: from itself on).
-    """
-    product = dot(narrow(b_a, b_x.dtype), b_x, META)
-    check = tl.sum(tl.sum(product, axis=1), axis=0)
-    if check - check != 0:
-        # Token by token, as by the definition.
-        product = tl.zeros_like(product)
-        i = tl.arange(0, b_x.shape[0])
-        for step in range(b_x.shape[0]):
-            column = tl.sum(tl.where(i[None, :] == step, b_a, 0.0), axis=1)
-            row = tl.sum(tl.where(i[:, None] == step, b_x.to(tl.float32), 0.0), axis=0)
-            token = i_first + step
-            seen = i_rows <= token if UPPER else i_rows >= token
-            product += tl.where(seen[:, None], column[:, None] * row[None, :], 0.0)
-    return product
-
-
-@triton.jit
-def query_features(b_q, i_n, place, META: tl.constexpr):
+def query_features(b_q, i_n, end, factor, META: tl.constexpr):
     """Return the features of q as (a, factor, inverse norm); the first row sees a single key."""
-    b_a, b_factor, b_inverse = features(b_q, i_n, place, META)
+    b_a, b_factor, b_inverse = features(b_q, i_n, end, META)
+    b_factor *= factor.qk_scale
     if META.FIX_SINGLE_KEY:
         b_factor = tl.where(i_n == 0, 0.0, b_factor)
     return b_a, b_factor, b_inverse
+
+
+@triton.jit
+def row_scales(b_sum, b_num_keys, factor, i_n, place, META: tl.constexpr):
+    """Return the factor of every row's numerator, and where its denominator is not clamped.
+
+    ``b_sum`` is the sum of the scores.
+    """
+    if META.NORMALIZED:
+        floor = DENOMINATOR_EPS * b_num_keys
+        return 1.0 / tl.maximum(b_sum, floor), b_sum >= floor
+    elif META.LENGTH_FACTOR == "inverse":
+        return factor.scale / b_num_keys, i_n >= 0
+    elif META.LENGTH_FACTOR == "table":
+        p = factor.p_table + (place.i_b * place.num_tokens + place.offset)
+        b_table = tl.load(p + i_n, mask=i_n < place.end, other=0.0)
+        return factor.scale * b_table, i_n >= 0
+    else:
+        return b_num_keys * 0.0 + factor.scale, i_n >= 0
+
+
+@triton.jit
+def start_state(p_before, place, META: tl.constexpr):
+    """Return S, w, z and the number of keys before the part."""
+    if p_before is not None:
+        b_s, b_w, b_z, num_keys = load_state(p_before, place.i_part, place, META)
+    else:
+        b_s = tl.full([META.BLOCK_D, META.BLOCK_DV], 0.0, tl.float32)
+        b_w = tl.full([META.BLOCK_DV], 0.0, tl.float32)
+        b_z = tl.full([META.BLOCK_D], 0.0, tl.float32)
+        num_keys = 0.0
+    return b_s, b_w, b_z, num_keys
+
+
+@triton.jit
+def add_keys(b_s, b_w, b_z, b_a, b_factor, b_v, META: tl.constexpr):
+    """Return S, w and z with the keys of a chunk added."""
+    if META.HAS_CONSTANT:
+        b_w += tl.sum(column_sums(b_v, None, META), axis=1)
+    if META.QK_NORM:
+        if META.NORMALIZED or META.CENTERED:
+            b_z += tl.sum(column_sums(b_a, b_factor, META), axis=1)
+        b_v = narrow(b_v.to(tl.float32) * b_factor[:, None], b_v.dtype)
+    elif META.NORMALIZED or META.CENTERED:
+        b_z += tl.sum(column_sums(b_a, None, META), axis=1)
+    return b_s + dot(tl.trans(b_a), b_v, META), b_w, b_z
+
+
+@triton.jit
+def add_queries(b_ds, b_dw, b_dz, b_a, b_g, b_gc, b_e, META: tl.constexpr):
+    """Return dS, dw and dz with the queries of a chunk added."""
+    if META.HAS_CONSTANT:
+        b_dw += tl.sum(column_sums(b_gc, None, META), axis=1)
+    if META.NORMALIZED or META.CENTERED:
+        b_dz += tl.sum(column_sums(b_a, b_e, META), axis=1)
+    return b_ds + dot(tl.trans(b_a), b_g, META), b_dw, b_dz
+
+
+@triton.jit
+def next_size(size, b_s):
+    """Return the size of chunks for another pass over a part, after one with ``size``; 0: no more.
+
+    Zeros beyond the diagonal of a chunk let NaN and infinity through to other rows of the chunk.
+    They end in its state, and the part is computed once more, token by token.
+    """
+    check = tl.sum(tl.sum(b_s, axis=1), axis=0)
+    return tl.where((size == 1) | (check - check == 0), 0, 1)
+
+
+@triton.jit
+def forward_chunks(q, k, v, out, p_before, size, factor, place, META: tl.constexpr):
+    """Write o of the part, in chunks of ``size`` tokens, and return the last state's S."""
+    dtype: tl.constexpr = q.p.dtype.element_ty
+    i = tl.arange(0, META.BLOCK_N)
+    seen = i[:, None] >= i[None, :]
+    b_s, b_w, b_z, num_keys = start_state(p_before, place, META)
+    for start in range(place.first, place.end, size):
+        i_n, end = start + i, tl.minimum(start + size, place.end)
+        b_q = load_tile(q, i_n, end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_k = load_tile(k, i_n, end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = load_tile(v, i_n, end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_a, b_factor, _inverse = query_features(b_q, i_n, end, factor, META)
+        b_ak, b_fk, _inverse = features(b_k, i_n, end, META)
+        b_phi = scaled_features(b_ak, b_fk, META)
+        b_num_keys = num_keys + (i_n - place.first + 1).to(tl.float32)
+        b_x = dot(b_a, tl.trans(b_phi), META) * b_factor[:, None]  # [BLOCK_N, BLOCK_N]
+        if META.HAS_CONSTANT and not META.CENTERED:
+            b_x += 1.0
+        b_x = tl.where(seen, b_x, 0.0)
+        b_high, b_low = halves(b_s, dtype)
+        b_out = dot_halves(b_a, b_high, b_low, META) * b_factor[:, None]  # [BLOCK_N, BLOCK_DV]
+        b_sum = b_factor
+        if META.NORMALIZED or META.CENTERED:
+            b_sum = b_factor * tl.sum(b_a.to(tl.float32) * b_z[None, :], axis=1)
+            b_sum += tl.sum(b_x, axis=1)
+        if META.CENTERED:
+            b_constant = 1.0 - b_sum / b_num_keys
+            b_x = tl.where(seen, b_x + b_constant[:, None], 0.0)
+            b_out += b_constant[:, None] * b_w[None, :]
+        elif META.HAS_CONSTANT:
+            b_sum += b_num_keys - (i + 1)
+            b_out += b_w[None, :]
+        b_scale, _unclamped = row_scales(b_sum, b_num_keys, factor, i_n, place, META)
+        b_out += dot(narrow(b_x, b_v.dtype), b_v, META)
+        store_tile(out, b_out * b_scale[:, None], i_n, end, META.DV, META.BLOCK_DV)
+        b_s, b_w, b_z = add_keys(b_s, b_w, b_z, b_ak, b_fk, b_v, META)
+    return b_s
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -148,34 +237,142 @@ def _forward_kernel(
 ):
     place = program_place(schedule, num_tokens, num_parts, part)
     q, k, v, out = at_head(q, place), at_head(k, place), at_head(v, place), at_head(out, place)
+    size = META.BLOCK_N
+    while size > 0:
+        b_s = forward_chunks(q, k, v, out, p_before, size, factor, place, META)
+        size = next_size(size, b_s)
+
+
+@triton.jit
+def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: tl.constexpr):
+    """Write dq, and what the side of the keys reads of every row; return the last state's S."""
+    dtype: tl.constexpr = q.p.dtype.element_ty
+    i = tl.arange(0, META.BLOCK_N)
+    seen = i[:, None] >= i[None, :]
+    b_s, b_w, b_z, num_keys = start_state(p_before, place, META)
+    for start in range(place.first, place.end, size):
+        i_n, end = start + i, tl.minimum(start + size, place.end)
+        b_q = load_tile(q, i_n, end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_k = load_tile(k, i_n, end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = load_tile(v, i_n, end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_do = load_tile(do, i_n, end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_ak, b_fk, _inverse = features(b_k, i_n, end, META)
+        b_phi = scaled_features(b_ak, b_fk, META)
+        # Over the keys in view: the sum of phi(k) (do.v), and below of do.v and of phi(k).
+        b_p = tl.where(seen, dot(b_do, tl.trans(b_v), META), 0.0)  # [BLOCK_N, BLOCK_N]
+        b_high, b_low = halves(b_s, dtype)
+        b_u = dot_halves(b_do, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
+        b_u += dot(narrow(b_p, dtype), b_phi, META)
+        b_a, b_factor, b_inverse = query_features(b_q, i_n, end, factor, META)
+        b_num_keys = num_keys + (i_n - place.first + 1).to(tl.float32)
+        b_sum, b_constant, b_gw, b_au, b_az = b_factor, b_factor, b_factor, b_factor, b_factor
+        if META.NORMALIZED or META.QK_NORM:
+            b_au = tl.sum(b_a.to(tl.float32) * b_u, axis=1)
+        if META.NORMALIZED or META.CENTERED:
+            b_zs = dot(seen.to(b_phi.dtype), b_phi, META) + b_z[None, :]
+            b_az = tl.sum(b_a.to(tl.float32) * b_zs, axis=1)
+            b_sum = b_factor * b_az
+            b_constant = 1.0 - b_sum / b_num_keys
+            if META.HAS_CONSTANT:
+                b_sum += b_num_keys
+                b_gw = tl.sum(b_do.to(tl.float32) * b_w[None, :], axis=1) + tl.sum(b_p, axis=1)
+        b_scale, unclamped = row_scales(b_sum, b_num_keys, factor, i_n, place, META)
+        b_e = b_scale * 0.0
+        b_dphi, b_along = b_u * b_scale[:, None], b_au * b_scale
+        if META.NORMALIZED:
+            b_e = b_factor * b_au
+            if META.HAS_CONSTANT:
+                b_e += b_gw
+            b_e *= -b_scale * b_scale
+            b_e = tl.where(unclamped, b_e, 0.0 * b_e)
+        elif META.CENTERED:
+            b_e = -b_scale * b_gw / b_num_keys
+        if META.NORMALIZED or META.CENTERED:
+            b_dphi += b_e[:, None] * b_zs
+            b_along += b_e * b_az
+        if META.FIX_SINGLE_KEY:
+            b_along = tl.where(i_n == 0, 0.0, b_along)
+            b_dphi = tl.where((i_n == 0)[:, None], 0.0, b_dphi)
+        b_dq = features_backward(b_dphi, b_q, b_inverse, b_along, META)
+        store_tile(dq, b_dq * factor.qk_scale, i_n, end, META.D, META.BLOCK_D)
+        if META.ROWS_DIFFER:
+            store_rows(p_rows, b_scale, b_e, b_constant, i_n, end, place)
+        b_s, b_w, b_z = add_keys(b_s, b_w, b_z, b_ak, b_fk, b_v, META)
+    return b_s
+
+
+@triton.jit
+def load_queries(q, do, p_rows, i_n, end, factor, place, META: tl.constexpr):
+    """Return a of phi(q) = a * factor, and what multiplies it: the gradients of o times factor and
+    scale, these times scale and constant, and e times factor."""
+    dtype: tl.constexpr = q.p.dtype.element_ty
+    b_q = load_tile(q, i_n, end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    b_do = load_tile(do, i_n, end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    b_a, b_factor, _inverse = query_features(b_q, i_n, end, factor, META)
+    b_e = b_factor
+    b_scale = b_factor * 0.0 + factor.scale
+    b_constant = b_scale
+    if META.ROWS_DIFFER:
+        b_scale, b_e, b_constant = load_rows(p_rows, i_n, end, place)
+        b_e *= b_factor
+        b_constant = b_constant * b_scale if META.CENTERED else b_scale
+    b_do = b_do.to(tl.float32)
+    b_g = narrow(b_do * (b_scale * b_factor)[:, None], dtype)
+    return b_a, b_g, narrow(b_do * b_constant[:, None], dtype), b_e
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _sum_queries_kernel(
+    q, do, p_rows, p_states, factor, schedule, num_tokens, num_parts, part, META: tl.constexpr
+):
+    """Sum every part's gradient of the state before it."""
+    place = program_place(schedule, num_tokens, num_parts, part)
+    q, do = at_head(q, place), at_head(do, place)
+    b_ds, b_dw, b_dz, _none = start_state(None, place, META)
     for start in range(place.first, place.end, META.BLOCK_N):
-        i_n = start + tl.arange(0, META.BLOCK_N)
-        b_q = load_tile(q, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_aq, b_fq, _inverse = query_features(b_q, i_n, place, META)
-        b_out = tl.full([META.BLOCK_N, META.BLOCK_DV], 0.0, tl.float32)
-        b_denominator = tl.full([META.BLOCK_N], 0.0, tl.float32)
-        b_num_keys = (i_n - place.first + 1).to(tl.float32)
-        if p_before is not None:
-            b_s, b_w, b_z, num_keys = load_state(p_before, place.i_part, place, META)
-            b_num_keys += num_keys
-            b_out = dot_state(b_aq, b_s, META) * b_fq[:, None]
-            b_denominator = b_fq * tl.sum(b_aq.to(tl.float32) * b_z[None, :], axis=1)
-            if META.HAS_CONSTANT:
-                b_out += b_w[None, :]
-                b_denominator += num_keys
-        for key_start in range(place.first, start + META.BLOCK_N, META.BLOCK_N):
-            i_m = key_start + tl.arange(0, META.BLOCK_N)
-            b_k = load_tile(k, i_m, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            b_v = load_tile(v, i_m, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            b_ak, b_fk, _inverse = features(b_k, i_m, place, META)
-            b_a = dot(b_aq, tl.trans(b_ak), META) * b_fq[:, None] * b_fk[None, :]  # the scores
-            if META.HAS_CONSTANT:
-                b_a += 1.0
-            b_a = tl.where(i_n[:, None] >= i_m[None, :], b_a, 0.0)
-            b_denominator += tl.sum(b_a, axis=1)
-            b_out += masked_dot(b_a, b_v, i_n, key_start, False, META)
-        b_scale, _unclamped = row_scale(b_denominator, b_num_keys, factor, i_n, place, META)
-        store_tile(out, b_out * b_scale[:, None], i_n, place, META.DV, META.BLOCK_DV)
+        i_n, end = start + tl.arange(0, META.BLOCK_N), place.end
+        b_a, b_g, b_gc, b_e = load_queries(q, do, p_rows, i_n, end, factor, place, META)
+        b_ds, b_dw, b_dz = add_queries(b_ds, b_dw, b_dz, b_a, b_g, b_gc, b_e, META)
+    store_state(p_states, place.i_part, place, b_ds, b_dw, b_dz, 0.0, META)
+
+
+@triton.jit
+def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: tl.constexpr):
+    """Write dk and dv of the part, from its last chunk to the first, and return the first dS."""
+    dtype: tl.constexpr = k.p.dtype.element_ty
+    i = tl.arange(0, META.BLOCK_N)
+    seen = i[:, None] <= i[None, :]  # a row for every key
+    b_ds, b_dw, b_dz, _none = start_state(p_after, place, META)
+    num_chunks = tl.cdiv(place.end - place.first, size)
+    for step in range(num_chunks):
+        start = place.first + (num_chunks - 1 - step) * size
+        i_n, end = start + i, tl.minimum(start + size, place.end)
+        b_aq, b_g, b_gc, b_e = load_queries(q, do, p_rows, i_n, end, factor, place, META)
+        b_k = load_tile(k, i_n, end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = load_tile(v, i_n, end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_a, b_factor, b_inverse = features(b_k, i_n, end, META)
+        b_high, b_low = halves(b_ds, dtype)
+
+        b_x = tl.where(seen, dot(b_a, tl.trans(b_aq), META), 0.0)  # [BLOCK_N, BLOCK_N]
+        b_dv = dot_halves(b_a, b_high, b_low, META)
+        b_dv = (b_dv + dot(narrow(b_x, dtype), b_g, META)) * b_factor[:, None]
+        if META.HAS_CONSTANT:
+            b_dv += dot(seen.to(b_gc.dtype), b_gc, META) + b_dw[None, :]
+        store_tile(dv, b_dv, i_n, end, META.DV, META.BLOCK_DV)
+
+        b_p = dot(b_v, tl.trans(b_g), META)  # [BLOCK_N, BLOCK_N]
+        b_dphi = dot_halves(b_v, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
+        if META.NORMALIZED or META.CENTERED:
+            b_p += b_e[None, :]
+            b_dphi += b_dz[None, :]
+        b_dphi += dot(narrow(tl.where(seen, b_p, 0.0), dtype), b_aq, META)
+        b_along = b_factor
+        if META.QK_NORM:
+            b_along = tl.sum(b_a.to(tl.float32) * b_dphi, axis=1)
+        b_dk = features_backward(b_dphi, b_k, b_inverse, b_along, META)
+        store_tile(dk, b_dk, i_n, end, META.D, META.BLOCK_D)
+        b_ds, b_dw, b_dz = add_queries(b_ds, b_dw, b_dz, b_aq, b_g, b_gc, b_e, META)
+    return b_ds
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -199,94 +396,47 @@ def _backward_kernel(
 ):
     """Compute both sides; without dk the side of the queries alone, without dq that of the keys.
 
-    The side of the queries writes scale and e of every row, which that of the keys reads.
+    The side of the queries writes what that of the keys reads of every row.
     """
     place = program_place(schedule, num_tokens, num_parts, part)
     q, k, v, do = at_head(q, place), at_head(k, place), at_head(v, place), at_head(do, place)
-
     if dq is not None:
         dq = at_head(dq, place)
-        for start in range(place.first, place.end, META.BLOCK_N):
-            i_n = start + tl.arange(0, META.BLOCK_N)
-            b_do = load_tile(do, i_n, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            # Over the keys in view: sum of phi(k) (do.v), of phi(k), and of do.v.
-            b_u = tl.full([META.BLOCK_N, META.BLOCK_D], 0.0, tl.float32)
-            b_zs = tl.full([META.BLOCK_N, META.BLOCK_D], 0.0, tl.float32)
-            b_sum = tl.full([META.BLOCK_N], 0.0, tl.float32)
-            b_num_keys = (i_n - place.first + 1).to(tl.float32)
-            if p_before is not None:
-                b_s, b_w, b_z, num_keys = load_state(p_before, place.i_part, place, META)
-                b_num_keys += num_keys
-                b_u = dot_state(b_do, tl.trans(b_s), META)
-                if META.NORMALIZED:
-                    b_zs += b_z[None, :]
-                    b_sum = tl.sum(b_do.to(tl.float32) * b_w[None, :], axis=1)
-            for key_start in range(place.first, start + META.BLOCK_N, META.BLOCK_N):
-                i_m = key_start + tl.arange(0, META.BLOCK_N)
-                b_k = load_tile(k, i_m, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-                b_v = load_tile(v, i_m, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-                b_ak, b_fk, _inverse = features(b_k, i_m, place, META)
-                seen = i_n[:, None] >= i_m[None, :]
-                b_p = tl.where(seen, dot(b_do, tl.trans(b_v), META), 0.0)  # [BLOCK_N, BLOCK_N]
-                # A factor that is NaN or infinite must not reach earlier rows through a zero.
-                b_p_scaled = tl.where(seen, b_p * b_fk[None, :], 0.0)
-                b_u += masked_dot(b_p_scaled, b_ak, i_n, key_start, False, META)
-                if META.NORMALIZED:
-                    b_sum += tl.sum(b_p, axis=1)
-                    b_factors = tl.where(seen, b_fk[None, :], 0.0)
-                    b_zs += masked_dot(b_factors, b_ak, i_n, key_start, False, META)
-            b_q = load_tile(q, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            b_aq, b_fq, b_inverse = query_features(b_q, i_n, place, META)
-            b_denominator = b_fq
-            if META.NORMALIZED:
-                b_denominator = b_fq * tl.sum(b_aq.to(tl.float32) * b_zs, axis=1)
-                if META.HAS_CONSTANT:
-                    b_denominator += b_num_keys
-            b_scale, unclamped = row_scale(b_denominator, b_num_keys, factor, i_n, place, META)
-            b_e = b_scale * 0.0
-            b_dphi = b_u * b_scale[:, None]
-            if META.NORMALIZED:
-                b_numerator = b_fq * tl.sum(b_aq.to(tl.float32) * b_u, axis=1)
-                if META.HAS_CONSTANT:
-                    b_numerator += b_sum
-                b_e = tl.where(unclamped, -b_numerator * b_scale * b_scale, 0.0 * b_numerator)
-                b_dphi += b_e[:, None] * b_zs
-            if META.FIX_SINGLE_KEY:
-                b_dphi = tl.where((i_n == 0)[:, None], 0.0, b_dphi)
-            store_rows(p_rows, b_scale, b_e, i_n, place)
-            b_dq = features_backward(b_dphi, b_q, b_inverse, META)
-            store_tile(dq, b_dq, i_n, place, META.D, META.BLOCK_D)
-
+        size = META.BLOCK_N
+        while size > 0:
+            b_s = query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META)
+            size = next_size(size, b_s)
     if dk is not None:
         if dq is not None:
-            tl.debug_barrier()  # the rows' scale and e are written by other threads
+            tl.debug_barrier()  # the rows' scale, e and constant are written by other threads
         dk, dv = at_head(dk, place), at_head(dv, place)
-        for key_start in range(place.first, place.end, META.BLOCK_N):
-            i_m = key_start + tl.arange(0, META.BLOCK_N)
-            b_k = load_tile(k, i_m, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            b_v = load_tile(v, i_m, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            b_ak, b_fk, b_inverse = features(b_k, i_m, place, META)
-            b_dv = tl.full([META.BLOCK_N, META.BLOCK_DV], 0.0, tl.float32)
-            b_dphi = tl.full([META.BLOCK_N, META.BLOCK_D], 0.0, tl.float32)
-            if p_after is not None:
-                b_ds, b_dw, b_dz, _none = load_state(p_after, place.i_part, place, META)
-                b_dv = dot_state(b_ak, b_ds, META) * b_fk[:, None] + b_dw[None, :]
-                b_dphi = dot_state(b_v, tl.trans(b_ds), META) + b_dz[None, :]
-            for start in range(key_start, place.end, META.BLOCK_N):
-                i_n = start + tl.arange(0, META.BLOCK_N)
-                b_q = load_tile(q, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-                b_do = load_tile(do, i_n, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-                b_aq, b_fq, _inverse = query_features(b_q, i_n, place, META)
-                b_scale, b_e = load_rows(p_rows, i_n, place)
-                seen = i_m[:, None] <= i_n[None, :]  # transposed: a row for every key
-                b_a = dot(b_ak, tl.trans(b_aq), META) * b_fk[:, None] * b_fq[None, :]
-                if META.HAS_CONSTANT:
-                    b_a += 1.0
-                b_a = tl.where(seen, b_a * b_scale[None, :], 0.0)
-                b_dv += masked_dot(b_a, b_do, i_m, start, True, META)
-                b_da = dot(b_v, tl.trans(b_do), META) * b_scale[None, :] + b_e[None, :]
-                b_da = tl.where(seen, b_da * b_fq[None, :], 0.0)
-                b_dphi += masked_dot(b_da, b_aq, i_m, start, True, META)
-            store_tile(dv, b_dv, i_m, place, META.DV, META.BLOCK_DV)
-            b_dk = features_backward(b_dphi, b_k, b_inverse, META)
-            store_tile(dk, b_dk, i_m, place, META.D, META.BLOCK_D)
+        size = META.BLOCK_N
+        while size > 0:
+            b_s = key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META)
+            size = next_size(size, b_s)
+
+
+@triton.jit
+def rows_at_head(p_rows, place):
+    """Return the pointer to the rows of one head in [B, H, 3, N]."""
+    i_row = (place.i_b * place.num_heads + place.i_h) * 3
+    return p_rows + i_row * place.num_tokens + place.offset
+
+
+@triton.jit
+def load_rows(p_rows, i_n, end, place):
+    """Return scale, e and constant of the rows i_n."""
+    p, step = rows_at_head(p_rows, place) + i_n, place.num_tokens
+    inside = i_n < end
+    b_scale = tl.load(p, mask=inside, other=0.0)
+    b_e = tl.load(p + step, mask=inside, other=0.0)
+    return b_scale, b_e, tl.load(p + 2 * step, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(p_rows, b_scale, b_e, b_constant, i_n, end, place):
+    p, step = rows_at_head(p_rows, place) + i_n, place.num_tokens
+    inside = i_n < end
+    tl.store(p, b_scale, mask=inside)
+    tl.store(p + step, b_e, mask=inside)
+    tl.store(p + 2 * step, b_constant, mask=inside)

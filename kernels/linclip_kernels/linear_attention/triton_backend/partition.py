@@ -87,14 +87,15 @@ class Meta(NamedTuple):
     BLOCK_N: int  # tokens of a tile
     BLOCK_D: int
     BLOCK_DV: int
-    ROWS_D: int  # rows of a tile of keys that a program loads with one instruction
-    ROWS_DV: int  # the same of a tile of values
     QK_NORM: bool
     FEATURE_MAP: str
     HAS_CONSTANT: bool
     FP32_DOT: str  # the precision of products of float32
     NORMALIZED: bool = False
+    CENTERED: bool = False
     FIX_SINGLE_KEY: bool = False
+    LENGTH_FACTOR: str = "none"  # how Eq. 7's rows depend on their number of keys
+    ROWS_DIFFER: bool = False  # in their factor of values
 
 
 class Schedule(NamedTuple):
@@ -108,6 +109,7 @@ class RowFactor(NamedTuple):
     """The factor of every row of an unnormalised variant: one number times a table [B, N]."""
 
     scale: float
+    qk_scale: float
     p_table: Tensor | None
 
 
@@ -194,18 +196,11 @@ class Partition:
             BLOCK_N=self.block_tokens,
             BLOCK_D=self.block_key,
             BLOCK_DV=self.block_value,
-            ROWS_D=self._rows_at_once(self.block_key),
-            ROWS_DV=self._rows_at_once(self.block_value),
             QK_NORM=self.variant.qk_norm,
             FEATURE_MAP=self.variant.feature_map,
             HAS_CONSTANT=self.variant.has_constant,
             FP32_DOT="ieee" if self.chip.is_amd else "tf32x3",  # AMD has no three TF32 products
         )
-
-    def _rows_at_once(self, columns: int) -> int:
-        """Return how many rows a program loads with one instruction of 16 bytes per thread."""
-        row_bytes = columns * (2 if self.dtype == torch.bfloat16 else 4)
-        return max(1, min(self.block_tokens, self.num_warps * 32 * 16 // row_bytes))
 
     def launch(self, kernel: Any, arguments: dict[str, Any]) -> Launch:
         """Return the launch of a kernel over tokens, one program per part and head."""
@@ -240,8 +235,14 @@ class Call(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """The arguments of every kernel that computes scores."""
         variant = self.partition.variant
+        length_factor = "none" if self.factor.p_table is None else "table"
+        if variant.has_inverse_length:
+            length_factor = "inverse"
         meta = self.partition.meta._replace(
             NORMALIZED=variant.normalized,
+            LENGTH_FACTOR=length_factor,
+            ROWS_DIFFER=variant.normalized or variant.centered or length_factor != "none",
+            CENTERED=variant.centered,
             FIX_SINGLE_KEY=variant.fixes_single_key and self.initial is None,
         )
         return {"factor": self.factor, "META": meta}
@@ -284,7 +285,8 @@ def partition_tokens(
     block_key, block_value = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
     # The largest blocks whose tiles and states fit into registers, as resources.py reports them.
     words = max(block_key, block_value) * (1 if q.dtype == torch.bfloat16 else 2)
-    block_tokens = 32 if variant.causal or backward else 64
+    import os
+    block_tokens = int(os.environ.get('BN','64'))
     block_tokens = max(16, min(block_tokens, block_tokens * 64 // words))
     needs_more = variant.normalized and not variant.causal and not chip.is_large
     if backward and (needs_more or variant.feature_map in ("relu", "softplus")):

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linclip_kernels.linear_attention import variant
-from linclip_kernels.linear_attention.triton_backend.partition import Launch, Partition
+from linclip_kernels.linear_attention.triton_backend.partition import Call, Launch, Partition
 
 __all__ = ["combine_states", "sum_states", "views"]
 
@@ -57,20 +57,15 @@ def views(**tensors: Tensor | None) -> dict[str, View | None]:
     return {name: None if x is None else View(x, x.stride()) for name, x in tensors.items()}
 
 
-def sum_states(
-    x: Tensor, y: Tensor, rows: Tensor | None, states: Tensor, partition: Partition
-) -> Launch:
-    """Return the launch that sums every part's state of phi(x) and y into ``states``.
+def sum_states(call: Call, states: Tensor) -> Launch:
+    """Return the launch that sums every part's state of its keys into ``states``.
 
     Args:
-        x: [B, N, H, D].
-        y: [B, N, H, Dv].
-        rows: The scale and e of every row, [B, H, 2, N]; None: ones.
+        call: The inputs, of which k and v are read.
         states: [parts, H, D + 1, Dv + 1].
-        partition: The programs.
     """
-    tensors = {"p_rows": rows, "p_states": states, "META": partition.meta}
-    return partition.launch(_sum_states_kernel, views(x=x, y=y) | tensors)
+    tensors = views(k=call.k, v=call.v) | {"p_states": states, "META": call.partition.meta}
+    return call.partition.launch(_sum_states_kernel, tensors)
 
 
 def combine_states(
@@ -145,11 +140,11 @@ def at_head(x, place):
 
 
 @triton.jit
-def load_tile(x, i_n, place, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Load rows i_n of one head; zero outside. float16 is widened, for its short range."""
+def load_tile(x, i_n, end, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Load rows i_n of one head, zeros from ``end`` on. float16 is widened, for its short range."""
     i_d = tl.arange(0, BLOCK)
     p = x.p + i_n.to(tl.int64)[:, None] * x.strides[1] + i_d.to(tl.int64)[None, :] * x.strides[3]
-    b_x = tl.load(p, mask=(i_n < place.length)[:, None] & (i_d < DIM)[None, :], other=0.0)
+    b_x = tl.load(p, mask=(i_n < end)[:, None] & (i_d < DIM)[None, :], other=0.0)
     return b_x if b_x.dtype != tl.float16 else b_x.to(tl.float32)
 
 
@@ -164,15 +159,15 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_tile(x, b_x, i_n, place, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def store_tile(x, b_x, i_n, end, DIM: tl.constexpr, BLOCK: tl.constexpr):
     i_d = tl.arange(0, BLOCK)
     p = x.p + i_n.to(tl.int64)[:, None] * x.strides[1] + i_d.to(tl.int64)[None, :] * x.strides[3]
-    mask = (i_n < place.length)[:, None] & (i_d < DIM)[None, :]
+    mask = (i_n < end)[:, None] & (i_d < DIM)[None, :]
     tl.store(p, narrow(b_x, x.p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def features(b_x, i_n, place, META: tl.constexpr):
+def features(b_x, i_n, end, META: tl.constexpr):
     """Return a, factor and the inverse norm of x, with phi(x-hat) = a * factor[:, None].
 
     a has the dtype of x: x and its positive part enter the dot products unrounded, and are scaled
@@ -188,7 +183,7 @@ def features(b_x, i_n, place, META: tl.constexpr):
         return narrow(tl.where(x < 0, 0.0, x), b_x.dtype), inverse, inverse
     elif META.FEATURE_MAP == "softplus":
         i_d = tl.arange(0, META.BLOCK_D)
-        inside = (i_n < place.length)[:, None] & (i_d < META.D)[None, :]
+        inside = (i_n < end)[:, None] & (i_d < META.D)[None, :]
         x = x * inverse[:, None]
         small = tl.exp(-tl.abs(x))
         grown = 1.0 + small
@@ -201,31 +196,32 @@ def features(b_x, i_n, place, META: tl.constexpr):
 
 
 @triton.jit
-def features_backward(b_dphi, b_x, inverse, META: tl.constexpr):
-    """Return the gradient of x from that of phi(x-hat)."""
-    x = b_x.to(tl.float32)
-    if META.FEATURE_MAP == "relu":
-        b_dphi = tl.where(x > 0, b_dphi, 0.0 * x)
-    elif META.FEATURE_MAP == "softplus":
-        b_dphi = b_dphi / (1.0 + tl.exp(-x * inverse[:, None]))
+def scaled_features(b_a, factor, META: tl.constexpr):
+    """Return phi(x-hat) in the dtype of x, of what :func:`features` returns."""
     if META.QK_NORM:
-        along = tl.sum(x * b_dphi, axis=1) * inverse * inverse
-        return (b_dphi - x * along[:, None]) * inverse[:, None]
+        return narrow(b_a.to(tl.float32) * factor[:, None], b_a.dtype)
     else:
-        return b_dphi
+        return b_a
 
 
 @triton.jit
-def row_scale(b_denominator, b_num_keys, factor, i_n, place, META: tl.constexpr):
-    """Return the factor of every row's numerator, and where the denominator is not clamped."""
-    if META.NORMALIZED:
-        floor = DENOMINATOR_EPS * b_num_keys
-        return 1.0 / tl.maximum(b_denominator, floor), b_denominator >= floor
-    elif factor.p_table is not None:
-        p = factor.p_table + (place.i_b * place.num_tokens + place.offset)
-        return factor.scale * tl.load(p + i_n, mask=i_n < place.length, other=0.0), i_n >= 0
+def features_backward(b_dphi, b_x, inverse, along, META: tl.constexpr):
+    """Return the gradient of x from that of phi(x-hat).
+
+    ``along`` is x.dphi, which is used with the norm and where phi is linear.
+    """
+    x = b_x.to(tl.float32)
+    if META.FEATURE_MAP == "relu":
+        b_dphi = tl.where(x > 0, b_dphi, 0.0 * x)
+        along = tl.sum(x * b_dphi, axis=1)
+    elif META.FEATURE_MAP == "softplus":
+        b_dphi = b_dphi / (1.0 + tl.exp(-x * inverse[:, None]))
+        along = tl.sum(x * b_dphi, axis=1)
+    if META.QK_NORM:
+        along *= inverse * inverse * inverse
+        return b_dphi * inverse[:, None] - x * along[:, None]
     else:
-        return b_denominator * 0.0 + factor.scale, i_n >= 0
+        return b_dphi
 
 
 @triton.jit
@@ -240,23 +236,49 @@ def dot(a, b, META: tl.constexpr):
 
 
 @triton.jit
-def dot_state(a, state, META: tl.constexpr):
-    """a @ state for a float32 state: in bfloat16 the state enters as a high and a low half."""
-    if a.dtype == tl.float32:
-        return dot(a, state, META)
+def halves(state, dtype: tl.constexpr):
+    """Return a float32 state as a high and a low half of bfloat16; in float32 the low one is None."""
+    if dtype == tl.bfloat16:
+        high = narrow(state, dtype)
+        return high, narrow(state - high.to(tl.float32), dtype)
     else:
-        high = narrow(state, a.dtype)
-        low = narrow(state - high.to(tl.float32), a.dtype)
-        return dot(a, high, META) + dot(a, low, META)
+        return state, None
 
 
 @triton.jit
-def fold_rows(x, ROWS: tl.constexpr):
-    """Sum every ROWS-th row of [BLOCK_N, *] to [ROWS, *], added up where the rows already lie."""
-    if x.shape[0] <= ROWS:
-        return x
+def dot_halves(a, high, low, META: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """a @ state, or its transpose, for the two halves of the state."""
+    product = dot(a, tl.trans(high) if TRANSPOSED else high, META)
+    if low is not None:
+        product += dot(a, tl.trans(low) if TRANSPOSED else low, META)
+    return product
+
+
+@triton.jit
+def as_columns(x, dtype: tl.constexpr):
+    """Return a float32 vector [D] as [D, 16] of dtype whose columns add up to it.
+
+    A product with it is a row-wise product with the vector that the matrix unit computes.
+    """
+    i = tl.arange(0, 16)[None, :]
+    if dtype == tl.bfloat16:
+        high, _middle = halves(x, dtype)
+        middle, low = halves(x - high.to(tl.float32), dtype)
+        tail = tl.where(i == 1, middle[:, None], tl.where(i == 2, low[:, None], 0.0))
+        return tl.where(i == 0, high[:, None], tail).to(dtype)
     else:
-        return tl.sum(tl.reshape(x, [x.shape[0] // ROWS, ROWS, x.shape[1]]), axis=0)
+        return tl.where(i == 0, x[:, None], 0.0)
+
+
+@triton.jit
+def column_sums(b_x, b_factor, META: tl.constexpr):
+    """Return [D, 16] whose columns add up to the sum over rows of b_x * b_factor[:, None]; without
+    a factor that of b_x. The matrix unit computes it, from the tile as it lies in shared memory."""
+    if b_factor is None:
+        b_ones = tl.full([b_x.shape[0], 16], 0.0625, b_x.dtype)
+        return dot(tl.trans(b_x), b_ones, META)
+    else:
+        return dot(tl.trans(b_x), as_columns(b_factor, b_x.dtype), META)
 
 
 @triton.jit
@@ -288,60 +310,32 @@ def store_state(p_states, i, place, b_s, b_w, b_z, num_keys, META: tl.constexpr)
 
 
 @triton.jit
-def sum_tokens(x, y, p_rows, place, META: tl.constexpr):
+def sum_tokens(k, v, place, META: tl.constexpr):
     """Return S, w and z of the part's tokens of one head."""
     b_s = tl.full([META.BLOCK_D, META.BLOCK_DV], 0.0, tl.float32)
-    b_ws = tl.full([META.ROWS_DV, META.BLOCK_DV], 0.0, tl.float32)
-    b_zs = tl.full([META.ROWS_D, META.BLOCK_D], 0.0, tl.float32)
+    b_ws = tl.full([META.BLOCK_DV, 16], 0.0, tl.float32)
+    b_zs = tl.full([META.BLOCK_D, 16], 0.0, tl.float32)
     for start in range(place.first, place.end, META.BLOCK_N):
         i_n = start + tl.arange(0, META.BLOCK_N)
-        b_x = load_tile(x, i_n, place, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_y = load_tile(y, i_n, place, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-        b_a, b_factor, _inverse = features(b_x, i_n, place, META)
-        b_phi = b_a.to(tl.float32) * b_factor[:, None]
-        if p_rows is None:
-            b_ws += fold_rows(b_y.to(tl.float32), META.ROWS_DV)
-            b_zs += fold_rows(b_phi, META.ROWS_D)
+        b_k = load_tile(k, i_n, place.end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = load_tile(v, i_n, place.end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_a, b_factor, _inverse = features(b_k, i_n, place.end, META)
+        b_ws += column_sums(b_v, None, META)
+        if META.QK_NORM:
+            b_zs += column_sums(b_a, b_factor, META)
+            b_v = narrow(b_v.to(tl.float32) * b_factor[:, None], b_v.dtype)
         else:
-            b_scale, b_e = load_rows(p_rows, i_n, place)
-            if META.HAS_CONSTANT:
-                b_ws += fold_rows(b_y.to(tl.float32) * b_scale[:, None], META.ROWS_DV)
-            b_zs += fold_rows(b_phi * b_e[:, None], META.ROWS_D)
-            b_phi *= b_scale[:, None]
-        b_s += dot(tl.trans(narrow(b_phi, b_y.dtype)), b_y, META)
-    return b_s, tl.sum(b_ws, axis=0), tl.sum(b_zs, axis=0)
+            b_zs += column_sums(b_a, None, META)
+        b_s += dot(tl.trans(b_a), b_v, META)
+    return b_s, tl.sum(b_ws, axis=1), tl.sum(b_zs, axis=1)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _sum_states_kernel(
-    x, y, p_rows, p_states, schedule, num_tokens, num_parts, part, META: tl.constexpr
-):
+def _sum_states_kernel(k, v, p_states, schedule, num_tokens, num_parts, part, META: tl.constexpr):
     place = program_place(schedule, num_tokens, num_parts, part)
-    b_s, b_w, b_z = sum_tokens(at_head(x, place), at_head(y, place), p_rows, place, META)
+    b_s, b_w, b_z = sum_tokens(at_head(k, place), at_head(v, place), place, META)
     num_keys = (place.end - place.first).to(tl.float32)
     store_state(p_states, place.i_part, place, b_s, b_w, b_z, num_keys, META)
-
-
-@triton.jit
-def rows_at_head(p_rows, place):
-    """Return the pointer to the scales of one head in [B, H, 2, N]."""
-    i_row = (place.i_b * place.num_heads + place.i_h) * 2
-    return p_rows + i_row * place.num_tokens + place.offset
-
-
-@triton.jit
-def load_rows(p_rows, i_n, place):
-    """Return the scale and e of the rows i_n."""
-    p = rows_at_head(p_rows, place)
-    b_scale = tl.load(p + i_n, mask=i_n < place.length, other=0.0)
-    return b_scale, tl.load(p + place.num_tokens + i_n, mask=i_n < place.length, other=0.0)
-
-
-@triton.jit
-def store_rows(p_rows, b_scale, b_e, i_n, place):
-    p = rows_at_head(p_rows, place)
-    tl.store(p + i_n, b_scale, mask=i_n < place.length)
-    tl.store(p + place.num_tokens + i_n, b_e, mask=i_n < place.length)
 
 
 @triton.jit(do_not_specialize=["num_parts"])

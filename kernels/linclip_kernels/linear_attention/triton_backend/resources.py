@@ -79,10 +79,9 @@ class Case:
         q, k, v = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").unbind(3)
         v = v[..., : max_value_block(q, chip)]
         plans, variant = causal if self.variant.causal else bidirectional, self.variant
-        factors = torch.empty(1, self.num_tokens) if variant.has_length_factor else None
         out, gradients = torch.empty_like(v), tuple(map(torch.empty_like, (q, k, v)))
         partition = partition_tokens(q, v.shape[-1], variant, backward=False, chip=chip)
-        call = Call(q, k, v, None, partition, RowFactor(0.5, factors))
+        call = Call(q, k, v, None, partition, RowFactor(0.5, 1.0, None))
         keeps_state = not variant.causal and self.num_tokens >= 8 * self.dim
         state = partition.empty_states(1) if keeps_state else None
         forward = plans.plan_forward(call, out, state)
@@ -192,8 +191,6 @@ def _name(launch: Launch) -> str:
         return "backward, queries"
     if name == "backward" and arguments["dq"] is None:
         return "backward, keys"
-    if name == "sum_states" and arguments["p_rows"] is not None:
-        return "sum_states, weighted"
     return name
 
 
