@@ -23,6 +23,7 @@ from helpers.kernel_checks import (
 )
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
 from linclip_kernels.linear_attention import torch_backend
+from linclip_kernels.linear_attention.variant import Variant
 
 BIDIRECTIONAL = {
     name: variant
@@ -160,7 +161,7 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
     q, k, v = (x.detach() for x in (q, k, v))  # autograd differentiates the functions around them
     torch.library.opcheck(torch.ops.linclip.linear_attention_state, (k, v, True, "relu", False))
     state = linear_attention_state(k, v)
-    arguments = q, state, True, True, "affine", 0.5, 0.0, False
+    arguments = q, state, *Variant(normalized=True), False
     torch.library.opcheck(torch.ops.linclip.linear_attention_from_state, arguments)
 
 

@@ -21,15 +21,15 @@ from linclip_kernels.linear_attention.validation import (
     FeatureMap,
     as_boundaries,
     cast_for_autocast,
-    check_choice,
     check_state,
     check_tensors,
+    check_variant,
     implementation,
     state_dtype,
     takes_triton,
     without_autocast,
 )
-from linclip_kernels.linear_attention.variant import Variant
+from linclip_kernels.linear_attention.variant import VARIANT_SCHEMA, Variant
 
 __all__ = ["linear_attention"]
 
@@ -46,6 +46,8 @@ def linear_attention(
     feature_map: FeatureMap = ...,
     score_scale: float = ...,
     length_exponent: float = ...,
+    qk_scale: float = ...,
+    centered: bool = ...,
     cu_seqlens: Tensor | Sequence[int] | None = ...,
     initial_state: Tensor | None = ...,
     return_state: Literal[False] = ...,
@@ -63,6 +65,8 @@ def linear_attention(
     feature_map: FeatureMap = ...,
     score_scale: float = ...,
     length_exponent: float = ...,
+    qk_scale: float = ...,
+    centered: bool = ...,
     cu_seqlens: Tensor | Sequence[int] | None = ...,
     initial_state: Tensor | None = ...,
     return_state: Literal[True],
@@ -79,6 +83,8 @@ def linear_attention(
     feature_map: FeatureMap = "affine",
     score_scale: float = 0.5,
     length_exponent: float = 0.0,
+    qk_scale: float = 1.0,
+    centered: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = False,
@@ -90,6 +96,8 @@ def linear_attention(
     of the initial state), f the score of a query and a key, q and k of unit length:
     normalized (Eq. 4): o_i = sum_n f(q_i, k_n) v_n / sum_n f(q_i, k_n);
     otherwise (Eq. 7): o_i = score_scale * n^-length_exponent * sum_n f(q_i, k_n) v_n.
+    Centred scores are f(q_i, k_n) = 1 + qk_scale * q_i.(k_n - mean of the keys in view); those of a
+    row sum to n exactly, so that with normalized=True weights sum to 1 without a denominator.
 
     The state is one additive float32 matrix per sequence and head,
 
@@ -109,12 +117,16 @@ def linear_attention(
             initial state returns that key's value.
         qk_norm: Scale the rows of q and k by (|x|^2 + 1e-6)^-1/2. A row whose |x|^2 overflows (|x|
             above 1.8e19 in float32) counts as NaN. Without the norm, and with the affine
-            map, the caller must ensure |q.k| <= 1.
-        feature_map: The score f of x = q.k: "affine", 1 + x; "quadratic", 1 + x + x^2 / 2; or
-            phi(q).phi(k) with phi "relu", "softplus" or "identity", applied elementwise; use
-            "identity" for features that the caller has computed, a learned map for example.
+            map, the caller must ensure |x| <= 1 unless scores are centred.
+        feature_map: The score f of x = qk_scale * q.k: "affine", 1 + x; "quadratic",
+            1 + x + x^2 / 2; or qk_scale * phi(q).phi(k) with phi "relu", "softplus" or "identity",
+            applied elementwise; use "identity" for features that the caller has computed, a
+            learned map for example.
         score_scale: Factor of o in Eq. 7.
         length_exponent: Power of 1/n in Eq. 7.
+        qk_scale: Factor of q.k in the score.
+        centered: Subtract from q.k its mean over the keys in view; with the affine map only. A row
+            with one key and no initial state then has the score 1, for any q and k.
         cu_seqlens: Boundaries [S + 1] of S sequences that are concatenated along N; B is 1.
             Integers from 0 to N in ascending order, a tensor or a sequence. They are read on the
             host, which waits for the device if they lie on it.
@@ -135,10 +147,20 @@ def linear_attention(
         RuntimeError: A second or a forward-mode derivative is requested, or cu_seqlens is given
             while a CUDA graph is captured.
 
-    Source: arXiv 2604.10064, Eq. 4 and Eq. 7.
+    Source: arXiv 2604.10064, Eq. 4 and Eq. 7; centred scores: arXiv 2412.06590.
     """
     q, k, v = cast_for_autocast(q, k, v)
-    check_choice("feature_map", feature_map, FeatureMap)
+    variant = Variant(
+        causal,
+        normalized,
+        qk_norm,
+        feature_map,
+        score_scale,
+        length_exponent,
+        qk_scale,
+        centered,
+    )
+    check_variant(variant)
     check_tensors(q=q, k=k, v=v)
     boundaries = as_boundaries(cu_seqlens, q)
     if initial_state is not None:
@@ -151,13 +173,13 @@ def linear_attention(
             num_sequences=num_sequences,
             value_dim=value_dim,
         )
-    variant = Variant(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
     use_triton = takes_triton(backend, q, {"q.shape[-1]": q.shape[3], "v.shape[-1]": v.shape[3]})
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, variant: Variant
     ) -> tuple[Tensor, Tensor]:
-        result = _Attend.apply(q, k, v, initial, boundaries, *variant, return_state, use_triton)
+        options = *variant.without_known_sums(), return_state, use_triton
+        result = _Attend.apply(q, k, v, initial, boundaries, *options)
         return cast(tuple[Tensor, Tensor], result)
 
     if feature_map == "quadratic":
@@ -171,26 +193,25 @@ def linear_attention(
     return (out, state) if return_state else out
 
 
-@torch.library.custom_op("linclip::linear_attention", mutates_args=())
+@torch.library.custom_op(
+    "linclip::linear_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens, {VARIANT_SCHEMA}, "
+    "bool return_state, bool use_triton) -> (Tensor, Tensor)",
+)
 def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    causal: bool,
-    normalized: bool,
-    qk_norm: bool,
-    feature_map: str,
-    score_scale: float,
-    length_exponent: float,
-    return_state: bool,
-    use_triton: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return o, and the state if it is requested or needed by the backward, or an empty tensor."""
-    variant = Variant(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    *fields, return_state, use_triton = options
+    variant = Variant(*fields)
     boundaries = _boundaries(cu_seqlens, q.shape[1])
-    keep_state = _keep_state(q, cu_seqlens, initial, causal, return_state, use_triton)
+    keep_state = _keep_state(q, cu_seqlens, initial, variant.causal, return_state, use_triton)
     with without_autocast(q.device):
         out, state = implementation(use_triton).forward(
             q, k, v, initial, boundaries, variant, return_state=keep_state
@@ -198,7 +219,13 @@ def _forward(
     return out, q.new_empty(0, dtype=state_dtype(q)) if state is None else state
 
 
-@torch.library.custom_op("linclip::linear_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "linclip::linear_attention_backward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens, Tensor? state, "
+    f"Tensor? grad, Tensor? grad_state, {VARIANT_SCHEMA}, bool use_triton) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -208,16 +235,11 @@ def _backward(
     state: Tensor | None,
     grad: Tensor | None,
     grad_state: Tensor | None,
-    causal: bool,
-    normalized: bool,
-    qk_norm: bool,
-    feature_map: str,
-    score_scale: float,
-    length_exponent: float,
-    use_triton: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and the initial state, the last empty if there is none."""
-    variant = Variant(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    *fields, use_triton = options
+    variant = Variant(*fields)
     boundaries = _boundaries(cu_seqlens, q.shape[1])
     kept = None if state is None or not state.numel() else state
     with without_autocast(q.device):
@@ -271,7 +293,8 @@ class _Attend(Differentiated):
         d_q, d_k, d_v, d_initial = _AttendBackward.apply(
             *inputs, grad, grad_state, *ctx.variant, ctx.use_triton
         )
-        return d_q, d_k, d_v, d_initial if inputs[3] is not None else None, *(None,) * 9
+        d_initial = d_initial if inputs[3] is not None else None
+        return d_q, d_k, d_v, d_initial, *(None,) * (len(ctx.variant) + 3)
 
 
 def _keep_state(

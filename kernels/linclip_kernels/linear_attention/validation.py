@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention import torch_backend
 from linclip_kernels.linear_attention.quadratic_map import num_quadratic_features
+from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = [
     "Backend",
@@ -19,6 +20,7 @@ __all__ = [
     "check_choice",
     "check_state",
     "check_tensors",
+    "check_variant",
     "implementation",
     "state_dtype",
     "takes_triton",
@@ -57,6 +59,13 @@ def check_choice(name: str, value: str, choices: Any) -> None:
     """Check that an argument is one of the values of a Literal type."""
     if value not in get_args(choices):
         raise ValueError(f"{name} ({value!r}) must be one of {', '.join(get_args(choices))}")
+
+
+def check_variant(variant: Variant) -> None:
+    """Check that the formula is one of those that the operator has."""
+    check_choice("feature_map", variant.feature_map, FeatureMap)
+    if variant.centered and variant.feature_map != "affine":
+        raise ValueError(f"feature_map ({variant.feature_map!r}) must be 'affine' when centered")
 
 
 def check_tensors(*, may_be_empty: bool = False, **tensors: Tensor) -> None:
