@@ -19,6 +19,7 @@ from torch.func import jacfwd, jvp, vjp, vmap
 from linclip_kernels import (
     linear_attention,
     linear_attention_from_state,
+    linear_attention_packed,
     linear_attention_reference,
     linear_attention_state,
 )
@@ -345,6 +346,36 @@ def check_cancelling_sums(
     v = 4 + v.detach()
     inputs = [x.bfloat16().requires_grad_() for x in (q, k, v)]
     check_against_definition(inputs, grad.bfloat16(), backend, **variant)
+
+
+def check_packed_matches_plain(
+    variant: dict[str, Any],
+    dtype: torch.dtype,
+    backend: str,
+    device: str,
+    *,
+    num_tokens: int = 150,
+    dim: int = 16,
+    cu_seqlens: list[int] | None = None,
+) -> None:
+    """A packed qkv gives the bits of q, k, v: output, state and gradients, after a state or not."""
+    batch = 2 if cu_seqlens is None else 1
+    options: dict[str, Any] = {**variant, "backend": backend, "cu_seqlens": cu_seqlens}
+    inputs, grad = make_inputs((batch, num_tokens, 2, dim, dim), dtype, device=device, packed=True)
+    qkv = torch.stack([x.detach() for x in inputs], 3).requires_grad_()
+    _, state = linear_attention(*inputs, return_state=True, **options)
+    initial = (1 + state.detach().abs()).requires_grad_()
+    grad_state = torch.randn_like(state)
+    for start, leaves in ((None, [qkv]), (initial, [qkv, initial])):
+        results = []
+        for out, end in (
+            linear_attention(*qkv.unbind(3), initial_state=start, return_state=True, **options),
+            linear_attention_packed(qkv, initial_state=start, return_state=True, **options),
+        ):
+            found = torch.autograd.grad([out, end], leaves, [grad, grad_state])
+            results.append([out, end, *found])
+        assert results[1][2].is_contiguous()
+        assert all(map(torch.equal, *results))
 
 
 def check_keys_with_a_mean(

@@ -30,6 +30,7 @@ from helpers.kernel_checks import (
     check_keys_with_a_mean,
     check_later_tokens_do_not_matter,
     check_nan_stays_where_the_formula_puts_it,
+    check_packed_matches_plain,
     check_pieces_match_whole,
     check_sequences_are_independent,
     check_single_key,
@@ -133,6 +134,22 @@ def test_kernels_read_packed_views(variant: str, dtype: torch.dtype, device: str
     )
     assert not inputs[0].is_contiguous()
     check_against_definition(inputs, grad, "triton", **VARIANTS[variant])
+
+
+@pytest.mark.parametrize(
+    ("variant", "num_tokens", "dim", "dtype"),
+    [
+        ("eq7", 40, 32, torch.bfloat16),
+        ("causal-eq4", 20, 256, torch.float32),  # values in two blocks
+        ("centered", 40, 32, torch.float32),
+    ],
+)
+def test_packed_matches_plain(
+    variant: str, num_tokens: int, dim: int, dtype: torch.dtype, device: str
+) -> None:
+    check_packed_matches_plain(
+        VARIANTS[variant], dtype, "triton", device, num_tokens=num_tokens, dim=dim
+    )
 
 
 @pytest.mark.parametrize("variant", MAIN_VARIANTS)

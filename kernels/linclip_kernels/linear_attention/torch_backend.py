@@ -80,29 +80,30 @@ def backward(
     _state: Tensor | None,
     grad: Tensor | None,
     grad_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> Tensor | None:
     """Compute the gradients of q, k, v and the initial state.
 
     Args:
         q, k, v, initial, boundaries, variant: The arguments of :func:`forward`.
         grad: The gradient of o [B, N, H, Dv]; None: zero.
         grad_state: The gradient of the state [S, H, D + 1, Dv + 1]; None: zero.
+        gradients: Receive dq and dk [B, N, H, D] and dv [B, N, H, Dv], with any strides.
 
     Returns:
-        dq and dk [B, N, H, D], dv [B, N, H, Dv], and [S, H, D + 1, Dv + 1].
+        The gradient of the initial state, [S, H, D + 1, Dv + 1], or None.
     """
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_states, order = [], _Causal if variant.causal else _Bidirectional
     grad = torch.zeros_like(v) if grad is None else grad
     for tokens, sequences in _sequences(q, boundaries):
         begin = None if initial is None else initial[sequences]
         end = None if grad_state is None else grad_state[sequences]
         run = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, variant)
-        gradients = d_q[:, tokens], d_k[:, tokens], d_v[:, tokens]
-        d_state = run.backward(grad[:, tokens], end, gradients)
+        outs = tuple(x[:, tokens] for x in gradients)
+        d_state = run.backward(grad[:, tokens], end, outs)
         d_state[..., 0, -1] = 0  # the number of keys is not differentiated
         d_states.append(d_state)
-    return d_q, d_k, d_v, torch.cat(d_states)
+    return None if initial is None else torch.cat(d_states)
 
 
 def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:

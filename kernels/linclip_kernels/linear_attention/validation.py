@@ -18,10 +18,12 @@ __all__ = [
     "as_boundaries",
     "cast_for_autocast",
     "check_choice",
+    "check_packed",
     "check_state",
     "check_tensors",
     "check_variant",
     "implementation",
+    "num_sequences",
     "state_dtype",
     "takes_triton",
     "without_autocast",
@@ -97,6 +99,20 @@ def check_tensors(*, may_be_empty: bool = False, **tensors: Tensor) -> None:
             raise ValueError(f"{name}.shape {tuple(y.shape)} {rule}")
     if x.shape[1] > MAX_TOKENS:
         raise ValueError(f"{first}.shape[1] ({x.shape[1]}) must be at most {MAX_TOKENS} tokens")
+
+
+def check_packed(qkv: Tensor) -> None:
+    """Check that q, k and v are packed as [B, N, H, 3, D]."""
+    if not isinstance(qkv, Tensor):
+        raise ValueError(f"qkv ({type(qkv).__name__}) must be a torch.Tensor")
+    if qkv.dim() != 5 or qkv.shape[3] != 3 or 0 in qkv.shape:
+        raise ValueError(f"qkv.shape {tuple(qkv.shape)} must be [B, N, H, 3, D], no axis empty")
+    check_tensors(qkv=qkv.select(3, 0))
+
+
+def num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return the number of sequences in q [B, N, H, D]."""
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def as_boundaries(cu_seqlens: Tensor | Sequence[int] | None, q: Tensor) -> Tensor | None:

@@ -4,9 +4,6 @@ Every column of v is a problem of its own once the scores are known. Values wide
 state are computed block by block; the shares of dq and dk are added in float32.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -77,7 +74,8 @@ def backward(
     state: Tensor | None,
     grad: Tensor | None,
     grad_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> Tensor | None:
     """Compute the gradients of q, k, v and the initial state.
 
     Args:
@@ -85,28 +83,29 @@ def backward(
         state: The state that the forward has returned, or None.
         grad: The gradient of o [B, N, H, Dv]; None: zero.
         grad_state: The gradient of the state [S, H, D + 1, Dv + 1]; None: zero.
+        gradients: Receive dq and dk [B, N, H, D] and dv [B, N, H, Dv], with any strides.
 
     Returns:
-        dq and dk [B, N, H, D], dv [B, N, H, Dv], and [S, H, D + 1, Dv + 1] or None.
+        The gradient of the initial state, [S, H, D + 1, Dv + 1], or None.
     """
     plans = causal if variant.causal else bidirectional
     grad = torch.zeros_like(v) if grad is None else grad
     blocks = _value_blocks(q, v.shape[-1])
-    d_q, d_k = _GradientSum(q, blocks), _GradientSum(k, blocks)
-    d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    d_q, d_k = (_GradientSum(out, blocks) for out in gradients[:2])
+    d_v = gradients[2]
     d_states: list[Tensor] = []
     for columns in blocks:
         call = _call(q, k, v, initial, boundaries, variant, columns, backward=True)
         kept = None if state is None else _columns(state, columns)
         end = None if grad_state is None else _gradient_columns(grad_state, columns)
-        with d_q.share() as d_q_share, d_k.share() as d_k_share:
-            gradients = d_q_share, d_k_share, d_v[..., columns]
-            d_state, launches = plans.plan_backward(call, kept, grad[..., columns], end, gradients)
-            run(launches, q.device)
+        shares = d_q.share(), d_k.share(), d_v[..., columns]
+        d_state, launches = plans.plan_backward(call, kept, grad[..., columns], end, shares)
+        run(launches, q.device)
         if d_state is not None:
             d_states.append(d_state)
-    d_initial = None if initial is None else _join_gradients(d_states)
-    return d_q.sum(), d_k.sum(), d_v, d_initial
+    d_q.write()
+    d_k.write()
+    return None if initial is None else _join_gradients(d_states)
 
 
 def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
@@ -129,14 +128,15 @@ def sum_keys_backward(
     if k.shape[1] == 0:
         return k.new_empty(k.shape), v.new_empty(v.shape)
     blocks = _value_blocks(k, v.shape[-1])
-    d_k, d_v = _GradientSum(k, blocks), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    d_k_sum = _GradientSum(d_k, blocks)
     for columns in blocks:
         call = _call(None, k, v, None, None, variant, columns, backward=True)
         end = _gradient_columns(grad_state, columns)
-        with d_k.share() as share:
-            launch = bidirectional.plan_state_backward(call, end, share, d_v[..., columns])
-            run([launch], k.device)
-    return d_k.sum(), d_v
+        launch = bidirectional.plan_state_backward(call, end, d_k_sum.share(), d_v[..., columns])
+        run([launch], k.device)
+    d_k_sum.write()
+    return d_k, d_v
 
 
 def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
@@ -157,33 +157,46 @@ def apply_state_backward(
     if q.shape[1] == 0:
         return q.new_empty(q.shape), state.new_zeros(state.shape)
     blocks = _value_blocks(q, grad.shape[-1])
-    d_q, d_states = _GradientSum(q, blocks), []
+    d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    d_q_sum, d_states = _GradientSum(d_q, blocks), []
     for columns in blocks:
         call = _query_call(q, state, variant, columns, backward=True)
         d_states.append(call.partition.empty_states(q.shape[0]))
-        with d_q.share() as share:
-            tensors = _columns(state, columns), grad[..., columns], share, d_states[-1]
-            run(bidirectional.plan_apply_backward(call, *tensors), q.device)
-    return d_q.sum(), _join_gradients(d_states)
+        tensors = _columns(state, columns), grad[..., columns], d_q_sum.share(), d_states[-1]
+        run(bidirectional.plan_apply_backward(call, *tensors), q.device)
+    d_q_sum.write()
+    return d_q, _join_gradients(d_states)
 
 
 class _GradientSum:
-    """A gradient of q or k to which every block of values adds; in float32 if there are several."""
+    """A gradient of q or k to which every block of values adds; in float32 if there are several.
 
-    def __init__(self, x: Tensor, blocks: list[slice]) -> None:
-        self.x, self.dtype = x, x.dtype if len(blocks) == 1 else torch.float32
-        self.total: Tensor | None = None
+    Args:
+        out: Receives the gradient, that of a single block without a copy.
+        blocks: The blocks of values.
+    """
 
-    @contextmanager
-    def share(self) -> Iterator[Tensor]:
-        """Give an empty tensor, to be filled with one block's share, and add it at the end."""
-        share = torch.empty(self.x.shape, dtype=self.dtype, device=self.x.device)
-        yield share
-        self.total = share if self.total is None else self.total.add_(share)
+    def __init__(self, out: Tensor, blocks: list[slice]) -> None:
+        self.out, self.is_single = out, len(blocks) == 1
+        self.shares: list[Tensor] = []
 
-    def sum(self) -> Tensor:
-        assert self.total is not None
-        return self.total.to(self.x.dtype)
+    def share(self) -> Tensor:
+        """Return an empty tensor, to be filled with one block's share."""
+        if self.is_single:
+            return self.out
+        self._add()
+        self.shares.append(torch.empty(self.out.shape, device=self.out.device))
+        return self.shares[-1]
+
+    def write(self) -> None:
+        """Write the sum of all shares."""
+        self._add()
+        if self.shares:
+            self.out.copy_(self.shares[0])
+
+    def _add(self) -> None:
+        if len(self.shares) == 2:
+            self.shares[0].add_(self.shares.pop())
 
 
 def _call(
