@@ -8,17 +8,14 @@ sequence is exactly v_1.
 
 from typing import Any
 
-from torch import Tensor
-
-from ds_linclip.model.attention.base import LinearStateAttention
+from ds_linclip.model.attention.base import PlainStateAttention
 
 __all__ = ["Attention"]
 
 
-class Attention(LinearStateAttention):
+class Attention(PlainStateAttention):
     """The operator's centred scores over the number of keys, on queries and keys as they are."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
-        return self.sum_values(
-            q, k, v, centered=True, normalized=True, qk_norm=False, qk_scale=self.head_dim**-0.5
-        )
+    def form(self) -> dict[str, Any]:
+        scale = self.head_dim**-0.5
+        return {"centered": True, "normalized": True, "qk_norm": False, "qk_scale": scale}
