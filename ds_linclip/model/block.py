@@ -36,6 +36,7 @@ _KEPT_OPERATORS = [
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.linclip.linear_attention.default,
+    torch.ops.linclip.linear_attention_packed.default,
     torch.ops.linclip.linear_attention_state.default,
     torch.ops.linclip.linear_attention_from_state.default,
     torch.ops.aten.clone.default,

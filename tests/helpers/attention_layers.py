@@ -51,8 +51,8 @@ def leave_initial_values(layer: SelfAttention, mesh: Mesh) -> None:
 
 def before_projection(layer: SelfAttention, x: Tensor, patches: Patches | None) -> Tensor:
     """Return what enters the output projection, [B, N, H, D]."""
-    q, k, v, *more = layer.prepare(x, patches)
-    return layer.finish(layer.attend(q, k, v, *more), x, v, patches)
+    o, v = layer.attended(x, patches)
+    return layer.finish(o, x, v, patches)
 
 
 def identity_layer(settings: Any, head_dim: int, *, causal: bool = False) -> Any:

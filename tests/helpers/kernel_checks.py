@@ -19,6 +19,7 @@ from torch.func import jacfwd, jvp, vjp, vmap
 from linclip_kernels import (
     linear_attention,
     linear_attention_from_state,
+    linear_attention_packed,
     linear_attention_reference,
     linear_attention_state,
 )
@@ -26,6 +27,8 @@ from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rm
 from linclip_kernels.linear_attention.validation import Backend
 from linclip_kernels.linear_attention.variant import Variant
 
+#: Attention of a model whose scores are scaled as those of softmax attention with heads of 32.
+CENTERED = {"centered": True, "normalized": True, "qk_norm": False, "qk_scale": 32**-0.5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "eq7": {},
     "eq4": {"normalized": True},
@@ -37,8 +40,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "causal-eq4-raw": {"causal": True, "normalized": True, "qk_norm": False},
     "eq7-raw": {"qk_norm": False},
     "causal-eq7-raw": {"causal": True, "qk_norm": False},
+    "centered": {**CENTERED},
+    "causal-centered": {**CENTERED, "causal": True},
+    "centered-norm": {"centered": True, "length_exponent": 0.5},
 }
-#: Every feature map but the default one, in variants that use it differently.
+#: Every feature map but the default one, in variants that use it differently, and scaled products.
 MAP_VARIANTS: dict[str, dict[str, Any]] = {
     "eq4-relu": {"feature_map": "relu", "normalized": True},
     "causal-eq7-relu": {"feature_map": "relu", "causal": True},
@@ -49,7 +55,16 @@ MAP_VARIANTS: dict[str, dict[str, Any]] = {
     "eq4-quadratic": {"feature_map": "quadratic", "normalized": True},
     "eq7-quadratic": {"feature_map": "quadratic", "qk_norm": False, "length_exponent": 0.5},
     "causal-eq4-quadratic": {"feature_map": "quadratic", "causal": True, "normalized": True},
+    "causal-eq4-scaled": {"qk_scale": 0.3, "causal": True, "normalized": True},
+    "eq4-relu-scaled": {"feature_map": "relu", "qk_scale": 0.3, "length_exponent": 0.5},
+    "causal-eq7-softplus-scaled": {"feature_map": "softplus", "qk_scale": 3.0, "causal": True},
+    "eq4-quadratic-scaled": {"feature_map": "quadratic", "qk_scale": 2.0, "normalized": True},
 }
+
+
+def bounds_scores(variant: dict[str, Any]) -> bool:
+    """Return whether rows of q and k may be of any length."""
+    return variant.get("qk_norm", True) or variant.get("centered", False)
 
 
 def make_inputs(
@@ -144,7 +159,7 @@ def check_halves_against_definition(
 ) -> None:
     """Check the state, and queries that see it, by the rule; shape is (B, keys, H, D, Dv)."""
     batch, _, heads, key_dim, value_dim = shape
-    scale = options.get("qk_norm", True)
+    scale = bounds_scores(options)
     (_, k, v), _ = make_inputs(shape, dtype, device=device, qk_norm=scale)
     queries = batch, num_queries, heads, key_dim, value_dim
     (q, _, _), grad = make_inputs(queries, dtype, device=device, qk_norm=scale, seed=1)
@@ -152,12 +167,12 @@ def check_halves_against_definition(
     check_against_definition([q, k, v], grad, backend, function=halves, **options)
 
 
-def check_single_key_state(backend: str, device: str) -> None:
-    """Eq. 4 with one key gives exactly its value, for any query, and no gradient to q and k."""
+def check_single_key_state(variant: dict[str, Any], backend: str, device: str) -> None:
+    """One key, Eq. 4 or centred: exactly its value, for any query, and no gradient to q and k."""
     (q, _, _), grad = make_inputs((2, 3, 2, 16, 16), torch.float32, device=device)
     (_, _, v), _ = make_inputs((2, 1, 2, 16, 16), torch.float32, device=device)
     k = (-q[:, :1].detach()).requires_grad_()
-    options = {"normalized": True, "backend": backend, "parts": 2}  # the second part is empty
+    options = {**variant, "backend": backend, "parts": 2}  # the second part is empty
     out, d_q, d_k, d_v = with_gradients(from_state, [q, k, v], grad, **options)
     assert torch.equal(out, v.expand_as(out))
     assert not d_q.any()
@@ -199,7 +214,7 @@ def check_collapsed_keys(
 
 
 def check_single_key(variant: dict[str, Any], backend: str, device: str) -> None:
-    """Eq. 4 with one key of score zero gives exactly its value, and no gradient to q and k."""
+    """Eq. 4 with one key of score zero, or centred, gives its value, and no gradient to q and k."""
     (q, _, v), grad = make_inputs((2, 1, 2, 16, 16), torch.float32, device=device)
     k = (-q.detach()).requires_grad_()
     out, d_q, d_k, d_v = with_gradients(
@@ -218,6 +233,7 @@ def check_nan_stays_where_the_formula_puts_it(
     row, head, column = 5, 1, 3
     earlier, this, later = slice(0, row), slice(row, row + 1), slice(row + 1, None)
     causal, normalized = variant.get("causal", False), variant.get("normalized", False)
+    normalized = normalized or variant.get("centered", False)  # sums of scores also see all keys
     # Rows of o, dq, dk, dv that must stay clean.
     others = [earlier, later]
     before = [earlier] if causal else []
@@ -330,6 +346,46 @@ def check_cancelling_sums(
     v = 4 + v.detach()
     inputs = [x.bfloat16().requires_grad_() for x in (q, k, v)]
     check_against_definition(inputs, grad.bfloat16(), backend, **variant)
+
+
+def check_packed_matches_plain(
+    variant: dict[str, Any],
+    dtype: torch.dtype,
+    backend: str,
+    device: str,
+    *,
+    num_tokens: int = 150,
+    dim: int = 16,
+    cu_seqlens: list[int] | None = None,
+) -> None:
+    """A packed qkv gives the bits of q, k, v: output, state and gradients, after a state or not."""
+    batch = 2 if cu_seqlens is None else 1
+    options: dict[str, Any] = {**variant, "backend": backend, "cu_seqlens": cu_seqlens}
+    inputs, grad = make_inputs((batch, num_tokens, 2, dim, dim), dtype, device=device, packed=True)
+    qkv = torch.stack([x.detach() for x in inputs], 3).requires_grad_()
+    _, state = linear_attention(*inputs, return_state=True, **options)
+    initial = (1 + state.detach().abs()).requires_grad_()
+    grad_state = torch.randn_like(state)
+    for start, leaves in ((None, [qkv]), (initial, [qkv, initial])):
+        results = []
+        for out, end in (
+            linear_attention(*qkv.unbind(3), initial_state=start, return_state=True, **options),
+            linear_attention_packed(qkv, initial_state=start, return_state=True, **options),
+        ):
+            found = torch.autograd.grad([out, end], leaves, [grad, grad_state])
+            results.append([out, end, *found])
+        assert results[1][2].is_contiguous()
+        assert all(map(torch.equal, *results))
+
+
+def check_keys_with_a_mean(
+    variant: dict[str, Any], dtype: torch.dtype, backend: str, device: str, num_tokens: int
+) -> None:
+    """Keys whose mean is several times their spread: centred scores lose no digits by it."""
+    (q, k, v), grad = make_inputs((1, num_tokens, 2, 32, 40), dtype, device=device)
+    mean = torch.tensor([5.0, -4.0, 6.0, 3.0] * 8, device=device)
+    inputs = [x.detach().requires_grad_() for x in (q, (k + mean).to(dtype), v)]
+    check_against_definition(inputs, grad, backend, **variant)
 
 
 def check_later_tokens_do_not_matter(

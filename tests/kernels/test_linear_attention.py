@@ -15,13 +15,16 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from helpers.kernel_checks import (
+    CENTERED,
     MAP_VARIANTS,
     VARIANTS,
+    bounds_scores,
     check_against_definition,
     check_cancelling_sums,
     check_changed_state,
     check_collapsed_keys,
     check_extreme_rows,
+    check_keys_with_a_mean,
     check_later_tokens_do_not_matter,
     check_nan_stays_where_the_formula_puts_it,
     check_pieces_match_whole,
@@ -39,6 +42,7 @@ from linclip_kernels.linear_attention import torch_backend
 from linclip_kernels.linear_attention.variant import Variant
 
 CAUSAL = {name: variant for name, variant in VARIANTS.items() if variant.get("causal")}
+MAIN_VARIANTS = ["eq7", "eq4", "causal-eq7", "causal-eq4", "centered", "causal-centered"]
 LENGTHS = (1, 2, 15, 63, 77, 197, 500, 577, 1025)
 DIMS = (32, 60, 64, 80, 96, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +54,7 @@ SHAPES = [
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+@pytest.mark.parametrize("variant", MAIN_VARIANTS)
 @pytest.mark.parametrize(("num_tokens", "dtype", "dim"), SHAPES)
 def test_torch_backend_matches_definition(
     num_tokens: int, dtype: torch.dtype, dim: int, variant: str
@@ -62,14 +66,14 @@ def test_torch_backend_matches_definition(
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("value_dim", [24, 96])
 def test_torch_backend_with_other_value_width(variant: str, value_dim: int) -> None:
-    qk_norm = VARIANTS[variant].get("qk_norm", True)
+    qk_norm = bounds_scores(VARIANTS[variant])
     inputs, grad = make_inputs((2, 150, 2, 48, value_dim), torch.float32, qk_norm=qk_norm)
     check_against_definition(inputs, grad, "torch", **VARIANTS[variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_torch_backend_reads_packed_views(variant: str) -> None:
-    qk_norm = VARIANTS[variant].get("qk_norm", True)
+    qk_norm = bounds_scores(VARIANTS[variant])
     inputs, grad = make_inputs((2, 65, 3, 32, 32), torch.float32, packed=True, qk_norm=qk_norm)
     assert not inputs[0].is_contiguous()
     check_against_definition(inputs, grad, "torch", **VARIANTS[variant])
@@ -78,7 +82,7 @@ def test_torch_backend_reads_packed_views(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_tokens", [1, 5, 130])  # 130: several causal tiles, the last one short
 def test_gradcheck(variant: str, num_tokens: int) -> None:
-    qk_norm = VARIANTS[variant].get("qk_norm", True)
+    qk_norm = bounds_scores(VARIANTS[variant])
     inputs, _ = make_inputs((1, num_tokens, 1, 2, 1), torch.float64, qk_norm=qk_norm)
     torch.autograd.gradcheck(
         lambda q, k, v: linear_attention(q, k, v, **VARIANTS[variant]),
@@ -89,7 +93,7 @@ def test_gradcheck(variant: str, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float64_is_computed_in_float64(variant: str) -> None:
-    qk_norm = VARIANTS[variant].get("qk_norm", True)
+    qk_norm = bounds_scores(VARIANTS[variant])
     inputs, grad = make_inputs((2, 150, 2, 16, 24), torch.float64, qk_norm=qk_norm)
     found = with_gradients(linear_attention, inputs, grad, **VARIANTS[variant])
     truth = with_gradients(linear_attention_reference, inputs, grad, **VARIANTS[variant])
@@ -132,7 +136,7 @@ def test_nan_stays_where_the_formula_puts_it(variant: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+@pytest.mark.parametrize("variant", MAIN_VARIANTS)
 def test_cancelling_sums(variant: str) -> None:
     check_cancelling_sums(VARIANTS[variant], "torch", "cpu", 2000)
 
@@ -143,7 +147,7 @@ def test_cancelling_sums(variant: str) -> None:
 @pytest.mark.parametrize("num_tokens", [2, 77, 300])
 def test_feature_maps_match_definition(variant: str, dtype: torch.dtype, num_tokens: int) -> None:
     inputs, grad = make_inputs((2, num_tokens, 2, 20, 40), dtype)
-    if not MAP_VARIANTS[variant].get("qk_norm", True):
+    if not bounds_scores(MAP_VARIANTS[variant]):
         inputs = [(x * 0.2 if i < 2 else x).detach().requires_grad_() for i, x in enumerate(inputs)]
     check_against_definition(inputs, grad, "torch", **MAP_VARIANTS[variant])
 
@@ -169,11 +173,35 @@ def test_long_sequences_are_cut_into_pieces(variant: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch_backend, "MIN_PIECE", 40)
     monkeypatch.setattr(torch_backend, "PIECE_ROWS", 1)
     inputs, grad = make_inputs((1, 150, 2, 20, 24), torch.float32)
-    if not options.get("qk_norm", True):
+    if not bounds_scores(options):
         inputs = [(x * 0.2 if i < 2 else x).detach().requires_grad_() for i, x in enumerate(inputs)]
     check_against_definition(inputs, grad, "torch", **options)
     check_pieces_match_whole(options, "torch", "cpu", 70, 210)
     check_sequences_are_independent(options, "torch", "cpu", [1, 0, 150, 40])
+
+
+@pytest.mark.parametrize("variant", ["centered", "causal-centered"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [3, 77, 300])
+def test_keys_with_a_mean(variant: str, dtype: torch.dtype, num_tokens: int) -> None:
+    check_keys_with_a_mean(VARIANTS[variant], dtype, "torch", "cpu", num_tokens)
+
+
+@pytest.mark.parametrize(("causal", "expected"), [(False, [-0.5, 0.5]), (True, [0.0, 0.5])])
+def test_two_centered_keys_have_the_known_output(causal: bool, expected: list[float]) -> None:
+    q, k, v = (torch.tensor(x).view(1, 2, 1, 1) for x in ([2.0, 0.0], [1.0, -1.0], [0.0, 1.0]))
+    out = linear_attention(q, k, v, causal=causal, **CENTERED | {"qk_scale": 1.0})
+    # Scores 2 and -2 of the first query have the mean 0: weights (1 + 2) / 2 and (1 - 2) / 2.
+    assert out.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("variant", ["centered", "causal-centered"])
+def test_centered_weights_of_a_row_sum_to_one(variant: str) -> None:
+    (q, k, _), _ = make_inputs((2, 150, 2, 16, 16), torch.float64)
+    identity = torch.eye(150, dtype=torch.float64)[None, :, None].expand(2, -1, 2, -1)
+    weights = linear_attention(q * 4, k * 4, identity, **VARIANTS[variant])
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    assert weights.min() < 0
 
 
 @pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
@@ -186,13 +214,13 @@ def test_returned_state_may_be_changed_in_place(variant: str) -> None:
     check_changed_state({**VARIANTS, **MAP_VARIANTS}[variant], "torch", "cpu")
 
 
-@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "causal-centered", "eq4-quadratic"])
 def test_transforms_of_torch_func(variant: str) -> None:
     options = {**VARIANTS, **MAP_VARIANTS}[variant]
     check_transforms(partial(linear_attention, backend="torch", **options), "cpu")
 
 
-@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4", "centered-norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_rows(variant: str, dtype: torch.dtype) -> None:
     check_extreme_rows(VARIANTS[variant], dtype, "torch", "cpu")
@@ -236,7 +264,9 @@ def test_states_add() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
+@pytest.mark.parametrize(
+    "variant", ["eq7", "causal-eq4", "centered", "causal-centered", "eq4-quadratic"]
+)
 def test_gradcheck_of_states(variant: str) -> None:
     options = {**VARIANTS, **MAP_VARIANTS}[variant]
     inputs, _ = make_inputs((2, 6, 1, 3, 2), torch.float64)
@@ -330,7 +360,7 @@ def test_collapsed_keys_stay_finite(variant: str, dtype: torch.dtype) -> None:
     check_collapsed_keys(VARIANTS[variant], dtype, "torch", "cpu")
 
 
-@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4", "centered", "causal-centered"])
 def test_single_key_returns_its_value(variant: str) -> None:
     check_single_key(VARIANTS[variant], "torch", "cpu")
 
@@ -364,6 +394,10 @@ def test_autocast_casts_as_torch_attention_does(variant: str) -> None:
             "v.device (meta) must equal q.device (cpu)",
         ),
         ({"backend": "cuda"}, "backend ('cuda') must be one of auto, torch, triton"),
+        (
+            {"feature_map": "relu", "centered": True},
+            "feature_map ('relu') must be 'affine' when centered",
+        ),
         ({"feature_map": "elu"}, "feature_map ('elu') must be one of affine, quadratic"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "q.shape[0] (2) must be 1 when cu_seqlens is given"),
         ({"cu_seqlens": torch.tensor([0.0, 5])}, "cu_seqlens.dtype (torch.float32) must be an int"),

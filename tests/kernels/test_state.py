@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from helpers.kernel_checks import (
     MAP_VARIANTS,
     VARIANTS,
+    bounds_scores,
     check_empty_halves,
     check_halves_against_definition,
     check_single_key_state,
@@ -23,6 +24,7 @@ from helpers.kernel_checks import (
 )
 from linclip_kernels import linear_attention, linear_attention_from_state, linear_attention_state
 from linclip_kernels.linear_attention import torch_backend
+from linclip_kernels.linear_attention.variant import Variant
 
 BIDIRECTIONAL = {
     name: variant
@@ -55,7 +57,7 @@ def test_halves_match_definition(
 @pytest.mark.parametrize("num_tokens", [1, 2, 150])
 def test_halves_match_whole_operator(variant: str, num_tokens: int) -> None:
     options = BIDIRECTIONAL[variant]
-    qk_norm = options.get("qk_norm", True)
+    qk_norm = bounds_scores(options)
     inputs, grad = make_inputs((2, num_tokens, 2, 16, 24), torch.float64, qk_norm=qk_norm)
     whole = with_gradients(linear_attention, inputs, grad, **options)
     for parts in (1, 4):
@@ -79,7 +81,7 @@ def test_long_sequences_are_cut_into_pieces(variant: str, monkeypatch: pytest.Mo
     )
 
 
-@pytest.mark.parametrize("variant", ["eq7", "eq4", "eq4-relu", "eq4-quadratic"])
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "centered", "eq4-relu", "eq4-quadratic"])
 def test_gradcheck(variant: str) -> None:
     options = BIDIRECTIONAL[variant]
     (_, k, v), _ = make_inputs((2, 6, 1, 3, 2), torch.float64)
@@ -102,8 +104,9 @@ def test_empty_halves(variant: str) -> None:
     check_empty_halves(BIDIRECTIONAL[variant], "torch", "cpu")
 
 
-def test_state_of_a_single_key() -> None:
-    check_single_key_state("torch", "cpu")
+@pytest.mark.parametrize("variant", ["eq4", "centered"])
+def test_state_of_a_single_key(variant: str) -> None:
+    check_single_key_state(BIDIRECTIONAL[variant], "torch", "cpu")
 
 
 def test_the_number_of_keys_has_no_gradient() -> None:
@@ -160,7 +163,7 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
     q, k, v = (x.detach() for x in (q, k, v))  # autograd differentiates the functions around them
     torch.library.opcheck(torch.ops.linclip.linear_attention_state, (k, v, True, "relu", False))
     state = linear_attention_state(k, v)
-    arguments = q, state, True, True, "affine", 0.5, 0.0, False
+    arguments = q, state, *Variant(normalized=True), False
     torch.library.opcheck(torch.ops.linclip.linear_attention_from_state, arguments)
 
 
@@ -209,6 +212,10 @@ def test_bad_keys_are_named(change: dict[str, Any], message: str) -> None:
     [
         ({"state": torch.zeros(2, 17, 17)}, "state.shape (2, 17, 17) must be (2, 2, 17, Dv + 1)"),
         ({"state": torch.zeros(2, 2, 17, 1)}, "must be (2, 2, 17, Dv + 1)"),
+        (
+            {"feature_map": "identity", "centered": True},
+            "feature_map ('identity') must be 'affine' when centered",
+        ),
         ({"feature_map": "quadratic"}, "state.shape (2, 2, 17, 25) must be (2, 2, 161, Dv + 1)"),
         ({"state": torch.zeros(2, 2, 17, 25).double()}, "state.dtype (torch.float64) must be"),
         (

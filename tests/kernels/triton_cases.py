@@ -19,6 +19,7 @@ from torch import Tensor
 from helpers.kernel_checks import (
     MAP_VARIANTS,
     VARIANTS,
+    bounds_scores,
     check_against_definition,
     check_cancelling_sums,
     check_changed_state,
@@ -26,8 +27,10 @@ from helpers.kernel_checks import (
     check_empty_halves,
     check_extreme_rows,
     check_halves_against_definition,
+    check_keys_with_a_mean,
     check_later_tokens_do_not_matter,
     check_nan_stays_where_the_formula_puts_it,
+    check_packed_matches_plain,
     check_pieces_match_whole,
     check_sequences_are_independent,
     check_single_key,
@@ -67,8 +70,12 @@ LONG_SHAPES = [
     ("eq4", (1025, 16, 144), torch.float32),
     pytest.param("causal-eq7", (300, 16, 256), torch.float32, marks=pytest.mark.slow),
     ("causal-eq4", (270, 16, 144), torch.bfloat16),
+    ("centered", (1100, 32, 32), torch.bfloat16),
+    ("causal-centered", (270, 16, 144), torch.bfloat16),
 ]
-MAIN_VARIANTS = ["eq7", "eq4", "causal-eq7", "causal-eq4"]
+MAIN_VARIANTS = ["eq7", "eq4", "causal-eq7", "causal-eq4", "centered", "causal-centered"]
+#: Variants with a norm of q and k.
+NORM_VARIANTS = ["eq7", "eq4", "causal-eq7", "causal-eq4", "centered-norm"]
 STATE_VARIANTS = [*MAIN_VARIANTS, "eq7-alpha", "causal-eq7-alpha"]
 CAUSAL_VARIANTS = [name for name, variant in VARIANTS.items() if variant.get("causal")]
 
@@ -121,12 +128,29 @@ def test_long_sequences_and_wide_values_match_definition(
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, case(torch.bfloat16, slow=True)])
 def test_kernels_read_packed_views(variant: str, dtype: torch.dtype, device: str) -> None:
-    qk_norm = VARIANTS[variant].get("qk_norm", True)
+    qk_norm = bounds_scores(VARIANTS[variant])
     inputs, grad = make_inputs(
         (2, 77, 2, 32, 32), dtype, device=device, packed=True, qk_norm=qk_norm
     )
     assert not inputs[0].is_contiguous()
     check_against_definition(inputs, grad, "triton", **VARIANTS[variant])
+
+
+@pytest.mark.parametrize(
+    ("variant", "num_tokens", "dim", "dtype"),
+    [
+        ("eq7", 40, 32, torch.bfloat16),
+        ("eq7", 5, 144, torch.float32),  # values in several blocks
+        ("causal-eq4", 20, 32, torch.float32),
+        ("centered", 40, 32, torch.float32),
+    ],
+)
+def test_packed_matches_plain(
+    variant: str, num_tokens: int, dim: int, dtype: torch.dtype, device: str
+) -> None:
+    check_packed_matches_plain(
+        VARIANTS[variant], dtype, "triton", device, num_tokens=num_tokens, dim=dim
+    )
 
 
 @pytest.mark.parametrize("variant", MAIN_VARIANTS)
@@ -155,6 +179,12 @@ def test_feature_maps_match_definition(variant: str, device: str) -> None:
         for x in inputs[:2] if "raw" in variant or "7-quad" in variant else ():
             x *= 0.2
     check_against_definition(inputs, grad, "triton", **MAP_VARIANTS[variant])
+
+
+@pytest.mark.parametrize("variant", ["centered", "causal-centered"])
+def test_keys_with_a_mean(variant: str, device: str) -> None:
+    num_tokens = 270 if "causal" in variant else 600
+    check_keys_with_a_mean(VARIANTS[variant], torch.float32, "triton", device, num_tokens)
 
 
 @pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
@@ -191,6 +221,7 @@ def test_pieces_match_whole(variant: str, several_parts: bool, device: str) -> N
         ("eq7", 40, 600, (32, 32), torch.bfloat16),
         ("eq4", 600, 40, (16, 144), torch.float32),
         ("eq7-alpha", 33, 20, (32, 16), torch.float32),
+        ("centered", 600, 40, (32, 32), torch.float32),
         ("eq4-relu", 33, 20, (20, 40), torch.float32),
         ("eq4-quadratic", 20, 33, (16, 16), torch.float32),
     ],
@@ -212,8 +243,9 @@ def test_empty_halves(variant: str, device: str) -> None:
     check_empty_halves({**VARIANTS, **MAP_VARIANTS}[variant], "triton", device)
 
 
-def test_state_of_a_single_key(device: str) -> None:
-    check_single_key_state("triton", device)
+@pytest.mark.parametrize("variant", ["eq4", "centered"])
+def test_state_of_a_single_key(variant: str, device: str) -> None:
+    check_single_key_state(VARIANTS[variant], "triton", device)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +283,7 @@ def test_collapsed_keys_stay_finite(variant: str, dtype: torch.dtype, device: st
     check_collapsed_keys(VARIANTS[variant], dtype, "triton", device)
 
 
-@pytest.mark.parametrize("variant", ["eq4", "causal-eq4"])
+@pytest.mark.parametrize("variant", ["eq4", "causal-eq4", "centered", "causal-centered"])
 def test_single_key_returns_its_value(variant: str, device: str) -> None:
     check_single_key(VARIANTS[variant], "triton", device)
 
@@ -265,7 +297,7 @@ def test_second_derivative_is_refused(variant: str, device: str) -> None:
         d_q.sum().backward()
 
 
-@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq4-quadratic"])
+@pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "causal-centered", "eq4-quadratic"])
 def test_transforms_of_torch_func(variant: str, device: str) -> None:
     options = {**VARIANTS, **MAP_VARIANTS}[variant]
     check_transforms(partial(linear_attention, backend="triton", **options), device)
@@ -280,7 +312,7 @@ def test_returned_state_may_be_changed_in_place(variant: str, device: str) -> No
     check_changed_state({**VARIANTS, **MAP_VARIANTS}[variant], "triton", device)
 
 
-@pytest.mark.parametrize("variant", MAIN_VARIANTS)
+@pytest.mark.parametrize("variant", NORM_VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, case(torch.bfloat16, slow=True)])
 def test_extreme_rows(variant: str, dtype: torch.dtype, device: str) -> None:
     check_extreme_rows(VARIANTS[variant], dtype, "triton", device)

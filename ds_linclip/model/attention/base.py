@@ -23,10 +23,11 @@ from ds_linclip.parallel.tensor_parallel import (
 from linclip_kernels import (
     linear_attention,
     linear_attention_from_state,
+    linear_attention_packed,
     linear_attention_state,
 )
 
-__all__ = ["LinearStateAttention", "SelfAttention", "identity_values"]
+__all__ = ["LinearStateAttention", "PlainStateAttention", "SelfAttention", "identity_values"]
 
 #: Arguments of the operator that the state of the keys depends on.
 _OF_THE_STATE = {"feature_map", "qk_norm", "backend"}
@@ -137,14 +138,23 @@ class SelfAttention(nn.Module):
         Returns:
             [B, N, width], summed over the tensor-parallel ranks.
         """
-        q, k, v, *more = self.prepare(x, patches)
-        o = self.finish(self.attend(q, k, v, *more), x, v, patches)
+        o, v = self.attended(x, patches)
+        o = self.finish(o, x, v, patches)
         return self.out_proj(o.flatten(2))  # [B, N, H * D] -> [B, N, width]
+
+    def attended(self, x: Tensor, patches: Patches | None) -> tuple[Tensor, Tensor]:
+        """Return the result of :meth:`attend`, and the values."""
+        q, k, v, *more = self.prepare(x, patches)
+        return self.attend(q, k, v, *more), v
+
+    def project_packed(self, x: Tensor) -> Tensor:
+        """Return queries, keys and values of this rank's heads, [B, N, H, 3, D]."""
+        qkv: Tensor = self.qkv(x)
+        return qkv.unflatten(-1, (self.local_heads, 3, self.head_dim))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of this rank's heads, [B, N, H, D] each, strided."""
-        qkv = self.qkv(x).unflatten(-1, (self.local_heads, 3, self.head_dim))  # [B, N, H, 3, D]
-        q, k, v = qkv.unbind(3)
+        q, k, v = self.project_packed(x).unbind(3)
         return q, k, v
 
     def prepare(self, x: Tensor, patches: Patches | None) -> tuple[Tensor, ...]:
@@ -263,6 +273,26 @@ class LinearStateAttention(SelfAttention):
         features = {name: form[name] for name in _OF_THE_STATE & form.keys()}
         state = sum_over_ranks(linear_attention_state(k, v, **features), self.cp_group)
         return linear_attention_from_state(q, state, **form)
+
+
+class PlainStateAttention(LinearStateAttention):
+    """Kinds that hand queries, keys and values to the operator as they are projected, packed where
+    nothing else takes them: then no gradients of them are stacked."""
+
+    def form(self) -> dict[str, Any]:
+        """Return the operator's arguments."""
+        raise NotImplementedError
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+        return self.sum_values(q, k, v, **self.form())
+
+    def attended(self, x: Tensor, patches: Patches | None) -> tuple[Tensor, Tensor]:
+        if self.cp_group is not None or self.settings.local.kind != "none":
+            return super().attended(x, patches)
+        qkv = self.project_packed(x)
+        form = self.form()
+        o = linear_attention_packed(qkv, causal=self.causal, backend=self.backend, **form)
+        return o, qkv.select(3, 2)
 
 
 def identity_values(q: Tensor) -> Tensor:

@@ -2,15 +2,13 @@
 
 from typing import Any
 
-from torch import Tensor
-
-from ds_linclip.model.attention.base import LinearStateAttention
+from ds_linclip.model.attention.base import PlainStateAttention
 from linclip_kernels.linear_attention.quadratic_map import num_quadratic_features
 
 __all__ = ["Attention"]
 
 
-class Attention(LinearStateAttention):
+class Attention(PlainStateAttention):
     """The operator on L2-normalized queries and keys, with one of its feature maps."""
 
     @classmethod
@@ -18,13 +16,10 @@ class Attention(LinearStateAttention):
         is_quadratic = settings.feature_map == "quadratic"
         return num_quadratic_features(head_dim) if is_quadratic else head_dim
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
-        return self.sum_values(
-            q,
-            k,
-            v,
-            feature_map=self.settings.feature_map,
-            normalized=self.settings.normalized,
-            score_scale=self.settings.score_scale,
-            length_exponent=self.settings.length_exponent,
-        )
+    def form(self) -> dict[str, Any]:
+        return {
+            "feature_map": self.settings.feature_map,
+            "normalized": self.settings.normalized,
+            "score_scale": self.settings.score_scale,
+            "length_exponent": self.settings.length_exponent,
+        }

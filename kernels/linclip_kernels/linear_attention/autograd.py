@@ -75,14 +75,14 @@ def differentiated(operator: CustomOpDef, backward_operator: CustomOpDef) -> typ
 def fold_vmap_into_batch(operator: CustomOpDef) -> None:
     """Let torch.func.vmap call an operator once: the mapped axis becomes part of the batch.
 
-    The first axis of all tensors with four axes must be the batch.
+    The first axis of all tensors with four axes or more must be the batch.
     """
 
     def call(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         folded = [_fold(x, dim, info.batch_size) for x, dim in zip(arguments, in_dims, strict=True)]
         found = operator(*folded)
         outputs = (found,) if isinstance(found, Tensor) else found
-        dims = tuple(0 if x.dim() == 4 else None for x in outputs)
+        dims = tuple(0 if x.dim() >= 4 else None for x in outputs)
         split = tuple(
             x if dim is None else x.unflatten(0, (info.batch_size, -1))
             for x, dim in zip(outputs, dims, strict=True)
@@ -93,7 +93,7 @@ def fold_vmap_into_batch(operator: CustomOpDef) -> None:
 
 
 def _fold(x: Any, dim: int | None, size: int) -> Any:
-    if not isinstance(x, Tensor) or (dim is None and x.dim() != 4 and x.is_floating_point()):
+    if not isinstance(x, Tensor) or (dim is None and x.dim() < 4 and x.is_floating_point()):
         return x  # an option, or an empty tensor in place of a state
     if not x.is_floating_point():
         raise ValueError("cu_seqlens must be None inside torch.func.vmap, which extends the batch")

@@ -1,37 +1,44 @@
-"""The public operator: it checks its arguments and calls a custom operator that computes.
-
-torch.compile, autograd, activation checkpointing and autocast see two opaque operators,
-``linclip::linear_attention`` and ``linclip::linear_attention_backward``.
-"""
+"""The public operator, of q, k and v or of a packed qkv: it checks its arguments and calls a custom
+operator that computes."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
-import torch
 from torch import Tensor
 
-from linclip_kernels.linear_attention.autograd import (
-    Differentiated,
-    fold_vmap_into_batch,
-    gradient_of,
-)
+from linclip_kernels.linear_attention.operators import Attend, AttendPacked
 from linclip_kernels.linear_attention.quadratic_map import attend_quadratic
 from linclip_kernels.linear_attention.validation import (
     Backend,
     FeatureMap,
     as_boundaries,
     cast_for_autocast,
-    check_choice,
+    check_packed,
     check_state,
     check_tensors,
-    implementation,
-    state_dtype,
+    check_variant,
+    num_sequences,
     takes_triton,
-    without_autocast,
 )
 from linclip_kernels.linear_attention.variant import Variant
 
-__all__ = ["linear_attention"]
+__all__ = ["linear_attention", "linear_attention_packed"]
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of both functions that do not change the type of the result."""
+
+    causal: bool
+    normalized: bool
+    qk_norm: bool
+    feature_map: FeatureMap
+    score_scale: float
+    length_exponent: float
+    qk_scale: float
+    centered: bool
+    cu_seqlens: Tensor | Sequence[int] | None
+    initial_state: Tensor | None
+    backend: Backend
 
 
 @overload
@@ -40,33 +47,12 @@ def linear_attention(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = ...,
-    normalized: bool = ...,
-    qk_norm: bool = ...,
-    feature_map: FeatureMap = ...,
-    score_scale: float = ...,
-    length_exponent: float = ...,
-    cu_seqlens: Tensor | Sequence[int] | None = ...,
-    initial_state: Tensor | None = ...,
     return_state: Literal[False] = ...,
-    backend: Backend = ...,
+    **options: Unpack[Options],
 ) -> Tensor: ...
 @overload
 def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = ...,
-    normalized: bool = ...,
-    qk_norm: bool = ...,
-    feature_map: FeatureMap = ...,
-    score_scale: float = ...,
-    length_exponent: float = ...,
-    cu_seqlens: Tensor | Sequence[int] | None = ...,
-    initial_state: Tensor | None = ...,
-    return_state: Literal[True],
-    backend: Backend = ...,
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[True], **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]: ...
 def linear_attention(
     q: Tensor,
@@ -79,6 +65,8 @@ def linear_attention(
     feature_map: FeatureMap = "affine",
     score_scale: float = 0.5,
     length_exponent: float = 0.0,
+    qk_scale: float = 1.0,
+    centered: bool = False,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = False,
@@ -90,6 +78,8 @@ def linear_attention(
     of the initial state), f the score of a query and a key, q and k of unit length:
     normalized (Eq. 4): o_i = sum_n f(q_i, k_n) v_n / sum_n f(q_i, k_n);
     otherwise (Eq. 7): o_i = score_scale * n^-length_exponent * sum_n f(q_i, k_n) v_n.
+    Centred scores are f(q_i, k_n) = 1 + qk_scale * q_i.(k_n - mean of the keys in view); those of a
+    row sum to n exactly, so that with normalized=True weights sum to 1 without a denominator.
 
     The state is one additive float32 matrix per sequence and head,
 
@@ -109,12 +99,16 @@ def linear_attention(
             initial state returns that key's value.
         qk_norm: Scale the rows of q and k by (|x|^2 + 1e-6)^-1/2. A row whose |x|^2 overflows (|x|
             above 1.8e19 in float32) counts as NaN. Without the norm, and with the affine
-            map, the caller must ensure |q.k| <= 1.
-        feature_map: The score f of x = q.k: "affine", 1 + x; "quadratic", 1 + x + x^2 / 2; or
-            phi(q).phi(k) with phi "relu", "softplus" or "identity", applied elementwise; use
-            "identity" for features that the caller has computed, a learned map for example.
+            map, the caller must ensure |x| <= 1 unless scores are centred.
+        feature_map: The score f of x = qk_scale * q.k: "affine", 1 + x; "quadratic",
+            1 + x + x^2 / 2; or qk_scale * phi(q).phi(k) with phi "relu", "softplus" or "identity",
+            applied elementwise; use "identity" for features that the caller has computed, a
+            learned map for example.
         score_scale: Factor of o in Eq. 7.
         length_exponent: Power of 1/n in Eq. 7.
+        qk_scale: Factor of q.k in the score.
+        centered: Subtract from q.k its mean over the keys in view; with the affine map only. A row
+            with one key and no initial state then has the score 1, for any q and k.
         cu_seqlens: Boundaries [S + 1] of S sequences that are concatenated along N; B is 1.
             Integers from 0 to N in ascending order, a tensor or a sequence. They are read on the
             host, which waits for the device if they lie on it.
@@ -135,174 +129,124 @@ def linear_attention(
         RuntimeError: A second or a forward-mode derivative is requested, or cu_seqlens is given
             while a CUDA graph is captured.
 
-    Source: arXiv 2604.10064, Eq. 4 and Eq. 7.
+    Source: arXiv 2604.10064, Eq. 4 and Eq. 7; centred scores: arXiv 2412.06590.
     """
-    q, k, v = cast_for_autocast(q, k, v)
-    check_choice("feature_map", feature_map, FeatureMap)
-    check_tensors(q=q, k=k, v=v)
+    variant = Variant(
+        causal,
+        normalized,
+        qk_norm,
+        feature_map,
+        score_scale,
+        length_exponent,
+        qk_scale,
+        centered,
+    )
+    inputs = cast_for_autocast(q, k, v)
+    check_tensors(q=inputs[0], k=inputs[1], v=inputs[2])
+    return _attend(inputs, variant, cu_seqlens, initial_state, return_state, backend)
+
+
+@overload
+def linear_attention_packed(
+    qkv: Tensor, *, return_state: Literal[False] = ..., **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def linear_attention_packed(
+    qkv: Tensor, *, return_state: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+def linear_attention_packed(
+    qkv: Tensor,
+    *,
+    causal: bool = False,
+    normalized: bool = False,
+    qk_norm: bool = True,
+    feature_map: FeatureMap = "affine",
+    score_scale: float = 0.5,
+    length_exponent: float = 0.0,
+    qk_scale: float = 1.0,
+    centered: bool = False,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute :func:`linear_attention` of one packed tensor, whose gradient is one packed tensor.
+
+    The results are those of ``linear_attention(*qkv.unbind(3), ...)``, bit for bit, but the
+    backward writes the gradients of q, k and v into one tensor, as the projection that gave qkv
+    reads them, where autograd would stack three. The quadratic map still stacks them.
+
+    Args:
+        qkv: [B, N, H, 3, D], dtypes and strides as in :func:`linear_attention`. The heads come
+            before q, k and v, as in Megatron-LM, so that a contiguous part of the projection's rows
+            belongs to some of the heads; FlashAttention packs [B, N, 3, H, D].
+        causal, normalized, qk_norm, feature_map, score_scale, length_exponent, qk_scale, centered,
+        cu_seqlens, initial_state, return_state, backend: The arguments of :func:`linear_attention`.
+
+    Returns:
+        o [B, N, H, D], contiguous; with return_state (o, state). Both can be differentiated once.
+
+    Raises:
+        ValueError: As :func:`linear_attention` does, or qkv is not [B, N, H, 3, D].
+        RuntimeError: As :func:`linear_attention` does.
+
+    Source: arXiv 2604.10064, Eq. 4 and Eq. 7; centred scores: arXiv 2412.06590.
+    """
+    variant = Variant(
+        causal,
+        normalized,
+        qk_norm,
+        feature_map,
+        score_scale,
+        length_exponent,
+        qk_scale,
+        centered,
+    )
+    check_packed(qkv)
+    inputs = cast_for_autocast(qkv)
+    return _attend(inputs, variant, cu_seqlens, initial_state, return_state, backend)
+
+
+def _attend(
+    inputs: tuple[Tensor, ...],
+    variant: Variant,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    initial_state: Tensor | None,
+    return_state: bool,
+    backend: Backend,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute attention of q, k and v or of qkv, which are checked."""
+    check_variant(variant)
+    is_packed = len(inputs) == 1
+    q, v = (inputs[0].select(3, i) for i in (0, 2)) if is_packed else (inputs[0], inputs[2])
     boundaries = as_boundaries(cu_seqlens, q)
     if initial_state is not None:
-        num_sequences, value_dim = _num_sequences(q, boundaries), v.shape[3]
         check_state(
             "initial_state",
             initial_state,
             q,
-            feature_map,
-            num_sequences=num_sequences,
-            value_dim=value_dim,
+            variant.feature_map,
+            num_sequences=num_sequences(q, boundaries),
+            value_dim=v.shape[3],
         )
-    variant = Variant(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
-    use_triton = takes_triton(backend, q, {"q.shape[-1]": q.shape[3], "v.shape[-1]": v.shape[3]})
+    names = ("qkv", "qkv") if is_packed else ("q", "v")
+    dims = {f"{name}.shape[-1]": x.shape[3] for name, x in zip(names, (q, v), strict=True)}
+    use_triton = takes_triton(backend, q, dims)
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, variant: Variant
-    ) -> tuple[Tensor, Tensor]:
-        result = _Attend.apply(q, k, v, initial, boundaries, *variant, return_state, use_triton)
+    def attend(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, initial, variant = arguments
+        function = AttendPacked if len(tensors) == 1 else Attend
+        options = *variant.without_known_sums(), return_state, use_triton
+        result = function.apply(*tensors, initial, boundaries, *options)
         return cast(tuple[Tensor, Tensor], result)
 
-    if feature_map == "quadratic":
+    if variant.feature_map == "quadratic":
+        q, k, v = inputs[0].unbind(3) if is_packed else inputs
         out, state = attend_quadratic(
             attend, q, k, v, initial_state, variant, return_state=return_state
         )
     else:
-        out, state = attend(q, k, v, initial_state, variant)
-        if return_state and use_triton and not causal:
+        out, state = attend(*inputs, initial_state, variant)
+        if return_state and use_triton and not variant.causal:
             state = state.clone()  # the backward reads it, and the caller may change theirs
     return (out, state) if return_state else out
-
-
-@torch.library.custom_op("linclip::linear_attention", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    normalized: bool,
-    qk_norm: bool,
-    feature_map: str,
-    score_scale: float,
-    length_exponent: float,
-    return_state: bool,
-    use_triton: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return o, and the state if it is requested or needed by the backward, or an empty tensor."""
-    variant = Variant(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
-    boundaries = _boundaries(cu_seqlens, q.shape[1])
-    keep_state = _keep_state(q, cu_seqlens, initial, causal, return_state, use_triton)
-    with without_autocast(q.device):
-        out, state = implementation(use_triton).forward(
-            q, k, v, initial, boundaries, variant, return_state=keep_state
-        )
-    return out, q.new_empty(0, dtype=state_dtype(q)) if state is None else state
-
-
-@torch.library.custom_op("linclip::linear_attention_backward", mutates_args=())
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: Tensor | None,
-    grad: Tensor | None,
-    grad_state: Tensor | None,
-    causal: bool,
-    normalized: bool,
-    qk_norm: bool,
-    feature_map: str,
-    score_scale: float,
-    length_exponent: float,
-    use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v and the initial state, the last empty if there is none."""
-    variant = Variant(causal, normalized, qk_norm, feature_map, score_scale, length_exponent)
-    boundaries = _boundaries(cu_seqlens, q.shape[1])
-    kept = None if state is None or not state.numel() else state
-    with without_autocast(q.device):
-        d_q, d_k, d_v, d_initial = implementation(use_triton).backward(
-            q, k, v, initial, boundaries, variant, kept, grad, grad_state
-        )
-    return d_q, d_k, d_v, d_q.new_empty(0) if d_initial is None else d_initial
-
-
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, initial: Any, cu_seqlens: Any, *options: Any) -> Any:
-    causal, *_, return_state, use_triton = options
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    if not _keep_state(q, cu_seqlens, initial, causal, return_state, use_triton):
-        return out, q.new_empty(0, dtype=state_dtype(q))
-    num_sequences = _num_sequences(q, cu_seqlens)
-    shape = num_sequences, q.shape[2], q.shape[3] + 1, v.shape[3] + 1
-    return out, q.new_empty(shape, dtype=state_dtype(q))
-
-
-@_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, initial: Any, *_: Any) -> Any:
-    gradients = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    return *gradients, q.new_empty(0) if initial is None else initial.new_empty(initial.shape)
-
-
-_AttendBackward = gradient_of(_backward)
-fold_vmap_into_batch(_forward)
-
-
-class _Attend(Differentiated):
-    """:func:`_forward` with its gradient."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _forward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.return_state, ctx.use_triton = inputs
-        *tensors, ctx.variant = *tensors[:5], tensors[5:]
-        reads_state = ctx.use_triton and not ctx.variant[0]
-        ctx.save_for_backward(*tensors, output[1] if reads_state else None)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Any, ...]:
-        if not ctx.return_state:
-            grad_state = None
-        inputs = ctx.saved_tensors
-        d_q, d_k, d_v, d_initial = _AttendBackward.apply(
-            *inputs, grad, grad_state, *ctx.variant, ctx.use_triton
-        )
-        return d_q, d_k, d_v, d_initial if inputs[3] is not None else None, *(None,) * 9
-
-
-def _keep_state(
-    q: Tensor,
-    cu_seqlens: Tensor | None,
-    initial: Tensor | None,
-    causal: bool,
-    return_state: bool,
-    use_triton: bool,
-) -> bool:
-    """Return whether the forward writes the state of all keys.
-
-    The backward of the bidirectional kernels reads it. In short sequences the state would be as
-    large as q, k and v, and the backward computes it again.
-    """
-    short = cu_seqlens is None and q.shape[1] < 8 * q.shape[3]
-    return return_state or (use_triton and not causal and (initial is not None or not short))
-
-
-def _num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _boundaries(cu_seqlens: Tensor | None, num_tokens: int) -> list[int] | None:
-    """Read and check boundaries: inside the operator, where values exist also when compiled."""
-    if cu_seqlens is None:
-        return None
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("cu_seqlens cannot be captured in a CUDA graph: it is read on the host")
-    values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != num_tokens or values != sorted(values):
-        shown = values if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
-        raise ValueError(f"cu_seqlens {shown} must ascend from 0 to N ({num_tokens})")
-    return values

@@ -75,8 +75,7 @@ def attend_quadratic(
         def attend_to_pairs(
             q: Tensor, k: Tensor, v: Tensor, begin: Tensor | None, block: range = block
         ) -> tuple[Tensor, Tensor]:
-            variant = narrow._replace(feature_map="identity")
-            return attend(_pairs(q, block), _pairs(k, block), v, begin, variant)
+            return attend(_pairs(q, block), _pairs(k, block), v, begin, _of_pairs(narrow))
 
         share, state = _without_features(attend_to_pairs, q, k, v, begin)
         out = out + share
@@ -102,7 +101,7 @@ def sum_quadratic_keys(
     for block in _blocks(k.shape[-1]):
 
         def sum_pairs(k: Tensor, v: Tensor, block: range = block) -> Tensor:
-            return sum_keys(_pairs(k, block), v, narrow._replace(feature_map="identity"))
+            return sum_keys(_pairs(k, block), v, _of_pairs(narrow))
 
         states.append(_without_features(sum_pairs, k, v))
     return _join_states(states, v.shape[-1])
@@ -132,7 +131,7 @@ def apply_quadratic_state(
     for block, part in zip(blocks, others, strict=True):
 
         def apply_to_pairs(q: Tensor, part: Tensor, block: range = block) -> Tensor:
-            return apply_state(_pairs(q, block), part, narrow._replace(feature_map="identity"))
+            return apply_state(_pairs(q, block), part, _of_pairs(narrow))
 
         out = out + _without_features(apply_to_pairs, q, part)
     if variant.normalized:
@@ -148,6 +147,11 @@ def _narrowed(variant: Variant) -> Variant:
     """
     narrow = variant._replace(qk_norm=False, normalized=False)
     return narrow._replace(score_scale=1.0, length_exponent=1.0) if variant.normalized else narrow
+
+
+def _of_pairs(narrow: Variant) -> Variant:
+    """Return the variant of a block of pairs, whose products come with the square of the scale."""
+    return narrow._replace(feature_map="identity", qk_scale=narrow.qk_scale**2)
 
 
 def _with_ones(state: Tensor) -> Tensor:

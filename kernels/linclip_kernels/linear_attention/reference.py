@@ -25,13 +25,13 @@ def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) 
     Args:
         q, k: [B, N, H, D]; unless causal, q may have another N than k and v.
         v: [B, N, H, Dv].
-        options: causal, normalized, qk_norm, feature_map, score_scale and length_exponent, the
-            arguments of :func:`linclip_kernels.linear_attention`.
+        options: causal, normalized, qk_norm, feature_map, score_scale, length_exponent, qk_scale
+            and centered, the arguments of :func:`linclip_kernels.linear_attention`.
 
     Returns:
         [B, N, H, Dv] in float64.
 
-    Source: arXiv 2604.10064, Eq. 4 (normalized) and Eq. 7.
+    Source: arXiv 2604.10064, Eq. 4 (normalized) and Eq. 7; centred scores: arXiv 2412.06590.
     """
     return attend(q.double(), k.double(), v.double(), Variant(**options))
 
@@ -47,15 +47,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> Tensor:
     Returns:
         [B, N, H, Dv].
     """
+    variant = variant.without_known_sums()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
     if variant.qk_norm:
         q, k = (x * (x.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt() for x in (q, k))
-    scores = _scores(q, k, variant.feature_map)  # [B, H, N, N]
-    num_queries, num_tokens = scores.shape[-2:]
-    num_keys = scores.new_full((num_queries, 1), num_tokens, dtype=torch.float64)
+    num_queries, num_tokens = q.shape[2], k.shape[2]
+    num_keys = q.new_full((num_queries, 1), num_tokens, dtype=torch.float64)
     if variant.causal:
-        scores = scores.tril()
         num_keys = torch.ones_like(num_keys).cumsum(0)
+    scores = _scores(q, k, num_keys, variant)  # [B, H, N, N]
+    scores = scores.tril() if variant.causal else scores
     if variant.normalized:
         # clamp passes no gradient to the sum where it changes it.
         floor = (DENOMINATOR_EPS * num_keys).to(scores)
@@ -75,17 +76,21 @@ def relative_rms(value: Tensor, truth: Tensor) -> float:
     return (difference / size if size > 0 else difference).item()
 
 
-def _scores(q: Tensor, k: Tensor, feature_map: str) -> Tensor:
-    match feature_map:
-        case "affine":
-            return 1 + q @ k.mT
-        case "quadratic":
-            x = q @ k.mT
-            return 1 + x + x * x / 2
+def _scores(q: Tensor, k: Tensor, num_keys: Tensor, variant: Variant) -> Tensor:
+    match variant.feature_map:
         case "relu":
-            return F.relu(q) @ F.relu(k).mT
+            q, k = F.relu(q), F.relu(k)
         case "softplus":
-            return F.softplus(q) @ F.softplus(k).mT
-        case "identity":
-            return q @ k.mT
-    raise ValueError(f"feature_map ({feature_map!r}) is not known")
+            q, k = F.softplus(q), F.softplus(k)
+    x = variant.qk_scale * (q @ k.mT)
+    if variant.centered:
+        in_view = x.tril() if variant.causal else x
+        x = x - (in_view.sum(-1, keepdim=True) / num_keys).to(x)
+    match variant.feature_map:
+        case "affine":
+            return 1 + x
+        case "quadratic":
+            return 1 + x + x * x / 2
+        case "relu" | "softplus" | "identity":
+            return x
+    raise ValueError(f"feature_map ({variant.feature_map!r}) is not known")

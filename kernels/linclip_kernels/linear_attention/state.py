@@ -19,12 +19,13 @@ from linclip_kernels.linear_attention.validation import (
     check_choice,
     check_state,
     check_tensors,
+    check_variant,
     implementation,
     state_dtype,
     takes_triton,
     without_autocast,
 )
-from linclip_kernels.linear_attention.variant import Variant
+from linclip_kernels.linear_attention.variant import VARIANT_SCHEMA, Variant
 
 __all__ = ["linear_attention_from_state", "linear_attention_state"]
 
@@ -79,6 +80,8 @@ def linear_attention_from_state(
     feature_map: FeatureMap = "affine",
     score_scale: float = 0.5,
     length_exponent: float = 0.0,
+    qk_scale: float = 1.0,
+    centered: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """Compute attention of queries to all keys of a state.
@@ -86,6 +89,7 @@ def linear_attention_from_state(
     With ``state = linear_attention_state(k, v)`` the output and gradients are those of
     ``linear_attention(q, k, v)`` up to rounding, also with a single key. There may be any number of
     queries: for cross-attention, or some of the queries of a sequence whose keys are on many ranks.
+    Keys are centred here, so that states of parts of the keys can be added before.
 
     Args:
         q: [B, N, H, D], dtypes and strides as in :func:`linear_attention`, cast under autocast. N
@@ -93,8 +97,8 @@ def linear_attention_from_state(
         state: [B, H, F + 1, Dv + 1] from :func:`linear_attention_state`, or a sum of such states,
             with the same qk_norm and feature map. Its number of keys is not differentiated; if it
             is 0, Eq. 4 and a length factor give NaN.
-        normalized, qk_norm, feature_map, score_scale, length_exponent, backend: The arguments of
-            :func:`linear_attention`.
+        normalized, qk_norm, feature_map, score_scale, length_exponent, qk_scale, centered, backend:
+            The arguments of :func:`linear_attention`.
 
     Returns:
         o [B, N, H, Dv], contiguous, in the dtype of q. It can be differentiated once.
@@ -103,18 +107,28 @@ def linear_attention_from_state(
         ValueError: Shapes, dtypes or devices are invalid, or the backend does not support them.
         RuntimeError: A second or a forward-mode derivative is requested.
 
-    Source: arXiv 2604.10064, Eq. 4 (normalized) and Eq. 7.
+    Source: arXiv 2604.10064, Eq. 4 (normalized) and Eq. 7; centred scores: arXiv 2412.06590.
     """
     (q,) = cast_for_autocast(q)
-    check_choice("feature_map", feature_map, FeatureMap)
+    variant = Variant(
+        False,
+        normalized,
+        qk_norm,
+        feature_map,
+        score_scale,
+        length_exponent,
+        qk_scale,
+        centered,
+    )
+    check_variant(variant)
     check_tensors(q=q, may_be_empty=True)
     check_state("state", state, q, feature_map, num_sequences=q.shape[0])
     dims = {"q.shape[-1]": q.shape[3], "state.shape[-1] - 1": state.shape[3] - 1}
     use_triton = takes_triton(backend, q, dims)
-    variant = Variant(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
 
     def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
-        return cast(Tensor, _ApplyState.apply(q, state, *variant[1:], use_triton))
+        options = *variant.without_known_sums(), use_triton
+        return cast(Tensor, _ApplyState.apply(q, state, *options))
 
     if feature_map == "quadratic":
         return apply_quadratic_state(apply_state, q, state, variant)
@@ -137,35 +151,29 @@ def _sum_keys_backward(
         return implementation(use_triton).sum_keys_backward(k, v, variant, grad_state)
 
 
-@torch.library.custom_op("linclip::linear_attention_from_state", mutates_args=())
-def _apply_state(
-    q: Tensor,
-    state: Tensor,
-    normalized: bool,
-    qk_norm: bool,
-    feature_map: str,
-    score_scale: float,
-    length_exponent: float,
-    use_triton: bool,
-) -> Tensor:
-    variant = Variant(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
+@torch.library.custom_op(
+    "linclip::linear_attention_from_state",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor state, {VARIANT_SCHEMA}, bool use_triton) -> Tensor",
+)
+def _apply_state(q: Tensor, state: Tensor, *options: Any) -> Tensor:
+    *fields, use_triton = options
+    variant = Variant(*fields)
     with without_autocast(q.device):
         return implementation(use_triton).apply_state(q, state, variant)
 
 
-@torch.library.custom_op("linclip::linear_attention_from_state_backward", mutates_args=())
+@torch.library.custom_op(
+    "linclip::linear_attention_from_state_backward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor state, Tensor grad, {VARIANT_SCHEMA}, bool use_triton) "
+    "-> (Tensor, Tensor)",
+)
 def _apply_state_backward(
-    q: Tensor,
-    state: Tensor,
-    grad: Tensor,
-    normalized: bool,
-    qk_norm: bool,
-    feature_map: str,
-    score_scale: float,
-    length_exponent: float,
-    use_triton: bool,
+    q: Tensor, state: Tensor, grad: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    variant = Variant(False, normalized, qk_norm, feature_map, score_scale, length_exponent)
+    *fields, use_triton = options
+    variant = Variant(*fields)
     with without_autocast(q.device):
         return implementation(use_triton).apply_state_backward(q, state, variant, grad)
 

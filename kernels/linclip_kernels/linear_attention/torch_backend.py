@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linclip_kernels.linear_attention.variant import DENOMINATOR_EPS, NORM_EPS, Variant
+from linclip_kernels.linear_attention.torch_rows import Keys, Queries, Rows, by_head
+from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = [
     "apply_state",
@@ -25,8 +26,6 @@ __all__ = [
     "sum_keys_backward",
 ]
 
-#: An index into the rows of [B, H, N, *].
-Rows = tuple[slice | Tensor, ...]
 #: Rows (tokens of all heads) of a piece, so that temporaries fit a core's cache, but at least so
 #: many tokens.
 PIECE_ROWS, MIN_PIECE = 2**12, 512
@@ -81,29 +80,30 @@ def backward(
     _state: Tensor | None,
     grad: Tensor | None,
     grad_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> Tensor | None:
     """Compute the gradients of q, k, v and the initial state.
 
     Args:
         q, k, v, initial, boundaries, variant: The arguments of :func:`forward`.
         grad: The gradient of o [B, N, H, Dv]; None: zero.
         grad_state: The gradient of the state [S, H, D + 1, Dv + 1]; None: zero.
+        gradients: Receive dq and dk [B, N, H, D] and dv [B, N, H, Dv], with any strides.
 
     Returns:
-        dq and dk [B, N, H, D], dv [B, N, H, Dv], and [S, H, D + 1, Dv + 1].
+        The gradient of the initial state, [S, H, D + 1, Dv + 1], or None.
     """
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_states, order = [], _Causal if variant.causal else _Bidirectional
     grad = torch.zeros_like(v) if grad is None else grad
     for tokens, sequences in _sequences(q, boundaries):
         begin = None if initial is None else initial[sequences]
         end = None if grad_state is None else grad_state[sequences]
         run = order(q[:, tokens], k[:, tokens], v[:, tokens], begin, variant)
-        gradients = d_q[:, tokens], d_k[:, tokens], d_v[:, tokens]
-        d_state = run.backward(grad[:, tokens], end, gradients)
+        outs = tuple(x[:, tokens] for x in gradients)
+        d_state = run.backward(grad[:, tokens], end, outs)
         d_state[..., 0, -1] = 0  # the number of keys is not differentiated
         d_states.append(d_state)
-    return d_q, d_k, d_v, torch.cat(d_states)
+    return None if initial is None else torch.cat(d_states)
 
 
 def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
@@ -186,7 +186,7 @@ class _KeySide:
         self.pieces = pieces = _pieces(k)
         # The keys of a single piece are kept, those of several are recomputed. A function that
         # referred to self would keep them until the garbage collector runs.
-        self.keys = lru_cache(maxsize=1)(lambda i: _Keys(k, v, pieces[i], variant))
+        self.keys = lru_cache(maxsize=1)(lambda i: Keys(k, v, pieces[i], variant))
 
     def state(self) -> Tensor:
         """Return the state of all keys, [B, H, D + 1, Dv + 1]."""
@@ -213,7 +213,8 @@ class _QuerySide:
     def __init__(
         self, q: Tensor, seen: Tensor, variant: Variant, *, fixes_single_key: bool = True
     ) -> None:
-        self.q, self.seen, self.variant = q, seen, variant
+        self.q, self.state, self.variant = q, seen, variant
+        self.seen = _center(seen) if variant.centered else seen
         self.pieces = _pieces(q)
         self.num_keys = seen[:, :1, :1, -1:]  # [B, 1, 1, 1]
         self.single: Rows | None = None
@@ -230,15 +231,18 @@ class _QuerySide:
 
     def backward(self, grad: Tensor, d_q: Tensor, d_state: Tensor) -> None:
         """Write dq [B, N, H, D], and add to the gradient of the state."""
+        d_seen = torch.zeros_like(self.seen) if self.variant.centered else d_state
         for piece in self.pieces:
             queries = self._queries(piece)
             y = queries.phi @ self.seen if self.variant.normalized else None
-            d_y = queries.outputs_backward(_by_head(grad[:, piece]), y)
+            d_y = queries.outputs_backward(by_head(grad[:, piece]), y)
             _put(queries.backward(d_y @ self.seen[..., 1:, :].mT), d_q[:, piece])
-            d_state += queries.phi.mT @ d_y
+            d_seen += queries.phi.mT @ d_y
+        if self.variant.centered:
+            d_state += _center_backward(d_seen, self.state)
 
-    def _queries(self, piece: slice) -> "_Queries":
-        return _Queries(self.q, piece, self.num_keys, self.single, self.variant)
+    def _queries(self, piece: slice) -> Queries:
+        return Queries(self.q, piece, self.num_keys, self.single, self.variant)
 
 
 class _Causal:
@@ -269,12 +273,12 @@ class _Causal:
         """Write dq, dk, dv [B, N, H, *] and return the gradient of the initial state."""
         states, d_state = [self.initial], grad_state
         for piece in self.pieces[:-1]:
-            own, before = _Keys(self.k, self.v, piece, self.variant).state(), states[-1]
+            own, before = Keys(self.k, self.v, piece, self.variant).state(), states[-1]
             states.append(own if before is None else own + before)
         for piece, state in zip(reversed(self.pieces), reversed(states), strict=True):
             part = self._part(piece, state)
             y = part.y() if self.variant.normalized else None
-            d_y = part.queries.outputs_backward(_by_head(grad[:, piece]), y)
+            d_y = part.queries.outputs_backward(by_head(grad[:, piece]), y)
             d_phi_q, d_phi_k, d_v, d_state = part.backward(d_y, d_state)
             shares = part.queries.backward(d_phi_q), part.keys.backward(d_phi_k), d_v
             for share, gradient in zip(shares, gradients, strict=True):
@@ -285,14 +289,14 @@ class _Causal:
     def _part(self, piece: slice, state: Tensor | None) -> "_CausalPiece":
         num_keys = 1 if state is None else state[:, :1, :1, -1:] + 1  # of the first row
         single = _FIRST_ROW if state is None and self.variant.fixes_single_key else None
-        queries = _Queries(self.q, piece, num_keys, single, self.variant)
-        return _CausalPiece(queries, _Keys(self.k, self.v, piece, self.variant), state)
+        queries = Queries(self.q, piece, num_keys, single, self.variant)
+        return _CausalPiece(queries, Keys(self.k, self.v, piece, self.variant), state)
 
 
 class _CausalPiece:
     """Tokens in tiles [B, H, T, tile, *]: a row sees part of its tile, and the state before it."""
 
-    def __init__(self, queries: "_Queries", keys: "_Keys", initial: Tensor | None) -> None:
+    def __init__(self, queries: Queries, keys: Keys, initial: Tensor | None) -> None:
         self.queries, self.keys = queries, keys
         self.num_tokens = keys.phi.shape[2]
         self.q, self.k, self.v = map(self._tiles, (queries.phi, keys.phi, keys.v))
@@ -300,6 +304,14 @@ class _CausalPiece:
         self.seen = None  # one tile, and nothing before it
         if self.k.shape[2] > 1 or initial is not None:
             self.seen = _running_sum(self.k[:, :, :-1].mT @ self.v[:, :, :-1], initial)
+        if queries.variant.centered:
+            tiles = self.q.shape[2:4]
+            place = torch.arange(tiles.numel(), dtype=self.q.dtype, device=self.q.device)
+            num_keys = queries.num_keys
+            num_keys = num_keys.unsqueeze(2) if isinstance(num_keys, Tensor) else num_keys
+            self.num_keys = place.view(*tiles, 1) + num_keys  # in view of every row
+            column = None if self.seen is None else self.seen[..., -1:]
+            self.q[..., :1] += self._shift_mean(self.scores, 1.0, self.q, column)
 
     def y(self) -> Tensor:
         """Return numerator and denominator of every row, [B, H, N, Dv + 1]."""
@@ -316,6 +328,9 @@ class _CausalPiece:
         """Return the gradients of phi(q), phi(k), v and the state before the piece."""
         d_y = self._tiles(d_y)
         d_scores = (d_y @ self.v.mT).tril_()
+        if self.queries.variant.centered:  # the sum of a row's scores has this gradient
+            row = None if self.seen is None else self.seen[..., :1, :].mT
+            d_y[..., -1:] = self._shift_mean(d_scores, 0.0, d_y, row)
         d_q = _masked_product(d_scores, self.k[..., 1:])
         d_k = _masked_product(d_scores, self.q[..., 1:], transposed=True)
         d_v = _masked_product(self.scores, d_y[..., :-1], transposed=True)
@@ -329,6 +344,27 @@ class _CausalPiece:
             d_state = d_state[:, :, :1] + after[:, :, :1]
         return self._whole(d_q), self._whole(d_k), self._whole(d_v), d_state[:, :, 0]
 
+    def _shift_mean(
+        self, products: Tensor, mean: float, rows: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        """Shift masked products with keys so that their mean over all keys in view is ``mean``.
+
+        Args:
+            products: Products with the keys of the tile [B, H, T, tile, tile]; shifted in place.
+            mean: The mean that they get, including those of earlier tiles.
+            rows: What is multiplied [B, H, T, tile, *].
+            seen: The sum of all earlier keys [B, H, T, *, 1]; None: there are none.
+
+        Returns:
+            What was added to the products of every row, [B, H, T, tile, 1].
+        """
+        total = products.sum(-1, keepdim=True)
+        if seen is not None:
+            total += rows @ seen
+        shift = mean - total / self.num_keys
+        products.add_(shift).tril_()
+        return shift
+
     def _tiles(self, x: Tensor) -> Tensor:
         """[B, H, N, *] -> [B, H, T, tile, *], the last tile padded with zeros."""
         tile = max(1, self.num_tokens) if self.num_tokens <= ONE_TILE else TILE
@@ -340,103 +376,6 @@ class _CausalPiece:
     def _whole(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`_tiles`."""
         return x.flatten(2, 3)[:, :, : self.num_tokens]
-
-
-class _Rows:
-    """Rows of q or k, and their features with the constant: ``phi`` [B, H, N, D + 1]."""
-
-    def __init__(self, x: Tensor, constant: float, variant: Variant) -> None:
-        self.variant, self.x = variant, _by_head(x)
-        self.phi = self.x.new_empty(*self.x.shape[:-1], self.x.shape[-1] + 1)
-        self.phi[..., 0], hat = constant, self.phi[..., 1:]
-        if variant.qk_norm:
-            square = torch.linalg.vecdot(self.x, self.x)
-            inverse = (square + NORM_EPS).rsqrt_()
-            # 0 * infinity is NaN: a row whose |x|^2 overflows is not scaled to zero.
-            self.inverse = inverse.add_(square.mul_(0)).unsqueeze(-1)  # [B, H, N, 1]
-            torch.mul(self.x, self.inverse, out=hat)
-        else:
-            hat.copy_(self.x)
-        if variant.feature_map == "relu":
-            hat.relu_()
-        elif variant.feature_map == "softplus":
-            hat.copy_(F.softplus(hat))
-
-    def backward(self, grad: Tensor) -> Tensor:
-        """Return the gradient of the rows from that of phi without its constant [B, H, N, D]."""
-        if self.variant.feature_map == "relu":
-            grad = grad * (self.x > 0)
-        elif self.variant.feature_map == "softplus":
-            grad = grad * -torch.expm1(-self.phi[..., 1:])  # of log(1 + e^x), from its value
-        if not self.variant.qk_norm:
-            return grad
-        along = torch.linalg.vecdot(self.x, grad).unsqueeze(-1) * self.inverse.square()
-        return torch.addcmul(grad, self.x, along, value=-1).mul_(self.inverse)
-
-
-class _Keys(_Rows):
-    """A piece of k, and of v with a one appended: ``v`` [B, H, N, Dv + 1]."""
-
-    def __init__(self, k: Tensor, v: Tensor, piece: slice, variant: Variant) -> None:
-        super().__init__(k[:, piece], 1.0, variant)
-        self.v = _append(_by_head(v[:, piece]), 1.0)
-
-    def state(self) -> Tensor:
-        return self.phi.mT @ self.v
-
-
-class _Queries(_Rows):
-    """A piece of q, and how its rows are scaled.
-
-    Args:
-        num_keys: Keys in view: of the first row if causal, otherwise of every row.
-        single: Index of the rows of [B, H, N, *] whose only key's weight is set.
-    """
-
-    def __init__(
-        self,
-        q: Tensor,
-        piece: slice,
-        num_keys: float | Tensor,
-        single: Rows | None,
-        variant: Variant,
-    ) -> None:
-        super().__init__(q[:, piece], float(variant.has_constant), variant)
-        self.num_keys = num_keys
-        self.single = single
-        if single is not None:
-            self.phi[(*single, ..., slice(1, None))] = 0  # the score is the constant
-
-    def outputs(self, y: Tensor) -> Tensor:
-        """Return o [B, H, N, Dv] from numerator and denominator [B, H, N, Dv + 1]."""
-        return y[..., :-1].mul_(self._scale(y)[0])
-
-    def outputs_backward(self, grad: Tensor, y: Tensor | None) -> Tensor:
-        """Return the gradient of y; the normalised variant needs y itself."""
-        scale, unclamped = self._scale(y)
-        if y is None:
-            return _append(grad * scale, 0.0)
-        e = -(grad * y[..., :-1]).sum(-1, keepdim=True) * scale * scale * unclamped
-        return _append(grad * scale, e)
-
-    def backward(self, grad: Tensor) -> Tensor:
-        if self.single is not None:
-            grad[self.single] = 0
-        return super().backward(grad)
-
-    def _scale(self, y: Tensor | None) -> tuple[Tensor | float, Tensor | bool]:
-        """Return the factor of every row's numerator, and where its denominator is unclamped."""
-        variant, num_keys = self.variant, self.num_keys
-        if not variant.normalized and not variant.has_length_factor:
-            return variant.score_scale, True
-        if variant.causal:
-            place = torch.arange(self.x.shape[2], dtype=self.x.dtype, device=self.x.device)
-            num_keys = place.unsqueeze(-1) + num_keys
-        if variant.normalized:
-            assert y is not None
-            floor, denominator = DENOMINATOR_EPS * num_keys, y[..., -1:]
-            return denominator.clamp(min=floor).reciprocal(), denominator >= floor
-        return variant.score_scale * num_keys**-variant.length_exponent, True
 
 
 def _pieces(q: Tensor) -> list[slice]:
@@ -455,21 +394,29 @@ def _running_sum(states: Tensor, start: Tensor | None) -> Tensor:
     return torch.cat([start.unsqueeze(2), states], dim=2).cumsum(2)
 
 
-def _by_head(x: Tensor) -> Tensor:
-    """[B, N, H, D] in any dtype -> [B, H, N, D] contiguous in the computing dtype."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.transpose(1, 2).to(dtype).contiguous()
+def _center(state: Tensor) -> Tensor:
+    """Return the state [B, H, D + 1, Dv + 1] of keys minus their mean."""
+    sum_v, sum_k, num_keys = state[..., :1, :-1], state[..., 1:, -1:], state[..., :1, -1:]
+    centered = state.clone()
+    centered[..., 1:, :-1] -= sum_k * (sum_v / num_keys.clamp(min=1))
+    centered[..., 1:, -1] = 0
+    return centered
+
+
+def _center_backward(grad: Tensor, state: Tensor) -> Tensor:
+    """Return the gradient of a state from that of the centred state."""
+    mean_v, mean_k = (
+        x / state[..., :1, -1:].clamp(min=1) for x in (state[..., :1, :-1], state[..., 1:, -1:])
+    )
+    d_state, d_products = grad.clone(), grad[..., 1:, :-1]
+    d_state[..., :1, :-1] -= mean_k.mT @ d_products
+    d_state[..., 1:, -1:] = d_products @ -mean_v.mT
+    return d_state
 
 
 def _put(x: Tensor, out: Tensor) -> None:
     """Copy [B, H, N, D] into ``out`` [B, N, H, D]."""
     out.copy_(x.transpose(1, 2))
-
-
-def _append(x: Tensor, last: Tensor | float) -> Tensor:
-    out = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)
-    out[..., :-1], out[..., -1:] = x, last
-    return out
 
 
 def _masked_product(mask: Tensor, rows: Tensor, *, transposed: bool = False) -> Tensor:

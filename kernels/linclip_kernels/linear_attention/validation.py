@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linclip_kernels.linear_attention import torch_backend
 from linclip_kernels.linear_attention.quadratic_map import num_quadratic_features
+from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = [
     "Backend",
@@ -17,9 +18,12 @@ __all__ = [
     "as_boundaries",
     "cast_for_autocast",
     "check_choice",
+    "check_packed",
     "check_state",
     "check_tensors",
+    "check_variant",
     "implementation",
+    "num_sequences",
     "state_dtype",
     "takes_triton",
     "without_autocast",
@@ -59,6 +63,13 @@ def check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"{name} ({value!r}) must be one of {', '.join(get_args(choices))}")
 
 
+def check_variant(variant: Variant) -> None:
+    """Check that the formula is one of those that the operator has."""
+    check_choice("feature_map", variant.feature_map, FeatureMap)
+    if variant.centered and variant.feature_map != "affine":
+        raise ValueError(f"feature_map ({variant.feature_map!r}) must be 'affine' when centered")
+
+
 def check_tensors(*, may_be_empty: bool = False, **tensors: Tensor) -> None:
     """Check that q, k, v, or some of them, are [B, N, H, D] with the same B, N, H, dtype, device.
 
@@ -88,6 +99,20 @@ def check_tensors(*, may_be_empty: bool = False, **tensors: Tensor) -> None:
             raise ValueError(f"{name}.shape {tuple(y.shape)} {rule}")
     if x.shape[1] > MAX_TOKENS:
         raise ValueError(f"{first}.shape[1] ({x.shape[1]}) must be at most {MAX_TOKENS} tokens")
+
+
+def check_packed(qkv: Tensor) -> None:
+    """Check that q, k and v are packed as [B, N, H, 3, D]."""
+    if not isinstance(qkv, Tensor):
+        raise ValueError(f"qkv ({type(qkv).__name__}) must be a torch.Tensor")
+    if qkv.dim() != 5 or qkv.shape[3] != 3 or 0 in qkv.shape:
+        raise ValueError(f"qkv.shape {tuple(qkv.shape)} must be [B, N, H, 3, D], no axis empty")
+    check_tensors(qkv=qkv.select(3, 0))
+
+
+def num_sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return the number of sequences in q [B, N, H, D]."""
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def as_boundaries(cu_seqlens: Tensor | Sequence[int] | None, q: Tensor) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-__all__ = ["DENOMINATOR_EPS", "NORM_EPS", "Variant"]
+__all__ = ["DENOMINATOR_EPS", "NORM_EPS", "VARIANT_SCHEMA", "Variant"]
 
 #: Added to |q|^2 and |k|^2 before the inverse square root.
 NORM_EPS = 1e-6
@@ -29,8 +29,11 @@ class Variant(NamedTuple):
 
     @property
     def fixes_single_key(self) -> bool:
-        """Whether the weight of a row's only key, score / score, is set to 1: 1 + q.k may be 0."""
-        return self.feature_map == "affine" and (self.normalized or self.centered)
+        """Whether a row's only key has the score 1, whatever q and k are.
+
+        1 + q.k may be 0, and its weight is score / score; a centred score of one key is 1.
+        """
+        return (self.normalized or self.centered) and self.feature_map == "affine"
 
     @property
     def has_length_factor(self) -> bool:
@@ -41,3 +44,15 @@ class Variant(NamedTuple):
     def has_inverse_length(self) -> bool:
         """Whether rows are divided by their number of keys."""
         return not self.normalized and self.length_exponent == 1
+
+    def without_known_sums(self) -> "Variant":
+        """Return the same variant without a division by sums of centred scores: n of n keys."""
+        if not (self.centered and self.normalized):
+            return self
+        return self._replace(normalized=False, score_scale=1.0, length_exponent=1.0)
+
+
+#: The fields as arguments of an operator of torch, "bool causal, ...".
+VARIANT_SCHEMA = ", ".join(
+    f"{kind.__name__} {name}" for name, kind in Variant.__annotations__.items()
+)

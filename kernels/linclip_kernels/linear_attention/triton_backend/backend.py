@@ -4,9 +4,6 @@ Every column of v is a problem of its own once the scores are known. Values wide
 state are computed block by block; the shares of dq and dk are added in float32.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -77,7 +74,8 @@ def backward(
     state: Tensor | None,
     grad: Tensor | None,
     grad_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> Tensor | None:
     """Compute the gradients of q, k, v and the initial state.
 
     Args:
@@ -85,28 +83,29 @@ def backward(
         state: The state that the forward has returned, or None.
         grad: The gradient of o [B, N, H, Dv]; None: zero.
         grad_state: The gradient of the state [S, H, D + 1, Dv + 1]; None: zero.
+        gradients: Receive dq and dk [B, N, H, D] and dv [B, N, H, Dv], with any strides.
 
     Returns:
-        dq and dk [B, N, H, D], dv [B, N, H, Dv], and [S, H, D + 1, Dv + 1] or None.
+        The gradient of the initial state, [S, H, D + 1, Dv + 1], or None.
     """
     plans = causal if variant.causal else bidirectional
     grad = torch.zeros_like(v) if grad is None else grad
     blocks = _value_blocks(q, v.shape[-1])
-    d_q, d_k = _GradientSum(q, blocks), _GradientSum(k, blocks)
-    d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    d_q, d_k = (_GradientSum(out, blocks) for out in gradients[:2])
+    d_v = gradients[2]
     d_states: list[Tensor] = []
     for columns in blocks:
         call = _call(q, k, v, initial, boundaries, variant, columns, backward=True)
         kept = None if state is None else _columns(state, columns)
         end = None if grad_state is None else _gradient_columns(grad_state, columns)
-        with d_q.share() as d_q_share, d_k.share() as d_k_share:
-            gradients = d_q_share, d_k_share, d_v[..., columns]
-            d_state, launches = plans.plan_backward(call, kept, grad[..., columns], end, gradients)
-            run(launches, q.device)
+        shares = d_q.share(), d_k.share(), d_v[..., columns]
+        d_state, launches = plans.plan_backward(call, kept, grad[..., columns], end, shares)
+        run(launches, q.device)
         if d_state is not None:
             d_states.append(d_state)
-    d_initial = None if initial is None else _join_gradients(d_states)
-    return d_q.sum(), d_k.sum(), d_v, d_initial
+    d_q.write()
+    d_k.write()
+    return None if initial is None else _join_gradients(d_states)
 
 
 def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
@@ -129,14 +128,15 @@ def sum_keys_backward(
     if k.shape[1] == 0:
         return k.new_empty(k.shape), v.new_empty(v.shape)
     blocks = _value_blocks(k, v.shape[-1])
-    d_k, d_v = _GradientSum(k, blocks), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    d_k_sum = _GradientSum(d_k, blocks)
     for columns in blocks:
         call = _call(None, k, v, None, None, variant, columns, backward=True)
         end = _gradient_columns(grad_state, columns)
-        with d_k.share() as share:
-            launch = bidirectional.plan_state_backward(call, end, share, d_v[..., columns])
-            run([launch], k.device)
-    return d_k.sum(), d_v
+        launch = bidirectional.plan_state_backward(call, end, d_k_sum.share(), d_v[..., columns])
+        run([launch], k.device)
+    d_k_sum.write()
+    return d_k, d_v
 
 
 def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
@@ -157,33 +157,46 @@ def apply_state_backward(
     if q.shape[1] == 0:
         return q.new_empty(q.shape), state.new_zeros(state.shape)
     blocks = _value_blocks(q, grad.shape[-1])
-    d_q, d_states = _GradientSum(q, blocks), []
+    d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    d_q_sum, d_states = _GradientSum(d_q, blocks), []
     for columns in blocks:
         call = _query_call(q, state, variant, columns, backward=True)
         d_states.append(call.partition.empty_states(q.shape[0]))
-        with d_q.share() as share:
-            tensors = _columns(state, columns), grad[..., columns], share, d_states[-1]
-            run(bidirectional.plan_apply_backward(call, *tensors), q.device)
-    return d_q.sum(), _join_gradients(d_states)
+        tensors = _columns(state, columns), grad[..., columns], d_q_sum.share(), d_states[-1]
+        run(bidirectional.plan_apply_backward(call, *tensors), q.device)
+    d_q_sum.write()
+    return d_q, _join_gradients(d_states)
 
 
 class _GradientSum:
-    """A gradient of q or k to which every block of values adds; in float32 if there are several."""
+    """A gradient of q or k to which every block of values adds; in float32 if there are several.
 
-    def __init__(self, x: Tensor, blocks: list[slice]) -> None:
-        self.x, self.dtype = x, x.dtype if len(blocks) == 1 else torch.float32
-        self.total: Tensor | None = None
+    Args:
+        out: Receives the gradient, that of a single block without a copy.
+        blocks: The blocks of values.
+    """
 
-    @contextmanager
-    def share(self) -> Iterator[Tensor]:
-        """Give an empty tensor, to be filled with one block's share, and add it at the end."""
-        share = torch.empty(self.x.shape, dtype=self.dtype, device=self.x.device)
-        yield share
-        self.total = share if self.total is None else self.total.add_(share)
+    def __init__(self, out: Tensor, blocks: list[slice]) -> None:
+        self.out, self.is_single = out, len(blocks) == 1
+        self.shares: list[Tensor] = []
 
-    def sum(self) -> Tensor:
-        assert self.total is not None
-        return self.total.to(self.x.dtype)
+    def share(self) -> Tensor:
+        """Return an empty tensor, to be filled with one block's share."""
+        if self.is_single:
+            return self.out
+        self._add()
+        self.shares.append(torch.empty(self.out.shape, device=self.out.device))
+        return self.shares[-1]
+
+    def write(self) -> None:
+        """Write the sum of all shares."""
+        self._add()
+        if self.shares:
+            self.out.copy_(self.shares[0])
+
+    def _add(self) -> None:
+        if len(self.shares) == 2:
+            self.shares[0].add_(self.shares.pop())
 
 
 def _call(
@@ -208,11 +221,10 @@ def _query_call(
     """Return the call of queries that see a given state."""
     value_dim = columns.stop - columns.start
     partition = partition_tokens(q, value_dim, variant, backward=backward)
-    factors = None
-    if variant.has_length_factor:
-        num_keys = state[:, 0, 0, -1:].double()  # [B, 1]
-        factors = _factors(num_keys, partition)
-    return Call(q, None, None, None, partition, RowFactor(float(variant.score_scale), float(variant.qk_scale), factors))
+    factor = RowFactor(float(variant.score_scale), float(variant.qk_scale), None)
+    if variant.has_length_factor and not variant.has_inverse_length:
+        factor = factor._replace(p_table=_table(state[:, 0, 0, -1:].double(), partition))
+    return Call(q, None, None, None, partition, factor)
 
 
 def _value_blocks(q: Tensor, value_dim: int) -> list[slice]:
@@ -252,30 +264,31 @@ def _join_gradients(states: list[Tensor]) -> Tensor:
 
 
 def _row_factor(initial: Tensor | None, partition: Partition) -> RowFactor:
-    """Return the factor of the rows of an unnormalised variant."""
+    """Return the factor of the rows of an unnormalised variant.
+
+    Kernels divide by the number of keys themselves; other powers of it come from here.
+    """
     variant, boundaries = partition.variant, partition.boundaries
-    if not variant.has_length_factor:
-        return RowFactor(float(variant.score_scale), float(variant.qk_scale), None)
-    if not variant.causal and initial is None and boundaries is None:
-        length_factor = partition.num_tokens**-variant.length_exponent
-        return RowFactor(variant.score_scale * length_factor, float(variant.qk_scale), None)
-    place = torch.arange(partition.num_tokens, dtype=torch.float64, device=partition.device)
-    if boundaries is None:
-        num_keys = (place + 1 if variant.causal else 0 * place + partition.num_tokens).view(1, -1)
-        if initial is not None:
-            num_keys = num_keys + initial[:, 0, 0, -1:]
-    else:
-        starts = partition.to_device(boundaries)
-        lengths, size = starts.diff(), partition.num_tokens
-        first = (starts[:-1] - 1 if variant.causal else -lengths).double()
-        if initial is not None:
-            first = first - initial[:, 0, 0, -1]
-        num_keys = -first.repeat_interleave(lengths, output_size=size)
-        num_keys = (num_keys + place if variant.causal else num_keys).view(1, -1)
-    return RowFactor(float(variant.score_scale), float(variant.qk_scale), _factors(num_keys, partition))
+    factor = RowFactor(float(variant.score_scale), float(variant.qk_scale), None)
+    if not variant.has_length_factor or variant.has_inverse_length:
+        return factor
+    starts = partition.to_device(boundaries or [0, partition.num_tokens]).double()
+    num_keys = starts.diff().view(-1, 1)  # [S or 1, 1]
+    if initial is not None:
+        num_keys = num_keys + initial[:, 0, 0, -1:]
+    if variant.causal:
+        place = torch.arange(partition.num_tokens, dtype=torch.float64, device=partition.device)
+        before = starts[:-1].view(-1, 1) if initial is None else starts[:-1].view(-1, 1) - initial[:, 0, 0, -1:]
+        if boundaries is not None:
+            lengths = starts.diff().long()
+            before = before.repeat_interleave(lengths, dim=0, output_size=partition.num_tokens).mT
+        num_keys = place + 1 - before  # [B or 1, N]
+    return factor._replace(p_table=_table(num_keys, partition))
 
 
-def _factors(num_keys: Tensor, partition: Partition) -> Tensor:
-    """Return the length factors [B, N] of rows with so many keys in view [B or 1, N or 1]."""
+def _table(num_keys: Tensor, partition: Partition) -> Tensor:
+    """Return the length factors for so many keys: of every sequence, or of every row if causal."""
     factors = (num_keys**-partition.variant.length_exponent).float()
-    return factors.expand(partition.batch, partition.num_tokens).contiguous()
+    rows = partition.num_tokens if partition.variant.causal else 1
+    sequences = partition.batch if partition.variant.causal else partition.num_sequences
+    return factors.expand(sequences, rows).contiguous()
