@@ -55,7 +55,7 @@ def forward(
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     states: list[Tensor] = []
     for columns in _value_blocks(q, v.shape[-1]):
-        call = _call(q, k, v, initial, boundaries, variant, columns, backward=False)
+        call = _call(q, k, v, initial, boundaries, variant, columns)
         partition, state = call.partition, None
         if return_state:
             state = partition.empty_states(partition.num_sequences)
@@ -95,7 +95,7 @@ def backward(
     d_v = gradients[2]
     d_states: list[Tensor] = []
     for columns in blocks:
-        call = _call(q, k, v, initial, boundaries, variant, columns, backward=True)
+        call = _call(q, k, v, initial, boundaries, variant, columns)
         kept = None if state is None else _columns(state, columns)
         end = None if grad_state is None else _gradient_columns(grad_state, columns)
         shares = d_q.share(), d_k.share(), d_v[..., columns]
@@ -115,7 +115,7 @@ def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
         return k.new_zeros(batch, heads, key_dim + 1, v.shape[-1] + 1, dtype=torch.float32)
     states: list[Tensor] = []
     for columns in _value_blocks(k, v.shape[-1]):
-        call = _call(None, k, v, None, None, variant, columns, backward=False)
+        call = _call(None, k, v, None, None, variant, columns)
         states.append(call.partition.empty_states(batch))
         run(bidirectional.plan_state(call, states[-1]), k.device)
     return _join(states)
@@ -131,7 +131,7 @@ def sum_keys_backward(
     d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     d_k_sum = _GradientSum(d_k, blocks)
     for columns in blocks:
-        call = _call(None, k, v, None, None, variant, columns, backward=True)
+        call = _call(None, k, v, None, None, variant, columns)
         end = _gradient_columns(grad_state, columns)
         launch = bidirectional.plan_state_backward(call, end, d_k_sum.share(), d_v[..., columns])
         run([launch], k.device)
@@ -145,7 +145,7 @@ def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
     if q.shape[1] == 0:
         return out
     for columns in _value_blocks(q, out.shape[-1]):
-        call = _query_call(q, state, variant, columns, backward=False)
+        call = _query_call(q, state, variant, columns)
         run([bidirectional.plan_apply(call, _columns(state, columns), out[..., columns])], q.device)
     return out
 
@@ -160,7 +160,7 @@ def apply_state_backward(
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_q_sum, d_states = _GradientSum(d_q, blocks), []
     for columns in blocks:
-        call = _query_call(q, state, variant, columns, backward=True)
+        call = _query_call(q, state, variant, columns)
         d_states.append(call.partition.empty_states(q.shape[0]))
         tensors = _columns(state, columns), grad[..., columns], d_q_sum.share(), d_states[-1]
         run(bidirectional.plan_apply_backward(call, *tensors), q.device)
@@ -207,20 +207,18 @@ def _call(
     boundaries: list[int] | None,
     variant: Variant,
     columns: slice,
-    *,
-    backward: bool,
 ) -> Call:
     v, initial = v[..., columns], None if initial is None else _columns(initial, columns)
-    partition = partition_tokens(k, v.shape[-1], variant, boundaries, backward=backward)
+    partition = partition_tokens(k, v.shape[-1], variant, boundaries)
     return Call(q, k, v, initial, partition, _row_factor(initial, partition))
 
 
 def _query_call(
-    q: Tensor, state: Tensor, variant: Variant, columns: slice, *, backward: bool
+    q: Tensor, state: Tensor, variant: Variant, columns: slice
 ) -> Call:
     """Return the call of queries that see a given state."""
     value_dim = columns.stop - columns.start
-    partition = partition_tokens(q, value_dim, variant, backward=backward)
+    partition = partition_tokens(q, value_dim, variant)
     factor = RowFactor(float(variant.score_scale), float(variant.qk_scale), None)
     if variant.has_length_factor and not variant.has_inverse_length:
         factor = factor._replace(p_table=_table(state[:, 0, 0, -1:].double(), partition))

@@ -151,7 +151,8 @@ def _launch_backward(
     k, v = (None, None) if d_k is None else (call.k, call.v)
     tensors = views(q=q, k=k, v=v, do=grad, dq=d_q, dk=d_k, dv=d_v)
     states = {"p_state": state, "p_dstate": d_state}
-    return call.partition.launch(_backward_kernel, tensors | states | call.arguments)
+    arguments = tensors | states | call.arguments
+    return call.partition.launch(_backward_kernel, arguments, num_stages=3)
 
 
 @triton.jit

@@ -269,7 +269,7 @@ def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: t
         if META.NORMALIZED or META.QK_NORM:
             b_au = tl.sum(b_a.to(tl.float32) * b_u, axis=1)
         if META.NORMALIZED or META.CENTERED:
-            b_zs = dot(seen.to(b_phi.dtype), b_phi, META) + b_z[None, :]
+            b_zs = dot(narrow(seen.to(tl.float32), b_phi.dtype), b_phi, META) + b_z[None, :]
             b_az = tl.sum(b_a.to(tl.float32) * b_zs, axis=1)
             b_sum = b_factor * b_az
             b_constant = 1.0 - b_sum / b_num_keys
@@ -357,7 +357,7 @@ def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: 
         b_dv = dot_halves(b_a, b_high, b_low, META)
         b_dv = (b_dv + dot(narrow(b_x, dtype), b_g, META)) * b_factor[:, None]
         if META.HAS_CONSTANT:
-            b_dv += dot(seen.to(b_gc.dtype), b_gc, META) + b_dw[None, :]
+            b_dv += dot(narrow(seen.to(tl.float32), b_gc.dtype), b_gc, META) + b_dw[None, :]
         store_tile(dv, b_dv, i_n, end, META.DV, META.BLOCK_DV)
 
         b_p = dot(b_v, tl.trans(b_g), META)  # [BLOCK_N, BLOCK_N]

@@ -22,10 +22,12 @@ __all__ = [
     "run",
 ]
 
-#: Tokens of one part. The upper bound limits how many terms a single accumulator adds up.
-MIN_PART, MAX_PART = 512, 4096
-#: Tokens of a causal part: within it the cost is quadratic, between parts there are states to move.
-CAUSAL_PART = 256
+#: Tokens of one part. The upper bound, twice as high for bfloat16, limits how many terms a single
+#: accumulator adds up.
+MIN_PART, MAX_PART = 256, 4096
+#: Programs that a multiprocessor holds at least, and how many tokens of a part cost a program as
+#: much as a state that it reads or writes.
+PROGRAMS_PER_SM, TOKENS_OF_STATE = 2, 32
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class Partition:
             FP32_DOT="ieee" if self.chip.is_amd else "tf32x3",  # AMD has no three TF32 products
         )
 
-    def launch(self, kernel: Any, arguments: dict[str, Any]) -> Launch:
+    def launch(self, kernel: Any, arguments: dict[str, Any], num_stages: int = 2) -> Launch:
         """Return the launch of a kernel over tokens, one program per part and head."""
         common = {
             "schedule": Schedule(self.table, self.heads),
@@ -212,7 +214,7 @@ class Partition:
         }
         grid = (sum(self.parts_of_sequences) * self.heads,)
         # Triton 3.6 cannot compile the pipelined loops of the causal kernels for AMD.
-        num_stages = 1 if self.chip.is_amd else 2
+        num_stages = 1 if self.chip.is_amd else num_stages
         return Launch(kernel, grid, arguments | common, self.num_warps, num_stages)
 
 
@@ -258,26 +260,47 @@ def max_value_block(q: Tensor, chip: Chip | None = None) -> int:
     return min(128, max(16, room // block_key))
 
 
+def tokens_per_part(num_tokens: int, num_heads: int, num_sms: int, most: int) -> int:
+    """Return how many tokens one program works on, of which it has 256 to ``most``.
+
+    Multiprocessors hold at least two programs each, so that work is done in waves of twice their
+    number. Chosen is what costs least: waves times the tokens of a part, where a sequence in several
+    parts pays for the states between them.
+
+    Args:
+        num_tokens: N.
+        num_heads: Heads of all sequences together.
+        num_sms: Multiprocessors of the chip.
+        most: Largest part.
+    """
+    at_once = PROGRAMS_PER_SM * num_sms
+    fewest = -(-num_tokens // most)
+    # More than eight waves are not worth any more states.
+    highest = max(fewest, min(num_tokens // MIN_PART, fewest + -(-8 * at_once // num_heads)))
+
+    def cost(num_parts: int) -> int:
+        waves = -(-num_parts * num_heads // at_once)
+        states = 1 if num_parts == 1 else 3
+        return waves * (-(-num_tokens // num_parts) + states * TOKENS_OF_STATE)
+
+    return -(-num_tokens // min(range(fewest, highest + 1), key=cost))
+
+
 def partition_tokens(
     q: Tensor,
     value_dim: int,
     variant: Variant,
     boundaries: list[int] | None = None,
     *,
-    backward: bool,
     chip: Chip | None = None,
 ) -> Partition:
     """Choose parts and blocks from (B, H, N, D), the dtype and the chip.
-
-    Bidirectional: one part per sequence if that gives about four programs per multiprocessor;
-    otherwise as many parts as reach that number, of 512 to 4096 tokens each. Causal: parts of 256.
 
     Args:
         q: Queries or keys, [B, N, H, D].
         value_dim: Width of the values, at most :func:`max_value_block`.
         variant: The variant to compute.
         boundaries: Boundaries of the sequences; None: B sequences of N tokens.
-        backward: Whether to partition the backward, which needs more registers.
         chip: The GPU to partition for; None: that of q.
     """
     chip = chip or Chip.of(q.device)
@@ -285,15 +308,13 @@ def partition_tokens(
     block_key, block_value = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
     # The largest blocks whose tiles and states fit into registers, as resources.py reports them.
     words = max(block_key, block_value) * (1 if q.dtype == torch.bfloat16 else 2)
-    import os
-    block_tokens = int(os.environ.get('BN','64'))
-    block_tokens = max(16, min(block_tokens, block_tokens * 64 // words))
-    needs_more = variant.normalized and not variant.causal and not chip.is_large
-    if backward and (needs_more or variant.feature_map in ("relu", "softplus")):
-        block_tokens = 16
-    parts_per_batch = triton.cdiv(4 * chip.num_sms, batch * heads)
-    part = min(max(triton.cdiv(num_tokens, parts_per_batch), MIN_PART), MAX_PART)
-    part = CAUSAL_PART if variant.causal else part
+    block_tokens = 64 if words <= (64 if variant.causal else 128) else 4096 // words
+    if not chip.is_large:
+        smaller = variant.causal or variant.normalized
+        block_tokens = min(block_tokens, (2048 if smaller else 4096) // words)
+    block_tokens = max(16, block_tokens)
+    most = MAX_PART * (2 if q.dtype == torch.bfloat16 else 1)
+    part = tokens_per_part(num_tokens, batch * heads, chip.num_sms, most)
     return Partition(
         variant=variant,
         batch=batch,

@@ -262,10 +262,10 @@ def as_columns(x, dtype: tl.constexpr):
     """
     i = tl.arange(0, 16)[None, :]
     if dtype == tl.bfloat16:
-        high, _middle = halves(x, dtype)
-        middle, low = halves(x - high.to(tl.float32), dtype)
-        tail = tl.where(i == 1, middle[:, None], tl.where(i == 2, low[:, None], 0.0))
-        return tl.where(i == 0, high[:, None], tail).to(dtype)
+        high = narrow(x, dtype).to(tl.float32)
+        middle = narrow(x - high, dtype).to(tl.float32)
+        tail = tl.where(i == 1, middle[:, None], tl.where(i == 2, (x - high - middle)[:, None], 0.0))
+        return narrow(tl.where(i == 0, high[:, None], tail), dtype)
     else:
         return tl.where(i == 0, x[:, None], 0.0)
 
@@ -275,7 +275,7 @@ def column_sums(b_x, b_factor, META: tl.constexpr):
     """Return [D, 16] whose columns add up to the sum over rows of b_x * b_factor[:, None]; without
     a factor that of b_x. The matrix unit computes it, from the tile as it lies in shared memory."""
     if b_factor is None:
-        b_ones = tl.full([b_x.shape[0], 16], 0.0625, b_x.dtype)
+        b_ones = narrow(tl.full([b_x.shape[0], 16], 0.0625, tl.float32), b_x.dtype)
         return dot(tl.trans(b_x), b_ones, META)
     else:
         return dot(tl.trans(b_x), as_columns(b_factor, b_x.dtype), META)

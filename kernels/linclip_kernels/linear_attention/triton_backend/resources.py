@@ -80,13 +80,11 @@ class Case:
         v = v[..., : max_value_block(q, chip)]
         plans, variant = causal if self.variant.causal else bidirectional, self.variant
         out, gradients = torch.empty_like(v), tuple(map(torch.empty_like, (q, k, v)))
-        partition = partition_tokens(q, v.shape[-1], variant, backward=False, chip=chip)
+        partition = partition_tokens(q, v.shape[-1], variant, chip=chip)
         call = Call(q, k, v, None, partition, RowFactor(0.5, 1.0, None))
         keeps_state = not variant.causal and self.num_tokens >= 8 * self.dim
         state = partition.empty_states(1) if keeps_state else None
         forward = plans.plan_forward(call, out, state)
-        partition = partition_tokens(q, v.shape[-1], variant, backward=True, chip=chip)
-        call = call._replace(partition=partition)
         _, backward = plans.plan_backward(call, state, out, None, gradients)
         return forward + backward
 
