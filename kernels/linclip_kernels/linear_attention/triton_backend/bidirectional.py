@@ -258,12 +258,14 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
             b_dphi = b_u * b_scale[:, None] + b_e[:, None] * b_z[None, :]
             b_along = b_along * b_scale + b_e * b_az
             b_dzs += column_sums(b_a, b_factor * b_e, META)
-            b_dws += column_sums(b_do, b_scale, META)
+            if META.HAS_CONSTANT:
+                b_dws += column_sums(b_do, b_scale, META)
             b_g = narrow(b_do.to(tl.float32) * (b_factor * b_scale)[:, None], dtype)
         else:
             b_dphi = b_u * scale
             b_along *= scale
-            b_dws += column_sums(b_do, None, META)
+            if META.HAS_CONSTANT:
+                b_dws += column_sums(b_do, None, META)
             b_g = scaled_features(b_do, b_factor, META)
         b_dq = features_backward(b_dphi, b_q, b_inverse, b_along, META)
         store_tile(dq, b_dq * factor.qk_scale, i_n, place.end, META.D, META.BLOCK_D)
