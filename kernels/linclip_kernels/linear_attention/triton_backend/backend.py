@@ -2,10 +2,11 @@
 
 Every column of v is a problem of its own once the scores are known. Values wider than one program's
 state are computed block by block; the shares of dq and dk are added in float32.
+
+The functions named ``_plan_*`` describe the launches of one block, for :mod:`replay`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,12 +14,14 @@ from torch import Tensor
 from linclip_kernels.linear_attention.triton_backend import bidirectional, causal
 from linclip_kernels.linear_attention.triton_backend.partition import (
     Call,
-    Partition,
+    Chip,
+    Launch,
     RowFactor,
     max_value_block,
     partition_tokens,
-    run,
+    to_device,
 )
+from linclip_kernels.linear_attention.triton_backend.replay import launch
 from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = [
@@ -54,17 +57,34 @@ def forward(
     Returns:
         o [B, N, H, Dv] in v.dtype, and the state [S, H, D + 1, Dv + 1] or None.
     """
-    plans = causal if variant.causal else bidirectional
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    states: list[Tensor] = []
+    factors = _length_factors(q, initial, boundaries, variant)
+    states = []
     for columns in _value_blocks(q, v.shape[-1]):
-        call = _call(q, k, v, initial, boundaries, variant, columns, backward=False)
-        partition, state = call.partition, None
-        if return_state:
-            state = partition.empty_states(partition.num_sequences)
-            states.append(state)
-        run(plans.plan_forward(call, out[..., columns], state), q.device)
+        start = None if initial is None else _columns(initial, columns)
+        tensors = q, k, _block(v, columns), start, factors, _block(out, columns)
+        states.append(launch(_plan_forward, tensors, variant, return_state, boundaries=boundaries))
     return out, _join(states) if return_state else None
+
+
+def _plan_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    factors: Tensor | None,
+    out: Tensor,
+    variant: Variant,
+    return_state: bool,
+    *,
+    boundaries: list[int] | None,
+    chip: Chip,
+) -> tuple[Tensor | None, list[Launch]]:
+    plans = causal if variant.causal else bidirectional
+    partition = partition_tokens(k, v.shape[-1], variant, boundaries, backward=False, chip=chip)
+    call = Call(q, k, v, initial, partition, _row_factor(k, factors, variant))
+    state = partition.empty_states(partition.num_sequences) if return_state else None
+    return state, plans.plan_forward(call, out, state)
 
 
 def backward(
@@ -89,24 +109,46 @@ def backward(
     Returns:
         dq and dk [B, N, H, D], dv [B, N, H, Dv], and [S, H, D + 1, Dv + 1] or None.
     """
-    plans = causal if variant.causal else bidirectional
     grad = torch.zeros_like(v) if grad is None else grad
     blocks = _value_blocks(q, v.shape[-1])
     d_q, d_k = _GradientSum(q, blocks), _GradientSum(k, blocks)
     d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    d_states: list[Tensor] = []
+    factors = _length_factors(q, initial, boundaries, variant)
+    d_states = []
     for columns in blocks:
-        call = _call(q, k, v, initial, boundaries, variant, columns, backward=True)
+        start = None if initial is None else _columns(initial, columns)
         kept = None if state is None else _columns(state, columns)
         end = None if grad_state is None else _gradient_columns(grad_state, columns)
-        with d_q.share() as d_q_share, d_k.share() as d_k_share:
-            gradients = d_q_share, d_k_share, d_v[..., columns]
-            d_state, launches = plans.plan_backward(call, kept, grad[..., columns], end, gradients)
-            run(launches, q.device)
-        if d_state is not None:
-            d_states.append(d_state)
+        tensors = (
+            *(q, k, _block(v, columns), start, factors, kept, _block(grad, columns), end),
+            *(d_q.share(), d_k.share(), _block(d_v, columns)),
+        )
+        d_states.append(launch(_plan_backward, tensors, variant, boundaries=boundaries))
     d_initial = None if initial is None else _join_gradients(d_states)
     return d_q.sum(), d_k.sum(), d_v, d_initial
+
+
+def _plan_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    factors: Tensor | None,
+    state: Tensor | None,
+    grad: Tensor,
+    grad_state: Tensor | None,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    variant: Variant,
+    *,
+    boundaries: list[int] | None,
+    chip: Chip,
+) -> tuple[Tensor | None, list[Launch]]:
+    plans = causal if variant.causal else bidirectional
+    partition = partition_tokens(k, v.shape[-1], variant, boundaries, backward=True, chip=chip)
+    call = Call(q, k, v, initial, partition, _row_factor(k, factors, variant))
+    return plans.plan_backward(call, state, grad, grad_state, (d_q, d_k, d_v))
 
 
 def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
@@ -114,12 +156,17 @@ def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
     batch, num_tokens, heads, key_dim = k.shape
     if num_tokens == 0:
         return k.new_zeros(batch, heads, key_dim + 1, v.shape[-1] + 1, dtype=torch.float32)
-    states: list[Tensor] = []
-    for columns in _value_blocks(k, v.shape[-1]):
-        call = _call(None, k, v, None, None, variant, columns, backward=False)
-        states.append(call.partition.empty_states(batch))
-        run(bidirectional.plan_state(call, states[-1]), k.device)
-    return _join(states)
+    blocks = _value_blocks(k, v.shape[-1])
+    return _join([launch(_plan_sum, (k, _block(v, columns)), variant) for columns in blocks])
+
+
+def _plan_sum(
+    k: Tensor, v: Tensor, variant: Variant, *, boundaries: None, chip: Chip
+) -> tuple[Tensor, list[Launch]]:
+    partition = partition_tokens(k, v.shape[-1], variant, boundaries, backward=False, chip=chip)
+    state = partition.empty_states(partition.num_sequences)
+    call = Call(None, k, v, None, partition, _row_factor(k, None, variant))
+    return state, bidirectional.plan_state(call, state)
 
 
 def sum_keys_backward(
@@ -131,12 +178,26 @@ def sum_keys_backward(
     blocks = _value_blocks(k, v.shape[-1])
     d_k, d_v = _GradientSum(k, blocks), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for columns in blocks:
-        call = _call(None, k, v, None, None, variant, columns, backward=True)
         end = _gradient_columns(grad_state, columns)
-        with d_k.share() as share:
-            launch = bidirectional.plan_state_backward(call, end, share, d_v[..., columns])
-            run([launch], k.device)
+        tensors = k, _block(v, columns), end, d_k.share(), _block(d_v, columns)
+        launch(_plan_sum_backward, tensors, variant)
     return d_k.sum(), d_v
+
+
+def _plan_sum_backward(
+    k: Tensor,
+    v: Tensor,
+    grad_state: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    variant: Variant,
+    *,
+    boundaries: None,
+    chip: Chip,
+) -> tuple[None, list[Launch]]:
+    partition = partition_tokens(k, v.shape[-1], variant, boundaries, backward=True, chip=chip)
+    call = Call(None, k, v, None, partition, _row_factor(k, None, variant))
+    return None, [bidirectional.plan_state_backward(call, grad_state, d_k, d_v)]
 
 
 def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
@@ -144,10 +205,26 @@ def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
     out = torch.empty(*q.shape[:-1], state.shape[-1] - 1, dtype=q.dtype, device=q.device)
     if q.shape[1] == 0:
         return out
+    factors = _state_factors(q, state, variant)
     for columns in _value_blocks(q, out.shape[-1]):
-        call = _query_call(q, state, variant, columns, backward=False)
-        run([bidirectional.plan_apply(call, _columns(state, columns), out[..., columns])], q.device)
+        tensors = q, _columns(state, columns), factors, _block(out, columns)
+        launch(_plan_apply, tensors, variant)
     return out
+
+
+def _plan_apply(
+    q: Tensor,
+    state: Tensor,
+    factors: Tensor | None,
+    out: Tensor,
+    variant: Variant,
+    *,
+    boundaries: None,
+    chip: Chip,
+) -> tuple[None, list[Launch]]:
+    partition = partition_tokens(q, out.shape[-1], variant, boundaries, backward=False, chip=chip)
+    call = Call(q, None, None, None, partition, _row_factor(q, factors, variant))
+    return None, [bidirectional.plan_apply(call, state, out)]
 
 
 def apply_state_backward(
@@ -157,14 +234,29 @@ def apply_state_backward(
     if q.shape[1] == 0:
         return q.new_empty(q.shape), state.new_zeros(state.shape)
     blocks = _value_blocks(q, grad.shape[-1])
+    factors = _state_factors(q, state, variant)
     d_q, d_states = _GradientSum(q, blocks), []
     for columns in blocks:
-        call = _query_call(q, state, variant, columns, backward=True)
-        d_states.append(call.partition.empty_states(q.shape[0]))
-        with d_q.share() as share:
-            tensors = _columns(state, columns), grad[..., columns], share, d_states[-1]
-            run(bidirectional.plan_apply_backward(call, *tensors), q.device)
+        tensors = q, _columns(state, columns), factors, _block(grad, columns), d_q.share()
+        d_states.append(launch(_plan_apply_backward, tensors, variant))
     return d_q.sum(), _join_gradients(d_states)
+
+
+def _plan_apply_backward(
+    q: Tensor,
+    state: Tensor,
+    factors: Tensor | None,
+    grad: Tensor,
+    d_q: Tensor,
+    variant: Variant,
+    *,
+    boundaries: None,
+    chip: Chip,
+) -> tuple[Tensor, list[Launch]]:
+    partition = partition_tokens(q, grad.shape[-1], variant, boundaries, backward=True, chip=chip)
+    call = Call(q, None, None, None, partition, _row_factor(q, factors, variant))
+    d_state = partition.empty_states(partition.num_sequences)
+    return d_state, bidirectional.plan_apply_backward(call, state, grad, d_q, d_state)
 
 
 class _GradientSum:
@@ -172,52 +264,38 @@ class _GradientSum:
 
     def __init__(self, x: Tensor, blocks: list[slice]) -> None:
         self.x, self.dtype = x, x.dtype if len(blocks) == 1 else torch.float32
-        self.total: Tensor | None = None
+        self.shares: list[Tensor] = []
 
-    @contextmanager
-    def share(self) -> Iterator[Tensor]:
-        """Give an empty tensor, to be filled with one block's share, and add it at the end."""
-        share = torch.empty(self.x.shape, dtype=self.dtype, device=self.x.device)
-        yield share
-        self.total = share if self.total is None else self.total.add_(share)
+    def share(self) -> Tensor:
+        """Return an empty tensor, to be filled with one block's share."""
+        self._add()
+        self.shares.append(torch.empty(self.x.shape, dtype=self.dtype, device=self.x.device))
+        return self.shares[-1]
 
     def sum(self) -> Tensor:
-        assert self.total is not None
-        return self.total.to(self.x.dtype)
+        """Return the sum of all shares in the dtype of x."""
+        self._add()
+        return self.shares[0].to(self.x.dtype)
+
+    def _add(self) -> None:
+        if len(self.shares) == 2:
+            self.shares[0].add_(self.shares.pop())
 
 
-def _call(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    boundaries: list[int] | None,
-    variant: Variant,
-    columns: slice,
-    *,
-    backward: bool,
-) -> Call:
-    v, initial = v[..., columns], None if initial is None else _columns(initial, columns)
-    partition = partition_tokens(k, v.shape[-1], variant, boundaries, backward=backward)
-    return Call(q, k, v, initial, partition, _row_factor(initial, partition))
+def _value_blocks(x: Tensor, value_dim: int) -> list[slice]:
+    return _blocks(x.shape[-1], value_dim, x.dtype, x.device)
 
 
-def _query_call(
-    q: Tensor, state: Tensor, variant: Variant, columns: slice, *, backward: bool
-) -> Call:
-    """Return the call of queries that see a given state."""
-    value_dim = columns.stop - columns.start
-    partition = partition_tokens(q, value_dim, variant, backward=backward)
-    factors = None
-    if variant.has_length_factor:
-        num_keys = state[:, 0, 0, -1:].double()  # [B, 1]
-        factors = _factors(num_keys, partition)
-    return Call(q, None, None, None, partition, RowFactor(float(variant.score_scale), factors))
-
-
-def _value_blocks(q: Tensor, value_dim: int) -> list[slice]:
-    block = max_value_block(q)
+@lru_cache
+def _blocks(key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
+    keys = torch.empty(key_dim, dtype=dtype, device="meta")
+    block = max_value_block(keys, Chip.of(device))
     return [slice(i, min(i + block, value_dim)) for i in range(0, value_dim, block)]
+
+
+def _block(x: Tensor, columns: slice) -> Tensor:
+    """Return a block of values, which is often all of them."""
+    return x if columns.stop - columns.start == x.shape[-1] else x[..., columns]
 
 
 def _columns(state: Tensor, columns: slice) -> Tensor:
@@ -251,31 +329,69 @@ def _join_gradients(states: list[Tensor]) -> Tensor:
     return joined
 
 
-def _row_factor(initial: Tensor | None, partition: Partition) -> RowFactor:
-    """Return the factor of the rows of an unnormalised variant."""
-    variant, boundaries = partition.variant, partition.boundaries
+def _row_factor(x: Tensor, factors: Tensor | None, variant: Variant) -> RowFactor:
+    """Return the factor of the rows of an unnormalised variant, with their length factors."""
+    scale = float(variant.score_scale)
+    if variant.has_length_factor and factors is None:  # every row sees all N keys
+        scale *= x.shape[1] ** -variant.length_exponent
+    return RowFactor(scale, factors)
+
+
+def _length_factors(
+    q: Tensor, initial: Tensor | None, boundaries: list[int] | None, variant: Variant
+) -> Tensor | None:
+    """Return the length factors of the rows, [B, N], unless they are all the same."""
     if not variant.has_length_factor:
-        return RowFactor(float(variant.score_scale), None)
-    if not variant.causal and initial is None and boundaries is None:
-        length_factor = partition.num_tokens**-variant.length_exponent
-        return RowFactor(variant.score_scale * length_factor, None)
-    place = torch.arange(partition.num_tokens, dtype=torch.float64, device=partition.device)
-    if boundaries is None:
-        num_keys = (place + 1 if variant.causal else 0 * place + partition.num_tokens).view(1, -1)
-        if initial is not None:
-            num_keys = num_keys + initial[:, 0, 0, -1:]
-    else:
-        starts = partition.to_device(boundaries)
-        lengths, size = starts.diff(), partition.num_tokens
+        return None
+    batch, num_tokens = q.shape[0], q.shape[1]
+    if boundaries is None and initial is None:
+        return _causal_factors(q, variant) if variant.causal else None
+    place = torch.arange(num_tokens, dtype=torch.float64, device=q.device)
+    if boundaries is not None:
+        starts = to_device(boundaries, q.device)
+        lengths = starts.diff()
         first = (starts[:-1] - 1 if variant.causal else -lengths).double()
         if initial is not None:
             first = first - initial[:, 0, 0, -1]
-        num_keys = -first.repeat_interleave(lengths, output_size=size)
+        num_keys = -first.repeat_interleave(lengths, output_size=num_tokens)
         num_keys = (num_keys + place if variant.causal else num_keys).view(1, -1)
-    return RowFactor(float(variant.score_scale), _factors(num_keys, partition))
+    else:
+        assert initial is not None
+        num_keys = (place + 1 if variant.causal else 0 * place + num_tokens).view(1, -1)
+        num_keys = num_keys + initial[:, 0, 0, -1:]
+    return _factors(num_keys, batch, num_tokens, variant)
 
 
-def _factors(num_keys: Tensor, partition: Partition) -> Tensor:
+def _state_factors(q: Tensor, state: Tensor, variant: Variant) -> Tensor | None:
+    """Return the length factors of queries that all see the keys of a state, [B, N]."""
+    if not variant.has_length_factor:
+        return None
+    return _factors(state[:, 0, 0, -1:].double(), q.shape[0], q.shape[1], variant)
+
+
+def _factors(num_keys: Tensor, batch: int, num_tokens: int, variant: Variant) -> Tensor:
     """Return the length factors [B, N] of rows with so many keys in view [B or 1, N or 1]."""
-    factors = (num_keys**-partition.variant.length_exponent).float()
-    return factors.expand(partition.batch, partition.num_tokens).contiguous()
+    factors = (num_keys**-variant.length_exponent).float()
+    return factors.expand(batch, num_tokens).contiguous()
+
+
+def _causal_factors(q: Tensor, variant: Variant) -> Tensor:
+    """Return the length factors of rows that see 1 to N keys, [B, N], from a cache."""
+    kind = q.shape[0], q.shape[1], variant, q.device
+    if q.device.type != "cuda":
+        return _kept_causal_factors(*kind, 0)
+    if torch.cuda.is_current_stream_capturing():
+        # A graph fills its memory when it runs, and does not keep the cache's memory alive.
+        return _make_causal_factors(*kind, 0)
+    return _kept_causal_factors(*kind, torch.cuda.current_stream(q.device).cuda_stream)
+
+
+def _make_causal_factors(
+    batch: int, num_tokens: int, variant: Variant, device: torch.device, _stream: int
+) -> Tensor:
+    num_keys = torch.arange(1, num_tokens + 1, dtype=torch.float64, device=device).view(1, -1)
+    return _factors(num_keys, batch, num_tokens, variant)
+
+
+#: By stream: on another one the table might not be filled yet, or its memory be in use when freed.
+_kept_causal_factors = lru_cache(16)(_make_causal_factors)
