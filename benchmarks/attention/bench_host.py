@@ -1,9 +1,9 @@
-"""The operator's time on the host: all that a call does before the GPU begins.
+"""The operator's time on the host, before the GPU begins; no GPU is needed: ``make bench-host``.
 
-``python -m benchmarks.attention.bench_host`` needs no GPU. The kernels are compiled for an H100 and
-"launched" by a function that does nothing, on tensors of the CPU; prints the median time and the
-number of Python calls of the public operator, of the backend alone, and of empty custom operators
-of the same signatures.
+The kernels are compiled for an H100 and launched by a function that does nothing, on small tensors
+of the CPU. Prints the median time and the number of function calls of the public operator, of its
+Triton backend alone, and of empty custom operators of the same signatures; "both" is a forward and
+a backward.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from linclip_kernels.linear_attention import validation
 from linclip_kernels.linear_attention.triton_backend import backend
 from linclip_kernels.linear_attention.variant import Variant
 
-__all__ = ["CASES", "Case", "FakeDriver", "count_python_calls", "fake_launches"]
+__all__ = ["CASES", "Case", "FakeDriver", "count_calls", "fake_launches", "make_calls"]
 
 HEAD_DIM = 64
 #: [B, N, H] and options of the operator.
@@ -45,28 +45,28 @@ CASES: dict[str, Case] = {
 
 
 class FakeDriver:
-    """A driver of Triton that compiles for one architecture and launches nothing.
+    """A driver of Triton that compiles for an H100 and launches nothing.
 
     Attributes:
-        launched: The arguments of every launch, if ``record`` is true.
+        last_launch: The arguments of the last launch.
     """
 
-    def __init__(self, arch: int = 90, *, record: bool = False) -> None:
-        self._target = GPUTarget("cuda", arch, 32)
-        self.launched: list[tuple[Any, ...]] = []
-        properties = {"max_shared_mem": 232448, "multiprocessor_count": 132}
+    def __init__(self) -> None:
+        properties = {"max_shared_mem": 232448}
+        self.last_launch: tuple[Any, ...] = ()
         self.utils = SimpleNamespace(
-            load_binary=lambda *_: (object(), 1, 0, 0, 1024),
+            load_binary=lambda *_: (object(), object(), 0, 0, 1024),
             get_device_properties=lambda _device: properties,
         )
-        launch = self._record if record else _do_nothing
-        self.launcher_cls: Any = lambda _source, _metadata: launch
 
-    def _record(self, *arguments: Any) -> None:
-        self.launched.append(arguments)
+    def launcher_cls(self, _source: Any, _metadata: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *arguments: Any) -> None:
+        self.last_launch = arguments
 
     def get_current_target(self) -> GPUTarget:
-        return self._target
+        return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> str:
         return "no device"  # the key of Triton's cache, so that no kernel for a GPU is replaced
@@ -75,41 +75,41 @@ class FakeDriver:
         return 0
 
 
-def _do_nothing(*_arguments: Any) -> None:
-    pass
+#: The only one, because a compiled kernel keeps the launcher that it got first.
+_DRIVER = FakeDriver()
+
+
+@contextmanager
+def fake_launches() -> Iterator[FakeDriver]:
+    """Let the Triton kernels take CPU tensors, which they do not touch; gives the driver."""
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_DRIVER)
+    try:
+        # With this the check of the arguments' device passes; nothing else reads it.
+        with mock.patch.object(validation, "_interprets_kernels", _yes):
+            yield _DRIVER
+    finally:
+        triton.runtime.driver.set_active(before)
 
 
 def _yes() -> bool:
     return True
 
 
-@contextmanager
-def fake_launches(*, record: bool = False) -> Iterator[FakeDriver]:
-    """Let the Triton kernels take CPU tensors, which they do not touch; gives the driver."""
-    driver, before = FakeDriver(record=record), triton.runtime.driver._active
-    triton.runtime.driver.set_active(driver)
-    try:
-        # With this the check of the arguments' device passes; nothing else reads it.
-        with mock.patch.object(validation, "_interprets_kernels", _yes):
-            yield driver
-    finally:
-        triton.runtime.driver.set_active(before)
-
-
-def count_python_calls(call: Callable[[], object]) -> int:
-    """Return how many calls of Python functions one call makes on this thread."""
+def count_calls(call: Callable[[], object]) -> int:
+    """Return how many functions, in Python and built in, one call calls on this thread."""
     count = 0
 
     def profile(_frame: Any, event: str, _argument: Any) -> None:
         nonlocal count
-        count += event == "call"
+        count += event in ("call", "c_call")
 
     sys.setprofile(profile)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return count
+    return count - 1  # the last one is setprofile
 
 
 @torch.library.custom_op("linclip_bench::empty", mutates_args=())
@@ -182,7 +182,7 @@ def make_calls(case: Case) -> dict[str, Callable[[], object]]:
         return linear_attention(q, k, v, backend="triton", **options)
 
     def empty() -> Tensor:
-        return _empty(q, k, v, None, None, *variant, False, True)[0]
+        return _empty(q, k, v, None, None, *variant[:6], False, True)[0]
 
     def without_gradients(call: Callable[[], object]) -> Callable[[], object]:
         def called() -> object:
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'case':34}{'what':20}{'us':>8}{'beyond empty':>14}{'Python calls':>14}")
+    print(f"{'case':34}{'what':20}{'us':>8}{'beyond empty':>14}{'calls':>8}")
     with fake_launches():
         for name, case in CASES.items():
             if arguments.match not in name:
@@ -242,8 +242,8 @@ def main() -> None:
                 kind, direction = what.split(", ")
                 beyond = times[what] - times[f"empty, {direction}"]
                 shown = f"{beyond:14.1f}" if kind == "operator" else f"{'':14}"
-                count = count_python_calls(call)
-                print(f"{name:34}{what:20}{times[what]:8.1f}{shown}{count:14}", flush=True)
+                count = count_calls(call)
+                print(f"{name:34}{what:20}{times[what]:8.1f}{shown}{count:8}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ state are computed block by block; the shares of dq and dk are added in float32.
 The functions named ``_plan_*`` describe the launches of one block, for :mod:`replay`.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -262,7 +263,7 @@ def _plan_apply_backward(
 class _GradientSum:
     """A gradient of q or k to which every block of values adds; in float32 if there are several."""
 
-    def __init__(self, x: Tensor, blocks: list[slice]) -> None:
+    def __init__(self, x: Tensor, blocks: Sequence[slice]) -> None:
         self.x, self.dtype = x, x.dtype if len(blocks) == 1 else torch.float32
         self.shares: list[Tensor] = []
 
@@ -282,15 +283,17 @@ class _GradientSum:
             self.shares[0].add_(self.shares.pop())
 
 
-def _value_blocks(x: Tensor, value_dim: int) -> list[slice]:
+def _value_blocks(x: Tensor, value_dim: int) -> tuple[slice, ...]:
     return _blocks(x.shape[-1], value_dim, x.dtype, x.device)
 
 
 @lru_cache
-def _blocks(key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
+def _blocks(
+    key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[slice, ...]:
     keys = torch.empty(key_dim, dtype=dtype, device="meta")
     block = max_value_block(keys, Chip.of(device))
-    return [slice(i, min(i + block, value_dim)) for i in range(0, value_dim, block)]
+    return tuple(slice(i, min(i + block, value_dim)) for i in range(0, value_dim, block))
 
 
 def _block(x: Tensor, columns: slice) -> Tensor:

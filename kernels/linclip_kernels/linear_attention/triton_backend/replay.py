@@ -41,26 +41,29 @@ def launch(
     Args:
         planner: A function at module level. Its launches may take the tensors of the call, and new
             ones that it makes with torch.empty, but no parts of them.
-        tensors: The planner's first arguments, inputs and outputs, on one device.
+        tensors: The planner's first arguments, inputs and outputs, on one device; not None first.
         options: Its other arguments, which are hashable.
         boundaries: Boundaries of the sequences, which seldom repeat: with them every call plans.
 
     Returns:
         The planner's new tensor, filled, or None.
     """
-    device = next(x.device for x in tensors if x is not None)
+    first = tensors[0]
+    assert first is not None
+    device = first.device
     if boundaries is not None:
         chip = Chip.of(device)
         filled, launches = planner(*tensors, *options, boundaries=boundaries, chip=chip)
         run(launches, device)
         return filled
-    kinds = tuple([x if x is None else _kind(x) for x in tensors])
+    # All that Triton specialises a kernel for, and more than the partition depends on.
+    kinds = tuple(
+        [
+            None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
+            for x in tensors
+        ]
+    )
     return _plan(planner, device, options, kinds).run(tensors)
-
-
-def _kind(x: Tensor) -> tuple[Any, ...]:
-    """Return all that Triton specialises a kernel for, or the partition depends on."""
-    return x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0
 
 
 class _Plan:
@@ -102,8 +105,8 @@ class _Plan:
             storage = _storage(value)
             if storage in storages:
                 return storages[storage]
-            assert value.is_contiguous()
-            assert value.nbytes == value.untyped_storage().nbytes()
+            is_whole = value.is_contiguous() and value.nbytes == value.untyped_storage().nbytes()
+            assert is_whole, "a launch takes whole tensors"
             storages[storage] = len(self._values)
             self._new.append((len(self._values), value.shape, value.dtype))
             value = None
