@@ -15,8 +15,8 @@ from linclip_kernels.linear_attention.triton_backend.partition import Chip, Laun
 from linclip_kernels.linear_attention.triton_backend.replay import MAX_PLANS, launch
 from linclip_kernels.linear_attention.variant import Variant
 
-#: The most function calls beyond an empty custom operator, and of the backend alone, in a forward and
-#: in a forward with its backward. A launch costs 14 of them, planning and binding again hundreds.
+#: The most function calls beyond an empty custom operator, and of the backend alone, in a forward
+#: and in a forward with its backward. A launch makes 14, planning and binding again hundreds.
 CEILINGS = {
     "Eq. 7, N = 197": {"forward": (160, 57), "both": (240, 128)},
     "Eq. 7, N = 4096": {"forward": (190, 88), "both": (302, 192)},
@@ -133,6 +133,8 @@ def test_few_plans_are_kept() -> None:
         (lambda x: torch.empty_like(x)[1:], "no parts"),
         (lambda x: (torch.empty_like(x)[:1], 1), "whole"),
         (lambda _: torch.empty(2), "keeps no tensors"),
+        (lambda x: (1, (x, 2)), "only numbers"),
+        (lambda x: SimpleNamespace(base=x), "only numbers"),
     ],
 )
 def test_plans_that_cannot_be_repeated_are_refused(argument: Any, rule: str) -> None:

@@ -40,7 +40,8 @@ def launch(
 
     Args:
         planner: A function at module level. Its launches may take the tensors of the call, and new
-            ones that it makes with torch.empty, but no parts of them.
+            ones that it makes with torch.empty, but no parts of them; each as an argument of its
+            own, or as a field of a tuple.
         tensors: The planner's first arguments, inputs and outputs, on one device; not None first.
         options: Its other arguments, which are hashable.
         boundaries: Boundaries of the sequences, which seldom repeat: with them every call plans.
@@ -110,6 +111,7 @@ class _Plan:
             storages[storage] = len(self._values)
             self._new.append((len(self._values), value.shape, value.dtype))
             value = None
+        assert _is_constant(value), "beside tensors and tuples of them there are only numbers"
         self._values.append(value)
         return len(self._values) - 1
 
@@ -162,6 +164,12 @@ def _stand_in(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, _is_aligned: bool
 ) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, int | float | str)
 
 
 def _storage(x: Tensor) -> int:
