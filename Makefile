@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-dev
 
 .PHONY: install check architecture docs docs-check site train test test-distributed test-single test-slow \
     test-faults test-latest test-gpu test-docker lock lint \
-    report study study-kinds language-model theory bench-kernels bench-zoo bench-data bench-memory \
+    report study study-kinds language-model theory bench-kernels bench-host bench-zoo bench-data bench-memory \
     bench-checkpoint bench-context bench-loss bench-runtime bench-gpu check-layouts goodput
 
 install: $(STAMP)
@@ -113,6 +113,10 @@ test-gpu: $(STAMP)
 # The operator against SDPA on the GPU, or on one CPU core (5 minutes): docs/results/kernels/<device>.
 bench-kernels: $(STAMP)
 	$(BIN)/python -m benchmarks.attention.bench_attention
+
+# The operator's time on the host, on one CPU core without a GPU (1 minute).
+bench-host: $(STAMP)
+	$(BIN)/python -m benchmarks.attention.bench_host
 
 # Every kind of attention: parameters, FLOPs, time and memory against softmax, on the GPU or on one CPU
 # core (7 minutes): docs/results/zoo/<device>.

@@ -26,7 +26,7 @@ def test_four_thousand_tokens(variant: str, dtype: torch.dtype) -> None:
     check_against_definition(inputs, grad, "triton", **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4", "causal-eq7-alpha"])
 @pytest.mark.parametrize("num_tokens", [77, 197, 2000])
 def test_cuda_graph_replays_new_inputs(variant: str, num_tokens: int) -> None:
     inputs, grad = make_inputs((2, num_tokens, 3, 64, 64), torch.bfloat16, device="cuda")

@@ -43,6 +43,8 @@ from helpers.kernel_checks import (
     with_gradients,
 )
 from linclip_kernels import linear_attention
+from linclip_kernels.linear_attention.triton_backend import backend
+from linclip_kernels.linear_attention.triton_backend.partition import Chip, run
 
 #: (N, D, Dv), dtype: every length and width, below and above a block. There are several parts from
 #: 257 tokens on if causal, otherwise from 513 tokens on.
@@ -343,3 +345,54 @@ def test_refused_inputs(dim: int, dtype: torch.dtype, message: str, device: str)
     (q, k, v), _ = make_inputs((1, 9, 1, dim, dim), dtype, device=device)
     with pytest.raises(ValueError, match=message):
         linear_attention(q, k, v, backend="triton")
+
+
+@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7-alpha"])
+def test_repeated_plans_give_the_bits_of_new_ones(
+    variant: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls that a plan is kept for, and calls that differ from them in one property."""
+    options: dict[str, Any] = VARIANTS[variant] | {"backend": "triton", "return_state": True}
+    calls = list(_calls_alike(device))
+
+    def results() -> list[Tensor]:
+        found = []
+        for (q, k, v), initial in calls:
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            inputs += [] if initial is None else [initial.requires_grad_()]
+            outputs = linear_attention(*inputs[:3], initial_state=initial, **options)
+            grads = [torch.linspace(-1, 1, x.numel()).to(x).view(x.shape) for x in outputs]
+            found += [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
+        return found
+
+    repeated = results()
+
+    def plan_and_run(planner: Any, tensors: Any, *options: Any, boundaries: Any = None) -> Any:
+        chip = Chip.of(torch.device(device))
+        filled, launches = planner(*tensors, *options, boundaries=boundaries, chip=chip)
+        run(launches, tensors[0].device)
+        return filled
+
+    monkeypatch.setattr(backend, "launch", plan_and_run)
+    assert all(map(torch.equal, repeated, results()))
+
+
+def _calls_alike(device: str) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+    """Yield q, k, v and an initial state."""
+    shape = 2, 20, 2, 16, 16
+    for seed in (0, 1):
+        for packed in (False, True):
+            yield (
+                make_inputs(shape, torch.bfloat16, device=device, packed=packed, seed=seed)[0],
+                None,
+            )
+    (q, k, v), _ = make_inputs(shape, torch.bfloat16, device=device)
+    yield [q, q, v], None
+    yield [q, k, k], None
+    shifted = torch.cat([q.detach().flatten(), q.detach().flatten()[:1]])[1:].view(q.shape)
+    assert q.data_ptr() % 16 == 0 != shifted.data_ptr() % 16
+    yield [shifted, k, v], None
+    yield [x.float() for x in (q, k, v)], None
+    yield [x[:, :13] for x in (q, k, v)], None
+    for seed in (2, 3):
+        yield [q, k, v], torch.rand(2, 2, 17, 17, device=device) + seed

@@ -1,5 +1,6 @@
 """How the operators take part in autograd and torch.func: reverse mode, once, and vmap."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ class Differentiated(torch.autograd.Function):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        # Function.apply asks for the signature at every call, and would build it anew.
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
         torch.compiler.allow_in_graph(cls)  # torch.compile would trace it, and cannot trace jvp
 
     @staticmethod

@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -52,7 +53,7 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context without autocast, in which an operator chooses its dtypes itself."""
-    if device.type == "meta":  # it has no autocast
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta has no autocast
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -201,6 +202,7 @@ def _interprets_kernels() -> bool:
     return triton.knobs.runtime.interpret
 
 
+@cache
 def implementation(use_triton: bool) -> Any:
     """Return the module that computes: torch_backend, or triton_backend.backend."""
     if not use_triton:

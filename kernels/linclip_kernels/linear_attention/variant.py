@@ -41,6 +41,11 @@ class Variant(NamedTuple):
         return not self.normalized and self.length_exponent != 0
 
     @property
+    def needs_length_factors(self) -> bool:
+        """Whether the Triton kernels, which only divide by the number of keys, need a table."""
+        return self.has_length_factor and not self.has_inverse_length
+
+    @property
     def has_inverse_length(self) -> bool:
         """Whether rows are divided by their number of keys."""
         return not self.normalized and self.length_exponent == 1

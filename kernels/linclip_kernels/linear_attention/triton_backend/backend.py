@@ -2,7 +2,12 @@
 
 Every column of v is a problem of its own once the scores are known. Values wider than one program's
 state are computed block by block; the shares of dq and dk are added in float32.
+
+The functions named ``_plan_*`` describe the launches of one block, for :mod:`replay`.
 """
+
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,12 +15,14 @@ from torch import Tensor
 from linclip_kernels.linear_attention.triton_backend import bidirectional, causal
 from linclip_kernels.linear_attention.triton_backend.partition import (
     Call,
-    Partition,
+    Chip,
+    Launch,
     RowFactor,
     max_value_block,
     partition_tokens,
-    run,
+    to_device,
 )
+from linclip_kernels.linear_attention.triton_backend.replay import launch
 from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = [
@@ -51,17 +58,34 @@ def forward(
     Returns:
         o [B, N, H, Dv] in v.dtype, and the state [S, H, D + 1, Dv + 1] or None.
     """
-    plans = causal if variant.causal else bidirectional
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    states: list[Tensor] = []
+    factors = _length_factors(q, initial, boundaries, variant)
+    states = []
     for columns in _value_blocks(q, v.shape[-1]):
-        call = _call(q, k, v, initial, boundaries, variant, columns)
-        partition, state = call.partition, None
-        if return_state:
-            state = partition.empty_states(partition.num_sequences)
-            states.append(state)
-        run(plans.plan_forward(call, out[..., columns], state), q.device)
+        start = None if initial is None else _columns(initial, columns)
+        tensors = q, k, _block(v, columns), start, factors, _block(out, columns)
+        states.append(launch(_plan_forward, tensors, variant, return_state, boundaries=boundaries))
     return out, _join(states) if return_state else None
+
+
+def _plan_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    factors: Tensor | None,
+    out: Tensor,
+    variant: Variant,
+    return_state: bool,
+    *,
+    boundaries: list[int] | None,
+    chip: Chip,
+) -> tuple[Tensor | None, list[Launch]]:
+    plans = causal if variant.causal else bidirectional
+    partition = partition_tokens(k, v.shape[-1], variant, boundaries, chip=chip)
+    call = Call(q, k, v, initial, partition, _row_factor(k, factors, variant))
+    state = partition.empty_states(partition.num_sequences) if return_state else None
+    return state, plans.plan_forward(call, out, state)
 
 
 def backward(
@@ -88,24 +112,46 @@ def backward(
     Returns:
         The gradient of the initial state, [S, H, D + 1, Dv + 1], or None.
     """
-    plans = causal if variant.causal else bidirectional
     grad = torch.zeros_like(v) if grad is None else grad
     blocks = _value_blocks(q, v.shape[-1])
     d_q, d_k = (_GradientSum(out, blocks) for out in gradients[:2])
-    d_v = gradients[2]
-    d_states: list[Tensor] = []
+    factors = _length_factors(q, initial, boundaries, variant)
+    d_states = []
     for columns in blocks:
-        call = _call(q, k, v, initial, boundaries, variant, columns)
+        start = None if initial is None else _columns(initial, columns)
         kept = None if state is None else _columns(state, columns)
         end = None if grad_state is None else _gradient_columns(grad_state, columns)
-        shares = d_q.share(), d_k.share(), d_v[..., columns]
-        d_state, launches = plans.plan_backward(call, kept, grad[..., columns], end, shares)
-        run(launches, q.device)
-        if d_state is not None:
-            d_states.append(d_state)
+        tensors = (
+            *(q, k, _block(v, columns), start, factors, kept, _block(grad, columns), end),
+            *(d_q.share(), d_k.share(), _block(gradients[2], columns)),
+        )
+        d_states.append(launch(_plan_backward, tensors, variant, boundaries=boundaries))
     d_q.write()
     d_k.write()
     return None if initial is None else _join_gradients(d_states)
+
+
+def _plan_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    factors: Tensor | None,
+    state: Tensor | None,
+    grad: Tensor,
+    grad_state: Tensor | None,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    variant: Variant,
+    *,
+    boundaries: list[int] | None,
+    chip: Chip,
+) -> tuple[Tensor | None, list[Launch]]:
+    plans = causal if variant.causal else bidirectional
+    partition = partition_tokens(k, v.shape[-1], variant, boundaries, chip=chip)
+    call = Call(q, k, v, initial, partition, _row_factor(k, factors, variant))
+    return plans.plan_backward(call, state, grad, grad_state, (d_q, d_k, d_v))
 
 
 def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
@@ -113,12 +159,17 @@ def sum_keys(k: Tensor, v: Tensor, variant: Variant) -> Tensor:
     batch, num_tokens, heads, key_dim = k.shape
     if num_tokens == 0:
         return k.new_zeros(batch, heads, key_dim + 1, v.shape[-1] + 1, dtype=torch.float32)
-    states: list[Tensor] = []
-    for columns in _value_blocks(k, v.shape[-1]):
-        call = _call(None, k, v, None, None, variant, columns)
-        states.append(call.partition.empty_states(batch))
-        run(bidirectional.plan_state(call, states[-1]), k.device)
-    return _join(states)
+    blocks = _value_blocks(k, v.shape[-1])
+    return _join([launch(_plan_sum, (k, _block(v, columns)), variant) for columns in blocks])
+
+
+def _plan_sum(
+    k: Tensor, v: Tensor, variant: Variant, *, boundaries: None, chip: Chip
+) -> tuple[Tensor, list[Launch]]:
+    partition = partition_tokens(k, v.shape[-1], variant, boundaries, chip=chip)
+    state = partition.empty_states(partition.num_sequences)
+    call = Call(None, k, v, None, partition, _row_factor(k, None, variant))
+    return state, bidirectional.plan_state(call, state)
 
 
 def sum_keys_backward(
@@ -131,12 +182,27 @@ def sum_keys_backward(
     d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     d_k_sum = _GradientSum(d_k, blocks)
     for columns in blocks:
-        call = _call(None, k, v, None, None, variant, columns)
         end = _gradient_columns(grad_state, columns)
-        launch = bidirectional.plan_state_backward(call, end, d_k_sum.share(), d_v[..., columns])
-        run([launch], k.device)
+        tensors = k, _block(v, columns), end, d_k_sum.share(), _block(d_v, columns)
+        launch(_plan_sum_backward, tensors, variant)
     d_k_sum.write()
     return d_k, d_v
+
+
+def _plan_sum_backward(
+    k: Tensor,
+    v: Tensor,
+    grad_state: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    variant: Variant,
+    *,
+    boundaries: None,
+    chip: Chip,
+) -> tuple[None, list[Launch]]:
+    partition = partition_tokens(k, v.shape[-1], variant, boundaries, chip=chip)
+    call = Call(None, k, v, None, partition, _row_factor(k, None, variant))
+    return None, [bidirectional.plan_state_backward(call, grad_state, d_k, d_v)]
 
 
 def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
@@ -144,10 +210,26 @@ def apply_state(q: Tensor, state: Tensor, variant: Variant) -> Tensor:
     out = torch.empty(*q.shape[:-1], state.shape[-1] - 1, dtype=q.dtype, device=q.device)
     if q.shape[1] == 0:
         return out
+    factors = _state_factors(q, state, variant)
     for columns in _value_blocks(q, out.shape[-1]):
-        call = _query_call(q, state, variant, columns)
-        run([bidirectional.plan_apply(call, _columns(state, columns), out[..., columns])], q.device)
+        tensors = q, _columns(state, columns), factors, _block(out, columns)
+        launch(_plan_apply, tensors, variant)
     return out
+
+
+def _plan_apply(
+    q: Tensor,
+    state: Tensor,
+    factors: Tensor | None,
+    out: Tensor,
+    variant: Variant,
+    *,
+    boundaries: None,
+    chip: Chip,
+) -> tuple[None, list[Launch]]:
+    partition = partition_tokens(q, out.shape[-1], variant, boundaries, chip=chip)
+    call = Call(q, None, None, None, partition, _row_factor(q, factors, variant))
+    return None, [bidirectional.plan_apply(call, state, out)]
 
 
 def apply_state_backward(
@@ -157,15 +239,31 @@ def apply_state_backward(
     if q.shape[1] == 0:
         return q.new_empty(q.shape), state.new_zeros(state.shape)
     blocks = _value_blocks(q, grad.shape[-1])
+    factors = _state_factors(q, state, variant)
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_q_sum, d_states = _GradientSum(d_q, blocks), []
     for columns in blocks:
-        call = _query_call(q, state, variant, columns)
-        d_states.append(call.partition.empty_states(q.shape[0]))
-        tensors = _columns(state, columns), grad[..., columns], d_q_sum.share(), d_states[-1]
-        run(bidirectional.plan_apply_backward(call, *tensors), q.device)
+        tensors = q, _columns(state, columns), factors, _block(grad, columns), d_q_sum.share()
+        d_states.append(launch(_plan_apply_backward, tensors, variant))
     d_q_sum.write()
     return d_q, _join_gradients(d_states)
+
+
+def _plan_apply_backward(
+    q: Tensor,
+    state: Tensor,
+    factors: Tensor | None,
+    grad: Tensor,
+    d_q: Tensor,
+    variant: Variant,
+    *,
+    boundaries: None,
+    chip: Chip,
+) -> tuple[Tensor, list[Launch]]:
+    partition = partition_tokens(q, grad.shape[-1], variant, boundaries, chip=chip)
+    call = Call(q, None, None, None, partition, _row_factor(q, factors, variant))
+    d_state = partition.empty_states(partition.num_sequences)
+    return d_state, bidirectional.plan_apply_backward(call, state, grad, d_q, d_state)
 
 
 class _GradientSum:
@@ -176,7 +274,7 @@ class _GradientSum:
         blocks: The blocks of values.
     """
 
-    def __init__(self, out: Tensor, blocks: list[slice]) -> None:
+    def __init__(self, out: Tensor, blocks: Sequence[slice]) -> None:
         self.out, self.is_single = out, len(blocks) == 1
         self.shares: list[Tensor] = []
 
@@ -199,35 +297,22 @@ class _GradientSum:
             self.shares[0].add_(self.shares.pop())
 
 
-def _call(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    boundaries: list[int] | None,
-    variant: Variant,
-    columns: slice,
-) -> Call:
-    v, initial = v[..., columns], None if initial is None else _columns(initial, columns)
-    partition = partition_tokens(k, v.shape[-1], variant, boundaries)
-    return Call(q, k, v, initial, partition, _row_factor(initial, partition))
+def _value_blocks(x: Tensor, value_dim: int) -> tuple[slice, ...]:
+    return _blocks(x.shape[-1], value_dim, x.dtype, x.device)
 
 
-def _query_call(
-    q: Tensor, state: Tensor, variant: Variant, columns: slice
-) -> Call:
-    """Return the call of queries that see a given state."""
-    value_dim = columns.stop - columns.start
-    partition = partition_tokens(q, value_dim, variant)
-    factor = RowFactor(float(variant.score_scale), float(variant.qk_scale), None)
-    if variant.has_length_factor and not variant.has_inverse_length:
-        factor = factor._replace(p_table=_table(state[:, 0, 0, -1:].double(), partition))
-    return Call(q, None, None, None, partition, factor)
+@lru_cache
+def _blocks(
+    key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[slice, ...]:
+    keys = torch.empty(key_dim, dtype=dtype, device="meta")
+    block = max_value_block(keys, Chip.of(device))
+    return tuple(slice(i, min(i + block, value_dim)) for i in range(0, value_dim, block))
 
 
-def _value_blocks(q: Tensor, value_dim: int) -> list[slice]:
-    block = max_value_block(q)
-    return [slice(i, min(i + block, value_dim)) for i in range(0, value_dim, block)]
+def _block(x: Tensor, columns: slice) -> Tensor:
+    """Return a block of values, which is often all of them."""
+    return x if columns.stop - columns.start == x.shape[-1] else x[..., columns]
 
 
 def _columns(state: Tensor, columns: slice) -> Tensor:
@@ -261,32 +346,66 @@ def _join_gradients(states: list[Tensor]) -> Tensor:
     return joined
 
 
-def _row_factor(initial: Tensor | None, partition: Partition) -> RowFactor:
-    """Return the factor of the rows of an unnormalised variant.
+def _row_factor(x: Tensor, factors: Tensor | None, variant: Variant) -> RowFactor:
+    """Return the factors of the rows of an unnormalised variant, and of products of q and k."""
+    scale = float(variant.score_scale)
+    if variant.needs_length_factors and factors is None:  # every row sees all N keys
+        scale *= x.shape[1] ** -variant.length_exponent
+    return RowFactor(scale, float(variant.qk_scale), factors)
 
-    Kernels divide by the number of keys themselves; other powers of it come from here.
-    """
-    variant, boundaries = partition.variant, partition.boundaries
-    factor = RowFactor(float(variant.score_scale), float(variant.qk_scale), None)
-    if not variant.has_length_factor or variant.has_inverse_length:
-        return factor
-    starts = partition.to_device(boundaries or [0, partition.num_tokens]).double()
-    num_keys = starts.diff().view(-1, 1)  # [S or 1, 1]
+
+def _length_factors(
+    q: Tensor, initial: Tensor | None, boundaries: list[int] | None, variant: Variant
+) -> Tensor | None:
+    """Return the length factors of the sequences [S], of rows [B, N] if causal; None: all equal."""
+    if not variant.needs_length_factors:
+        return None
+    batch, num_tokens = q.shape[0], q.shape[1]
+    if boundaries is None and initial is None:
+        return _causal_factors(q, variant) if variant.causal else None
+    starts = to_device(boundaries or [0, num_tokens], q.device)
+    lengths = starts.diff()
+    num_keys = lengths.double().view(-1, 1)  # [S or 1, 1]
+    before = -starts[:-1].double().view(-1, 1)  # keys before token 0 of the batch entry
     if initial is not None:
-        num_keys = num_keys + initial[:, 0, 0, -1:]
-    if variant.causal:
-        place = torch.arange(partition.num_tokens, dtype=torch.float64, device=partition.device)
-        before = starts[:-1].view(-1, 1) if initial is None else starts[:-1].view(-1, 1) - initial[:, 0, 0, -1:]
-        if boundaries is not None:
-            lengths = starts.diff().long()
-            before = before.repeat_interleave(lengths, dim=0, output_size=partition.num_tokens).mT
-        num_keys = place + 1 - before  # [B or 1, N]
-    return factor._replace(p_table=_table(num_keys, partition))
+        num_keys, before = (x + initial[:, 0, 0, -1:] for x in (num_keys, before))
+    if not variant.causal:
+        return _factors(num_keys, variant).view(-1)
+    if boundaries is not None:
+        before = before.repeat_interleave(lengths, dim=0, output_size=num_tokens).mT
+    place = torch.arange(1, num_tokens + 1, dtype=torch.float64, device=q.device)
+    return _factors((place + before).expand(batch, -1), variant)
 
 
-def _table(num_keys: Tensor, partition: Partition) -> Tensor:
-    """Return the length factors for so many keys: of every sequence, or of every row if causal."""
-    factors = (num_keys**-partition.variant.length_exponent).float()
-    rows = partition.num_tokens if partition.variant.causal else 1
-    sequences = partition.batch if partition.variant.causal else partition.num_sequences
-    return factors.expand(sequences, rows).contiguous()
+def _state_factors(q: Tensor, state: Tensor, variant: Variant) -> Tensor | None:
+    """Return the length factors [B] of queries that see the keys of a state."""
+    if not variant.needs_length_factors:
+        return None
+    return _factors(state[:, 0, 0, -1].double(), variant)
+
+
+def _factors(num_keys: Tensor, variant: Variant) -> Tensor:
+    """Return the length factors of rows with so many keys in view."""
+    return (num_keys**-variant.length_exponent).float().contiguous()
+
+
+def _causal_factors(q: Tensor, variant: Variant) -> Tensor:
+    """Return the length factors of rows that see 1 to N keys, [B, N], from a cache."""
+    kind = q.shape[0], q.shape[1], variant, q.device
+    if q.device.type != "cuda":
+        return _kept_causal_factors(*kind, 0)
+    if torch.cuda.is_current_stream_capturing():
+        # A graph fills its memory when it runs, and does not keep the cache's memory alive.
+        return _make_causal_factors(*kind, 0)
+    return _kept_causal_factors(*kind, torch.cuda.current_stream(q.device).cuda_stream)
+
+
+def _make_causal_factors(
+    batch: int, num_tokens: int, variant: Variant, device: torch.device, _stream: int
+) -> Tensor:
+    num_keys = torch.arange(1, num_tokens + 1, dtype=torch.float64, device=device)
+    return _factors(num_keys.expand(batch, -1), variant)
+
+
+#: By stream: on another one the table might not be filled yet, or its memory be in use when freed.
+_kept_causal_factors = lru_cache(16)(_make_causal_factors)

@@ -20,6 +20,7 @@ __all__ = [
     "max_value_block",
     "partition_tokens",
     "run",
+    "to_device",
 ]
 
 #: Tokens of one part. The upper bound, twice as high for bfloat16, limits how many terms a single
@@ -79,6 +80,12 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
             launch.kernel[launch.grid](
                 **launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages
             )
+
+
+def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Copy integers from the host without waiting for the device."""
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 class Meta(NamedTuple):
@@ -173,7 +180,7 @@ class Partition:
             for i, (begin, end) in enumerate(pairwise(self.boundaries))
             for first in range(0, end - begin, self.part)
         ]
-        return self.to_device(rows)
+        return to_device(rows, self.device)
 
     @cached_property
     def first_parts(self) -> Tensor | None:
@@ -181,13 +188,7 @@ class Partition:
         if self.boundaries is None:
             return None
         counts = torch.tensor([0, *self.parts_of_sequences])
-        return self.to_device(counts.cumsum(0).tolist())
-
-    def to_device(self, values: Sequence[Any]) -> Tensor:
-        """Copy integers from the host without waiting for the device."""
-        pinned = self.device.type == "cuda"
-        host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
-        return host.to(self.device, non_blocking=True)
+        return to_device(counts.cumsum(0).tolist(), self.device)
 
     @property
     def meta(self) -> Meta:
