@@ -1,7 +1,7 @@
 """CLIP: an image and a text tower with a shared embedding space and a learned logit scale."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,14 @@ class CLIP(nn.Module):
         """torch.compile every block, in place."""
         for block in self._blocks():
             block.compile_layers()
+
+    def compile_towers(self, **options: Any) -> None:
+        """torch.compile :meth:`forward`, in place, as one graph.
+
+        :meth:`encode_image` and :meth:`encode_text` stay as they are: the batches of an evaluation
+        have many sizes.
+        """
+        self.compile(**options)
 
     def _blocks(self) -> list[Block]:
         return [module for module in self.modules() if isinstance(module, Block)]

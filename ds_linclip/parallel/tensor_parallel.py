@@ -6,6 +6,7 @@ Parameters are created on the CPU; move the finished model to the device.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -146,8 +147,11 @@ class _ColumnParallel(ColumnParallelLinear):
     compute_dtype: torch.dtype | None = None
 
     def forward(self, input_: Tensor) -> Tensor:
-        if (dtype := self.compute_dtype) is None:
+        # Megatron's backward waits for its sum over ranks by hand, which breaks a compiled graph.
+        is_written_out = self.allreduce_dgrad and torch.compiler.is_compiling()
+        if self.compute_dtype is None and not is_written_out:
             return super().forward(input_)[0]
+        dtype = self.compute_dtype or self.weight.dtype
         x = copy_to_tensor_model_parallel_region(input_.to(dtype), group=self.tp_group)
         # Not F.linear: under ZeRO-3 DeepSpeed puts its own there, which adds the bias in place to a
         # product that selective checkpointing has kept.
@@ -171,6 +175,13 @@ class _RowParallel(RowParallelLinear):
         products = F.linear(input_.to(dtype), self.weight.to(dtype))
         total = reduce_from_tensor_model_parallel_region(products, group=self.tp_group)
         return total + self.bias.to(dtype)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        # Megatron passes no group here and warns of that, which breaks the graph of torch.compile.
+        found: Tensor = super()._forward_impl(
+            input, weight, **options | {"tp_group": self.tp_group}
+        )
+        return found
 
 
 class HeadRMSNorm(nn.Module):
