@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import all_reduce
 
 __all__ = ["first_token", "sum_over_ranks", "token_slice"]
 
@@ -86,6 +87,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if torch.compiler.is_compiling():
+        # torch.compile takes a result that was summed in place for one without a gradient.
+        found: Tensor = all_reduce(x.contiguous(), "sum", group)
+        return found
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
