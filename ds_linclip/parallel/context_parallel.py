@@ -69,8 +69,8 @@ def first_token(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """
     if group is None or group.size() == 1:
         return x[:, 0]
-    # On other ranks this is the sum of no tokens: zeros that are part of the graph. Not a broadcast,
-    # which torch.compile cannot take into a graph.
+    # On other ranks this is the sum of no tokens: zeros that are part of the graph. A broadcast
+    # would break the graph of torch.compile.
     own = x[:, : int(group.rank() == 0)].sum(1)
     return sum_over_ranks(own, group)
 
