@@ -133,6 +133,7 @@ class Trainer:
         mesh.agree(lambda: check_machine(config))
         mesh.agree(lambda: deepspeed_config(config, mesh))
         compilation = mesh.agree(lambda: plan_compilation(config, mesh))
+        self._is_captured = bool(compilation.captured)
         folder = resources.enter_context(RunFolder.hold(config, mesh))
         listeners = resources.enter_context(open_sinks(config, mesh, phases))
         phases.enter("building the model")
@@ -233,6 +234,8 @@ class Trainer:
         counters = self._engine.state.skip_counters()
 
         self._phases.enter("computing features")
+        if self._is_captured:  # what the last step's CUDA graphs returned may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         inputs = _model_inputs(batch, config, self._mesh, done + self._divergence.skipped_batches)
         loss = self._engine.step(
             inputs,

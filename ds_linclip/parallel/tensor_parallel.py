@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.table_rows import take_rows
 
 __all__ = [
     "HeadRMSNorm",
@@ -100,7 +101,7 @@ def vocab_parallel_embedding(mesh: Mesh, num_embeddings: int, dim: int, *, init:
         raise ValueError(
             f"num_embeddings ({num_embeddings}) must be divisible by parallel.tp ({mesh.tp.size})"
         )
-    return VocabParallelEmbedding(
+    return _VocabParallelEmbedding(
         num_embeddings, dim, init_method=init, config=_config(mesh), tp_group=mesh.tp.group
     )
 
@@ -182,6 +183,19 @@ class _RowParallel(RowParallelLinear):
             input, weight, **options | {"tp_group": self.tp_group}
         )
         return found
+
+
+class _VocabParallelEmbedding(VocabParallelEmbedding):
+    """Sums the gradient of a row in a compiled graph as outside of it."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(input_)
+        is_held = (input_ >= self.vocab_start_index) & (input_ < self.vocab_end_index)
+        rows = take_rows(self.weight, torch.where(is_held, input_ - self.vocab_start_index, 0))
+        return reduce_from_tensor_model_parallel_region(
+            rows * is_held.unsqueeze(-1), group=self.tp_group
+        )
 
 
 class HeadRMSNorm(nn.Module):
