@@ -1,6 +1,7 @@
 """Training under torch.compile, in every layout: the losses of an eager run, and whole graphs."""
 
 import json
+import logging
 import shutil
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,10 @@ def job(config: Config, backend: str) -> None:
     """Train with another backend of torch.compile, and save what it did in every rank."""
     torch.compile = partial(torch.compile, backend=backend)  # type: ignore[assignment]
     mesh = Mesh.create(config.parallel)
+    logging.disable(logging.NOTSET)  # run_ranks shows errors alone
+    log = logging.getLogger("ds_linclip.trainer")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.FileHandler(config.run_dir.parent / "log"))
     train(config, mesh, Scores(lambda model, writer, step: {}))
     found = {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
     (config.run_dir / f"compiled.{mesh.rank}").write_text(json.dumps(found))
@@ -84,8 +89,12 @@ def test_parts_of_towers_are_one_graph_in_each_pipeline_stage(run, eager):
     assert compiled == [{"graphs": 2, "breaks": {}}, {"graphs": 3, "breaks": {}}]
 
 
-def test_layers_gathered_by_zero_3_break_the_graph_of_a_block_but_not_the_result(run, eager):
-    losses, compiled = run(2, TOWERS, "zero.stage=3")
+def test_layers_gathered_by_zero_3_break_the_graph_of_a_block_but_not_the_result(
+    run, eager, tmp_path
+):
+    losses, compiled = run(2, TOWERS, "zero.stage=3", folder=tmp_path)
+    said = "train.compile: blocks and loss (blocks, because zero.stage is 3)"
+    assert (tmp_path / "log").read_text().count(said) == 1
     assert losses == pytest.approx(eager, rel=1e-5)
     assert all(each["graphs"] > 1 and each["breaks"] for each in compiled)
 

@@ -23,7 +23,8 @@ def run(folder: Path, *more: str) -> dict[str, Any]:
     """Train in a process of its own: DeepSpeed's accelerator in the tests' process is the CPU."""
     base = [f"output_dir={folder}", f"train.steps={STEPS}", "train.global_batch_size=64"]
     base += ["eval.data=null", "data.num_workers=0", "log.every_steps=1", "log.tensorboard=false"]
-    base += ["optim.warmup_steps=1", "model.vision.layers=2", "parallel.device=cuda", *more]
+    base += ["optim.warmup_steps=1", "optim.lr=3e-4", "model.vision.layers=2"]
+    base += ["parallel.device=cuda", *more]
     done = subprocess.run(
         [sys.executable, "-m", "helpers.captured_training", str(EMBEDDED), *base],
         cwd=REPOSITORY,
