@@ -15,6 +15,7 @@ from ds_linclip.checkpoint.manager import CheckpointManager, NotSaved
 from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.data.broadcast import broadcast_batches
+from ds_linclip.engine.compilation import Compilation, plan_compilation
 from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config, open_monitor
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
@@ -131,6 +132,8 @@ class Trainer:
         self._data = _open_data(config, mesh)
         mesh.agree(lambda: check_machine(config))
         mesh.agree(lambda: deepspeed_config(config, mesh))
+        compilation = mesh.agree(lambda: plan_compilation(config, mesh))
+        self._is_captured = bool(compilation.captured)
         folder = resources.enter_context(RunFolder.hold(config, mesh))
         listeners = resources.enter_context(open_sinks(config, mesh, phases))
         phases.enter("building the model")
@@ -141,10 +144,13 @@ class Trainer:
         self._checkpoints.remove_leftovers()
         check_run_folder(config, mesh)
 
-        self._model = _build_model(config, mesh, InitConfig() if resume_from else config.init)
+        weights = InitConfig() if resume_from else config.init
+        self._model = _build_model(config, mesh, weights, compilation)
         plan = describe(config, mesh, mesh.gather_all(plan_rank(config, mesh)))
         optimizer = build_optimizer(self._model, config.optim)
         self._engine = initialize_engine(self._model, optimizer, config, mesh)
+        if compilation.loss:
+            self._engine.objective.compile(**compilation.options("loss"))
         self._report = DataReport(config.data.max_bad_samples)
         self._divergence = DivergenceGuard(config, mesh, self._checkpoints)
         self.step = 0
@@ -157,7 +163,7 @@ class Trainer:
         self._writer = MetricWriter(config, mesh, monitor, listeners)
         if mesh.rank == 0:
             start = f"resumed from {resume_from}" if self.step else "from step 0"
-            logger.info("%s\n%s", start, plan)
+            logger.info("%s\n%s\ntrain.compile: %s", start, plan, compilation.text)
         self._writer.begin(self.step, plan)
         self._request_reducer = RequestReducer(mesh)
         self._save_requested = False
@@ -228,6 +234,8 @@ class Trainer:
         counters = self._engine.state.skip_counters()
 
         self._phases.enter("computing features")
+        if self._is_captured:  # what the last step's CUDA graphs returned may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         inputs = _model_inputs(batch, config, self._mesh, done + self._divergence.skipped_batches)
         loss = self._engine.step(
             inputs,
@@ -438,15 +446,17 @@ def _raise_first(failures: Sequence[Exception | None]) -> None:
             raise failure
 
 
-def _build_model(config: Config, mesh: Mesh, weights: InitConfig) -> CLIP:
+def _build_model(config: Config, mesh: Mesh, weights: InitConfig, compilation: Compilation) -> CLIP:
     """Return this rank's part of the model, from the seed or from trained weights."""
     torch.manual_seed(config.train.seed)
     model = CLIP(config.model, mesh, loss=config.loss.kind, units=stage_units(config, mesh.pp))
     mesh.agree(lambda: load_pretrained(model, weights))
     lock_towers(model, config.init)
     model.recompute_activations(config.train.activation_checkpointing)
-    if config.train.compile:
+    if compilation.model == "blocks":
         model.compile_blocks()
+    elif compilation.model == "towers":
+        model.compile_towers(**compilation.options("model"))
     return model
 
 

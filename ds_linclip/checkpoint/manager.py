@@ -28,7 +28,9 @@ __all__ = ["CheckpointManager", "NotSaved"]
 logger = logging.getLogger(__name__)
 
 #: Settings of ``train`` that change how a step is computed but not its result.
-_MAY_CHANGE = ("micro_batch_size", "reduce_dtype", "activation_checkpointing", "compile")
+_MAY_CHANGE = (
+    *("micro_batch_size", "reduce_dtype", "activation_checkpointing", "compile", "cuda_graphs"),
+)
 _VERSIONS = ("torch", "triton", "deepspeed", "megatron-core")
 
 

@@ -27,6 +27,7 @@ from ds_linclip.config.attention import (
     StateAttention,
     WindowAttention,
 )
+from ds_linclip.config.compilation import graph_break
 from ds_linclip.config.loading import config_as_yaml, load_config, save_config
 from ds_linclip.config.schema import (
     CacheConfig,
@@ -93,6 +94,7 @@ __all__ = [
     "check_model",
     "check_ranks",
     "config_as_yaml",
+    "graph_break",
     "load_config",
     "save_config",
 ]

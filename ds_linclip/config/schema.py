@@ -244,8 +244,15 @@ class TrainConfig:
     #: Recompute activations of a block in the backward pass, to save memory. `full`: all but the
     #: block's input. `selective`: all but the outputs of matrix products and attention.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    #: Run every block under torch.compile.
-    compile: bool = False
+    #: Part of a step under torch.compile. `blocks`: every block on its own, which compiles fastest.
+    #: `towers`: the whole model and the loss, with the largest parts that the layout allows;
+    #: the log names them. `true` means `towers`, `false` means `none`.
+    compile: Literal["none", "blocks", "towers"] = field(
+        default="none", metadata={"once_a_bool": ("none", "towers")}
+    )
+    #: Replay the compiled towers, and on a single rank the loss, from CUDA graphs. For ZeRO-1 and 2
+    #: over the data-parallel axis alone, with one micro-batch; needs `compile: towers`.
+    cuda_graphs: bool = False
     #: Seed of the weights, the order of samples, the crops and the dropped patches.
     seed: int = 0
 

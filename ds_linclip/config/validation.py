@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from ds_linclip.config.attention import Attention
+from ds_linclip.config.compilation import graph_break
 from ds_linclip.config.schema import (
     Config,
     ModelConfig,
@@ -20,6 +21,8 @@ from ds_linclip.config.schema import (
 __all__ = ["check_batch", "check_model", "check_ranks", "validate"]
 
 _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
+#: By default torch compiles a function eight times; a size needs two, with gradients and without.
+_MOST_COMPILED_SIZES = 4
 
 #: A rule for fields on their own, which None always satisfies: a test, in words, the fields.
 _Rule = tuple[Callable[[Any], bool], str, Iterable[str]]
@@ -223,11 +226,7 @@ def _check_fields(node: object, rules: Iterable[_Rule], prefix: str = "") -> Non
 
 
 def _validate_train(config: Config) -> None:
-    if config.train.compile and config.train.activation_checkpointing == "selective":
-        raise ValueError(
-            "train.compile (true) needs train.activation_checkpointing none or full, not "
-            "(selective), which cannot see the operators inside compiled blocks"
-        )
+    _validate_compile(config)
     if config.train.reduce_dtype == "bf16" and "bf16" not in config.train.precision:
         raise ValueError(
             f"train.reduce_dtype (bf16) needs train.precision bf16 or amp_bf16, not "
@@ -241,6 +240,39 @@ def _validate_train(config: Config) -> None:
             f"health.spike_factor ({config.health.spike_factor}) needs checkpoint.resume latest, "
             "not (never): a rewind resumes from a checkpoint of this run"
         )
+
+
+def _validate_compile(config: Config) -> None:
+    train, why = config.train, graph_break(config)
+    are_blocks = train.compile == "blocks" or (train.compile == "towers" and why is not None)
+    if are_blocks and train.activation_checkpointing == "selective":
+        reason = f", which means blocks because {why}," if train.compile == "towers" else ""
+        raise ValueError(
+            f"train.compile ({train.compile}){reason} needs train.activation_checkpointing none or "
+            "full, not (selective), which cannot see the operators inside compiled blocks"
+        )
+    sizes = {stage.image_size for stage in config.data.resolutions}
+    if train.compile == "towers" and len(sizes) > _MOST_COMPILED_SIZES:
+        raise ValueError(
+            f"train.compile (towers) must compile for at most {_MOST_COMPILED_SIZES} image sizes, "
+            f"not ({len(sizes)}), those of data.resolutions: take train.compile=blocks"
+        )
+    if not train.cuda_graphs:
+        return
+    needed = "train.cuda_graphs (true) needs"
+    instead = "take train.cuda_graphs=false"
+    if train.compile != "towers":
+        raise ValueError(f"{needed} train.compile towers, not ({train.compile}): {instead}")
+    if why is not None:
+        raise ValueError(f"{needed} towers that are one graph, but {why}: {instead}")
+    if config.parallel.device == "cpu":
+        raise ValueError(f"{needed} parallel.device cuda, not (cpu): {instead}")
+    for axis in ("tp", "cp", "pp"):
+        if (size := getattr(config.parallel, axis)) > 1:
+            raise ValueError(
+                f"{needed} parallel.{axis} 1, not ({size}): communication inside the towers is not "
+                f"captured; {instead}"
+            )
 
 
 def _validate_init(config: Config) -> None:

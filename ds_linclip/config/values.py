@@ -171,6 +171,9 @@ def _section(content: Any, node: Any, name: str, folder: Path | None) -> Any:
         path = f"{name}.{key}" if name else f"{key}"
         if key not in known:
             raise ValueError(_unknown_key_message(path))
+        if meanings := known[key].get("once_a_bool"):
+            is_true = _BOOLS.get(str(given).strip().lower())
+            given = given if is_true is None else meanings[is_true]
         value = _value(given, hints[key], path, folder)
         if "path" in known[key] and value not in (None, *known[key].get("names", ())):
             value = written_path(path, value, folder) if folder else resolved_path(path, value)

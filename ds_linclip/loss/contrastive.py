@@ -5,6 +5,7 @@ its own images or texts, so it obtains the complete gradient of its own features
 have to be sent between ranks.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["clip_loss", "siglip_loss"]
+__all__ = ["clip_loss", "num_tiles", "siglip_loss"]
 
 
 def clip_loss(
@@ -84,6 +85,11 @@ def siglip_loss(
     features = {"image_features": image_features, "text_features": text_features}
     scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
     return _loss(_siglip, features | scalars, group, chunk_size)
+
+
+def num_tiles(pairs: int, num_ranks: int, chunk_size: int) -> int:
+    """Return how many tiles a rank with ``pairs`` pairs of its own computes in either loss."""
+    return (2 * num_ranks - 1) * math.ceil(pairs / chunk_size) ** 2
 
 
 def _loss(

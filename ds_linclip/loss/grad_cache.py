@@ -5,7 +5,8 @@ micro-batches are then backpropagated one by one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,11 @@ class ContrastiveLoss:
         self._config = config
         self._group = mesh.dp.group
         self.logit_scale = torch.ones(())
+        self._compute: Callable[..., Tensor] = self._loss
+
+    def compile(self, **options: Any) -> None:
+        """Compute the loss and its gradients of the features under torch.compile."""
+        self._compute = torch.compile(self._loss, **options)
 
     def __call__(self, outputs: Sequence[Outputs]) -> tuple[Tensor, list[Outputs]]:
         """Compute loss and gradients of this rank's micro-batches.
@@ -62,7 +68,7 @@ class ContrastiveLoss:
         log_scale = bounded_log_scale(log_scale)
         scale = log_scale.exp().squeeze(0).requires_grad_()
         bias = [value.squeeze(0).requires_grad_() for value in bias]
-        loss = self._loss(images, texts, scale, *bias)
+        loss = self._compute(images, texts, scale, *bias)
         loss.backward()
         self.logit_scale = scale.detach()
 
@@ -74,7 +80,8 @@ class ContrastiveLoss:
         assert images.grad is not None
         assert texts.grad is not None
         parts = zip(images.grad.split(sizes), texts.grad.split(sizes), strict=True)
-        return loss.detach(), [(*part, *shared.split(1)) for part in parts]
+        # A copy: a replay of a CUDA graph writes the next loss to the same place.
+        return loss.detach().clone(), [(*part, *shared.split(1)) for part in parts]
 
     def _loss(self, images: Tensor, texts: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
         chunk_size = self._config.chunk_size

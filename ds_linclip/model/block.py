@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from ds_linclip.config import AttentionSettings
@@ -42,10 +41,6 @@ _KEPT_OPERATORS = [
     torch.ops.aten.clone.default,
     torch.ops.c10d.allreduce_.default,
 ]
-
-_KEEP_SOME = partial(
-    create_selective_checkpoint_contexts, _KEPT_OPERATORS, allow_cache_entry_mutation=True
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +114,15 @@ class Block(nn.Module):
         """Run the block on tokens [B, N, width]; ``patches`` says where those of an image lie."""
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._run(x, patches)
-        return checkpoint(
-            self._run,
-            x,
-            patches,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=_KEEP_SOME if self.recompute == "selective" else noop_context_fn,
-        )
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if self.recompute == "selective":
+            # A partial made here and not a constant: torch.compile knows no other kind.
+            options["context_fn"] = partial(
+                create_selective_checkpoint_contexts,
+                _KEPT_OPERATORS,
+                allow_cache_entry_mutation=True,
+            )
+        return checkpoint(self._run, x, patches, **options)
 
     def _forward(self, x: Tensor, patches: Patches | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), patches)

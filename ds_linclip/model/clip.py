@@ -1,7 +1,8 @@
 """CLIP: an image and a text tower with a shared embedding space and a learned logit scale."""
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class CLIP(nn.Module):
             self.logit_scale = nn.Parameter(torch.full((1,), log_scale))
             if loss == "sigmoid":
                 self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
+        self._run: Callable[..., tuple[Tensor, ...]] = self._forward
         self.to(mesh.device)
 
     @staticmethod
@@ -106,6 +108,9 @@ class CLIP(nn.Module):
             logit scale [1]; with the sigmoid loss the logit bias [1]. An earlier stage returns the
             arguments of the next one.
         """
+        return self._run(image, texts, *more)
+
+    def _forward(self, image: Tensor, texts: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         if self.visual is not None:
             image, more = self._run_visual(self.visual, image, *more)
         if self.text is not None:
@@ -165,6 +170,14 @@ class CLIP(nn.Module):
         """torch.compile every block, in place."""
         for block in self._blocks():
             block.compile_layers()
+
+    def compile_towers(self, **options: Any) -> None:
+        """torch.compile what :meth:`forward` computes, inside of DeepSpeed's hooks on the module.
+
+        :meth:`encode_image` and :meth:`encode_text` stay as they are: the batches of an evaluation
+        have many sizes.
+        """
+        self._run = torch.compile(self._forward, **options)
 
     def _blocks(self) -> list[Block]:
         return [module for module in self.modules() if isinstance(module, Block)]

@@ -18,6 +18,7 @@ from ds_linclip.model.attention import Patches
 from ds_linclip.model.block import Block, BlockInit
 from ds_linclip.parallel.context_parallel import first_token, token_slice
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.table_rows import take_rows
 from ds_linclip.parallel.tensor_parallel import vocab_parallel_embedding
 
 __all__ = ["TextTransformer", "VisionTransformer", "resample_positions"]
@@ -178,7 +179,7 @@ class VisionTransformer(_Tower):
             x, positions = self.conv1(images, slice(first, last)), positions[first:last]
         else:
             kept = kept[:, first:last]
-            x, positions = self.conv1(images, kept), positions[kept]
+            x, positions = self.conv1(images, kept), take_rows(positions, kept)
         x = x + positions  # [B, n, width]
         class_token = (self.class_embedding + class_position).expand(x.shape[0], 1, -1)
         # Empty if another rank has the class token; all parameters still get a gradient.

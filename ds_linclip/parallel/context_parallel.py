@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import all_reduce
 
 __all__ = ["first_token", "sum_over_ranks", "token_slice"]
 
@@ -68,9 +69,10 @@ def first_token(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """
     if group is None or group.size() == 1:
         return x[:, 0]
-    # On other ranks this is the sum of no tokens: zeros that are part of the graph.
+    # On other ranks this is the sum of no tokens: zeros that are part of the graph. A broadcast
+    # would break the graph of torch.compile.
     own = x[:, : int(group.rank() == 0)].sum(1)
-    return _FromFirstRank.apply(own, group)
+    return sum_over_ranks(own, group)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -84,22 +86,11 @@ class _SumOverRanks(torch.autograd.Function):
         return _all_reduced(grad, ctx.group), None
 
 
-class _FromFirstRank(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.broadcast(x, group=group, group_src=0)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.reduce(total, group=ctx.group, group_dst=0)
-        return total if ctx.group.rank() == 0 else torch.zeros_like(grad), None
-
-
 def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if torch.compiler.is_compiling():
+        # torch.compile takes a result that was summed in place for one without a gradient.
+        found: Tensor = all_reduce(x.contiguous(), "sum", group)
+        return found
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total

@@ -6,6 +6,7 @@ Parameters are created on the CPU; move the finished model to the device.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.parallel.table_rows import take_rows
 
 __all__ = [
     "HeadRMSNorm",
@@ -99,7 +101,7 @@ def vocab_parallel_embedding(mesh: Mesh, num_embeddings: int, dim: int, *, init:
         raise ValueError(
             f"num_embeddings ({num_embeddings}) must be divisible by parallel.tp ({mesh.tp.size})"
         )
-    return VocabParallelEmbedding(
+    return _VocabParallelEmbedding(
         num_embeddings, dim, init_method=init, config=_config(mesh), tp_group=mesh.tp.group
     )
 
@@ -146,8 +148,11 @@ class _ColumnParallel(ColumnParallelLinear):
     compute_dtype: torch.dtype | None = None
 
     def forward(self, input_: Tensor) -> Tensor:
-        if (dtype := self.compute_dtype) is None:
+        # Megatron's backward waits for its sum over ranks by hand, which breaks a compiled graph.
+        is_written_out = self.allreduce_dgrad and torch.compiler.is_compiling()
+        if self.compute_dtype is None and not is_written_out:
             return super().forward(input_)[0]
+        dtype = self.compute_dtype or self.weight.dtype
         x = copy_to_tensor_model_parallel_region(input_.to(dtype), group=self.tp_group)
         # Not F.linear: under ZeRO-3 DeepSpeed puts its own there, which adds the bias in place to a
         # product that selective checkpointing has kept.
@@ -171,6 +176,26 @@ class _RowParallel(RowParallelLinear):
         products = F.linear(input_.to(dtype), self.weight.to(dtype))
         total = reduce_from_tensor_model_parallel_region(products, group=self.tp_group)
         return total + self.bias.to(dtype)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        # Megatron passes no group here and warns of that, which breaks the graph of torch.compile.
+        found: Tensor = super()._forward_impl(
+            input, weight, **options | {"tp_group": self.tp_group}
+        )
+        return found
+
+
+class _VocabParallelEmbedding(VocabParallelEmbedding):
+    """Sums the gradient of a row in a compiled graph as outside of it."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(input_)
+        is_held = (input_ >= self.vocab_start_index) & (input_ < self.vocab_end_index)
+        rows = take_rows(self.weight, torch.where(is_held, input_ - self.vocab_start_index, 0))
+        return reduce_from_tensor_model_parallel_region(
+            rows * is_held.unsqueeze(-1), group=self.tp_group
+        )
 
 
 class HeadRMSNorm(nn.Module):

@@ -270,7 +270,7 @@ class LinearStateAttention(SelfAttention):
         form["backend"] = self.backend
         if self.cp_group is None:
             return linear_attention(q, k, v, causal=self.causal, **form)
-        features = {name: form[name] for name in _OF_THE_STATE & form.keys()}
+        features = {name: form[name] for name in form if name in _OF_THE_STATE}
         state = sum_over_ranks(linear_attention_state(k, v, **features), self.cp_group)
         return linear_attention_from_state(q, state, **form)
 

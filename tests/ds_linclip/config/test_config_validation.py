@@ -8,6 +8,9 @@ from ds_linclip.config import as_image_size, load_config
 
 EMBEDDED = "ds_configs/train/embedded.yaml"
 LUNA = "model.vision.attention.kind=luna"
+#: Five image sizes, a step each.
+RESOLUTIONS = ", ".join(f"{{from_step: {step}, image_size: {4 * (step + 8)}}}" for step in range(5))
+GRAPHS = ["train.compile=towers", "train.cuda_graphs=true"]
 NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
 
 
@@ -154,7 +157,8 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ("optim.lr=inf", r"optim\.lr \(inf\) must be a finite number"),
         ("optim.lr=1e999", r"optim\.lr \(1e999\) must be a finite number"),
         ("model.text.attention.score_scale=nan", r"score_scale \(nan\) must be a finite number"),
-        ("train.compile=2", r"train\.compile \(2\) must be true or false"),
+        ("train.compile=2", r"train\.compile \(2\) must be none, blocks or towers"),
+        ("train.cuda_graphs=2", r"train\.cuda_graphs \(2\) must be true or false"),
         ("train.precision=fp8", r"train\.precision \(fp8\) must be bf16, amp_bf16, fp16 or fp32"),
         ("train=1", r"^train \(1\) must hold keys and values$"),
         ("output_dir=", r"^output_dir \(''\) must not be empty$"),
@@ -227,9 +231,31 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
             r"train\.micro_batch_size \(48\) must divide .* \(128 / 2 = 64\): 32 would do",
         ),
         (
-            ["train.compile=true", "train.activation_checkpointing=selective"],
-            r"train\.compile \(true\) needs .*activation_checkpointing none or full, not \(sel",
+            ["train.compile=blocks", "train.activation_checkpointing=selective"],
+            r"train\.compile \(blocks\) needs .*activation_checkpointing none or full, not \(sel",
         ),
+        (
+            ["train.compile=true", "train.activation_checkpointing=selective", "zero.stage=3"],
+            r"train\.compile \(towers\), which means blocks because zero\.stage is 3, needs ",
+        ),
+        (
+            ["train.compile=towers", "train.steps=9", f"data.resolutions=[{RESOLUTIONS}]"],
+            r"train\.compile \(towers\) must compile for at most 4 image sizes, not \(5\)",
+        ),
+        (
+            "train.cuda_graphs=true",
+            r"train\.cuda_graphs \(true\) needs train\.compile towers, not \(none\): take ",
+        ),
+        (
+            [*GRAPHS, "zero.stage=3"],
+            r"train\.cuda_graphs \(true\) needs towers that are one graph, but zero\.stage is 3",
+        ),
+        (
+            [*GRAPHS, "parallel.device=cpu"],
+            r"train\.cuda_graphs \(true\) needs parallel\.device cuda, not \(cpu\)",
+        ),
+        ([*GRAPHS, "parallel.tp=2"], r"train\.cuda_graphs .* needs parallel\.tp 1, not \(2\)"),
+        ([*GRAPHS, "parallel.pp=2"], r"train\.cuda_graphs .* needs parallel\.pp 1, not \(2\)"),
         ("loss.chunk_size=0", r"loss\.chunk_size \(0\) must be greater than 0"),
         ("model.vision.patch_dropout=1", r"patch_dropout \(1\.0\) must be in \[0, 1\)"),
         ("model.text.vocab_size=1000", r"vocab_size \(1000\) must be at least 49408"),

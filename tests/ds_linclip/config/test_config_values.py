@@ -145,11 +145,21 @@ def test_numbers_are_those_of_python_or_refused(folder, text):
 def test_bools_have_four_spellings(folder, text):
     opposite = {"t": "false", "y": "no", "o": "OFF", "1": "0"}[text.strip("' ").lower()[0]]
     for load_it in (
-        lambda value: load(folder, f"train.compile={value}"),
-        lambda value: load_file(folder, f"train: {{compile: {value}}}"),
+        lambda value: load(folder, f"checkpoint.asynchronous={value}").checkpoint,
+        lambda value: load_file(folder, f"checkpoint: {{asynchronous: {value}}}").checkpoint,
     ):
-        assert load_it(text).train.compile is True
-        assert load_it(opposite).train.compile is False
+        assert load_it(text).asynchronous is True
+        assert load_it(opposite).asynchronous is False
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [("true", "towers"), ("On", "towers"), ("1", "towers"), ("false", "none"), ("no", "none")],
+)
+def test_compile_may_be_the_bool_it_once_was(folder, text, meaning):
+    assert load(folder, f"train.compile={text}").train.compile == meaning
+    assert load_file(folder, f"train: {{compile: {text}}}").train.compile == meaning
+    assert load_file(folder, f"train: {{compile: {meaning}}}").train.compile == meaning
 
 
 @given(st.text().filter(lambda key: not set(key) & set("[=")))

@@ -1,8 +1,10 @@
 import math
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from ds_linclip.config import (
@@ -157,3 +159,21 @@ def test_logit_scale_stays_in_range_and_comes_back_under_zero(stage: int, precis
     assert largest_parameter > math.log(100)  # momentum did carry the parameter past the limit
     assert max(scales) == pytest.approx(100, rel=1e-6)
     assert scales[-1] < 60.0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_the_compiled_loss_is_one_graph(mesh: Mesh, kind: Literal["softmax", "sigmoid"]) -> None:
+    log_values = [torch.tensor([2.5]), torch.tensor([-3.0])][: 1 + (kind == "sigmoid")]
+    outputs = [(*features(6), *log_values)] * 2
+    settings = LossConfig(kind=kind, chunk_size=5)
+    plain, compiled = ContrastiveLoss(settings, mesh), ContrastiveLoss(settings, mesh)
+    torch.compiler.reset()
+    counters.clear()
+    compiled.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    expected, found = plain(outputs), compiled(outputs)
+    assert torch.equal(found[0], expected[0])
+    for mine, other in zip(found[1], expected[1], strict=True):
+        assert all(map(torch.equal, mine, other))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]

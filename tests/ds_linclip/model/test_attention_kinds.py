@@ -340,8 +340,6 @@ def test_a_layer_that_needs_the_grid_says_so(mesh, name):
 @pytest.mark.parametrize(("name", "causal"), BOTH)
 def test_a_layer_is_one_graph_and_has_shapes_without_memory(mesh, name, causal):
     layer = make_layer(mesh, CASES[name].settings, causal=causal)
-    # Megatron's own layers are not one graph.
-    layer.qkv, layer.out_proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
     x, patches = torch.randn(2, 13, WIDTH), places(13, causal=causal)
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")

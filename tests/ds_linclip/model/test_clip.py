@@ -1,9 +1,13 @@
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from open_clip.model import resize_pos_embed
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 
 from ds_linclip.config import (
     Attention,
@@ -18,6 +22,7 @@ from ds_linclip.config import (
 )
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention import Patches
+from ds_linclip.model.block import Recompute
 from ds_linclip.parallel.mesh import Mesh
 
 ATTENTIONS = {
@@ -361,3 +366,83 @@ def test_blocks_are_compiled_also_under_activation_checkpointing(
     model.compile_blocks()
     model.encode_image(inputs()[0]).sum().backward()
     assert len(calls) == 2 * (2 if recompute == "full" else 1)
+
+
+class Graphs:
+    """A backend that runs the graphs as they are and keeps them: forwards and backwards."""
+
+    def __init__(self) -> None:
+        self.forward: list[torch.fx.GraphModule] = []
+        self.backward: list[torch.fx.GraphModule] = []
+
+    def compile(self, model: CLIP) -> CLIP:
+        torch.compiler.reset()
+        counters.clear()
+        backend = aot_autograd(
+            fw_compiler=partial(self._keep, self.forward),
+            bw_compiler=partial(self._keep, self.backward),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+        model.compile_towers(fullgraph=True, dynamic=False, backend=backend)
+        return model
+
+    @staticmethod
+    def _keep(kept: list[torch.fx.GraphModule], graph: torch.fx.GraphModule, _: object) -> object:
+        kept.append(graph)
+        return make_boxed_func(graph.forward)
+
+    @staticmethod
+    def count(graph: torch.fx.GraphModule, operator: str) -> int:
+        return sum(str(node.target) == f"linclip.{operator}.default" for node in graph.graph.nodes)
+
+
+def gradients(model: CLIP, *more: torch.Tensor) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    outputs = model(*inputs(), *more)
+    total = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in outputs)
+    assert isinstance(total, torch.Tensor)
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("recompute", "repeated"), [("none", 0), ("selective", 0), ("full", 3)])
+def test_both_towers_are_one_graph_forward_and_one_backward(
+    mesh: Mesh, recompute: Recompute, repeated: int
+) -> None:
+    """The operator of the four blocks is in them, and repeated only where the backward recomputes
+    it; patches are dropped and a part is frozen."""
+    kept = torch.arange(0, 16, 2).expand(4, 8).contiguous()
+    found = []
+    graphs = Graphs()
+    for is_compiled in (False, True):
+        model = build(mesh, LinearAttention())
+        model.recompute_activations(recompute)
+        model.text.lock(2)
+        if is_compiled:
+            graphs.compile(model)
+        found.append(gradients(model, kept))
+    expected, compiled = found
+    assert compiled.keys() == expected.keys()
+    assert all(torch.equal(compiled[name], value) for name, value in expected.items())
+    (forward,), (backward,) = graphs.forward, graphs.backward
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert graphs.count(forward, "linear_attention") == 4
+    assert graphs.count(backward, "sum_rows") == 1  # of image positions; the others are frozen
+    # The first block of texts is frozen.
+    assert graphs.count(backward, "linear_attention_backward") == 3
+    assert graphs.count(backward, "linear_attention") == repeated
+
+
+@pytest.mark.long
+def test_compiled_towers_are_not_what_evaluation_runs(mesh: Mesh) -> None:
+    """Its batches have many sizes, each of which would be compiled."""
+    graphs = Graphs()
+    model, plain = graphs.compile(build(mesh, LinearAttention())), build(mesh, LinearAttention())
+    with torch.no_grad():
+        for batch in range(1, 12):
+            images, texts = inputs(batch)
+            assert torch.equal(model.encode_image(images), plain.encode_image(images))
+            assert torch.equal(model.encode_text(texts), plain.encode_text(texts))
+    assert not graphs.forward
