@@ -31,7 +31,17 @@ from linclip_kernels.linear_attention.triton_backend.partition import (
 )
 from linclip_kernels.linear_attention.variant import Variant
 
-__all__ = ["MULTIPROCESSORS", "Case", "Usage", "cases", "compile_launch", "measure"]
+__all__ = [
+    "MULTIPROCESSORS",
+    "Case",
+    "Usage",
+    "cases",
+    "compile_case_kernel",
+    "compile_launch",
+    "kernel_name",
+    "measure",
+    "run_on_cubin",
+]
 
 
 class Multiprocessor(NamedTuple):
@@ -162,30 +172,41 @@ def measure(case: Case, capability: int) -> list[Usage]:
     Raises:
         RuntimeError: cuobjdump does not report the usage of a kernel.
     """
-    usages: dict[str, Usage] = {}
-    for launch in case.launches(capability):
-        compiled = compile_launch(launch, capability)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        match = re.search(r"REG:(\d+) STACK:(\d+)", text)
-        if match is None:
-            raise RuntimeError(f"cuobjdump reports no registers: {text!r}")
-        name = _name(launch)
-        usages[name] = Usage(
-            case=case,
-            kernel=name,
-            capability=capability,
-            registers=int(match[1]),
-            stack=int(match[2]),
-            shared=compiled.metadata.shared,
-            num_warps=launch.num_warps,
-        )
-    return list(usages.values())
+    usages = [
+        compile_case_kernel(case, launch, capability)[0] for launch in case.launches(capability)
+    ]
+    return list({usage.kernel: usage for usage in usages}.values())
 
 
-def _name(launch: Launch) -> str:
+def compile_case_kernel(case: Case, launch: Launch, capability: int) -> tuple[Usage, Any]:
+    """Compile one launch of a case, and return what it uses beside what Triton compiled."""
+    compiled = compile_launch(launch, capability)
+    text = run_on_cubin(triton.knobs.nvidia.cuobjdump.path, "-res-usage", compiled)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"cuobjdump reports no registers: {text!r}")
+    usage = Usage(
+        case=case,
+        kernel=kernel_name(launch),
+        capability=capability,
+        registers=int(match[1]),
+        stack=int(match[2]),
+        shared=compiled.metadata.shared,
+        num_warps=launch.num_warps,
+    )
+    return usage, compiled
+
+
+def run_on_cubin(program: str, option: str, compiled: Any) -> str:
+    """Return what one of NVIDIA's tools prints about a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [program, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def kernel_name(launch: Launch) -> str:
+    """Return the kernel's name, and which side of it the launch computes."""
     name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
     arguments = launch.arguments
     if name == "backward" and arguments["dk"] is None:
