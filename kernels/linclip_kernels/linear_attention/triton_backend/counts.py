@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 
@@ -53,13 +55,14 @@ GROUPS = {
 }
 _PATTERNS = {name: re.compile(pattern) for name, pattern in GROUPS.items()}
 _WIDTH = re.compile(r"\.[US]?(8|16|64|128|256)(?=\.|$)")
+#: Matrices of 8 x 8 16-bit numbers that one instruction moves, 128 bytes each.
+_MATRICES = re.compile(r"(?:LDSM|STSM)\..*88(?:\.(\d))?")
 _SHAPE = re.compile(r"\.(?:(\d+)x(\d+)x(\d+)|16(8)(\d+))\.")
 #: Rows, columns and depth of a product on tcgen05, which the machine code does not show: assumed.
 TCGEN05_SHAPE = 128, 64, 16
 
 
-@dataclass(frozen=True)
-class LoopCounts:
+class LoopCounts(NamedTuple):
     """What one warp executes in one iteration of a loop, inner loops apart.
 
     Attributes:
@@ -73,6 +76,7 @@ class LoopCounts:
         shared_clocks: Cycles of the port of shared memory for one warp, without bank conflicts.
         products: Multiply-adds of all warps of a program on each kind of matrix unit.
         buffers: Tiles that each tensor has room for, the least of those that the loop loads.
+        step: By how much the variable of the loop grows.
     """
 
     loop: str
@@ -84,6 +88,7 @@ class LoopCounts:
     shared_clocks: int
     products: Counter[str]
     buffers: int | None = None
+    step: int | None = None
 
     @property
     def kinds(self) -> str:
@@ -121,6 +126,7 @@ class KernelCounts:
                 "access": " ".join(f"{n}x{bits}" for bits, n in sorted(loop.accesses.items())),
                 "mma": loop.kinds,
                 "buffers": loop.buffers,
+                "step": loop.step,
                 "kb": round(loop.bytes / 1024, 2),
                 "instr_per_kb": _rounded(loop.per_kilobyte(loop.instructions)),
                 "bar_per_kb": _rounded(loop.per_kilobyte(loop.groups["bar"])),
@@ -137,24 +143,27 @@ def count_kernel(case: Case, launch: Launch, capability: int) -> KernelCounts:
         capability: The compute capability, a key of ``MULTIPROCESSORS``.
     """
     usage, compiled = compile_case_kernel(case, launch, capability)
-    sass = run_on_cubin(triton.knobs.nvidia.nvdisasm.path, "-c", compiled)
-    found = find_loops(sass)
-    ttgir = compiled.asm["ttgir"]
-    num_copies = sum(one.opcode.startswith("UTMA") for loop in found for one in loop.instructions)
-    copy_bytes = sum(_copies(ttgir)) // max(1, num_copies)
-    buffers = _buffers(ttgir)
-    if len(buffers) != len(found) - 1:  # the compiler has split or joined loops
-        buffers = [min((n for n in buffers if n is not None), default=None)] * (len(found) - 1)
-    loops = []
-    names = _places(found)
-    for loop, name, num_buffers in zip(found, names, [None, *buffers], strict=True):
-        loops.append(count_loop(loop, name, launch.num_warps, copy_bytes, num_buffers))
+    loops = _count_loops(compiled.asm["cubin"], compiled.asm["ttgir"], launch.num_warps)
     return KernelCounts(usage, loops)
 
 
-def count_loop(
-    loop: Loop, place: str, num_warps: int, copy_bytes: int = 0, buffers: int | None = None
-) -> LoopCounts:
+@cache
+def _count_loops(cubin: bytes, ttgir: str, num_warps: int) -> list[LoopCounts]:
+    found = find_loops(run_on_cubin(triton.knobs.nvidia.nvdisasm.path, "-c", cubin))
+    num_copies = sum(one.opcode.startswith("UTMA") for loop in found for one in loop.instructions)
+    copy_bytes = sum(_copies(ttgir)) // max(1, num_copies)
+    steps = _loop_steps(ttgir)
+    if len(steps) != len(found) - 1:  # the compiler has split or joined loops
+        steps = [_common(steps)] * (len(found) - 1)
+    return [
+        count_loop(loop, place, num_warps, copy_bytes)._replace(buffers=buffers, step=step)
+        for loop, place, (buffers, step) in zip(
+            found, _places(found), [(None, None), *steps], strict=True
+        )
+    ]
+
+
+def count_loop(loop: Loop, place: str, num_warps: int, copy_bytes: int = 0) -> LoopCounts:
     """Count the instructions of one loop.
 
     Args:
@@ -162,7 +171,6 @@ def count_loop(
         place: :attr:`LoopCounts.loop`.
         num_warps: Warps of a program.
         copy_bytes: What one copy of the tensor memory accelerator moves.
-        buffers: :attr:`LoopCounts.buffers`.
     """
     groups: Counter[str] = Counter()
     accesses: Counter[int] = Counter()
@@ -176,10 +184,10 @@ def count_loop(
         if group in ("ldg", "ldgsts", "stg"):
             accesses[bits] += 1
             num_bytes += bits // 8 * 32 * num_warps
-        if group in ("lds", "sts", "ldgsts"):
+        if matrices := _MATRICES.match(one.opcode):
+            shared += int(matrices[1] or 1)
+        elif group in ("lds", "sts", "ldgsts"):
             shared += max(1, bits // 32)
-        if one.opcode.startswith(("LDSM", "STSM")):  # 8 x 8 matrices of 128 bytes
-            shared += int(one.opcode[-1]) if one.opcode[-1].isdigit() else 1
         shared += group == "shfl"
         num_bytes += copy_bytes * (group == "tma")
         named += group == "bar" and not re.search(r"\b0x0\b", one.operands.split(",")[0])
@@ -194,7 +202,6 @@ def count_loop(
         bytes=num_bytes,
         shared_clocks=shared,
         products=products,
-        buffers=buffers,
     )
 
 
@@ -221,18 +228,29 @@ def _places(loops: Sequence[Loop]) -> list[str]:
     return ["once", *places]
 
 
-def _buffers(ttgir: str) -> list[int | None]:
-    """Return the least number of tiles of a tensor for every loop that moves or multiplies data."""
+def _loop_steps(ttgir: str) -> list[tuple[int | None, int | None]]:
+    """Return (buffers, step) of every loop that moves or multiplies data."""
     sizes = {
         found[1]: int(found[2])
         for found in re.finditer(r"(%\w+) = ttg\.local_alloc : .*memdesc<(\d+)x\d+x", ttgir)
     }
-    found: list[int | None] = []
+    found: list[tuple[int | None, int | None]] = []
     for body in _loop_texts(ttgir):
         used = re.findall(r"memdesc_index (%\w+)\[", body)
         if re.search(r"\btt\.(dot|load|store|descriptor)|_dot |gen5_mma|async_|tt\.atomic", body):
-            found.append(min((sizes[name] for name in used if name in sizes), default=None))
+            step = re.search(r"scf\.for .* step %c(\d+)_i", body)
+            buffers = min((sizes[name] for name in used if name in sizes), default=None)
+            found.append((buffers, int(step[1]) if step else None))
     return found
+
+
+def _common(
+    steps: Sequence[tuple[int | None, int | None]],
+) -> tuple[int | None, int | None]:
+    """Return the least buffers and the least step of all loops."""
+    buffers = (one for one, _ in steps if one is not None)
+    numbers = (one for _, one in steps if one is not None)
+    return min(buffers, default=None), min(numbers, default=None)
 
 
 def _loop_texts(ttgir: str) -> list[str]:
@@ -242,11 +260,11 @@ def _loop_texts(ttgir: str) -> list[str]:
     depth = 0
     for line in ttgir.splitlines():
         begins = "scf.for" in line or "scf.while" in line
-        if open_loops and not begins:
-            bodies[open_loops[-1][0]].append(line)
         if begins:
             open_loops.append((len(bodies), depth))
             bodies.append([])
+        if open_loops:
+            bodies[open_loops[-1][0]].append(line)
         depth += line.count("{") - line.count("}")
         while open_loops and depth <= open_loops[-1][1] and not begins:
             open_loops.pop()

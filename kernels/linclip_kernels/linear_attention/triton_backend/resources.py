@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +86,12 @@ class Case:
 
     def launches(self, arch: int | str) -> list[Launch]:
         """Return the launches of a forward and a backward on views of a packed [B, N, H, 3, D]."""
-        shape, chip = (1, self.num_tokens, self.heads, 3, self.dim), Chip(arch=arch)
+        forward, backward = self.directions(Chip(arch=arch))
+        return forward + backward
+
+    def directions(self, chip: Chip) -> tuple[list[Launch], list[Launch]]:
+        """Return the launches of a forward, and those of a backward."""
+        shape = 1, self.num_tokens, self.heads, 3, self.dim
         q, k, v = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").unbind(3)
         v = v[..., : max_value_block(q, chip)]
         plans, variant = causal if self.variant.causal else bidirectional, self.variant
@@ -99,7 +105,7 @@ class Case:
         partition = partition_tokens(q, v.shape[-1], variant, backward=True, chip=chip)
         call = call._replace(partition=partition)
         _, backward = plans.plan_backward(call, state, out, None, gradients)
-        return forward + backward
+        return forward, backward
 
 
 @dataclass(frozen=True)
@@ -172,16 +178,16 @@ def measure(case: Case, capability: int) -> list[Usage]:
     Raises:
         RuntimeError: cuobjdump does not report the usage of a kernel.
     """
-    usages = [
-        compile_case_kernel(case, launch, capability)[0] for launch in case.launches(capability)
-    ]
+    launches = case.launches(capability)
+    usages = [compile_case_kernel(case, launch, capability)[0] for launch in launches]
     return list({usage.kernel: usage for usage in usages}.values())
 
 
 def compile_case_kernel(case: Case, launch: Launch, capability: int) -> tuple[Usage, Any]:
     """Compile one launch of a case, and return what it uses beside what Triton compiled."""
     compiled = compile_launch(launch, capability)
-    text = run_on_cubin(triton.knobs.nvidia.cuobjdump.path, "-res-usage", compiled)
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    text = run_on_cubin(cuobjdump, "-res-usage", compiled.asm["cubin"])
     match = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if match is None:
         raise RuntimeError(f"cuobjdump reports no registers: {text!r}")
@@ -197,10 +203,11 @@ def compile_case_kernel(case: Case, launch: Launch, capability: int) -> tuple[Us
     return usage, compiled
 
 
-def run_on_cubin(program: str, option: str, compiled: Any) -> str:
+@cache
+def run_on_cubin(program: str, option: str, cubin: bytes) -> str:
     """Return what one of NVIDIA's tools prints about a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
+        Path(file.name).write_bytes(cubin)
         command = [program, option, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
