@@ -1,0 +1,247 @@
+"""A model of a kernel's time from the counts of its machine code, the grid and the chip.
+
+A kernel takes as long as the slowest of five limits allows:
+
+- bandwidth: every tensor of the launch moved once, at 92 % of the peak;
+- issue: instructions of all warps on four schedulers, with one every two cycles for integers and
+  selections, one every eight for special functions;
+- matrix: multiply-adds of the matrix products;
+- shared: cycles of the port of shared memory, without bank conflicts;
+- latency: the time of one program alone, times the waves of programs. A warp alone issues every
+  third cycle, a barrier costs 30, and a load that finds no buffer to run ahead in waits 750 cycles.
+
+The first four grow with the programs of the busiest multiprocessor, the last one with the number of
+waves, so that partial waves cost what they cost. Not modelled: bank conflicts, reads that hit the
+L2 cache other than for free, DRAM pages, clocks that power lowers.
+
+The model is uncalibrated: no chip has confirmed it. Differences of 10 % mean nothing.
+
+python -m linclip_kernels.linear_attention.triton_backend.time_model
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from linclip_kernels.linear_attention.triton_backend.counts import (
+    KernelCounts,
+    LoopCounts,
+    count_kernel,
+)
+from linclip_kernels.linear_attention.triton_backend.partition import Chip, Launch
+from linclip_kernels.linear_attention.triton_backend.resources import Case
+from linclip_kernels.linear_attention.variant import Variant
+
+__all__ = ["CHIPS", "Prediction", "Speed", "predict", "predict_case"]
+
+
+class Speed(NamedTuple):
+    """What a chip can do, from its data sheet."""
+
+    capability: int
+    num_sms: int
+    clock: float  # cycles per second
+    peak_bytes: float  # of DRAM per second
+    fp32_clocks: int  # of a scheduler for one instruction of a warp
+    multiply_adds: dict[str, int]  # per multiprocessor and cycle, by matrix instruction
+
+    @property
+    def copy_bytes(self) -> float:
+        return 0.92 * self.peak_bytes
+
+
+_HOPPER = {"hmma": 1024, "hgmma": 2048}  # mma.sync reaches half of the rate of wgmma: assumed
+CHIPS = {
+    "A100": Speed(80, 108, 1.41e9, 2.039e12, 2, {"hmma": 1024}),
+    "H100": Speed(90, 132, 1.755e9, 3.35e12, 1, _HOPPER),
+    "H200": Speed(90, 132, 1.755e9, 4.8e12, 1, _HOPPER),
+    "B200": Speed(100, 148, 1.85e9, 8e12, 1, {"hmma": 1024, "tcgen05": 4096}),
+}
+#: Assumptions in cycles, never measured.
+CLOCKS_PER_INSTRUCTION, CLOCKS_PER_BARRIER, MEMORY_LATENCY = 3, 30, 750
+#: Between two kernels of a CUDA graph.
+LAUNCH_SECONDS = 1.5e-6
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted time of one kernel.
+
+    Attributes:
+        kernel: Its name.
+        seconds: The time, with the launch.
+        limit: What bounds it.
+        bytes: Of the launch's tensors.
+        programs_per_sm: Programs that run at the same time on a multiprocessor.
+        waves: Programs over those that run at the same time on the chip.
+    """
+
+    kernel: str
+    seconds: float
+    limit: str
+    bytes: int
+    programs_per_sm: int
+    waves: float
+
+
+def predict(counts: KernelCounts, launch: Launch, chip: Speed) -> Prediction:
+    """Predict the time of one launch.
+
+    Args:
+        counts: The counts of its kernel, compiled for this chip.
+        launch: The launch, whose grid and tensors give trips and bytes.
+        chip: One of ``CHIPS``.
+
+    Returns:
+        The time and its bound.
+    """
+    usage, programs = counts.usage, prod(launch.grid)
+    tensors = list(_tensors(launch.arguments))
+    trips = _trips(counts.loops, launch, tensors)
+    per_sm, slots = ceil(programs / chip.num_sms), usage.blocks_per_sm * chip.num_sms
+    warps, num_bytes = usage.num_warps, sum(x.numel() * x.element_size() for x in tensors)
+    busy = {
+        "issue": sum(n * _issue_clocks(loop, chip) for loop, n in trips) * warps / 4,
+        "matrix": sum(n * _matrix_clocks(loop, chip) for loop, n in trips),
+        "shared": sum(n * loop.shared_clocks for loop, n in trips) * warps,
+    }
+    alone = sum(n * _clocks_alone(loop, chip) for loop, n in trips)
+    seconds = {name: per_sm * clocks / chip.clock for name, clocks in busy.items()}
+    seconds["latency"] = ceil(programs / slots) * alone / chip.clock
+    seconds["bandwidth"] = num_bytes / chip.copy_bytes
+    limit = max(seconds, key=lambda name: seconds[name])
+    return Prediction(
+        kernel=usage.kernel,
+        seconds=seconds[limit] + LAUNCH_SECONDS,
+        limit=limit,
+        bytes=num_bytes,
+        programs_per_sm=min(usage.blocks_per_sm, per_sm),
+        waves=programs / slots,
+    )
+
+
+def predict_case(case: Case, chip: Speed) -> tuple[list[Prediction], list[Prediction]]:
+    """Predict the kernels of a forward, and those of a backward.
+
+    Args:
+        case: The inputs.
+        chip: One of ``CHIPS``.
+    """
+    directions = case.directions(Chip(chip.num_sms, chip.capability))
+    forward, backward = (
+        [predict(count_kernel(case, launch, chip.capability), launch, chip) for launch in launches]
+        for launches in directions
+    )
+    return forward, backward
+
+
+def _issue_clocks(loop: LoopCounts, chip: Speed) -> int:
+    """Return the cycles of a scheduler, or of its busiest pipe, for one warp and iteration."""
+    floats = chip.fp32_clocks * loop.groups["fp32"] + 2 * loop.groups["imad"]
+    return max(loop.instructions, 2 * loop.groups["int"], floats, 8 * loop.groups["mufu"])
+
+
+def _matrix_clocks(loop: LoopCounts, chip: Speed) -> float:
+    return sum(number / chip.multiply_adds[kind] for kind, number in loop.products.items())
+
+
+def _clocks_alone(loop: LoopCounts, chip: Speed) -> float:
+    """Return the time of one iteration of a program that has the multiprocessor for itself."""
+    clocks = CLOCKS_PER_INSTRUCTION * loop.instructions + CLOCKS_PER_BARRIER * loop.groups["bar"]
+    clocks += _matrix_clocks(loop, chip)
+    if not any(loop.groups[name] for name in ("ldg", "ldgsts", "tma")):
+        return clocks
+    ahead = (loop.buffers or 1) - 1
+    return clocks + max(0, MEMORY_LATENCY - ahead * clocks)
+
+
+def _trips(
+    loops: Sequence[LoopCounts], launch: Launch, tensors: Sequence[Tensor]
+) -> list[tuple[LoopCounts, float]]:
+    """Return how often a program runs each loop: over its tokens, or over the states of parts."""
+    meta = launch.arguments.get("META")
+    rows = max((x.shape[0] * x.shape[1] * x.shape[2] for x in _views(launch)), default=0)
+    states = max(x.shape[0] * x.shape[1] for x in tensors if x.dim() == 4) / launch.grid[0]
+    found: list[tuple[LoopCounts, float]] = []
+    outer = 1.0
+    for loop in loops:
+        if loop.loop == "once":
+            number = 1.0
+        elif "." in loop.loop:  # over the tokens up to that of the outer loop, or from it on
+            number = outer * (outer + 1) / 2
+        else:
+            step = loop.step or 1
+            if rows and step < 8 and meta is not None:  # tiles are counted, not tokens
+                step = meta.BLOCK_N
+            tokens = rows / prod(launch.grid)
+            number = outer = float(ceil(tokens / step)) if rows else ceil(states / step)
+        found.append((loop, number))
+    return found
+
+
+def _views(launch: Launch) -> Iterator[Tensor]:
+    """Yield the tensors [B, N, H, D] that come with their strides."""
+    for argument in launch.arguments.values():
+        if isinstance(argument, tuple) and len(argument) == 2 and isinstance(argument[0], Tensor):
+            yield argument[0]
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    if isinstance(arguments, Tensor):
+        yield arguments
+    elif isinstance(arguments, (dict, tuple)):
+        for one in arguments.values() if isinstance(arguments, dict) else arguments:
+            yield from _tensors(one)
+
+
+#: (B * H, N) of the printed table; by whether the mask is causal.
+SHAPES = {
+    False: ((3072, 197), (256, 4096), (16, 4096), (16, 16_384), (256, 16_384), (16, 2**20)),
+    True: ((2048, 77), (256, 4096), (16, 2**20)),
+}
+#: Tensors of B * N * H * D elements that a direction must move at least.
+TENSORS = {"forward": 4, "backward": 7}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Predicted times; uncalibrated")
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--kernels", action="store_true", help="show every kernel")
+    options = parser.parse_args()
+    chosen = [
+        Case(Variant(causal=is_causal, normalized=normalized), num_tokens, heads=heads)
+        for is_causal, shapes in SHAPES.items()
+        for normalized in (False, True)
+        for heads, num_tokens in shapes
+    ]
+    jobs = [(c, CHIPS[name], name) for name in options.chips for c in chosen]
+    jobs = [job for job in jobs if options.match in str(job[0])]
+    if not jobs:
+        parser.error(f"match ({options.match!r}) must be part of the name of a case")
+    print("uncalibrated: differences of 10 % mean nothing")
+    columns = "{:6}{:52}{:10}{:>12}{:>8}  {}"
+    print(columns.format("chip", "case", "direction", "time, us", "of copy", "kernels: us (limit)"))
+    with ProcessPoolExecutor(min(4, len(jobs))) as pool:
+        cases, speeds, names = zip(*jobs, strict=True)
+        for case, chip, name, found in zip(
+            cases, speeds, names, pool.map(predict_case, cases, speeds), strict=True
+        ):
+            for direction, kernels in zip(TENSORS, found, strict=True):
+                seconds = sum(one.seconds for one in kernels)
+                least = TENSORS[direction] * case.heads * case.num_tokens * case.dim * 2
+                share = least / chip.copy_bytes / seconds
+                parts = ", ".join(
+                    f"{one.kernel} {1e6 * one.seconds:.1f} ({one.limit})" for one in kernels
+                )
+                line = (name, str(case), direction, f"{1e6 * seconds:.1f}", f"{share:.0%}", parts)
+                print(columns.format(*line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
