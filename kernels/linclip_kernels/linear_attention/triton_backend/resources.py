@@ -37,6 +37,7 @@ __all__ = [
     "Case",
     "Usage",
     "cases",
+    "compilation_key",
     "compile_case_kernel",
     "compile_launch",
     "kernel_name",
@@ -232,8 +233,18 @@ def compile_launch(launch: Launch, arch: int | str) -> Any:
         launch: The launch, planned for that chip.
         arch: :attr:`Chip.arch`.
     """
-    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
-    backend = make_backend(target)
+    source, options = _source(launch, arch)
+    return triton.compile(source, target=_target(arch), options=options)
+
+
+def compilation_key(launch: Launch, arch: int | str) -> str:
+    """Return what is the same for two launches exactly if they need one compilation."""
+    source, options = _source(launch, arch)
+    return f"{source.hash()} {sorted(options.items())}"
+
+
+def _source(launch: Launch, arch: int | str) -> tuple[ASTSource, dict[str, Any]]:
+    backend = make_backend(_target(arch))
     kernel = launch.kernel
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     arguments = launch.arguments | options
@@ -242,8 +253,11 @@ def compile_launch(launch: Launch, arch: int | str) -> Any:
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, arguments, bound, specialization, None
     )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=parsed.__dict__)
+    return ASTSource(kernel, signature, constants, attributes), parsed.__dict__
+
+
+def _target(arch: int | str) -> GPUTarget:
+    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
 
 
 def main() -> None:

@@ -152,7 +152,9 @@ def _matrix_clocks(loop: LoopCounts, chip: Speed) -> float:
 
 def _clocks_alone(loop: LoopCounts, chip: Speed) -> float:
     """Return the time of one iteration of a program that has the multiprocessor for itself."""
-    clocks = CLOCKS_PER_INSTRUCTION * loop.instructions + CLOCKS_PER_BARRIER * loop.groups["bar"]
+    clocks: float = (
+        CLOCKS_PER_INSTRUCTION * loop.instructions + CLOCKS_PER_BARRIER * loop.groups["bar"]
+    )
     clocks += _matrix_clocks(loop, chip)
     if not any(loop.groups[name] for name in ("ldg", "ldgsts", "tma")):
         return clocks
