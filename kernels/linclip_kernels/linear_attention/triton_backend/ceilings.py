@@ -30,7 +30,7 @@ from linclip_kernels.linear_attention.variant import Variant
 __all__ = ["TABLE", "compare", "count_case", "read_table", "training_cases"]
 
 TABLE = Path(__file__).with_name("ceilings.csv")
-#: What a row is about; a row without a loop is about the whole kernel.
+#: What a row is about: a loop, the "grid", or with neither the whole kernel.
 KEYS = ("case", "kernel", "cc", "loop")
 #: Counts that are worse when they are higher, and those that are worse when they are lower.
 CEILINGS = (
@@ -73,12 +73,12 @@ def count_case(case: Case, capability: int) -> list[Row]:
     rows: dict[tuple[str, ...], Row] = {}
     for launch in case.launches(capability):
         usage, _ = compile_case_kernel(case, launch, capability)
-        resources = {
+        resources: dict[str, float | str | None] = {
             "registers": usage.registers,
             "stack": usage.stack,
             "ctas_per_sm": usage.blocks_per_sm,
         }
-        found = [_row(case, usage.kernel, capability, **resources)]
+        found = [_row(case, usage.kernel, capability, "", **resources)]
         if capability == 90:
             loops = count_kernel(case, launch, capability).loops
             found += [_row(case, usage.kernel, 90, x.loop, **_counts(x)) for x in loops]
@@ -107,7 +107,7 @@ def grid_rows() -> Iterator[Row]:
             case = Case(Variant(causal=causal, normalized=normalized), num_tokens, heads=heads)
             for launch in case.launches(90):
                 programs = prod(launch.grid) / Chip().num_sms
-                yield _row(case, kernel_name(launch), 90, programs_per_sm=programs)
+                yield _row(case, kernel_name(launch), 90, "grid", programs_per_sm=programs)
 
 
 def variant_rows() -> Iterator[Row]:
@@ -139,7 +139,7 @@ def compare(found: Sequence[Row], table: Sequence[Row]) -> list[str]:
     lines = []
     for row in found:
         place = f"{row['case']}: {row['kernel']}, sm_{row['cc']}"
-        place += f", loop {row['loop']}" if row["loop"] else ""
+        place += f", {row['loop']}" if row["loop"] else ""
         expected = known.get(_key(row))
         if expected is None:
             lines.append(f"new: {place}: not in the table")
@@ -169,7 +169,7 @@ def _verdict(name: str, found: str, expected: str) -> str:
 
 
 def _row(
-    case: object, kernel: str, capability: int, loop: str = "", **counts: float | str | None
+    case: object, kernel: str, capability: int, loop: str = "", /, **counts: float | str | None
 ) -> Row:
     row = dict.fromkeys(COLUMNS, "")
     row |= {"case": str(case), "kernel": kernel, "cc": str(capability), "loop": loop}
