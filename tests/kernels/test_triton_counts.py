@@ -13,7 +13,6 @@ from linclip_kernels.linear_attention.triton_backend.ceilings import (
     compare,
     count_case,
     read_table,
-    training_cases,
 )
 from linclip_kernels.linear_attention.triton_backend.counts import (
     KernelCounts,
@@ -22,7 +21,12 @@ from linclip_kernels.linear_attention.triton_backend.counts import (
     count_loop,
 )
 from linclip_kernels.linear_attention.triton_backend.partition import Launch
-from linclip_kernels.linear_attention.triton_backend.resources import Case, Usage, compilation_key
+from linclip_kernels.linear_attention.triton_backend.resources import (
+    Case,
+    Usage,
+    compilation_key,
+    training_cases,
+)
 from linclip_kernels.linear_attention.triton_backend.sass import Instruction, Loop, find_loops
 from linclip_kernels.linear_attention.triton_backend.time_model import (
     CHIPS,

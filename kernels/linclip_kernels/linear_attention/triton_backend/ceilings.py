@@ -24,10 +24,11 @@ from linclip_kernels.linear_attention.triton_backend.resources import (
     compilation_key,
     compile_case_kernel,
     kernel_name,
+    training_cases,
 )
 from linclip_kernels.linear_attention.variant import Variant
 
-__all__ = ["TABLE", "compare", "count_case", "read_table", "training_cases"]
+__all__ = ["TABLE", "compare", "count_case", "read_table"]
 
 TABLE = Path(__file__).with_name("ceilings.csv")
 #: What a row is about: a loop, the "grid", or with neither the whole kernel.
@@ -53,19 +54,6 @@ GRIDS = {
 LENGTHS = ((768, 197), (768, 257), (512, 577), (512, 1025), (192, 4096), (192, 5000))
 
 Row = dict[str, str]
-
-
-def training_cases() -> Iterator[Case]:
-    """Yield what training launches: both equations and orders, short and long, heads of 64 and 128.
-
-    With 2 heads a long sequence has several parts; with 1024 it is one, whose state is kept.
-    """
-    for dim, causal, normalized in product((64, 128), (False, True), (False, True)):
-        variant = Variant(causal=causal, normalized=normalized)
-        for num_tokens in (77 if causal else 197, 4096):
-            yield Case(variant, num_tokens, dim=dim)
-        if not causal:
-            yield Case(variant, 577, dim=dim, heads=1024)
 
 
 def count_case(case: Case, capability: int) -> list[Row]:

@@ -25,8 +25,14 @@ from linclip_kernels.linear_attention.triton_backend.resources import (
     cases,
     compile_case_kernel,
     run_on_cubin,
+    training_cases,
 )
 from linclip_kernels.linear_attention.triton_backend.sass import Loop, find_loops
+from linclip_kernels.linear_attention.triton_backend.ttgir import (
+    LoopPlan,
+    copy_sizes,
+    loop_plans,
+)
 
 __all__ = ["KernelCounts", "LoopCounts", "count_kernel", "count_loop", "print_table"]
 
@@ -75,8 +81,7 @@ class LoopCounts(NamedTuple):
         bytes: Moved by all warps of a program from and to global memory, masked rows included.
         shared_clocks: Cycles of the port of shared memory for one warp, without bank conflicts.
         products: Multiply-adds of all warps of a program on each kind of matrix unit.
-        buffers: Tiles that each tensor has room for, the least of those that the loop loads.
-        step: By how much the variable of the loop grows.
+        buffers, step: See :class:`LoopPlan`.
     """
 
     loop: str
@@ -121,8 +126,8 @@ class KernelCounts:
                 "ctas": use.blocks_per_sm,
                 "loop": loop.loop,
                 "instr": loop.instructions,
-                **{name: loop.groups[name] for name in GROUPS},
-                "named_bar": loop.named_barriers,
+                **{name: loop.groups[name] or None for name in GROUPS},
+                "named_bar": loop.named_barriers or None,
                 "access": " ".join(f"{n}x{bits}" for bits, n in sorted(loop.accesses.items())),
                 "mma": loop.kinds,
                 "buffers": loop.buffers,
@@ -151,15 +156,13 @@ def count_kernel(case: Case, launch: Launch, capability: int) -> KernelCounts:
 def _count_loops(cubin: bytes, ttgir: str, num_warps: int) -> list[LoopCounts]:
     found = find_loops(run_on_cubin(triton.knobs.nvidia.nvdisasm.path, "-c", cubin))
     num_copies = sum(one.opcode.startswith("UTMA") for loop in found for one in loop.instructions)
-    copy_bytes = sum(_copies(ttgir)) // max(1, num_copies)
-    steps = _loop_steps(ttgir)
-    if len(steps) != len(found) - 1:  # the compiler has split or joined loops
-        steps = [_common(steps)] * (len(found) - 1)
+    copy_bytes = sum(copy_sizes(ttgir)) // max(1, num_copies)
+    plans = [LoopPlan(), *loop_plans(ttgir, len(found) - 1)]
     return [
-        count_loop(loop, place, num_warps, copy_bytes)._replace(buffers=buffers, step=step)
-        for loop, place, (buffers, step) in zip(
-            found, _places(found), [(None, None), *steps], strict=True
+        count_loop(loop, place, num_warps, copy_bytes)._replace(
+            buffers=plan.buffers, step=plan.step
         )
+        for loop, place, plan in zip(found, _places(found), plans, strict=True)
     ]
 
 
@@ -228,57 +231,6 @@ def _places(loops: Sequence[Loop]) -> list[str]:
     return ["once", *places]
 
 
-def _loop_steps(ttgir: str) -> list[tuple[int | None, int | None]]:
-    """Return (buffers, step) of every loop that moves or multiplies data."""
-    sizes = {
-        found[1]: int(found[2])
-        for found in re.finditer(r"(%\w+) = ttg\.local_alloc : .*memdesc<(\d+)x\d+x", ttgir)
-    }
-    found: list[tuple[int | None, int | None]] = []
-    for body in _loop_texts(ttgir):
-        used = re.findall(r"memdesc_index (%\w+)\[", body)
-        if re.search(r"\btt\.(dot|load|store|descriptor)|_dot |gen5_mma|async_|tt\.atomic", body):
-            step = re.search(r"scf\.for .* step %c(\d+)_i", body)
-            buffers = min((sizes[name] for name in used if name in sizes), default=None)
-            found.append((buffers, int(step[1]) if step else None))
-    return found
-
-
-def _common(
-    steps: Sequence[tuple[int | None, int | None]],
-) -> tuple[int | None, int | None]:
-    """Return the least buffers and the least step of all loops."""
-    buffers = (one for one, _ in steps if one is not None)
-    numbers = (one for _, one in steps if one is not None)
-    return min(buffers, default=None), min(numbers, default=None)
-
-
-def _loop_texts(ttgir: str) -> list[str]:
-    """Return the bodies of all loops in the order of their beginnings, without those inside."""
-    bodies: list[list[str]] = []
-    open_loops: list[tuple[int, int]] = []  # the number of a loop, and the braces around it
-    depth = 0
-    for line in ttgir.splitlines():
-        begins = "scf.for" in line or "scf.while" in line
-        if begins:
-            open_loops.append((len(bodies), depth))
-            bodies.append([])
-        if open_loops:
-            bodies[open_loops[-1][0]].append(line)
-        depth += line.count("{") - line.count("}")
-        while open_loops and depth <= open_loops[-1][1] and not begins:
-            open_loops.pop()
-    return ["\n".join(body) for body in bodies]
-
-
-def _copies(ttgir: str) -> Iterator[int]:
-    """Yield the bytes of every copy of the tensor memory accelerator."""
-    for line in ttgir.splitlines():
-        if "async_tma_copy" in line:
-            *sizes, kind = re.findall(r"memdesc<([\dx]+)x([a-z]+)(\d+)", line)[0]
-            yield prod(map(int, sizes[0].split("x"))) * int(kind) // 8
-
-
 def _rounded(number: float | None) -> float | None:
     return None if number is None else round(number, 2)
 
@@ -318,9 +270,12 @@ def main() -> None:
         "--capabilities", type=int, nargs="+", choices=MULTIPROCESSORS, default=[80, 90, 100]
     )
     parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--all", action="store_true", help="not only what training launches")
     parser.add_argument("--csv", type=Path, help="write the table into this file too")
     options = parser.parse_args()
-    chosen = [case for case in cases() if options.match in str(case)]
+    chosen = [
+        case for case in (cases if options.all else training_cases)() if options.match in str(case)
+    ]
     if not chosen:
         parser.error(f"match ({options.match!r}) must be part of the name of a case")
     jobs = [(case, capability) for capability in options.capabilities for case in chosen]

@@ -43,6 +43,7 @@ __all__ = [
     "kernel_name",
     "measure",
     "run_on_cubin",
+    "training_cases",
 ]
 
 
@@ -137,6 +138,19 @@ class Usage:
     def occupancy(self) -> float:
         """Resident warps over the warps a multiprocessor can hold."""
         return self.blocks_per_sm * self.num_warps / MULTIPROCESSORS[self.capability].warps
+
+
+def training_cases() -> Iterator[Case]:
+    """Yield what training launches: both equations and orders, short and long, heads of 64 and 128.
+
+    With 2 heads a long sequence has several parts; with 1024 it is one, whose state is kept.
+    """
+    for dim, is_causal, normalized in product((64, 128), (False, True), (False, True)):
+        variant = Variant(causal=is_causal, normalized=normalized)
+        for num_tokens in (77 if is_causal else 197, 4096):
+            yield Case(variant, num_tokens, dim=dim)
+        if not is_causal:
+            yield Case(variant, 577, dim=dim, heads=1024)
 
 
 def cases() -> Iterator[Case]:

@@ -20,10 +20,13 @@ python -m linclip_kernels.linear_attention.triton_backend.time_model
 """
 
 import argparse
+import csv
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from math import ceil, prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -210,39 +213,59 @@ SHAPES = {
 TENSORS = {"forward": 4, "backward": 7}
 
 
+def shape_cases() -> Iterator[Case]:
+    """Yield the cases of the printed table."""
+    for is_causal, shapes in SHAPES.items():
+        for normalized, (heads, num_tokens) in product((False, True), shapes):
+            yield Case(Variant(causal=is_causal, normalized=normalized), num_tokens, heads=heads)
+
+
+def _rows(case: Case, name: str) -> list[dict[str, object]]:
+    """Return the table's rows of a case on a chip, one per direction."""
+    rows: list[dict[str, object]] = []
+    chip = CHIPS[name]
+    for direction, kernels in zip(TENSORS, predict_case(case, chip), strict=True):
+        seconds = sum(one.seconds for one in kernels)
+        least = TENSORS[direction] * case.heads * case.num_tokens * case.dim * 2
+        parts = (f"{one.kernel} {1e6 * one.seconds:.1f} ({one.limit})" for one in kernels)
+        rows.append(
+            {
+                "chip": name,
+                "case": str(case),
+                "direction": direction,
+                "us": f"{1e6 * seconds:.1f}",
+                "share_of_copy": f"{least / chip.copy_bytes / seconds:.2f}",
+                "kernels": "; ".join(parts),
+            }
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted times; uncalibrated")
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--match", default="", help="only cases whose name contains this")
-    parser.add_argument("--kernels", action="store_true", help="show every kernel")
+    parser.add_argument("--csv", type=Path, help="write the table into this file too")
     options = parser.parse_args()
-    chosen = [
-        Case(Variant(causal=is_causal, normalized=normalized), num_tokens, heads=heads)
-        for is_causal, shapes in SHAPES.items()
-        for normalized in (False, True)
-        for heads, num_tokens in shapes
-    ]
-    jobs = [(c, CHIPS[name], name) for name in options.chips for c in chosen]
-    jobs = [job for job in jobs if options.match in str(job[0])]
+    chosen = [case for case in shape_cases() if options.match in str(case)]
+    jobs = [(case, name) for name in options.chips for case in chosen]
     if not jobs:
         parser.error(f"match ({options.match!r}) must be part of the name of a case")
     print("uncalibrated: differences of 10 % mean nothing")
-    columns = "{:6}{:52}{:10}{:>12}{:>8}  {}"
-    print(columns.format("chip", "case", "direction", "time, us", "of copy", "kernels: us (limit)"))
+    columns = "{:6}{:52}{:10}{:>10}{:>15}  {}"
     with ProcessPoolExecutor(min(4, len(jobs))) as pool:
-        cases, speeds, names = zip(*jobs, strict=True)
-        for case, chip, name, found in zip(
-            cases, speeds, names, pool.map(predict_case, cases, speeds), strict=True
-        ):
-            for direction, kernels in zip(TENSORS, found, strict=True):
-                seconds = sum(one.seconds for one in kernels)
-                least = TENSORS[direction] * case.heads * case.num_tokens * case.dim * 2
-                share = least / chip.copy_bytes / seconds
-                parts = ", ".join(
-                    f"{one.kernel} {1e6 * one.seconds:.1f} ({one.limit})" for one in kernels
-                )
-                line = (name, str(case), direction, f"{1e6 * seconds:.1f}", f"{share:.0%}", parts)
-                print(columns.format(*line), flush=True)
+        rows = []
+        for found in pool.map(_rows, *zip(*jobs, strict=True)):
+            if not rows:
+                print(columns.format(*found[0]))
+            for row in found:
+                print(columns.format(*row.values()), flush=True)
+            rows += found
+    if options.csv is not None:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
