@@ -108,6 +108,28 @@ def test_slow_paths_are_left_out() -> None:
     assert [opcode.split(".")[0] for opcode in opcodes(main)] == body
 
 
+def test_a_call_of_a_label_leaves_a_loop() -> None:
+    """On Ampere the assembler leaves an inner loop so; calls of functions return."""
+    found = find_loops(
+        sass(
+            "L_outer:",
+            "LDG.E R4, desc[UR4][R2.64]",
+            "L_inner:",
+            "HMMA.16816.F32.BF16 R8, R4, R6, R8",
+            "CALL.REL.NOINC `($__internal_0_$__cuda_sm70_shflsync_bfly)",
+            "@P3 CALL.REL.NOINC `(.L_end)",
+            "BRA `(.L_inner)",
+            "L_end:",
+            "@P0 EXIT",
+            "BRA `(.L_outer)",
+        )
+    )
+    assert [loop.depth for loop in found] == [0, 1, 2]
+    assert opcodes(found[1]) == ["LDG.E", "EXIT", "BRA"]
+    assert opcodes(found[2])[0] == "HMMA.16816.F32.BF16"
+    assert len(opcodes(found[2])) == 4
+
+
 def test_a_wait_for_a_barrier_in_memory_is_no_loop() -> None:
     (_once, main) = find_loops(
         sass(

@@ -28,6 +28,13 @@ class Instruction(NamedTuple):
     guard: str = ""  # the predicate that must hold, "!P0"
 
     @property
+    def ends_block(self) -> bool:
+        """Whether it can go elsewhere; a call of a label inside the kernel is a jump."""
+        name = self.opcode.split(".")[0]
+        calls_label = name == "CALL" and "(.L" in self.operands
+        return name in ("BRA", "EXIT", "RET", "BRX", "JMP") or calls_label
+
+    @property
     def is_conditional(self) -> bool:
         return self.guard not in ("", "PT", "UPT") or "," in self.operands
 
@@ -78,7 +85,7 @@ class _Code:
             elif found := _LINE.search(line):
                 opcode, _, operands = found["rest"].strip().partition(" ")
                 blocks[-1].append(Instruction(opcode, operands.strip(), found["guard"] or ""))
-                if opcode.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP"):
+                if blocks[-1][-1].ends_block:
                     blocks.append([])
         return blocks, labels
 
@@ -90,7 +97,7 @@ class _Code:
         blocks, labels = self._blocks
         last = blocks[number][-1] if blocks[number] else None
         following = [number + 1] if number + 1 < len(blocks) else []
-        if last is None or last.opcode.split(".")[0] not in ("BRA", "EXIT", "RET", "BRX", "JMP"):
+        if last is None or not last.ends_block:
             return following
         target = _TARGET.search(last.operands)
         jump = [labels[target[1]]] if target is not None and target[1] in labels else []

@@ -254,7 +254,7 @@ def main() -> None:
     print("uncalibrated: differences of 10 % mean nothing")
     columns = "{:6}{:52}{:10}{:>10}{:>15}  {}"
     with ProcessPoolExecutor(min(4, len(jobs))) as pool:
-        rows = []
+        rows: list[dict[str, object]] = []
         for found in pool.map(_rows, *zip(*jobs, strict=True)):
             if not rows:
                 print(columns.format(*found[0]))
