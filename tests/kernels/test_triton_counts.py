@@ -33,6 +33,7 @@ from linclip_kernels.linear_attention.triton_backend.time_model import (
     LAUNCH_SECONDS,
     predict,
 )
+from linclip_kernels.linear_attention.triton_backend.ttgir import LoopPlan, loop_plans
 from linclip_kernels.linear_attention.variant import Variant
 
 
@@ -209,9 +210,10 @@ def test_counts_of_a_compiled_kernel() -> None:
     assert loop.products == {"hgmma": 64**3}
     assert loop.accesses == {128: 8}  # 2 tiles of 8 KB, 128 threads
     assert loop.bytes == 2 * 64 * 64 * 2
-    assert loop.step == 64
-    assert loop.buffers is not None
-    assert loop.buffers >= 3
+    assert loop.plan.step == 64
+    assert not loop.plan.is_while
+    assert loop.plan.buffers is not None
+    assert loop.plan.buffers >= 3
     assert counts.usage.stack == 0
 
 
@@ -229,7 +231,7 @@ def kernel_counts(*loops: LoopCounts, **usage: int) -> KernelCounts:
 
 def loop_counts(loop: str = "1", instructions: int = 0, **values: Any) -> LoopCounts:
     empty: dict[str, Any] = {"groups": Counter(), "accesses": Counter(), "products": Counter()}
-    empty |= {"named_barriers": 0, "bytes": 0, "shared_clocks": 0, "step": 64}
+    empty |= {"named_barriers": 0, "bytes": 0, "shared_clocks": 0, "plan": LoopPlan(1, 64)}
     return LoopCounts(loop, instructions, **(empty | values))
 
 
@@ -248,9 +250,13 @@ def launch_over_tokens(num_tokens: int, programs: int) -> Launch:
         ("issue", 4 * 100 * 8 * 500, loop_counts(groups=Counter(mufu=500))),
         ("matrix", 4 * 100 * 32, loop_counts(products=Counter(hgmma=32 * 2048))),
         ("shared", 4 * 100 * 4 * 500, loop_counts(shared_clocks=500)),
+        ("latency", 100 * 750, loop_counts(groups=Counter(ldgsts=1), plan=LoopPlan(None, 64))),
         ("latency", 100 * 750, loop_counts(groups=Counter(ldgsts=1))),
-        ("latency", 100 * 750, loop_counts(groups=Counter(ldgsts=1), buffers=1)),
-        ("latency", 100 * (60 * 30), loop_counts(groups=Counter(bar=60, ldgsts=1), buffers=2)),
+        (
+            "latency",
+            100 * (60 * 30),
+            loop_counts(groups=Counter(bar=60, ldgsts=1), plan=LoopPlan(2, 64)),
+        ),
     ],
 )
 def test_limits_of_the_model(limit: str, clocks: float, loop: LoopCounts) -> None:
@@ -278,18 +284,54 @@ def test_bandwidth_and_waves_of_the_model() -> None:
     assert found.seconds == pytest.approx(2 * 50 * 30 / fast.clock + LAUNCH_SECONDS)
 
 
-def test_inner_loops_see_half_of_the_tiles() -> None:
+@pytest.mark.parametrize(
+    ("outer", "inner", "trips"),
+    [
+        (LoopPlan(1, 64), LoopPlan(1, 64), 10 * 11 / 2),  # up to the tile of the outer loop
+        (LoopPlan(1, 128), LoopPlan(1, 64), 10),  # within that tile
+        (LoopPlan(is_while=True), LoopPlan(1, None), 10),  # tiles of META.BLOCK_N, once
+    ],
+)
+def test_trips_of_inner_loops(outer: LoopPlan, inner: LoopPlan, trips: float) -> None:
     fast = CHIPS["H100"]._replace(peak_bytes=1e30)
-    inner, outer = loop_counts("1.1", groups=Counter(bar=1)), loop_counts("1")
-    found = predict(kernel_counts(outer, inner), launch_over_tokens(640, 1), fast)
-    assert found.seconds == pytest.approx(30 * (10 * 11 / 2) / fast.clock + LAUNCH_SECONDS)
+    loops = loop_counts("1", plan=outer), loop_counts("1.1", groups=Counter(bar=1), plan=inner)
+    found = predict(kernel_counts(*loops), launch_over_tokens(640, 1), fast)
+    assert found.seconds == pytest.approx(30 * trips / fast.clock + LAUNCH_SECONDS)
+
+
+def test_loops_of_tritons_dialect() -> None:
+    found = loop_plans(
+        """
+        %b = ttg.local_alloc : () -> !ttg.memdesc<3x64x64xbf16, #shared, #smem, mutable>
+        %0 = scf.while (%arg0 = %size) : (i32) -> i32 {
+          scf.condition(%1) %arg0 : i32
+        } do {
+          scf.for %i = %c0_i32 to %n step %size : i32 {
+            %2 = ttg.memdesc_index %b[%c0_i32] : !ttg.memdesc<3x64x64xbf16>
+            %3 = tt.load %p {cache = 1 : i32} : tensor<64x64x!tt.ptr<bf16>>
+          }
+          scf.yield %4 : i32
+        }
+        scf.for %i = %c0_i32 to %n step %c1_i32 : i32 {
+          %5 = arith.addf %6, %7 : f32
+        }
+        scf.for %i = %c0_i32 to %n step %c32_i32 : i32 {
+          tt.store %p, %8 : tensor<64x64x!tt.ptr<bf16>>
+        }
+        """,
+        num_loops=3,
+    )
+    assert found == [LoopPlan(is_while=True), LoopPlan(3, None), LoopPlan(None, 32)]
+    assert loop_plans("", num_loops=1) == [LoopPlan()]
 
 
 def test_loops_over_states() -> None:
     fast = CHIPS["H100"]._replace(peak_bytes=1e30)
     parts = torch.empty(24, 2, 5, 5, device="meta")
     launch = Launch(_sum_products, (4, 3), {"p_parts": parts})
-    found = predict(kernel_counts(loop_counts(groups=Counter(bar=1), step=1)), launch, fast)
+    found = predict(
+        kernel_counts(loop_counts(groups=Counter(bar=1), plan=LoopPlan(1, 1))), launch, fast
+    )
     assert found.seconds == pytest.approx(30 * 24 * 2 / 4 / fast.clock + LAUNCH_SECONDS)
 
 

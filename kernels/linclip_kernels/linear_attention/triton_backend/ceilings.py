@@ -83,7 +83,7 @@ def _counts(loop: LoopCounts) -> dict[str, float | str | None]:
         "bar_per_kb": loop.per_kilobyte(loop.groups["bar"]),
         "shfl_per_kb": loop.per_kilobyte(loop.groups["shfl"]),
         "mma": loop.kinds,
-        "buffers": loop.buffers,
+        "buffers": loop.plan.buffers,
         "narrow": sum(number for bits, number in loop.accesses.items() if bits < 128),
     }
 

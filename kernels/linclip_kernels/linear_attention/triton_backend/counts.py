@@ -81,7 +81,7 @@ class LoopCounts(NamedTuple):
         bytes: Moved by all warps of a program from and to global memory, masked rows included.
         shared_clocks: Cycles of the port of shared memory for one warp, without bank conflicts.
         products: Multiply-adds of all warps of a program on each kind of matrix unit.
-        buffers, step: See :class:`LoopPlan`.
+        plan: What the machine code does not show.
     """
 
     loop: str
@@ -92,8 +92,7 @@ class LoopCounts(NamedTuple):
     bytes: int
     shared_clocks: int
     products: Counter[str]
-    buffers: int | None = None
-    step: int | None = None
+    plan: LoopPlan = LoopPlan()
 
     @property
     def kinds(self) -> str:
@@ -130,8 +129,8 @@ class KernelCounts:
                 "named_bar": loop.named_barriers or None,
                 "access": " ".join(f"{n}x{bits}" for bits, n in sorted(loop.accesses.items())),
                 "mma": loop.kinds,
-                "buffers": loop.buffers,
-                "step": loop.step,
+                "buffers": loop.plan.buffers,
+                "step": loop.plan.step,
                 "kb": round(loop.bytes / 1024, 2),
                 "instr_per_kb": _rounded(loop.per_kilobyte(loop.instructions)),
                 "bar_per_kb": _rounded(loop.per_kilobyte(loop.groups["bar"])),
@@ -159,9 +158,7 @@ def _count_loops(cubin: bytes, ttgir: str, num_warps: int) -> list[LoopCounts]:
     copy_bytes = sum(copy_sizes(ttgir)) // max(1, num_copies)
     plans = [LoopPlan(), *loop_plans(ttgir, len(found) - 1)]
     return [
-        count_loop(loop, place, num_warps, copy_bytes)._replace(
-            buffers=plan.buffers, step=plan.step
-        )
+        count_loop(loop, place, num_warps, copy_bytes)._replace(plan=plan)
         for loop, place, plan in zip(found, _places(found), plans, strict=True)
     ]
 
@@ -255,7 +252,7 @@ def print_table(kernels: Sequence[KernelCounts]) -> None:
         for row, loop in zip(counts.rows(), counts.loops, strict=True):
             groups = " ".join(f"{name} {n}" for name in GROUPS if (n := loop.groups[name]))
             access = f" access {row['access']}" if row["access"] else ""
-            buffers = "" if loop.buffers is None else f" buffers {loop.buffers}"
+            buffers = "" if loop.plan.buffers is None else f" buffers {loop.plan.buffers}"
             named = f" named barriers {loop.named_barriers}" if loop.named_barriers else ""
             rates = f"{row['instr_per_kb']} instr/KB" if loop.bytes else "no traffic"
             print(

@@ -161,30 +161,35 @@ def _clocks_alone(loop: LoopCounts, chip: Speed) -> float:
     clocks += _matrix_clocks(loop, chip)
     if not any(loop.groups[name] for name in ("ldg", "ldgsts", "tma")):
         return clocks
-    ahead = (loop.buffers or 1) - 1
+    ahead = (loop.plan.buffers or 1) - 1
     return clocks + max(0, MEMORY_LATENCY - ahead * clocks)
 
 
 def _trips(
     loops: Sequence[LoopCounts], launch: Launch, tensors: Sequence[Tensor]
 ) -> list[tuple[LoopCounts, float]]:
-    """Return how often a program runs each loop: over its tokens, or over the states of parts."""
+    """Return how often a program runs each loop: over its tokens, or over the states of parts.
+
+    A while loop runs once, as those do that repeat all after NaN. A loop in a loop over tokens is
+    over the tokens of the outer one's tile if its step is smaller, otherwise over those up to the
+    tile, or from it on.
+    """
     meta = launch.arguments.get("META")
     rows = max((x.shape[0] * x.shape[1] * x.shape[2] for x in _views(launch)), default=0)
     states = max(x.shape[0] * x.shape[1] for x in tensors if x.dim() == 4) / launch.grid[0]
     found: list[tuple[LoopCounts, float]] = []
-    outer = 1.0
+    around: dict[str, tuple[int, float]] = {}  # step and trips of the loops over tokens
     for loop in loops:
-        if loop.loop == "once":
+        step, outer = loop.plan.step or 1, around.get(loop.loop.rpartition(".")[0])
+        if rows and step < 8 and meta is not None:  # tiles are counted, not tokens
+            step = meta.BLOCK_N
+        if loop.loop == "once" or loop.plan.is_while:
             number = 1.0
-        elif "." in loop.loop:  # over the tokens up to that of the outer loop, or from it on
-            number = outer * (outer + 1) / 2
         else:
-            step = loop.step or 1
-            if rows and step < 8 and meta is not None:  # tiles are counted, not tokens
-                step = meta.BLOCK_N
-            tokens = rows / prod(launch.grid)
-            number = outer = float(ceil(tokens / step)) if rows else ceil(states / step)
+            number = float(ceil((rows / prod(launch.grid) if rows else states) / step))
+            if outer is not None and outer[0] <= step:
+                number = outer[1] * (outer[1] + 1) / 2
+            around[loop.loop] = step, number
         found.append((loop, number))
     return found
 

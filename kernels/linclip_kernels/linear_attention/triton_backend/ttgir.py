@@ -13,11 +13,13 @@ class LoopPlan(NamedTuple):
 
     Attributes:
         buffers: Tiles that each tensor has room for, the least of those that the loop loads.
-        step: By how much the variable of the loop grows.
+        step: By how much the variable of the loop grows; None if it is no constant.
+        is_while: Whether data decide when it ends.
     """
 
     buffers: int | None = None
     step: int | None = None
+    is_while: bool = False
 
 
 def loop_plans(ttgir: str, num_loops: int) -> list[LoopPlan]:
@@ -33,12 +35,12 @@ def loop_plans(ttgir: str, num_loops: int) -> list[LoopPlan]:
         for found in re.finditer(r"(%\w+) = ttg\.local_alloc : .*memdesc<(\d+)x\d+x", ttgir)
     }
     found: list[LoopPlan] = []
-    for body in _loop_texts(ttgir):
-        used = re.findall(r"memdesc_index (%\w+)\[", body)
-        if re.search(r"\btt\.(dot|load|store|descriptor)|_dot |gen5_mma|async_|tt\.atomic", body):
-            step = re.search(r"scf\.for .* step %c(\d+)_i", body)
+    for own, whole in _loop_texts(ttgir):
+        if re.search(r"\btt\.(dot|load|store|descriptor)|_dot |gen5_mma|async_|tt\.atomic", whole):
+            used = re.findall(r"memdesc_index (%\w+)\[", own)
             held = min((sizes[name] for name in used if name in sizes), default=None)
-            found.append(LoopPlan(held, int(step[1]) if step else None))
+            step = re.search(r"scf\.for .* step %c(\d+)_i", own)
+            found.append(LoopPlan(held, int(step[1]) if step else None, "scf.while" in own))
     if len(found) == num_loops:
         return found
     buffers = [plan.buffers for plan in found if plan.buffers is not None]
@@ -46,22 +48,26 @@ def loop_plans(ttgir: str, num_loops: int) -> list[LoopPlan]:
     return [LoopPlan(min(buffers, default=None), min(steps, default=None))] * num_loops
 
 
-def _loop_texts(ttgir: str) -> list[str]:
-    """Return the bodies of all loops in the order of their beginnings, without those inside."""
-    bodies: list[list[str]] = []
+def _loop_texts(ttgir: str) -> list[tuple[str, str]]:
+    """Return every loop in order of its beginning: without the loops inside it, and with them."""
+    own: list[list[str]] = []
+    whole: list[list[str]] = []
     open_loops: list[tuple[int, int]] = []  # the number of a loop, and the braces around it
     depth = 0
     for line in ttgir.splitlines():
         begins = "scf.for" in line or "scf.while" in line
         if begins:
-            open_loops.append((len(bodies), depth))
-            bodies.append([])
+            open_loops.append((len(own), depth))
+            own.append([])
+            whole.append([])
         if open_loops:
-            bodies[open_loops[-1][0]].append(line)
+            own[open_loops[-1][0]].append(line)
+        for number, _ in open_loops:
+            whole[number].append(line)
         depth += line.count("{") - line.count("}")
         while open_loops and depth <= open_loops[-1][1] and not begins:
             open_loops.pop()
-    return ["\n".join(body) for body in bodies]
+    return [("\n".join(one), "\n".join(all_)) for one, all_ in zip(own, whole, strict=True)]
 
 
 def copy_sizes(ttgir: str) -> Iterator[int]:
