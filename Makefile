@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.installed
 STAMP := $(VENV)/.installed-dev
 
-.PHONY: install check architecture docs docs-check site train test test-distributed test-single test-slow \
+.PHONY: install check check-kernels architecture docs docs-check site train test test-distributed test-single test-slow \
     test-faults test-latest test-gpu test-docker lock lint \
     report study study-kinds language-model theory bench-kernels bench-host bench-zoo bench-data bench-memory \
     bench-checkpoint bench-context bench-loss bench-runtime bench-gpu check-layouts goodput
@@ -105,6 +105,11 @@ language-model: $(STAMP)
 # Kills, signals, full disks, hangs: all of them; make test has a part (15 minutes).
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults
+
+# Counts of the machine code of the training kernels against ceilings.csv, without a GPU (3 minutes of
+# CPU time). A change of a count is written with: make check-kernels WRITE=--write
+check-kernels: $(STAMP)
+	$(BIN)/python -m linclip_kernels.linear_attention.triton_backend.ceilings $(WRITE)
 
 # The Triton kernels on a real GPU.
 test-gpu: $(STAMP)

@@ -3,8 +3,9 @@
 ``python -m benchmarks.attention.bench_attention [OUTPUT_FOLDER]`` checks the operator against its
 definition and then, if it passes, measures time and memory over the number of tokens. It prints
 summary.md and writes it, results.csv (one row per point, skipped ones with their reason) and
-figure.png into OUTPUT_FOLDER. Exit codes: 0 measured, 1 the operator is wrong or has failed, 2 bad
-arguments.
+figure.png into OUTPUT_FOLDER. On a GPU that the model of the kernels' time knows, its prediction
+stands beside every time of our operator. Exit codes: 0 measured, 1 the operator is wrong or has
+failed, 2 bad arguments.
 """
 
 import statistics
@@ -26,6 +27,7 @@ from benchmarks.attention.operators import (
     Operators,
     batch_and_heads,
 )
+from benchmarks.attention.prediction import predicted_seconds, speed_of
 from benchmarks.attention.report import AttentionReport
 from benchmarks.correctness import Check, check_tensors, output_and_gradients
 from linclip_eval.runtime.fit import RuntimePoint
@@ -91,7 +93,10 @@ def main() -> int:
     for points in measure_in_turn(workloads, 2, tokens, LIMITS[device], deadline=deadline):
         # Written after each workload, so that an interruption loses no more than one.
         facts["duration"] = f"{time.monotonic() - start:.0f} s"
-        report = AttentionReport(device, dtype, implementations, bandwidth, checks, points)
+        predicted = predicted_seconds(points, dtype, speed_of(device, bandwidth))
+        report = AttentionReport(
+            device, dtype, implementations, bandwidth, checks, points, predicted
+        )
         summary = report.write(output, facts)
     print(summary)
     failed = [p for p in points if p.attention in FORMS and p.skipped.startswith(FAILED)]

@@ -1,7 +1,7 @@
 """Report of bench_attention.py: comparisons, tables and a picture."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from benchmarks.attention.operators import HEAD_DIM, Implementation, batch_and_heads
 from benchmarks.correctness import Check, correctness_table
 from ds_linclip.process.number_text import format_figure
-from linclip_eval.results import write_report
+from linclip_eval.results import markdown_table, write_report
 from linclip_eval.runtime.figure import draw_times
 from linclip_eval.runtime.fit import CallCost, RuntimePoint, Scaling
 from linclip_eval.runtime.report import comparison_sections, tables_by_tokens
@@ -28,6 +28,8 @@ COSTS = (
     *("median_ms", "p20_ms", "p80_ms", "calls", "us_per_head"),
     *("peak_mib", "gb_per_s", "copy_share"),
 )
+#: The model's time of our operator on a GPU, and the measured time over it.
+PREDICTIONS = ("predicted_ms", "measured_over_predicted")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class AttentionReport:
         device, dtype: "cuda" or "cpu", and the type of the inputs.
         implementations: Everything that was measured.
         copy_bandwidth: Bytes that a copy reads and writes per second.
+        predicted: Seconds that the model of the kernels predicts, of the points that it knows.
     """
 
     device: str
@@ -46,6 +49,7 @@ class AttentionReport:
     copy_bandwidth: float
     checks: Sequence[Check]
     points: Sequence[RuntimePoint]
+    predicted: Mapping[RuntimePoint, float] = field(default_factory=dict)
 
     def write(self, folder: Path, facts: dict[str, str]) -> str:
         """Write results.csv, figure.png and summary.md, whose text is returned."""
@@ -77,6 +81,7 @@ class AttentionReport:
                 "## Share of the copy bandwidth",
                 "Minimum traffic (4 tensors forward, 11 forward and backward) over time.",
                 *tables_by_tokens(scaling, share),
+                *self._predictions(),
             ],
             facts=facts,
             tables={"results.csv": [self._row(point) for point in self.points]},
@@ -91,6 +96,21 @@ class AttentionReport:
         batch, heads = batch_and_heads(self.device, point.num_tokens)
         times = {name: getattr(cost, name) / (batch * heads) for name in ("seconds", "low", "high")}
         return replace(point, measured=replace(cost, **times))
+
+    def _predictions(self) -> Iterator[str]:
+        """Yield the section of measured and predicted times, if there are predictions."""
+        if not self.predicted:
+            return
+        yield "## Predicted time"
+        yield "Of a whole call, from counts of the machine code; the model is uncalibrated."
+        rows = []
+        for point, seconds in self.predicted.items():
+            assert point.measured is not None
+            times = 1e3 * seconds, 1e3 * point.measured.seconds, point.measured.seconds / seconds
+            place = point.attention, point.direction, point.num_tokens
+            rows.append([*place, *map(format_figure, times)])
+        header = ["", "work", "N", "predicted, ms", "measured, ms", "measured / predicted"]
+        yield markdown_table(header, rows)
 
     def _traffic(self, work: str, num_tokens: int) -> int:
         """Return the fewest bytes that one head must read and write."""
@@ -108,6 +128,11 @@ class AttentionReport:
                 *(cost.peak_bytes / 2**20, 1e-9 * rate, rate / self.copy_bandwidth),
             )
             measured = dict(zip(COSTS, values, strict=True))
+        prediction: dict[str, object] = dict.fromkeys(PREDICTIONS)
+        if cost is not None and (seconds := self.predicted.get(point)):
+            prediction = dict(
+                zip(PREDICTIONS, (1e3 * seconds, cost.seconds / seconds), strict=True)
+            )
         return {
             "implementation": one.name,
             "family": one.family,
@@ -118,5 +143,6 @@ class AttentionReport:
             "num_heads": heads,
             "head_dim": HEAD_DIM,
             **measured,
+            **prediction,
             "skipped": point.skipped,
         }

@@ -4,13 +4,15 @@ import csv
 import importlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.attention import bench_attention, operators
+from benchmarks.attention import bench_attention, operators, prediction
 from benchmarks.attention.operators import WORKS, Implementation
 from benchmarks.attention.report import AttentionReport
 from benchmarks.context.report import STATE_BYTES, ContextReport, Row
@@ -79,6 +81,49 @@ def test_speed_up_is_over_the_fastest_sdpa_and_slopes_are_those_of_long_sequence
     assert f"| 2000 | {4 * 2000 * 64 * 4 / 7e-6 / 1e9:.1%} |" in summary
 
 
+def test_predictions_stand_beside_measured_times(tmp_path: Path):
+    ours = Implementation("linclip Eq. 7", "linclip", torch.add)
+    flash = Implementation("SDPA flash", "sdpa", torch.add)
+    points = [point(one, n, 100.0) for one in (ours, flash) for n in (2000, 4000, 8000)]
+    milliseconds = 1e3 * points[0].measured.seconds
+    predicted = {points[0]: points[0].measured.seconds / 2}
+    report = AttentionReport("cpu", torch.float32, [ours, flash], 1e9, CHECKS, points, predicted)
+    summary = report.write(tmp_path, FACTS)
+    assert "| linclip Eq. 7 | forward | 2000 |" in summary
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["predicted_ms"]) == pytest.approx(milliseconds / 2, 1e-3)
+    assert float(rows[0]["measured_over_predicted"]) == 2
+    assert {row["predicted_ms"] for row in rows[1:]} == {""}
+    assert {row["measured_over_predicted"] for row in rows[1:]} == {""}
+
+
+@pytest.mark.long
+def test_points_of_our_operator_are_predicted_on_known_gpus(monkeypatch: pytest.MonkeyPatch):
+    found = SimpleNamespace(name="NVIDIA H200", multi_processor_count=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    speed = prediction.speed_of("cuda", 1e12)
+    assert speed is not None
+    assert (speed.capability, speed.num_sms) == (90, 100)
+    assert speed.copy_bytes == pytest.approx(1e12)
+    ours = Implementation("linclip Eq. 4", "linclip", torch.add)
+    forward = point(ours, 197, 1.0)
+    both = replace(forward, direction="forward+backward")
+    skipped = replace(forward, measured=None)
+    other = replace(forward, attention="SDPA flash")
+    composed = replace(forward, attention="linclip Eq. 4, quadratic")
+    times = prediction.predicted_seconds(
+        [forward, both, skipped, other, composed], torch.bfloat16, speed
+    )
+    assert times.keys() == {forward, both}
+    least = 4 * 4096 * 197 * 64 * 2 / 1e12  # 4096 heads on a GPU
+    assert least < times[forward] < times[both]
+    found.name = "Unknown"
+    assert prediction.speed_of("cuda", 1e12) is None
+    assert prediction.speed_of("cpu", 1e12) is None
+    assert prediction.predicted_seconds([forward], torch.bfloat16, None) == {}
+
+
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_command_measures_and_writes(
@@ -110,6 +155,7 @@ def test_command_measures_and_writes(
         assert float(r["gb_per_s"]) == pytest.approx(rate, 1e-3)
         assert (r["dtype"], r["torch"]) == ("float32", version("torch"))
         assert float(r["peak_mib"]) > 0
+        assert r["predicted_ms"] == r["measured_over_predicted"] == ""  # a CPU
 
 
 @pytest.mark.long

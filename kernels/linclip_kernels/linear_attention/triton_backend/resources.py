@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,19 @@ from linclip_kernels.linear_attention.triton_backend.partition import (
 )
 from linclip_kernels.linear_attention.variant import Variant
 
-__all__ = ["MULTIPROCESSORS", "Case", "Usage", "cases", "compile_launch", "measure"]
+__all__ = [
+    "MULTIPROCESSORS",
+    "Case",
+    "Usage",
+    "cases",
+    "compilation_key",
+    "compile_case_kernel",
+    "compile_launch",
+    "kernel_name",
+    "measure",
+    "run_on_cubin",
+    "training_cases",
+]
 
 
 class Multiprocessor(NamedTuple):
@@ -75,7 +88,12 @@ class Case:
 
     def launches(self, arch: int | str) -> list[Launch]:
         """Return the launches of a forward and a backward on views of a packed [B, N, H, 3, D]."""
-        shape, chip = (1, self.num_tokens, self.heads, 3, self.dim), Chip(arch=arch)
+        forward, backward = self.directions(Chip(arch=arch))
+        return forward + backward
+
+    def directions(self, chip: Chip) -> tuple[list[Launch], list[Launch]]:
+        """Return the launches of a forward, and those of a backward."""
+        shape = 1, self.num_tokens, self.heads, 3, self.dim
         q, k, v = torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").unbind(3)
         v = v[..., : max_value_block(q, chip)]
         plans, variant = causal if self.variant.causal else bidirectional, self.variant
@@ -86,7 +104,7 @@ class Case:
         state = partition.empty_states(1) if keeps_state else None
         forward = plans.plan_forward(call, out, state)
         _, backward = plans.plan_backward(call, state, out, None, gradients)
-        return forward + backward
+        return forward, backward
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,19 @@ class Usage:
     def occupancy(self) -> float:
         """Resident warps over the warps a multiprocessor can hold."""
         return self.blocks_per_sm * self.num_warps / MULTIPROCESSORS[self.capability].warps
+
+
+def training_cases() -> Iterator[Case]:
+    """Yield what training launches: both equations and orders, short and long, heads of 64 and 128.
+
+    With 2 heads a long sequence has several parts; with 1024 it is one, whose state is kept.
+    """
+    for dim, is_causal, normalized in product((64, 128), (False, True), (False, True)):
+        variant = Variant(causal=is_causal, normalized=normalized)
+        for num_tokens in (77 if is_causal else 197, 4096):
+            yield Case(variant, num_tokens, dim=dim)
+        if not is_causal:
+            yield Case(variant, 577, dim=dim, heads=1024)
 
 
 def cases() -> Iterator[Case]:
@@ -159,30 +190,42 @@ def measure(case: Case, capability: int) -> list[Usage]:
     Raises:
         RuntimeError: cuobjdump does not report the usage of a kernel.
     """
-    usages: dict[str, Usage] = {}
-    for launch in case.launches(capability):
-        compiled = compile_launch(launch, capability)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
-            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        match = re.search(r"REG:(\d+) STACK:(\d+)", text)
-        if match is None:
-            raise RuntimeError(f"cuobjdump reports no registers: {text!r}")
-        name = _name(launch)
-        usages[name] = Usage(
-            case=case,
-            kernel=name,
-            capability=capability,
-            registers=int(match[1]),
-            stack=int(match[2]),
-            shared=compiled.metadata.shared,
-            num_warps=launch.num_warps,
-        )
-    return list(usages.values())
+    launches = case.launches(capability)
+    usages = [compile_case_kernel(case, launch, capability)[0] for launch in launches]
+    return list({usage.kernel: usage for usage in usages}.values())
 
 
-def _name(launch: Launch) -> str:
+def compile_case_kernel(case: Case, launch: Launch, capability: int) -> tuple[Usage, Any]:
+    """Compile one launch of a case, and return what it uses beside what Triton compiled."""
+    compiled = compile_launch(launch, capability)
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    text = run_on_cubin(cuobjdump, "-res-usage", compiled.asm["cubin"])
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"cuobjdump reports no registers: {text!r}")
+    usage = Usage(
+        case=case,
+        kernel=kernel_name(launch),
+        capability=capability,
+        registers=int(match[1]),
+        stack=int(match[2]),
+        shared=compiled.metadata.shared,
+        num_warps=launch.num_warps,
+    )
+    return usage, compiled
+
+
+@cache
+def run_on_cubin(program: str, option: str, cubin: bytes) -> str:
+    """Return what one of NVIDIA's tools prints about a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [program, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def kernel_name(launch: Launch) -> str:
+    """Return the kernel's name, and which side of it the launch computes."""
     name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
     arguments = launch.arguments
     if name == "backward" and arguments["dk"] is None:
@@ -199,8 +242,18 @@ def compile_launch(launch: Launch, arch: int | str) -> Any:
         launch: The launch, planned for that chip.
         arch: :attr:`Chip.arch`.
     """
-    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
-    backend = make_backend(target)
+    source, options = _source(launch, arch)
+    return triton.compile(source, target=_target(arch), options=options)
+
+
+def compilation_key(launch: Launch, arch: int | str) -> str:
+    """Return what is the same for two launches exactly if they need one compilation."""
+    source, options = _source(launch, arch)
+    return f"{source.hash()} {sorted(options.items())}"
+
+
+def _source(launch: Launch, arch: int | str) -> tuple[ASTSource, dict[str, Any]]:
+    backend = make_backend(_target(arch))
     kernel = launch.kernel
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     arguments = launch.arguments | options
@@ -209,8 +262,11 @@ def compile_launch(launch: Launch, arch: int | str) -> Any:
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, arguments, bound, specialization, None
     )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=parsed.__dict__)
+    return ASTSource(kernel, signature, constants, attributes), parsed.__dict__
+
+
+def _target(arch: int | str) -> GPUTarget:
+    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
 
 
 def main() -> None:
