@@ -4,6 +4,8 @@ Every column of v is a problem of its own once the scores are known. Values wide
 state are computed block by block; the shares of dq and dk are added in float32.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -176,7 +178,7 @@ class _GradientSum:
         blocks: The blocks of values.
     """
 
-    def __init__(self, out: Tensor, blocks: list[slice]) -> None:
+    def __init__(self, out: Tensor, blocks: Sequence[slice]) -> None:
         self.out, self.is_single = out, len(blocks) == 1
         self.shares: list[Tensor] = []
 
