@@ -68,6 +68,23 @@ MULTIPROCESSORS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+#: The formulas that training computes: Eq. 7, Eq. 4 and the centred scores of InLine.
+FORMULAS = (
+    Variant(),
+    Variant(normalized=True),
+    Variant(
+        qk_norm=False, score_scale=1.0, length_exponent=1.0, qk_scale=64**-0.5, centered=True
+    ),
+)
+
+
+def equation(variant: Variant) -> str:
+    """Return the short name of a formula."""
+    if variant.centered:
+        return "centred"
+    return "Eq. 4" if variant.normalized else "Eq. 7"
+
+
 @dataclass(frozen=True)
 class Case:
     """A forward and a backward as they are launched for one kind of input."""
@@ -80,8 +97,8 @@ class Case:
 
     def __str__(self) -> str:
         order = "causal" if self.variant.causal else "bidirectional"
-        equation = "Eq. 4" if self.variant.normalized else "Eq. 7"
-        name = f"{order} {equation} {self.dtype} D={self.dim} N={self.num_tokens} H={self.heads}"
+        name = f"{order} {equation(self.variant)} {self.dtype} D={self.dim}"
+        name += f" N={self.num_tokens} H={self.heads}"
         return (
             name if self.variant.feature_map == "affine" else f"{name} {self.variant.feature_map}"
         )
@@ -99,7 +116,8 @@ class Case:
         plans, variant = causal if self.variant.causal else bidirectional, self.variant
         out, gradients = torch.empty_like(v), tuple(map(torch.empty_like, (q, k, v)))
         partition = partition_tokens(q, v.shape[-1], variant, chip=chip)
-        call = Call(q, k, v, None, partition, RowFactor(0.5, 1.0, None))
+        factor = RowFactor(float(variant.score_scale), float(variant.qk_scale), None)
+        call = Call(q, k, v, None, partition, factor)
         keeps_state = not variant.causal and self.num_tokens >= 8 * self.dim
         state = partition.empty_states(1) if keeps_state else None
         forward = plans.plan_forward(call, out, state)
@@ -138,12 +156,12 @@ class Usage:
 
 
 def training_cases() -> Iterator[Case]:
-    """Yield what training launches: both equations and orders, short and long, heads of 64 and 128.
+    """Yield what training launches: all formulas, both orders, short and long, heads of 64 and 128.
 
     With 2 heads a long sequence has several parts; with 1024 it is one, whose state is kept.
     """
-    for dim, is_causal, normalized in product((64, 128), (False, True), (False, True)):
-        variant = Variant(causal=is_causal, normalized=normalized)
+    for dim, is_causal, formula in product((64, 128), (False, True), FORMULAS):
+        variant = formula._replace(causal=is_causal)
         for num_tokens in (77 if is_causal else 197, 4096):
             yield Case(variant, num_tokens, dim=dim)
         if not is_causal:
@@ -152,8 +170,8 @@ def training_cases() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     """Yield what training uses, short and long, then other widths, dtypes and feature maps."""
-    for is_causal, normalized in product((False, True), (False, True)):
-        variant = Variant(causal=is_causal, normalized=normalized)
+    for is_causal, formula in product((False, True), FORMULAS):
+        variant = formula._replace(causal=is_causal)
         for num_tokens in (77 if is_causal else 197, 4096):
             yield Case(variant, num_tokens)
         if not is_causal:  # one part, and a state that is kept for the backward
