@@ -23,11 +23,10 @@ from linclip_kernels.linear_attention.triton_backend.resources import (
     Case,
     compilation_key,
     compile_case_kernel,
-    equation,
     kernel_name,
     training_cases,
-    training_variants,
 )
+from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = ["TABLE", "compare", "count_case", "read_table"]
 
@@ -91,9 +90,9 @@ def _counts(loop: LoopCounts) -> dict[str, float | str | None]:
 
 def grid_rows() -> Iterator[Row]:
     """Yield the programs of every launch per multiprocessor of an H100."""
-    for causal, shapes in GRIDS.items():
-        for variant, (heads, num_tokens) in product(training_variants(causal=causal), shapes):
-            case = Case(variant, num_tokens, heads=heads)
+    for causal, normalized in product((False, True), (False, True)):
+        for heads, num_tokens in GRIDS[causal]:
+            case = Case(Variant(causal=causal, normalized=normalized), num_tokens, heads=heads)
             for launch in case.launches(90):
                 programs = prod(launch.grid) / Chip().num_sms
                 yield _row(case, kernel_name(launch), 90, "grid", programs_per_sm=programs)
@@ -101,8 +100,8 @@ def grid_rows() -> Iterator[Row]:
 
 def variant_rows() -> Iterator[Row]:
     """Yield how many kernels runs compile: one size of images and texts, and several sizes."""
-    forms = (training_variants(causal=causal) for causal in (False, True))
-    for images, texts in zip(*forms, strict=True):
+    for normalized in (False, True):
+        images, texts = (Variant(causal=causal, normalized=normalized) for causal in (False, True))
         runs = {
             "training, N = 197 and 77": [(images, 768, 197), (texts, 512, 77)],
             "training, N = 197 to 5000": [(images, heads, tokens) for heads, tokens in LENGTHS],
@@ -113,7 +112,8 @@ def variant_rows() -> Iterator[Row]:
                 for variant, heads, tokens in calls
                 for launch in Case(variant, tokens, heads=heads).launches(90)
             }
-            yield _row(f"{name}, {equation(images)}", "all", 90, variants=len(keys))
+            equation = "Eq. 4" if normalized else "Eq. 7"
+            yield _row(f"{name}, {equation}", "all", 90, variants=len(keys))
 
 
 def compare(found: Sequence[Row], table: Sequence[Row]) -> list[str]:

@@ -40,12 +40,10 @@ __all__ = [
     "compilation_key",
     "compile_case_kernel",
     "compile_launch",
-    "equation",
     "kernel_name",
     "measure",
     "run_on_cubin",
     "training_cases",
-    "training_variants",
 ]
 
 
@@ -70,11 +68,6 @@ MULTIPROCESSORS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def equation(variant: Variant) -> str:
-    """Return the name of the form of attention."""
-    return "Eq. 4" if variant.normalized else "Eq. 7"
-
-
 @dataclass(frozen=True)
 class Case:
     """A forward and a backward as they are launched for one kind of input."""
@@ -87,10 +80,11 @@ class Case:
 
     def __str__(self) -> str:
         order = "causal" if self.variant.causal else "bidirectional"
-        size = f"D={self.dim} N={self.num_tokens} H={self.heads}"
-        name = f"{order} {equation(self.variant)} {self.dtype} {size}"
-        feature_map = self.variant.feature_map
-        return name if feature_map == "affine" else f"{name} {feature_map}"
+        equation = "Eq. 4" if self.variant.normalized else "Eq. 7"
+        name = f"{order} {equation} {self.dtype} D={self.dim} N={self.num_tokens} H={self.heads}"
+        return (
+            name if self.variant.feature_map == "affine" else f"{name} {self.variant.feature_map}"
+        )
 
     def launches(self, arch: int | str) -> list[Launch]:
         """Return the launches of a forward and a backward on views of a packed [B, N, H, 3, D]."""
@@ -146,22 +140,17 @@ class Usage:
         return self.blocks_per_sm * self.num_warps / MULTIPROCESSORS[self.capability].warps
 
 
-def training_variants(*, causal: bool) -> list[Variant]:
-    """Return the forms that models train with."""
-    return [Variant(causal=causal, normalized=normalized) for normalized in (False, True)]
-
-
 def training_cases() -> Iterator[Case]:
-    """Yield what training launches: every form and order, short and long, heads of 64 and 128.
+    """Yield what training launches: both equations and orders, short and long, heads of 64 and 128.
 
     With 2 heads a long sequence has several parts; with 1024 it is one, whose state is kept.
     """
-    for dim, is_causal in product((64, 128), (False, True)):
-        for variant in training_variants(causal=is_causal):
-            for num_tokens in (77 if is_causal else 197, 4096):
-                yield Case(variant, num_tokens, dim=dim)
-            if not is_causal:
-                yield Case(variant, 577, dim=dim, heads=1024)
+    for dim, is_causal, normalized in product((64, 128), (False, True), (False, True)):
+        variant = Variant(causal=is_causal, normalized=normalized)
+        for num_tokens in (77 if is_causal else 197, 4096):
+            yield Case(variant, num_tokens, dim=dim)
+        if not is_causal:
+            yield Case(variant, 577, dim=dim, heads=1024)
 
 
 def cases() -> Iterator[Case]:

@@ -37,7 +37,8 @@ from linclip_kernels.linear_attention.triton_backend.counts import (
     count_kernel,
 )
 from linclip_kernels.linear_attention.triton_backend.partition import Chip, Launch
-from linclip_kernels.linear_attention.triton_backend.resources import Case, training_variants
+from linclip_kernels.linear_attention.triton_backend.resources import Case
+from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = ["CHIPS", "Prediction", "Speed", "predict", "predict_case"]
 
@@ -220,8 +221,8 @@ TENSORS = {"forward": 4, "backward": 7}
 def shape_cases() -> Iterator[Case]:
     """Yield the cases of the printed table."""
     for is_causal, shapes in SHAPES.items():
-        for variant, (heads, num_tokens) in product(training_variants(causal=is_causal), shapes):
-            yield Case(variant, num_tokens, heads=heads)
+        for normalized, (heads, num_tokens) in product((False, True), shapes):
+            yield Case(Variant(causal=is_causal, normalized=normalized), num_tokens, heads=heads)
 
 
 def _rows(case: Case, name: str) -> list[dict[str, object]]:
