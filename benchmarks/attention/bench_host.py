@@ -199,7 +199,8 @@ def make_calls(case: Case) -> dict[str, Callable[[], object]]:
 
     def backend_both() -> None:
         _, state = backend_forward()
-        backend.backward(q, k, v, None, None, variant, state, grad, None)
+        d_q, d_k, d_v = map(torch.empty_like, (q, k, v))
+        backend.backward(q, k, v, None, None, variant, state, grad, None, (d_q, d_k, d_v))
 
     return {
         "empty, forward": without_gradients(empty),

@@ -157,7 +157,7 @@ def _launch_backward(
 
 @triton.jit
 def seen_state(b_s, b_w, b_z, num_keys, META: tl.constexpr):
-    """Return S and z as queries see them: about the mean key, or hidden where it is the only one."""
+    """Return S and z as queries see them: about the mean key, and without a sequence's only key."""
     if META.CENTERED:
         b_s -= b_z[:, None] * (b_w / num_keys)[None, :]
     if META.FIX_SINGLE_KEY:
@@ -169,12 +169,12 @@ def seen_state(b_s, b_w, b_z, num_keys, META: tl.constexpr):
 @triton.jit
 def unnormalized_scale(num_keys, factor, place, META: tl.constexpr):
     """Return Eq. 7's factor, the same for all rows of the sequence."""
+    scale = factor.scale
     if META.LENGTH_FACTOR == "inverse":
-        return factor.scale / num_keys
+        scale /= num_keys
     elif META.LENGTH_FACTOR == "table":
-        return factor.scale * tl.load(factor.p_table + place.i_s)
-    else:
-        return factor.scale
+        scale *= tl.load(factor.p_table + place.i_s)
+    return scale
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -330,9 +330,7 @@ def _backward_kernel(
             b_s, b_w, b_z, num_keys = load_state(p_state, place.i_s, place, META)
         b_s, b_seen_z = seen_state(b_s, b_w, b_z, num_keys, META)
         q, do, dq = at_head(q, place), at_head(do, place), at_head(dq, place)
-        b_ds, b_dw, b_dz = query_side(
-            q, do, dq, b_s, b_w, b_seen_z, num_keys, factor, place, META
-        )
+        b_ds, b_dw, b_dz = query_side(q, do, dq, b_s, b_w, b_seen_z, num_keys, factor, place, META)
         if META.FIX_SINGLE_KEY:
             b_ds = tl.where(num_keys == 1, 0.0, b_ds)
             b_dz = tl.where(num_keys == 1, 0.0, b_dz)

@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs
 """Causal linear attention in Triton: a masked tile per chunk, a running state for all before it.
 
-A program walks over the chunks of its part with the state in registers: forwards for the output and
-the gradient of the queries, backwards, with the gradient of the state, for those of keys and values.
+A program walks over the chunks of its part with the state in registers: forwards for the output
+and the gradient of the queries; backwards, with the gradient of the state, for those of keys and
+values.
 Where a sequence is one part, one launch computes everything. Otherwise every part first gets the
 state before it, and in the backward the gradient from all parts after it. The derivation is in
 linear_attention/README.md.
@@ -17,7 +18,6 @@ from linclip_kernels.linear_attention.triton_backend.partition import Call, Laun
 from linclip_kernels.linear_attention.triton_backend.primitives import (
     DENOMINATOR_EPS,
     LENGTHS,
-    as_columns,
     at_head,
     column_sums,
     combine_states,
@@ -126,21 +126,18 @@ def query_features(b_q, i_n, end, factor, META: tl.constexpr):
 
 @triton.jit
 def row_scales(b_sum, b_num_keys, factor, i_n, place, META: tl.constexpr):
-    """Return the factor of every row's numerator, and where its denominator is not clamped.
-
-    ``b_sum`` is the sum of the scores.
-    """
+    """Return the factor of every row's numerator, and where the sum of its scores, ``b_sum``, is
+    not clamped."""
+    b_scale, unclamped = b_num_keys * 0.0 + factor.scale, i_n >= 0
     if META.NORMALIZED:
         floor = DENOMINATOR_EPS * b_num_keys
-        return 1.0 / tl.maximum(b_sum, floor), b_sum >= floor
+        b_scale, unclamped = 1.0 / tl.maximum(b_sum, floor), b_sum >= floor
     elif META.LENGTH_FACTOR == "inverse":
-        return factor.scale / b_num_keys, i_n >= 0
+        b_scale = factor.scale / b_num_keys
     elif META.LENGTH_FACTOR == "table":
         p = factor.p_table + (place.i_b * place.num_tokens + place.offset)
-        b_table = tl.load(p + i_n, mask=i_n < place.end, other=0.0)
-        return factor.scale * b_table, i_n >= 0
-    else:
-        return b_num_keys * 0.0 + factor.scale, i_n >= 0
+        b_scale *= tl.load(p + i_n, mask=i_n < place.end, other=0.0)
+    return b_scale, unclamped
 
 
 @triton.jit
@@ -265,7 +262,8 @@ def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: t
         b_u += dot(narrow(b_p, dtype), b_phi, META)
         b_a, b_factor, b_inverse = query_features(b_q, i_n, end, factor, META)
         b_num_keys = num_keys + (i_n - place.first + 1).to(tl.float32)
-        b_sum, b_constant, b_gw, b_au, b_az = b_factor, b_factor, b_factor, b_factor, b_factor
+        # Not all are used: row-wise products of a with both sums, of do with that of v, and so on.
+        b_au, b_az, b_gw, b_sum, b_constant = b_factor, b_factor, b_factor, b_factor, b_factor
         if META.NORMALIZED or META.QK_NORM:
             b_au = tl.sum(b_a.to(tl.float32) * b_u, axis=1)
         if META.NORMALIZED or META.CENTERED:

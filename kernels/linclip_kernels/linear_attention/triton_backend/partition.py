@@ -265,8 +265,8 @@ def tokens_per_part(num_tokens: int, num_heads: int, num_sms: int, most: int) ->
     """Return how many tokens one program works on, of which it has 256 to ``most``.
 
     Multiprocessors hold at least two programs each, so that work is done in waves of twice their
-    number. Chosen is what costs least: waves times the tokens of a part, where a sequence in several
-    parts pays for the states between them.
+    number. Chosen is what costs least: waves times the tokens of a part, where a sequence in
+    several parts pays for the states between them.
 
     Args:
         num_tokens: N.

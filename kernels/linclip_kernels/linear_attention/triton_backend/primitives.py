@@ -237,7 +237,7 @@ def dot(a, b, META: tl.constexpr):
 
 @triton.jit
 def halves(state, dtype: tl.constexpr):
-    """Return a float32 state as a high and a low half of bfloat16; in float32 the low one is None."""
+    """Return a float32 state as two halves of bfloat16, or, of float32, itself and None."""
     if dtype == tl.bfloat16:
         high = narrow(state, dtype)
         return high, narrow(state - high.to(tl.float32), dtype)
@@ -264,8 +264,9 @@ def as_columns(x, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
         high = narrow(x, dtype).to(tl.float32)
         middle = narrow(x - high, dtype).to(tl.float32)
-        tail = tl.where(i == 1, middle[:, None], tl.where(i == 2, (x - high - middle)[:, None], 0.0))
-        return narrow(tl.where(i == 0, high[:, None], tail), dtype)
+        low = tl.where(i == 2, (x - high - middle)[:, None], 0.0)
+        rest = tl.where(i == 1, middle[:, None], low)
+        return narrow(tl.where(i == 0, high[:, None], rest), dtype)
     else:
         return tl.where(i == 0, x[:, None], 0.0)
 

@@ -72,9 +72,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMULAS = (
     Variant(),
     Variant(normalized=True),
-    Variant(
-        qk_norm=False, score_scale=1.0, length_exponent=1.0, qk_scale=64**-0.5, centered=True
-    ),
+    Variant(qk_norm=False, score_scale=1.0, length_exponent=1.0, qk_scale=64**-0.5, centered=True),
 )
 
 
