@@ -7,59 +7,71 @@ import pytest
 import torch
 
 from linclip_kernels.linear_attention.triton_backend import bidirectional, causal
+from linclip_kernels.linear_attention.triton_backend.counts import count_kernel
 from linclip_kernels.linear_attention.triton_backend.partition import (
     Call,
     Chip,
     RowFactor,
     max_value_block,
     partition_tokens,
+    tokens_per_part,
 )
 from linclip_kernels.linear_attention.triton_backend.resources import (
+    FORMULAS,
     MULTIPROCESSORS,
     Case,
     cases,
     compile_launch,
+    equation,
     measure,
+    training_cases,
 )
 from linclip_kernels.linear_attention.variant import Variant
 
 pytestmark = pytest.mark.long
 
-#: Bytes per thread that the assembler may keep outside registers to fit another block.
-NEGLIGIBLE_STACK = 16
+
+def spills(case: Case) -> dict[str, float]:
+    """Return the largest share of a loop's instructions that move registers to memory or back."""
+    found = {}
+    for launch in case.launches(90):
+        counts = count_kernel(case, launch, 90)
+        shares = [loop.groups["spill"] / loop.instructions for loop in counts.loops if loop.bytes]
+        found[f"{case}: {counts.usage.kernel}"] = max(shares, default=0.0)
+    return found
 
 
-def check(chosen: list[tuple[Case, int]]) -> None:
-    with ProcessPoolExecutor(2) as pool:
-        for usages in pool.map(measure, *zip(*chosen, strict=True)):
-            for usage in usages:
-                assert usage.blocks_per_sm >= 1, usage
-                assert usage.stack <= NEGLIGIBLE_STACK, usage
+def test_loops_of_training_keep_their_values_in_registers() -> None:
+    """Heads of 64 in bfloat16, all formulas: bidirectional loops spill nothing, causal ones little.
 
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_training_kernels_fit_into_registers(capability: int) -> None:
-    """The launches of CLIP towers in training: bfloat16, heads of 64, all of Eq. 4 and Eq. 7."""
-    training = [case for case in cases() if case.dtype == "bf16" and case.dim == 64]
-    if not Chip(arch=capability).is_large:  # the default feature map
-        training = [case for case in training if case.variant.feature_map == "affine"]
+    ceilings.csv holds the counts of every kernel, on other chips too.
+    """
+    training = [case for case in training_cases() if case.dim == 64]
     assert {case.variant.causal for case in training} == {False, True}
-    check([(case, capability) for case in training])
+    with ProcessPoolExecutor(2) as pool:
+        for case, found in zip(training, pool.map(spills, training), strict=True):
+            assert found
+            for kernel, share in found.items():
+                assert share <= (0.05 if case.variant.causal else 0.005), (kernel, share)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 100])
-def test_other_kernels_fit_into_registers(capability: int) -> None:
-    """Every other width up to 128 and every dtype."""
-    check([(case, capability) for case in cases() if case.dim <= 128])
+def test_other_kernels_have_room(capability: int) -> None:
+    """Every other width, dtype and feature map."""
+    chosen = list(cases())
+    with ProcessPoolExecutor(2) as pool:
+        for usages in pool.map(measure, chosen, [capability] * len(chosen)):
+            assert all(usage.blocks_per_sm >= 1 for usage in usages), usages
 
 
 @pytest.mark.parametrize("capability", MULTIPROCESSORS)
-def test_every_chip_has_room_for_the_kernels(capability: int) -> None:
-    """Of chips for consumers, 8.6 and 8.9 keep up to 40 bytes of Eq. 4's backward elsewhere."""
-    for usage in measure(Case(Variant(normalized=True), 197), capability):
+@pytest.mark.parametrize("formula", FORMULAS, ids=equation)
+def test_every_chip_has_room_for_the_kernels(capability: int, formula: Variant) -> None:
+    """Registers hold the bidirectional kernels on every chip, but for a few seldom read."""
+    for usage in measure(Case(formula, 197), capability):
         assert usage.blocks_per_sm >= 1, usage
-        assert usage.stack <= (40 if capability in (86, 89) else NEGLIGIBLE_STACK), usage
+        assert usage.stack <= 96, usage
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
@@ -101,7 +113,7 @@ def test_chips_are_told_apart(
     assert chip == Chip(num_sms=7, arch=arch)
     assert chip.is_large == is_large
     q = torch.empty(1, 100, 2, 64, device="meta")
-    partition = partition_tokens(q, 32, Variant(), backward=False, chip=chip)
+    partition = partition_tokens(q, 32, Variant(), chip=chip)
     precision = partition.meta.FP32_DOT
     assert precision == ("tf32x3" if hip is None else "ieee")
 
@@ -124,10 +136,10 @@ def test_sequences_with_states_compile(heads: int, boundaries: list[int], is_cau
     q, k, v = qkv.unbind(3)
     factors = torch.empty(1, boundaries[-1], device="meta")
     plans = causal if is_causal else bidirectional
+    partition = partition_tokens(q, 60, variant, boundaries, chip=Chip())
+    state = partition.empty_states(partition.num_sequences)
+    call = Call(q, k, v, state, partition, RowFactor(0.5, 1.0, factors))
     for backward in (False, True):
-        partition = partition_tokens(q, 60, variant, boundaries, backward=backward, chip=Chip())
-        state = partition.empty_states(partition.num_sequences)
-        call = Call(q, k, v, state, partition, RowFactor(0.5, factors))
         if backward:
             gradients = tuple(map(torch.empty_like, (q, k, v)))
             _, launches = plans.plan_backward(call, state, torch.empty_like(v), state, gradients)
@@ -137,22 +149,50 @@ def test_sequences_with_states_compile(heads: int, boundaries: list[int], is_cau
             compile_launch(launch, 90)
 
 
-@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("num_tokens", [1, 1025, 3004, 4097, 100_001])
-def test_parts_are_whole_blocks(
-    num_tokens: int, is_causal: bool, dtype: torch.dtype, backward: bool
-) -> None:
+def test_parts_are_whole_blocks(num_tokens: int, is_causal: bool, dtype: torch.dtype) -> None:
     """A block that reached into the next part would be counted twice."""
     for heads, dim, arch in ((1, 16, 86), (250, 64, 90), (1000, 256, "gfx942")):
         q = torch.empty(1, num_tokens, heads, dim, dtype=dtype, device="meta")
         chip = Chip(arch=arch)
         value_dim = min(dim, max_value_block(q, chip))
-        partition = partition_tokens(
-            q, value_dim, Variant(is_causal, True), backward=backward, chip=chip
-        )
+        partition = partition_tokens(q, value_dim, Variant(is_causal, True), chip=chip)
         (num_parts,) = partition.parts_of_sequences
         assert partition.part % partition.block_tokens == 0
-        assert partition.part <= 4096
+        assert partition.part <= (8192 if dtype == torch.bfloat16 else 4096)
         assert (num_parts - 1) * partition.part < num_tokens <= num_parts * partition.part
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_tokens", "expected"),
+    [
+        (3072, 197, 1),  # ViT-B/16 at a batch of 256: every sequence is one part
+        (2048, 77, 1),
+        (256, 4096, 1),  # 256 programs where 264 run at once
+        (16, 4096, 16),
+        (16, 16_384, 16),
+        (256, 16_384, 2),  # longer than an accumulator adds up
+        (16, 2**20, 132),
+        (12, 197, 1),  # too short to split
+        (1, 512, 2),
+    ],
+)
+def test_programs_fill_the_chip(num_heads: int, num_tokens: int, expected: int) -> None:
+    part = tokens_per_part(num_tokens, num_heads, 132, 8192)
+    assert -(-num_tokens // part) == expected
+    assert part >= min(num_tokens, 256)
+    if expected > 1:
+        assert num_heads * expected >= 1.9 * 132 or part < 512
+
+
+def test_states_between_parts_are_little_traffic() -> None:
+    """Of a million tokens, less than 2 % of the bytes that forward and backward move."""
+    shape = 1, 2**20, 16, 64
+    q = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    for is_causal, tensors, states in ((False, 4, 2), (True, 6, 4), (True, 15, 8)):
+        partition = partition_tokens(q, 64, Variant(is_causal), chip=Chip())
+        (num_parts,) = partition.parts_of_sequences
+        traffic = states * num_parts * 65 * 65 * 4
+        assert traffic < 0.02 * tensors * 2**20 * 64 * 2

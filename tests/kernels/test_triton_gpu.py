@@ -19,14 +19,17 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4"])
+FORMULAS = ["eq7", "eq4", "causal-eq7", "causal-eq4", "centered", "causal-centered"]
+
+
+@pytest.mark.parametrize("variant", FORMULAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_four_thousand_tokens(variant: str, dtype: torch.dtype) -> None:
     inputs, grad = make_inputs((1, 4096, 4, 64, 64), dtype, device="cuda")
     check_against_definition(inputs, grad, "triton", **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("variant", ["eq7", "eq4", "causal-eq7", "causal-eq4", "causal-eq7-alpha"])
+@pytest.mark.parametrize("variant", [*FORMULAS, "causal-eq7-alpha"])
 @pytest.mark.parametrize("num_tokens", [77, 197, 2000])
 def test_cuda_graph_replays_new_inputs(variant: str, num_tokens: int) -> None:
     inputs, grad = make_inputs((2, num_tokens, 3, 64, 64), torch.bfloat16, device="cuda")

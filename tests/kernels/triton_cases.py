@@ -47,7 +47,7 @@ from linclip_kernels.linear_attention.triton_backend import backend
 from linclip_kernels.linear_attention.triton_backend.partition import Chip, run
 
 #: (N, D, Dv), dtype: every length and width, below and above a block. There are several parts from
-#: 257 tokens on if causal, otherwise from 513 tokens on.
+#: 512 tokens on.
 SHAPES = [
     ((1, 32, 32), torch.float32),
     ((2, 64, 64), torch.bfloat16),
@@ -70,10 +70,10 @@ FEW_SHAPES = [(1, 32, 32), (15, 60, 60), (63, 80, 64), (77, 64, 64), (500, 96, 3
 LONG_SHAPES = [
     ("eq7", (1100, 32, 32), torch.bfloat16),
     ("eq4", (1025, 16, 144), torch.float32),
-    pytest.param("causal-eq7", (300, 16, 256), torch.float32, marks=pytest.mark.slow),
-    ("causal-eq4", (270, 16, 144), torch.bfloat16),
+    pytest.param("causal-eq7", (520, 16, 256), torch.float32, marks=pytest.mark.slow),
+    ("causal-eq4", (520, 16, 144), torch.bfloat16),
     ("centered", (1100, 32, 32), torch.bfloat16),
-    ("causal-centered", (270, 16, 144), torch.bfloat16),
+    ("causal-centered", (520, 16, 144), torch.bfloat16),
 ]
 MAIN_VARIANTS = ["eq7", "eq4", "causal-eq7", "causal-eq4", "centered", "causal-centered"]
 #: Variants with a norm of q and k.
@@ -166,7 +166,7 @@ def test_kernels_read_expanded_gradient(variant: str, device: str) -> None:
 @pytest.mark.slow  # the interpreter runs one program after the other: this is for the device
 @pytest.mark.parametrize("variant", MAIN_VARIANTS)
 def test_same_bits_twice(variant: str, device: str) -> None:
-    num_tokens = 300 if "causal" in variant else 1030
+    num_tokens = 1030
     inputs, grad = make_inputs((1, num_tokens, 1, 32, 32), torch.bfloat16, device=device)
     first = with_gradients(linear_attention, inputs, grad, backend="triton", **VARIANTS[variant])
     second = with_gradients(linear_attention, inputs, grad, backend="triton", **VARIANTS[variant])
@@ -185,7 +185,7 @@ def test_feature_maps_match_definition(variant: str, device: str) -> None:
 
 @pytest.mark.parametrize("variant", ["centered", "causal-centered"])
 def test_keys_with_a_mean(variant: str, device: str) -> None:
-    num_tokens = 270 if "causal" in variant else 600
+    num_tokens = 600
     check_keys_with_a_mean(VARIANTS[variant], torch.float32, "triton", device, num_tokens)
 
 
@@ -210,7 +210,7 @@ def test_sequences_with_other_features_are_independent(variant: str, device: str
     ],
 )
 def test_pieces_match_whole(variant: str, several_parts: bool, device: str) -> None:
-    cut, num_tokens = (260, 275) if "causal" in variant else (520, 560)
+    cut, num_tokens = 520, 560
     if several_parts:
         check_pieces_match_whole(VARIANTS[variant], "triton", device, cut, num_tokens, heads=1)
     else:  # and values in two blocks
@@ -254,7 +254,7 @@ def test_state_of_a_single_key(variant: str, device: str) -> None:
     ("variant", "lengths"),
     [
         *(case(f, [20, 1, 33], slow=f in ("eq7", "causal-eq7")) for f in STATE_VARIANTS),
-        *(case(f, [1, 0, 270, 0], slow="eq4" not in f) for f in STATE_VARIANTS),
+        *(case(f, [1, 0, 530, 0], slow="eq4" not in f) for f in STATE_VARIANTS),
     ],
 )
 def test_sequences_are_independent(variant: str, lengths: list[int], device: str) -> None:

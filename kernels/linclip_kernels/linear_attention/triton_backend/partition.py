@@ -21,6 +21,7 @@ __all__ = [
     "partition_tokens",
     "run",
     "to_device",
+    "tokens_per_part",
 ]
 
 #: Tokens of one part. The upper bound, twice as high for bfloat16, limits how many terms a single

@@ -33,6 +33,7 @@ from linclip_kernels.linear_attention.triton_backend.partition import (
 from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = [
+    "FORMULAS",
     "MULTIPROCESSORS",
     "Case",
     "Usage",
@@ -40,6 +41,7 @@ __all__ = [
     "compilation_key",
     "compile_case_kernel",
     "compile_launch",
+    "equation",
     "kernel_name",
     "measure",
     "run_on_cubin",
