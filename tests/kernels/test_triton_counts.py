@@ -369,7 +369,7 @@ def test_counts_are_those_of_the_table() -> None:
     if version != triton.__version__:
         pytest.skip(f"the table is for triton {version}")
     chosen = [case for case in training_cases() if case.dim == 64 and case.num_tokens < 500]
-    assert len(chosen) == 4
+    assert {case.variant.causal for case in chosen} == {False, True}
     with ProcessPoolExecutor(2) as pool:
-        found = [row for rows in pool.map(count_case, chosen, [90] * 4) for row in rows]
+        found = [row for rows in pool.map(count_case, chosen, [90] * len(chosen)) for row in rows]
     assert compare(found, table) == []
