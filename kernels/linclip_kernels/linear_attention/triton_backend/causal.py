@@ -54,7 +54,7 @@ def plan_forward(call: Call, out: Tensor, state: Tensor | None) -> list[Launch]:
         launches, before = _plan_before(call, state)
     tensors = views(q=call.q, k=call.k, v=call.v, out=out)
     arguments = tensors | {"p_before": before} | call.arguments
-    return [*launches, call.partition.launch(_forward_kernel, arguments)]
+    return [*launches, call.partition.launch(_forward_kernel, arguments, num_stages=3)]
 
 
 def plan_backward(
@@ -85,7 +85,10 @@ def plan_backward(
     ) -> Launch:
         tensors = views(q=call.q, k=call.k, v=call.v, do=grad, dq=d_q, dk=d_k, dv=d_v)
         states = {"p_before": before, "p_after": after, "p_rows": rows}
-        return partition.launch(_backward_kernel, tensors | states | call.arguments)
+        # Two buffers of the tiles of both sides do not leave room for a second program.
+        num_stages = 3 if d_k is None else 2
+        arguments = tensors | states | call.arguments
+        return partition.launch(_backward_kernel, arguments, num_stages)
 
     if call.is_whole and grad_state is None:
         return None, [launch(d_q, d_k, d_v)]
@@ -95,7 +98,7 @@ def plan_backward(
     sums = views(q=call.q, do=grad) | {"p_rows": rows, "p_states": after} | call.arguments
     launches += [
         launch(d_q, None, None, before=before),
-        partition.launch(_sum_queries_kernel, sums),
+        partition.launch(_sum_queries_kernel, sums, num_stages=3),
         combine_states(
             after, partition, start=grad_state, before=after, total=d_initial, reverse=True
         ),
