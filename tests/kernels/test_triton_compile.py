@@ -36,7 +36,8 @@ def spills(case: Case) -> dict[str, float]:
     found = {}
     for launch in case.launches(90):
         counts = count_kernel(case, launch, 90)
-        shares = [loop.groups["spill"] / loop.instructions for loop in counts.loops if loop.bytes]
+        loops = [loop for loop in counts.loops if loop.loop != "once" and loop.bytes]
+        shares = [loop.groups["spill"] / loop.instructions for loop in loops]
         found[f"{case}: {counts.usage.kernel}"] = max(shares, default=0.0)
     return found
 
