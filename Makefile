@@ -106,10 +106,10 @@ language-model: $(STAMP)
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults
 
-# Counts of the machine code of the training kernels against ceilings.csv, without a GPU (3 minutes of
-# CPU time). A change of a count is written with: make check-kernels WRITE=--write
+# Counts of the machine code of the training kernels against compiled/ceilings.csv, without a GPU (3
+# minutes of CPU time). A change of a count is written with: make check-kernels WRITE=--write
 check-kernels: $(STAMP)
-	$(BIN)/python -m linclip_kernels.linear_attention.triton_backend.ceilings $(WRITE)
+	$(BIN)/python -m linclip_kernels.linear_attention.compiled.ceilings $(WRITE)
 
 # The Triton kernels on a real GPU.
 test-gpu: $(STAMP)

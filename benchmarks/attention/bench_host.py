@@ -125,6 +125,8 @@ def _empty(
     feature_map: str,
     score_scale: float,
     length_exponent: float,
+    qk_scale: float,
+    centered: bool,
     return_state: bool,
     use_triton: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -147,6 +149,8 @@ def _empty_backward(
     feature_map: str,
     score_scale: float,
     length_exponent: float,
+    qk_scale: float,
+    centered: bool,
     use_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
@@ -162,7 +166,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad: Tensor, grad_state: Tensor | None) -> tuple[Any, ...]:
     *options, _return_state, use_triton = ctx.options
     d_q, d_k, d_v, _ = _empty_backward(*ctx.saved_tensors, grad, grad_state, *options, use_triton)
-    return d_q, d_k, d_v, *(None,) * 10
+    return d_q, d_k, d_v, *(None,) * (2 + len(ctx.options))
 
 
 _empty.register_autograd(_differentiate, setup_context=_save)
@@ -182,7 +186,7 @@ def make_calls(case: Case) -> dict[str, Callable[[], object]]:
         return linear_attention(q, k, v, backend="triton", **options)
 
     def empty() -> Tensor:
-        return _empty(q, k, v, None, None, *variant[:6], False, True)[0]
+        return _empty(q, k, v, None, None, *variant, False, True)[0]
 
     def without_gradients(call: Callable[[], object]) -> Callable[[], object]:
         def called() -> object:

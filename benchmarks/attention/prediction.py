@@ -4,8 +4,8 @@ import torch
 
 from benchmarks.attention.operators import FORMS, HEAD_DIM, batch_and_heads
 from linclip_eval.runtime.fit import RuntimePoint
-from linclip_kernels.linear_attention.triton_backend.resources import DTYPES, Case
-from linclip_kernels.linear_attention.triton_backend.time_model import CHIPS, Speed, predict_case
+from linclip_kernels.linear_attention.compiled.resources import DTYPES, Case
+from linclip_kernels.linear_attention.compiled.time_model import CHIPS, Speed, predict_case
 from linclip_kernels.linear_attention.variant import Variant
 
 __all__ = ["predicted_seconds", "speed_of"]

@@ -191,6 +191,8 @@ class _VocabParallelEmbedding(VocabParallelEmbedding):
     def forward(self, input_: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return super().forward(input_)
+        if self.tp_group.size() == 1:  # an id outside of the table is an error, as in eager mode
+            return take_rows(self.weight, input_)
         is_held = (input_ >= self.vocab_start_index) & (input_ < self.vocab_end_index)
         rows = take_rows(self.weight, torch.where(is_held, input_ - self.vocab_start_index, 0))
         return reduce_from_tensor_model_parallel_region(

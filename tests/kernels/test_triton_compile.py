@@ -6,17 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from linclip_kernels.linear_attention.triton_backend import bidirectional, causal
-from linclip_kernels.linear_attention.triton_backend.counts import count_kernel
-from linclip_kernels.linear_attention.triton_backend.partition import (
-    Call,
-    Chip,
-    RowFactor,
-    max_value_block,
-    partition_tokens,
-    tokens_per_part,
-)
-from linclip_kernels.linear_attention.triton_backend.resources import (
+from linclip_kernels.linear_attention.compiled.counts import count_kernel
+from linclip_kernels.linear_attention.compiled.resources import (
     FORMULAS,
     MULTIPROCESSORS,
     Case,
@@ -25,6 +16,15 @@ from linclip_kernels.linear_attention.triton_backend.resources import (
     equation,
     measure,
     training_cases,
+)
+from linclip_kernels.linear_attention.triton_backend import bidirectional, causal
+from linclip_kernels.linear_attention.triton_backend.partition import (
+    Call,
+    Chip,
+    RowFactor,
+    max_value_block,
+    partition_tokens,
+    tokens_per_part,
 )
 from linclip_kernels.linear_attention.variant import Variant
 

@@ -9,31 +9,31 @@ import torch
 import triton
 import triton.language as tl
 
-from linclip_kernels.linear_attention.triton_backend.ceilings import (
+from linclip_kernels.linear_attention.compiled.ceilings import (
     compare,
     count_case,
     read_table,
 )
-from linclip_kernels.linear_attention.triton_backend.counts import (
+from linclip_kernels.linear_attention.compiled.counts import (
     KernelCounts,
     LoopCounts,
     count_kernel,
     count_loop,
 )
-from linclip_kernels.linear_attention.triton_backend.partition import Launch
-from linclip_kernels.linear_attention.triton_backend.resources import (
+from linclip_kernels.linear_attention.compiled.resources import (
     Case,
     Usage,
     compilation_key,
     training_cases,
 )
-from linclip_kernels.linear_attention.triton_backend.sass import Instruction, Loop, find_loops
-from linclip_kernels.linear_attention.triton_backend.time_model import (
+from linclip_kernels.linear_attention.compiled.sass import Instruction, Loop, find_loops
+from linclip_kernels.linear_attention.compiled.time_model import (
     CHIPS,
     LAUNCH_SECONDS,
     predict,
 )
-from linclip_kernels.linear_attention.triton_backend.ttgir import LoopPlan, loop_plans
+from linclip_kernels.linear_attention.compiled.ttgir import LoopPlan, loop_plans
+from linclip_kernels.linear_attention.triton_backend.partition import Launch
 from linclip_kernels.linear_attention.variant import Variant
 
 

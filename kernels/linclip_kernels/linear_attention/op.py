@@ -2,7 +2,7 @@
 operator that computes."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, cast, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -229,18 +229,20 @@ def _attend(
             num_sequences=num_sequences(q, boundaries),
             value_dim=v.shape[3],
         )
-    names = ("qkv", "qkv") if is_packed else ("q", "v")
-    dims = {f"{name}.shape[-1]": x.shape[3] for name, x in zip(names, (q, v), strict=True)}
+    q_name, v_name = ("qkv", "qkv") if is_packed else ("q", "v")
+    dims = {f"{q_name}.shape[-1]": q.shape[3], f"{v_name}.shape[-1]": v.shape[3]}
     use_triton = takes_triton(backend, q, dims)
+
+    is_quadratic = variant.feature_map == "quadratic"  # composed of calls with three tensors
+    function = AttendPacked if is_packed and not is_quadratic else Attend
 
     def attend(*arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, initial, variant = arguments
-        function = AttendPacked if len(tensors) == 1 else Attend
         options = *variant.without_known_sums(), return_state, use_triton
-        result = function.apply(*tensors, initial, boundaries, *options)
-        return cast(tuple[Tensor, Tensor], result)
+        found: tuple[Tensor, Tensor] = function.apply(*tensors, initial, boundaries, *options)
+        return found
 
-    if variant.feature_map == "quadratic":
+    if is_quadratic:
         q, k, v = inputs[0].unbind(3) if is_packed else inputs
         out, state = attend_quadratic(
             attend, q, k, v, initial_state, variant, return_state=return_state

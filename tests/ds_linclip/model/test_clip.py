@@ -428,11 +428,11 @@ def test_both_towers_are_one_graph_forward_and_one_backward(
     (forward,), (backward,) = graphs.forward, graphs.backward
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert graphs.count(forward, "linear_attention") == 4
+    assert graphs.count(forward, "linear_attention_packed") == 4
     assert graphs.count(backward, "sum_rows") == 1  # of image positions; the others are frozen
     # The first block of texts is frozen.
-    assert graphs.count(backward, "linear_attention_backward") == 3
-    assert graphs.count(backward, "linear_attention") == repeated
+    assert graphs.count(backward, "linear_attention_packed_backward") == 3
+    assert graphs.count(backward, "linear_attention_packed") == repeated
 
 
 @pytest.mark.long

@@ -308,7 +308,7 @@ def partition_tokens(
     chip = chip or Chip.of(q.device)
     batch, num_tokens, heads, key_dim = q.shape
     block_key, block_value = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
-    # The largest blocks whose tiles and states fit into registers, as resources.py reports them.
+    # The largest blocks whose tiles and states fit into registers: compiled/resources.py reports.
     words = max(block_key, block_value) * (1 if q.dtype == torch.bfloat16 else 2)
     block_tokens = 64 if words <= (64 if variant.causal else 128) else 4096 // words
     if not chip.is_large:

@@ -1,6 +1,6 @@
 """The chip's resources that every kernel uses, read from cubins compiled here without a GPU.
 
-python -m linclip_kernels.linear_attention.triton_backend.resources
+python -m linclip_kernels.linear_attention.compiled.resources
 """
 
 import argparse

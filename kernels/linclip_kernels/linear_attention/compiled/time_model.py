@@ -16,7 +16,7 @@ L2 cache other than for free, DRAM pages, clocks that power lowers.
 
 The model is uncalibrated: no chip has confirmed it. Differences of 10 % mean nothing.
 
-python -m linclip_kernels.linear_attention.triton_backend.time_model
+python -m linclip_kernels.linear_attention.compiled.time_model
 """
 
 import argparse
@@ -31,13 +31,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from linclip_kernels.linear_attention.triton_backend.counts import (
+from linclip_kernels.linear_attention.compiled.counts import (
     KernelCounts,
     LoopCounts,
     count_kernel,
 )
+from linclip_kernels.linear_attention.compiled.resources import FORMULAS, Case
 from linclip_kernels.linear_attention.triton_backend.partition import Chip, Launch
-from linclip_kernels.linear_attention.triton_backend.resources import FORMULAS, Case
 
 __all__ = ["CHIPS", "Prediction", "Speed", "predict", "predict_case"]
 

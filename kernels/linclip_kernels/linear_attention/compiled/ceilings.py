@@ -3,7 +3,7 @@
 A change that makes a count worse, or better, must write the table again in the same commit, so that
 it is always true and a diff shows what the change costs.
 
-python -m linclip_kernels.linear_attention.triton_backend.ceilings [--write]
+python -m linclip_kernels.linear_attention.compiled.ceilings [--write]
 """
 
 import argparse
@@ -17,9 +17,8 @@ from pathlib import Path
 
 import triton
 
-from linclip_kernels.linear_attention.triton_backend.counts import LoopCounts, count_kernel
-from linclip_kernels.linear_attention.triton_backend.partition import Chip
-from linclip_kernels.linear_attention.triton_backend.resources import (
+from linclip_kernels.linear_attention.compiled.counts import LoopCounts, count_kernel
+from linclip_kernels.linear_attention.compiled.resources import (
     FORMULAS,
     Case,
     compilation_key,
@@ -28,6 +27,7 @@ from linclip_kernels.linear_attention.triton_backend.resources import (
     kernel_name,
     training_cases,
 )
+from linclip_kernels.linear_attention.triton_backend.partition import Chip
 
 __all__ = ["TABLE", "compare", "count_case", "read_table"]
 

@@ -1,6 +1,6 @@
 """The work of every loop of the kernels, counted in machine code compiled here without a GPU.
 
-python -m linclip_kernels.linear_attention.triton_backend.counts --capabilities 90 --match "Eq. 4"
+python -m linclip_kernels.linear_attention.compiled.counts --capabilities 90 --match "Eq. 4"
 """
 
 import argparse
@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import triton
 
-from linclip_kernels.linear_attention.triton_backend.partition import Launch
-from linclip_kernels.linear_attention.triton_backend.resources import (
+from linclip_kernels.linear_attention.compiled.resources import (
     MULTIPROCESSORS,
     Case,
     Usage,
@@ -27,12 +26,13 @@ from linclip_kernels.linear_attention.triton_backend.resources import (
     run_on_cubin,
     training_cases,
 )
-from linclip_kernels.linear_attention.triton_backend.sass import Loop, find_loops
-from linclip_kernels.linear_attention.triton_backend.ttgir import (
+from linclip_kernels.linear_attention.compiled.sass import Loop, find_loops
+from linclip_kernels.linear_attention.compiled.ttgir import (
     LoopPlan,
     copy_sizes,
     loop_plans,
 )
+from linclip_kernels.linear_attention.triton_backend.partition import Launch
 
 __all__ = ["KernelCounts", "LoopCounts", "count_kernel", "count_loop", "print_table"]
 
