@@ -260,7 +260,7 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
             b_dzs += column_sums(b_a, b_factor * b_e, META)
             if META.HAS_CONSTANT:
                 b_dws += column_sums(b_do, b_scale, META)
-            b_g = narrow(b_do.to(tl.float32) * (b_factor * b_scale)[:, None], dtype)
+            b_g = narrow(b_do.to(tl.float32) * (b_factor * b_scale)[:, None], b_do.dtype)
         else:
             b_dphi = b_u * scale
             b_along *= scale

@@ -262,7 +262,7 @@ def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: t
         b_p = tl.where(seen, dot(b_do, tl.trans(b_v), META), 0.0)  # [BLOCK_N, BLOCK_N]
         b_high, b_low = halves(b_s, dtype)
         b_u = dot_halves(b_do, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
-        b_u += dot(narrow(b_p, dtype), b_phi, META)
+        b_u += dot(narrow(b_p, b_phi.dtype), b_phi, META)
         b_a, b_factor, b_inverse = query_features(b_q, i_n, end, factor, META)
         b_num_keys = num_keys + (i_n - place.first + 1).to(tl.float32)
         # Not all are used: row-wise products of a with both sums, of do with that of v, and so on.
@@ -306,7 +306,6 @@ def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: t
 def load_queries(q, do, p_rows, i_n, end, factor, place, META: tl.constexpr):
     """Return a of phi(q) = a * factor, and what multiplies it: the gradients of o times factor and
     scale, these times scale and constant, and e times factor."""
-    dtype: tl.constexpr = q.p.dtype.element_ty
     b_q = load_tile(q, i_n, end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
     b_do = load_tile(do, i_n, end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     b_a, b_factor, _inverse = query_features(b_q, i_n, end, factor, META)
@@ -317,6 +316,7 @@ def load_queries(q, do, p_rows, i_n, end, factor, place, META: tl.constexpr):
         b_scale, b_e, b_constant = load_rows(p_rows, i_n, end, place)
         b_e *= b_factor
         b_constant = b_constant * b_scale if META.CENTERED else b_scale
+    dtype: tl.constexpr = b_do.dtype
     b_do = b_do.to(tl.float32)
     b_g = narrow(b_do * (b_scale * b_factor)[:, None], dtype)
     return b_a, b_g, narrow(b_do * b_constant[:, None], dtype), b_e
@@ -356,7 +356,7 @@ def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: 
 
         b_x = tl.where(seen, dot(b_a, tl.trans(b_aq), META), 0.0)  # [BLOCK_N, BLOCK_N]
         b_dv = dot_halves(b_a, b_high, b_low, META)
-        b_dv = (b_dv + dot(narrow(b_x, dtype), b_g, META)) * b_factor[:, None]
+        b_dv = (b_dv + dot(narrow(b_x, b_g.dtype), b_g, META)) * b_factor[:, None]
         if META.HAS_CONSTANT:
             b_dv += dot(narrow(seen.to(tl.float32), b_gc.dtype), b_gc, META) + b_dw[None, :]
         store_tile(dv, b_dv, i_n, end, META.DV, META.BLOCK_DV)
@@ -366,7 +366,7 @@ def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: 
         if META.NORMALIZED or META.CENTERED:
             b_p += b_e[None, :]
             b_dphi += b_dz[None, :]
-        b_dphi += dot(narrow(tl.where(seen, b_p, 0.0), dtype), b_aq, META)
+        b_dphi += dot(narrow(tl.where(seen, b_p, 0.0), b_aq.dtype), b_aq, META)
         b_along = b_factor
         if META.QK_NORM:
             b_along = tl.sum(b_a.to(tl.float32) * b_dphi, axis=1)

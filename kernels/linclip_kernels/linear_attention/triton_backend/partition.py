@@ -310,10 +310,11 @@ def partition_tokens(
     block_key, block_value = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
     # The largest blocks whose tiles and states fit into registers: compiled/resources.py reports.
     words = max(block_key, block_value) * (1 if q.dtype == torch.bfloat16 else 2)
-    block_tokens = 64 if words <= (64 if variant.causal else 128) else 4096 // words
-    if not chip.is_large:
-        smaller = variant.causal or variant.normalized
-        block_tokens = min(block_tokens, (2048 if smaller else 4096) // words)
+    is_small = variant.causal or (variant.normalized and not chip.is_large)
+    if q.dtype == torch.bfloat16 and chip.is_large:
+        block_tokens = 64 if words <= (64 if variant.causal else 128) else 4096 // words
+    else:
+        block_tokens = (2048 if is_small else 4096) // words
     block_tokens = max(16, block_tokens)
     most = MAX_PART * (2 if q.dtype == torch.bfloat16 else 1)
     part = tokens_per_part(num_tokens, batch * heads, chip.num_sms, most)

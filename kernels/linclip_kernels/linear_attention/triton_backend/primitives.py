@@ -237,19 +237,19 @@ def dot(a, b, META: tl.constexpr):
 
 @triton.jit
 def halves(state, dtype: tl.constexpr):
-    """Return a float32 state as two halves of bfloat16, or, of float32, itself and None."""
+    """Return a float32 state as two halves of bfloat16; otherwise itself, twice."""
     if dtype == tl.bfloat16:
         high = narrow(state, dtype)
         return high, narrow(state - high.to(tl.float32), dtype)
     else:
-        return state, None
+        return state, state
 
 
 @triton.jit
 def dot_halves(a, high, low, META: tl.constexpr, TRANSPOSED: tl.constexpr = False):
     """a @ state, or its transpose, for the two halves of the state."""
     product = dot(a, tl.trans(high) if TRANSPOSED else high, META)
-    if low is not None:
+    if a.dtype == tl.bfloat16:
         product += dot(a, tl.trans(low) if TRANSPOSED else low, META)
     return product
 
