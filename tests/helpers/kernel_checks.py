@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad as gradient_of
@@ -25,7 +26,7 @@ from linclip_kernels import (
 )
 from linclip_kernels.linear_attention.reference import ATOL, attend, relative_rms
 from linclip_kernels.linear_attention.validation import Backend
-from linclip_kernels.linear_attention.variant import Variant
+from linclip_kernels.linear_attention.variant import NORM_EPS, Variant
 
 #: Attention of a model whose scores are scaled as those of softmax attention with heads of 32.
 CENTERED = {"centered": True, "normalized": True, "qk_norm": False, "qk_scale": 32**-0.5}
@@ -340,7 +341,7 @@ def check_cancelling_sums(
     The keys lie near minus the queries, scores near 0, and the values have a large common mean.
     """
     (q, k, v), grad = make_inputs((1, num_tokens, 1, 64, 64), torch.float32, device=device)
-    direction = torch.nn.functional.normalize(q[:, :1].detach(), dim=-1) * 8
+    direction = F.normalize(q[:, :1].detach(), dim=-1) * 8
     q = direction + 0.1 * q.detach()
     k = -direction + k.detach() * 0.3
     v = 4 + v.detach()
@@ -456,6 +457,40 @@ def check_changed_state(variant: dict[str, Any], backend: Backend, device: str) 
         state += 1
     for value, true in zip([out, *torch.autograd.grad(out, inputs, grad)], expected, strict=True):
         assert_close(value, true)
+
+
+def check_gradients_of_state(variant: dict[str, Any], backend: Backend, device: str) -> None:
+    """A gradient of the returned state reaches k, v and the initial state, in all of its entries.
+
+    Also in entries that the output does not need: the definition of the state tells them.
+    """
+    inputs, _ = make_inputs((2, 70, 2, 16, 24), torch.float32, device=device)
+    initial = torch.ones(2, 2, 17, 25, device=device, requires_grad=True)
+    options = {**variant, "backend": backend, "return_state": True}
+    _, found = linear_attention(*inputs, initial_state=initial, **options)
+    exact = [x.detach().double().requires_grad_() for x in (*inputs[1:], initial)]
+    phi, values = _features(exact[0], Variant(**variant)), exact[1]
+    rows, columns = (F.pad(phi, (1, 0), value=1.0), F.pad(values, (0, 1), value=1.0))
+    true = exact[2] + torch.einsum("bnhd,bnhe->bhde", rows, columns)
+    grad = torch.randn_like(found)
+    pairs = zip(
+        torch.autograd.grad(found, [*inputs[1:], initial], grad),
+        torch.autograd.grad(true, exact, grad.double()),
+        strict=True,
+    )
+    for value, expected in pairs:
+        if value.shape == initial.shape:
+            expected[..., 0, -1] = 0  # the number of keys is not differentiated
+        error = relative_rms(value, expected)
+        assert error <= 2 * ATOL[torch.float32], f"relative RMS {error:.2e}"
+
+
+def _features(x: Tensor, variant: Variant) -> Tensor:
+    """Return phi of rows of keys."""
+    if variant.qk_norm:
+        x = x * (x.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt()
+    maps = {"relu": F.relu, "softplus": F.softplus}
+    return maps[variant.feature_map](x) if variant.feature_map in maps else x
 
 
 def check_extreme_rows(

@@ -24,6 +24,7 @@ from helpers.kernel_checks import (
     check_changed_state,
     check_collapsed_keys,
     check_extreme_rows,
+    check_gradients_of_state,
     check_keys_with_a_mean,
     check_later_tokens_do_not_matter,
     check_nan_stays_where_the_formula_puts_it,
@@ -212,6 +213,11 @@ def test_small_features_keep_their_digits(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "eq7-quadratic"])
 def test_returned_state_may_be_changed_in_place(variant: str) -> None:
     check_changed_state({**VARIANTS, **MAP_VARIANTS}[variant], "torch", "cpu")
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "causal-eq7-relu", "causal-eq4-softplus"])
+def test_gradients_of_the_returned_state(variant: str) -> None:
+    check_gradients_of_state({**VARIANTS, **MAP_VARIANTS}[variant], "torch", "cpu")
 
 
 @pytest.mark.parametrize("variant", ["eq7", "causal-eq4", "causal-centered", "eq4-quadratic"])

@@ -119,6 +119,14 @@ def test_chips_are_told_apart(
     assert precision == ("tf32x3" if hip is None else "ieee")
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_other_dtypes_compile(dtype: str, is_causal: bool) -> None:
+    """The interpreter multiplies operands of any dtypes, a chip does not."""
+    for usage in measure(Case(Variant(is_causal, normalized=True), 77, dtype), 90):
+        assert usage.blocks_per_sm >= 1, usage
+
+
 def test_widest_kernels_compile() -> None:
     """Heads of 256 do not fit into registers, but compile and have room in shared memory."""
     for case in (

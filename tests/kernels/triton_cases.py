@@ -26,6 +26,7 @@ from helpers.kernel_checks import (
     check_collapsed_keys,
     check_empty_halves,
     check_extreme_rows,
+    check_gradients_of_state,
     check_halves_against_definition,
     check_keys_with_a_mean,
     check_later_tokens_do_not_matter,
@@ -312,6 +313,13 @@ def test_transforms_of_the_halves(device: str) -> None:
 @pytest.mark.parametrize("variant", ["eq4", "causal-eq7", "eq7-quadratic"])
 def test_returned_state_may_be_changed_in_place(variant: str, device: str) -> None:
     check_changed_state({**VARIANTS, **MAP_VARIANTS}[variant], "triton", device)
+
+
+@pytest.mark.parametrize(
+    "variant", ["eq7", "causal-eq7", "causal-eq4", "causal-eq7-relu", "causal-eq4-softplus"]
+)
+def test_gradients_of_the_returned_state(variant: str, device: str) -> None:
+    check_gradients_of_state({**VARIANTS, **MAP_VARIANTS}[variant], "triton", device)
 
 
 @pytest.mark.parametrize("variant", NORM_VARIANTS)

@@ -75,6 +75,8 @@ def plan_backward(
     partition, (d_q, d_k, d_v) = call.partition, gradients
     shape = partition.batch, partition.heads, 3, partition.num_tokens
     rows = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    common = call.arguments
+    common["META"] = common["META"]._replace(STATE_GRADIENT=grad_state is not None)
 
     def launch(
         d_q: Tensor | None,
@@ -87,8 +89,7 @@ def plan_backward(
         states = {"p_before": before, "p_after": after, "p_rows": rows}
         # Two buffers of the tiles of both sides do not leave room for a second program.
         num_stages = 3 if d_k is None else 2
-        arguments = tensors | states | call.arguments
-        return partition.launch(_backward_kernel, arguments, num_stages)
+        return partition.launch(_backward_kernel, tensors | states | common, num_stages)
 
     if call.is_whole and grad_state is None:
         return None, [launch(d_q, d_k, d_v)]
@@ -359,12 +360,16 @@ def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: 
         b_dv = (b_dv + dot(narrow(b_x, b_g.dtype), b_g, META)) * b_factor[:, None]
         if META.HAS_CONSTANT:
             b_dv += dot(narrow(seen.to(tl.float32), b_gc.dtype), b_gc, META) + b_dw[None, :]
+        elif META.STATE_GRADIENT:
+            b_dv += b_dw[None, :]
         store_tile(dv, b_dv, i_n, end, META.DV, META.BLOCK_DV)
 
         b_p = dot(b_v, tl.trans(b_g), META)  # [BLOCK_N, BLOCK_N]
         b_dphi = dot_halves(b_v, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
         if META.NORMALIZED or META.CENTERED:
             b_p += b_e[None, :]
+            b_dphi += b_dz[None, :]
+        elif META.STATE_GRADIENT:
             b_dphi += b_dz[None, :]
         b_dphi += dot(narrow(tl.where(seen, b_p, 0.0), b_aq.dtype), b_aq, META)
         b_along = b_factor

@@ -106,6 +106,7 @@ class Meta(NamedTuple):
     FIX_SINGLE_KEY: bool = False
     LENGTH_FACTOR: str = "none"  # how Eq. 7's rows depend on their number of keys
     ROWS_DIFFER: bool = False  # in their factor of values
+    STATE_GRADIENT: bool = False  # one comes in, also of sums that the scores do not need
 
 
 class Schedule(NamedTuple):
