@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
 
 from benchmarks.attention.bench_host import CASES, count_calls, fake_launches, make_calls
@@ -111,6 +112,22 @@ def test_boundaries_are_planned_at_every_call() -> None:
         for boundaries in ([0, 79], [0, 9, 79], [0, 79]):
             backend.forward(q, k, v, None, boundaries, Variant(), return_state=False)
     assert plan.call_count == 3
+
+
+def test_tables_of_length_factors_are_kept_on_the_default_stream_alone() -> None:
+    """On another one they may lie in the memory of a CUDA graph, and not be filled yet."""
+    variant = Variant(causal=True, length_exponent=0.75)
+    made = mock.Mock(wraps=backend._kept_causal_factors)
+    with FakeTensorMode(), mock.patch.object(backend, "_kept_causal_factors", made):
+        q = torch.empty(2, 19, 3, 16, device="cuda")
+        for stream, kept in ((0, 1), (7, 1), (7, 1), (0, 2)):
+            current = SimpleNamespace(cuda_stream=stream)
+            with mock.patch.object(torch.cuda, "current_stream", return_value=current):
+                factors = backend._length_factors(q, None, None, variant)
+            assert factors is not None
+            assert factors.shape == (2, 19)
+            assert made.call_count == kept
+    backend._kept_causal_factors.cache_clear()
 
 
 def test_few_plans_are_kept() -> None:

@@ -34,6 +34,9 @@ __all__ = [
     "sum_keys_backward",
 ]
 
+#: The stream of CUDA on which a program works if it chooses none.
+_DEFAULT_STREAM = 0
+
 
 def forward(
     q: Tensor,
@@ -390,22 +393,21 @@ def _factors(num_keys: Tensor, variant: Variant) -> Tensor:
 
 
 def _causal_factors(q: Tensor, variant: Variant) -> Tensor:
-    """Return the length factors of rows that see 1 to N keys, [B, N], from a cache."""
+    """Return the length factors of rows that see 1 to N keys, [B, N], often from a cache."""
     kind = q.shape[0], q.shape[1], variant, q.device
-    if q.device.type != "cuda":
-        return _kept_causal_factors(*kind, 0)
-    if torch.cuda.is_current_stream_capturing():
-        # A graph fills its memory when it runs, and does not keep the cache's memory alive.
-        return _make_causal_factors(*kind, 0)
-    return _kept_causal_factors(*kind, torch.cuda.current_stream(q.device).cuda_stream)
+    # On another stream a kept table might not be filled yet. CUDA graphs are captured, and before
+    # that warmed up, on other streams: in memory that is theirs, and that nothing else may keep.
+    is_cuda = q.device.type == "cuda"
+    if is_cuda and torch.cuda.current_stream(q.device).cuda_stream != _DEFAULT_STREAM:
+        return _make_causal_factors(*kind)
+    return _kept_causal_factors(*kind)
 
 
 def _make_causal_factors(
-    batch: int, num_tokens: int, variant: Variant, device: torch.device, _stream: int
+    batch: int, num_tokens: int, variant: Variant, device: torch.device
 ) -> Tensor:
     num_keys = torch.arange(1, num_tokens + 1, dtype=torch.float64, device=device)
     return _factors(num_keys.expand(batch, -1), variant)
 
 
-#: By stream: on another one the table might not be filled yet, or its memory be in use when freed.
 _kept_causal_factors = lru_cache(16)(_make_causal_factors)
