@@ -72,11 +72,15 @@ class StepMemory:
         self.is_late = not zero.get("overlap_comm")
         of_bucket = {1: self.gradient, 2: self.value, 3: self.reduced}[self.stage]
         self.buckets = of_bucket * self.bucket * (1 if self.stage == 3 else 2 - self.is_late)
+        #: DeepSpeed gives pipelines a second bucket when gradients are averaged.
+        self.of_pipeline = self.reduced * self.bucket * (mesh.pp.size > 1)
         #: The copy of a full bucket, or of a larger gradient, that is being sent: once more if it
-        #: is sent in another dtype, or where gloo scatters it.
+        #: is sent in another dtype, or where gloo scatters it. A single replica sends nothing, and
+        #: makes the copy in the other dtype alone.
         largest = max(p.numel() for p in parameters if p.requires_grad)
         is_copied = self.stage == 3 and mesh.device.type == "cpu"
-        self.copy = of_bucket + self.reduced * (self.reduced != of_bucket or is_copied)
+        self.copy = of_bucket * (replicas > 1)
+        self.copy += self.reduced * (self.reduced != of_bucket or is_copied)
         self.sent = self.copy * max(largest, min(self.bucket, self.trained))
         self.averaged = (_FP32 if self.is_compact else self.gradient) * part
         #: The copy of all gradients that is sent, where they are summed in fp32.
@@ -134,6 +138,10 @@ class StepMemory:
         if self.stage == 1 and self.is_late:
             # Full buckets replace gradients.
             moments.append(self._sending(self.trained, left=self.trained))
+        elif self.of_pipeline:
+            moments.append(self._held(self.averaged, self.buckets))
+        if self.of_pipeline:
+            moments[-1]["buckets"] += self.of_pipeline
         return moments
 
     def _sending(self, taken: int, left: int = 0) -> dict[str, int]:
