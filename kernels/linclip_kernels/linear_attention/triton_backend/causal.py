@@ -75,8 +75,8 @@ def plan_backward(
     partition, (d_q, d_k, d_v) = call.partition, gradients
     shape = partition.batch, partition.heads, 3, partition.num_tokens
     rows = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    common = call.arguments
-    common["META"] = common["META"]._replace(STATE_GRADIENT=grad_state is not None)
+    meta = call.arguments["META"]._replace(STATE_GRADIENT=grad_state is not None)
+    common = call.arguments | {"META": meta}
 
     def launch(
         d_q: Tensor | None,
