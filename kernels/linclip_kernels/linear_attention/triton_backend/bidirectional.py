@@ -211,7 +211,7 @@ def _forward_kernel(
             b_denominator = b_factor * tl.sum(dot(b_a, b_zs, META), axis=1)
             if META.HAS_CONSTANT:
                 b_denominator += num_keys
-            b_scale = 1.0 / tl.maximum(b_denominator, DENOMINATOR_EPS * num_keys)
+            b_scale = 1.0 / tl.maximum(b_denominator, DENOMINATOR_EPS * num_keys, tl.PropagateNan.ALL)
             b_out = b_out * (b_factor * b_scale)[:, None]
             if META.HAS_CONSTANT:
                 b_out += b_scale[:, None] * b_w[None, :]
@@ -252,7 +252,7 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
                 b_denominator += num_keys
                 b_numerator += tl.sum(dot(b_do, b_ws, META), axis=1)
             floor = DENOMINATOR_EPS * num_keys
-            b_scale = 1.0 / tl.maximum(b_denominator, floor)
+            b_scale = 1.0 / tl.maximum(b_denominator, floor, tl.PropagateNan.ALL)
             b_e = -b_numerator * b_scale * b_scale
             b_e = tl.where(b_denominator >= floor, b_e, 0.0 * b_e)
             b_dphi = b_u * b_scale[:, None] + b_e[:, None] * b_z[None, :]

@@ -75,8 +75,8 @@ def plan_backward(
     partition, (d_q, d_k, d_v) = call.partition, gradients
     shape = partition.batch, partition.heads, 3, partition.num_tokens
     rows = torch.empty(shape, dtype=torch.float32, device=grad.device)
-    common = call.arguments
-    common["META"] = common["META"]._replace(STATE_GRADIENT=grad_state is not None)
+    meta = call.arguments["META"]._replace(STATE_GRADIENT=grad_state is not None)
+    common = call.arguments | {"META": meta}
 
     def launch(
         d_q: Tensor | None,
@@ -135,7 +135,7 @@ def row_scales(b_sum, b_num_keys, factor, i_n, place, META: tl.constexpr):
     b_scale, unclamped = b_num_keys * 0.0 + factor.scale, i_n >= 0
     if META.NORMALIZED:
         floor = DENOMINATOR_EPS * b_num_keys
-        b_scale, unclamped = 1.0 / tl.maximum(b_sum, floor), b_sum >= floor
+        b_scale, unclamped = 1.0 / tl.maximum(b_sum, floor, tl.PropagateNan.ALL), b_sum >= floor
     elif META.LENGTH_FACTOR == "inverse":
         b_scale = factor.scale / b_num_keys
     elif META.LENGTH_FACTOR == "table":
