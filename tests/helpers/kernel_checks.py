@@ -489,8 +489,9 @@ def _features(x: Tensor, variant: Variant) -> Tensor:
     """Return phi of rows of keys."""
     if variant.qk_norm:
         x = x * (x.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt()
-    maps = {"relu": F.relu, "softplus": F.softplus}
-    return maps[variant.feature_map](x) if variant.feature_map in maps else x
+    if variant.feature_map == "relu":
+        return F.relu(x)
+    return F.softplus(x) if variant.feature_map == "softplus" else x
 
 
 def check_extreme_rows(

@@ -163,3 +163,25 @@ def test_plans_that_cannot_be_repeated_are_refused(argument: Any, rule: str) -> 
 
     with pytest.raises(AssertionError, match=rule):
         launch(planner, (torch.empty(2),))
+
+
+def test_slower_paths_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Wide or float32 heads, and rows that do not begin at multiples of 16 bytes."""
+
+    def attend(x: Tensor) -> None:
+        variant = Variant(score_scale=0.123)
+        backend.forward(x, x, x, None, None, variant, return_state=False)
+
+    shape = 1, 40, 2, 64
+    fast = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    attend(fast)
+    assert not caplog.records
+    for _ in range(2):
+        attend(torch.empty(1, 40, 2, 112, dtype=torch.bfloat16, device="meta"))
+    (wide,) = caplog.records
+    assert "heads of 112 with values of 112 in torch.bfloat16" in wide.getMessage()
+    caplog.clear()
+    for _ in range(2):
+        attend(fast.new_empty(1, 40, 2, 65)[..., :64])
+    assert len(caplog.records) == 3  # q, k and v
+    assert "does not allow accesses of 16 bytes" in caplog.text

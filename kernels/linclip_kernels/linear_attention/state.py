@@ -1,7 +1,7 @@
 """The bidirectional operator in two halves: the state of the keys, and the queries that see it.
 
 Between the halves the state can be summed over processes that hold parts of the keys, or be kept
-for other queries. As in op.py, each half is a registered custom operator with its own backward,
+for other queries. As in operators.py, each half is a registered custom operator with a backward,
 ``linclip::linear_attention_state`` and ``linclip::linear_attention_from_state``.
 """
 

@@ -74,5 +74,6 @@ def copy_sizes(ttgir: str) -> Iterator[int]:
     """Yield the bytes of every copy of the tensor memory accelerator."""
     for line in ttgir.splitlines():
         if "async_tma_copy" in line:
-            *sizes, kind = re.findall(r"memdesc<([\dx]+)x([a-z]+)(\d+)", line)[0]
+            # The first one is the barrier's.
+            *sizes, kind = re.findall(r"memdesc<([\dx]+)x([a-z]+)(\d+)", line)[-1]
             yield prod(map(int, sizes[0].split("x"))) * int(kind) // 8

@@ -6,6 +6,7 @@ state are computed block by block; the shares of dq and dk are added in float32.
 The functions named ``_plan_*`` describe the launches of one block, for :mod:`replay`.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -36,6 +37,9 @@ __all__ = [
 
 #: The stream of CUDA on which a program works if it chooses none.
 _DEFAULT_STREAM = 0
+
+
+_logger = logging.getLogger(__name__)
 
 
 def forward(
@@ -310,7 +314,14 @@ def _blocks(
 ) -> tuple[slice, ...]:
     keys = torch.empty(key_dim, dtype=dtype, device="meta")
     block = max_value_block(keys, Chip.of(device))
-    return tuple(slice(i, min(i + block, value_dim)) for i in range(0, value_dim, block))
+    blocks = tuple(slice(i, min(i + block, value_dim)) for i in range(0, value_dim, block))
+    if len(blocks) > 1:
+        _logger.warning(
+            "linear attention: heads of %d with values of %d in %s are computed in %d passes over "
+            "queries and keys, each for %d columns of the values; bfloat16 heads of 64 take one",
+            *(key_dim, value_dim, dtype, len(blocks), block),
+        )
+    return blocks
 
 
 def _block(x: Tensor, columns: slice) -> Tensor:

@@ -273,7 +273,7 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
     b_dw, b_dz = tl.sum(b_dws, axis=1), tl.sum(b_dzs, axis=1)
     if not META.NORMALIZED:
         b_ds, b_dw = b_ds * scale, b_dw * scale
-        if not META.QK_NORM:
+        if not META.QK_NORM:  # then scaled_features has left it out
             b_ds *= factor.qk_scale
     return b_ds, b_dw, b_dz
 

@@ -182,11 +182,12 @@ def add_queries(b_ds, b_dw, b_dz, b_a, b_g, b_gc, b_e, META: tl.constexpr):
 
 
 @triton.jit
-def next_size(size, b_s):
+def next_chunk_size(size, b_s):
     """Return the size of chunks for another pass over a part, after one with ``size``; 0: no more.
 
-    Zeros beyond the diagonal of a chunk let NaN and infinity through to other rows of the chunk.
-    They end in its state, and the part is computed once more, token by token.
+    A score beyond the diagonal of a chunk is zero, but zero times NaN or infinity is NaN: such a
+    value reaches rows of its chunk that do not see it. It also ends in the last state S, or dS,
+    which is ``b_s``; then the part is computed once more, with one token per chunk.
     """
     check = tl.sum(b_s)
     return tl.where((size == 1) | (check - check == 0), 0, 1)
@@ -241,12 +242,16 @@ def _forward_kernel(
     size = META.BLOCK_N
     while size > 0:
         b_s = forward_chunks(q, k, v, out, p_before, size, factor, place, META)
-        size = next_size(size, b_s)
+        size = next_chunk_size(size, b_s)
 
 
 @triton.jit
 def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: tl.constexpr):
-    """Write dq, and what the side of the keys reads of every row; return the last state's S."""
+    """Write dq, and what the side of the keys reads of every row; return the last state's S.
+
+    u = S do, z and w below are sums over the keys in view of a row: those of the state before the
+    chunk, and those of the chunk up to the row.
+    """
     dtype: tl.constexpr = q.p.dtype.element_ty
     i = tl.arange(0, META.BLOCK_N)
     seen = i[:, None] >= i[None, :]
@@ -259,14 +264,14 @@ def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: t
         b_do = load_tile(do, i_n, end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_ak, b_fk, _inverse = features(b_k, i_n, end, META)
         b_phi = scaled_features(b_ak, b_fk, META)
-        # Over the keys in view: the sum of phi(k) (do.v), and below of do.v and of phi(k).
         b_p = tl.where(seen, dot(b_do, tl.trans(b_v), META), 0.0)  # [BLOCK_N, BLOCK_N]
         b_high, b_low = halves(b_s, dtype)
         b_u = dot_halves(b_do, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
         b_u += dot(narrow(b_p, b_phi.dtype), b_phi, META)
         b_a, b_factor, b_inverse = query_features(b_q, i_n, end, factor, META)
         b_num_keys = num_keys + (i_n - place.first + 1).to(tl.float32)
-        # Not all are used: row-wise products of a with both sums, of do with that of v, and so on.
+        # Of every row: a.u, a.z, do.w, the sum of its scores, and the constant 1 - x.z / n of its
+        # centred scores. Where a variant needs none of one, its place is taken by any vector.
         b_au, b_az, b_gw, b_sum, b_constant = b_factor, b_factor, b_factor, b_factor, b_factor
         if META.NORMALIZED or META.QK_NORM:
             b_au = tl.sum(b_a.to(tl.float32) * b_u, axis=1)
@@ -305,8 +310,12 @@ def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: t
 
 @triton.jit
 def load_queries(q, do, p_rows, i_n, end, factor, place, META: tl.constexpr):
-    """Return a of phi(q) = a * factor, and what multiplies it: the gradients of o times factor and
-    scale, these times scale and constant, and e times factor."""
+    """Return (a, g, gc, e) of rows of q, whose share of the gradient of the state before them is
+    dS = sum of a g^T, dw = sum of gc, dz = sum of a e.
+
+    With phi(q) = a * factor, they are g = factor * scale * do, gc = scale * do, if centred times
+    the constant of the scores, and e = factor * the gradient of the sum of scores.
+    """
     b_q = load_tile(q, i_n, end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
     b_do = load_tile(do, i_n, end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
     b_a, b_factor, _inverse = query_features(b_q, i_n, end, factor, META)
@@ -340,7 +349,7 @@ def _sum_queries_kernel(
 
 @triton.jit
 def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: tl.constexpr):
-    """Write dk and dv of the part, from its last chunk to the first, and return the first dS."""
+    """Write dk and dv of the part, from its last chunk to the first; return dS before the part."""
     dtype: tl.constexpr = k.p.dtype.element_ty
     i = tl.arange(0, META.BLOCK_N)
     seen = i[:, None] <= i[None, :]  # a row for every key
@@ -411,15 +420,15 @@ def _backward_kernel(
         size = META.BLOCK_N
         while size > 0:
             b_s = query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META)
-            size = next_size(size, b_s)
+            size = next_chunk_size(size, b_s)
     if dk is not None:
         if dq is not None:
             tl.debug_barrier()  # the rows' scale, e and constant are written by other threads
         dk, dv = at_head(dk, place), at_head(dv, place)
         size = META.BLOCK_N
         while size > 0:
-            b_s = key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META)
-            size = next_size(size, b_s)
+            b_ds = key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META)
+            size = next_chunk_size(size, b_ds)
 
 
 @triton.jit

@@ -144,7 +144,6 @@ class Partition:
     block_key: int
     block_value: int
     num_warps: int
-    dtype: torch.dtype
     device: torch.device
     chip: Chip
 
@@ -332,7 +331,6 @@ def partition_tokens(
         block_key=block_key,
         block_value=block_value,
         num_warps=4 if words <= 64 else 8,
-        dtype=q.dtype,
         device=q.device,
         chip=chip,
     )

@@ -6,6 +6,7 @@ compiles, with the alignment of pointers. Hence a plan is made from stand-ins wi
 call puts its tensors in their places.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -20,6 +21,7 @@ from linclip_kernels.linear_attention.triton_backend.partition import Chip, Laun
 
 __all__ = ["MAX_PLANS", "launch"]
 
+_logger = logging.getLogger(__name__)
 #: How many plans are kept, those used last. A training run has a few.
 MAX_PLANS = 128
 
@@ -83,6 +85,13 @@ class _Plan:
     ) -> None:
         stand_ins = [None if kind is None else _stand_in(*kind) for kind in kinds]
         filled, launches = planner(*stand_ins, *options, boundaries=None, chip=Chip.of(device))
+        for kind in kinds:
+            if kind is not None and not _is_wide(*kind):
+                _logger.warning(
+                    "linear attention: a tensor %s with the strides %s, or its first address, "
+                    "does not allow accesses of 16 bytes; kernels read it in narrower, slower ones",
+                    *(tuple(kind[0]), kind[1]),
+                )
         self._device = device
         self._values: list[Any] = [None] * len(stand_ins)
         self._new: list[tuple[int, torch.Size, torch.dtype]] = []
@@ -164,6 +173,15 @@ def _stand_in(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, _is_aligned: bool
 ) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+def _is_wide(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, is_aligned: bool
+) -> bool:
+    """Return whether the rows of a tensor [B, N, H, D] begin at multiples of 16 bytes."""
+    if len(shape) != 4 or dtype == torch.float32 or shape[-1] % 8:
+        return True  # states, and widths that no address would help
+    return is_aligned and strides[-1] == 1 and all(x % 8 == 0 for x in strides[:-1])
 
 
 def _is_constant(value: Any) -> bool:
