@@ -21,8 +21,6 @@ from ds_linclip.config.schema import (
 __all__ = ["check_batch", "check_model", "check_ranks", "validate"]
 
 _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
-#: By default torch compiles a function eight times; a size needs two, with gradients and without.
-_MOST_COMPILED_SIZES = 4
 
 #: A rule for fields on their own, which None always satisfies: a test, in words, the fields.
 _Rule = tuple[Callable[[Any], bool], str, Iterable[str]]
@@ -250,12 +248,6 @@ def _validate_compile(config: Config) -> None:
         raise ValueError(
             f"train.compile ({train.compile}){reason} needs train.activation_checkpointing none or "
             "full, not (selective), which cannot see the operators inside compiled blocks"
-        )
-    sizes = {stage.image_size for stage in config.data.resolutions}
-    if train.compile == "towers" and len(sizes) > _MOST_COMPILED_SIZES:
-        raise ValueError(
-            f"train.compile (towers) must compile for at most {_MOST_COMPILED_SIZES} image sizes, "
-            f"not ({len(sizes)}), those of data.resolutions: take train.compile=blocks"
         )
     if not train.cuda_graphs:
         return

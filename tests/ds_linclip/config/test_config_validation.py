@@ -239,8 +239,8 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
             r"train\.compile \(towers\), which means blocks because zero\.stage is 3, needs ",
         ),
         (
-            ["train.compile=towers", "train.steps=9", f"data.resolutions=[{RESOLUTIONS}]"],
-            r"train\.compile \(towers\) must compile for at most 4 image sizes, not \(5\)",
+            [*GRAPHS, "train.steps=9", f"data.resolutions=[{RESOLUTIONS}]"],
+            r"towers that are one graph, but data\.resolutions has 5 image sizes \(at most 4\)",
         ),
         (
             "train.cuda_graphs=true",

@@ -14,6 +14,8 @@ from helpers import EMBEDDED
 
 TOWERS = "train.compile=towers"
 GRAPHS = [TOWERS, "train.cuda_graphs=true"]
+#: Five image sizes, a step each.
+SIZES = ", ".join(f"{{from_step: {step}, image_size: {4 * (step + 8)}}}" for step in range(5))
 
 
 def plan(*overrides: str, dp: int = 1, device: str = "cpu") -> Compilation:
@@ -43,6 +45,14 @@ def plan(*overrides: str, dp: int = 1, device: str = "cpu") -> Compilation:
             "blocks",
             True,
             "blocks and loss (blocks, because an attention has the implementation fla)",
+        ),
+        # A config of earlier versions, in which true meant blocks, is still read.
+        (
+            ["train.compile=true", f"data.resolutions=[{SIZES}]"],
+            1,
+            "blocks",
+            True,
+            "blocks and loss (blocks, because data.resolutions has 5 image sizes (at most 4))",
         ),
         # A rank has 16 of the 128 pairs, in 2 x 2 tiles with those of each of 7 others, twice.
         (
