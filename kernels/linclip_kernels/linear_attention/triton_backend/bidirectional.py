@@ -211,7 +211,9 @@ def _forward_kernel(
             b_denominator = b_factor * tl.sum(dot(b_a, b_zs, META), axis=1)
             if META.HAS_CONSTANT:
                 b_denominator += num_keys
-            b_scale = 1.0 / tl.maximum(b_denominator, DENOMINATOR_EPS * num_keys, tl.PropagateNan.ALL)
+            b_scale = 1.0 / tl.maximum(
+                b_denominator, DENOMINATOR_EPS * num_keys, tl.PropagateNan.ALL
+            )
             b_out = b_out * (b_factor * b_scale)[:, None]
             if META.HAS_CONSTANT:
                 b_out += b_scale[:, None] * b_w[None, :]
