@@ -71,7 +71,7 @@ def eager(run: Any) -> dict[int, float]:
         # The towers and the loss.
         (2, 2, ["zero.stage=2", "train.activation_checkpointing=full", "optim.ema_decay=0.9"]),
         (2, 2, ["parallel.tp=2", "train.activation_checkpointing=selective"]),
-        (2, 2, ["parallel.cp=2"]),
+        pytest.param(2, 2, ["parallel.cp=2"], marks=pytest.mark.slow),
         # The towers with gradients and without, and the loss.
         (1, 3, ["train.micro_batch_size=8"]),
     ],
@@ -82,6 +82,7 @@ def test_towers_and_loss_are_one_graph_each(run, eager, ranks, graphs, more):
     assert compiled == [{"graphs": graphs, "breaks": {}}] * ranks
 
 
+@pytest.mark.slow
 def test_parts_of_towers_are_one_graph_in_each_pipeline_stage(run, eager):
     losses, compiled = run(2, TOWERS, "parallel.pp=2", "train.micro_batch_size=16")
     assert losses == pytest.approx(eager, rel=1e-5)
@@ -99,6 +100,7 @@ def test_layers_gathered_by_zero_3_break_the_graph_of_a_block_but_not_the_result
     assert all(each["graphs"] > 1 and each["breaks"] for each in compiled)
 
 
+@pytest.mark.slow
 def test_a_run_may_change_to_compiled_towers_when_it_resumes(run, eager, tmp_path):
     run(1, "train.steps=3", "checkpoint.every_steps=2", folder=tmp_path)
     shutil.rmtree(tmp_path / "compiled" / "checkpoints" / "step-00000003")

