@@ -319,8 +319,9 @@ def partition_tokens(
     block_key, block_value = (max(16, triton.next_power_of_2(x)) for x in (key_dim, value_dim))
     # The largest blocks whose tiles and states fit into registers: compiled/resources.py reports.
     words = max(block_key, block_value) * (1 if q.dtype == torch.bfloat16 else 2)
-    block_tokens = max(16, 2048 // words)
-    if q.dtype == torch.bfloat16 and chip.has_wgmma:
+    is_narrow = q.dtype == torch.bfloat16
+    block_tokens = max(16, (2048 if is_narrow or variant.causal else 4096) // words)
+    if is_narrow and chip.has_wgmma:
         block_tokens = 64 if words <= (64 if variant.causal else 128) else 4096 // words
     most = MAX_PART * (2 if q.dtype == torch.bfloat16 else 1)
     part = tokens_per_part(num_tokens, batch * heads, chip.num_sms, most)
