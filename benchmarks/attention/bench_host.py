@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from linclip_kernels import linear_attention
 from linclip_kernels.linear_attention import validation
 from linclip_kernels.linear_attention.triton_backend import backend
-from linclip_kernels.linear_attention.variant import Variant
+from linclip_kernels.linear_attention.variant import VARIANT_SCHEMA, Variant
 
 __all__ = ["CASES", "Case", "FakeDriver", "count_calls", "fake_launches", "make_calls"]
 
@@ -112,48 +112,26 @@ def count_calls(call: Callable[[], object]) -> int:
     return count - 1  # the last one is setprofile
 
 
-@torch.library.custom_op("linclip_bench::empty", mutates_args=())
-def _empty(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    normalized: bool,
-    qk_norm: bool,
-    feature_map: str,
-    score_scale: float,
-    length_exponent: float,
-    qk_scale: float,
-    centered: bool,
-    return_state: bool,
-    use_triton: bool,
-) -> tuple[Tensor, Tensor]:
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? initial, Tensor? cu_seqlens"
+
+
+@torch.library.custom_op(
+    "linclip_bench::empty",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {VARIANT_SCHEMA}, bool return_state, bool use_triton) -> (Tensor, Tensor)",
+)
+def _empty(q: Tensor, _k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty(v.shape, dtype=v.dtype), q.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.custom_op("linclip_bench::empty_backward", mutates_args=())
-def _empty_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: Tensor | None,
-    grad: Tensor | None,
-    grad_state: Tensor | None,
-    causal: bool,
-    normalized: bool,
-    qk_norm: bool,
-    feature_map: str,
-    score_scale: float,
-    length_exponent: float,
-    qk_scale: float,
-    centered: bool,
-    use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+@torch.library.custom_op(
+    "linclip_bench::empty_backward",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor? state, Tensor? grad, Tensor? grad_state, {VARIANT_SCHEMA}, "
+    "bool use_triton) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _empty_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in inputs[:3])
     return d_q, d_k, d_v, d_q.new_empty(0)
 
 

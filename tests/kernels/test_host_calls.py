@@ -155,7 +155,7 @@ def test_few_plans_are_kept() -> None:
     ],
 )
 def test_plans_that_cannot_be_repeated_are_refused(argument: Any, rule: str) -> None:
-    """A tensor that a call cannot replace would be that of the first call for ever."""
+    """A tensor that a call cannot replace would be that of the first call, permanently."""
 
     def planner(x: Tensor, *, boundaries: None, chip: Chip) -> tuple[None, list[Launch]]:
         kernel = SimpleNamespace(arg_names=["argument"])

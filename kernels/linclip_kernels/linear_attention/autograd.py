@@ -17,7 +17,7 @@ class Differentiated(torch.autograd.Function):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # Function.apply asks for the signature at every call, and would build it anew.
+        # Function.apply asks for the signature at every call, and would build it again.
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
         torch.compiler.allow_in_graph(cls)  # torch.compile would trace it, and cannot trace jvp
 
