@@ -20,6 +20,7 @@ from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config, 
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.engine.pipeline_stages import stage_units
+from ds_linclip.engine.teacher import Teacher
 from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
@@ -137,6 +138,7 @@ class Trainer:
         folder = resources.enter_context(RunFolder.hold(config, mesh))
         listeners = resources.enter_context(open_sinks(config, mesh, phases))
         phases.enter("building the model")
+        self._teacher = Teacher(config, mesh) if config.teacher.model else None
         self._checkpoints = CheckpointManager(config, mesh, self._data.identity)
         resources.callback(self._checkpoints.close)
         resume_from = self._checkpoints.newest()
@@ -237,10 +239,15 @@ class Trainer:
         if self._is_captured:  # what the last step's CUDA graphs returned may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
         inputs = _model_inputs(batch, config, self._mesh, done + self._divergence.skipped_batches)
+        terms = config.loss.terms
+        self._engine.objective.weights = [
+            term.weight_at(done, config.train.steps) for term in terms
+        ]
         loss = self._engine.step(
             inputs,
             lr=learning_rate(done, config.train.steps, config.optim),
             ema_decay=ema_decay(done, config.optim.ema_decay),
+            targets=self._teacher(batch.images, batch.texts) if self._teacher else (),
         )
         if self._engine.was_skipped:
             self._check_batch(batch, counters)
@@ -333,6 +340,8 @@ class Trainer:
             "train/grad_norm": engine.grad_norm,
             "train/skipped_steps": engine.skipped_steps,
         }
+        if len(self._config.loss.terms) > 1:
+            values |= self._values_of_terms()
         self._writer.scalars(self.step, values)
         shown = {"loss": f"{values['train/loss']:.3f}"}
         shown["samples/s"] = format_figure(values["perf/samples_per_second"])
@@ -341,6 +350,12 @@ class Trainer:
         self._check_records()
         self._meter.restart()
         return values
+
+    def _values_of_terms(self) -> dict[str, float]:
+        """Return every term of the last step's loss before its weight, over the global batch."""
+        values = torch.tensor(self._mesh.gather(self._engine.objective.values.tolist())).mean(0)
+        terms = self._config.loss.terms
+        return {f"train/loss_{t.kind}": v for t, v in zip(terms, values.tolist(), strict=True)}
 
     def _rewind(self) -> None:
         """Load the newest checkpoint and continue behind the batches that were used since."""

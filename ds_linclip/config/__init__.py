@@ -28,6 +28,13 @@ from ds_linclip.config.attention import (
     WindowAttention,
 )
 from ds_linclip.config.compilation import graph_break
+from ds_linclip.config.distillation import (
+    ContrastiveTerm,
+    FeatureTerm,
+    LossTerm,
+    SimilarityTerm,
+    TeacherConfig,
+)
 from ds_linclip.config.loading import config_as_yaml, load_config, save_config
 from ds_linclip.config.schema import (
     CacheConfig,
@@ -56,9 +63,11 @@ __all__ = [
     "AttentionSettings",
     "CacheConfig",
     "Config",
+    "ContrastiveTerm",
     "DataConfig",
     "DepthwiseLocal",
     "FastAttention",
+    "FeatureTerm",
     "FocusedAttention",
     "FrequencyAttention",
     "GatedDeltaAttention",
@@ -68,6 +77,7 @@ __all__ = [
     "LayerAttention",
     "LinearAttention",
     "LossConfig",
+    "LossTerm",
     "LunaAttention",
     "MilaAttention",
     "ModelConfig",
@@ -79,9 +89,11 @@ __all__ = [
     "PredictedLocal",
     "QtAttention",
     "Resolution",
+    "SimilarityTerm",
     "SoftmaxAttention",
     "Source",
     "StateAttention",
+    "TeacherConfig",
     "TextTower",
     "TrainConfig",
     "VisionTower",

@@ -76,7 +76,15 @@ def _section(path: str, node: Any) -> str:
 
 
 def _meanings(node: Any) -> dict[str, str]:
-    """Return the ``#:`` comments above fields."""
+    """Return the ``#:`` comments above fields, inherited ones too."""
+    found: dict[str, str] = {}
+    for each in reversed(node.__mro__):
+        if is_dataclass(each):
+            found |= _own_meanings(each)
+    return found
+
+
+def _own_meanings(node: Any) -> dict[str, str]:
     lines = inspect.getsource(node).splitlines()
     (tree,) = ast.parse("\n".join(lines)).body
     assert isinstance(tree, ast.ClassDef)

@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ds_linclip.config.attention import Attention, LayerAttention, LinearAttention
+from ds_linclip.config.distillation import ContrastiveTerm, LossTerm, TeacherConfig
 
 #: Marks a field that holds a path, which is made absolute. Its ``names`` are no paths.
 _PATH = {"path": True}
@@ -290,9 +291,13 @@ class InitConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """Contrastive loss over the whole global batch."""
+    """Loss over the whole global batch: the contrastive one, and terms of a distillation."""
 
-    #: `softmax`: CLIP (arXiv 2103.00020). `sigmoid`: SigLIP (arXiv 2303.15343), with a bias.
+    #: The terms that are added up, such as `[{kind: contrastive}, {kind: features, weight: 10}]`;
+    #: those that compare with a teacher need `teacher.model`.
+    terms: list[LossTerm] = field(default_factory=lambda: [ContrastiveTerm()])
+    #: The contrastive loss. `softmax`: CLIP (arXiv 2103.00020). `sigmoid`: SigLIP (arXiv
+    #: 2303.15343), with a bias.
     kind: Literal["softmax", "sigmoid"] = "softmax"
     #: Side of the square tiles of logits that a rank computes one at a time.
     chunk_size: int = 1024
@@ -489,6 +494,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)

@@ -108,6 +108,7 @@ def validate(config: Config) -> None:
     check_model(config.model)
     _check_fields(config, _RULES)
     _validate_train(config)
+    _validate_loss(config)
     _validate_init(config)
     _validate_parallel(config)
     _validate_zero(config)
@@ -265,6 +266,34 @@ def _validate_compile(config: Config) -> None:
                 f"{needed} parallel.{axis} 1, not ({size}): communication inside the towers is not "
                 f"captured; {instead}"
             )
+
+
+def _validate_loss(config: Config) -> None:
+    terms, teacher = config.loss.terms, config.teacher.model
+    if not terms:
+        raise ValueError("loss.terms ([]) must name at least one term: take [{kind: contrastive}]")
+    kinds = [term.kind for term in terms]
+    for number, term in enumerate(terms):
+        name = f"loss.terms[{number}]"
+        if term.kind in kinds[:number]:
+            raise ValueError(f"{name}.kind ({term.kind}) must come once")
+        for key in ("weight", "final_weight"):
+            if (value := getattr(term, key)) is not None and value < 0:
+                raise ValueError(f"{name}.{key} ({value}) must not be negative")
+        temperature = getattr(term, "temperature", None)
+        if temperature is not None and temperature <= 0:
+            raise ValueError(f"{name}.temperature ({temperature}) must be greater than 0, or null")
+        if term.needs_teacher and teacher is None:
+            raise ValueError(
+                f"{name}.kind ({term.kind}) compares with a teacher: set teacher.model"
+            )
+    if not any(term.weight or term.final_weight for term in terms):
+        raise ValueError("loss.terms must have a weight above 0")
+    if teacher is not None and not any(term.needs_teacher for term in terms):
+        raise ValueError(
+            f"teacher.model ({teacher}) is used by no term of the loss: add {{kind: features}} or "
+            "{kind: similarity} to loss.terms"
+        )
 
 
 def _validate_init(config: Config) -> None:

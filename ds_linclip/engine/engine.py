@@ -15,7 +15,7 @@ from ds_linclip.engine.deepspeed_config import deepspeed_config
 from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.lamb import Lamb
 from ds_linclip.engine.zero_state import ParameterPiece, RankState, fill_module
-from ds_linclip.loss.grad_cache import ContrastiveLoss, Outputs, surrogate
+from ds_linclip.loss.grad_cache import ContrastiveLoss, Outputs, Targets, surrogate
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh, prepare_for_deepspeed
 
@@ -69,13 +69,16 @@ class Engine(ABC):
         self._num_micro_batches = int(generated["gradient_accumulation_steps"])
         self.on_features: list[Callable[[], None]] = []
 
-    def step(self, batch: Inputs, *, lr: float, ema_decay: float = 0.0) -> Tensor:
+    def step(
+        self, batch: Inputs, *, lr: float, ema_decay: float = 0.0, targets: Targets = ()
+    ) -> Tensor:
         """Take one optimizer step on this rank's part of the global batch.
 
         Args:
             batch: Images [B, 3, H, W], texts [B, L] and perhaps patches [B, K].
             lr: Learning rate of this step.
             ema_decay: Weight of the old running average of the weights, if there is one.
+            targets: The teacher's features of the batch and its logit scale, if there is one.
 
         Returns:
             The loss [] of this rank's rows.
@@ -83,7 +86,7 @@ class Engine(ABC):
         for group in self.deepspeed_engine.optimizer.param_groups:
             group |= {"lr": lr, "ema_decay": ema_decay}
         parts = zip(*(tensor.chunk(self._num_micro_batches) for tensor in batch), strict=True)
-        return self._step(list(parts))
+        return self._step(list(parts), targets)
 
     @property
     def grad_norm(self) -> float:
@@ -144,12 +147,12 @@ class Engine(ABC):
         """Return the module that DeepSpeed wraps."""
 
     @abstractmethod
-    def _step(self, micro_batches: Sequence[Inputs]) -> Tensor: ...
+    def _step(self, micro_batches: Sequence[Inputs], targets: Targets) -> Tensor: ...
 
     @abstractmethod
     def _whole_model(self) -> CLIP: ...
 
-    def _loss(self, outputs: Sequence[Outputs]) -> tuple[Tensor, list[Outputs]]:
+    def _loss(self, outputs: Sequence[Outputs], targets: Targets) -> tuple[Tensor, list[Outputs]]:
         """Return the loss of the model's outputs and their gradients; see
         :class:`ContrastiveLoss`.
 
@@ -157,7 +160,7 @@ class Engine(ABC):
         steps of 1.6 to 3.1 %, and a small change of it would be lost.
         """
         values = self._read_logit_values().split(1)
-        return self.objective([(*output[:2], *values) for output in outputs])
+        return self.objective([(*output[:2], *values) for output in outputs], targets)
 
     def _features_ready(self) -> None:
         for listener in self.on_features:
@@ -178,13 +181,13 @@ class PlainEngine(Engine):
     def _module(self, model: CLIP) -> nn.Module:
         return model
 
-    def _step(self, micro_batches: Sequence[Inputs]) -> Tensor:
+    def _step(self, micro_batches: Sequence[Inputs], targets: Targets) -> Tensor:
         # A single micro-batch needs no second forward: its graph is kept until the loss is there.
         is_single = len(micro_batches) == 1
         with torch.set_grad_enabled(is_single):
             outputs = [self.deepspeed_engine(*inputs) for inputs in micro_batches]
         self._features_ready()
-        loss, gradients = self._loss(outputs)
+        loss, gradients = self._loss(outputs, targets)
         for number, inputs in enumerate(micro_batches):
             output = outputs[0] if is_single else self.deepspeed_engine(*inputs)
             # DeepSpeed averages over micro-batches; the gradients are those of a sum.

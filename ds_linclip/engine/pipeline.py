@@ -12,7 +12,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from ds_linclip.engine.engine import Engine, Inputs
-from ds_linclip.loss.grad_cache import surrogate
+from ds_linclip.loss.grad_cache import Targets, surrogate
 from ds_linclip.model import CLIP
 from ds_linclip.process.consensus import gather
 
@@ -42,7 +42,7 @@ class PipelineEngine(Engine):
                 layers, topology=topology, loss_fn=surrogate, partition_method="uniform"
             )
 
-    def _step(self, micro_batches: Sequence[Inputs]) -> Tensor:
+    def _step(self, micro_batches: Sequence[Inputs], targets: Targets) -> Tensor:
         engine = self.deepspeed_engine
         shapes = [tensor.shape for tensor in micro_batches[0]]
         if shapes != getattr(self, "_shapes", shapes):
@@ -58,14 +58,16 @@ class PipelineEngine(Engine):
         self._features_ready()
         loss, gradients = torch.zeros((), device=self._mesh.device), nothing
         if engine.is_last_stage():
-            loss, found = self._loss([tuple(output) for output in engine.fwd_outputs])
+            loss, found = self._loss([tuple(output) for output in engine.fwd_outputs], targets)
             # DeepSpeed averages over micro-batches; the gradients are those of a sum.
             gradients = [tuple(len(found) * part for part in parts) for parts in found]
         engine.train_batch(iter(zip(micro_batches, gradients, strict=True)))
-        shared = torch.stack([loss, self.objective.logit_scale.to(loss)])
+        objective = self.objective
+        shared = torch.stack([loss, objective.logit_scale.to(loss), *objective.values.to(loss)])
         pp = self._mesh.pp
         dist.broadcast(shared, group=pp.group, group_src=pp.size - 1)
-        loss, self.objective.logit_scale = shared.unbind()
+        loss, objective.logit_scale = shared[:2].unbind()
+        objective.values = shared[2:]
         return loss
 
     def _whole_model(self) -> CLIP:

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_linclip.config import LossConfig
+from ds_linclip.config import LossConfig, LossTerm
 from ds_linclip.loss.contrastive import clip_loss, siglip_loss
+from ds_linclip.loss.distillation import feature_loss, similarity_loss
 from ds_linclip.parallel.mesh import Mesh
 
-__all__ = ["ContrastiveLoss", "Outputs", "bounded_log_scale", "surrogate"]
+__all__ = ["ContrastiveLoss", "Outputs", "Targets", "bounded_log_scale", "surrogate"]
 
 _MAX_LOG_SCALE = math.log(100)
 
@@ -25,8 +26,14 @@ _MAX_LOG_SCALE = math.log(100)
 Outputs = tuple[Tensor, ...]
 
 
+#: What a teacher says of this rank's pairs: image features [B, T] and text features [B, T], fp32
+#: of length one, and the factor [] on their cosines; empty without a teacher.
+Targets = tuple[Tensor, ...]
+
+
 class ContrastiveLoss:
-    """The loss of all micro-batches of a step, with negatives from all data-parallel ranks.
+    """The loss of all micro-batches of a step, with negatives from all data-parallel ranks: the
+    weighted sum of the terms of the config.
 
     A step of several micro-batches runs in two passes. The first computes all outputs without a
     graph; this class computes the loss and its gradient for every output; the second pass runs
@@ -35,23 +42,31 @@ class ContrastiveLoss:
 
     Attributes:
         logit_scale: Factor on the cosine similarities in the last step, [].
+        weights: Factor on every term in the next step.
+        values: This rank's value of every term in the last step, before the factor, [terms].
     """
 
     def __init__(self, config: LossConfig, mesh: Mesh) -> None:
         self._config = config
         self._group = mesh.dp.group
         self.logit_scale = torch.ones(())
-        self._compute: Callable[..., Tensor] = self._loss
+        self.weights = [term.weight for term in config.terms]
+        self.values = torch.zeros(len(config.terms))
+        self._compute: Callable[..., Tensor] = self._terms
 
     def compile(self, **options: Any) -> None:
         """Compute the loss and its gradients of the features under torch.compile."""
-        self._compute = torch.compile(self._loss, **options)
+        self._compute = torch.compile(self._terms, **options)
 
-    def __call__(self, outputs: Sequence[Outputs]) -> tuple[Tensor, list[Outputs]]:
+    def __call__(
+        self, outputs: Sequence[Outputs], targets: Targets = ()
+    ) -> tuple[Tensor, list[Outputs]]:
         """Compute loss and gradients of this rank's micro-batches.
 
         Args:
             outputs: The model's outputs for every micro-batch. Scale and bias are the same in all.
+            targets: The teacher's, for the rows of all micro-batches; needed by terms that compare
+                with a teacher.
 
         Returns:
             The loss [] of this rank's pairs, whose mean over the data-parallel ranks is the loss of
@@ -68,12 +83,15 @@ class ContrastiveLoss:
         log_scale = bounded_log_scale(log_scale)
         scale = log_scale.exp().squeeze(0).requires_grad_()
         bias = [value.squeeze(0).requires_grad_() for value in bias]
-        loss = self._compute(images, texts, scale, *bias)
+        values = self._compute(images, texts, targets, scale, *bias)
+        loss = values @ values.new_tensor(self.weights)
         loss.backward()
+        self.values = values.detach().clone()
         self.logit_scale = scale.detach()
 
         # Averaged over the ranks first: whether the scale is free depends on the global gradient.
-        shared = torch.stack([value.grad for value in (scale, *bias) if value.grad is not None])
+        scalars = (scale, *bias)
+        shared = torch.stack([torch.zeros_like(x) if x.grad is None else x.grad for x in scalars])
         dist.all_reduce(shared, group=self._group)
         shared /= self._group.size() * len(outputs)
         shared[:1] *= _is_free(log_scale, shared[:1]) * self.logit_scale  # d exp(x) = exp(x) dx
@@ -83,11 +101,36 @@ class ContrastiveLoss:
         # A copy: a replay of a CUDA graph writes the next loss to the same place.
         return loss.detach().clone(), [(*part, *shared.split(1)) for part in parts]
 
-    def _loss(self, images: Tensor, texts: Tensor, scale: Tensor, *bias: Tensor) -> Tensor:
-        chunk_size = self._config.chunk_size
+    def _terms(
+        self, images: Tensor, texts: Tensor, targets: Targets, scale: Tensor, *bias: Tensor
+    ) -> Tensor:
+        """Return the value of every term, [terms]."""
+        terms = self._config.terms
+        return torch.stack(
+            [self._term(term, images, texts, targets, scale, *bias) for term in terms]
+        )
+
+    def _term(
+        self,
+        term: LossTerm,
+        images: Tensor,
+        texts: Tensor,
+        targets: Targets,
+        scale: Tensor,
+        *bias: Tensor,
+    ) -> Tensor:
+        spread: dict[str, Any] = {"group": self._group, "chunk_size": self._config.chunk_size}
+        if term.kind == "features":
+            return feature_loss(images, texts, *targets[:2])
+        if term.kind == "similarity":
+            teacher_images, teacher_texts, teacher_scale = targets
+            if term.temperature is not None:
+                scale = teacher_scale = torch.full_like(scale, 1 / term.temperature)
+            teacher = (teacher_images, teacher_texts, teacher_scale)
+            return similarity_loss(images, texts, scale, *teacher, **spread)
         if self._config.kind == "softmax":
-            return clip_loss(images, texts, scale, self._group, chunk_size=chunk_size)
-        return siglip_loss(images, texts, scale, bias[0], self._group, chunk_size=chunk_size)
+            return clip_loss(images, texts, scale, **spread)
+        return siglip_loss(images, texts, scale, bias[0], **spread)
 
 
 def surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:

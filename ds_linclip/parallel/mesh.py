@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -137,6 +137,14 @@ class Mesh:
             peers=_axis(state.get_tensor_and_context_parallel_group()),
             timeout=timeout,
         )
+
+    def alone(self) -> "Mesh":
+        """Return a mesh with axes of this process alone, for a model that is whole on every rank.
+
+        Its collectives over all ranks (:meth:`agree` and others) are still those of this mesh.
+        """
+        own = _axis(dist.new_group([dist.get_rank()], use_local_synchronization=True))
+        return replace(self, dp=own, tp=own, pp=own, cp=own, replicas=own, peers=own)
 
     @property
     def axis_sizes(self) -> dict[str, int]:

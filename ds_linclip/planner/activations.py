@@ -92,7 +92,7 @@ def _plain_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
     first = tuple(tensor.chunk(num)[0] for tensor in batch)
     with torch.set_grad_enabled(num == 1):
         outputs = _repeated(model(*first), num)
-    _, gradients = ContrastiveLoss(config.loss, mesh)(outputs)
+    _, gradients = ContrastiveLoss(config.loss, mesh)(outputs, _targets(config, mesh))
     output = outputs[0] if num == 1 else model(*first)
     loss = num * surrogate(output, gradients[0])
     torch.autograd.backward([loss])
@@ -116,7 +116,9 @@ def _pipeline_step(config: Config, mesh: Mesh, model: CLIP) -> Any:
         features = stage(inputs())
     gradients: list[tuple[Tensor, ...]] = []
     if model.is_last:
-        _, gradients = ContrastiveLoss(config.loss, mesh)(_repeated(features, num))
+        _, gradients = ContrastiveLoss(config.loss, mesh)(
+            _repeated(features, num), _targets(config, mesh)
+        )
     in_flight = [stage(inputs()) for _ in range(min(mesh.pp.size - mesh.pp.rank, num))]
     if model.is_last:
         torch.autograd.backward([num * surrogate(in_flight.pop(0), gradients[0])])
@@ -130,6 +132,15 @@ def _repeated(outputs: tuple[Tensor, ...], num: int) -> list[tuple[Tensor, ...]]
     """Return outputs of ``num`` micro-batches, given those of the first."""
     more = ((*map(torch.empty_like, outputs[:2]), *outputs[2:]) for _ in range(num - 1))
     return [outputs, *more]
+
+
+def _targets(config: Config, mesh: Mesh) -> tuple[Tensor, ...]:
+    """Return a teacher's features and scale, of the student's size; empty without a teacher."""
+    if config.teacher.model is None:
+        return ()
+    local = config.train.global_batch_size // mesh.dp.size
+    features = torch.empty(2, local, config.model.embed_dim)
+    return *features.unbind(), torch.empty(())
 
 
 def _batch(config: Config, mesh: Mesh) -> tuple[Tensor, ...]:

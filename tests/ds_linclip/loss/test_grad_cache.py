@@ -20,7 +20,7 @@ from ds_linclip.config import (
 )
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
-from ds_linclip.loss.grad_cache import ContrastiveLoss, surrogate
+from ds_linclip.loss.grad_cache import ContrastiveLoss, Targets, surrogate
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
@@ -41,8 +41,10 @@ class Pushed(ContrastiveLoss):
 
     direction = -1.0
 
-    def _loss(self, images: Tensor, texts: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
-        return self.direction * scale + 0 * (images.sum() + texts.sum())
+    def _terms(
+        self, images: Tensor, texts: Tensor, targets: Targets, scale: Tensor, *_: Tensor
+    ) -> Tensor:
+        return self.direction * scale[None] + 0 * (images.sum() + texts.sum())
 
 
 def features(batch: int) -> tuple[Tensor, Tensor]:
