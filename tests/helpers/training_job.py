@@ -17,7 +17,7 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.loss.contrastive import clip_loss
-from ds_linclip.loss.grad_cache import ContrastiveLoss
+from ds_linclip.loss.grad_cache import ContrastiveLoss, Targets
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
@@ -128,8 +128,10 @@ class Pulled(ContrastiveLoss):
 
     weight = 1.0
 
-    def _loss(self, images: Tensor, texts: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
-        return self.weight * scale + 0 * (images.sum() + texts.sum())
+    def _terms(
+        self, images: Tensor, texts: Tensor, targets: Targets, scale: Tensor, *_: Tensor
+    ) -> Tensor:
+        return self.weight * scale[None] + 0 * (images.sum() + texts.sum())
 
 
 def logit_scale_under_pressure(mesh: Mesh, config: Config) -> dict[str, list[float]]:
