@@ -22,9 +22,11 @@ from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.engine.teacher import Teacher
 from ds_linclip.interop.pretrained import load_pretrained
+from ds_linclip.loss.grad_cache import Targets
 from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
 from ds_linclip.model.patch_dropout import kept_patches
+from ds_linclip.model.transfer import transfer_attention
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.monitoring.sinks import open_sinks
 from ds_linclip.parallel.mesh import Mesh
@@ -148,6 +150,10 @@ class Trainer:
 
         weights = InitConfig() if resume_from else config.init
         self._model = _build_model(config, mesh, weights, compilation)
+        self._learns_layers = any(term.kind == "layers" for term in config.loss.terms)
+        if self._learns_layers and self._teacher:
+            module = self._teacher.module
+            mesh.agree(lambda: transfer_attention(self._model, module))
         plan = describe(config, mesh, mesh.gather_all(plan_rank(config, mesh)))
         optimizer = build_optimizer(self._model, config.optim)
         self._engine = initialize_engine(self._model, optimizer, config, mesh)
@@ -247,7 +253,7 @@ class Trainer:
             inputs,
             lr=learning_rate(done, config.train.steps, config.optim),
             ema_decay=ema_decay(done, config.optim.ema_decay),
-            targets=self._teacher(batch.images, batch.texts) if self._teacher else (),
+            targets=self._targets(batch),
         )
         if self._engine.was_skipped:
             self._check_batch(batch, counters)
@@ -265,6 +271,12 @@ class Trainer:
             is_excused=self._engine.can_lower_loss_scale,
         )
         return loss
+
+    def _targets(self, batch: Batch) -> Targets:
+        """Return what the teacher says of a batch, if the loss compares with it."""
+        if self._teacher is None or self._learns_layers:
+            return ()
+        return self._teacher(batch.images, batch.texts)
 
     def _check_batch(self, batch: Batch, counters: Mapping[str, Any]) -> None:
         """Raise on all ranks why one of them had no samples, so that the step was skipped.

@@ -31,6 +31,7 @@ from ds_linclip.config.compilation import graph_break
 from ds_linclip.config.distillation import (
     ContrastiveTerm,
     FeatureTerm,
+    LayerTerm,
     LossTerm,
     SimilarityTerm,
     TeacherConfig,
@@ -75,6 +76,7 @@ __all__ = [
     "InitConfig",
     "InlineAttention",
     "LayerAttention",
+    "LayerTerm",
     "LinearAttention",
     "LossConfig",
     "LossTerm",

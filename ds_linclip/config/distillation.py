@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-__all__ = ["ContrastiveTerm", "FeatureTerm", "LossTerm", "SimilarityTerm", "TeacherConfig"]
+__all__ = [
+    "ContrastiveTerm",
+    "FeatureTerm",
+    "LayerTerm",
+    "LossTerm",
+    "SimilarityTerm",
+    "TeacherConfig",
+]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -55,8 +62,18 @@ class SimilarityTerm(_Term):
     temperature: float | None = None
 
 
+@dataclass(kw_only=True, frozen=True)
+class LayerTerm(_Term):
+    """Layer-wise transfer: the attention of every layer learns the output of the teacher's layer
+    for the teacher's input, and nothing else is trained (LoLCATs, arXiv 2410.10254). It stands
+    alone; the teacher must have the student's layers, widths, image size and tokenizer."""
+
+    kind: Literal["layers"] = "layers"
+    needs_teacher: ClassVar[bool] = True
+
+
 #: A term of the loss.
-LossTerm = ContrastiveTerm | FeatureTerm | SimilarityTerm
+LossTerm = ContrastiveTerm | FeatureTerm | SimilarityTerm | LayerTerm
 
 
 @dataclass(kw_only=True)

@@ -287,6 +287,15 @@ def _validate_loss(config: Config) -> None:
             raise ValueError(
                 f"{name}.kind ({term.kind}) compares with a teacher: set teacher.model"
             )
+    if "layers" in kinds:
+        for name, value, is_allowed, rule in (
+            ("loss.terms", ", ".join(kinds), len(kinds) == 1, "be layers alone"),
+            ("train.compile", config.train.compile, config.train.compile == "none", "be none"),
+            ("parallel.pp", config.parallel.pp, config.parallel.pp == 1, "be 1"),
+            ("parallel.cp", config.parallel.cp, config.parallel.cp == 1, "be 1"),
+        ):
+            if not is_allowed:
+                raise ValueError(f"{name} ({value}) must {rule} where the loss is of kind layers")
     if not any(term.weight or term.final_weight for term in terms):
         raise ValueError("loss.terms must have a weight above 0")
     if teacher is not None and not any(term.needs_teacher for term in terms):

@@ -10,6 +10,7 @@ from ds_linclip.config import Config
 from ds_linclip.data import CaptionTokenizer
 from ds_linclip.inference import LoadedModel, load_model
 from ds_linclip.loss.grad_cache import Targets, bounded_log_scale
+from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["Teacher"]
@@ -47,6 +48,24 @@ class Teacher:
         self._embed_dim = mesh.agree(lambda: _check(self._model, config))
         self._scale = _logit_scale(self._model)
         self._factor, self._shift = _renormalization(self._model)
+
+    @property
+    def module(self) -> CLIP:
+        """The teacher itself, where layers learn from its layers.
+
+        Raises:
+            AgreedError: on all ranks, when it is no model of this project.
+        """
+
+        def check() -> CLIP:
+            if isinstance(self._model.module, CLIP):
+                return self._model.module
+            raise ValueError(
+                f"teacher.model ({self._model.name}) must be a run folder or a hub folder that "
+                "`linclip import` has written, for a loss of kind layers"
+            )
+
+        return self._mesh.agree(check)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, texts: Tensor) -> Targets:

@@ -23,6 +23,7 @@ _MAX_LOG_SCALE = math.log(100)
 
 #: Outputs of :class:`~ds_linclip.model.CLIP`, or their gradients: image features [B, E], text
 #: features [B, E], logarithm of the logit scale [1] and, with the sigmoid loss, the logit bias [1].
+#: In a layer-wise transfer the errors of the layers [B, layers] take the place of features.
 Outputs = tuple[Tensor, ...]
 
 
@@ -120,6 +121,8 @@ class ContrastiveLoss:
         *bias: Tensor,
     ) -> Tensor:
         spread: dict[str, Any] = {"group": self._group, "chunk_size": self._config.chunk_size}
+        if term.kind == "layers":  # of both towers' errors, not of features
+            return (images.mean() + texts.mean()) / 2
         if term.kind == "features":
             return feature_loss(images, texts, *targets[:2])
         if term.kind == "similarity":

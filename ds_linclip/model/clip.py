@@ -179,5 +179,9 @@ class CLIP(nn.Module):
         """
         self._run = torch.compile(self._forward, **options)
 
+    def run_instead(self, compute: Callable[..., tuple[Tensor, ...]]) -> None:
+        """Compute in :meth:`forward` something else; encoding stays as it is."""
+        self._run = compute
+
     def _blocks(self) -> list[Block]:
         return [module for module in self.modules() if isinstance(module, Block)]
