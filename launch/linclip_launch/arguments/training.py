@@ -48,6 +48,41 @@ def _hosts(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def _linearize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        type=path,
+        metavar="MODEL",
+        help="the softmax model: a run folder, a checkpoint, or a folder that `linclip import` or "
+        "`linclip export` has written",
+    )
+    _train(parser)
+    parser.add_argument(
+        "--attention",
+        default="linear",
+        metavar="KIND",
+        help="the new attention: a kind of model.vision.attention, or with its settings "
+        "'{kind: linear, normalized: true}'; default: linear",
+    )
+    parser.add_argument(
+        "--tower",
+        choices=("vision", "text", "both"),
+        default="both",
+        help="towers whose attention changes; default: both",
+    )
+    parser.add_argument(
+        "--output", type=path, required=True, metavar="FOLDER", help="folder of runs and models"
+    )
+    parser.add_argument(
+        "--shares",
+        type=number,
+        nargs=3,
+        default=[0.3, 0.6, 0.1],
+        metavar=("TRANSFER", "DISTIL", "FINISH"),
+        help="parts of train.steps that the stages take, 0 to leave one out; default: 0.3 0.6 0.1",
+    )
+
+
 def _train(parser: argparse.ArgumentParser) -> None:
     _config(parser)
     _ranks(parser)
@@ -206,6 +241,14 @@ TRAINING_COMMANDS = {
 linclip train embedded
 linclip train vit_b16 name=my_run "data.train=['/data/laion/{00000..41455}.tar']"
 linclip train my_config.yaml --hostfile hosts --supervise""",
+    ),
+    ("linearize",): Command(
+        summary="turn a softmax model into one with linear attention, by distillation",
+        add_arguments=_linearize,
+        run="linclip_launch.linearize:run",
+        examples="""\
+linclip linearize runs/my_softmax embedded train.steps=200 --output linear
+linclip linearize imported vit_b16.yaml --attention inline --output linear --hostfile hosts""",
     ),
     ("plan",): Command(
         summary="print layout, memory, time and disk of a run, and start nothing",
