@@ -228,7 +228,7 @@ def forward_chunks(q, k, v, out, p_before, size, factor, place, META: tl.constex
             b_out += b_w[None, :]
         b_scale, _unclamped = row_scales(b_sum, b_num_keys, factor, i_n, place, META)
         b_out += dot(narrow(b_x, b_v.dtype), b_v, META)
-        store_tile(out, b_out * b_scale[:, None], i_n, end, META.DV, META.BLOCK_DV)
+        store_tile(out, b_out * b_scale[:, None], start, end, META.DV, META.BLOCK_DV)
         b_s, b_w, b_z = add_keys(b_s, b_w, b_z, b_ak, b_fk, b_v, META)
     return b_s
 
@@ -300,8 +300,8 @@ def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: t
         if META.FIX_SINGLE_KEY:
             b_along = tl.where(i_n == 0, 0.0, b_along)
             b_dphi = tl.where((i_n == 0)[:, None], 0.0, b_dphi)
-        b_dq = features_backward(b_dphi, b_q, b_inverse, b_along, META)
-        store_tile(dq, b_dq * factor.qk_scale, i_n, end, META.D, META.BLOCK_D)
+        b_dq = features_backward(b_dphi, b_q, b_inverse, b_along, 1.0, META)
+        store_tile(dq, b_dq * factor.qk_scale, start, end, META.D, META.BLOCK_D)
         if META.ROWS_DIFFER:
             store_rows(p_rows, b_scale, b_e, b_constant, i_n, end, place)
         b_s, b_w, b_z = add_keys(b_s, b_w, b_z, b_ak, b_fk, b_v, META)
@@ -371,7 +371,7 @@ def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: 
             b_dv += dot(narrow(seen.to(tl.float32), b_gc.dtype), b_gc, META) + b_dw[None, :]
         elif META.STATE_GRADIENT:
             b_dv += b_dw[None, :]
-        store_tile(dv, b_dv, i_n, end, META.DV, META.BLOCK_DV)
+        store_tile(dv, b_dv, start, end, META.DV, META.BLOCK_DV)
 
         b_p = dot(b_v, tl.trans(b_g), META)  # [BLOCK_N, BLOCK_N]
         b_dphi = dot_halves(b_v, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
@@ -384,8 +384,8 @@ def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: 
         b_along = b_factor
         if META.QK_NORM:
             b_along = tl.sum(b_a.to(tl.float32) * b_dphi, axis=1)
-        b_dk = features_backward(b_dphi, b_k, b_inverse, b_along, META)
-        store_tile(dk, b_dk, i_n, end, META.D, META.BLOCK_D)
+        b_dk = features_backward(b_dphi, b_k, b_inverse, b_along, 1.0, META)
+        store_tile(dk, b_dk, start, end, META.D, META.BLOCK_D)
         b_ds, b_dw, b_dz = add_queries(b_ds, b_dw, b_dz, b_aq, b_g, b_gc, b_e, META)
     return b_ds
 

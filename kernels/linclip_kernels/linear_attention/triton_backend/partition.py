@@ -322,7 +322,8 @@ def partition_tokens(
     is_narrow = q.dtype == torch.bfloat16
     block_tokens = max(16, (2048 if is_narrow or variant.causal else 4096) // words)
     if is_narrow and chip.has_wgmma:
-        block_tokens = 64 if words <= (64 if variant.causal else 128) else 4096 // words
+        block_tokens = 64 if words <= 64 else 4096 // words
+        if words == 128 and not variant.causal: block_tokens = 128
     most = MAX_PART * (2 if q.dtype == torch.bfloat16 else 1)
     part = tokens_per_part(num_tokens, batch * heads, chip.num_sms, most)
     return Partition(

@@ -159,10 +159,16 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_tile(x, b_x, i_n, end, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    i_d = tl.arange(0, BLOCK)
-    p = x.p + i_n.to(tl.int64)[:, None] * x.strides[1] + i_d.to(tl.int64)[None, :] * x.strides[3]
-    mask = (i_n < end)[:, None] & (i_d < DIM)[None, :]
+def store_tile(x, b_x, start, end, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Store rows ``start`` to ``end`` of one head.
+
+    Their numbers are others than those of a loaded tile: if both had the same ones, a loop that
+    loads ahead would keep those of all tiles under way in registers.
+    """
+    i_n, i_d = tl.arange(0, b_x.shape[0]), tl.arange(0, BLOCK)
+    rows = x.p + tl.cast(start, tl.int64) * x.strides[1] + i_n.to(tl.int64) * x.strides[1]
+    p = rows[:, None] + i_d.to(tl.int64)[None, :] * x.strides[3]
+    mask = (i_n < end - start)[:, None] & (i_d < DIM)[None, :]
     tl.store(p, narrow(b_x, x.p.dtype.element_ty), mask=mask)
 
 
@@ -205,10 +211,10 @@ def scaled_features(b_a, factor, META: tl.constexpr):
 
 
 @triton.jit
-def features_backward(b_dphi, b_x, inverse, along, META: tl.constexpr):
-    """Return the gradient of x from that of phi(x-hat).
+def features_backward(b_dphi, b_x, inverse, along, scale, META: tl.constexpr):
+    """Return the gradient of x from that of phi(x-hat), which is ``b_dphi`` times ``scale``.
 
-    ``along`` is x.dphi, which is used with the norm and where phi is linear.
+    ``along`` is x.b_dphi, which is used with the norm and where phi is linear.
     """
     x = b_x.to(tl.float32)
     if META.FEATURE_MAP == "relu":
@@ -218,10 +224,11 @@ def features_backward(b_dphi, b_x, inverse, along, META: tl.constexpr):
         b_dphi = b_dphi / (1.0 + tl.exp(-x * inverse[:, None]))
         along = tl.sum(x * b_dphi, axis=1)
     if META.QK_NORM:
-        along *= inverse * inverse * inverse
-        return b_dphi * inverse[:, None] - x * along[:, None]
+        along *= inverse * inverse
+        scale *= inverse
+        return b_dphi * scale[:, None] - x * (along * scale)[:, None]
     else:
-        return b_dphi
+        return b_dphi * (inverse * scale)[:, None]
 
 
 @triton.jit
@@ -260,7 +267,23 @@ def as_columns(x, dtype: tl.constexpr):
 
     A product with it is a row-wise product with the vector that the matrix unit computes.
     """
-    i = tl.arange(0, 16)[None, :]
+    return place_parts(x, tl.arange(0, 16), dtype)
+
+
+@triton.jit
+def outer(x, y, dtype: tl.constexpr, META: tl.constexpr):
+    """Return the outer product of float32 vectors, which the matrix unit computes.
+
+    Every part of x meets every part of y in one of the columns.
+    """
+    i = tl.arange(0, 16)
+    return dot(place_parts(x, i % 3, dtype), tl.trans(place_parts(y, i // 3, dtype)), META)
+
+
+@triton.jit
+def place_parts(x, i, dtype: tl.constexpr):
+    """Return [D, 16] of dtype with the parts 0 to 2 that add up to x in the columns where i is so."""
+    i = i[None, :]
     if dtype == tl.bfloat16:
         high = narrow(x, dtype).to(tl.float32)
         middle = narrow(x - high, dtype).to(tl.float32)
