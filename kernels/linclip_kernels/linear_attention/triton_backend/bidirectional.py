@@ -15,7 +15,6 @@ from linclip_kernels.linear_attention.triton_backend.primitives import (
     DENOMINATOR_EPS,
     LENGTHS,
     as_columns,
-    outer,
     at_head,
     column_sums,
     combine_states,
@@ -27,6 +26,8 @@ from linclip_kernels.linear_attention.triton_backend.primitives import (
     load_state,
     load_tile,
     narrow,
+    outer,
+    place_parts,
     program_place,
     scaled_features,
     store_state,
@@ -198,7 +199,7 @@ def _forward_kernel(
     b_high, b_low = halves(b_s, dtype)
     scale = 1.0
     if META.NORMALIZED:
-        b_zs = as_columns(b_z, dtype)
+        b_zs = as_columns(b_z, dtype, META)
     else:
         scale = unnormalized_scale(num_keys, factor, place, META)
         b_w *= scale
@@ -222,7 +223,7 @@ def _forward_kernel(
             b_out = b_out * (b_factor * scale)[:, None]
             if META.HAS_CONSTANT:
                 b_out += b_w[None, :]
-        store_tile(out, b_out, start, place.end, META.DV, META.BLOCK_DV)
+        store_tile(out, b_out, start, place.end, META.DV, META.BLOCK_DV, META.RECOMPUTE)
 
 
 @triton.jit
@@ -232,12 +233,12 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
     b_high, b_low = halves(b_s, dtype)
     scale = 1.0
     if META.NORMALIZED:
-        b_ws, b_zs = as_columns(b_w, dtype), as_columns(b_z, dtype)
+        b_ws, b_zs = as_columns(b_w, dtype, META), as_columns(b_z, dtype, META)
     else:
         scale = unnormalized_scale(num_keys, factor, place, META)
     b_ds = tl.full([META.BLOCK_D, META.BLOCK_DV], 0.0, tl.float32)
-    b_dws = tl.full([META.BLOCK_DV, 16], 0.0, tl.float32)
-    b_dzs = tl.full([META.BLOCK_D, 16], 0.0, tl.float32)
+    b_dws = tl.full([META.BLOCK_DV, META.COLUMNS], 0.0, tl.float32)
+    b_dzs = tl.full([META.BLOCK_D, META.COLUMNS], 0.0, tl.float32)
     for start in range(place.first, place.end, META.BLOCK_N):
         i_n = start + tl.arange(0, META.BLOCK_N)
         b_q = load_tile(q, i_n, place.end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -250,6 +251,7 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
             b_denominator, floor = b_factor * b_az, DENOMINATOR_EPS * num_keys
             if META.HAS_CONSTANT:
                 b_denominator += num_keys
+                b_gw = tl.sum(dot(b_do, b_ws, META), axis=1)
             b_scale = 1.0 / tl.maximum(b_denominator, floor, tl.PropagateNan.ALL)
             if META.HAS_CONSTANT:
                 b_dws += column_sums(b_do, b_scale, META)
@@ -265,7 +267,7 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
         if META.NORMALIZED:
             b_numerator = b_factor * b_along
             if META.HAS_CONSTANT:
-                b_numerator += tl.sum(dot(b_do, b_ws, META), axis=1)
+                b_numerator += b_gw
             # The gradient of the denominator, over the scale.
             b_e = -b_numerator * b_scale
             b_e = tl.where(b_denominator >= floor, b_e, 0.0 * b_e)
@@ -274,7 +276,7 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
             b_dzs += column_sums(b_a, b_factor * b_scale * b_e, META)
         b_scale *= factor.qk_scale
         b_dq = features_backward(b_u, b_q, b_inverse, b_along, b_scale, META)
-        store_tile(dq, b_dq, start, place.end, META.D, META.BLOCK_D)
+        store_tile(dq, b_dq, start, place.end, META.D, META.BLOCK_D, META.RECOMPUTE)
     b_dw, b_dz = tl.sum(b_dws, axis=1), tl.sum(b_dzs, axis=1)
     if not META.NORMALIZED:
         b_ds, b_dw = b_ds * scale, b_dw * scale
@@ -288,7 +290,8 @@ def key_side(k, v, dk, dv, b_ds, b_dw, b_dz, place, META: tl.constexpr):
     """Write dk and dv of the part."""
     dtype: tl.constexpr = k.p.dtype.element_ty
     b_high, b_low = halves(b_ds, dtype)
-    b_dzs = as_columns(b_dz, dtype)
+    # One more product adds dz to all rows: as a row of its layout it would fill 32 registers.
+    b_dzs = place_parts(b_dz, tl.arange(0, 16), dtype)
     b_ones = narrow(tl.full([META.BLOCK_N, 16], 1.0, tl.float32), b_dzs.dtype)
     for start in range(place.first, place.end, META.BLOCK_N):
         i_n = start + tl.arange(0, META.BLOCK_N)
