@@ -65,7 +65,9 @@ def sum_states(call: Call, states: Tensor) -> Launch:
         states: [parts, H, D + 1, Dv + 1].
     """
     tensors = views(k=call.k, v=call.v) | {"p_states": states, "META": call.partition.meta}
-    return call.partition.launch(_sum_states_kernel, tensors)
+    # Of tiles of 128 tokens one program fits on a multiprocessor, so that its loads must run ahead.
+    num_stages = 3 if call.partition.block_tokens > 64 else 2
+    return call.partition.launch(_sum_states_kernel, tensors, num_stages)
 
 
 def combine_states(
