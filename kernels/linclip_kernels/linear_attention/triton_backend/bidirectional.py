@@ -290,9 +290,9 @@ def key_side(k, v, dk, dv, b_ds, b_dw, b_dz, place, META: tl.constexpr):
     """Write dk and dv of the part."""
     dtype: tl.constexpr = k.p.dtype.element_ty
     b_high, b_low = halves(b_ds, dtype)
-    # One more product adds dz to all rows: as a row of its layout it would fill 32 registers.
-    b_dzs = place_parts(b_dz, tl.arange(0, 16), dtype)
-    b_ones = narrow(tl.full([META.BLOCK_N, 16], 1.0, tl.float32), b_dzs.dtype)
+    if META.BLOCK_N >= 64:
+        b_dzs = place_parts(b_dz, tl.arange(0, 16), dtype)
+        b_ones = narrow(tl.full([META.BLOCK_N, 16], 1.0, tl.float32), b_dzs.dtype)
     for start in range(place.first, place.end, META.BLOCK_N):
         i_n = start + tl.arange(0, META.BLOCK_N)
         b_k = load_tile(k, i_n, place.end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -301,7 +301,10 @@ def key_side(k, v, dk, dv, b_ds, b_dw, b_dz, place, META: tl.constexpr):
         b_dv = dot_halves(b_a, b_high, b_low, META) * b_factor[:, None] + b_dw[None, :]
         store_tile(dv, b_dv, start, place.end, META.DV, META.BLOCK_DV)
         b_dphi = dot_halves(b_v, b_high, b_low, META, TRANSPOSED=True)
-        b_dphi += dot(b_ones, tl.trans(b_dzs), META)
+        if META.BLOCK_N >= 64:  # as a row of wgmma's layout, dz would fill 16 or 32 registers
+            b_dphi += dot(b_ones, tl.trans(b_dzs), META)
+        else:
+            b_dphi += b_dz[None, :]
         b_along = b_factor
         if META.QK_NORM:
             b_along = tl.sum(b_a.to(tl.float32) * b_dphi, axis=1)

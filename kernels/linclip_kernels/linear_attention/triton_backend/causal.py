@@ -87,9 +87,10 @@ def plan_backward(
     ) -> Launch:
         tensors = views(q=call.q, k=call.k, v=call.v, do=grad, dq=d_q, dk=d_k, dv=d_v)
         states = {"p_before": before, "p_after": after, "p_rows": rows}
-        # Two buffers of the tiles of both sides do not leave room for a second program, and those of
-        # the queries' side not for the registers of eight warps.
-        num_stages = 3 if d_k is None and partition.num_warps == 4 else 2
+        # Two buffers of the tiles of both sides do not leave room for a second program. Those of the
+        # queries' side make eight warps spill on all but large chips.
+        is_roomy = partition.num_warps == 4 or partition.chip.is_large
+        num_stages = 3 if d_k is None and is_roomy else 2
         return partition.launch(_backward_kernel, tensors | states | common, num_stages)
 
     if call.is_whole and grad_state is None:
@@ -229,7 +230,7 @@ def forward_chunks(q, k, v, out, p_before, size, factor, place, META: tl.constex
             b_out += b_w[None, :]
         b_scale, _unclamped = row_scales(b_sum, b_num_keys, factor, i_n, place, META)
         b_out += dot(narrow(b_x, b_v.dtype), b_v, META)
-        store_tile(out, b_out * b_scale[:, None], start, end, META.DV, META.BLOCK_DV)
+        store_tile(out, b_out * b_scale[:, None], start, end, META.DV, META.BLOCK_DV, True)
         b_s, b_w, b_z = add_keys(b_s, b_w, b_z, b_ak, b_fk, b_v, META)
     return b_s
 
@@ -303,7 +304,7 @@ def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: t
             b_u = tl.where((i_n == 0)[:, None], 0.0, b_u)
         scale = (b_scale if META.ROWS_DIFFER else factor.scale) * factor.qk_scale
         b_dq = features_backward(b_u, b_q, b_inverse, b_au, scale, META)
-        store_tile(dq, b_dq, start, end, META.D, META.BLOCK_D)
+        store_tile(dq, b_dq, start, end, META.D, META.BLOCK_D, True)
         if META.ROWS_DIFFER:
             store_rows(p_rows, b_scale, b_e * b_scale, b_constant, i_n, end, place, META)
         b_s, b_w, b_z = add_keys(b_s, b_w, b_z, b_ak, b_fk, b_v, META)
@@ -373,7 +374,7 @@ def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: 
             b_dv += dot(narrow(seen.to(tl.float32), b_gc.dtype), b_gc, META) + b_dw[None, :]
         elif META.STATE_GRADIENT:
             b_dv += b_dw[None, :]
-        store_tile(dv, b_dv, start, end, META.DV, META.BLOCK_DV)
+        store_tile(dv, b_dv, start, end, META.DV, META.BLOCK_DV, True)
 
         b_p = dot(b_v, tl.trans(b_g), META)  # [BLOCK_N, BLOCK_N]
         b_dphi = dot_halves(b_v, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
@@ -387,7 +388,7 @@ def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: 
         if META.QK_NORM:
             b_along = tl.sum(b_a.to(tl.float32) * b_dphi, axis=1)
         b_dk = features_backward(b_dphi, b_k, b_inverse, b_along, 1.0, META)
-        store_tile(dk, b_dk, start, end, META.D, META.BLOCK_D)
+        store_tile(dk, b_dk, start, end, META.D, META.BLOCK_D, True)
         b_ds, b_dw, b_dz = add_queries(b_ds, b_dw, b_dz, b_aq, b_g, b_gc, b_e, META)
     return b_ds
 

@@ -206,11 +206,19 @@ class Partition:
     def columns(self) -> int:
         """The columns of a matrix that stands for a vector, of which three hold its parts.
 
-        wgmma takes eight as well, but Triton multiplies those by mma.sync. On Hopper that spares
-        instructions and registers with heads of 128, and costs barriers with narrower ones.
+        Triton multiplies eight columns by mma.sync. That spares instructions and registers, but on
+        Hopper costs buffers and barriers, and in causal kernels of its size of chip more spills.
         """
-        is_wide = max(self.block_key, self.block_value) > 64
-        return 16 if self.chip.is_amd or (self.chip.has_wgmma and not is_wide) else 8
+        prefers_wide = self.variant.causal or self.chip.has_wgmma
+        if self.chip.is_amd or (self.chip.is_large and prefers_wide):
+            return 8 if self.is_short_of_registers else 16
+        return 8
+
+    @property
+    def is_short_of_registers(self) -> bool:
+        """Bidirectional Eq. 4 with tiles of 128 tokens."""
+        is_bidirectional = not self.variant.causal
+        return is_bidirectional and self.variant.normalized and self.block_tokens == 128
 
     @property
     def meta(self) -> Meta:
@@ -269,7 +277,7 @@ class Call(NamedTuple):
             LENGTH_FACTOR=length_factor,
             ROWS_DIFFER=variant.normalized or variant.centered or length_factor != "none",
             CENTERED=variant.centered,
-            RECOMPUTE=variant.normalized and self.partition.block_tokens > 64,
+            RECOMPUTE=self.partition.is_short_of_registers,
             FIX_SINGLE_KEY=variant.fixes_single_key and self.initial is None,
         )
         return {"factor": self.factor, "META": meta}
