@@ -268,7 +268,7 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
             b_numerator = b_factor * b_along
             if META.HAS_CONSTANT:
                 b_numerator += b_gw
-            # The gradient of the denominator, over the scale.
+            # e over the scale, which multiplies all of dq.
             b_e = -b_numerator * b_scale
             b_e = tl.where(b_denominator >= floor, b_e, 0.0 * b_e)
             b_u += outer(b_e, b_z, dtype, META)

@@ -87,8 +87,8 @@ def plan_backward(
     ) -> Launch:
         tensors = views(q=call.q, k=call.k, v=call.v, do=grad, dq=d_q, dk=d_k, dv=d_v)
         states = {"p_before": before, "p_after": after, "p_rows": rows}
-        # Two buffers of the tiles of both sides do not leave room for a second program. Those of the
-        # queries' side make eight warps spill on all but large chips.
+        # Two buffers of the tiles of both sides do not leave room for a second program. Those of
+        # the queries' side make eight warps spill on all but large chips.
         is_roomy = partition.num_warps == 4 or partition.chip.is_large
         num_stages = 3 if d_k is None and is_roomy else 2
         return partition.launch(_backward_kernel, tensors | states | common, num_stages)
@@ -281,13 +281,14 @@ def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: t
             b_zs = dot(narrow(seen.to(tl.float32), b_phi.dtype), b_phi, META) + b_z[None, :]
             b_az = tl.sum(b_a.to(tl.float32) * b_zs, axis=1)
             b_sum = b_factor * b_az
-            b_constant = 1.0 - b_sum / b_num_keys
+            if META.CENTERED:
+                b_constant = 1.0 - b_sum / b_num_keys
             if META.HAS_CONSTANT:
                 b_sum += b_num_keys
                 b_gw = tl.sum(b_do.to(tl.float32) * b_w[None, :], axis=1) + tl.sum(b_p, axis=1)
         b_scale, unclamped = row_scales(b_sum, b_num_keys, factor, i_n, place, META)
         b_e = b_scale * 0.0
-        # e is the gradient of the sum of scores over the scale until it is stored.
+        # Until it is stored, e is divided by the scale, which multiplies all of dq.
         if META.NORMALIZED:
             b_e = b_factor * b_au
             if META.HAS_CONSTANT:

@@ -65,9 +65,10 @@ def sum_states(call: Call, states: Tensor) -> Launch:
         states: [parts, H, D + 1, Dv + 1].
     """
     tensors = views(k=call.k, v=call.v) | {"p_states": states, "META": call.partition.meta}
-    # Of tiles of 128 tokens one program fits on a multiprocessor, so that its loads must run ahead.
-    num_stages = 3 if call.partition.block_tokens > 64 else 2
-    return call.partition.launch(_sum_states_kernel, tensors, num_stages)
+    # With norms in tiles of 128 tokens, one program fills a multiprocessor: its loads must run ahead.
+    partition = call.partition
+    num_stages = 3 if partition.variant.qk_norm and partition.block_tokens == 128 else 2
+    return partition.launch(_sum_states_kernel, tensors, num_stages)
 
 
 def combine_states(
