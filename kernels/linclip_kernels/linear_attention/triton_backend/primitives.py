@@ -65,7 +65,7 @@ def sum_states(call: Call, states: Tensor) -> Launch:
         states: [parts, H, D + 1, Dv + 1].
     """
     tensors = views(k=call.k, v=call.v) | {"p_states": states, "META": call.partition.meta}
-    # With norms in tiles of 128 tokens, one program fills a multiprocessor: its loads must run ahead.
+    # With norms, one program of tiles of 128 fills a multiprocessor: its loads must run ahead.
     partition = call.partition
     num_stages = 3 if partition.variant.qk_norm and partition.block_tokens == 128 else 2
     return partition.launch(_sum_states_kernel, tensors, num_stages)
