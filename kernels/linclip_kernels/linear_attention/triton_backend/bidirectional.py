@@ -26,6 +26,8 @@ from linclip_kernels.linear_attention.triton_backend.primitives import (
     load_state,
     load_tile,
     narrow,
+    outer,
+    place_parts,
     program_place,
     scaled_features,
     store_state,
@@ -197,7 +199,7 @@ def _forward_kernel(
     b_high, b_low = halves(b_s, dtype)
     scale = 1.0
     if META.NORMALIZED:
-        b_zs = as_columns(b_z, dtype)
+        b_zs = as_columns(b_z, dtype, META)
     else:
         scale = unnormalized_scale(num_keys, factor, place, META)
         b_w *= scale
@@ -221,7 +223,7 @@ def _forward_kernel(
             b_out = b_out * (b_factor * scale)[:, None]
             if META.HAS_CONSTANT:
                 b_out += b_w[None, :]
-        store_tile(out, b_out, i_n, place.end, META.DV, META.BLOCK_DV)
+        store_tile(out, b_out, start, place.end, META.DV, META.BLOCK_DV, META.RECOMPUTE)
 
 
 @triton.jit
@@ -231,47 +233,50 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
     b_high, b_low = halves(b_s, dtype)
     scale = 1.0
     if META.NORMALIZED:
-        b_ws, b_zs = as_columns(b_w, dtype), as_columns(b_z, dtype)
+        b_ws, b_zs = as_columns(b_w, dtype, META), as_columns(b_z, dtype, META)
     else:
         scale = unnormalized_scale(num_keys, factor, place, META)
     b_ds = tl.full([META.BLOCK_D, META.BLOCK_DV], 0.0, tl.float32)
-    b_dws = tl.full([META.BLOCK_DV, 16], 0.0, tl.float32)
-    b_dzs = tl.full([META.BLOCK_D, 16], 0.0, tl.float32)
+    b_dws = tl.full([META.BLOCK_DV, META.COLUMNS], 0.0, tl.float32)
+    b_dzs = tl.full([META.BLOCK_D, META.COLUMNS], 0.0, tl.float32)
     for start in range(place.first, place.end, META.BLOCK_N):
         i_n = start + tl.arange(0, META.BLOCK_N)
         b_q = load_tile(q, i_n, place.end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_do = load_tile(do, i_n, place.end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_a, b_factor, b_inverse = features(b_q, i_n, place.end, META)
         b_factor *= factor.qk_scale
-        b_u = dot_halves(b_do, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
-        b_along = b_factor
-        if META.NORMALIZED or META.QK_NORM:
-            b_along = tl.sum(b_a.to(tl.float32) * b_u, axis=1)
+        b_scale, b_along = b_factor * 0.0 + scale, b_factor
         if META.NORMALIZED:
             b_az = tl.sum(dot(b_a, b_zs, META), axis=1)
-            b_denominator, b_numerator = b_factor * b_az, b_factor * b_along
+            b_denominator, floor = b_factor * b_az, DENOMINATOR_EPS * num_keys
             if META.HAS_CONSTANT:
                 b_denominator += num_keys
-                b_numerator += tl.sum(dot(b_do, b_ws, META), axis=1)
-            floor = DENOMINATOR_EPS * num_keys
+                b_gw = tl.sum(dot(b_do, b_ws, META), axis=1)
             b_scale = 1.0 / tl.maximum(b_denominator, floor, tl.PropagateNan.ALL)
-            b_e = -b_numerator * b_scale * b_scale
-            b_e = tl.where(b_denominator >= floor, b_e, 0.0 * b_e)
-            b_dphi = b_u * b_scale[:, None] + b_e[:, None] * b_z[None, :]
-            b_along = b_along * b_scale + b_e * b_az
-            b_dzs += column_sums(b_a, b_factor * b_e, META)
             if META.HAS_CONSTANT:
                 b_dws += column_sums(b_do, b_scale, META)
             b_g = narrow(b_do.to(tl.float32) * (b_factor * b_scale)[:, None], b_do.dtype)
         else:
-            b_dphi = b_u * scale
-            b_along *= scale
             if META.HAS_CONSTANT:
                 b_dws += column_sums(b_do, None, META)
             b_g = scaled_features(b_do, b_factor, META)
-        b_dq = features_backward(b_dphi, b_q, b_inverse, b_along, META)
-        store_tile(dq, b_dq * factor.qk_scale, i_n, place.end, META.D, META.BLOCK_D)
         b_ds += dot(tl.trans(b_a), b_g, META)
+        b_u = dot_halves(b_do, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
+        if META.NORMALIZED or META.QK_NORM:
+            b_along = tl.sum(b_a.to(tl.float32) * b_u, axis=1)
+        if META.NORMALIZED:
+            b_numerator = b_factor * b_along
+            if META.HAS_CONSTANT:
+                b_numerator += b_gw
+            # e over the scale, which multiplies all of dq.
+            b_e = -b_numerator * b_scale
+            b_e = tl.where(b_denominator >= floor, b_e, 0.0 * b_e)
+            b_u += outer(b_e, b_z, dtype, META)
+            b_along += b_e * b_az
+            b_dzs += column_sums(b_a, b_factor * b_scale * b_e, META)
+        b_scale *= factor.qk_scale
+        b_dq = features_backward(b_u, b_q, b_inverse, b_along, b_scale, META)
+        store_tile(dq, b_dq, start, place.end, META.D, META.BLOCK_D, META.RECOMPUTE)
     b_dw, b_dz = tl.sum(b_dws, axis=1), tl.sum(b_dzs, axis=1)
     if not META.NORMALIZED:
         b_ds, b_dw = b_ds * scale, b_dw * scale
@@ -283,20 +288,28 @@ def query_side(q, do, dq, b_s, b_w, b_z, num_keys, factor, place, META: tl.const
 @triton.jit
 def key_side(k, v, dk, dv, b_ds, b_dw, b_dz, place, META: tl.constexpr):
     """Write dk and dv of the part."""
-    b_high, b_low = halves(b_ds, k.p.dtype.element_ty)
+    dtype: tl.constexpr = k.p.dtype.element_ty
+    b_high, b_low = halves(b_ds, dtype)
+    if META.BLOCK_N >= 64:
+        b_dzs = place_parts(b_dz, tl.arange(0, 16), dtype)
+        b_ones = narrow(tl.full([META.BLOCK_N, 16], 1.0, tl.float32), b_dzs.dtype)
     for start in range(place.first, place.end, META.BLOCK_N):
         i_n = start + tl.arange(0, META.BLOCK_N)
         b_k = load_tile(k, i_n, place.end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_v = load_tile(v, i_n, place.end, META.DV, META.BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_a, b_factor, b_inverse = features(b_k, i_n, place.end, META)
         b_dv = dot_halves(b_a, b_high, b_low, META) * b_factor[:, None] + b_dw[None, :]
-        store_tile(dv, b_dv, i_n, place.end, META.DV, META.BLOCK_DV)
-        b_dphi = dot_halves(b_v, b_high, b_low, META, TRANSPOSED=True) + b_dz[None, :]
+        store_tile(dv, b_dv, start, place.end, META.DV, META.BLOCK_DV)
+        b_dphi = dot_halves(b_v, b_high, b_low, META, TRANSPOSED=True)
+        if META.BLOCK_N >= 64:  # as a row of wgmma's layout, dz would fill 16 or 32 registers
+            b_dphi += dot(b_ones, tl.trans(b_dzs), META)
+        else:
+            b_dphi += b_dz[None, :]
         b_along = b_factor
         if META.QK_NORM:
             b_along = tl.sum(b_a.to(tl.float32) * b_dphi, axis=1)
-        b_dk = features_backward(b_dphi, b_k, b_inverse, b_along, META)
-        store_tile(dk, b_dk, i_n, place.end, META.D, META.BLOCK_D)
+        b_dk = features_backward(b_dphi, b_k, b_inverse, b_along, 1.0, META)
+        store_tile(dk, b_dk, start, place.end, META.D, META.BLOCK_D)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

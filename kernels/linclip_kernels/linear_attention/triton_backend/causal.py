@@ -87,8 +87,10 @@ def plan_backward(
     ) -> Launch:
         tensors = views(q=call.q, k=call.k, v=call.v, do=grad, dq=d_q, dk=d_k, dv=d_v)
         states = {"p_before": before, "p_after": after, "p_rows": rows}
-        # Two buffers of the tiles of both sides do not leave room for a second program.
-        num_stages = 3 if d_k is None else 2
+        # Two buffers of the tiles of both sides do not leave room for a second program. Those of
+        # the queries' side make eight warps spill on all but large chips.
+        is_roomy = partition.num_warps == 4 or partition.chip.is_large
+        num_stages = 3 if d_k is None and is_roomy else 2
         return partition.launch(_backward_kernel, tensors | states | common, num_stages)
 
     if call.is_whole and grad_state is None:
@@ -228,7 +230,7 @@ def forward_chunks(q, k, v, out, p_before, size, factor, place, META: tl.constex
             b_out += b_w[None, :]
         b_scale, _unclamped = row_scales(b_sum, b_num_keys, factor, i_n, place, META)
         b_out += dot(narrow(b_x, b_v.dtype), b_v, META)
-        store_tile(out, b_out * b_scale[:, None], i_n, end, META.DV, META.BLOCK_DV)
+        store_tile(out, b_out * b_scale[:, None], start, end, META.DV, META.BLOCK_DV, True)
         b_s, b_w, b_z = add_keys(b_s, b_w, b_z, b_ak, b_fk, b_v, META)
     return b_s
 
@@ -279,31 +281,33 @@ def query_chunks(q, k, v, do, dq, p_before, p_rows, size, factor, place, META: t
             b_zs = dot(narrow(seen.to(tl.float32), b_phi.dtype), b_phi, META) + b_z[None, :]
             b_az = tl.sum(b_a.to(tl.float32) * b_zs, axis=1)
             b_sum = b_factor * b_az
-            b_constant = 1.0 - b_sum / b_num_keys
+            if META.CENTERED:
+                b_constant = 1.0 - b_sum / b_num_keys
             if META.HAS_CONSTANT:
                 b_sum += b_num_keys
                 b_gw = tl.sum(b_do.to(tl.float32) * b_w[None, :], axis=1) + tl.sum(b_p, axis=1)
         b_scale, unclamped = row_scales(b_sum, b_num_keys, factor, i_n, place, META)
         b_e = b_scale * 0.0
-        b_dphi, b_along = b_u * b_scale[:, None], b_au * b_scale
+        # Until it is stored, e is divided by the scale, which multiplies all of dq.
         if META.NORMALIZED:
             b_e = b_factor * b_au
             if META.HAS_CONSTANT:
                 b_e += b_gw
-            b_e *= -b_scale * b_scale
+            b_e *= -b_scale
             b_e = tl.where(unclamped, b_e, 0.0 * b_e)
         elif META.CENTERED:
-            b_e = -b_scale * b_gw / b_num_keys
+            b_e = -b_gw / b_num_keys
         if META.NORMALIZED or META.CENTERED:
-            b_dphi += b_e[:, None] * b_zs
-            b_along += b_e * b_az
+            b_u += b_e[:, None] * b_zs
+            b_au += b_e * b_az
         if META.FIX_SINGLE_KEY:
-            b_along = tl.where(i_n == 0, 0.0, b_along)
-            b_dphi = tl.where((i_n == 0)[:, None], 0.0, b_dphi)
-        b_dq = features_backward(b_dphi, b_q, b_inverse, b_along, META)
-        store_tile(dq, b_dq * factor.qk_scale, i_n, end, META.D, META.BLOCK_D)
+            b_au = tl.where(i_n == 0, 0.0, b_au)
+            b_u = tl.where((i_n == 0)[:, None], 0.0, b_u)
+        scale = (b_scale if META.ROWS_DIFFER else factor.scale) * factor.qk_scale
+        b_dq = features_backward(b_u, b_q, b_inverse, b_au, scale, META)
+        store_tile(dq, b_dq, start, end, META.D, META.BLOCK_D, True)
         if META.ROWS_DIFFER:
-            store_rows(p_rows, b_scale, b_e, b_constant, i_n, end, place)
+            store_rows(p_rows, b_scale, b_e * b_scale, b_constant, i_n, end, place, META)
         b_s, b_w, b_z = add_keys(b_s, b_w, b_z, b_ak, b_fk, b_v, META)
     return b_s
 
@@ -323,7 +327,7 @@ def load_queries(q, do, p_rows, i_n, end, factor, place, META: tl.constexpr):
     b_scale = b_factor * 0.0 + factor.scale
     b_constant = b_scale
     if META.ROWS_DIFFER:
-        b_scale, b_e, b_constant = load_rows(p_rows, i_n, end, place)
+        b_scale, b_e, b_constant = load_rows(p_rows, i_n, end, place, META)
         b_e *= b_factor
         b_constant = b_constant * b_scale if META.CENTERED else b_scale
     dtype: tl.constexpr = b_do.dtype
@@ -371,7 +375,7 @@ def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: 
             b_dv += dot(narrow(seen.to(tl.float32), b_gc.dtype), b_gc, META) + b_dw[None, :]
         elif META.STATE_GRADIENT:
             b_dv += b_dw[None, :]
-        store_tile(dv, b_dv, i_n, end, META.DV, META.BLOCK_DV)
+        store_tile(dv, b_dv, start, end, META.DV, META.BLOCK_DV, True)
 
         b_p = dot(b_v, tl.trans(b_g), META)  # [BLOCK_N, BLOCK_N]
         b_dphi = dot_halves(b_v, b_high, b_low, META, TRANSPOSED=True)  # [BLOCK_N, BLOCK_D]
@@ -384,8 +388,8 @@ def key_chunks(q, k, v, do, dk, dv, p_after, p_rows, size, factor, place, META: 
         b_along = b_factor
         if META.QK_NORM:
             b_along = tl.sum(b_a.to(tl.float32) * b_dphi, axis=1)
-        b_dk = features_backward(b_dphi, b_k, b_inverse, b_along, META)
-        store_tile(dk, b_dk, i_n, end, META.D, META.BLOCK_D)
+        b_dk = features_backward(b_dphi, b_k, b_inverse, b_along, 1.0, META)
+        store_tile(dk, b_dk, start, end, META.D, META.BLOCK_D, True)
         b_ds, b_dw, b_dz = add_queries(b_ds, b_dw, b_dz, b_aq, b_g, b_gc, b_e, META)
     return b_ds
 
@@ -439,19 +443,26 @@ def rows_at_head(p_rows, place):
 
 
 @triton.jit
-def load_rows(p_rows, i_n, end, place):
-    """Return scale, e and constant of the rows i_n."""
+def load_rows(p_rows, i_n, end, place, META: tl.constexpr):
+    """Return scale, e and constant of the rows i_n; of those a variant needs."""
     p, step = rows_at_head(p_rows, place) + i_n, place.num_tokens
     inside = i_n < end
     b_scale = tl.load(p, mask=inside, other=0.0)
-    b_e = tl.load(p + step, mask=inside, other=0.0)
-    return b_scale, b_e, tl.load(p + 2 * step, mask=inside, other=0.0)
+    b_e, b_constant = b_scale, b_scale
+    if META.NORMALIZED or META.CENTERED:
+        b_e = tl.load(p + step, mask=inside, other=0.0)
+    if META.CENTERED:
+        b_constant = tl.load(p + 2 * step, mask=inside, other=0.0)
+    return b_scale, b_e, b_constant
 
 
 @triton.jit
-def store_rows(p_rows, b_scale, b_e, b_constant, i_n, end, place):
+def store_rows(p_rows, b_scale, b_e, b_constant, i_n, end, place, META: tl.constexpr):
+    """Store what :func:`load_rows` loads."""
     p, step = rows_at_head(p_rows, place) + i_n, place.num_tokens
     inside = i_n < end
     tl.store(p, b_scale, mask=inside)
-    tl.store(p + step, b_e, mask=inside)
-    tl.store(p + 2 * step, b_constant, mask=inside)
+    if META.NORMALIZED or META.CENTERED:
+        tl.store(p + step, b_e, mask=inside)
+    if META.CENTERED:
+        tl.store(p + 2 * step, b_constant, mask=inside)

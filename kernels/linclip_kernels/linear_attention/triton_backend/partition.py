@@ -110,12 +110,14 @@ class Meta(NamedTuple):
     FEATURE_MAP: str
     HAS_CONSTANT: bool
     FP32_DOT: str  # the precision of products of float32
+    COLUMNS: int  # of matrices that stand for a vector
     NORMALIZED: bool = False
     CENTERED: bool = False
     FIX_SINGLE_KEY: bool = False
     LENGTH_FACTOR: str = "none"  # how Eq. 7's rows depend on their number of keys
     ROWS_DIFFER: bool = False  # in their factor of values
     STATE_GRADIENT: bool = False  # one comes in, also of sums that the scores do not need
+    RECOMPUTE: bool = False  # addresses of stored rows, where registers are short
 
 
 class Schedule(NamedTuple):
@@ -201,6 +203,24 @@ class Partition:
         return to_device(counts.cumsum(0).tolist(), self.device)
 
     @property
+    def columns(self) -> int:
+        """The columns of a matrix that stands for a vector, of which three hold its parts.
+
+        Triton multiplies eight columns by mma.sync, with fewer instructions and registers. Counts
+        are better with 16 on wgmma, for buffers and barriers, and in causal kernels of large chips.
+        """
+        prefers_wide = self.variant.causal or self.chip.has_wgmma
+        if self.chip.is_amd or (self.chip.is_large and prefers_wide):
+            return 8 if self.is_short_of_registers else 16
+        return 8
+
+    @property
+    def is_short_of_registers(self) -> bool:
+        """Bidirectional Eq. 4 with tiles of 128 tokens."""
+        is_bidirectional = not self.variant.causal
+        return is_bidirectional and self.variant.normalized and self.block_tokens == 128
+
+    @property
     def meta(self) -> Meta:
         """The constants of kernels that compute no scores."""
         return Meta(
@@ -213,6 +233,7 @@ class Partition:
             FEATURE_MAP=self.variant.feature_map,
             HAS_CONSTANT=self.variant.has_constant,
             FP32_DOT="ieee" if self.chip.is_amd else "tf32x3",  # AMD has no three TF32 products
+            COLUMNS=self.columns,
         )
 
     def launch(self, kernel: Any, arguments: dict[str, Any], num_stages: int = 2) -> Launch:
@@ -256,6 +277,7 @@ class Call(NamedTuple):
             LENGTH_FACTOR=length_factor,
             ROWS_DIFFER=variant.normalized or variant.centered or length_factor != "none",
             CENTERED=variant.centered,
+            RECOMPUTE=self.partition.is_short_of_registers,
             FIX_SINGLE_KEY=variant.fixes_single_key and self.initial is None,
         )
         return {"factor": self.factor, "META": meta}
@@ -322,7 +344,8 @@ def partition_tokens(
     is_narrow = q.dtype == torch.bfloat16
     block_tokens = max(16, (2048 if is_narrow or variant.causal else 4096) // words)
     if is_narrow and chip.has_wgmma:
-        block_tokens = 64 if words <= (64 if variant.causal else 128) else 4096 // words
+        # Eight warps need 128 rows: the products with few columns give every four of them 64.
+        block_tokens = 4096 // words if words > (64 if variant.causal else 128) else max(64, words)
     most = MAX_PART * (2 if q.dtype == torch.bfloat16 else 1)
     part = tokens_per_part(num_tokens, batch * heads, chip.num_sms, most)
     return Partition(

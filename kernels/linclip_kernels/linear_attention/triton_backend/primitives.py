@@ -65,7 +65,10 @@ def sum_states(call: Call, states: Tensor) -> Launch:
         states: [parts, H, D + 1, Dv + 1].
     """
     tensors = views(k=call.k, v=call.v) | {"p_states": states, "META": call.partition.meta}
-    return call.partition.launch(_sum_states_kernel, tensors)
+    # With norms, one program of tiles of 128 fills a multiprocessor: its loads must run ahead.
+    partition = call.partition
+    num_stages = 3 if partition.variant.qk_norm and partition.block_tokens == 128 else 2
+    return partition.launch(_sum_states_kernel, tensors, num_stages)
 
 
 def combine_states(
@@ -159,10 +162,26 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_tile(x, b_x, i_n, end, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    i_d = tl.arange(0, BLOCK)
-    p = x.p + i_n.to(tl.int64)[:, None] * x.strides[1] + i_d.to(tl.int64)[None, :] * x.strides[3]
-    mask = (i_n < end)[:, None] & (i_d < DIM)[None, :]
+def store_tile(
+    x, b_x, start, end, DIM: tl.constexpr, BLOCK: tl.constexpr, RECOMPUTE: tl.constexpr = False
+):
+    """Store rows from ``start`` on of one head, before ``end``.
+
+    Their numbers are written differently from those of a loaded tile: if the compiler saw that they
+    are equal, a loop that loads ahead would keep those of all tiles under way in registers.
+
+    Args:
+        RECOMPUTE: Whether to compute all addresses anew instead of keeping offsets in registers.
+    """
+    i_n, i_d = tl.arange(0, b_x.shape[0]), tl.arange(0, BLOCK)
+    if RECOMPUTE:
+        i_n = (start - 1) + (i_n + 1)
+        rows, inside = x.p + i_n.to(tl.int64) * x.strides[1], i_n < end
+    else:
+        rows = x.p + tl.cast(start, tl.int64) * x.strides[1] + i_n.to(tl.int64) * x.strides[1]
+        inside = i_n < end - start
+    p = rows[:, None] + i_d.to(tl.int64)[None, :] * x.strides[3]
+    mask = inside[:, None] & (i_d < DIM)[None, :]
     tl.store(p, narrow(b_x, x.p.dtype.element_ty), mask=mask)
 
 
@@ -205,10 +224,10 @@ def scaled_features(b_a, factor, META: tl.constexpr):
 
 
 @triton.jit
-def features_backward(b_dphi, b_x, inverse, along, META: tl.constexpr):
-    """Return the gradient of x from that of phi(x-hat).
+def features_backward(b_dphi, b_x, inverse, along, scale, META: tl.constexpr):
+    """Return the gradient of x from that of phi(x-hat), which is ``b_dphi`` times ``scale``.
 
-    ``along`` is x.dphi, which is used with the norm and where phi is linear.
+    ``along`` is x.b_dphi, which is used with the norm and where phi is linear.
     """
     x = b_x.to(tl.float32)
     if META.FEATURE_MAP == "relu":
@@ -218,10 +237,11 @@ def features_backward(b_dphi, b_x, inverse, along, META: tl.constexpr):
         b_dphi = b_dphi / (1.0 + tl.exp(-x * inverse[:, None]))
         along = tl.sum(x * b_dphi, axis=1)
     if META.QK_NORM:
-        along *= inverse * inverse * inverse
-        return b_dphi * inverse[:, None] - x * along[:, None]
+        along *= inverse * inverse
+        scale *= inverse
+        return b_dphi * scale[:, None] - x * (along * scale)[:, None]
     else:
-        return b_dphi
+        return b_dphi * (inverse * scale)[:, None]
 
 
 @triton.jit
@@ -255,12 +275,10 @@ def dot_halves(a, high, low, META: tl.constexpr, TRANSPOSED: tl.constexpr = Fals
 
 
 @triton.jit
-def as_columns(x, dtype: tl.constexpr):
-    """Return a float32 vector [D] as [D, 16] of dtype whose columns add up to it.
-
-    A product with it is a row-wise product with the vector that the matrix unit computes.
-    """
-    i = tl.arange(0, 16)[None, :]
+def place_parts(x, i, dtype: tl.constexpr):
+    """Return a float32 vector [D] as [D, columns] of dtype: part i of x in every column, where the
+    parts 0 to 2 add up to x and all others are zero."""
+    i = i[None, :]
     if dtype == tl.bfloat16:
         high = narrow(x, dtype).to(tl.float32)
         middle = narrow(x - high, dtype).to(tl.float32)
@@ -272,14 +290,34 @@ def as_columns(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def as_columns(x, dtype: tl.constexpr, META: tl.constexpr):
+    """Return a float32 vector [D] as [D, COLUMNS] of dtype whose columns add up to it.
+
+    A product with it is a row-wise product with the vector that the matrix unit computes.
+    """
+    return place_parts(x, tl.arange(0, META.COLUMNS), dtype)
+
+
+@triton.jit
 def column_sums(b_x, b_factor, META: tl.constexpr):
-    """Return [D, 16] whose columns add up to the sum over rows of b_x * b_factor[:, None]; without
-    a factor that of b_x. The matrix unit computes it, from the tile as it lies in shared memory."""
+    """Return [D, COLUMNS] whose columns add up to the sum over rows of b_x * b_factor[:, None];
+    without a factor that of b_x. The matrix unit computes it, from the tile in shared memory."""
     if b_factor is None:
-        b_ones = narrow(tl.full([b_x.shape[0], 16], 0.0625, tl.float32), b_x.dtype)
-        return dot(tl.trans(b_x), b_ones, META)
+        b_ones = tl.full([b_x.shape[0], META.COLUMNS], 1.0 / META.COLUMNS, tl.float32)
+        return dot(tl.trans(b_x), narrow(b_ones, b_x.dtype), META)
     else:
-        return dot(tl.trans(b_x), as_columns(b_factor, b_x.dtype), META)
+        return dot(tl.trans(b_x), as_columns(b_factor, b_x.dtype, META), META)
+
+
+@triton.jit
+def outer(x, y, dtype: tl.constexpr, META: tl.constexpr):
+    """Return the outer product of two float32 vectors, computed by the matrix unit so that the
+    layout of its products takes no registers for y.
+
+    Each of the three parts of x meets each of those of y in one of 16 columns.
+    """
+    i = tl.arange(0, 16)
+    return dot(place_parts(x, i % 3, dtype), tl.trans(place_parts(y, i // 3, dtype)), META)
 
 
 @triton.jit
@@ -314,8 +352,8 @@ def store_state(p_states, i, place, b_s, b_w, b_z, num_keys, META: tl.constexpr)
 def sum_tokens(k, v, place, META: tl.constexpr):
     """Return S, w and z of the part's tokens of one head."""
     b_s = tl.full([META.BLOCK_D, META.BLOCK_DV], 0.0, tl.float32)
-    b_ws = tl.full([META.BLOCK_DV, 16], 0.0, tl.float32)
-    b_zs = tl.full([META.BLOCK_D, 16], 0.0, tl.float32)
+    b_ws = tl.full([META.BLOCK_DV, META.COLUMNS], 0.0, tl.float32)
+    b_zs = tl.full([META.BLOCK_D, META.COLUMNS], 0.0, tl.float32)
     for start in range(place.first, place.end, META.BLOCK_N):
         i_n = start + tl.arange(0, META.BLOCK_N)
         b_k = load_tile(k, i_n, place.end, META.D, META.BLOCK_D)  # [BLOCK_N, BLOCK_D]
