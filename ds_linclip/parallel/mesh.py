@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -142,6 +142,10 @@ class Mesh:
     def axis_sizes(self) -> dict[str, int]:
         """The number of ranks on every axis, by the axis's name."""
         return {axis: getattr(self, axis).size for axis in ("dp", "tp", "pp", "cp")}
+
+    def with_whole_sequences(self) -> "Mesh":
+        """Return this mesh for sequences that every context-parallel rank runs as a whole."""
+        return replace(self, cp=replace(self.cp, rank=0, size=1))
 
     @property
     def is_first_of_its_data(self) -> bool:
