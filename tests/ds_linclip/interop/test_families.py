@@ -1,22 +1,22 @@
-"""The CLIP families of open_clip, with random weights: the same features, and the same bits back."""
+"""CLIP families of open_clip, with random weights: the same features, and the same bits back."""
 
 import json
-from functools import partial
 
 import open_clip
 import pytest
 import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models import vision_transformer as vit
+
 from ds_linclip.config import ParallelConfig
 from ds_linclip.interop import timm_tower
-from ds_linclip.interop.hub_folder import CONFIG_FILE, open_clip_config, parse_config
+from ds_linclip.interop.hub_folder import open_clip_config, parse_config
 from ds_linclip.interop.import_weights import import_weights
 from ds_linclip.interop.state_dict import export_folder, load_folder
 from ds_linclip.parallel.mesh import Mesh
 from linclip_kernels.linear_attention.reference import relative_rms
-from open_clip.model import CLIP, CustomTextCLIP
-from safetensors.torch import load_file, save_file
-from timm.models import register_model
-from timm.models import vision_transformer as vit
 
 FAMILIES = (
     *("ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14"),
@@ -43,20 +43,27 @@ def mesh():
 
 
 def _mini_vit(name, **options):
-    sizes = {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "patch_size": 16, "img_size": 32}
+    sizes = {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "img_size": 32, "class_token": False}
 
     def make(pretrained=False, **kwargs):
-        merged = sizes | {"class_token": False, "norm_layer": partial(vit.LayerNorm, eps=1e-6)}
-        return vit.VisionTransformer(**(merged | options | kwargs))
+        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            kwargs.pop(key, None)
+        model = vit.VisionTransformer(**(sizes | options | kwargs))
+        model.default_cfg = {}
+        return model
 
     make.__name__, make.__module__ = name, __name__
     return register_model(make)
 
 
-def _register_small_towers(monkeypatch):
-    monkeypatch.setitem(timm_tower._SIZES, WIDTH, "mini")
+@pytest.fixture(scope="module", autouse=True)
+def _small_towers():
+    """Make timm and the names of towers here know a small SigLIP."""
+    timm_tower._SIZES[WIDTH] = "mini"
     _mini_vit("vit_mini_patch16_siglip_32", global_pool="map")
     _mini_vit("vit_mini_patch16_siglip_gap_32", global_pool="avg", fc_norm=False)
+    yield
+    del timm_tower._SIZES[WIDTH]
 
 
 def small_config(name):
@@ -132,16 +139,13 @@ def check_family(cfg, mesh, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
-def test_a_family_has_the_features_of_open_clip_and_its_weights_back(
-    mesh, tmp_path, monkeypatch, name
-):
-    _register_small_towers(monkeypatch)
+def test_a_family_has_the_features_of_open_clip_and_its_weights_back(mesh, tmp_path, name):
     check_family(small_config(name), mesh, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_whole_family_has_the_features_of_open_clip(mesh, tmp_path, record_property, name):
+def test_a_whole_family_has_the_features_of_open_clip(mesh, tmp_path, name):
     errors = check_family(open_clip.get_model_config(name), mesh, tmp_path)
     print(f"| {name} | {errors['image']:.1e} | {errors['text']:.1e} |")
 
