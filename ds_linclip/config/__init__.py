@@ -43,18 +43,16 @@ from ds_linclip.config.schema import (
     DataConfig,
     InitConfig,
     LossConfig,
-    ModelConfig,
     NetworkConfig,
     OptimConfig,
     ParallelConfig,
     Resolution,
     Source,
-    TextTower,
     TrainConfig,
-    VisionTower,
     WatchdogConfig,
     ZeroConfig,
 )
+from ds_linclip.config.towers import ModelConfig, TextTower, VisionTower
 from ds_linclip.config.validation import check_batch, check_model, check_ranks
 from ds_linclip.config.values import as_image_size, build_section
 

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
-from itertools import accumulate, groupby
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ds_linclip.config.attention import Attention, LayerAttention, LinearAttention
 from ds_linclip.config.distillation import ContrastiveTerm, LossTerm, TeacherConfig
+from ds_linclip.config.towers import ModelConfig
 
 #: Marks a field that holds a path, which is made absolute. Its ``names`` are no paths.
 _PATH = {"path": True}
@@ -18,112 +17,6 @@ _CLASS_LISTS = (
     *("imagenet-12k", "imagenet-1k"),
 )
 _TEMPLATE_SETS = ("one", "simple", "openai")
-
-
-class _Layers:
-    """The attention of a tower's layers."""
-
-    attention: Attention
-    attention_by_layer: list[LayerAttention]
-    layers: int
-
-    @property
-    def attentions(self) -> list[Attention]:
-        """The attention of every layer."""
-        found = [self.attention] * self.layers
-        for each in self.attention_by_layer:
-            for number in each.numbers(self.layers):
-                found[number] = each.attention
-        return found
-
-    @property
-    def attention_text(self) -> str:
-        """The attention of all layers, in words."""
-        runs = [(str(each), len(list(same))) for each, same in groupby(self.attentions)]
-        if len(runs) == 1:
-            return runs[0][0]
-        stops = accumulate(length for _, length in runs)
-        return "; ".join(
-            f"{_numbered(stop - length, stop - 1)}: {text}"
-            for (text, length), stop in zip(runs, stops, strict=True)
-        )
-
-
-@dataclass(kw_only=True)
-class VisionTower(_Layers):
-    """The image tower, a ViT. Field names are those of open_clip's `vision_cfg`."""
-
-    #: (height, width) in pixels. In a file or on the command line a single number means a square.
-    image_size: tuple[int, int] = (224, 224)
-    #: Side of a square patch in pixels.
-    patch_size: int = 16
-    #: Size of a token's embedding.
-    width: int = 768
-    #: Number of transformer blocks.
-    layers: int = 12
-    #: Size of one attention head; must divide `width`.
-    head_width: int = 64
-    #: Hidden size of the MLP, as a multiple of `width`.
-    mlp_ratio: float = 4.0
-    #: Fraction of the patches of every training image that is dropped (FLIP, arXiv 2212.00794).
-    patch_dropout: float = 0.0
-    #: The attention of every layer; `kind` chooses one of the kinds below.
-    attention: Attention = field(default_factory=LinearAttention)
-    #: Layers with another attention, such as `[{layers: '-2:', attention: {kind: softmax}}]`; the
-    #: last entry that names a layer counts.
-    attention_by_layer: list[LayerAttention] = field(default_factory=list)
-
-    @property
-    def heads(self) -> int:
-        """Number of attention heads."""
-        return self.width // self.head_width
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of an image of the configured size: its patches and the class token."""
-        return self.num_tokens_at(self.image_size)
-
-    def num_tokens_at(self, image_size: tuple[int, int]) -> int:
-        """Return the number of tokens of an image of that (height, width)."""
-        height, width = image_size
-        return (height // self.patch_size) * (width // self.patch_size) + 1
-
-    def num_kept_patches_at(self, image_size: tuple[int, int]) -> int:
-        """Return how many patches of a training image `patch_dropout` keeps."""
-        return max(1, int((self.num_tokens_at(image_size) - 1) * (1 - self.patch_dropout)))
-
-
-@dataclass(kw_only=True)
-class TextTower(_Layers):
-    """The text tower, a causal transformer. Field names are those of open_clip's `text_cfg`."""
-
-    #: Tokens per caption; longer captions are cut off.
-    context_length: int = 77
-    #: Vocabulary size of open_clip's tokenizer.
-    vocab_size: int = 49408
-    #: Size of a token's embedding.
-    width: int = 512
-    #: Number of attention heads; must divide `width`.
-    heads: int = 8
-    #: Number of transformer blocks.
-    layers: int = 12
-    #: Hidden size of the MLP, as a multiple of `width`.
-    mlp_ratio: float = 4.0
-    #: The attention of every layer; `kind` chooses one of the kinds below.
-    attention: Attention = field(default_factory=LinearAttention)
-    #: Layers with another attention, such as `[{layers: '-2:', attention: {kind: softmax}}]`; the
-    #: last entry that names a layer counts.
-    attention_by_layer: list[LayerAttention] = field(default_factory=list)
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """Both towers and their shared embedding space."""
-
-    #: Size of the image and text features, in the space that both towers share.
-    embed_dim: int = 512
-    vision: VisionTower = field(default_factory=VisionTower)
-    text: TextTower = field(default_factory=TextTower)
 
 
 @dataclass(kw_only=True)
@@ -524,10 +417,6 @@ class Config:
         """Return the number of micro-batches that each of ``dp_size`` ranks runs per step."""
         local = self.train.global_batch_size // dp_size
         return local // (self.train.micro_batch_size or local)
-
-
-def _numbered(first: int, last: int) -> str:
-    return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
 def sections(node: Any = Config, path: str = "") -> Iterator[tuple[str, Any]]:

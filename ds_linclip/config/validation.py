@@ -10,13 +10,11 @@ from ds_linclip.config.attention import Attention
 from ds_linclip.config.compilation import graph_break
 from ds_linclip.config.schema import (
     Config,
-    ModelConfig,
     NetworkConfig,
     ParallelConfig,
     Source,
-    TextTower,
-    VisionTower,
 )
+from ds_linclip.config.towers import ModelConfig, TextTower, VisionTower
 
 __all__ = ["check_batch", "check_model", "check_ranks", "validate"]
 
@@ -33,12 +31,8 @@ def _positive(*names: str) -> _Rule:
 _MODEL_RULES: list[_Rule] = [
     _positive(
         *("vision.width", "vision.layers", "vision.mlp_ratio"),
-        *("text.width", "text.layers", "text.mlp_ratio", "embed_dim"),
-    ),
-    (
-        lambda size: size >= _TOKENIZER_VOCABULARY,
-        f"be at least {_TOKENIZER_VOCABULARY}, the size of the tokenizer's vocabulary",
-        ["text.vocab_size"],
+        *("text.width", "text.layers", "text.mlp_ratio", "embed_dim", "text.vocab_size"),
+        *("vision.norm_eps", "text.norm_eps"),
     ),
     (lambda n: n >= 3, "be at least 3: start, one token, end", ["text.context_length"]),
 ]
@@ -107,6 +101,7 @@ def validate(config: Config) -> None:
     """
     check_model(config.model)
     _check_fields(config, _RULES)
+    _validate_tokenizer(config)
     _validate_train(config)
     _validate_loss(config)
     _validate_init(config)
@@ -116,6 +111,14 @@ def validate(config: Config) -> None:
         check_batch(config, config.parallel.dp)
     _validate_data(config)
     _validate_sources(config.data.train)
+
+
+def _validate_tokenizer(config: Config) -> None:
+    if (name := config.model.text.hf_tokenizer_name) is not None:
+        raise ValueError(
+            f"model.text.hf_tokenizer_name ({name}) must be null in training, whose captions are "
+            "read by CLIP's own tokenizer"
+        )
 
 
 def check_model(model: ModelConfig) -> None:
@@ -133,9 +136,36 @@ def check_model(model: ModelConfig) -> None:
     ):
         if by <= 0 or width % by:
             raise ValueError(f"{name} ({width}) must be a positive multiple of {by_name} ({by})")
+    _check_pooling(model)
     for name, tower in (("model.vision", vision), ("model.text", text)):
         for path, attention in _named_attentions(name, tower):
-            _check_attention(path, attention, tower, causal=tower is text)
+            _check_attention(path, attention, tower)
+            if tower is text and not text.causal and attention.needs_grid:
+                raise ValueError(
+                    f"{path}.kind ({attention.kind}) needs a grid of patches, or a text with a "
+                    "causal mask: set model.text.no_causal_mask=false, or take local.kind=none or "
+                    "another kind"
+                )
+
+
+def _check_pooling(model: ModelConfig) -> None:
+    vision, name = model.vision, "model.vision.pool_type"
+    if vision.class_token and vision.pool_type == "map":
+        raise ValueError(f"{name} (map) needs model.vision.class_token=false")
+    if not vision.class_token and vision.pool_type == "tok":
+        raise ValueError(f"{name} (tok) needs model.vision.class_token=true: take avg or map")
+    if vision.final_ln_after_pool and vision.pool_type == "map":
+        raise ValueError("model.vision.final_ln_after_pool (true) needs pool_type avg or tok")
+    if vision.proj_type == "none" and vision.width != model.embed_dim:
+        raise ValueError(
+            f"model.vision.proj_type (none) needs model.vision.width ({vision.width}) equal to "
+            f"model.embed_dim ({model.embed_dim}): take proj_type=linear"
+        )
+    if model.text.hf_tokenizer_name is None and model.text.vocab_size < _TOKENIZER_VOCABULARY:
+        raise ValueError(
+            f"model.text.vocab_size ({model.text.vocab_size}) must be at least "
+            f"{_TOKENIZER_VOCABULARY}, the size of the tokenizer's vocabulary"
+        )
 
 
 def _named_attentions(name: str, tower: VisionTower | TextTower) -> Iterator[tuple[str, Attention]]:
@@ -150,9 +180,7 @@ def _named_attentions(name: str, tower: VisionTower | TextTower) -> Iterator[tup
         yield f"{path}.attention", each.attention
 
 
-def _check_attention(
-    path: str, attention: Attention, tower: VisionTower | TextTower, *, causal: bool
-) -> None:
+def _check_attention(path: str, attention: Attention, tower: VisionTower | TextTower) -> None:
     head_dim, allowed = tower.width // tower.heads, attention.head_dims
     if head_dim not in allowed:
         nearest = min(allowed, key=lambda size: abs(size - head_dim))
@@ -161,7 +189,7 @@ def _check_attention(
             f"{path}.kind ({attention.kind}) needs a head dimension in {allowed[0]}.."
             f"{allowed[-1]}{steps}, not ({head_dim}): {nearest} would do"
         )
-    for field, rule in attention.problems(causal=causal):
+    for field, rule in attention.problems(causal=tower.causal):
         raise ValueError(f"{path}.{field} ({attrgetter(field)(attention)}) must {rule}")
 
 
@@ -372,8 +400,13 @@ def _validate_parallel(config: Config) -> None:
                 f"{path}.{field} ({attrgetter(field)(attention)}) with parallel.cp "
                 f"({parallel.cp}) must {rule}"
             )
+    if parallel.cp > 1 and vision.pool_type == "map":
+        raise ValueError(
+            f"parallel.cp ({parallel.cp}) needs model.vision.pool_type tok or avg, not (map), "
+            "whose query sees the tokens of all ranks; take parallel.cp=1, or parallel.tp"
+        )
     sizes = [vision.image_size, *(stage.image_size for stage in config.data.resolutions)]
-    fewest = min(1 + vision.num_kept_patches_at(size) for size in sizes)
+    fewest = min(vision.num_kept_tokens_at(size) for size in sizes)
     if parallel.cp > fewest:
         raise ValueError(
             f"parallel.cp ({parallel.cp}) must be at most the number of tokens of an image "

@@ -28,7 +28,7 @@ def stage_units(config: Config, pp: Axis) -> range:
 def _block_costs(config: Config) -> list[float]:
     """Return the floating-point operations of every block per pair, image tower first."""
     vision, text = config.model.vision, config.model.text
-    num_image = 1 + vision.num_kept_patches_at(config.image_size_at(0))
+    num_image = vision.num_kept_tokens_at(config.image_size_at(0))
     return blocks_flops(vision, num_image) + blocks_flops(text, text.context_length)
 
 

@@ -78,7 +78,7 @@ def export_checkpoint(
                 f"{config.optim.ema_decay}): use --weights raw"
             )
         chosen = weights or ("ema" if has_average else "raw")
-        names = {open_clip_key(name): name for name in files.names}
+        names = {open_clip_key(name, config.model): name for name in files.names}
         shapes = open_clip_shapes(config.model, with_bias=config.loss.kind == "sigmoid")
         found = {key: () if key in SCALARS else files.shape(names[key]) for key in names}
         try:

@@ -60,7 +60,7 @@ _OTHERS = {
     "vision_model.head.": "SigLIP, in Hugging Face's names, whose towers are of another kind",
     "vision_model.": _HUGGING_FACE,
     "text_model.": _HUGGING_FACE,
-    "visual.trunk.": "an open_clip model with a timm image tower, such as SigLIP, not a plain one",
+    "visual.trunk.": "open_clip's with another image tower of timm than that of its config",
     "visual.blocks.": "EVA-CLIP, whose image tower is of another kind",
     "visual.layer1.": "CLIP with a ResNet as its image tower, not a transformer",
     "transformer.e": "an open_clip model with a text tower of Hugging Face, not a plain one",

@@ -5,6 +5,7 @@ The only mapping, shared by live models, checkpoints and imported weights.
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ds_linclip.config import ModelConfig, TextTower, VisionTower
@@ -23,45 +24,55 @@ __all__ = [
 SCALARS = ("logit_scale", "logit_bias")
 
 
-def open_clip_key(name: str) -> str:
-    """Return open_clip's name of the parameter ``name`` of a :class:`~ds_linclip.model.CLIP`."""
+def open_clip_key(name: str, config: ModelConfig) -> str:
+    """Return open_clip's name of the parameter ``name`` of a :class:`~ds_linclip.model.CLIP`.
+
+    An image tower without a class token has the names of timm, which open_clip takes such towers
+    from.
+    """
+    if name == "text.proj":
+        return "text_projection.weight" if config.text.proj_bias else "text_projection"
+    if name == "text.proj_bias":
+        return "text_projection.bias"
+    if name.startswith("visual.") and not config.vision.class_token:
+        return _timm_key(name, config.vision)
     key = name.removeprefix("text.").replace("blocks.", "transformer.resblocks.")
-    key = key.replace(".attn.qkv.", ".attn.in_proj_")
-    return "text_projection" if name == "text.proj" else key
+    return key.replace(".attn.qkv.", ".attn.in_proj_")
 
 
 def to_open_clip_layout(name: str, full: Tensor, config: ModelConfig) -> Tensor:
-    """Return the unsplit parameter ``name`` in open_clip's layout: q, k, v stacked; scalars []."""
-    if ".attn.qkv." in name:
-        return full.unflatten(0, (_heads(name, config), 3, -1)).transpose(0, 1).flatten(0, 2)
-    return full.reshape(()) if name in SCALARS else full
+    """Return the unsplit parameter ``name`` in open_clip's layout: q, k, v stacked; scalars [];
+    projections [out, in] where they are linear layers."""
+    if num_parts := _num_parts(name):
+        parts = full.unflatten(0, (_heads(name, config), num_parts, -1))
+        return parts.transpose(0, 1).flatten(0, 2)
+    if _is_linear(name, config):
+        return full.t().contiguous()
+    leading = _num_leading(name, config)
+    return full.reshape(()) if name in SCALARS else full[(None,) * leading]
 
 
 def from_open_clip_layout(name: str, full: Tensor, config: ModelConfig) -> Tensor:
     """Invert :func:`to_open_clip_layout`: q, k, v of each head together; scalars [1]."""
-    if ".attn.qkv." in name:
-        return full.unflatten(0, (3, _heads(name, config), -1)).transpose(0, 1).flatten(0, 2)
-    return full.reshape(1) if name in SCALARS else full
+    if num_parts := _num_parts(name):
+        parts = full.unflatten(0, (num_parts, _heads(name, config), -1))
+        return parts.transpose(0, 1).flatten(0, 2)
+    if _is_linear(name, config):
+        return full.t()
+    leading = _num_leading(name, config)
+    return full.reshape(1) if name in SCALARS else full[(0,) * leading]
 
 
 def open_clip_shapes(config: ModelConfig, *, with_bias: bool) -> dict[str, tuple[int, ...]]:
     """Return every key of open_clip's state dict with its shape; ``with_bias`` with a
     ``logit_bias``, as with the sigmoid loss."""
-    vision, text = config.vision, config.text
+    shapes = _image_shapes(config) | _text_shapes(config)
+    shapes |= dict.fromkeys(SCALARS if with_bias else SCALARS[:1], (1,))
     return {
-        "visual.class_embedding": (vision.width,),
-        "visual.positional_embedding": (vision.num_tokens, vision.width),
-        "visual.conv1.weight": (vision.width, 3, vision.patch_size, vision.patch_size),
-        "visual.proj": (vision.width, config.embed_dim),
-        **_norm("visual.ln_pre", vision.width),
-        **_blocks("visual.transformer.resblocks", vision),
-        **_norm("visual.ln_post", vision.width),
-        "token_embedding.weight": (text.vocab_size, text.width),
-        "positional_embedding": (text.context_length, text.width),
-        "text_projection": (text.width, config.embed_dim),
-        **_blocks("transformer.resblocks", text),
-        **_norm("ln_final", text.width),
-        **dict.fromkeys(SCALARS if with_bias else SCALARS[:1], ()),
+        open_clip_key(name, config): tuple(
+            to_open_clip_layout(name, torch.empty(shape, device="meta"), config).shape
+        )
+        for name, shape in shapes.items()
     }
 
 
@@ -97,26 +108,114 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(f"{name:.120}" for name in names[:3]) + rest
 
 
+#: Parts of our names of an image tower -> those of timm.
+_TIMM_PARTS = {
+    "conv1": "patch_embed.proj",
+    "positional_embedding": "pos_embed",
+    "ln_pre": "norm_pre",
+    "ln_1": "norm1",
+    "ln_2": "norm2",
+    "ls_1": "ls1",
+    "ls_2": "ls2",
+    "out_proj": "proj",
+    "c_fc": "fc1",
+    "c_proj": "fc2",
+    "pool": "attn_pool",
+}
+
+
+def _timm_key(name: str, tower: VisionTower) -> str:
+    if name == "visual.proj":
+        return "visual.head.proj.weight"
+    last_norm = "fc_norm" if tower.final_ln_after_pool else "norm"
+    renamed = _TIMM_PARTS | {"visual": "visual.trunk", "ln_post": last_norm}
+    return ".".join(renamed.get(part, part) for part in name.split("."))
+
+
+def _num_parts(name: str) -> int:
+    """Return how many projections a parameter holds, head by head; 0: another parameter."""
+    return 3 if ".attn.qkv." in name else 2 if ".pool.kv." in name else 0
+
+
+def _is_linear(name: str, config: ModelConfig) -> bool:
+    """Return whether a parameter [in, out] is the weight [out, in] of a linear layer there."""
+    if name == "visual.proj":
+        return not config.vision.class_token
+    return name == "text.proj" and config.text.proj_bias
+
+
+def _num_leading(name: str, config: ModelConfig) -> int:
+    """Return how many dimensions of size 1 a parameter has there before its own."""
+    if config.vision.class_token:
+        return 0
+    return {"visual.positional_embedding": 1, "visual.pool.latent": 2}.get(name, 0)
+
+
 def _heads(name: str, config: ModelConfig) -> int:
     return config.vision.heads if name.startswith("visual.") else config.text.heads
 
 
-def _blocks(prefix: str, tower: VisionTower | TextTower) -> Mapping[str, tuple[int, ...]]:
-    width, hidden = tower.width, int(tower.width * tower.mlp_ratio)
+def _image_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and unsplit shape of the parameters of the image tower."""
+    tower, width = config.vision, config.vision.width
+    on_patches = "class_embedding" if tower.class_token else "conv1.bias"
+    shapes: dict[str, tuple[int, ...]] = {
+        on_patches: (width,),
+        "positional_embedding": (tower.num_tokens, width),
+        "conv1.weight": (width, 3, tower.patch_size, tower.patch_size),
+    }
+    if tower.proj_type == "linear":
+        shapes["proj"] = (width, config.embed_dim)
+    if not tower.no_ln_pre:
+        shapes |= _norm("ln_pre", width)
+    shapes |= {**_blocks(tower), **_norm("ln_post", width)}
+    if tower.pool_type == "map":
+        shapes |= {
+            "pool.latent": (width,),
+            **_linear("pool.q", width, width),
+            **_linear("pool.kv", width, 2 * width),
+            **_linear("pool.proj", width, width),
+            **_norm("pool.norm", width),
+            **_mlp("pool.mlp", tower),
+        }
+    return {f"visual.{name}": shape for name, shape in shapes.items()}
+
+
+def _text_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and unsplit shape of the parameters of the text tower."""
+    tower = config.text
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embedding.weight": (tower.vocab_size, tower.width),
+        "positional_embedding": (tower.context_length, tower.width),
+        "proj": (tower.width, config.embed_dim),
+    }
+    if tower.proj_bias:
+        shapes["proj_bias"] = (config.embed_dim,)
+    shapes |= {**_blocks(tower), **_norm("ln_final", tower.width)}
+    return {f"text.{name}": shape for name, shape in shapes.items()}
+
+
+def _blocks(tower: VisionTower | TextTower) -> Mapping[str, tuple[int, ...]]:
+    width, has_scales = tower.width, tower.ls_init_value is not None
     block: dict[str, tuple[int, ...]] = {
         **_norm("ln_1", width),
-        "attn.in_proj_weight": (3 * width, width),
-        "attn.in_proj_bias": (3 * width,),
+        **_linear("attn.qkv", width, 3 * width),
         **_linear("attn.out_proj", width, width),
+        **({"ls_1.gamma": (width,)} if has_scales else {}),
         **_norm("ln_2", width),
-        **_linear("mlp.c_fc", width, hidden),
-        **_linear("mlp.c_proj", hidden, width),
+        **_mlp("mlp", tower),
+        **({"ls_2.gamma": (width,)} if has_scales else {}),
     }
     return {
-        f"{prefix}.{index}.{name}": shape
+        f"blocks.{index}.{name}": shape
         for index, own in enumerate(own_shapes(tower))
         for name, shape in {**block, **{f"attn.{k}": v for k, v in own.items()}}.items()
     }
+
+
+def _mlp(name: str, tower: VisionTower | TextTower) -> Mapping[str, tuple[int, ...]]:
+    width, hidden = tower.width, int(tower.width * tower.mlp_ratio)
+    return {**_linear(f"{name}.c_fc", width, hidden), **_linear(f"{name}.c_proj", hidden, width)}
 
 
 def _norm(name: str, width: int) -> Mapping[str, tuple[int, ...]]:

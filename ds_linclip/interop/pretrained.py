@@ -11,6 +11,11 @@ from safetensors.torch import load_file
 
 from ds_linclip.config import InitConfig, ModelConfig
 from ds_linclip.interop.hub_folder import WEIGHTS_FILE, read_config
+from ds_linclip.interop.key_mapping import (
+    from_open_clip_layout,
+    open_clip_key,
+    to_open_clip_layout,
+)
 from ds_linclip.interop.state_dict import from_open_clip, named_keys
 from ds_linclip.model.attention import SelfAttention
 from ds_linclip.model.clip import CLIP
@@ -95,10 +100,13 @@ def _copy(model: CLIP, path: Path, theirs: ModelConfig, prefix: str) -> None:
             "init.pretrained_image and init.pretrained_text to start with a new bias"
         )
     fresh = _start_changed_attention(model, theirs, weights, wanted)
-    if (key := "visual.positional_embedding") in wanted & weights.keys():
+    name = "visual.positional_embedding"
+    if (key := open_clip_key(name, theirs)) in wanted & weights.keys():
         grid, own_grid = _grid(theirs), _grid(model.config)
-        if len(weights[key]) == 1 + grid[0] * grid[1]:
-            weights[key] = resample_positions(weights[key], grid, own_grid)
+        positions = from_open_clip_layout(name, weights[key], theirs)
+        if len(positions) == theirs.vision.num_tokens:
+            positions = resample_positions(positions, grid, own_grid)
+            weights[key] = to_open_clip_layout(name, positions, theirs)
     from_open_clip(model, weights, only=wanted - fresh)
 
 

@@ -117,7 +117,7 @@ def load_folder(path: str | Path, mesh: Mesh) -> CLIP:
 def named_keys(model: CLIP) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Yield the name in ``model``, open_clip's key and the parameter, for every parameter."""
     for name, parameter in model.named_parameters():
-        yield name, open_clip_key(name), parameter
+        yield name, open_clip_key(name, model.config), parameter
 
 
 def _split_dim(parameter: nn.Parameter) -> int | None:

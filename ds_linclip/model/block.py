@@ -18,10 +18,21 @@ from ds_linclip.model.attention import Patches, SelfAttention, attention_class
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.tensor_parallel import column_parallel, row_parallel
 
-__all__ = ["Block", "BlockInit", "Recompute"]
+__all__ = ["MLP", "Block", "BlockInit", "Recompute"]
 
 Init = Callable[[Tensor], object]
 Recompute = Literal["none", "selective", "full"]
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+}
 
 #: Operators whose outputs "selective" keeps. A sum over ranks works in place, on the product of a
 #: row-parallel layer or on a clone of a state, so keeping those keeps the sum, without a second
@@ -72,8 +83,19 @@ class BlockInit:
 
 
 class Block(nn.Module):
-    """Pre-norm residual block ``[B, N, width] -> [B, N, width]``: attention, then an MLP with
-    exact GELU.
+    """Pre-norm residual block ``[B, N, width] -> [B, N, width]``: attention, then an MLP.
+
+    Args:
+        width: Size of a token's embedding.
+        heads: Number of attention heads.
+        mlp_ratio: Hidden size of the MLP, as a multiple of ``width``.
+        attention: The settings of the attention.
+        mesh: Splits heads, MLP and tokens.
+        causal: Whether a token attends only to itself and the tokens before it.
+        init: Initializes the weight matrices.
+        activation: Name of the MLP's activation.
+        norm_eps: Added to the variance in both norms.
+        ls_init_value: Initial value of LayerScale; None: no LayerScale.
 
     Attributes:
         recompute: Activations that the backward recomputes: "none"; "full": all; "selective": all
@@ -91,14 +113,19 @@ class Block(nn.Module):
         *,
         causal: bool,
         init: BlockInit,
+        activation: str = "gelu",
+        norm_eps: float = 1e-5,
+        ls_init_value: float | None = None,
     ) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, eps=norm_eps)
         inits = {"init_qkv": init.qkv, "init_out": init.attn_out}
         kind = attention_class(attention)
         self.attn: SelfAttention = kind(width, heads, attention, mesh, causal=causal, **inits)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = _MLP(width, int(width * mlp_ratio), mesh, init)
+        self.ls_1 = _layer_scale(width, ls_init_value)
+        self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, int(width * mlp_ratio), mesh, init, activation=activation)
+        self.ls_2 = _layer_scale(width, ls_init_value)
         self.recompute: Recompute = "none"
         self._run: Callable[[Tensor, Patches | None], Tensor] = self._forward
 
@@ -125,19 +152,41 @@ class Block(nn.Module):
         return checkpoint(self._run, x, patches, **options)
 
     def _forward(self, x: Tensor, patches: Patches | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), patches)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.ls_1(self.attn(self.ln_1(x), patches))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
-class _MLP(nn.Module):
-    def __init__(self, width: int, hidden: int, mesh: Mesh, init: BlockInit) -> None:
+class MLP(nn.Module):
+    """Two linear layers ``[..., width] -> [..., width]`` with an activation between, split over
+    the tensor-parallel ranks."""
+
+    def __init__(
+        self, width: int, hidden: int, mesh: Mesh, init: BlockInit, *, activation: str = "gelu"
+    ) -> None:
         super().__init__()
+        self.activation = _ACTIVATIONS[activation]
         bias_in, bias_out = _uniform(width**-0.5), _uniform(hidden**-0.5)
         self.c_fc = column_parallel(mesh, width, hidden, init=init.mlp_in, bias_init=bias_in)
         self.c_proj = row_parallel(mesh, hidden, width, init=init.mlp_out, bias_init=bias_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        """Run the layers on tokens [..., width]."""
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class _LayerScale(nn.Module):
+    """A learned factor per channel (arXiv 2103.17239)."""
+
+    def __init__(self, width: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def _layer_scale(width: int, value: float | None) -> nn.Module:
+    return nn.Identity() if value is None else _LayerScale(width, value)
 
 
 def _uniform(bound: float) -> Init:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_linclip.config import ModelConfig
-from ds_linclip.model.attention import Patches
 from ds_linclip.model.block import Block, Recompute
 from ds_linclip.model.towers import TextTransformer, VisionTransformer
 from ds_linclip.parallel.mesh import Mesh
@@ -76,7 +75,7 @@ class CLIP(nn.Module):
     def num_tokens(self, images: Tensor, texts: Tensor) -> int:
         """Count the tokens of a training batch: images [B, 3, H, W] and texts [B, L]."""
         height, width = images.shape[2:]
-        per_image = 1 + self.config.vision.num_kept_patches_at((height, width))
+        per_image = self.config.vision.num_kept_tokens_at((height, width))
         return len(images) * per_image + texts.numel()
 
     def encode_image(self, images: Tensor, *, normalize: bool = False) -> Tensor:
@@ -133,11 +132,11 @@ class CLIP(nn.Module):
             patches = visual.grid(x, *more)
         elif more:
             grid, *kept = more
-            patches = Patches(*grid.shape, *kept)
+            patches = visual.places(*grid.shape, *kept)
         features = visual(x, patches)
         if visual.has_head or patches is None or not visual.needs_grid:
             return features, ()
-        rows, columns, kept_patches = patches
+        rows, columns, kept_patches, _ = patches
         grid = torch.zeros(rows, columns, dtype=torch.uint8, device=x.device)
         return features, (grid,) if kept_patches is None else (grid, kept_patches)
 

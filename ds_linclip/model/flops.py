@@ -37,7 +37,7 @@ def blocks_flops(tower: VisionTower | TextTower, num_tokens: int) -> list[float]
     multiplies queries with N keys and weights as many values, ``4 N^2 w`` together; linear
     attention adds to and reads a state of F features per head, ``4 N F w``.
     """
-    width, heads, causal = tower.width, tower.heads, isinstance(tower, TextTower)
+    width, heads, causal = tower.width, tower.heads, tower.causal
     products = 2 * width**2 * (4 + 2 * tower.mlp_ratio)
 
     def per_token(each: AttentionSettings) -> float:
@@ -83,10 +83,13 @@ def num_parameters(model: ModelConfig, loss: LossConfig) -> int:
     """Return the number of parameters, including token embedding and logit scale."""
     vision, text = model.vision, model.text
     patches = vision.width * 3 * vision.patch_size**2
-    # The class token, positions, the norms before and after the blocks, the projection.
-    image = vision.width * (1 + vision.num_tokens + 4 + model.embed_dim)
+    # A class token or a bias, positions, the norms before and after the blocks, the projection.
+    norms = 2 if vision.no_ln_pre else 4
+    projection = model.embed_dim if vision.proj_type == "linear" else 0
+    image = vision.width * (1 + vision.num_tokens + norms + projection)
     words = text.width * (text.vocab_size + text.context_length + 2 + model.embed_dim)
-    blocks = _block_parameters(vision) + _block_parameters(text)
+    words += model.embed_dim if text.proj_bias else 0
+    blocks = _block_parameters(vision) + _block_parameters(text) + _pooling_parameters(vision)
     return patches + image + words + blocks + (2 if loss.kind == "sigmoid" else 1)
 
 
@@ -104,17 +107,43 @@ def _forward_by_unit(
     blocks, projection. These are also the groups that can be frozen."""
     vision, text = model.vision, model.text
     num_patches = vision.num_kept_patches_at(image_size)
+    num_tokens = vision.num_kept_tokens_at(image_size)
     patches = 2 * num_patches * 3 * vision.patch_size**2 * vision.width
-    image_blocks = blocks_flops(vision, 1 + num_patches)
+    image_blocks = blocks_flops(vision, num_tokens)
+    # Pooling is trained with the last block.
+    image_blocks[-1] += _pooling_flops(vision, num_tokens)
+    projection = model.embed_dim if vision.proj_type == "linear" else 0
     text_blocks = blocks_flops(text, text.context_length)
     return (
-        [patches, *image_blocks, 2 * vision.width * model.embed_dim],
+        [patches, *image_blocks, 2.0 * vision.width * projection],
         [0.0, *text_blocks, 2 * text.width * model.embed_dim],
     )
 
 
 def _block_parameters(tower: VisionTower | TextTower) -> int:
-    width, hidden = tower.width, int(tower.width * tower.mlp_ratio)
-    attention, mlp = 4 * width * (width + 1), 2 * width * hidden + hidden + width
+    width = tower.width
     own = sum(math.prod(shape) for shapes in own_shapes(tower) for shape in shapes.values())
-    return tower.layers * (attention + mlp + 4 * width) + own
+    scales = 0 if tower.ls_init_value is None else 2 * width
+    plain = 4 * width * (width + 1) + _mlp_parameters(tower) + 4 * width
+    return tower.layers * (plain + scales) + own
+
+
+def _mlp_parameters(tower: VisionTower | TextTower) -> int:
+    width, hidden = tower.width, int(tower.width * tower.mlp_ratio)
+    return 2 * width * hidden + hidden + width
+
+
+def _pooling_parameters(tower: VisionTower) -> int:
+    if tower.pool_type != "map":
+        return 0
+    width = tower.width  # the query, four projections, a norm, the MLP
+    return width + 4 * width * (width + 1) + 2 * width + _mlp_parameters(tower)
+
+
+def _pooling_flops(tower: VisionTower, num_tokens: int) -> float:
+    """Return the FLOPs of attention pooling: keys and values of all tokens, two products with them
+    for one query, whose projections and MLP are those of one token."""
+    if tower.pool_type != "map":
+        return 0
+    keys = num_tokens * (4 * tower.width**2 + 4 * tower.width)
+    return keys + 2 * tower.width**2 * (2 + 2 * tower.mlp_ratio)

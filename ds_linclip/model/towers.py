@@ -5,9 +5,10 @@ the units it holds. Every unit is initialized from its own seed, so the weights 
 split.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 from ds_linclip.config import TextTower, VisionTower
 from ds_linclip.model.attention import Patches
 from ds_linclip.model.block import Block, BlockInit
-from ds_linclip.parallel.context_parallel import first_token, token_slice
+from ds_linclip.model.pooling import make_pooling
+from ds_linclip.parallel.context_parallel import token_slice
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.table_rows import take_rows
 from ds_linclip.parallel.tensor_parallel import vocab_parallel_embedding
@@ -40,13 +42,14 @@ class _Tower(nn.Module):
     """
 
     compute_dtype: torch.dtype | None = None
-    proj: nn.Parameter
 
     def __init__(self, layers: int, units: range, seed: int) -> None:
         super().__init__()
         self.has_embedding = 0 in units
         self.has_head = layers + 1 in units
         self.starts_locked = False
+        self.proj: nn.Parameter | None = None
+        self.proj_bias: nn.Parameter | None = None
         self._layers = layers
         self._seed = seed
         self._held = [unit - 1 for unit in units if 1 <= unit <= layers]
@@ -56,8 +59,8 @@ class _Tower(nn.Module):
 
         Args:
             unlocked_groups: Number of groups that are trained, counted from the end as in
-                open_clip: the projection; the last block with the norm after it; every other block;
-                the embedding.
+                open_clip: the projection; the last block with the norm and the pooling after it;
+                every other block; the embedding.
         """
         num_locked = self._layers + 2 - unlocked_groups
         groups = []
@@ -70,25 +73,31 @@ class _Tower(nn.Module):
         first, *rest = name.split(".")
         if first == "blocks":
             return 1 + int(rest[0])
-        last = {"ln_post": self._layers, "ln_final": self._layers, "proj": self._layers + 1}
+        with_last_block = dict.fromkeys(("ln_post", "ln_final", "pool"), self._layers)
+        last = with_last_block | dict.fromkeys(("proj", "proj_bias"), self._layers + 1)
         return last.get(first, 0)
 
     def _make_blocks(
-        self, config: VisionTower | TextTower, mesh: Mesh, *, causal: bool, init: BlockInit
+        self, config: VisionTower | TextTower, mesh: Mesh, *, init: BlockInit
     ) -> nn.ModuleDict:
         """Create the blocks held here, named by their number in the whole tower."""
         shape = (config.width, config.heads, config.mlp_ratio)
+        options: dict[str, Any] = {"causal": config.causal, "init": init}
+        options |= {"activation": config.activation, "norm_eps": config.norm_eps}
+        options |= {"ls_init_value": config.ls_init_value}
         blocks = nn.ModuleDict()
         attentions = config.attentions
         for index in self._held:
             with self._seeded(1 + index):
-                attention = attentions[index]
-                blocks[str(index)] = Block(*shape, attention, mesh, causal=causal, init=init)
+                blocks[str(index)] = Block(*shape, attentions[index], mesh, **options)
         return blocks
 
     def _project(self, x: Tensor) -> Tensor:
+        if self.proj is None:
+            return x.to(self.compute_dtype or x.dtype)
         dtype = self.compute_dtype or self.proj.dtype
-        return x.to(dtype) @ self.proj.to(dtype)
+        features = x.to(dtype) @ self.proj.to(dtype)
+        return features if self.proj_bias is None else features + self.proj_bias.to(dtype)
 
     @contextmanager
     def _seeded(self, unit: int) -> Iterator[None]:
@@ -98,11 +107,11 @@ class _Tower(nn.Module):
 
 
 class VisionTransformer(_Tower):
-    """ViT: images ``[B, 3, H, W] -> [B, embed_dim]``, read from the class token.
+    """ViT: images ``[B, 3, H, W] -> [B, embed_dim]``, read from the class token or pooled.
 
     H and W may be any multiples of the patch size: the positional embeddings, one per patch of the
     configured size in row-major order, are resampled to the grid of the images. With context
-    parallelism every rank runs a slice of the tokens, the first rank with the class token; all
+    parallelism every rank runs a slice of the tokens, the first rank with any class token; all
     ranks return the features.
     """
 
@@ -116,20 +125,25 @@ class VisionTransformer(_Tower):
         self.grid_size = (rows, columns)
         self.cp = mesh.cp
         self.needs_grid = any(each.needs_grid for each in config.attentions)
-        scale = width**-0.5
+        self.num_class_tokens = config.num_class_tokens
+        self.norms_pooled = config.norms_pooled
+        scale, norm = width**-0.5, partial(nn.LayerNorm, width, eps=config.norm_eps)
         if self.has_embedding:
             with self._seeded(0):
-                self.conv1 = _PatchEmbedding(width, self.patch_size)
-                self.class_embedding = nn.Parameter(scale * torch.randn(width))
+                self.conv1 = _PatchEmbedding(width, self.patch_size, bias=not config.class_token)
+                if config.class_token:
+                    self.class_embedding = nn.Parameter(scale * torch.randn(width))
                 self.positional_embedding = nn.Parameter(
                     scale * torch.randn(config.num_tokens, width)
                 )
-            self.ln_pre = nn.LayerNorm(width)
-        self.blocks = self._make_blocks(config, mesh, causal=False, init=BlockInit.vision())
+            self.ln_pre = nn.Identity() if config.no_ln_pre else norm()
+        self.blocks = self._make_blocks(config, mesh, init=BlockInit.vision())
         if self.has_head:
-            self.ln_post = nn.LayerNorm(width)
+            self.ln_post = norm()
             with self._seeded(config.layers + 1):
-                self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+                if config.proj_type == "linear":
+                    self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+                self.pool = make_pooling(config, mesh)
 
     def forward(self, x: Tensor, patches: Patches | None = None) -> Tensor:
         """Run the units held here.
@@ -152,7 +166,11 @@ class VisionTransformer(_Tower):
         patches = patches if self.needs_grid else None
         for block in self.blocks.values():
             x = block(x, patches)
-        return self._project(self.ln_post(first_token(x, self.cp.group))) if self.has_head else x
+        return self._head(x) if self.has_head else x
+
+    def _head(self, x: Tensor) -> Tensor:
+        pooled = self.ln_post(self.pool(x)) if self.norms_pooled else self.pool(self.ln_post(x))
+        return self._project(pooled)
 
     def grid(self, images: Tensor, kept: Tensor | None = None) -> Patches:
         """Return the patches of images [B, 3, H, W], of which only ``kept`` may remain.
@@ -168,19 +186,25 @@ class VisionTransformer(_Tower):
                 f"of patch_size ({self.patch_size})"
             )
         rows, columns = (side // self.patch_size for side in sides)
-        return Patches(rows, columns, kept)
+        return self.places(rows, columns, kept)
+
+    def places(self, rows: int, columns: int, kept: Tensor | None = None) -> Patches:
+        """Return the places of this tower's tokens on a grid of patches."""
+        return Patches(rows, columns, kept, self.num_class_tokens)
 
     def _embed(self, images: Tensor, patches: Patches) -> Tensor:
-        rows, columns, kept = patches
-        class_position, positions = self._positions(rows, columns).tensor_split([1])
+        rows, columns, kept, num_class = patches
+        class_position, positions = self._positions(rows, columns).tensor_split([num_class])
         held = token_slice(patches.num_tokens, self.cp.rank, self.cp.size)
-        first, last = max(held.start - 1, 0), held.stop - 1  # token 0 is the class token
+        first, last = max(held.start - num_class, 0), held.stop - num_class
         if kept is None:
             x, positions = self.conv1(images, slice(first, last)), positions[first:last]
         else:
             kept = kept[:, first:last]
             x, positions = self.conv1(images, kept), take_rows(positions, kept)
         x = x + positions  # [B, n, width]
+        if num_class == 0:
+            return self.ln_pre(x)
         class_token = (self.class_embedding + class_position).expand(x.shape[0], 1, -1)
         # Empty if another rank has the class token; all parameters still get a gradient.
         return self.ln_pre(torch.cat([class_token[:, held], x], dim=1))
@@ -189,11 +213,19 @@ class VisionTransformer(_Tower):
         return resample_positions(self.positional_embedding, self.grid_size, (rows, columns))
 
 
-class TextTransformer(_Tower):
-    """Causal transformer: token ids ``[B, L] -> [B, embed_dim]``, read from the end-of-text token.
+#: Position [B] that the features of token ids [B, L] are read from, by its name in the config.
+_TEXT_POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "argmax": partial(torch.argmax, dim=-1),
+    "last": lambda texts: texts.new_full((len(texts),), texts.shape[1] - 1),
+    "first": lambda texts: texts.new_zeros(len(texts)),
+}
 
-    The end-of-text token has the largest id, as in CLIP's vocabulary. L is at most the context
-    length. Every context-parallel rank runs the whole text.
+
+class TextTransformer(_Tower):
+    """Transformer: token ids ``[B, L] -> [B, embed_dim]``, read from one token.
+
+    CLIP's end-of-text token has the largest id of its vocabulary. L is at most the context length.
+    Every context-parallel rank runs the whole text.
     """
 
     def __init__(
@@ -202,6 +234,7 @@ class TextTransformer(_Tower):
         super().__init__(config.layers, units, seed)
         width = config.width
         self.context_length = config.context_length
+        self.pool_type = config.pool_type
         if self.has_embedding:
             with self._seeded(0):
                 self.token_embedding = vocab_parallel_embedding(
@@ -210,13 +243,14 @@ class TextTransformer(_Tower):
                 self.positional_embedding = nn.Parameter(
                     0.01 * torch.randn(config.context_length, width)
                 )
-        self.blocks = self._make_blocks(
-            config, mesh, causal=True, init=BlockInit.text(width, config.layers)
-        )
+        init = BlockInit.text(width, config.layers)
+        self.blocks = self._make_blocks(config, mesh.with_whole_sequences(), init=init)
         if self.has_head:
-            self.ln_final = nn.LayerNorm(width)
+            self.ln_final = nn.LayerNorm(width, eps=config.norm_eps)
             with self._seeded(config.layers + 1):
                 self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+                if config.proj_bias:
+                    self.proj_bias = nn.Parameter(torch.zeros(embed_dim))
 
     def forward(self, texts: Tensor, x: Tensor | None = None) -> Tensor:
         """Run the units held here.
@@ -240,7 +274,7 @@ class TextTransformer(_Tower):
         if not self.has_head:
             return x
         rows = torch.arange(len(x), device=x.device)
-        return self._project(self.ln_final(x[rows, texts.argmax(dim=-1)]))
+        return self._project(self.ln_final(x[rows, _TEXT_POOLINGS[self.pool_type](texts)]))
 
     def _embed(self, texts: Tensor) -> Tensor:
         if texts.ndim != 2 or texts.shape[1] > self.context_length:
@@ -257,23 +291,25 @@ def resample_positions(
     """Resample positional embeddings to another grid, bicubic, as open_clip does.
 
     Args:
-        positions: Class token and patches, [1 + rows * columns, dim], row-major.
+        positions: A class token, if there is one, and patches, [N, dim], row-major.
         grid_size: (rows, columns) of ``positions``.
         wanted: (rows, columns) of the result.
 
     Returns:
-        [1 + rows * columns, dim] for the wanted grid; ``positions`` itself if the grids are equal.
+        [N, dim] for the wanted grid; ``positions`` itself if the grids are equal.
     """
     if wanted == grid_size:
         return positions
-    class_position, patches = positions.tensor_split([1])
+    num_class = len(positions) - grid_size[0] * grid_size[1]
+    class_position, patches = positions.tensor_split([num_class])
     grid = patches.float().T.unflatten(1, grid_size)  # [dim, rows, columns]
     grid = F.interpolate(grid[None], wanted, mode="bicubic", antialias=True, align_corners=False)[0]
     return torch.cat([class_position, grid.flatten(1).T.to(class_position.dtype)])
 
 
 class _PatchEmbedding(nn.Module):
-    """A linear map of square patches; its weight [width, 3, P, P] is that of a convolution.
+    """A linear map of square patches; its weight [width, 3, P, P] is that of a convolution, whose
+    bias is optional.
 
     Attributes:
         compute_dtype: Dtype of product and output, if not that of the weight.
@@ -281,11 +317,14 @@ class _PatchEmbedding(nn.Module):
 
     compute_dtype: torch.dtype | None = None
 
-    def __init__(self, width: int, patch_size: int) -> None:
+    def __init__(self, width: int, patch_size: int, *, bias: bool) -> None:
         super().__init__()
         bound = (3 * patch_size**2) ** -0.5  # torch's default for a convolution
         weight = torch.empty(width, 3, patch_size, patch_size).uniform_(-bound, bound)
         self.weight = nn.Parameter(weight)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
 
     def forward(self, images: Tensor, chosen: slice | Tensor) -> Tensor:
         """Embed some patches of every image: [B, 3, H, W] -> [B, n, width].
@@ -306,4 +345,5 @@ class _PatchEmbedding(nn.Module):
             image = torch.arange(len(images), device=images.device)[:, None]
             patches = patches[image, chosen // columns, chosen % columns]
         dtype = self.compute_dtype or self.weight.dtype
-        return F.linear(patches.flatten(2).to(dtype), self.weight.flatten(1).to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(patches.flatten(2).to(dtype), self.weight.flatten(1).to(dtype), bias)

@@ -151,6 +151,10 @@ class Mesh:
         """The number of ranks on every axis, by the axis's name."""
         return {axis: getattr(self, axis).size for axis in ("dp", "tp", "pp", "cp")}
 
+    def with_whole_sequences(self) -> "Mesh":
+        """Return this mesh for sequences that every context-parallel rank runs as a whole."""
+        return replace(self, cp=replace(self.cp, rank=0, size=1))
+
     @property
     def is_first_of_its_data(self) -> bool:
         """Whether this is the first of the ranks that process the same samples."""

@@ -164,7 +164,7 @@ def _received_buffers(config: Config, mesh: Mesh, model: CLIP, num: int) -> tupl
     product_dtype = torch.bfloat16 if config.train.precision == "amp_bf16" else dtype
     texts = torch.empty(micro_batch, text.context_length, dtype=torch.int64)
     if start <= vision.layers + 1:
-        num_tokens = 1 + vision.num_kept_patches_at(config.largest_image_size)
+        num_tokens = vision.num_kept_tokens_at(config.largest_image_size)
         held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
         shape = micro_batch, held.stop - held.start, vision.width
         tokens = torch.empty(shape, dtype=dtype), texts
@@ -174,7 +174,8 @@ def _received_buffers(config: Config, mesh: Mesh, model: CLIP, num: int) -> tupl
         grid = torch.empty(rows, columns, dtype=torch.uint8)
         if vision.patch_dropout == 0:
             return *tokens, grid
-        return *tokens, grid, torch.empty(micro_batch, num_tokens - 1, dtype=torch.int64)
+        num_kept = vision.num_kept_patches_at(config.largest_image_size)
+        return *tokens, grid, torch.empty(micro_batch, num_kept, dtype=torch.int64)
     image = torch.empty(micro_batch, config.model.embed_dim, dtype=product_dtype)
     if start == vision.layers + 2:
         return image, texts

@@ -112,7 +112,7 @@ class _Traffic:
         self.value_bytes, self.product_bytes = value_bytes(config), product_bytes(config)
         vision, text = config.model.vision, config.model.text
         self.image_layers = vision.layers
-        num_tokens = 1 + vision.num_kept_patches_at(config.image_size_at(0))
+        num_tokens = vision.num_kept_tokens_at(config.image_size_at(0))
         held = token_slice(num_tokens, mesh.cp.rank, mesh.cp.size)
         self.num_image_tokens = held.stop - held.start
         #: Elements of the tokens of the local batch between two blocks.
@@ -130,10 +130,15 @@ class _Traffic:
     def tensor(self, model: CLIP) -> int:
         """All-reduces after row-parallel layers, and of gradients before column-parallel ones and
         of what heads share."""
+        vision = self.config.model.vision
         sums = 2 * self.forwards + 2 + self.recomputed
         image, text = len(self.image_blocks), len(self.text_blocks)
         products = sums * (image * self.image_tokens + text * self.text_tokens)
         products += self.local_batch * self._num_summed()
+        if vision.pool_type == "map" and self.image_layers + 1 in self.units:
+            # The attention and the MLP of one token; the gradient of all tokens of the keys.
+            products += (2 * self.forwards + 2) * self.local_batch * vision.width
+            products += self.image_tokens
         embedding = self.forwards * self.text_tokens * (self.image_layers + 2 in self.units)
         layers = (each for each in model.modules() if isinstance(each, SelfAttention))
         shared = self.num_micro_batches * sum(each.num_shared for each in layers)
@@ -143,7 +148,7 @@ class _Traffic:
         vision, text = self.config.model.vision, self.config.model.text
         towers = (
             (self.image_blocks, vision.width, self.num_image_tokens, False),
-            (self.text_blocks, text.width, text.context_length, True),
+            (self.text_blocks, text.width, text.context_length, text.causal),
         )
         return sum(
             attention_class(each).num_summed(each, width, num_tokens, causal=causal)
@@ -152,7 +157,7 @@ class _Traffic:
         )
 
     def context(self) -> int:
-        """States of the image tower's attention, and the class token, forward and backward."""
+        """States of the image tower's attention, and the pooled token, forward and backward."""
         vision = self.config.model.vision
         heads = vision.heads // self.mesh.tp.size
         num_values = heads * sum(
@@ -162,8 +167,10 @@ class _Traffic:
         passes = self.forwards + 1 + self.recomputed
         states = self.local_batch * num_values * _FP32 * passes
         has_head = self.image_layers + 1 in self.units
-        class_token = self.local_batch * vision.width * self.value_bytes
-        return states + has_head * class_token * (self.forwards + 1)
+        pooled = self.local_batch * vision.width * self.value_bytes
+        if vision.pool_type == "avg":  # sums in fp32, and the number of patches
+            pooled = self.local_batch * (vision.width + 1) * _FP32
+        return states + has_head * pooled * (self.forwards + 1)
 
     def pipeline(self) -> int:
         """Activations sent to the next stage, gradients sent to the previous one."""

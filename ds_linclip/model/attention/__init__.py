@@ -23,8 +23,7 @@ def attention_class(settings: AttentionSettings) -> type[SelfAttention]:
 def own_shapes(tower: VisionTower | TextTower) -> list[dict[str, tuple[int, ...]]]:
     """Return, for every layer, name and unsplit shape of the parameters that its attention has and
     softmax attention has not."""
-    causal = isinstance(tower, TextTower)
     return [
-        attention_class(each).own_shapes(each, tower.width, tower.heads, causal=causal)
+        attention_class(each).own_shapes(each, tower.width, tower.heads, causal=tower.causal)
         for each in tower.attentions
     ]

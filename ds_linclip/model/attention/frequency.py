@@ -165,24 +165,27 @@ def _from_streams(x: Tensor) -> Tensor:
 
 def _to_frequencies(x: Tensor, patches: Patches) -> Tensor:
     """Return streams [B, L + 1, 2 H, D] of tokens [B, N, H, D]: L frequencies, from low to high,
-    then the class token."""
+    then the class token, if any."""
     spectrum = torch.fft.rfft2(patches.to_grid(x.flatten(2)), norm="ortho").flatten(2)
     order = _ascending(patches, x.device)
     spectrum = spectrum.index_select(2, order).transpose(1, 2).unflatten(2, x.shape[2:])
-    return _to_streams(torch.cat([spectrum, x[:, :1].to(spectrum.dtype)], dim=1))
+    class_token = x[:, : patches.num_class_tokens].to(spectrum.dtype)
+    return _to_streams(torch.cat([spectrum, class_token], dim=1))
 
 
 def _from_frequencies(x: Tensor, patches: Patches) -> Tensor:
     """Return tokens [B, N, H, D] of streams [B, L + 1, 2 H, D]. Parts that the half spectrum of a
     real image cannot have, such as the imaginary part of frequency 0, are left out."""
     spectrum = _from_streams(x)
-    spectrum, class_token = spectrum[:, :-1], spectrum[:, -1:].real
+    length = spectrum.shape[1] - patches.num_class_tokens
+    spectrum, class_token = spectrum[:, :length], spectrum[:, length:].real
     place = _ascending(patches, x.device).argsort()
     image = spectrum.flatten(2).transpose(1, 2).index_select(2, place)  # [B, C, L]
     image = image.unflatten(2, (patches.rows, patches.columns // 2 + 1))
     size = patches.rows, patches.columns
     tokens = patches.from_grid(torch.fft.irfft2(image, s=size, norm="ortho"))
-    return torch.cat([class_token, tokens[:, 1:].unflatten(2, class_token.shape[2:])], dim=1)
+    tokens = tokens[:, patches.num_class_tokens :].unflatten(2, class_token.shape[2:])
+    return torch.cat([class_token, tokens], dim=1)
 
 
 def _ascending(patches: Patches, device: torch.device) -> Tensor:

@@ -51,7 +51,8 @@ class Attention(LinearStateAttention):
         if patches is None or self.causal:
             places = torch.arange(x.shape[1], device=x.device)[None, :, None]  # [1, N, 1]
         else:
-            places = F.pad(patches.coordinates(x.device), (0, 0, 1, 0))  # [1 or B, N, 2]
+            padding = (0, 0, patches.num_class_tokens, 0)
+            places = F.pad(patches.coordinates(x.device), padding)  # [1 or B, N, 2]
             held = token_slice(patches.num_tokens, self.mesh.cp.rank, self.mesh.cp.size)
             places = places[:, held]
         num_frequencies = self.head_dim // (2 * places.shape[2])

@@ -49,7 +49,7 @@ class Attention(SelfAttention):
         if patches is None:
             return _Window((1, num_tokens), (0, self.settings.size - 1), (0, 0), num_class=0)
         margin = (self.settings.radius,) * 2
-        return _Window((patches.rows, patches.columns), margin, margin, num_class=1)
+        return _Window((patches.rows, patches.columns), margin, margin, patches.num_class_tokens)
 
 
 class _Window(NamedTuple):
@@ -75,7 +75,8 @@ class _Window(NamedTuple):
     def tile(self) -> tuple[int, int]:
         """Rows and columns of a tile. Keys are copied as often as tiles see them, so a tile is at
         least half as wide as its two margins."""
-        least = _IMAGE_TILE if self.num_class else _TEXT_TILE
+        is_image = self.num_class > 0 or self.grid[0] > 1
+        least = _IMAGE_TILE if is_image else _TEXT_TILE
         height, width = (
             max(side, (before + after) // 2)
             for side, before, after in zip(least, self.before, self.after, strict=True)
