@@ -28,26 +28,29 @@ from ds_linclip.config.attention import (
     WindowAttention,
 )
 from ds_linclip.config.compilation import graph_break
+from ds_linclip.config.data import (
+    CacheConfig,
+    CaptionSource,
+    DataConfig,
+    NetworkConfig,
+    Resolution,
+    Source,
+)
 from ds_linclip.config.loading import config_as_yaml, load_config, save_config
 from ds_linclip.config.schema import (
-    CacheConfig,
     Config,
-    DataConfig,
     InitConfig,
     LossConfig,
     ModelConfig,
-    NetworkConfig,
     OptimConfig,
     ParallelConfig,
-    Resolution,
-    Source,
     TextTower,
     TrainConfig,
     VisionTower,
     WatchdogConfig,
     ZeroConfig,
 )
-from ds_linclip.config.validation import check_batch, check_model, check_ranks
+from ds_linclip.config.validation import check_batch, check_captions, check_model, check_ranks
 from ds_linclip.config.values import as_image_size, build_section
 
 __all__ = [
@@ -55,6 +58,7 @@ __all__ = [
     "Attention",
     "AttentionSettings",
     "CacheConfig",
+    "CaptionSource",
     "Config",
     "DataConfig",
     "DepthwiseLocal",
@@ -91,6 +95,7 @@ __all__ = [
     "as_image_size",
     "build_section",
     "check_batch",
+    "check_captions",
     "check_model",
     "check_ranks",
     "config_as_yaml",
