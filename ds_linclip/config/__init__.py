@@ -36,7 +36,7 @@ from ds_linclip.config.data import (
     Resolution,
     Source,
 )
-from ds_linclip.config.loading import config_as_yaml, load_config, save_config
+from ds_linclip.config.loading import captions_of, config_as_yaml, load_config, save_config
 from ds_linclip.config.schema import (
     Config,
     InitConfig,
@@ -50,7 +50,7 @@ from ds_linclip.config.schema import (
     WatchdogConfig,
     ZeroConfig,
 )
-from ds_linclip.config.validation import check_batch, check_captions, check_model, check_ranks
+from ds_linclip.config.validation import check_batch, check_model, check_ranks
 from ds_linclip.config.values import as_image_size, build_section
 
 __all__ = [
@@ -94,8 +94,8 @@ __all__ = [
     "ZeroConfig",
     "as_image_size",
     "build_section",
+    "captions_of",
     "check_batch",
-    "check_captions",
     "check_model",
     "check_ranks",
     "config_as_yaml",
