@@ -17,7 +17,7 @@ from ds_linclip.checkpoint.finite_weights import check_finite
 from ds_linclip.checkpoint.loading import check_files
 from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, read_manifest
 from ds_linclip.checkpoint.writer import CheckpointWriter
-from ds_linclip.config import Config, ModelConfig
+from ds_linclip.config import Config, DataConfig, ModelConfig
 from ds_linclip.engine.engine import Engine
 from ds_linclip.engine.zero_state import ParameterPiece
 from ds_linclip.parallel.mesh import Mesh
@@ -202,7 +202,9 @@ class CheckpointManager:
 
     def _check_same_run(self, path: Path) -> None:
         # A setting that the checkpoint does not have came later: its default is how the run began.
-        defaults = _as_read_back(_flatten(asdict(ModelConfig()), "model"))
+        defaults = _as_read_back(
+            _flatten(asdict(ModelConfig()), "model") | {"data.captions": DataConfig().captions}
+        )
         theirs = defaults | read_manifest(path)["run"]
         differences = [
             f"{name} ({value}) must equal {theirs.get(name)}"

@@ -27,7 +27,17 @@ from ds_linclip.config.attention import (
     StateAttention,
     WindowAttention,
 )
-from ds_linclip.config.compilation import graph_break
+from ds_linclip.config.compilation import (
+    graph_break,
+)
+from ds_linclip.config.data import (
+    CacheConfig,
+    CaptionSource,
+    DataConfig,
+    NetworkConfig,
+    Resolution,
+    Source,
+)
 from ds_linclip.config.distillation import (
     ContrastiveTerm,
     FeatureTerm,
@@ -36,31 +46,43 @@ from ds_linclip.config.distillation import (
     SimilarityTerm,
     TeacherConfig,
 )
-from ds_linclip.config.loading import config_as_yaml, load_config, save_config
+from ds_linclip.config.loading import (
+    captions_of,
+    config_as_yaml,
+    load_config,
+    save_config,
+)
 from ds_linclip.config.schema import (
-    CacheConfig,
     Config,
-    DataConfig,
     InitConfig,
     LossConfig,
-    NetworkConfig,
     OptimConfig,
     ParallelConfig,
-    Resolution,
-    Source,
     TrainConfig,
     WatchdogConfig,
     ZeroConfig,
 )
-from ds_linclip.config.towers import ModelConfig, TextTower, VisionTower
-from ds_linclip.config.validation import check_batch, check_model, check_ranks
-from ds_linclip.config.values import as_image_size, build_section
+from ds_linclip.config.towers import (
+    ModelConfig,
+    TextTower,
+    VisionTower,
+)
+from ds_linclip.config.validation import (
+    check_batch,
+    check_model,
+    check_ranks,
+)
+from ds_linclip.config.values import (
+    as_image_size,
+    build_section,
+)
 
 __all__ = [
     "ATTENTION_KINDS",
     "Attention",
     "AttentionSettings",
     "CacheConfig",
+    "CaptionSource",
     "Config",
     "ContrastiveTerm",
     "DataConfig",
@@ -102,6 +124,7 @@ __all__ = [
     "ZeroConfig",
     "as_image_size",
     "build_section",
+    "captions_of",
     "check_batch",
     "check_model",
     "check_ranks",

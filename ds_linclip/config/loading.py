@@ -12,10 +12,11 @@ from typing import Any, get_type_hints
 import yaml
 from yaml import YAMLError
 
+from ds_linclip.config.data import CaptionSource
 from ds_linclip.config.interpolation import as_plain_text, resolve
 from ds_linclip.config.paths import resolved_path, saved_path, written_path
 from ds_linclip.config.schema import Config, kinds_of
-from ds_linclip.config.validation import validate
+from ds_linclip.config.validation import check_captions, validate
 from ds_linclip.config.values import (
     build_config,
     is_null,
@@ -24,7 +25,7 @@ from ds_linclip.config.values import (
     read_override,
 )
 
-__all__ = ["config_as_yaml", "load_config", "save_config"]
+__all__ = ["captions_of", "config_as_yaml", "load_config", "save_config"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -60,6 +61,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = build_config(values)
     validate(config)
     return config
+
+
+def captions_of(text: str) -> list[CaptionSource]:
+    """Return the sources that a text names, as after ``data.captions=`` on a command line.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+    layer = read_layer(_parse_override(f"data.captions={text}"), Path())
+    merged = asdict(Config())
+    _merge(merged, layer)
+    captions = build_config(resolve(merged)).data.captions
+    check_captions(captions)
+    return captions
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """The rules that a configuration must satisfy before anything starts."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from operator import attrgetter
@@ -8,16 +9,16 @@ from typing import Any
 
 from ds_linclip.config.attention import Attention
 from ds_linclip.config.compilation import graph_break
+from ds_linclip.config.data import CaptionSource, NetworkConfig, Source
 from ds_linclip.config.schema import (
     Config,
-    NetworkConfig,
     ParallelConfig,
-    Source,
 )
 from ds_linclip.config.towers import ModelConfig, TextTower, VisionTower
 
-__all__ = ["check_batch", "check_model", "check_ranks", "validate"]
+__all__ = ["check_batch", "check_captions", "check_model", "check_ranks", "validate"]
 
+_NO_CAPTIONS = ("jpg", "jpeg", "png", "webp", "gif", "cls")
 _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
 
 #: A rule for fields on their own, which None always satisfies: a test, in words, the fields.
@@ -91,6 +92,30 @@ _SOURCE_RULES: list[_Rule] = [
     (lambda weight: weight != 0, "not be 0: leave the source out", ["weight"]),
     _positive("upsampling", "num_samples", "weight"),
 ]
+_CAPTION_RULES: list[_Rule] = [
+    (
+        lambda member: re.fullmatch(r"[^./\s][^/\s]*", member) is not None,
+        "be what follows the key in a member's name, such as txt or syn.txt",
+        ["member"],
+    ),
+    (
+        lambda member: member.lower().rpartition(".")[2] not in _NO_CAPTIONS,
+        f"be no image and no class ({', '.join(_NO_CAPTIONS)})",
+        ["member"],
+    ),
+    (
+        lambda path: all(path.split(".")),
+        "be names of entries with dots between them",
+        ["field"],
+    ),
+    (
+        lambda text: re.fullmatch(r"(?:[^{}]|\{\{|\}\}|\{[^{}]+\})*", text) is not None,
+        "have names in braces, such as {caption}, and other braces twice",
+        ["template"],
+    ),
+    (lambda text: text.strip() != "", "not be empty", ["template"]),
+    _positive("weight"),
+]
 
 
 def validate(config: Config) -> None:
@@ -111,6 +136,29 @@ def validate(config: Config) -> None:
         check_batch(config, config.parallel.dp)
     _validate_data(config)
     _validate_sources(config.data.train)
+    check_captions(config.data.captions)
+
+
+def check_captions(sources: Sequence[CaptionSource]) -> None:
+    """Check the rules of ``data.captions``.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+    for index, source in enumerate(sources):
+        name, member = f"data.captions[{index}]", source.member.lower()
+        _check_fields(source, _CAPTION_RULES, f"{name}.")
+        is_json = member.endswith("json")
+        if source.field is not None and not is_json:
+            raise ValueError(
+                f"{name}.field ({source.field}) needs a member that ends in json, not "
+                f"({source.member})"
+            )
+        if not is_json and "{caption}" not in source.template:
+            raise ValueError(
+                f"{name}.template ({source.template}) must have {{caption}}, which is the text of "
+                f"{source.member}"
+            )
 
 
 def _validate_tokenizer(config: Config) -> None:

@@ -17,8 +17,9 @@ from typing import IO, Any, ClassVar, Literal, TypeVar, get_args, get_origin, ge
 import yaml
 
 from ds_linclip.config.attention import LayerAttention
+from ds_linclip.config.data import CaptionSource, Source
 from ds_linclip.config.paths import resolved_path, written_path
-from ds_linclip.config.schema import Config, Source, kinds_of, sections
+from ds_linclip.config.schema import Config, kinds_of, sections
 
 __all__ = [
     "as_image_size",
@@ -41,6 +42,8 @@ _CONTAINER = re.compile(r"\[|\{\s*\w+:\s|\{\s*\}$")
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 
 
+#: Sections that a plain text may stand for: it is the value of this field.
+_FIELD_OF_TEXT: dict[Any, str] = {Source: "shards", CaptionSource: "member"}
 #: Files that version 0.2 saved list these beside ``kind: softmax``, where they had no effect.
 _ONCE_WITHOUT_EFFECT = {
     *("feature_map", "normalized", "score_scale", "length_exponent", "head_norm"),
@@ -159,8 +162,8 @@ def as_image_size(name: str, value: object) -> tuple[int, int]:
 def _section(content: Any, node: Any, name: str, folder: Path | None) -> Any:
     """Return the values of the dataclass ``node`` of one layer; without a folder, of all layers
     together, as an instance of ``node``."""
-    if node is Source and isinstance(content, str):
-        content = {"shards": content}
+    if isinstance(content, str) and node in _FIELD_OF_TEXT:
+        content = {_FIELD_OF_TEXT[node]: content}
     if not isinstance(content, dict):
         raise _refusal(name, content, "hold keys and values")
     if node is LayerAttention and folder is None:

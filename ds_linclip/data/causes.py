@@ -4,6 +4,8 @@ __all__ = ["explain", "format_cause", "printable"]
 
 _REPACK = "unpack it with: {} OLD > NEW.tar"
 _EXPLANATIONS = {
+    "json_entry_missing": "the JSON does not have the entry of data.captions, or it is null",
+    "json_entry_no_text": "neither a text nor a list of texts",
     "member_extension": "unknown; known are jpg, jpeg, png, webp, gif, txt, cls and json",
     "member_hidden": "files of the system, not of the user",
     "member_link": "not followed; tar -h --hard-dereference stores the files instead",
@@ -36,7 +38,8 @@ _FIRST_BYTES = (
 
 def explain(cause: str) -> str:
     """Return a cause for a message, with its meaning where the name does not say it all."""
-    return f"{cause} ({_EXPLANATIONS[cause]})" if cause in _EXPLANATIONS else cause
+    meaning = _EXPLANATIONS.get(cause.rpartition("/")[2])  # after the place of a caption
+    return f"{cause} ({meaning})" if meaning else cause
 
 
 def printable(name: str) -> str:

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from ds_linclip.config import Config, check_batch
+from ds_linclip.config import CaptionSource, Config, check_batch
+from ds_linclip.data.caption_choice import CaptionChoice
 from ds_linclip.data.captions import CaptionTokenizer
+from ds_linclip.data.causes import printable
 from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.remote import Storage, is_remote, redact
 from ds_linclip.data.sample_order import GroupSizes, SampleOrder
@@ -50,6 +52,8 @@ class Batch:
     problems: list[ShardProblem] = field(default_factory=list)
     #: Why this rank has no samples for the step; its images are NaN then.
     failure: Exception | None = None
+    #: Captions that were drawn and cannot be used, so that another one of the sample was taken.
+    captions_passed_over: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class _Part:
     keys: list[str]
     captions: list[str]
     skipped: Tally
+    captions_passed_over: Tally
     problems: list[ShardProblem]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -120,6 +125,9 @@ class TrainData:
             "shards of data.train (from their names)": _names_digest(urls),
             "data.crop_scale": data.crop_scale,
             "data.resolutions": [asdict(resolution) for resolution in data.resolutions],
+            "data.captions": [
+                asdict(source) for source in data.captions if data.captions != [CaptionSource()]
+            ],
         }
         storage = Storage(data.cache, data.network)
         storage.check(urls)
@@ -133,6 +141,7 @@ class TrainData:
             groups,
             storage,
             TrainTransform(data.crop_scale, seed=config.train.seed),
+            CaptionChoice(data.captions, seed=config.train.seed),
             CaptionTokenizer(config.model.text.context_length),
             open_shards=lanes_per_reader * data.shuffle_shards + 2,
             max_bad_in_a_row=data.max_bad_in_a_row,
@@ -198,7 +207,7 @@ class TrainData:
         bytes_per_sample = 8 * self._config.model.text.context_length + 3 * math.prod(image_size)
         memory = self._memory(len(positions) * bytes_per_sample)
         texts, images = _views(memory, len(positions), image_size)
-        found = _Part(memory, image_size, [], [], Tally(), [])
+        found = _Part(memory, image_size, [], [], Tally(), Tally(), [])
         places = zip(positions, *self.order.locate(positions), strict=True)
         for row, (position, shard, index) in enumerate(places):
             sample, replaced = self._reader.read(int(position), int(shard), int(index), image_size)
@@ -206,6 +215,8 @@ class TrainData:
             texts[row] = sample.tokens
             found.keys.append(sample.key)
             found.captions.append(sample.caption)
+            for cause in sample.passed_over:
+                found.captions_passed_over.add(cause, f"{printable(sample.key)} of {sample.shard}")
             if replaced is not None:
                 found.skipped.add(*replaced)
         found.problems.extend(self._reader.problems)
@@ -244,15 +255,17 @@ def _views(memory: Tensor, num_samples: int, image_size: tuple[int, int]) -> tup
 def _joined(parts: Sequence[_Part], normalize: Normalizer, device: torch.device) -> Batch:
     """Return one batch on ``device``, normalized there; asynchronous from pinned memory."""
     texts, images = zip(*(part.tensors() for part in parts), strict=True)
-    skipped = Tally()
+    skipped, captions_passed_over = Tally(), Tally()
     for part in parts:
         skipped.merge(part.skipped)
+        captions_passed_over.merge(part.captions_passed_over)
     return Batch(
         images=normalize(images),
         texts=torch.cat([text.to(device, non_blocking=True) for text in texts]),
         keys=[key for part in parts for key in part.keys],
         captions=[caption for part in parts for caption in part.captions],
         skipped=skipped,
+        captions_passed_over=captions_passed_over,
         problems=[problem for part in parts for problem in part.problems],
     )
 

@@ -28,6 +28,7 @@ class DataCounts:
     samples: int = 0
     skipped: Tally = field(default_factory=Tally)
     problems: list[ShardProblem] = field(default_factory=list)
+    captions: Tally = field(default_factory=Tally)  # passed over
 
 
 class DataReport:
@@ -45,6 +46,7 @@ class DataReport:
         self._own = DataCounts()
         self._samples = 0
         self._skipped = Tally()
+        self._captions = Tally()
         self._shards: dict[tuple[str, str], ShardProblem] = {}
 
     def add(self, batch: Batch) -> None:
@@ -52,6 +54,7 @@ class DataReport:
         self._own.samples += len(batch.keys)
         self._own.skipped.merge(batch.skipped)
         self._own.problems += batch.problems
+        self._own.captions.merge(batch.captions_passed_over)
 
     def take(self) -> DataCounts:
         """Return this rank's counts since the last call, and start again from zero."""
@@ -63,6 +66,7 @@ class DataReport:
         for counts in ranks:
             self._samples += counts.samples
             self._skipped.merge(counts.skipped)
+            self._captions.merge(counts.captions)
             for problem in counts.problems:  # several workers may meet the same shard
                 self._shards[problem.url, problem.cause] = problem
 
@@ -88,6 +92,7 @@ class DataReport:
             "data/bad_shards": len({problem.url for problem in bad}),
             **{f"data/skipped/{cause}": count for cause, count in sorted(self._skipped.items())},
             **{f"data/shards/{cause}": count for cause, count in sorted(causes.items())},
+            **{f"data/captions/{cause}": count for cause, count in sorted(self._captions.items())},
         }
 
     def describe(self) -> list[str]:
@@ -102,6 +107,7 @@ class DataReport:
                 shards.add(problem.cause, example)
         counts = {
             f"bad samples of {self._samples}, replaced": self._skipped,
+            f"captions of {self._samples}, another one taken": self._captions,
             "shards": shards,
             "members, passed over": members,
         }
@@ -114,6 +120,8 @@ class DataReport:
             "skipped_samples": self._skipped.total(),
             "skipped": dict(sorted(self._skipped.items())),
             "first_skipped": dict(sorted(self._skipped.examples.items())),
+            "captions_passed_over": dict(sorted(self._captions.items())),
+            "first_captions_passed_over": dict(sorted(self._captions.examples.items())),
             "shards": [asdict(problem) for problem in self._shards.values()],
         }
 
@@ -122,6 +130,9 @@ class DataReport:
         self._samples = state["samples"]
         # Checkpoints of 0.2 have no examples.
         self._skipped = Tally(state["skipped"], state.get("first_skipped"))
+        # Those of 0.2 have one caption per sample.
+        captions = state.get("captions_passed_over"), state.get("first_captions_passed_over")
+        self._captions = Tally(*captions)
         problems = [ShardProblem(**shard) for shard in state["shards"]]
         self._shards = {(problem.url, problem.cause): problem for problem in problems}
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ds_linclip.data.captions import MAX_TEXT_BYTES, CaptionTokenizer, decode_text
+from ds_linclip.data.caption_choice import CaptionChoice
+from ds_linclip.data.captions import CaptionTokenizer
 from ds_linclip.data.causes import explain, printable
 from ds_linclip.data.remote import Storage, redact
 from ds_linclip.data.shard_index import Shard, ShardGroup
@@ -42,6 +43,9 @@ class Sample:
     tokens: Tensor  # [L] int64
     key: str  # within the shard
     caption: str  # the text of the tokens
+    shard: str  # its URL without secrets
+    #: Captions that were drawn before and cannot be used, see :class:`CaptionChoice`.
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class SampleReader:
 
     Args:
         groups: All shards, numbered consecutively over the groups.
-        storage, transform, tokenize: Open shards, decode images, and tokenize captions.
+        storage, transform, choose, tokenize: Open shards, decode images, choose captions, and
+            tokenize them.
         open_shards: Maximum number of open shards.
         max_bad_in_a_row: Number of candidates to try for one sample.
 
@@ -89,6 +94,7 @@ class SampleReader:
         groups: Sequence[ShardGroup],
         storage: Storage,
         transform: TrainTransform,
+        choose: CaptionChoice,
         tokenize: CaptionTokenizer,
         *,
         open_shards: int,
@@ -101,6 +107,7 @@ class SampleReader:
             self._bounds += [(first, len(group.shards))] * len(group.shards)
         self._storage = storage
         self._transform = transform
+        self._choose = choose
         self._tokenize = tokenize
         self._max_bad_in_a_row = max_bad_in_a_row
         self._capacity = open_shards
@@ -160,18 +167,18 @@ class SampleReader:
         self._storage.prefetch([self._shards[number].url for number in numbers])
 
     def _load(self, position: int, number: int, index: int, image_size: tuple[int, int]) -> Sample:
+        url = redact(self._shards[number].url)
         try:
             shard = self._shard(number)
             if not self._shards[number].exact and len(shard):
                 index %= len(shard)  # a shard of unknown size may be shorter than assumed
-            text = shard.read(index, "text", max_bytes=MAX_TEXT_BYTES)
+            caption = self._choose(shard, index, position)
             content = shard.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
         except OSError as error:
-            url = redact(self._shards[number].url)
             raise DataError(f"data.train ({url}) cannot be read: {error}") from error
-        caption = decode_text(text)
         image = self._transform(content, image_size, position)
-        return Sample(image, self._tokenize(caption)[0], shard.keys[index], caption)
+        tokens = self._tokenize(caption.text)[0]
+        return Sample(image, tokens, shard.keys[index], caption.text, url, caption.passed_over)
 
     def _name(self, number: int, index: int) -> str:
         """Return the name of a bad sample for messages."""
@@ -193,7 +200,7 @@ class SampleReader:
         """Return an open shard; remember also that it is lost or broken, but not an OSError."""
         found = self._open.get(number)
         if found is None:
-            found, problems = open_shard(self._shards[number], self._storage)
+            found, problems = open_shard(self._shards[number], self._storage, self._choose.members)
             for problem in problems:
                 if not problem.is_of_members:
                     logger.warning(
@@ -215,8 +222,14 @@ class SampleReader:
             shard.close()
 
 
-def open_shard(shard: Shard, storage: Storage) -> tuple[OpenShard | BadSample, list[ShardProblem]]:
+def open_shard(
+    shard: Shard, storage: Storage, members: Sequence[str] = ()
+) -> tuple[OpenShard | BadSample, list[ShardProblem]]:
     """Open a shard, a second time (from its source) if it is damaged, and list its problems.
+
+    Args:
+        shard, storage: The shard, and what opens it.
+        members: Further members, see :class:`~ds_linclip.data.tar_index.OpenShard`.
 
     Returns:
         The shard, or the reason why it cannot be read; and its problems.
@@ -224,11 +237,11 @@ def open_shard(shard: Shard, storage: Storage) -> tuple[OpenShard | BadSample, l
     Raises:
         OSError: when it cannot be reached.
     """
-    found = _open(shard.url, storage, refetch=False)
+    found = _open(shard.url, storage, members, refetch=False)
     if isinstance(found, BadSample) or found.cut:
         if isinstance(found, OpenShard):
             found.close()
-        found = _open(shard.url, storage, refetch=True)
+        found = _open(shard.url, storage, members, refetch=True)
     name = redact(shard.url)
     problems = [
         ShardProblem(name, cause, number, 0, printable(found.passed_over.examples[cause]))
@@ -249,9 +262,11 @@ def open_shard(shard: Shard, storage: Storage) -> tuple[OpenShard | BadSample, l
     return found, problems
 
 
-def _open(url: str, storage: Storage, *, refetch: bool) -> OpenShard | BadSample:
+def _open(
+    url: str, storage: Storage, members: Sequence[str], *, refetch: bool
+) -> OpenShard | BadSample:
     try:
-        return OpenShard(storage.open(url, refetch=refetch), url)
+        return OpenShard(storage.open(url, refetch=refetch), url, members)
     except FileNotFoundError:
         return BadSample("shard_missing", whole_shard=True)
     except BadSample as error:

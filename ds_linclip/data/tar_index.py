@@ -2,7 +2,8 @@
 
 import os
 import re
-from typing import BinaryIO, Literal
+from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -12,13 +13,14 @@ from ds_linclip.data.tar_members import BrokenTarError, tar_members
 
 __all__ = ["IMAGE_SUFFIXES", "SYSTEM_FOLDERS", "BadSample", "OpenShard", "Role"]
 
-Role = Literal["image", "text", "class", "meta"]
+#: What a member is in its sample: one of ``_ROLES``, or the name of a further member.
+Role = str
 
 #: Ends of the names of images, in tars and in folders.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 #: Folders that systems and programs put beside a user's.
 SYSTEM_FOLDERS = ("__MACOSX", ".AppleDouble", "@eaDir")
-_ROLES: tuple[Role, ...] = ("image", "text", "class", "meta")
+_ROLES = ("image", "text", "class", "meta")
 _IMAGE, _TEXT, _CLASS, _META = range(len(_ROLES))
 _ROLE_OF_EXTENSION = {suffix[1:]: _IMAGE for suffix in IMAGE_SUFFIXES}
 _ROLE_OF_EXTENSION |= {"txt": _TEXT, "cls": _CLASS, "json": _META}
@@ -60,6 +62,8 @@ class OpenShard:
     Args:
         file: A tar on a local file system; this object takes ownership.
         url: Name of the tar in messages.
+        members: Further members, in lower case: what follows the key in their names, such as
+            ``syn.txt``. Each is a role by its own name.
 
     Attributes:
         keys: Key of every sample.
@@ -75,11 +79,12 @@ class OpenShard:
         OSError: when the file system fails, which says nothing about the shard.
     """
 
-    def __init__(self, file: BinaryIO, url: str) -> None:
+    def __init__(self, file: BinaryIO, url: str, members: Sequence[str] = ()) -> None:
         self.url = url
         self._file = file
         self._end = os.fstat(file.fileno()).st_size
-        found = _SampleFinder()
+        self._roles = (*_ROLES, *members)
+        found = _SampleFinder(members)
         try:
             self.cut = self._scan(found)
             samples = found.finish()
@@ -121,16 +126,17 @@ class OpenShard:
 
         Raises:
             BadSample: ``shard_short`` (no such sample), ``<role>_missing``, ``members_apart`` (it
-                stands elsewhere in the tar) or ``<role>_too_many_bytes``.
+                stands elsewhere in the tar) or ``<role>_too_many_bytes``; the role of a further
+                member is named ``json`` or ``text``.
         """
         if index >= len(self.keys):
             raise BadSample("shard_short")
-        offset, size = self._places[index, _ROLES.index(role)].tolist()
+        offset, size = self._places[index, self._roles.index(role)].tolist()
         if offset < 0:
             is_apart = offset == _APART[0]
-            raise BadSample("members_apart" if is_apart else f"{role}_missing")
+            raise BadSample("members_apart" if is_apart else f"{_noun(role)}_missing")
         if size > max_bytes:
-            raise BadSample(f"{role}_too_many_bytes")
+            raise BadSample(f"{_noun(role)}_too_many_bytes")
         return offset, size
 
     def read(self, index: int, role: Role, *, max_bytes: int) -> bytes:
@@ -142,11 +148,18 @@ class OpenShard:
         offset, size = self.find(index, role, max_bytes=max_bytes)
         content = os.pread(self._file.fileno(), size, offset)
         if len(content) < size:
-            raise BadSample(f"{role}_cut")
+            raise BadSample(f"{_noun(role)}_cut")
         return content
 
     def close(self) -> None:
         self._file.close()
+
+
+def _noun(role: Role) -> str:
+    """Return a role as causes name it."""
+    if role in _ROLES:
+        return role
+    return "json" if role.endswith("json") else "text"
 
 
 class _Found:
@@ -154,16 +167,16 @@ class _Found:
 
     __slots__ = ("key", "names", "places")
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, num_roles: int) -> None:
         self.key = key
-        self.names: list[str | None] = [None] * len(_ROLES)
-        self.places = [_NOWHERE] * len(_ROLES)
+        self.names: list[str | None] = [None] * num_roles
+        self.places = [_NOWHERE] * num_roles
 
     @property
     def is_complete(self) -> bool:
         """Whether it could be used by itself."""
-        (image, _), (text, _), (label, _), _ = self.places
-        return image >= 0 and (text >= 0 or label >= 0)
+        (image, _), (text, _), (label, _), _, *further = self.places
+        return image >= 0 and (text >= 0 or label >= 0 or any(at >= 0 for at, _ in further))
 
     def join(self, other: "_Found") -> None:
         """Add members that stand elsewhere in the tar, which are not read."""
@@ -178,15 +191,18 @@ class _Found:
 class _SampleFinder:
     """Forms samples of the files of a tar, which come in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, members: Sequence[str]) -> None:
         self.passed_over = Tally()
+        # The longest first: "syn.txt" before "txt".
+        self._ends = {f".{each}": len(_ROLES) + i for i, each in enumerate(members)}
+        self._ends = dict(sorted(self._ends.items(), key=lambda item: -len(item[0])))
+        self._num_roles = len(_ROLES) + len(members)
         self._samples: list[_Found] = []
         # The samples that the next member may belong to. The key of each extends the one before.
         self._open: list[_Found] = []
 
     def add(self, name: str, place: tuple[int, int]) -> None:
-        key, _, extension = name.rpartition(".")
-        role = _ROLE_OF_EXTENSION.get(extension.lower())
+        key, role = self._split(name)
         is_next = bool(self._open) and self._open[-1].key == key  # most often, hence tried first
         if not is_next and _HIDDEN.search(name):
             self.passed_over.add("member_hidden", name)
@@ -203,6 +219,14 @@ class _SampleFinder:
             return
         sample.names[role], sample.places[role] = name, place
 
+    def _split(self, name: str) -> tuple[str, int | None]:
+        """Return the key and the role of a file by its name; None: it is never read."""
+        if self._ends and (lower := name.lower()).endswith(tuple(self._ends)):
+            end = next(filter(lower.endswith, self._ends))
+            return name[: -len(end)], self._ends[end]
+        key, _, extension = name.rpartition(".")
+        return key, _ROLE_OF_EXTENSION.get(extension.lower())
+
     def _sample_of(self, key: str) -> _Found:
         """Return an open sample with this key, or a new one."""
         while self._open and not key.startswith(f"{self._open[-1].key}."):
@@ -212,7 +236,7 @@ class _SampleFinder:
         return self._begin(key)
 
     def _begin(self, key: str) -> _Found:
-        sample = _Found(key)
+        sample = _Found(key, self._num_roles)
         self._samples.append(sample)
         self._open.append(sample)
         return sample
@@ -225,7 +249,7 @@ class _SampleFinder:
         for sample in self._samples:
             earlier = last.get(sample.key)
             if not sample.is_complete and _extends_any(sample.key, keys):
-                for name in filter(None, sample.names[:_META]):
+                for name in filter(None, (*sample.names[:_META], *sample.names[_META + 1 :])):
                     self.passed_over.add("member_surplus", name)
             elif earlier is None or any(map(_both, earlier.names, sample.names)):
                 samples.append(sample)

@@ -18,8 +18,15 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ds_linclip.config import CacheConfig, NetworkConfig, Source
-from ds_linclip.data.captions import MAX_TEXT_BYTES, CaptionTokenizer, decode_text
+from ds_linclip.config import (
+    CacheConfig,
+    CaptionSource,
+    NetworkConfig,
+    Source,
+    captions_of,
+)
+from ds_linclip.data.caption_choice import CaptionChoice
+from ds_linclip.data.captions import CaptionTokenizer
 from ds_linclip.data.causes import printable
 from ds_linclip.data.parallel_map import ordered_map
 from ds_linclip.data.prepare.inspection_figure import draw_inspection
@@ -53,6 +60,7 @@ def inspect_shards(
     decode: bool = True,
     cache_dir: str | None = None,
     write_sizes: bool = False,
+    captions: Sequence[CaptionSource] = (),
 ) -> dict[str, Any]:
     """Read shards and report what they hold.
 
@@ -68,6 +76,7 @@ def inspect_shards(
         write_sizes: Whether to write ``sizes.json`` beside the shards, with the number of samples
             of each shard that is complete and agrees with its stated size. Entries of other shards
             are kept. It needs local shards and neither ``max_shards`` nor ``max_samples``.
+        captions: Where the captions are, as in ``data.captions``. Of each sample one is drawn.
 
     Returns:
         The report, ready for JSON.
@@ -95,7 +104,8 @@ def inspect_shards(
     total = ShardFindings()
     sizes: dict[Path, int | None] = {}
     start = time.perf_counter()
-    inspect = partial(_inspect, decode=decode, cache_dir=cache_dir)
+    choose = CaptionChoice(captions, seed=0)
+    inspect = partial(_inspect, choose=choose, decode=decode, cache_dir=cache_dir)
     found = ordered_map(inspect, zip(shards, quotas, strict=True), num_workers=num_workers)
     with closing(found), progress(found, total=len(shards), unit="shard") as bar:
         for shard, findings in zip(shards, bar, strict=True):
@@ -113,11 +123,15 @@ def inspect_shards(
 
 
 def _inspect(
-    task: tuple[Shard, int | None], *, decode: bool, cache_dir: str | None
+    task: tuple[Shard, int | None],
+    *,
+    choose: CaptionChoice,
+    decode: bool,
+    cache_dir: str | None,
 ) -> ShardFindings:
     """Inspect a shard: all its samples, or as many as given, evenly spaced."""
     shard, limit = task
-    opened, problems = open_shard(shard, _storage(cache_dir))
+    opened, problems = open_shard(shard, _storage(cache_dir), choose.members)
     # Training reads no samples beyond the expected number.
     expected = shard.num_samples if shard.exact or isinstance(opened, BadSample) else len(opened)
     findings = ShardFindings(expected=expected, unsized=int(not shard.exact))
@@ -134,33 +148,44 @@ def _inspect(
     if isinstance(opened, OpenShard):
         with closing(opened):
             findings.found = len(opened)
-            _read(opened, _spread(min(len(opened), expected), limit), findings, decode=decode)
-    findings.shards_by_cause.update([*findings.bad_samples, *findings.passed_over])
+            indices = _spread(min(len(opened), expected), limit)
+            _read(opened, indices, findings, choose=choose, decode=decode)
+    findings.shards_by_cause.update(
+        [*findings.bad_samples, *findings.passed_over, *findings.captions]
+    )
     return findings
 
 
 def _read(
-    opened: OpenShard, indices: Sequence[int], findings: ShardFindings, *, decode: bool
+    opened: OpenShard,
+    indices: Sequence[int],
+    findings: ShardFindings,
+    *,
+    choose: CaptionChoice,
+    decode: bool,
 ) -> None:
     url = redact(opened.url)
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about defects that are counted here
         for index in indices:
+            example = f"{printable(opened.keys[index])} of {url}"
             try:
-                _read_sample(opened, index, findings, decode=decode)
+                caption = choose(opened, index, index)
+                _read_sample(opened, index, caption.text, findings, decode=decode)
+                for cause in caption.passed_over:
+                    findings.captions.add(cause, example)
             except BadSample as error:
-                example = f"{printable(opened.keys[index])} of {url}"
                 findings.bad_samples.add(error.cause, example)
     findings.seconds = time.perf_counter() - start
     findings.read = len(indices)
 
 
-def _read_sample(opened: OpenShard, index: int, findings: ShardFindings, *, decode: bool) -> None:
-    """Read the text first, then the image, as training does: the first defect counts."""
-    text = opened.read(index, "text", max_bytes=MAX_TEXT_BYTES)
-    findings.bytes_read += len(text)
-    caption = decode_text(text)
+def _read_sample(
+    opened: OpenShard, index: int, caption: str, findings: ShardFindings, *, decode: bool
+) -> None:
+    """Read the image after the text, as training does: the first defect counts."""
+    findings.bytes_read += len(caption.encode())
     content = opened.read(index, "image", max_bytes=MAX_IMAGE_BYTES)
     findings.bytes_read += len(content)
     with open_image(content) as image:
@@ -225,6 +250,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError, OSError: see :func:`inspect_shards`.
     """
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "words")}
+    settings["captions"] = captions_of(settings["captions"])
     options.out.mkdir(parents=True, exist_ok=True)
     report = inspect_shards(**settings)
     (options.out / "report.json").write_text(json.dumps(report, indent=4) + "\n")

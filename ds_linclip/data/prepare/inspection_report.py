@@ -32,6 +32,7 @@ class ShardFindings:
     seconds: float = 0.0  # of reading and decoding, summed over workers
     bad_samples: Tally = field(default_factory=Tally)
     passed_over: Tally = field(default_factory=Tally)  # members that are never read
+    captions: Tally = field(default_factory=Tally)  # drawn, but not usable: another one was taken
     shards_by_cause: Counter[str] = field(default_factory=Counter)
     problems: list[dict[str, str | int]] = field(default_factory=list)  # of single shards
     # Usable samples by length of the caption, (width, height) in pixels, size of the file, and
@@ -85,6 +86,7 @@ def summarise(total: ShardFindings, *, seconds: float, num_workers: int) -> dict
         },
         "causes": _entries(total.bad_samples, "samples", total.shards_by_cause),
         "passed_over": _entries(total.passed_over, "members", total.shards_by_cause),
+        "captions_passed_over": _entries(total.captions, "captions", total.shards_by_cause),
         "problems": total.problems[:_MAX_PROBLEMS_LISTED],
         "problems_not_listed": len(total.problems[_MAX_PROBLEMS_LISTED:]),
         "caption_characters": _distribution(total.characters, _log_edges(total.characters)),
@@ -165,7 +167,7 @@ def _table(causes: Mapping[str, Mapping[str, Any]], counted: str) -> list[str]:
         for cause, counts in causes.items()
     ]
     meanings = [explain(cause) for cause in causes if explain(cause) != cause]
-    title = "cause" if counted == "samples" else "passed over"
+    title = {"samples": "cause", "members": "passed over"}.get(counted, "another one taken")
     return [f"{title:24} {counted:>10} {'shards':>8}  first", *(rows or ["none"]), *meanings]
 
 
@@ -176,8 +178,9 @@ def to_text(report: Mapping[str, Any]) -> str:
         f"{shards['inspected']} of {shards['listed']} shards: {samples['expected']} samples "
         f"expected, {samples['found']} found, {samples['read']} read, {samples['usable']} usable",
         *_table(report["causes"], "samples"),
-        *(_table(report["passed_over"], "members") if report["passed_over"] else []),
     ]
+    for name, counted in (("passed_over", "members"), ("captions_passed_over", "captions")):
+        lines += _table(report[name], counted) if report[name] else []
     if shards["unsized"]:
         lines.append(
             f"{shards['unsized']} shards have neither sizes.json nor _stats.json and may be "

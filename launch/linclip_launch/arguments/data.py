@@ -140,6 +140,12 @@ def _shards_inspect(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the number of samples of local shards to sizes.json beside them",
     )
+    parser.add_argument(
+        "--captions",
+        default="[]",
+        metavar="SOURCES",
+        help="where the captions are, as in data.captions; default: the member txt",
+    )
 
 
 def _export(parser: argparse.ArgumentParser) -> None:

@@ -189,6 +189,7 @@ PATH_KEYS = [
 TEXT_KEYS = {
     *("name", "log.wandb", "log.trackio"),
     *(f"model.{tower}.attention_by_layer[*].layers" for tower in ("vision", "text")),
+    *(f"data.captions[*].{name}" for name in ("member", "field", "template")),
 }
 
 

@@ -399,3 +399,29 @@ def test_command_exits_with_2_for_a_mistake(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
+
+
+def test_captions_are_read_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    image = picture()
+    samples = [(f"{i:03d}", {"jpg": image, "json": b'{"syn": ["one", ""]}'}) for i in range(40)]
+    samples[0] = ("000", {"jpg": image, "json": b"{"})
+    write_shard(tmp_path / "0.tar", samples)
+    arguments = ["shards", "inspect", str(tmp_path / "0.tar"), "--out", str(tmp_path / "report")]
+    sources = "[{member: json, field: syn, template: 'a {caption}'}]"
+    assert main([*arguments, "--workers", "1", "--captions", sources]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["samples"]["usable"] == 39
+    assert {cause: each["samples"] for cause, each in report["causes"].items()} == {
+        "json_undecodable": 1
+    }
+    assert report["caption_characters"]["max"] == len("a one")
+    assert report["captions_passed_over"] == {}
+    sources = "[{member: json, field: syn}, {member: syn.txt}]"
+    assert main([*arguments, "--workers", "1", "--captions", sources]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    passed_over = report["captions_passed_over"]
+    assert passed_over.keys() == {"json.syn/text_empty", "syn.txt/text_missing"}
+    assert report["caption_characters"]["max"] == len("one")
+    assert "another one taken" in capsys.readouterr().out
+    assert main([*arguments, "--captions", "[{member: json, weight: 0}]"]) == 2
+    assert "data.captions[0].weight (0.0) must be greater than 0" in capsys.readouterr().err
