@@ -25,6 +25,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
+from ds_linclip.monitoring.profile import StepProfiler
 from ds_linclip.monitoring.sinks import open_sinks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import describe, plan_rank
@@ -134,6 +135,8 @@ class Trainer:
         mesh.agree(lambda: deepspeed_config(config, mesh))
         compilation = mesh.agree(lambda: plan_compilation(config, mesh))
         self._is_captured = bool(compilation.captured)
+        self._profiler = StepProfiler(config, mesh)
+        resources.callback(self._profiler.close)
         folder = resources.enter_context(RunFolder.hold(config, mesh))
         listeners = resources.enter_context(open_sinks(config, mesh, phases))
         phases.enter("building the model")
@@ -227,6 +230,7 @@ class Trainer:
             The loss [] of this rank's rows, on the device.
         """
         config, done = self._config, self.step
+        self._profiler.before_step(done + 1)
         self._phases.enter("waiting for data", done + 1)
         started = time.perf_counter()
         batch = next(self._batches)
@@ -257,6 +261,7 @@ class Trainer:
             was_skipped=self._engine.was_skipped,
             is_excused=self._engine.can_lower_loss_scale,
         )
+        self._profiler.after_step()
         return loss
 
     def _check_batch(self, batch: Batch, counters: Mapping[str, Any]) -> None:
@@ -291,7 +296,8 @@ class Trainer:
         """
         save, leave = self._signals.take()
         save |= not self._divergence.is_skipping and self._checkpoints.is_due_by_clock()
-        has_failed = self._checkpoints.has_failed or self._sample_log.failure is not None
+        own_logs = (self._sample_log, self._profiler)
+        has_failed = self._checkpoints.has_failed or any(log.failure for log in own_logs)
         mine = RunRequests(save=save, leave=leave, has_failed=has_failed)
         requests = self._request_reducer.reduce(mine)
         if requests.has_failed:
@@ -306,7 +312,8 @@ class Trainer:
         bad."""
 
         def check() -> None:
-            _raise_first([self._writer.failure, self._sample_log.failure])
+            logs = (self._writer, self._sample_log, self._profiler)
+            _raise_first([log.failure for log in logs])
             self._report.check()
 
         self._mesh.agree(check, (Exception,))
@@ -433,6 +440,7 @@ class Trainer:
     def _finish(self) -> None:
         """Wait until nothing is under way any more."""
         self._phases.enter("saving")
+        self._profiler.close()
         self._request_reducer.close()
         self._checkpoints.wait()
         self._writer.end()

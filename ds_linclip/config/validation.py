@@ -49,7 +49,7 @@ _RULES: list[_Rule] = [
         *("data.shuffle_shards", "data.prefetch_batches", "data.max_bad_in_a_row"),
         *("data.cache.max_gib", *(f"data.network.{each.name}" for each in fields(NetworkConfig))),
         *("checkpoint.keep_last", "eval.batch_size", "log.every_steps", "log.peak_tflops"),
-        *("health.max_skipped_steps", "health.spike_window"),
+        *("health.max_skipped_steps", "health.spike_window", "log.profile.first_step"),
     ),
     (
         lambda value: 0 <= value < math.inf,
@@ -59,7 +59,7 @@ _RULES: list[_Rule] = [
             *("data.num_workers", "checkpoint.every_steps", "checkpoint.every_minutes"),
             *("checkpoint.keep_every_steps", "eval.every_steps", "health.max_rewinds"),
             "eval.max_bad_samples",
-            *("log.num_images", "watchdog.timeout_seconds"),
+            *("log.num_images", "watchdog.timeout_seconds", "log.profile.steps"),
         ),
     ),
     (
@@ -79,6 +79,7 @@ _RULES: list[_Rule] = [
         "be greater than 1, or 0 for no warnings",
         ["watchdog.slow_rank_ratio"],
     ),
+    (lambda ranks: min(ranks, default=0) >= 0, "be numbers from 0 on", ["log.profile.ranks"]),
     (lambda port: 0 < port < 2**16, "be in 1..65535", ["log.prometheus_port"]),
     (lambda name: name != "", "be the name of a project, or null", ["log.wandb", "log.trackio"]),
     (
