@@ -33,12 +33,12 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
-    """Zero-shot classification of held-out images, during training and at its end."""
+class HeldOutSet:
+    """Held-out images with their classes, for zero-shot classification."""
 
     #: Folder in clip_benchmark's webdataset layout (`test/*.tar`, `classnames.txt`,
-    #: `zeroshot_classification_templates.txt`), or a folder whose classes `classes` lists; null: no
-    #: evaluation.
+    #: `zeroshot_classification_templates.txt`), or a folder whose classes `classes` lists; null:
+    #: none.
     data: str | None = field(default=None, metadata=_PATH)
     #: The folder's classes: an ImageNet list (`imagenet-22k`, `imagenet-21k-goog`,
     #: `imagenet-21k-miil`, `imagenet-21k-miil-w21`, `imagenet-12k`, `imagenet-1k`) or a file with
@@ -50,15 +50,36 @@ class EvalConfig:
     #: Prompt templates for such a list: `one`, `simple` (open_clip's 7), `openai` (its 80), or a
     #: file with one template per line.
     templates: str = field(default="one", metadata=_PATH | {"names": _TEMPLATE_SETS})
+    #: Held-out images that may be unreadable; they are counted and are wrong. More are an error.
+    max_bad_samples: int = 0
+
+
+@dataclass(kw_only=True)
+class NamedSet(HeldOutSet):
+    """A further held-out set of a run, which scores as `eval/<name>/top1` and `top5`."""
+
+    #: Name of the set in tags and messages: letters, digits, `.`, `-` and `_`. Required.
+    name: str = ""
+
+
+@dataclass(kw_only=True)
+class EvalConfig(HeldOutSet):
+    """Scores of held-out data, during training and at its end.
+
+    `data` and the keys that describe it are one zero-shot set, which scores as
+    `eval/zeroshot_top1` and `eval/zeroshot_top5`.
+    """
+
+    #: Further zero-shot sets, such as `[{name: imagenet_v2, data: /data/imagenet_v2}]`.
+    sets: list[NamedSet] = field(default_factory=list)
     #: Steps between evaluations; 0: only at the end.
     every_steps: int = 0
     #: Images per forward pass and rank.
     batch_size: int = 256
-    #: Held-out images that may be unreadable; they are counted and are wrong. More are an error.
-    max_bad_samples: int = 0
-    #: Decode every held-out image once before the first step, on all ranks and data workers (each
-    #: about 100 images of ImageNet per second); `<run folder>/held_out.json` keeps the result until
-    #: a file changes. `false`: an unreadable image ends the run at its first evaluation.
+    #: Decode every held-out image of the zero-shot sets once before the first step, on all ranks
+    #: and data workers (each about 100 images of ImageNet per second); `<run folder>/held_out.json`
+    #: keeps the result until a file changes. `false`: an unreadable image ends the run at its first
+    #: evaluation.
     check_images: bool = True
 
 

@@ -1,6 +1,7 @@
 """The rules that a configuration must satisfy before anything starts."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from operator import attrgetter
@@ -8,6 +9,7 @@ from typing import Any
 
 from ds_linclip.config.attention import Attention
 from ds_linclip.config.compilation import graph_break
+from ds_linclip.config.monitoring import EvalConfig
 from ds_linclip.config.schema import (
     Config,
     ModelConfig,
@@ -93,6 +95,8 @@ _RULES: list[_Rule] = [
         ["name"],
     ),
 ]
+#: Names of other parts of ``eval``.
+_TAKEN_NAMES = ("validation",)
 _SOURCE_RULES: list[_Rule] = [
     (lambda shards: shards != "", "name shards", ["shards"]),
     (lambda weight: weight != 0, "not be 0: leave the source out", ["weight"]),
@@ -116,6 +120,7 @@ def validate(config: Config) -> None:
         check_batch(config, config.parallel.dp)
     _validate_data(config)
     _validate_sources(config.data.train)
+    _validate_eval(config.eval)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -414,6 +419,26 @@ def _validate_sources(sources: Sequence[Source]) -> None:
                 f"{name}.upsampling ({source.upsampling}) must be 1 with a weight "
                 f"({source.weight}): both set how often a sample comes"
             )
+
+
+def _validate_eval(evaluation: EvalConfig) -> None:
+    seen: set[str] = set()
+    for index, each in enumerate(evaluation.sets):
+        name = f"eval.sets[{index}]"
+        if not re.fullmatch(r"[\w.-]+", each.name, re.ASCII) or each.name in _TAKEN_NAMES:
+            raise ValueError(
+                f"{name}.name ({each.name!r}) must be of letters, digits, '.', '-' and '_', and "
+                f"not {' or '.join(_TAKEN_NAMES)}"
+            )
+        if each.name in seen:
+            raise ValueError(f"{name}.name ({each.name}) must be that of one set only")
+        if each.data is None:
+            raise ValueError(f"{name}.data (None) must name a held-out folder")
+        if each.max_bad_samples < 0:
+            raise ValueError(
+                f"{name}.max_bad_samples ({each.max_bad_samples}) must not be negative"
+            )
+        seen.add(each.name)
 
 
 def _require_patches(name: str, image_size: tuple[int, int], patch_size: int) -> None:
