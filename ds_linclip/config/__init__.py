@@ -36,6 +36,7 @@ from ds_linclip.config.monitoring import (
     LogConfig,
     NamedSet,
     ProfileConfig,
+    ValidationConfig,
 )
 from ds_linclip.config.schema import (
     CacheConfig,
@@ -98,6 +99,7 @@ __all__ = [
     "StateAttention",
     "TextTower",
     "TrainConfig",
+    "ValidationConfig",
     "VisionTower",
     "WatchdogConfig",
     "WindowAttention",

@@ -63,6 +63,21 @@ class NamedSet(HeldOutSet):
 
 
 @dataclass(kw_only=True)
+class ValidationConfig:
+    """Held-out image-text pairs, read as in evaluation, without augmentation.
+
+    They score as `eval/validation/...`: the loss, over global batches of `train.global_batch_size`
+    (fewer if there are fewer samples), and recall and median rank of retrieval among all of them. A
+    larger part of bad samples than `data.max_bad_samples` is an error.
+    """
+
+    #: Brace pattern of shards as those of `data.train`, but held out from it; null: none.
+    shards: str | None = field(default=None, metadata=_PATH)
+    #: Number of samples that are taken, from the first shard on; every rank holds all features.
+    num_samples: int = 10_000
+
+
+@dataclass(kw_only=True)
 class EvalConfig(HeldOutSet):
     """Scores of held-out data, during training and at its end.
 
@@ -72,6 +87,7 @@ class EvalConfig(HeldOutSet):
 
     #: Further zero-shot sets, such as `[{name: imagenet_v2, data: /data/imagenet_v2}]`.
     sets: list[NamedSet] = field(default_factory=list)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     #: Steps between evaluations; 0: only at the end.
     every_steps: int = 0
     #: Images per forward pass and rank.

@@ -22,7 +22,7 @@ with gc_paused():
     from ds_linclip.preflight import network_probe, node_checks, storage_checks, table
     from ds_linclip.preflight.rendezvous import Rendezvous, RendezvousError
     from ds_linclip.process.parent_death import end_with_launcher
-    from linclip_eval.training_evaluators import Evaluators
+    from linclip_eval.training.evaluators import Evaluators
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -74,7 +74,8 @@ def _check(arguments: argparse.Namespace, rendezvous: Rendezvous) -> Iterator[ta
     yield storage_checks.check_output_folder(rendezvous, config)
     yield from node_checks.check_disk_space(rendezvous, config, arguments.min_free_gib * 2**30)
     yield storage_checks.check_training_data(rendezvous, config)
-    held_out = [each.data for each in (config.eval, *config.eval.sets) if each.data is not None]
+    sets = [each.data for each in (config.eval, *config.eval.sets)]
+    held_out = [each for each in (*sets, config.eval.validation.shards) if each is not None]
     if held_out:
         open_evaluation = partial(Evaluators.from_config, config, device=torch.device("cpu"))
         where = ", ".join(held_out)

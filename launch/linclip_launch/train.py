@@ -26,7 +26,7 @@ with gc_paused():
     from ds_linclip.resilience.preemption import Preempted
     from ds_linclip.resilience.watchdog import collective_timeout, watched
     from ds_linclip.trainer import TrainResult, train
-    from linclip_eval.training_evaluators import Evaluators
+    from linclip_eval.training.evaluators import Evaluators
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.trainer import train
 from helpers import EMBEDDED
-from linclip_eval.training_evaluators import Evaluators
+from linclip_eval.training.evaluators import Evaluators
 from linclip_eval.zero_shot.task import ZeroShotTask
 from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from ds_linclip.config import Config
 from ds_linclip.process.phase import PhaseTracker
 from linclip_eval.protocols import Better
+from linclip_eval.training.validation import ValidationEvaluator
 from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
 __all__ = ["Evaluators"]
@@ -68,3 +69,5 @@ def _parts(
         yield HeldOutEvaluator.from_config(config, device=device, group=group)
     for held_out in config.eval.sets:
         yield HeldOutEvaluator.from_config(config, device=device, group=group, held_out=held_out)
+    if config.eval.validation.shards is not None:
+        yield ValidationEvaluator.from_config(config, device=device, group=group)
