@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ds_linclip.checkpoint.best import BestCheckpoint
 from ds_linclip.checkpoint.manager import CheckpointManager, NotSaved
 from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
@@ -57,6 +58,10 @@ class Evaluator(Protocol):
     ValueError or AgreedCrash must be raised on all ranks, or by one after its last communication;
     any other exception ends its rank.
     """
+
+    @property
+    def metrics(self) -> Mapping[str, Literal["max", "min"]]:
+        """The tags that a call returns, and which end of each is better."""
 
     def rehearse(self, model: CLIP, phases: PhaseTracker) -> None:
         """Try before the first step what the later calls need."""
@@ -142,6 +147,8 @@ class Trainer:
         phases.enter("building the model")
         self._checkpoints = CheckpointManager(config, mesh, self._data.identity)
         resources.callback(self._checkpoints.close)
+        metrics = evaluate.metrics if evaluate and config.checkpoint.keep_best else {}
+        self._best = BestCheckpoint(config, mesh, self._checkpoints, metrics)
         resume_from = self._checkpoints.newest()
         folder.record_start(resume_from)
         self._checkpoints.remove_leftovers()
@@ -423,6 +430,9 @@ class Trainer:
         )
         self._writer.scalars(self.step, self.result.evaluation)
         self._check_records()
+        if self._best.is_better(self.result.evaluation):
+            self._save()  # nothing to do if this step is saved
+            self._best.record(self.result.evaluation)
         self._meter.restart()
 
     def _with_evaluation_model(self, work: Callable[[CLIP], T]) -> T:

@@ -24,6 +24,10 @@ class CheckpointConfig:
     keep_last: int = 3
     #: Checkpoints at multiples of this number of steps are kept permanently; 0: none.
     keep_every_steps: int = 0
+    #: Score whose best checkpoint is kept besides, such as `eval/zeroshot_top1` or
+    #: `eval/validation/loss`; null: none. Whenever an evaluation is better than all before it, its
+    #: step is saved and `checkpoints/best.json` names it, for `linclip export --best`.
+    keep_best: str | None = None
     #: Write checkpoints in the background; training waits only for the copy to host memory. Needs
     #: host memory for a rank's part of weights and optimizer state.
     asynchronous: bool = True

@@ -187,7 +187,7 @@ PATH_KEYS = [
     *("eval.data", "eval.classes", "eval.templates", "eval.validation.shards"),
 ]
 TEXT_KEYS = {
-    *("name", "log.wandb", "log.trackio", "eval.sets[*].name"),
+    *("name", "log.wandb", "log.trackio", "eval.sets[*].name", "checkpoint.keep_best"),
     *(f"model.{tower}.attention_by_layer[*].layers" for tower in ("vision", "text")),
 }
 
