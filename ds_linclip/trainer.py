@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ds_linclip.checkpoint.best import BestCheckpoint
 from ds_linclip.checkpoint.manager import CheckpointManager, NotSaved
 from ds_linclip.config import Config, InitConfig
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
@@ -28,6 +29,7 @@ from ds_linclip.model.freeze import lock_towers
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.model.transfer import transfer_attention
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
+from ds_linclip.monitoring.profile import StepProfiler
 from ds_linclip.monitoring.sinks import open_sinks
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.planner.plan import describe, plan_rank
@@ -59,6 +61,10 @@ class Evaluator(Protocol):
     ValueError or AgreedCrash must be raised on all ranks, or by one after its last communication;
     any other exception ends its rank.
     """
+
+    @property
+    def metrics(self) -> Mapping[str, Literal["max", "min"]]:
+        """The tags that a call returns, and which end of each is better."""
 
     def rehearse(self, model: CLIP, phases: PhaseTracker) -> None:
         """Try before the first step what the later calls need."""
@@ -137,12 +143,16 @@ class Trainer:
         mesh.agree(lambda: deepspeed_config(config, mesh))
         compilation = mesh.agree(lambda: plan_compilation(config, mesh))
         self._is_captured = bool(compilation.captured)
+        self._profiler = StepProfiler(config, mesh)
+        resources.callback(self._profiler.close)
         folder = resources.enter_context(RunFolder.hold(config, mesh))
         listeners = resources.enter_context(open_sinks(config, mesh, phases))
         phases.enter("building the model")
         self._teacher = Teacher(config, mesh) if config.teacher.model else None
         self._checkpoints = CheckpointManager(config, mesh, self._data.identity)
         resources.callback(self._checkpoints.close)
+        metrics = evaluate.metrics if evaluate and config.checkpoint.keep_best else {}
+        self._best = BestCheckpoint(config, mesh, self._checkpoints, metrics)
         resume_from = self._checkpoints.newest()
         folder.record_start(resume_from)
         self._checkpoints.remove_leftovers()
@@ -235,6 +245,7 @@ class Trainer:
             The loss [] of this rank's rows, on the device.
         """
         config, done = self._config, self.step
+        self._profiler.before_step(done + 1)
         self._phases.enter("waiting for data", done + 1)
         started = time.perf_counter()
         batch = next(self._batches)
@@ -270,6 +281,7 @@ class Trainer:
             was_skipped=self._engine.was_skipped,
             is_excused=self._engine.can_lower_loss_scale,
         )
+        self._profiler.after_step()
         return loss
 
     def _targets(self, batch: Batch) -> Targets:
@@ -310,7 +322,8 @@ class Trainer:
         """
         save, leave = self._signals.take()
         save |= not self._divergence.is_skipping and self._checkpoints.is_due_by_clock()
-        has_failed = self._checkpoints.has_failed or self._sample_log.failure is not None
+        own_logs = (self._sample_log, self._profiler)
+        has_failed = self._checkpoints.has_failed or any(log.failure for log in own_logs)
         mine = RunRequests(save=save, leave=leave, has_failed=has_failed)
         requests = self._request_reducer.reduce(mine)
         if requests.has_failed:
@@ -325,7 +338,8 @@ class Trainer:
         bad."""
 
         def check() -> None:
-            _raise_first([self._writer.failure, self._sample_log.failure])
+            logs = (self._writer, self._sample_log, self._profiler)
+            _raise_first([log.failure for log in logs])
             self._report.check()
 
         self._mesh.agree(check, (Exception,))
@@ -443,6 +457,9 @@ class Trainer:
         )
         self._writer.scalars(self.step, self.result.evaluation)
         self._check_records()
+        if self._best.is_better(self.result.evaluation):
+            self._save()  # nothing to do if this step is saved
+            self._best.record(self.result.evaluation)
         self._meter.restart()
 
     def _with_evaluation_model(self, work: Callable[[CLIP], T]) -> T:
@@ -460,6 +477,7 @@ class Trainer:
     def _finish(self) -> None:
         """Wait until nothing is under way any more."""
         self._phases.enter("saving")
+        self._profiler.close()
         self._request_reducer.close()
         self._checkpoints.wait()
         self._writer.end()

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,6 +139,7 @@ class KeepWeights:
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
+        self.metrics: Mapping[str, Literal["max", "min"]] = {}
 
     def rehearse(self, model: CLIP, phases: PhaseTracker) -> None:
         pass

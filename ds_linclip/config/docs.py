@@ -116,6 +116,7 @@ def _type_name(hint: Any) -> str:
         "Source": "sources",
         "Resolution": "sizes",
         "LayerAttention": "layers",
+        "NamedSet": "sets",
     }
     return special.get(hint.__name__, hint.__name__)
 

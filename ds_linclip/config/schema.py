@@ -9,15 +9,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ds_linclip.config.data import DataConfig
 from ds_linclip.config.distillation import ContrastiveTerm, LossTerm, TeacherConfig
+from ds_linclip.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from ds_linclip.config.towers import ModelConfig
 
 #: Marks a field that holds a path, which is made absolute. Its ``names`` are no paths.
 _PATH = {"path": True}
-_CLASS_LISTS = (
-    *("imagenet-22k", "imagenet-21k-goog", "imagenet-21k-miil", "imagenet-21k-miil-w21"),
-    *("imagenet-12k", "imagenet-1k"),
-)
-_TEMPLATE_SETS = ("one", "simple", "openai")
 
 
 @dataclass(kw_only=True)
@@ -180,56 +176,6 @@ class ZeroConfig:
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig:
-    """Saving of checkpoints to `<run folder>/checkpoints`, and removal of old ones."""
-
-    #: Steps between checkpoints; 0: none by step. The last step is always saved.
-    every_steps: int = 1000
-    #: Minutes between checkpoints, counted from the last one of any kind; 0: none by time.
-    every_minutes: float = 0.0
-    #: Number of newest checkpoints that are kept.
-    keep_last: int = 3
-    #: Checkpoints at multiples of this number of steps are kept permanently; 0: none.
-    keep_every_steps: int = 0
-    #: Write checkpoints in the background; training waits only for the copy to host memory. Needs
-    #: host memory for a rank's part of weights and optimizer state.
-    asynchronous: bool = True
-    #: `latest`: resume from the newest checkpoint of the run folder, if there is one. `never`:
-    #: refuse a run folder that has checkpoints.
-    resume: Literal["latest", "never"] = "latest"
-
-
-@dataclass(kw_only=True)
-class EvalConfig:
-    """Zero-shot classification of held-out images, during training and at its end."""
-
-    #: Folder in clip_benchmark's webdataset layout (`test/*.tar`, `classnames.txt`,
-    #: `zeroshot_classification_templates.txt`), or a folder whose classes `classes` lists; null: no
-    #: evaluation.
-    data: str | None = field(default=None, metadata=_PATH)
-    #: The folder's classes: an ImageNet list (`imagenet-22k`, `imagenet-21k-goog`,
-    #: `imagenet-21k-miil`, `imagenet-21k-miil-w21`, `imagenet-12k`, `imagenet-1k`) or a file with
-    #: one synset per line; null: the folder names its classes.
-    classes: str | None = field(default=None, metadata=_PATH | {"names": _CLASS_LISTS})
-    #: Class names in the prompts for such a list: `lemma`, `aliases`, `definition`, or `open_clip`
-    #: (imagenet-1k only).
-    names: Literal["lemma", "aliases", "definition", "open_clip"] = "lemma"
-    #: Prompt templates for such a list: `one`, `simple` (open_clip's 7), `openai` (its 80), or a
-    #: file with one template per line.
-    templates: str = field(default="one", metadata=_PATH | {"names": _TEMPLATE_SETS})
-    #: Steps between evaluations; 0: only at the end.
-    every_steps: int = 0
-    #: Images per forward pass and rank.
-    batch_size: int = 256
-    #: Held-out images that may be unreadable; they are counted and are wrong. More are an error.
-    max_bad_samples: int = 0
-    #: Decode every held-out image once before the first step, on all ranks and data workers (each
-    #: about 100 images of ImageNet per second); `<run folder>/held_out.json` keeps the result until
-    #: a file changes. `false`: an unreadable image ends the run at its first evaluation.
-    check_images: bool = True
-
-
-@dataclass(kw_only=True)
 class HealthConfig:
     """Diverging training: the limits at which it ends, or rewinds to a checkpoint."""
 
@@ -244,29 +190,6 @@ class HealthConfig:
     spike_window: int = 20
     #: Rewinds per run; the next spike ends it.
     max_rewinds: int = 3
-
-
-@dataclass(kw_only=True)
-class LogConfig:
-    """Logging; `<run folder>/metrics.jsonl` is always written."""
-
-    #: Steps between log records of loss and throughput.
-    every_steps: int = 10
-    #: Write TensorBoard events to `<run folder>/tensorboard`.
-    tensorboard: bool = True
-    #: Port on which rank 0 serves Prometheus metrics, on all addresses of its host; null: none.
-    prometheus_port: int | None = None
-    #: Project in Weights & Biases (`pip install wandb`); null: none.
-    wandb: str | None = None
-    #: Project in Trackio (`pip install trackio`), stored on this machine; null: none.
-    trackio: str | None = None
-    #: Peak rate of one device in TFLOP/s, for `perf/mfu`; null: the data sheet's for bf16 and fp16
-    #: on a known GPU (`ds_linclip/planner/device_specs.py`), otherwise no `perf/mfu`.
-    peak_tflops: float | None = None
-    #: Held-out images that every evaluation draws with their captions and top-5 classes.
-    num_images: int = 8
-    #: Write the sample keys of every batch to `<run folder>/samples/rank-N.jsonl`.
-    sample_keys: bool = False
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 from ds_linclip.config.attention import Attention
 from ds_linclip.config.compilation import graph_break
 from ds_linclip.config.data import CaptionSource, NetworkConfig, Source
+from ds_linclip.config.monitoring import EvalConfig
 from ds_linclip.config.schema import (
     Config,
     ParallelConfig,
@@ -44,7 +45,8 @@ _RULES: list[_Rule] = [
         *("data.shuffle_shards", "data.prefetch_batches", "data.max_bad_in_a_row"),
         *("data.cache.max_gib", *(f"data.network.{each.name}" for each in fields(NetworkConfig))),
         *("checkpoint.keep_last", "eval.batch_size", "log.every_steps", "log.peak_tflops"),
-        *("health.max_skipped_steps", "health.spike_window"),
+        *("health.max_skipped_steps", "health.spike_window", "log.profile.first_step"),
+        "eval.validation.num_samples",
     ),
     (
         lambda value: 0 <= value < math.inf,
@@ -54,7 +56,7 @@ _RULES: list[_Rule] = [
             *("data.num_workers", "checkpoint.every_steps", "checkpoint.every_minutes"),
             *("checkpoint.keep_every_steps", "eval.every_steps", "health.max_rewinds"),
             "eval.max_bad_samples",
-            *("log.num_images", "watchdog.timeout_seconds"),
+            *("log.num_images", "watchdog.timeout_seconds", "log.profile.steps"),
         ),
     ),
     (
@@ -74,6 +76,7 @@ _RULES: list[_Rule] = [
         "be greater than 1, or 0 for no warnings",
         ["watchdog.slow_rank_ratio"],
     ),
+    (lambda ranks: min(ranks, default=0) >= 0, "be numbers from 0 on", ["log.profile.ranks"]),
     (lambda port: 0 < port < 2**16, "be in 1..65535", ["log.prometheus_port"]),
     (lambda name: name != "", "be the name of a project, or null", ["log.wandb", "log.trackio"]),
     (
@@ -87,6 +90,8 @@ _RULES: list[_Rule] = [
         ["name"],
     ),
 ]
+#: Names of other parts of ``eval``.
+_TAKEN_NAMES = ("validation",)
 _SOURCE_RULES: list[_Rule] = [
     (lambda shards: shards != "", "name shards", ["shards"]),
     (lambda weight: weight != 0, "not be 0: leave the source out", ["weight"]),
@@ -137,6 +142,7 @@ def validate(config: Config) -> None:
     _validate_data(config)
     _validate_sources(config.data.train)
     check_captions(config.data.captions)
+    _validate_eval(config.eval)
 
 
 def check_captions(sources: Sequence[CaptionSource]) -> None:
@@ -532,6 +538,26 @@ def _validate_sources(sources: Sequence[Source]) -> None:
                 f"{name}.upsampling ({source.upsampling}) must be 1 with a weight "
                 f"({source.weight}): both set how often a sample comes"
             )
+
+
+def _validate_eval(evaluation: EvalConfig) -> None:
+    seen: set[str] = set()
+    for index, each in enumerate(evaluation.sets):
+        name = f"eval.sets[{index}]"
+        if not re.fullmatch(r"[\w.-]+", each.name, re.ASCII) or each.name in _TAKEN_NAMES:
+            raise ValueError(
+                f"{name}.name ({each.name!r}) must be of letters, digits, '.', '-' and '_', and "
+                f"not {' or '.join(_TAKEN_NAMES)}"
+            )
+        if each.name in seen:
+            raise ValueError(f"{name}.name ({each.name}) must be that of one set only")
+        if each.data is None:
+            raise ValueError(f"{name}.data (None) must name a held-out folder")
+        if each.max_bad_samples < 0:
+            raise ValueError(
+                f"{name}.max_bad_samples ({each.max_bad_samples}) must not be negative"
+            )
+        seen.add(each.name)
 
 
 def _require_patches(name: str, image_size: tuple[int, int], patch_size: int) -> None:

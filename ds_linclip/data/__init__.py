@@ -2,6 +2,7 @@
 
 from ds_linclip.data.captions import CaptionTokenizer, clean_text
 from ds_linclip.data.eval.dataset import LabelledBatch, LabelledData
+from ds_linclip.data.eval.image_text_shards import ImageTextShards
 from ds_linclip.data.eval.unreadable import UnreadableImage, describe_unreadable
 from ds_linclip.data.loader import Batch, TrainData
 from ds_linclip.data.quality_report import DataReport
@@ -16,6 +17,7 @@ __all__ = [
     "DataError",
     "DataReport",
     "EvalTransform",
+    "ImageTextShards",
     "LabelledBatch",
     "LabelledData",
     "Storage",

@@ -55,7 +55,11 @@ class ShardGroup:
 
 
 def find_shards(
-    sources: Sequence[Source], storage: Storage, *, count_headers: bool = True
+    sources: Sequence[Source],
+    storage: Storage,
+    *,
+    count_headers: bool = True,
+    field: str = "data.train",
 ) -> list[ShardGroup]:
     """Expand the patterns of all sources and find the number of samples of every shard.
 
@@ -69,6 +73,7 @@ def find_shards(
         storage: Opens the files.
         count_headers: Whether to count headers; otherwise a shard of unknown size has 0 samples and
             is not exact.
+        field: The key of the config that names the sources, for messages.
 
     Returns:
         The groups, in the order of the sources.
@@ -79,20 +84,20 @@ def find_shards(
     """
     found: list[list[Shard]] = []
     for source in sources:
-        name = f"data.train ({redact(source.shards)})"
+        name = f"{field} ({redact(source.shards)})"
         try:
             found.append(_Sizes(source, storage, name).shards(count_headers=count_headers))
         except OSError as error:
             raise ValueError(f"{name} cannot be reached: {error}") from error
         except ValueError as error:
-            if str(error).startswith("data."):
+            if str(error).startswith(("data.", field)):
                 raise
             raise ValueError(f"{name} cannot be read: {error}") from error
     urls = Counter(shard.url for shards in found for shard in shards)
     url, times = urls.most_common(1)[0]
     if times > 1:
         raise ValueError(
-            f"data.train ({redact(url)}) must come once, not {times} times; set upsampling to "
+            f"{field} ({redact(url)}) must come once, not {times} times; set upsampling to "
             "repeat its samples"
         )
     if sources[0].weight is not None:

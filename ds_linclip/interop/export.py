@@ -15,7 +15,7 @@ from typing import Literal
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ds_linclip.checkpoint.directory import checkpoint_path, committed, step_of
+from ds_linclip.checkpoint.directory import checkpoint_path, committed, read_best, step_of
 from ds_linclip.checkpoint.loading import as_used, check_files, latest_checkpoint, weight_kind
 from ds_linclip.checkpoint.sharded_safetensors import MANIFEST, CheckpointReader
 from ds_linclip.config import load_config
@@ -48,6 +48,7 @@ def export_checkpoint(
     output: Path,
     *,
     step: int | None = None,
+    best: bool = False,
     weights: Literal["ema", "raw"] | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
 ) -> Exported:
@@ -57,6 +58,7 @@ def export_checkpoint(
         source: A run folder or a checkpoint in it.
         output: The folder to write; must not exist, or be empty.
         step: Step of the checkpoint to take from a run folder; None: the newest.
+        best: Take the best checkpoint of a run folder by ``checkpoint.keep_best``.
         weights: "ema": the running average of the weights; "raw": the weights themselves; None: the
             average if the run keeps one, as in evaluation.
         dtype: Dtype of the weights. Scalars are always fp32.
@@ -66,7 +68,7 @@ def export_checkpoint(
             when ``output`` holds something.
         OSError: when ``output`` cannot be written.
     """
-    checkpoint = _find_checkpoint(source, step)
+    checkpoint = _find_best(source) if best else _find_checkpoint(source, step)
     with new_folder(output) as folder:
         files = CheckpointReader(checkpoint)
         check_files(files, [*files.file_names, "config.yaml"])
@@ -137,12 +139,23 @@ def _find_checkpoint(source: Path, step: int | None) -> Path:
     return path
 
 
+def _find_best(source: Path) -> Path:
+    best = read_best(source / "checkpoints")
+    if best is None:
+        raise ValueError(
+            f"--best needs a run folder that records its best checkpoint (checkpoint.keep_best), "
+            f"not ({source})"
+        )
+    return source / "checkpoints" / best.checkpoint
+
+
 def run(options: argparse.Namespace) -> None:
     """Export what a command line names, and print one line; see :func:`export_checkpoint`."""
     exported = export_checkpoint(
         options.source,
         options.output,
         step=options.step,
+        best=options.best,
         weights=options.weights,
         dtype=options.dtype,
     )

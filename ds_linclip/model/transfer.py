@@ -46,7 +46,7 @@ def transfer_attention(model: CLIP, teacher: CLIP) -> None:
     def errors(images: Tensor, texts: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         assert teacher.visual is not None
         with torch.no_grad(), _calls_of(theirs) as calls:
-            pixels = images.to(teacher.visual.proj.dtype)
+            pixels = images.to(next(teacher.parameters()).dtype)
             teacher.visual(pixels, teacher.visual.grid(pixels, *kept))
             teacher.encode_text(texts)
         found: dict[str, list[Tensor]] = {"visual": [], "text": []}

@@ -5,8 +5,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ds_linclip.config import Config
 from ds_linclip.model.flops import step_flops
+from ds_linclip.monitoring.log import Log
 from ds_linclip.monitoring.scalars import ScalarSink
 from ds_linclip.monitoring.stragglers import StragglerDetector
 from ds_linclip.monitoring.tensorboard import begin_session, end_session
@@ -25,26 +25,7 @@ from ds_linclip.process.atomic import atomic_file
 __all__ = ["MetricWriter", "SampleLog", "StepMeter"]
 
 
-class _Log:
-    """A log of one rank, which raises no error while it is written: the other ranks would wait.
-
-    Attributes:
-        failure: The first error, for all ranks to act on together; None: there was none.
-    """
-
-    failure: Exception | None = None
-
-    @contextmanager
-    def _keeping_failure(self, name: object) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.failure = self.failure or ValueError(f"{name} cannot be written: {error}")
-        except Exception as error:  # noqa: BLE001 - trackers raise what they like
-            self.failure = self.failure or error
-
-
-class MetricWriter(_Log):
+class MetricWriter(Log):
     """Records scalars and figures on rank 0; on the other ranks every method does nothing.
 
     Scalars go to ``<run folder>/metrics.jsonl``, one JSON object per call (null: not finite), to
@@ -70,24 +51,24 @@ class MetricWriter(_Log):
         """Record values measured after ``step`` optimizer steps."""
         if not self._is_writer:
             return
-        with self._keeping_failure(self._monitor_name):
+        with self.keeping_failure(self._monitor_name):
             self._monitor.write_events([(tag, value, step) for tag, value in values.items()])
         record = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        with self._keeping_failure(self._path), self._path.open("a") as file:
+        with self.keeping_failure(self._path), self._path.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
         for sink in self._sinks:
-            with self._keeping_failure("log.wandb or log.trackio"):
+            with self.keeping_failure("log.wandb or log.trackio"):
                 sink(step, values)
 
     def begin(self, step: int, plan: str) -> None:
         """Write config, hyperparameters and ``plan`` (Markdown) to TensorBoard at the start."""
-        with self._keeping_failure(self._monitor_name):
+        with self.keeping_failure(self._monitor_name):
             if self._board is not None:
                 begin_session(self._board, self._config, self._mesh.world_size, plan, step)
 
     def end(self) -> None:
         """Mark the run as finished in TensorBoard."""
-        with self._keeping_failure(self._monitor_name):
+        with self.keeping_failure(self._monitor_name):
             if self._board is not None:
                 end_session(self._board, self._config, self._mesh.world_size)
 
@@ -99,9 +80,9 @@ class MetricWriter(_Log):
         """
         if not self._is_writer:
             return
-        with self._keeping_failure(self._monitor_name):
+        with self.keeping_failure(self._monitor_name):
             self._hide_points(step)
-        with self._keeping_failure(self._path):
+        with self.keeping_failure(self._path):
             self._path.touch()
             self._move_lines(step)
 
@@ -137,12 +118,12 @@ class MetricWriter(_Log):
     def figure(self, step: int, tag: str, figure: Any) -> None:
         """Draw a matplotlib figure into TensorBoard."""
         if self._board is not None:
-            with self._keeping_failure(self._monitor_name):
+            with self.keeping_failure(self._monitor_name):
                 self._board.add_figure(tag, figure, step)
                 self._board.flush()
 
 
-class SampleLog(_Log):
+class SampleLog(Log):
     """Records which samples every step used: one JSON object per step and data-parallel rank.
 
     Does nothing unless ``log.sample_keys`` is set. Steps that are repeated after a resume or a
@@ -156,14 +137,14 @@ class SampleLog(_Log):
         self._facts = {"start": start, "skipped_batches": skipped_batches, "ranks": ranks}
         if config.log.sample_keys and mesh.is_first_of_its_data:
             self._path = config.run_dir / "samples" / f"rank-{mesh.dp.rank:05d}.jsonl"
-            with self._keeping_failure(self._path):
+            with self.keeping_failure(self._path):
                 self._path.parent.mkdir(exist_ok=True)
                 self._path.touch()
 
     def write(self, step: int, keys: Sequence[str]) -> None:
         """Record the keys of this rank's part of the batch of ``step``."""
         if self._path is not None:
-            with self._keeping_failure(self._path), self._path.open("a") as file:
+            with self.keeping_failure(self._path), self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **self._facts, "keys": keys}) + "\n")
 
 

@@ -7,15 +7,17 @@ the work among themselves; None: this process alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ds_linclip.data import UnreadableImage
 
-__all__ = ["Encoder", "Encoders", "ImageBatch", "ImageSet", "Tokenizer", "unit_features"]
+__all__ = ["Better", "Encoder", "Encoders", "ImageBatch", "ImageSet", "Tokenizer", "unit_features"]
 
+#: Whether a score is better the larger or the smaller it is.
+Better = Literal["max", "min"]
 #: Maps images [B, 3, H, W], or token ids [B, L], to features [B, E], normalised or not. It must not
 #: communicate between ranks.
 Encoder = Callable[[Tensor], Tensor]

@@ -7,13 +7,17 @@ first.
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ds_linclip.process.consensus import map_over_ranks
 from linclip_eval.features import Features, best_ranks, extract_features, similarities
 from linclip_eval.protocols import Encoder, ImageSet, Tokenizer
 
@@ -103,11 +107,13 @@ def retrieval(
             f"image {missing[0]} must have a caption; {len(missing)} of {len(features.keys)} "
             "have none"
         )
-    return rank_captions(features, device=device)
+    return rank_captions(features, device=device, group=group)
 
 
-def rank_captions(features: Features, *, device: torch.device | str) -> RetrievalResult:
-    """Rank captions and images by features that have already been extracted.
+def rank_captions(
+    features: Features, *, device: torch.device | str, group: ProcessGroup | None = None
+) -> RetrievalResult:
+    """Rank captions and images by features that have already been extracted, the same on all ranks.
 
     Raises:
         ValueError: when there is no caption.
@@ -119,13 +125,39 @@ def rank_captions(features: Features, *, device: torch.device | str) -> Retrieva
     image_to_text = np.full(
         len(features.images) + len(features.unreadable), len(features.captions) + 1
     )
-    text_to_image = np.empty(len(features.captions), np.int64)
-    for rows, scores in similarities(features.images, features.texts, device=device):
-        relevant = images[rows, None] == owners  # [B, T]
-        image_to_text[rows] = best_ranks(scores, relevant).cpu().numpy()
-    for rows, scores in similarities(features.texts, features.images, device=device):
-        relevant = owners[rows, None] == images  # [B, N]
-        text_to_image[rows] = best_ranks(scores, relevant).cpu().numpy()
+    ranks = partial(_ranks, device=device, group=group)
+    image_to_text[: len(images)] = ranks(
+        features.images, features.texts, lambda rows: images[rows, None] == owners
+    )
+    text_to_image = ranks(
+        features.texts, features.images, lambda rows: owners[rows, None] == images
+    )
     return RetrievalResult(
         features=features, image_to_text=image_to_text, text_to_image=text_to_image
     )
+
+
+def _ranks(
+    queries: NDArray[np.float32],
+    candidates: NDArray[np.float32],
+    relevant: Callable[[Tensor], Tensor],
+    *,
+    device: torch.device | str,
+    group: ProcessGroup | None,
+) -> NDArray[np.int64]:
+    """Return the rank of every query's best relevant candidate, [Q]; the ranks of ``group`` divide
+    the queries. ``relevant`` maps numbers of queries [B] to [B, M] bool."""
+    parts = 1 if group is None else group.size()
+
+    def of_parts(numbers: Sequence[int]) -> Iterator[NDArray[np.int64]]:
+        for number in numbers:
+            own = torch.arange(number, len(queries), parts, device=device)
+            found = np.empty(len(own), np.int64)
+            for rows, scores in similarities(queries[number::parts], candidates, device=device):
+                found[rows] = best_ranks(scores, relevant(own[rows])).cpu().numpy()
+            yield found
+
+    ranks = np.empty(len(queries), np.int64)
+    for number, found in enumerate(map_over_ranks(of_parts, range(parts), group)):
+        ranks[number::parts] = found
+    return ranks

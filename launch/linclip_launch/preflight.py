@@ -22,7 +22,7 @@ with gc_paused():
     from ds_linclip.preflight import network_probe, node_checks, storage_checks, table
     from ds_linclip.preflight.rendezvous import Rendezvous, RendezvousError
     from ds_linclip.process.parent_death import end_with_launcher
-    from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
+    from linclip_eval.training.evaluators import Evaluators
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -74,9 +74,12 @@ def _check(arguments: argparse.Namespace, rendezvous: Rendezvous) -> Iterator[ta
     yield storage_checks.check_output_folder(rendezvous, config)
     yield from node_checks.check_disk_space(rendezvous, config, arguments.min_free_gib * 2**30)
     yield storage_checks.check_training_data(rendezvous, config)
-    if config.eval.data is not None:
-        open_evaluation = partial(HeldOutEvaluator.from_config, config, device=torch.device("cpu"))
-        yield storage_checks.check_held_out_data(rendezvous, config.eval.data, open_evaluation)
+    sets = [each.data for each in (config.eval, *config.eval.sets)]
+    held_out = [each for each in (*sets, config.eval.validation.shards) if each is not None]
+    if held_out:
+        open_evaluation = partial(Evaluators.from_config, config, device=torch.device("cpu"))
+        where = ", ".join(held_out)
+        yield storage_checks.check_held_out_data(rendezvous, where, open_evaluation)
 
 
 def _write(path: Path, content: str) -> None:

@@ -26,7 +26,7 @@ with gc_paused():
     from ds_linclip.resilience.preemption import Preempted
     from ds_linclip.resilience.watchdog import collective_timeout, watched
     from ds_linclip.trainer import TrainResult, train
-    from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
+    from linclip_eval.training.evaluators import Evaluators
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def main() -> int:
     except ValueError as error:
         return _fail_before_start(error)
     try:
-        evaluator = mesh.agree(partial(_open_evaluator, config, mesh))
+        evaluator = mesh.agree(partial(_open_evaluators, config, mesh))
         with watched(config, mesh) as progress:
             result = train(config, mesh, evaluator, progress)
     except AgreedError as error:
@@ -86,10 +86,8 @@ def _fail_before_start(error: ValueError) -> int:
     return ExitCode.USER_ERROR
 
 
-def _open_evaluator(config: Config, mesh: Mesh) -> HeldOutEvaluator | None:
-    if config.eval.data is None:
-        return None
-    return HeldOutEvaluator.from_config(config, device=mesh.device, group=mesh.dp.group)
+def _open_evaluators(config: Config, mesh: Mesh) -> Evaluators | None:
+    return Evaluators.from_config(config, device=mesh.device, group=mesh.dp.group)
 
 
 def _summary(config: Config, result: TrainResult) -> str:

@@ -54,7 +54,7 @@ LAYERS: list[tuple[str, ...]] = [
         *("linclip_eval.probe", "linclip_eval.retrieval", "linclip_eval.audit"),
         "linclip_eval.diagnostics",
     ),
-    ("linclip_eval.runtime", "linclip_eval.scaling_laws"),
+    ("linclip_eval.runtime", "linclip_eval.scaling_laws", "linclip_eval.training"),
     ("linclip_eval.commands",),
     ("linclip_eval.__main__",),
     ("linclip_launch",),

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from open_clip.transform import PreprocessCfg
 
-from ds_linclip.config import Config
+from ds_linclip.config import Config, HeldOutSet, NamedSet
 from ds_linclip.data import CaptionTokenizer, EvalTransform
 from ds_linclip.data.eval.image_check import check_images
 from ds_linclip.process.consensus import agree
 from ds_linclip.process.phase import PhaseTracker
-from linclip_eval.protocols import Encoders, Tokenizer
+from linclip_eval.protocols import Better, Encoders, Tokenizer
 from linclip_eval.zero_shot.evaluate import Prediction, ZeroShotResult
 from linclip_eval.zero_shot.task import ZeroShotTask
 
@@ -39,6 +39,7 @@ class HeldOutEvaluator:
         tokenizer: The tokenizer of the model.
         device: The device of the model.
         num_images: The number of predictions that rank 0 of ``group`` draws at each call.
+        name: The name of the set in tags; empty: that of ``eval.data``.
         check_result: A file in which :meth:`rehearse` keeps what it found when it decoded all
             images; None: it does not decode them.
     """
@@ -48,40 +49,61 @@ class HeldOutEvaluator:
     device: torch.device
     group: dist.ProcessGroup | None = None
     num_images: int = 0
+    name: str = ""
     check_result: Path | None = None
 
     @classmethod
     def from_config(
-        cls, config: Config, *, device: torch.device, group: dist.ProcessGroup | None = None
+        cls,
+        config: Config,
+        *,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        held_out: NamedSet | None = None,
     ) -> Self:
-        """Return the evaluator that ``config.eval`` describes.
+        """Return the evaluator of an entry of ``eval.sets``; None: of ``eval.data``.
 
         Raises:
             ValueError: when ``eval.data`` is None or the task cannot be opened.
         """
-        if config.eval.data is None:
+        chosen: HeldOutSet = held_out or config.eval
+        name = held_out.name if held_out else ""
+        if chosen.data is None:
             raise ValueError("eval.data (None) must name a held-out folder")
-        task = ZeroShotTask.open(
-            config.eval.data,
-            transform=EvalTransform(PreprocessCfg(size=config.model.vision.image_size)),
-            batch_size=config.eval.batch_size,
-            num_workers=config.data.num_workers,
-            classes=config.eval.classes,
-            names=config.eval.names,
-            templates=config.eval.templates,
-            max_bad_samples=config.eval.max_bad_samples,
-        )
+        try:
+            task = ZeroShotTask.open(
+                chosen.data,
+                transform=EvalTransform(PreprocessCfg(size=config.model.vision.image_size)),
+                batch_size=config.eval.batch_size,
+                num_workers=config.data.num_workers,
+                classes=chosen.classes,
+                names=chosen.names,
+                templates=chosen.templates,
+                max_bad_samples=chosen.max_bad_samples,
+            )
+        except ValueError as error:
+            if not name:
+                raise
+            raise ValueError(f"eval.sets ({name}): {error}") from error
         if group is None or dist.get_rank(group) == 0:
             for finding in task.data.findings.describe():
-                logger.warning("eval.data (%s): %s", config.eval.data, finding)
+                logger.warning("eval.data (%s): %s", chosen.data, finding)
+        result = config.run_dir / (f"held_out_{name}.json" if name else "held_out.json")
         return cls(
             task=task,
             tokenizer=CaptionTokenizer(config.model.text.context_length),
             device=device,
             group=group,
             num_images=config.log.num_images,
-            check_result=config.run_dir / "held_out.json" if config.eval.check_images else None,
+            name=name,
+            check_result=result if config.eval.check_images else None,
         )
+
+    @property
+    def metrics(self) -> Mapping[str, Better]:
+        """The tags that a call returns, and which end of each is better."""
+        top1, top5, bad = self._tags
+        return {top1: "max", top5: "max", bad: "min"}
 
     def rehearse(self, model: Encoders, phases: PhaseTracker) -> None:
         """Decode every image once, and embed a few; all ranks of the run call this together.
@@ -118,16 +140,20 @@ class HeldOutEvaluator:
         """
         result = self.score(model)
         if result.predictions:
-            agree(partial(_draw, result.predictions, writer, step), None, (Exception,))
-        return {
-            "eval/zeroshot_top1": result.topk(1),
-            "eval/zeroshot_top5": result.topk(5),
-            "eval/bad_samples": len(result.unreadable),
-        }
+            tag = f"eval/{self.name}/predictions" if self.name else "eval/predictions"
+            agree(partial(_draw, result.predictions, writer, step, tag), None, (Exception,))
+        values = result.topk(1), result.topk(5), len(result.unreadable)
+        return dict(zip(self._tags, values, strict=True))
+
+    @property
+    def _tags(self) -> tuple[str, str, str]:
+        if not self.name:
+            return "eval/zeroshot_top1", "eval/zeroshot_top5", "eval/bad_samples"
+        return f"eval/{self.name}/top1", f"eval/{self.name}/top5", f"eval/{self.name}/bad_samples"
 
 
-def _draw(predictions: Sequence[Prediction], writer: _Writer, step: int) -> None:
+def _draw(predictions: Sequence[Prediction], writer: _Writer, step: int, tag: str) -> None:
     # Only the rank that draws imports matplotlib, which takes half a second.
     from linclip_eval.zero_shot.figures import draw_predictions
 
-    writer.figure(step, "eval/predictions", draw_predictions(predictions))
+    writer.figure(step, tag, draw_predictions(predictions))

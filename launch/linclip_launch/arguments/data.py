@@ -151,11 +151,17 @@ def _shards_inspect(parser: argparse.ArgumentParser) -> None:
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("output", type=path, metavar="FOLDER", help="must not exist, or be empty")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--step",
         type=whole_number(0),
         metavar="N",
         help="step of the checkpoint; default: the newest",
+    )
+    which.add_argument(
+        "--best",
+        action="store_true",
+        help="the best checkpoint of the run folder, by the score of checkpoint.keep_best",
     )
     parser.add_argument(
         "--weights",

@@ -414,3 +414,21 @@ def test_unreadable_file_is_named(tmp_path, text, message):
 def test_an_interpolation_of_an_unknown_key_is_named():
     with pytest.raises(ValueError, match=r"embedded\.yaml: .*nme.* not found"):
         load_config(EMBEDDED, ["eval.data='/data/${nme}'"])
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ("[{data: /a}]", r"eval\.sets\[0\]\.name \(''\) must be of letters, digits"),
+        ("[{name: validation, data: /a}]", r"sets\[0\]\.name \('validation'\) must be .* not val"),
+        ("[{name: a/b, data: /a}]", r"eval\.sets\[0\]\.name \('a/b'\) must be of letters"),
+        ("[{name: a}]", r"eval\.sets\[0\]\.data \(None\) must name a held-out folder"),
+        (
+            "[{name: a, data: /a}, {name: a, data: /b}]",
+            r"sets\[1\]\.name \(a\) must be that of one",
+        ),
+    ],
+)
+def test_held_out_sets_have_names_and_folders(sets, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(EMBEDDED, [f"eval.sets={sets}"])

@@ -17,12 +17,13 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch import Tensor
 
-from ds_linclip.config import Config, load_config
+from ds_linclip.config import Config, NamedSet, load_config
 from ds_linclip.data import EvalTransform
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.parallel.spawn import run_ranks
 from ds_linclip.trainer import train
 from helpers import EMBEDDED
+from linclip_eval.training.evaluators import Evaluators
 from linclip_eval.zero_shot.task import ZeroShotTask
 from linclip_eval.zero_shot.training_evaluator import HeldOutEvaluator
 
@@ -180,6 +181,31 @@ class RecordingModel(ColourModel):
         return super().encode_image(images)
 
 
+def test_several_sets_are_scored_under_their_own_names(folder, tmp_path_factory):
+    easy = tmp_path_factory.mktemp("sets") / "easy"
+    shutil.copytree(folder, easy)
+    (easy / "test" / "1.tar").unlink()  # with the wrong label
+    config = Config()
+    config.model.vision.image_size, config.model.text.context_length = (16, 16), 8
+    config.data.num_workers, config.log.num_images, config.eval.data = 0, 0, str(folder)
+    config.eval.sets = [NamedSet(name="easy", data=str(easy))]
+    device = torch.device("cpu")
+    evaluators = Evaluators.from_config(config, device=device)
+    assert evaluators is not None
+    values = evaluators(ColourModel(), None, 1)
+    assert (values["eval/zeroshot_top1"], values["eval/easy/top1"]) == (6 / 7, 1.0)
+    assert values.keys() == evaluators.metrics.keys()
+    config.eval.data = None
+    assert Evaluators.from_config(config, device=device).metrics.keys() == {
+        *("eval/easy/top1", "eval/easy/top5", "eval/easy/bad_samples"),
+    }
+    config.eval.sets[0].data = str(folder / "absent")
+    with pytest.raises(ValueError, match=r"eval\.sets \(easy\): eval\.data \(.*absent\) must be"):
+        Evaluators.from_config(config, device=device)
+    config.eval.sets = []
+    assert Evaluators.from_config(config, device=device) is None
+
+
 def _write_results(store: Path, sound: Path, broken: Path) -> None:
     """Score a sound folder, and one in which the second rank finds an undecodable image."""
     dist.init_process_group("gloo")
@@ -218,8 +244,8 @@ def test_two_ranks_score_and_fail_together(folder, tmp_path_factory):
 
 def _train(config: Config) -> None:
     mesh = Mesh.create(config.parallel)
-    evaluator = HeldOutEvaluator.from_config(config, device=mesh.device, group=mesh.dp.group)
-    train(config, mesh, evaluator)
+    evaluators = Evaluators.from_config(config, device=mesh.device, group=mesh.dp.group)
+    train(config, mesh, evaluators)
     mesh.close()
 
 

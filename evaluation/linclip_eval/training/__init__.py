@@ -1,0 +1,1 @@
+"""What a run scores while it trains."""
