@@ -21,7 +21,6 @@ from ds_linclip.engine.deepspeed_config import check_machine, deepspeed_config, 
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.engine.pipeline_stages import stage_units
-from ds_linclip.engine.teacher import Teacher
 from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.loss.grad_cache import Targets
 from ds_linclip.model import CLIP
@@ -46,6 +45,7 @@ from ds_linclip.resilience.preemption import (
     RunRequests,
 )
 from ds_linclip.run_dir import RunFolder
+from ds_linclip.teacher import Teacher
 
 __all__ = ["Evaluator", "TrainResult", "Trainer", "train"]
 

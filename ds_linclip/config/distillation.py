@@ -80,8 +80,9 @@ LossTerm = ContrastiveTerm | FeatureTerm | SimilarityTerm | LayerTerm
 class TeacherConfig:
     """A frozen model that the terms of the loss compare with."""
 
-    #: The teacher: a run folder, a checkpoint, a hub folder, or open_clip's `NAME:TAG`; null: none.
-    #: Images are resized and normalised as it needs them. It must read the same token ids.
+    #: The teacher: the path of a run folder, a checkpoint or a hub folder, or open_clip's
+    #: `NAME:TAG`; null: none. Images are resized and normalised as it needs them. It must read the
+    #: student's token ids.
     model: str | None = None
     #: Precision of the teacher's weights and products.
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"

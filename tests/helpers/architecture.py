@@ -46,6 +46,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("ds_linclip.checkpoint", "ds_linclip.planner"),
     ("ds_linclip.interop", "ds_linclip.monitoring", "ds_linclip.resilience"),
     ("ds_linclip.preflight", "ds_linclip.run_dir", "ds_linclip.inference"),
+    ("ds_linclip.teacher",),
     ("ds_linclip.trainer", "ds_linclip.__main__"),
     ("linclip_eval.protocols", "linclip_eval.plotting", "linclip_eval.results"),
     ("linclip_eval.zero_shot",),

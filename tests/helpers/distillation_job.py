@@ -15,10 +15,10 @@ from ds_linclip.config import Config, load_config
 from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer
 from ds_linclip.engine.pipeline_stages import stage_units
-from ds_linclip.engine.teacher import Teacher
 from ds_linclip.interop.state_dict import to_open_clip
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
+from ds_linclip.teacher import Teacher
 from helpers import REPOSITORY
 from helpers.attention_layouts_job import MODEL, batch_of
 

@@ -187,7 +187,14 @@ PATH_KEYS = [
     *("eval.data", "eval.classes", "eval.templates", "eval.validation.shards"),
 ]
 TEXT_KEYS = {
-    *("name", "log.wandb", "log.trackio", "eval.sets[*].name", "checkpoint.keep_best"),
+    *(
+        "name",
+        "teacher.model",
+        "log.wandb",
+        "log.trackio",
+        "eval.sets[*].name",
+        "checkpoint.keep_best",
+    ),
     *(f"model.{tower}.attention_by_layer[*].layers" for tower in ("vision", "text")),
     *(f"data.captions[*].{name}" for name in ("member", "field", "template")),
 }
