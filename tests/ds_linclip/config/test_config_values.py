@@ -189,6 +189,7 @@ PATH_KEYS = [
 TEXT_KEYS = {
     *("name", "log.wandb", "log.trackio"),
     *(f"model.{tower}.attention_by_layer[*].layers" for tower in ("vision", "text")),
+    *("model.text.hf_tokenizer_name", "model.text.hf_tokenizer_clean"),
 }
 
 
