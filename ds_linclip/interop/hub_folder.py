@@ -20,7 +20,6 @@ from torch import Tensor
 from ds_linclip.checkpoint.finite_weights import FiniteCheck
 from ds_linclip.checkpoint.sharded_safetensors import TensorSpec, write_tensors
 from ds_linclip.config import ModelConfig, TextTower, VisionTower, build_section
-from ds_linclip.interop.timm_tower import timm_settings, timm_tower
 from ds_linclip.process.atomic import atomic_directory, sync, write_atomically
 from ds_linclip.process.progress import progress
 
@@ -219,7 +218,10 @@ def _tower_to_dict(config: ModelConfig, tower: VisionTower | TextTower) -> dict[
     content = asdict(tower)
     found = None
     if isinstance(tower, VisionTower):
-        found = timm_settings(tower, config.embed_dim)
+        if not tower.class_token:
+            from ds_linclip.interop.timm_tower import timm_settings  # timm takes seconds
+
+            found = timm_settings(tower, config.embed_dim)
         if tower.image_size[0] == tower.image_size[1]:
             content["image_size"] = tower.image_size[0]  # one number, as in open_clip's own configs
     if found is None:
@@ -266,6 +268,8 @@ def _parse_tower(
 
 def _parse_timm(content: dict[str, Any], name: str, embed_dim: int) -> VisionTower:
     """Return the tower of a ``vision_cfg`` with a model of timm, and what this project adds."""
+    from ds_linclip.interop.timm_tower import timm_tower  # timm takes seconds
+
     ours = ("attention", "attention_by_layer", "patch_dropout")
     theirs = {key: value for key, value in content.items() if key not in ours}
     made = timm_tower(theirs, embed_dim)

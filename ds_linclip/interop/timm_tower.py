@@ -44,6 +44,9 @@ def timm_tower(vision_cfg: Mapping[str, Any], embed_dim: Any) -> VisionTower:
     cfg = dict(vision_cfg)
     name, pool = cfg.pop("timm_model_name"), cfg.pop("timm_pool", "avg")
     proj, image_size = cfg.pop("timm_proj", "linear"), cfg.pop("image_size", None)
+    # With other names timm may access the network.
+    if not isinstance(name, str) or name not in timm.list_models("vit_*"):
+        raise ValueError(f"timm_model_name ({name}) must be one of timm's ViTs")
     for key, allowed in _FIXED.items():
         if (value := cfg.pop(key, allowed[0])) not in allowed:
             raise ValueError(f"{key} ({value}) must be {allowed[0]}")
@@ -55,9 +58,6 @@ def timm_tower(vision_cfg: Mapping[str, Any], embed_dim: Any) -> VisionTower:
     ):
         if value not in allowed:
             raise ValueError(f"{key} ({value}) must be {' or '.join(allowed)}")
-    # With other names timm may access the network.
-    if not isinstance(name, str) or name not in timm.list_models("vit_*"):
-        raise ValueError(f"timm_model_name ({name}) must be one of timm's ViTs")
     try:
         with torch.device("meta"):
             model = TimmModel(name, embed_dim, pool=pool, proj=proj)

@@ -7,13 +7,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.layouts.check_layouts import run
+from benchmarks.layouts.check_layouts import compare, run
 from benchmarks.traffic import CONTROL_BYTES
+from linclip_kernels.linear_attention.reference import relative_rms
 
 #: Every axis is in one of them; the rest of the table is slow.
 LINEAR = ["single", "dp2-zero2-micro2", "tp2-pp2-micro2", "cp2-dp2-zero3"]
 SOFTMAX = ["single", "tp2-pp2-dp2-zero1-micro2"]
+#: Towers as SigLIP's, and other settings that those of CLIP do not have.
+BIDIRECTIONAL = [
+    *("model.vision.class_token=false", "model.vision.no_ln_pre=true"),
+    *("model.vision.patch_dropout=0.25", "model.vision.ls_init_value=0.5"),
+    *("model.text.no_causal_mask=true", "model.text.pool_type=last", "model.text.proj_bias=true"),
+    "train.activation_checkpointing=selective",
+]
+POOLED = [*BIDIRECTIONAL, "model.vision.pool_type=map", "model.vision.proj_type=none"]
+AVERAGED = [
+    *(*BIDIRECTIONAL, "model.vision.pool_type=avg", "model.vision.activation=quick_gelu"),
+    "model.vision.norm_eps=1e-3",
+]
 
 
 def table(folder: Path, embedded_overrides: list[str], *options: str) -> list[dict[str, str]]:
@@ -54,6 +68,24 @@ def test_every_layout_trains_as_one_process(tmp_path, embedded_overrides, attent
         split = {axis for axis in ("tp", "cp", "pp") if f"{axis}2" in row["layout"]}
         assert {axis for axis in ("tp", "cp", "pp") if int(row[f"{axis}_bytes"])} == split
     assert f"| {attention} | single | 1 |" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "changes"), [("tp2-pp2-micro2", POOLED), ("cp2-dp2-zero3", AVERAGED)]
+)
+def test_other_towers_train_as_one_process(embedded_overrides, layout, changes):
+    (one,) = run("single", "eq7", 3, [*embedded_overrides, *changes])
+    ranks = run(layout, "eq7", 3, [*embedded_overrides, *changes])
+    row = compare(ranks, one)
+    assert row["loss_difference"] <= 1e-5, row
+    assert row["bytes_off_plan"] < CONTROL_BYTES, row
+    pairs = [(ranks[0].weights[name], weight) for name, weight in one.weights.items()]
+    assert all(relative_rms(found, weight) <= 1e-5 for found, weight in pairs if weight.ndim >= 2)
+    # Together: biases are still almost zero, where the gradients of many pairs cancel.
+    vectors = [[each.flatten() for each in pair] for pair in pairs if pair[0].ndim < 2]
+    found, expected = map(torch.cat, zip(*vectors, strict=True))
+    assert relative_rms(found, expected) <= 1e-6
 
 
 @pytest.mark.distributed

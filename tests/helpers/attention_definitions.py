@@ -121,12 +121,13 @@ def neighbours(
     """Return tap and token of everything that token i of sequence b takes from."""
     if patches is None:
         return [(tap, n) for tap in range(size) if (n := i - size + 1 + tap) >= 0]
-    if i == 0:
+    first = patches.num_class_tokens
+    if i < first:
         return []
     places = patches.coordinates(v.device).expand(len(v), -1, -1)[b].tolist()
-    row, column = places[i - 1]
+    row, column = places[i - first]
     found = []
-    for n, (other_row, other_column) in enumerate(places, start=1):
+    for n, (other_row, other_column) in enumerate(places, start=first):
         down, right = other_row - row + size // 2, other_column - column + size // 2
         if 0 <= down < size and 0 <= right < size:
             found.append((down * size + right, n))
@@ -225,7 +226,7 @@ def waves_of(grid: tuple[int, int], frequencies: list[tuple[int, int]]) -> Waves
 
 
 def over_frequencies(layer: Any, r: Tensor, k: Tensor, v: Tensor, patches: Any) -> Tensor:
-    rows, columns = patches.rows, patches.columns
+    rows, columns, first = patches.rows, patches.columns, patches.num_class_tokens
 
     def magnitude(frequency: tuple[int, int]) -> Fraction:
         up = Fraction(min(frequency[0], rows - frequency[0]), rows)
@@ -238,17 +239,18 @@ def over_frequencies(layer: Any, r: Tensor, k: Tensor, v: Tensor, patches: Any) 
     streams = []
     for each in (r, k, v):
         bins = [
-            torch.einsum("wfp,phd->fhwd", waves.forward[:, :, places], each[b, 1:])
+            torch.einsum("wfp,phd->fhwd", waves.forward[:, :, places], each[b, first:])
             for b, places in enumerate(kept)
         ]
-        of_class = torch.stack([each[:, :1], torch.zeros_like(each[:, :1])], dim=3)
+        real = each[:, :first]
+        of_class = torch.stack([real, torch.zeros_like(real)], dim=3)
         streams.append(torch.cat([torch.stack(bins), of_class], dim=1))
     o = rwkv7(layer, unit(streams[0]), unit(streams[1]), streams[2])  # [B, L + 1, H, 2, D]
     patch_tokens = [
-        torch.einsum("wfp,fhwd->phd", waves.backward[:, :, places], o[b, :-1])
+        torch.einsum("wfp,fhwd->phd", waves.backward[:, :, places], o[b, : len(found)])
         for b, places in enumerate(kept)
     ]
-    return torch.cat([o[:, -1:, :, 0], torch.stack(patch_tokens)], dim=1)
+    return torch.cat([o[:, len(found) :, :, 0], torch.stack(patch_tokens)], dim=1)
 
 
 def rwkv7(layer: Any, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -285,10 +287,13 @@ def window(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
     def seen(b: int, i: int) -> list[int]:
         if patches is None:
             return [*range(max(0, i - layer.settings.size + 1), i + 1)]
-        if i == 0:
+        if i < patches.num_class_tokens:
             return [*range(q.shape[1])]
         size = 2 * layer.settings.radius + 1
-        return [0, *(n for _, n in neighbours(i, b, v, patches, size))]
+        return [
+            *range(patches.num_class_tokens),
+            *(n for _, n in neighbours(i, b, v, patches, size)),
+        ]
 
     found = []
     for b, i in product(range(len(q)), range(q.shape[1])):
@@ -407,7 +412,7 @@ def mila(layer: Any, x: Tensor, patches: Patches | None) -> Tensor:
             places = torch.arange(q.shape[1])[:, None]
         else:
             found = patches.coordinates(v.device).expand(len(v), -1, -1)[b]
-            places = torch.cat([torch.zeros(1, 2), found])
+            places = torch.cat([torch.zeros(patches.num_class_tokens, 2), found])
         steps = half // places.shape[1]
         speeds = layer.settings.rotation_base ** -(torch.arange(steps).double() / steps)
         for i, seen in enumerate(rows(layer, q.shape[1])):

@@ -197,6 +197,7 @@ TEXT_KEYS = {
     ),
     *(f"model.{tower}.attention_by_layer[*].layers" for tower in ("vision", "text")),
     *(f"data.captions[*].{name}" for name in ("member", "field", "template")),
+    *("model.text.hf_tokenizer_name", "model.text.hf_tokenizer_clean"),
 }
 
 

@@ -102,7 +102,7 @@ LAYERS = {
     "vision_model.encoder.layers.{}.self_attn.k_proj.weight": "the names of Hugging Face's",
     "text_model.encoder.layers.{}.mlp.fc1.bias": "the names of Hugging Face's",
     "vision_model.head.attention.{}": "SigLIP, in Hugging Face's names",
-    "visual.trunk.blocks.{}.attn.qkv.weight": "a timm image tower",
+    "visual.trunk.blocks.{}.attn.qkv.weight": "another image tower of timm",
     "module.blocks.{}.attn.qkv.weight": "an image tower of timm",
     "visual.blocks.{}.attn.q_proj.weight": "EVA-CLIP",
     "visual.layer1.{}.conv1.weight": "a ResNet",
@@ -189,9 +189,10 @@ def test_a_file_needs_its_architecture(mesh, tmp_path, capsys):
             "(ViT-B16) must be one of open_clip's names; did you mean ViT-B-16",
         ),
         (["--model=ViT-S-32"], "misses visual.transformer.resblocks.2.ln_1.weight"),
-        (["--model=ViT-B-16-quickgelu"], "model_cfg (quick_gelu) must hold no such keys"),
+        (["--model=ViT-B-16-quickgelu"], "has visual.class_embedding of shape (64,), not (768,)"),
         (["--model=RN50"], "not a plain transformer CLIP: vision_cfg must describe"),
-        (["--model=ViT-B-16-SigLIP"], "not a plain transformer CLIP: vision_cfg must describe"),
+        (["--model=ViT-B-16-SigLIP"], "misses visual.trunk"),
+        (["--model=EVA02-B-16"], "not a plain transformer CLIP: vision_cfg must describe"),
         (["--model=hf-hub:some/model"], "must be one of open_clip's names"),
         ([f"--config={tmp_path}/nowhere.json"], "nowhere.json"),
     ]:
@@ -222,6 +223,7 @@ def test_every_architecture_that_is_accepted_has_the_expected_state_dict():
     accepted = []
     for name in open_clip.list_models():
         content = open_clip.get_model_config(name)
+        content.pop("custom_text", None)
         try:
             check_model(config := parse_config(content))
         except ValueError:
@@ -229,10 +231,10 @@ def test_every_architecture_that_is_accepted_has_the_expected_state_dict():
         with torch.device("meta"):
             theirs = open_clip.CLIP(**content).state_dict()
         found = {key: tuple(value.shape) for key, value in theirs.items()}
-        assert found == open_clip_shapes(config, with_bias=False), name
+        assert found == open_clip_shapes(config, with_bias="init_logit_bias" in content), name
         accepted.append(name)
-    assert len(accepted) > 20
-    assert {name.split("-")[1] for name in accepted} == set("SMBLHge") | {"bigG"}
+    assert len(accepted) > 50
+    assert {name.split("-")[1] for name in accepted} == set("SMBLHge") | {"bigG", "SO400M", "gopt"}
     assert {name.split("-")[0] for name in accepted} == {"ViT"}
 
 
@@ -276,7 +278,14 @@ def test_pickles_are_refused_unopened(tmp_path, capsys, name, form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quick_gelu": True}, r"model_cfg \(quick_gelu\) must hold no such keys"),
+        ({"quick_gelu": "yes"}, r"quick_gelu \(yes\) must be true or false"),
+        ({"vision_cfg": {"attentional_pool": True}}, r"vision_cfg .*plain .*attentional_pool"),
+        (
+            {"text_cfg": {"pool_type": "eos"}},
+            r"text_cfg\.pool_type \(eos\) must be argmax, last or",
+        ),
+        ({"text_cfg": {"norm_kwargs": {"bias": False}}}, r"text_cfg .*plain .*norm_kwargs"),
+        ({"text_cfg": {"act_kwargs": {"inplace": True}}}, r"text_cfg .*plain .*act_kwargs"),
         ({"multimodal_cfg": {}}, r"model_cfg \(multimodal_cfg\) must hold no such keys"),
         ({"embed_dim": "24"}, r"embed_dim \(24\) must be a positive integer"),
         ({"text_cfg": {"hf_model_name": "x"}}, r"text_cfg must describe a plain .*hf_model_name"),

@@ -234,7 +234,11 @@ def change(folder: Path, target: Path, **values: object) -> str:
     [
         ({"layers": 4}, r"vision_cfg\.layers \(4\) must equal model\.vision\.layers \(3\)"),
         ({"head_width": 32}, r"vision_cfg\.head_width \(32\) must equal model\.vision\.head_width"),
-        ({"pool_type": "avg"}, r"vision_cfg must describe a plain transformer: .*pool_type"),
+        (
+            {"pool_type": "avg"},
+            r"vision_cfg\.pool_type \(avg\) must equal model\.vision\.pool_type",
+        ),
+        ({"pool_type": "none"}, r"vision_cfg must describe a plain transformer: .*pool_type"),
         (
             {"image_size": 48},
             r"has visual\.positional_embedding of shape \(17, 64\), not \(37, 64\)",

@@ -274,10 +274,10 @@ def test_bad_folder_is_named(mesh: Mesh, tmp_path: Path) -> None:
     config_file = tmp_path / "open_clip_config.json"
     good = config_file.read_text()
 
-    for name, message in [("quick_gelu", "model_cfg .quick_gelu."), ("vision_cfg", "pool_type")]:
+    for name, message in [("multimodal_cfg", "model_cfg .multi"), ("vision_cfg", "pool_type")]:
         content = json.loads(good)
         if name == "vision_cfg":
-            content["model_cfg"][name]["pool_type"] = "avg"
+            content["model_cfg"][name]["pool_type"] = "none"
         else:
             content["model_cfg"][name] = True
         config_file.write_text(json.dumps(content))

@@ -1,6 +1,7 @@
 """Every kind of attention against its definition, and what all kinds must do."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from ds_linclip.config import (
     SoftmaxAttention,
     TextTower,
     VisionTower,
+    check_model,
 )
 from ds_linclip.interop.hub_folder import CONFIG_FILE
 from ds_linclip.interop.key_mapping import open_clip_shapes
@@ -195,20 +197,47 @@ def test_recomputation_gives_the_same_bits_with_the_linear_of_zero3(
             assert expected is None or torch.equal(each, expected)
 
 
+@pytest.mark.parametrize("num_class", [0, 1])
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
-def test_dropped_patches_are_left_out(mesh, name):
+def test_dropped_patches_are_left_out_with_and_without_a_class_token(mesh, name, num_class):
     case = CASES[name]
     layer = make_layer(mesh, case.settings, causal=False).double()
     kept = torch.tensor([[0, 1, 4, 7, 10], [2, 3, 5, 8, 11]])
-    x = torch.randn(2, 6, WIDTH, dtype=torch.float64)
-    patches = Patches(3, 4, kept)
+    x = torch.randn(2, num_class + 5, WIDTH, dtype=torch.float64)
+    patches = Patches(3, 4, kept, num_class)
     with torch.no_grad():
         found = before_projection(layer, x, patches)
         assert relative_rms(found, define(case, layer, x, patches)) <= 1e-9
         everything = torch.arange(12).expand(2, -1)
-        whole = torch.randn(2, 13, WIDTH, dtype=torch.float64)
-        again = layer(whole, Patches(3, 4, everything))
-        assert relative_rms(again, layer(whole, Patches(3, 4))) <= 1e-12
+        whole = torch.randn(2, num_class + 12, WIDTH, dtype=torch.float64)
+        again = layer(whole, Patches(3, 4, everything, num_class))
+        expected = layer(whole, Patches(3, 4, None, num_class))
+        assert relative_rms(again, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_towers_without_class_token_and_mask_have_the_parameters_and_the_cost_that_are_said(
+    mesh, name
+):
+    settings = CASES[name].settings
+    config = clip_config(settings, class_token=False, pool_type="map", ls_init_value=0.1)
+    config.vision.no_ln_pre, config.vision.proj_type, config.embed_dim = True, "none", 64
+    text = config.text
+    text.no_causal_mask, text.pool_type, text.proj_bias = True, "last", True
+    text.attention = SoftmaxAttention() if settings.needs_grid else settings
+    check_model(replace(config, text=replace(text, vocab_size=49408)))
+    model = CLIP(config, mesh)
+    images, texts = batch()
+    with torch.no_grad():
+        text_features = model.encode_text(texts)
+        changed = texts.clone()
+        changed[:, -2] = 1 + texts[:, -2] % 50
+        assert not torch.allclose(model.encode_text(changed), text_features)
+        assert model.encode_image(images).shape == (3, 64)
+    num = sum(p.numel() for p in model.parameters())
+    assert num == num_parameters(config, LossConfig())
+    weights = {key: tuple(value.shape) for key, value in to_open_clip(model).items()}
+    assert weights == open_clip_shapes(config, with_bias=False)
 
 
 @pytest.mark.parametrize(("name", "causal"), BOTH)
