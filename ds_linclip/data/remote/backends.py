@@ -207,7 +207,10 @@ def _translated_errors(url: str) -> Iterator[None]:
 def _translated(error: Exception, url: str) -> Exception:
     name, status, reason = type(error).__name__, _status(error), _reason(error)
     if isinstance(error, (FileNotFoundError, IsADirectoryError)) or status in (404, 410):
-        return RemoteNotFoundError(errno.ENOENT, "no such remote file", redact(url))
+        what = "no such remote file"
+        if scheme_of(url) == "hf":  # the Hub answers for private files as if they did not exist
+            what += ", or one that needs a token with access to it in HF_TOKEN"
+        return RemoteNotFoundError(errno.ENOENT, what, redact(url))
     forbidden = str(error).startswith("Forbidden")  # gcsfs
     if isinstance(error, PermissionError) or status in (401, 403) or forbidden:
         return RefusedError(_credentials(url, reason))
