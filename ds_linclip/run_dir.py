@@ -31,8 +31,8 @@ _LOCK, _CONFIG = "lock", "config.yaml"
 #: A folder that holds one of these is a run folder.
 _RUN_FILES = (_CONFIG, "checkpoints")
 #: Names that a folder may hold before its run starts: the remains of an interrupted start, and
-#: files of the watchdog, the supervisor and wandb.
-_ALLOWED_FILES = (_LOCK, "watchdog", "hang", "restarts.jsonl", "hostfile", "wandb")
+#: files of the watchdog, the supervisor and the trackers.
+_ALLOWED_FILES = (_LOCK, "watchdog", "hang", "restarts.jsonl", "hostfile", "wandb", "tracker_id")
 #: Suffixes of files to which launchers write a run's output, and of unfinished files.
 _ALLOWED_SUFFIXES = {".log", ".out", ".err", ".tmp"}
 #: Seconds in which a file server learns that the node of a lock is dead.

@@ -27,6 +27,7 @@ from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
 from ds_linclip.model.patch_dropout import kept_patches
 from ds_linclip.model.transfer import transfer_attention
+from ds_linclip.monitoring.folder_sync import synced
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.monitoring.profile import StepProfiler
 from ds_linclip.monitoring.sinks import open_sinks
@@ -146,6 +147,7 @@ class Trainer:
         self._profiler = StepProfiler(config, mesh)
         resources.callback(self._profiler.close)
         folder = resources.enter_context(RunFolder.hold(config, mesh))
+        resources.enter_context(synced(config, mesh, phases))
         listeners = resources.enter_context(open_sinks(config, mesh, phases))
         phases.enter("building the model")
         self._teacher = Teacher(config, mesh) if config.teacher.model else None

@@ -139,4 +139,10 @@ class LogConfig:
     num_images: int = 8
     #: Write the sample keys of every batch to `<run folder>/samples/rank-N.jsonl`.
     sample_keys: bool = False
+    #: Place of a copy of the run folder, `<sync_to>/<name>`: a URL that fsspec knows, such as
+    #: `s3://bucket/runs`, or a folder; null: none. Rank 0 copies in the background, checkpoints
+    #: once they are complete. What is removed from the run folder stays there.
+    sync_to: str | None = field(default=None, metadata=_PATH)
+    #: Minutes between two such copies; the last one follows the end of the run.
+    sync_minutes: float = 10.0
     profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -46,7 +46,7 @@ _RULES: list[_Rule] = [
         *("data.cache.max_gib", *(f"data.network.{each.name}" for each in fields(NetworkConfig))),
         *("checkpoint.keep_last", "eval.batch_size", "log.every_steps", "log.peak_tflops"),
         *("health.max_skipped_steps", "health.spike_window", "log.profile.first_step"),
-        "eval.validation.num_samples",
+        *("eval.validation.num_samples", "log.sync_minutes"),
     ),
     (
         lambda value: 0 <= value < math.inf,

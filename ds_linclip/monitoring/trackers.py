@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
+from uuid import uuid4
 
 from ds_linclip.config import Config
 from ds_linclip.monitoring.scalars import ScalarSink
+from ds_linclip.process.atomic import write_atomically
 
 __all__ = ["trackio_run", "wandb_run"]
 
@@ -21,7 +23,7 @@ __all__ = ["trackio_run", "wandb_run"]
 def wandb_run(config: Config) -> Iterator[ScalarSink]:
     """Open a run of the Weights & Biases project ``log.wandb``; yield its sink.
 
-    Every start of training is a run of its own, in a group with the name of the training run.
+    All starts of a training run are one run there: its id is kept in the run folder.
 
     Raises:
         ValueError: when wandb is not installed, not logged in, or cannot be reached.
@@ -36,7 +38,11 @@ def wandb_run(config: Config) -> Iterator[ScalarSink]:
             )
         # Where wandb cannot write, it silently takes a temporary folder.
         (config.run_dir / "wandb").mkdir(exist_ok=True)
-        run = wandb.init(dir=config.run_dir, **_settings(config, config.log.wandb))
+        settings = _settings(config, config.log.wandb)
+        run_id, _ = _run_id(config)
+        run = wandb.init(
+            dir=config.run_dir, id=run_id, resume="allow", allow_val_change=True, **settings
+        )
     except (OSError, wandb.Error) as error:
         raise _unusable("wandb", config.log.wandb, error) from error
     has_failed = True
@@ -51,18 +57,36 @@ def wandb_run(config: Config) -> Iterator[ScalarSink]:
 def trackio_run(config: Config) -> Iterator[ScalarSink]:
     """Open a run of the project ``log.trackio``, in Trackio's own folder; yield its sink.
 
+    All starts of a training run are one run there. Trackio knows a run by its name alone: the first
+    start makes a run of that name, later ones continue it.
+
     Raises:
         ValueError: when trackio is not installed or cannot write.
     """
     trackio = _import("trackio", config.log.trackio)
     try:
-        run = trackio.init(embed=False, **_settings(config, config.log.trackio))
+        _, is_first = _run_id(config)
+        resume = "never" if is_first else "allow"
+        run = trackio.init(embed=False, resume=resume, **_settings(config, config.log.trackio))
     except (OSError, ValueError, sqlite3.Error) as error:
         raise _unusable("trackio", config.log.trackio, error) from error
     try:
         yield lambda step, values: run.log(dict(values), step=step)
     finally:
         run.finish()
+
+
+def _run_id(config: Config) -> tuple[str, bool]:
+    """Return the id of the run for trackers, and whether this is the first start of it.
+
+    Raises:
+        OSError: when the run folder cannot be read or written.
+    """
+    path = config.run_dir / "tracker_id"
+    is_first = not path.exists()
+    if is_first:
+        write_atomically(path, uuid4().hex[:12])
+    return path.read_text().strip(), is_first
 
 
 def _import(name: str, project: str | None) -> Any:
