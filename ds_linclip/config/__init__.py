@@ -28,7 +28,16 @@ from ds_linclip.config.attention import (
     WindowAttention,
 )
 from ds_linclip.config.compilation import graph_break
+from ds_linclip.config.length import with_steps
 from ds_linclip.config.loading import config_as_yaml, load_config, save_config
+from ds_linclip.config.optim import (
+    ConstantSchedule,
+    CooldownSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    OptimConfig,
+    Schedule,
+)
 from ds_linclip.config.schema import (
     CacheConfig,
     Config,
@@ -37,7 +46,6 @@ from ds_linclip.config.schema import (
     LossConfig,
     ModelConfig,
     NetworkConfig,
-    OptimConfig,
     ParallelConfig,
     Resolution,
     Source,
@@ -47,7 +55,7 @@ from ds_linclip.config.schema import (
     WatchdogConfig,
     ZeroConfig,
 )
-from ds_linclip.config.validation import check_batch, check_model, check_ranks
+from ds_linclip.config.validation import check_batch, check_model, check_ranks, check_steps
 from ds_linclip.config.values import as_image_size, build_section
 
 __all__ = [
@@ -56,6 +64,9 @@ __all__ = [
     "AttentionSettings",
     "CacheConfig",
     "Config",
+    "ConstantSchedule",
+    "CooldownSchedule",
+    "CosineSchedule",
     "DataConfig",
     "DepthwiseLocal",
     "FastAttention",
@@ -67,6 +78,7 @@ __all__ = [
     "InlineAttention",
     "LayerAttention",
     "LinearAttention",
+    "LinearSchedule",
     "LossConfig",
     "LunaAttention",
     "MilaAttention",
@@ -79,6 +91,7 @@ __all__ = [
     "PredictedLocal",
     "QtAttention",
     "Resolution",
+    "Schedule",
     "SoftmaxAttention",
     "Source",
     "StateAttention",
@@ -93,8 +106,10 @@ __all__ = [
     "check_batch",
     "check_model",
     "check_ranks",
+    "check_steps",
     "config_as_yaml",
     "graph_break",
     "load_config",
     "save_config",
+    "with_steps",
 ]

@@ -184,7 +184,7 @@ def test_lists_in_yaml_s_form_hold_any_text(folder):
 PATH_KEYS = [
     *("output_dir", "init.pretrained", "init.pretrained_image", "init.pretrained_text"),
     *("data.train", "data.cache.dir", "zero.nvme_path", "zero.deepspeed_config"),
-    *("eval.data", "eval.classes", "eval.templates"),
+    *("eval.data", "eval.classes", "eval.templates", "checkpoint.branch_from"),
 ]
 TEXT_KEYS = {
     *("name", "log.wandb", "log.trackio"),
