@@ -179,7 +179,7 @@ def _facts(config: Config, mesh: Mesh, resume_from: Path | None) -> dict[str, An
     places = mesh.gather_all((socket.gethostname(), device_name(mesh.device.type)))
     return {
         "time": _now(),
-        "resumed_from": None if resume_from is None else resume_from.name,
+        "resumed_from": _shown(config, resume_from),
         "command": sys.argv,
         **software(mesh.device),
         "device": str(mesh.device),
@@ -190,6 +190,14 @@ def _facts(config: Config, mesh: Mesh, resume_from: Path | None) -> dict[str, An
         "config": asdict(config),
         "deepspeed_config": deepspeed_config(config, mesh),
     }
+
+
+def _shown(config: Config, checkpoint: Path | None) -> str | None:
+    """Return the name of a checkpoint of the run, or the path of another run's."""
+    if checkpoint is None:
+        return None
+    is_own = checkpoint.parent == config.run_dir / "checkpoints"
+    return checkpoint.name if is_own else str(checkpoint)
 
 
 def _last_record(path: Path) -> dict[str, Any] | None:

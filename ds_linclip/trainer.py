@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_linclip.checkpoint.best import BestCheckpoint
 from ds_linclip.checkpoint.manager import CheckpointManager, NotSaved
-from ds_linclip.config import Config, InitConfig
+from ds_linclip.config import Config, InitConfig, check_steps, with_steps
 from ds_linclip.data import Batch, DataReport, Storage, TrainData, find_shards
 from ds_linclip.data.broadcast import broadcast_batches
 from ds_linclip.engine.compilation import Compilation, plan_compilation
@@ -137,9 +137,9 @@ class Trainer:
         phases: PhaseTracker,
         resources: ExitStack,
     ) -> None:
-        self._config, self._mesh, self._evaluator, self._phases = config, mesh, evaluate, phases
         self._signals = resources.enter_context(PreemptionSignals().caught())
-        self._data = _open_data(config, mesh)
+        config, self._data = _open_data(config, mesh)
+        self._config, self._mesh, self._evaluator, self._phases = config, mesh, evaluate, phases
         mesh.agree(lambda: check_machine(config))
         mesh.agree(lambda: deepspeed_config(config, mesh))
         compilation = mesh.agree(lambda: plan_compilation(config, mesh))
@@ -526,9 +526,15 @@ def _model_inputs(batch: Batch, config: Config, mesh: Mesh, number: int) -> tupl
     return batch.images, batch.texts, kept
 
 
-def _open_data(config: Config, mesh: Mesh) -> TrainData:
-    """Open the training data; rank 0 alone lists the shards, which may be tens of thousands."""
+def _open_data(config: Config, mesh: Mesh) -> tuple[Config, TrainData]:
+    """Open the training data; return the config, its length in steps, and the data.
+
+    Rank 0 alone lists the shards, which may be tens of thousands.
+    """
     groups = mesh.from_rank_zero(
         lambda: find_shards(config.data.train, Storage(config.data.cache, config.data.network))
     )
-    return mesh.agree(lambda: TrainData(config, groups, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size))
+    counted = with_steps(config, sum(group.samples_per_epoch for group in groups))
+    mesh.agree(lambda: check_steps(counted))
+    places = {"dp_rank": mesh.dp.rank, "dp_size": mesh.dp.size}
+    return counted, mesh.agree(lambda: TrainData(counted, groups, **places))

@@ -17,7 +17,7 @@ from ds_linclip.checkpoint.finite_weights import check_finite
 from ds_linclip.checkpoint.loading import check_files
 from ds_linclip.checkpoint.sharded_safetensors import CheckpointReader, read_manifest
 from ds_linclip.checkpoint.writer import CheckpointWriter
-from ds_linclip.config import Config, DataConfig, ModelConfig
+from ds_linclip.config import Config, DataConfig, ModelConfig, OptimConfig
 from ds_linclip.engine.engine import Engine
 from ds_linclip.engine.zero_state import ParameterPiece
 from ds_linclip.parallel.mesh import Mesh
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _MAY_CHANGE = (
     *("micro_batch_size", "reduce_dtype", "activation_checkpointing", "compile", "cuda_graphs"),
 )
+#: Beginnings of the settings in which a branch may differ from the run that it begins with.
+_MAY_BRANCH = ("optim.schedule.", "train.steps")
 _VERSIONS = ("torch", "triton", "deepspeed", "megatron-core")
 
 
@@ -132,16 +134,18 @@ class CheckpointManager:
         self._writer.wait()
 
     def newest(self) -> Path | None:
-        """Return the newest valid checkpoint of the run folder; None when it has none.
+        """Return the newest valid checkpoint of the run folder, or else the one of another run that
+        ``checkpoint.branch_from`` names; None when there is neither.
 
         Raises:
             AgreedError: when there are checkpoints but none is valid, when the newest was made with
-                another model or data, or when ``checkpoint.resume`` is ``never``.
+                another model or data, or when ``checkpoint.resume`` is ``never``; without one of
+                its own, likewise for ``checkpoint.branch_from``.
         """
         self.wait()
         candidates = self._mesh.from_rank_zero(lambda: committed(self.directory))
         if not candidates:
-            return None
+            return self._branch()
         if self._config.checkpoint.resume == "never":
             raise AgreedError(
                 f"checkpoint.resume (never) refuses {self.directory}, which holds "
@@ -200,19 +204,43 @@ class CheckpointManager:
             return str(error)
         return None
 
-    def _check_same_run(self, path: Path) -> None:
+    def _branch(self) -> Path | None:
+        """Return the checkpoint of another run that this one begins with, if there is one."""
+        given = self._config.checkpoint.branch_from
+        if given is None:
+            return None
+        path, where = Path(given), f"checkpoint.branch_from ({given})"
+        if problem := self._problem_of(path):
+            raise AgreedError(f"{where} must be a valid checkpoint of another run: {problem}")
+
+        def check() -> None:
+            self._check_same_run(path, but=_MAY_BRANCH)
+            done, steps = read_manifest(path)["step"], self._config.train.steps
+            if done >= steps:
+                raise ValueError(
+                    f"train.steps ({steps}) must be greater than {done}, the step of {where}"
+                )
+
+        self._mesh.agree(check)
+        return path
+
+    def _check_same_run(self, path: Path, but: tuple[str, ...] = ()) -> None:
         # A setting that the checkpoint does not have came later: its default is how the run began.
         defaults = _as_read_back(
-            _flatten(asdict(ModelConfig()), "model") | {"data.captions": DataConfig().captions}
+            _flatten(asdict(ModelConfig()), "model")
+            | _flatten(asdict(OptimConfig()), "optim")
+            | {"data.captions": DataConfig().captions}
         )
         theirs = defaults | read_manifest(path)["run"]
         differences = [
             f"{name} ({value}) must equal {theirs.get(name)}"
             for name, value in self._identity.items()
-            if theirs.get(name) != value
+            if theirs.get(name) != value and not name.startswith(but)
         ]
         if differences:
-            raise ValueError(f"to resume from {path}, {', '.join(differences)}")
+            raise ValueError(
+                f"to {'branch' if but else 'resume'} from {path}, {', '.join(differences)}"
+            )
 
 
 def _check_share(reader: CheckpointReader, names: Sequence[str], *, show_progress: bool) -> None:

@@ -46,6 +46,9 @@ from ds_linclip.config.distillation import (
     SimilarityTerm,
     TeacherConfig,
 )
+from ds_linclip.config.length import (
+    with_steps,
+)
 from ds_linclip.config.loading import (
     captions_of,
     config_as_yaml,
@@ -53,19 +56,26 @@ from ds_linclip.config.loading import (
     save_config,
 )
 from ds_linclip.config.monitoring import (
-    CheckpointConfig,
-    EvalConfig,
     HeldOutSet,
     LogConfig,
     NamedSet,
     ProfileConfig,
     ValidationConfig,
 )
+from ds_linclip.config.optim import (
+    ConstantSchedule,
+    CooldownSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    OptimConfig,
+    Schedule,
+)
 from ds_linclip.config.schema import (
+    CheckpointConfig,
     Config,
+    EvalConfig,
     InitConfig,
     LossConfig,
-    OptimConfig,
     ParallelConfig,
     TrainConfig,
     WatchdogConfig,
@@ -80,6 +90,7 @@ from ds_linclip.config.validation import (
     check_batch,
     check_model,
     check_ranks,
+    check_steps,
 )
 from ds_linclip.config.values import (
     as_image_size,
@@ -94,7 +105,10 @@ __all__ = [
     "CaptionSource",
     "CheckpointConfig",
     "Config",
+    "ConstantSchedule",
     "ContrastiveTerm",
+    "CooldownSchedule",
+    "CosineSchedule",
     "DataConfig",
     "DepthwiseLocal",
     "EvalConfig",
@@ -110,6 +124,7 @@ __all__ = [
     "LayerAttention",
     "LayerTerm",
     "LinearAttention",
+    "LinearSchedule",
     "LogConfig",
     "LossConfig",
     "LossTerm",
@@ -126,6 +141,7 @@ __all__ = [
     "ProfileConfig",
     "QtAttention",
     "Resolution",
+    "Schedule",
     "SimilarityTerm",
     "SoftmaxAttention",
     "Source",
@@ -144,8 +160,10 @@ __all__ = [
     "check_batch",
     "check_model",
     "check_ranks",
+    "check_steps",
     "config_as_yaml",
     "graph_break",
     "load_config",
     "save_config",
+    "with_steps",
 ]

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from ds_linclip.config.data import CaptionSource
 from ds_linclip.config.interpolation import as_plain_text, resolve
+from ds_linclip.config.length import check_length, forget_other_lengths, with_steps
 from ds_linclip.config.paths import resolved_path, saved_path, written_path
 from ds_linclip.config.schema import Config, kinds_of
 from ds_linclip.config.validation import check_captions, validate
@@ -47,18 +48,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     merged = asdict(Config())
     for source, content in _read_with_bases(_find(path)):
         try:
-            _merge(merged, read_layer(content, source.parent))
+            layer = read_layer(content, source.parent)
+            forget_other_lengths(merged, layer)
+            _merge(merged, layer)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
     given: dict[str, Any] = {}
     for override in overrides:
         _merge(given, read_layer(_parse_override(override), Path()))
+    forget_other_lengths(merged, given)
     _merge(merged, given)
     try:
         values = resolve(merged)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     config = build_config(values)
+    check_length(config.train)
+    config = with_steps(config)
     validate(config)
     return config
 

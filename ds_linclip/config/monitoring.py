@@ -34,6 +34,10 @@ class CheckpointConfig:
     #: `latest`: resume from the newest checkpoint of the run folder, if there is one. `never`:
     #: refuse a run folder that has checkpoints.
     resume: Literal["latest", "never"] = "latest"
+    #: Checkpoint of another run, such as `runs/long/checkpoints/step-00090000`, that this run goes
+    #: on from, with the optimizer's state and the position in the data; only `optim.schedule` and
+    #: the length may differ. Once this run has checkpoints of its own, it resumes from these.
+    branch_from: str | None = field(default=None, metadata=_PATH)
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ds_linclip.config.data import DataConfig
 from ds_linclip.config.distillation import ContrastiveTerm, LossTerm, TeacherConfig
 from ds_linclip.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
+from ds_linclip.config.optim import OptimConfig
 from ds_linclip.config.towers import ModelConfig
 
 #: Marks a field that holds a path, which is made absolute. Its ``names`` are no paths.
@@ -20,8 +21,15 @@ _PATH = {"path": True}
 class TrainConfig:
     """Length, batch size and precision of the training."""
 
-    #: Optimizer steps of the whole run; required.
+    #: Optimizer steps of the whole run. Exactly one of `steps`, `samples` and `epochs` is required;
+    #: a later source, such as the command line, replaces the one of an earlier source.
     steps: int = 0
+    #: Length of the run in image-text pairs, rounded up to whole steps.
+    samples: int | None = None
+    #: Length of the run in epochs of `data.train`, rounded up to whole steps; 0.5 is half an epoch.
+    #: The number of samples is known once the shards are found. The run folder's config then has
+    #: the steps.
+    epochs: float | None = None
     #: Image-text pairs per optimizer step, over all ranks; required. Each pair's negatives are all
     #: the others.
     global_batch_size: int = 0
@@ -98,43 +106,6 @@ class LossConfig:
     kind: Literal["softmax", "sigmoid"] = "softmax"
     #: Side of the square tiles of logits that a rank computes one at a time.
     chunk_size: int = 1024
-
-
-@dataclass(kw_only=True)
-class OptimConfig:
-    """Optimizer, with a linear warm-up and a cosine decay to zero.
-
-    The defaults are open_clip's for a ViT.
-    """
-
-    #: `adamw`: torch's. `lion` (arXiv 2302.06675): try a tenth of AdamW's learning rate and ten
-    #: times its weight decay; it has no `eps`. `lamb` (arXiv 1904.00962): one trust ratio per
-    #: matrix, for very large batches.
-    kind: Literal["adamw", "lion", "lamb"] = "adamw"
-    #: Peak learning rate, at the end of the warm-up.
-    lr: float = 5e-4
-    #: Decay of the first moment.
-    beta1: float = 0.9
-    #: Decay of the second moment, of `lion` that of the momentum; null: 0.98, of `lion` 0.99.
-    beta2: float | None = None
-    #: Added to the root of the second moment.
-    eps: float = 1e-6
-    #: Decoupled weight decay, for matrices only: not for gains, biases and the logit scale.
-    weight_decay: float = 0.2
-    #: Steps of the linear warm-up.
-    warmup_steps: int = 10_000
-    #: Maximum gradient norm over all parameters; 0: no clipping.
-    clip_grad_norm: float = 1.0
-    #: Decay per step, after its own warm-up, of a running average of the weights (EMA), which
-    #: evaluation then uses; 0: no average. Costs 4 bytes per parameter, shared by the data-parallel
-    #: ranks.
-    ema_decay: float = 0.0
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        """The decays of both moments, that of the second by the optimizer unless it is set."""
-        default = 0.99 if self.kind == "lion" else 0.98
-        return self.beta1, default if self.beta2 is None else self.beta2
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 from ds_linclip.config.attention import Attention
 from ds_linclip.config.compilation import graph_break
 from ds_linclip.config.data import CaptionSource, NetworkConfig, Source
+from ds_linclip.config.length import check_length
 from ds_linclip.config.monitoring import EvalConfig
 from ds_linclip.config.schema import (
     Config,
@@ -17,7 +18,14 @@ from ds_linclip.config.schema import (
 )
 from ds_linclip.config.towers import ModelConfig, TextTower, VisionTower
 
-__all__ = ["check_batch", "check_captions", "check_model", "check_ranks", "validate"]
+__all__ = [
+    "check_batch",
+    "check_captions",
+    "check_model",
+    "check_ranks",
+    "check_steps",
+    "validate",
+]
 
 _NO_CAPTIONS = ("jpg", "jpeg", "png", "webp", "gif", "cls")
 _TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
@@ -40,7 +48,7 @@ _MODEL_RULES: list[_Rule] = [
 ]
 _RULES: list[_Rule] = [
     _positive(
-        *("train.steps", "train.global_batch_size", "loss.chunk_size", "optim.lr", "optim.eps"),
+        *("train.global_batch_size", "loss.chunk_size", "optim.lr", "optim.eps"),
         *("parallel.dp", "parallel.tp", "parallel.pp", "parallel.cp", "data.num_lanes"),
         *("data.shuffle_shards", "data.prefetch_batches", "data.max_bad_in_a_row"),
         *("data.cache.max_gib", *(f"data.network.{each.name}" for each in fields(NetworkConfig))),
@@ -143,6 +151,9 @@ def validate(config: Config) -> None:
     _validate_sources(config.data.train)
     check_captions(config.data.captions)
     _validate_eval(config.eval)
+    check_length(config.train)
+    if config.train.epochs is None:
+        check_steps(config)
 
 
 def check_captions(sources: Sequence[CaptionSource]) -> None:
@@ -313,14 +324,31 @@ def _validate_train(config: Config) -> None:
             f"train.reduce_dtype (bf16) needs train.precision bf16 or amp_bf16, not "
             f"({config.train.precision}): take train.reduce_dtype=fp32"
         )
-    warmup, steps = config.optim.warmup_steps, config.train.steps
-    if warmup >= steps:
-        raise ValueError(f"optim.warmup_steps ({warmup}) must be less than train.steps ({steps})")
     if config.health.spike_factor and config.checkpoint.resume == "never":
         raise ValueError(
             f"health.spike_factor ({config.health.spike_factor}) needs checkpoint.resume latest, "
             "not (never): a rewind resumes from a checkpoint of this run"
         )
+
+
+def check_steps(config: Config) -> None:
+    """Check what must fit into the steps of the run, once their number is known.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+    warmup, steps = config.optim.warmup_steps, config.train.steps
+    if warmup >= steps:
+        raise ValueError(f"optim.warmup_steps ({warmup}) must be less than train.steps ({steps})")
+    schedule = config.optim.schedule
+    for field, rule in schedule.problems(steps - warmup):
+        raise ValueError(f"optim.schedule.{field} ({getattr(schedule, field)}) must {rule}")
+    for index, stage in enumerate(config.data.resolutions):
+        if stage.from_step >= steps:
+            raise ValueError(
+                f"data.resolutions[{index}].from_step ({stage.from_step}) must be less than "
+                f"train.steps ({steps})"
+            )
 
 
 def _validate_compile(config: Config) -> None:
@@ -515,10 +543,6 @@ def _validate_data(config: Config) -> None:
         if step <= before:
             raise ValueError(
                 f"{name}.from_step ({step}) must be greater than {before}, the one before"
-            )
-        if step >= config.train.steps:
-            raise ValueError(
-                f"{name}.from_step ({step}) must be less than train.steps ({config.train.steps})"
             )
         _require_patches(f"{name}.image_size", stage.image_size, config.model.vision.patch_size)
         before = step

@@ -1,6 +1,5 @@
 """Optimizers with weight-decay groups, and the schedules of learning rate and EMA decay."""
 
-import math
 from typing import Any
 
 from torch import nn, optim
@@ -46,11 +45,11 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """Return the learning rate of the 0-based ``step`` of all ``steps``: linear warm-up to
-    ``config.lr``, then half a cosine to zero."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    ``config.lr``, then ``config.schedule``."""
+    warmup = config.warmup_steps
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * config.schedule.factor(step - warmup, steps - warmup)
 
 
 def ema_decay(step: int, decay: float) -> float:

@@ -121,7 +121,7 @@ def _training(config: Config, manifest: Mapping[str, Any]) -> Iterator[tuple[str
     yield (
         "optimizer",
         f"{optim.kind}, lr {optim.lr:g}, betas {beta1:g} and {beta2:g}, weight decay "
-        f"{optim.weight_decay:g}, {optim.warmup_steps} warm-up steps, then cosine",
+        f"{optim.weight_decay:g}, {optim.warmup_steps} warm-up steps, then {optim.schedule.kind}",
     )
     if optim.ema_decay:
         yield "decay of the running average", f"{optim.ema_decay:g}"

@@ -7,7 +7,14 @@ from itertools import product
 
 import torch
 
-from ds_linclip.config import Config, ParallelConfig, check_batch, check_ranks
+from ds_linclip.config import (
+    Config,
+    ParallelConfig,
+    check_batch,
+    check_ranks,
+    check_steps,
+    with_steps,
+)
 from ds_linclip.data import Storage, find_shards
 from ds_linclip.model.flops import forward_flops, num_state_values, step_flops, training_flops
 from ds_linclip.parallel.mesh import Mesh
@@ -77,13 +84,20 @@ def plan_run(config: Config, target: Target) -> tuple[str, str | None]:
     device = torch.device("cpu" if is_cpu else "cuda")
     dp_size = check_ranks(config.parallel, target.devices)
     check_batch(config, dp_size)
+    samples, unknown = _epoch(config, target)
+    config = with_steps(config, samples)
+    if config.train.epochs is not None:
+        raise ValueError(
+            f"train.epochs ({config.train.epochs:g}) needs the samples of an {unknown}"
+        )
+    check_steps(config)
     plans, table = _plan_all(config, target.devices, device)
     fullest = max(range(len(plans)), key=lambda rank: sum(plans[rank].memory.values()))
     needed = sum(plans[fullest].memory.values()) / GIB
     rows = [
         ("memory", _memory_row(fullest, needed, limit, reserve)),
         ("batch", _batch_row(config, dp_size)),
-        *_epoch_rows(config, target),
+        *_epoch_rows(config, samples, unknown),
         *_time_rows(config, dp_size, len(plans), peak, target.mfu or _MFU),
         ("checkpoint", _checkpoint_row(config)),
     ]
@@ -138,15 +152,28 @@ def _batch_row(config: Config, dp_size: int) -> str:
     return f"{batch}: {dp_size} data-parallel places x {times} of {size:,}"
 
 
-def _epoch_rows(config: Config, target: Target) -> list[tuple[str, str]]:
-    samples = target.num_samples
+def _epoch(config: Config, target: Target) -> tuple[int | None, str]:
+    """Return the samples of an epoch; None, and why, if they are not known.
+
+    If the shards cannot be read, ``num_samples`` of all sources counts.
+    """
+    if target.num_samples is not None:
+        return target.num_samples, ""
+    sources = config.data.train
     try:
-        if samples is None:
-            storage = Storage(config.data.cache, config.data.network)
-            groups = find_shards(config.data.train, storage)
-            samples = sum(group.samples_per_epoch for group in groups)
+        groups = find_shards(sources, Storage(config.data.cache, config.data.network))
+        return sum(group.samples_per_epoch for group in groups), ""
     except ValueError as error:
-        return [("epoch", f"unknown: {error}; --num-samples states it")]
+        stated = [source.num_samples for source in sources]
+        if config.train.epochs is not None and None not in stated:
+            times = [source.upsampling for source in sources]
+            return round(sum(n * t for n, t in zip(stated, times, strict=True) if n)), ""
+        return None, f"epoch, unknown: {error}; --num-samples states it"
+
+
+def _epoch_rows(config: Config, samples: int | None, unknown: str) -> list[tuple[str, str]]:
+    if samples is None:
+        return [("epoch", unknown.removeprefix("epoch, "))]
     steps = samples / config.train.global_batch_size
     return [
         ("epoch", f"{samples:,} samples, {steps:,.1f} steps"),

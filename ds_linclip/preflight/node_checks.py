@@ -275,8 +275,11 @@ def checkpoint_size(config: Config) -> int:
 
 def _max_num_checkpoints(config: Config) -> int:
     """Return the number of those kept for a while, the one being written, those kept permanently,
-    or of all saves if these are fewer."""
+    or of all saves if these are fewer; of a run in epochs, whose steps are not known, without those
+    kept permanently."""
     steps, checkpoint = config.train.steps, config.checkpoint
+    if config.train.epochs is not None:
+        return checkpoint.keep_last + 1
     saves = steps if checkpoint.every_minutes else 1
     if checkpoint.every_steps:
         saves = max(saves, -(-steps // checkpoint.every_steps))

@@ -137,6 +137,14 @@ class Supervisor:
         self._ranks: int | None = None
         self._environment = dict(os.environ)
 
+    def _is_last(self, step: int) -> bool:
+        """Whether the run ends with this step; with ``train.epochs`` its folder says how many there
+        are."""
+        steps, saved = self.config.train.steps, self.config.run_dir / "config.yaml"
+        if self.config.train.epochs is not None:
+            steps = load_config(saved).train.steps if saved.exists() else 0
+        return 0 < steps <= step
+
     def run(self) -> int:
         """Supervise the run to its end; return the exit code of this command.
 
@@ -156,7 +164,7 @@ class Supervisor:
             before = newest_step(run_dir)
             exit_code = self._run_once()
             ended, step = time.monotonic(), newest_step(run_dir)
-            reason = restart_reason(exit_code, is_complete=step >= self.config.train.steps)
+            reason = restart_reason(exit_code, is_complete=self._is_last(step))
             if reason is None:
                 return exit_code
             if self._must_leave:

@@ -15,6 +15,7 @@ from ds_linclip.config import (
     VisionTower,
     load_config,
     save_config,
+    with_steps,
 )
 from linclip_eval.zero_shot.class_lists import IMAGENET_LISTS
 
@@ -54,6 +55,33 @@ def test_command_line_wins_over_file_and_file_over_base(tmp_path):
     assert (config.train.steps, config.optim.lr, config.train.global_batch_size) == (40, 2.0, 8)
     here = Path.cwd()
     assert config.data.train == [Source(shards=f"{here}/x.tar"), Source(shards=f"{here}/y.tar")]
+
+
+@pytest.mark.parametrize(
+    ("override", "steps", "epochs"),
+    [
+        ("train.steps=7", 7, None),
+        ("train.samples=80", 10, None),
+        ("train.samples=81", 11, None),
+        ("train.epochs=0.5", 0, 0.5),
+    ],
+)
+def test_a_later_length_replaces_an_earlier_one(tmp_path, override, steps, epochs):
+    (tmp_path / "run.yaml").write_text(
+        "train: {steps: 20, global_batch_size: 8}\noptim: {warmup_steps: 2}\n"
+        "data: {train: [a.tar]}\n"
+    )
+    config = load_config(tmp_path / "run.yaml", [override])
+    assert (config.train.steps, config.train.epochs, config.train.samples) == (steps, epochs, None)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert with_steps(config, samples_per_epoch=101).train.steps == (steps or 7)
+
+
+def test_two_lengths_of_one_source_are_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("data: {train: [a.tar]}\ntrain: {global_batch_size: 8}\n")
+    with pytest.raises(ValueError, match=r"train\.steps \(9\) and train\.epochs \(2\.0\) exclude"):
+        load_config(tmp_path / "run.yaml", ["train.steps=9", "train.epochs=2"])
 
 
 PATTERN = "/a/{0..9}.tar"

@@ -65,6 +65,25 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ),
         ("train.steps=0", r"train\.steps \(0\) must be greater than 0"),
         ("train.steps=[1]", r"train\.steps \(\[1\]\) must be an integer"),
+        ("train.samples=0", r"^train\.samples \(0\) must be greater than 0"),
+        ("train.epochs=-1", r"^train\.epochs \(-1\.0\) must be greater than 0"),
+        (
+            "optim.schedule={kind: cosine, floor: 1.5}",
+            r"^optim\.schedule\.floor \(1\.5\) must be in \[0, 1\]",
+        ),
+        (
+            "optim.schedule={kind: cooldown, cooldown_steps: 100000}",
+            r"^optim\.schedule\.cooldown_steps \(100000\) must be in 1\.\.\d+, the steps",
+        ),
+        (
+            "optim.schedule={kind: cooldown}",
+            r"^optim\.schedule\.cooldown_steps \(0\) must be in 1\.\.",
+        ),
+        (
+            "optim.schedule={kind: cooldown, cooldown_steps: 2, power: 0}",
+            r"^optim\.schedule\.power \(0\.0\) must be greater than 0",
+        ),
+        ("optim.schedule.kind=cosin", r"^optim\.schedule\.kind \(cosin\) must be .*did you mean"),
         ("optim.warmup_steps=100000", r"optim\.warmup_steps \(100000\) must be less than"),
         ("data.train=[]", r"data\.train \(\[\]\) must name at least one shard"),
         ("data.train=null", r"data\.train \(null\) must be a pattern or a list of sources"),

@@ -185,7 +185,7 @@ PATH_KEYS = [
     *("output_dir", "init.pretrained", "init.pretrained_image", "init.pretrained_text"),
     *("data.train", "data.cache.dir", "zero.nvme_path", "zero.deepspeed_config"),
     *("eval.data", "eval.classes", "eval.templates", "eval.validation.shards"),
-    "log.sync_to",
+    *("log.sync_to", "checkpoint.branch_from"),
 ]
 TEXT_KEYS = {
     *(

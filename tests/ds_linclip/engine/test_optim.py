@@ -3,14 +3,25 @@
 The optimizers under ZeRO are tested in tests/distributed/test_optimizers.py.
 """
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import timm.optim
 import torch
+from open_clip_train.scheduler import const_lr_cooldown
 from torch import nn
 
-from ds_linclip.config import ModelConfig, OptimConfig, TextTower, VisionTower
+from ds_linclip.config import (
+    ConstantSchedule,
+    CooldownSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    ModelConfig,
+    OptimConfig,
+    TextTower,
+    VisionTower,
+)
 from ds_linclip.engine.ema import ema_weights, track_ema
 from ds_linclip.engine.optim import (
     Lamb,
@@ -31,6 +42,42 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0 < rates[-1] < 0.08
     assert learning_rate(12, 12, config) == pytest.approx(0, abs=1e-12)
+
+
+def test_cosine_is_as_before_bit_for_bit():
+    config = OptimConfig(lr=5e-4, warmup_steps=7)
+    for step in range(7, 1001):
+        angle = math.pi * ((step - 7) / (1000 - 7))
+        assert learning_rate(step, 1000, config) == 5e-4 * 0.5 * (1 + math.cos(angle))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at"),
+    [
+        (CosineSchedule(floor=0.1), {4: 1.0, 8: 0.55, 12: 0.1}),
+        (LinearSchedule(floor=0.2), {4: 1.0, 6: 0.8, 8: 0.6, 12: 0.2}),
+        (LinearSchedule(), {8: 0.5, 12: 0.0}),
+        (ConstantSchedule(), {4: 1.0, 11: 1.0, 12: 1.0}),
+        (CooldownSchedule(cooldown_steps=4), {4: 1.0, 8: 1.0, 9: 0.75, 11: 0.25, 12: 0.0}),
+        (CooldownSchedule(cooldown_steps=4, power=2, floor=0.2), {8: 1.0, 10: 0.4, 12: 0.2}),
+        (CooldownSchedule(cooldown_steps=8), {4: 1.0, 6: 0.75}),
+    ],
+    ids=lambda value: value.kind if hasattr(value, "kind") else None,
+)
+def test_schedules_after_the_warm_up(schedule, at):
+    config = OptimConfig(lr=2.0, warmup_steps=4, schedule=schedule)
+    assert [learning_rate(step, 12, config) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    for step, factor in at.items():
+        assert learning_rate(step, 12, config) == pytest.approx(2 * factor, abs=1e-12), step
+
+
+def test_cooldown_is_that_of_open_clip():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = const_lr_cooldown(optimizer, 1.0, 3, 20, 6, 1.5, 0.25)
+    schedule = CooldownSchedule(cooldown_steps=6, power=1.5, floor=0.25)
+    config = OptimConfig(lr=1.0, warmup_steps=3, schedule=schedule)
+    for step in range(20):
+        assert learning_rate(step, 20, config) == pytest.approx(theirs(step), rel=1e-12), step
 
 
 def test_matrices_are_decayed_and_vectors_are_not():
