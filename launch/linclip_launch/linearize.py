@@ -63,6 +63,11 @@ def run(options: argparse.Namespace) -> int:
     """
     output: Path = options.output
     base = load_config(options.config, options.overrides)
+    if base.train.epochs is not None:
+        raise ValueError(
+            f"train.epochs ({base.train.epochs}) must be null: state the length of a linearisation "
+            "as train.steps or train.samples, which its stages share"
+        )
     teacher = _teacher_folder(options.model, output)
     config_file = _student_config(base, read_config(teacher), options, output)
     steps = _shares(base.train.steps, options.shares)
