@@ -277,6 +277,28 @@ NVME = ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"]
         ([*GRAPHS, "parallel.pp=2"], r"train\.cuda_graphs .* needs parallel\.pp 1, not \(2\)"),
         ("loss.chunk_size=0", r"loss\.chunk_size \(0\) must be greater than 0"),
         ("model.vision.patch_dropout=1", r"patch_dropout \(1\.0\) must be in \[0, 1\)"),
+        ("model.vision.class_token=false", r"pool_type \(tok\) needs .*class_token=true"),
+        ("model.vision.pool_type=map", r"pool_type \(map\) needs .*class_token=false"),
+        (
+            [
+                *("model.vision.class_token=false", "model.vision.pool_type=map"),
+                "model.vision.final_ln_after_pool=true",
+            ],
+            r"final_ln_after_pool \(true\) needs pool_type",
+        ),
+        (
+            ["model.vision.proj_type=none", "model.embed_dim=32"],
+            r"proj_type \(none\) needs model\.vision\.width \(\d+\) equal to .*embed_dim \(32\)",
+        ),
+        (
+            ["parallel.cp=2", "model.vision.class_token=false", "model.vision.pool_type=map"],
+            r"parallel\.cp \(2\) needs model\.vision\.pool_type tok or avg",
+        ),
+        (
+            ["model.text.no_causal_mask=true", "model.text.attention={kind: mila}"],
+            r"model\.text\.attention\.kind \(mila\) needs a grid of patches, or a text with",
+        ),
+        ("model.text.hf_tokenizer_name=x", r"hf_tokenizer_name \(x\) must be null in training"),
         ("model.text.vocab_size=1000", r"vocab_size \(1000\) must be at least 49408"),
         ("model.text.context_length=2", r"context_length \(2\) must be at least 3"),
         (

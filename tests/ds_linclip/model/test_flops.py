@@ -1,5 +1,7 @@
 """Parameters and operations against open_clip's published numbers and a model that is built."""
 
+from dataclasses import replace
+
 import pytest
 
 from ds_linclip.config import (
@@ -62,6 +64,18 @@ def test_parameters_are_those_of_the_model(head_norm, loss):
     built = CLIP(TINY, Mesh.create(), loss=loss)
     count = sum(parameter.numel() for parameter in built.parameters())
     assert num_parameters(TINY, LossConfig(kind=loss)) == count
+
+
+def test_attention_pooling_costs_its_own_products():
+    def cost(pool_type: str) -> float:
+        vision = replace(TINY.vision, class_token=False, pool_type=pool_type)
+        return forward_flops(replace(TINY, vision=vision), (32, 16))
+
+    tokens, query = 8, 1
+    keys_and_values = 2 * tokens * 48 * (48 + 48)
+    scores_and_sum = 2 * query * tokens * 48 + 2 * query * tokens * 48
+    query_output_mlp = 2 * 48 * 48 + 2 * 48 * 48 + 2 * 48 * 192 + 2 * 192 * 48
+    assert cost("map") - cost("avg") == keys_and_values + scores_and_sum + query_output_mlp
 
 
 def test_attention_costs_its_own_products():
