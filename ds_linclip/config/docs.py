@@ -114,6 +114,7 @@ def _type_name(hint: Any) -> str:
     special = {
         "NoneType": "null",
         "Source": "sources",
+        "CaptionSource": "places",
         "Resolution": "sizes",
         "LayerAttention": "layers",
         "NamedSet": "sets",

@@ -108,6 +108,7 @@ def test_run_folder_describes_the_run(job):
             "data.resolutions=[{image_size: 64}]",
             r"data\.resolutions \(\[.*64.*\]\) must equal \[\]",
         ),
+        ("data.captions=[syn.txt]", r"data\.captions \(\[.*syn\.txt.*\]\) must equal \[\]"),
         ("train.steps=900", r"step-00000026, .*train\.steps \(900\) must equal 26"),
         ("checkpoint.resume=never", r"checkpoint\.resume \(never\) refuses .*step-00000026"),
     ],

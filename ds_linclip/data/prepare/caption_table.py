@@ -8,6 +8,7 @@ import csv
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,26 +18,37 @@ from ds_linclip.data.tally import Tally
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES
 from ds_linclip.process.text_files import encoding_of
 
-__all__ = ["read_table"]
+__all__ = ["Text", "read_table"]
+
+#: A caption of a further column; parquet may have lists, and None.
+Text = str | list[str | None] | None
 
 _MAX_FIELD = 2**31 - 1  # fits into a C long on every platform
+_FURTHER = "further_columns"
 _MAX_SHOWN = 500  # characters of a header, in a message
 
 
 def read_table(
-    file: Path, *, image_column: str, caption_column: str, separator: str
-) -> tuple[list[str], list[str | None], Tally]:
-    """Read two columns of a table; its content tells whether it is csv or parquet.
+    file: Path,
+    *,
+    image_column: str,
+    caption_column: str,
+    separator: str,
+    further_columns: Sequence[str] = (),
+) -> tuple[list[str], list[str | None], Tally, dict[str, list[Text]]]:
+    """Read columns of a table; its content tells whether it is csv or parquet.
 
     Args:
         file: A parquet file, or text with a header line in UTF-8, or in UTF-16 with a byte order
             mark.
         image_column, caption_column: The names of the columns.
         separator: The character between the fields of a text.
+        further_columns: The names of columns with further captions; parquet may have lists there.
 
     Returns:
-        The images, the captions (None where parquet has none), and what was passed over. A byte
-        that is not UTF-8 is a surrogate, as in file names of Python.
+        The images, the captions (None where parquet has none), what was passed over, and the
+        further captions by column. A byte that is not UTF-8 is a surrogate, as in file names of
+        Python.
 
     Raises:
         ValueError: when the separator, the encoding, the header, a row or the quoting is invalid,
@@ -48,6 +60,13 @@ def read_table(
     if image_column == caption_column:
         raise ValueError(f"image_column and caption_column ({caption_column}) must differ")
     names = {"image_column": image_column, "caption_column": caption_column}
+    names |= {f"{_FURTHER}[{i}]": name for i, name in enumerate(further_columns)}
+    if len(set(names.values())) < len(names):
+        raise ValueError(
+            f"{_FURTHER} ({', '.join(further_columns)}) must be other columns, each once"
+        )
+    if dotted := [name for name in further_columns if "." in name]:
+        raise ValueError(f"{_FURTHER} ({dotted[0]}) must have no dot: it becomes a JSON entry")
     with open(file, "rb") as content:
         start = content.read(64)
     if cause := format_cause(start):
@@ -56,19 +75,22 @@ def read_table(
         raise ValueError(f"source ({file}) must be text or parquet, not {kind}")
     passed_over = Tally()
     if start.startswith(b"PAR1"):
-        images, captions = _read_parquet(file, names)
+        images, captions, *further = _read_parquet(file, names)
     else:
-        images, captions = _read_csv(file, encoding_of(start), names, separator, passed_over)
+        images, captions, *further = _read_csv(
+            file, encoding_of(start), names, separator, passed_over
+        )
     if not images:
         raise ValueError(f"source ({file}) must hold rows")
-    return [image or "" for image in images], captions, passed_over
+    by_column = dict(zip(further_columns, further, strict=True))
+    return [image or "" for image in images], captions, passed_over, by_column
 
 
 def _read_csv(
     file: Path, encoding: str, names: dict[str, str], separator: str, passed_over: Tally
-) -> tuple[list[str | None], list[str | None]]:
-    images: list[str | None] = []
-    captions: list[str | None] = []
+) -> list[list[Any]]:
+    """Return the columns of the names."""
+    found: list[list[Any]] = [[] for _ in names]
     columns: list[str] = []
     read: list[str] = []  # lines since the last row
     # A caption that is not UTF-8, or very long, makes one bad sample, not a bad table.
@@ -85,11 +107,11 @@ def _read_csv(
                 elif not columns:
                     columns = row
                     separated = f", separated by {separator!r},"
-                    image, caption = _find_columns(file, columns, names, separated)
+                    places = _find_columns(file, columns, names, separated)
                 else:
-                    _check_row(row, columns, read, separator, image, file.parent)
-                    images.append(row[image])
-                    captions.append(row[caption])
+                    _check_row(row, columns, read, separator, places[0], file.parent)
+                    for column, place in zip(found, places, strict=True):
+                        column.append(row[place])
                 read.clear()
         except (csv.Error, _BadRowError) as error:
             # The csv module says "unexpected end of data".
@@ -100,7 +122,7 @@ def _read_csv(
             raise ValueError(f"source ({file}) must be text in UTF-16: {error.reason}") from error
         finally:
             csv.field_size_limit(limit)  # it is global
-    return images, captions
+    return found
 
 
 class _BadRowError(ValueError):
@@ -160,27 +182,40 @@ def _find_columns(
     return [columns.index(value) for value in names.values()]
 
 
-def _read_parquet(file: Path, names: dict[str, str]) -> tuple[list[str | None], list[str | None]]:
+def _read_parquet(file: Path, names: dict[str, str]) -> list[list[Any]]:
     try:
         with pq.ParquetFile(file) as table:
             schema = table.schema_arrow
             places = _find_columns(file, schema.names, names)
             for name, place in zip(names, places, strict=True):
                 kind = schema.types[place]
-                if not _is_text(kind):
+                if not (_is_text(kind) or (name.startswith(_FURTHER) and _is_list_of_texts(kind))):
                     raise ValueError(f"{name} ({schema.names[place]}) must hold text, not {kind}")
             columns = table.read(columns=list(names.values()))
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"source ({file}) must be a parquet file: {reason}") from error
-    images, captions = (
-        [
-            None if each is None else each.decode("utf-8", "surrogateescape")
-            for each in columns.column(value).cast(pa.large_binary()).to_pylist()
-        ]
-        for value in names.values()
-    )
-    return images, captions
+    return [[_decoded(each) for each in _as_bytes(columns.column(c))] for c in names.values()]
+
+
+def _as_bytes(column: pa.ChunkedArray) -> list[Any]:
+    kind = pa.large_binary()
+    return column.cast(kind if _is_text(column.type) else pa.large_list(kind)).to_pylist()
+
+
+def _decoded(value: bytes | list[bytes | None] | None) -> Text:
+    if isinstance(value, list):
+        return [None if each is None else _decode(each) for each in value]
+    return None if value is None else _decode(value)
+
+
+def _decode(value: bytes) -> str:
+    return value.decode("utf-8", "surrogateescape")
+
+
+def _is_list_of_texts(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_list and _is_text(kind.value_type)
 
 
 def _is_text(kind: pa.DataType) -> bool:

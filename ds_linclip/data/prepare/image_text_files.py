@@ -5,7 +5,8 @@ Resize modes are those of img2dataset; pixels are decoded as in training.
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from ds_linclip.data.captions import MAX_TEXT_BYTES, decode_text
 from ds_linclip.data.folder_files import files_below
-from ds_linclip.data.prepare.caption_table import read_table
+from ds_linclip.data.prepare.caption_table import Text, read_table
 from ds_linclip.data.prepare.shard_writer import EncodedSample, FailedSample, encode_jpeg
 from ds_linclip.data.tally import Tally
 from ds_linclip.data.tar_index import IMAGE_SUFFIXES, BadSample
@@ -25,7 +26,14 @@ from ds_linclip.data.transforms import (
     open_image,
 )
 
-__all__ = ["PairLoader", "PairSet", "ResizeMode", "folder_pairs", "table_pairs"]
+__all__ = [
+    "PairLoader",
+    "PairSet",
+    "ResizeMode",
+    "folder_pairs",
+    "further_captions",
+    "table_pairs",
+]
 
 ResizeMode = Literal["no", "border", "keep_ratio", "center_crop"]
 
@@ -46,6 +54,8 @@ class PairSet:
     fingerprint: str  # changes when the files change
     passed_over: Tally  # files of the folder, or lines of the table, that are no part of a pair
     shared_captions: Tally  # images whose caption file belongs to an image before too
+    #: Further captions of all images, by column of the table.
+    further: dict[str, list[Text]] = field(default_factory=dict)
 
 
 def folder_pairs(folder: Path) -> PairSet:
@@ -103,18 +113,31 @@ def folder_pairs(folder: Path) -> PairSet:
     )
 
 
-def table_pairs(file: Path, *, image_column: str, caption_column: str, separator: str) -> PairSet:
+def table_pairs(
+    file: Path,
+    *,
+    image_column: str,
+    caption_column: str,
+    separator: str,
+    further_columns: Sequence[str] = (),
+) -> PairSet:
     """Return the rows of a table; relative image paths in it start from its folder.
 
     Arguments and errors are those of :func:`ds_linclip.data.prepare.caption_table.read_table`.
     """
-    images, captions, passed_over = read_table(
-        file, image_column=image_column, caption_column=caption_column, separator=separator
+    images, captions, passed_over, further = read_table(
+        file,
+        image_column=image_column,
+        caption_column=caption_column,
+        separator=separator,
+        further_columns=further_columns,
     )
     digest = hashlib.sha256()
     for text in (*images, *captions):
         digest.update(b"\xff" if text is None else text.encode("utf-8", "surrogateescape"))
         digest.update(b"\0")
+    for name, column in further.items():
+        digest.update(repr((name, column)).encode())
     return PairSet(
         source=str(file),
         root=str(file.parent),
@@ -124,7 +147,37 @@ def table_pairs(file: Path, *, image_column: str, caption_column: str, separator
         fingerprint=digest.hexdigest(),
         passed_over=passed_over,
         shared_captions=Tally(),
+        further=further,
     )
+
+
+def further_captions(
+    pairs: PairSet, number: int, unusable: Tally
+) -> dict[str, str | list[str]] | None:
+    """Return the usable further captions of an image by column, and count the others.
+
+    Args:
+        pairs, number: The pairs, and the number of the image in them.
+        unusable: Counts what is left out, as ``<column>/<cause>``.
+
+    Returns:
+        None if the pairs have no further columns.
+    """
+    found: dict[str, str | list[str]] = {}
+    for name, column in pairs.further.items():
+        given = column[number]
+        texts: list[str] = []
+        for text in given if isinstance(given, list) else [given]:
+            try:
+                if text is None:
+                    raise BadSample("text_missing")
+                texts.append(_checked_text(text))
+            except BadSample as error:
+                readable = os.fsencode(pairs.images[number]).decode("utf-8", "replace")
+                unusable.add(f"{name}/{error.cause}", readable)
+        if texts:
+            found[name] = texts if isinstance(given, list) else texts[0]
+    return found if pairs.further else None
 
 
 @dataclass(frozen=True)

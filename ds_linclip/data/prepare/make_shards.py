@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ds_linclip.data.prepare.image_text_files import (
     PairSet,
     ResizeMode,
     folder_pairs,
+    further_captions,
     table_pairs,
 )
 from ds_linclip.data.prepare.shard_writer import (
@@ -137,6 +139,7 @@ def make_pairs(
     image_size: int | None = None,
     shuffle_seed: int | None = 0,
     num_workers: int = 1,
+    unusable: Tally | None = None,
 ) -> Tally | None:
     """Write images and captions from files as shards ``OUT/NNNNN.tar``.
 
@@ -151,6 +154,7 @@ def make_pairs(
         shuffle_seed: The seed of the order; None keeps the order of ``pairs``. Files of one folder
             are often alike, and training shuffles only within a few shards.
         num_workers: Processes that read and resize; the bytes written do not depend on it.
+        unusable: Counts the further captions that are left out, by column and cause.
 
     Returns:
         The number of pairs as ``success``, and of failures by cause, with the image of one of them;
@@ -182,12 +186,22 @@ def make_pairs(
         random.Random(shuffle_seed).shuffle(order)
     counts = Tally()
 
+    def with_captions(
+        samples: Iterable[EncodedSample | FailedSample], numbers: Iterable[int]
+    ) -> Iterator[EncodedSample | FailedSample]:
+        left_out = Tally() if unusable is None else unusable
+        for sample, number in zip(samples, numbers, strict=True):
+            if isinstance(sample, EncodedSample):
+                yield replace(sample, captions=further_captions(pairs, number, left_out))
+            else:
+                yield sample
+
     def write(folder: Path) -> None:
         load = PairLoader(pairs.root, resize, image_size or 0, pairs.captions_in_files)
         items = ((pairs.images[i], pairs.captions[i]) for i in order)
         loaded = ordered_map(load, items, num_workers=num_workers)
         with closing(loaded), progress(loaded, total=len(order), unit="image") as bar:
-            samples = _counted(bar, counts)
+            samples = _counted(with_captions(bar, order), counts)
             for number in range(num_shards):
                 write_train_shard(folder, number, islice(samples, samples_per_shard))
         if not counts["success"]:
@@ -243,17 +257,24 @@ def _write(kind: str, options: dict[str, Any]) -> str:
         return "written" if make(**options) else "already complete"
     source = options.pop("source")
     if kind == "csv":
-        names = ("image_column", "caption_column", "separator")
-        pairs = table_pairs(source, **{name: options.pop(name) for name in names})
+        columns = options.pop("caption_column")
+        names = ("image_column", "separator")
+        pairs = table_pairs(
+            source,
+            caption_column=columns[0],
+            further_columns=columns[1:],
+            **{name: options.pop(name) for name in names},
+        )
     else:
         pairs = folder_pairs(source)
     last = (len(pairs.images) - 1) // options["samples_per_shard"]
     override = _override(options["out"], "00000" if last == 0 else f"{{00000..{last:05d}}}")
-    counts = make_pairs(pairs=pairs, **options)
-    return "\n".join([*_summary(counts, pairs), override])
+    unusable = Tally()
+    counts = make_pairs(pairs=pairs, unusable=unusable, **options)
+    return "\n".join([*_summary(counts, pairs, unusable), override])
 
 
-def _summary(counts: Tally | None, pairs: PairSet) -> list[str]:
+def _summary(counts: Tally | None, pairs: PairSet, unusable: Tally) -> list[str]:
     """Return lines that say what became of every pair and file."""
     passed_over = f"{pairs.passed_over.total()} passed over"
     if counts is None:
@@ -262,6 +283,8 @@ def _summary(counts: Tally | None, pairs: PairSet) -> list[str]:
         samples = counts.pop("success")
         lines = [f"written, {samples} samples, {counts.total()} failed, {passed_over}"]
         lines += counts.lines()
+    if unusable:
+        lines += ["further captions that cannot be used, left out:", *unusable.lines()]
     if pairs.passed_over:
         lines += ["passed over:", *pairs.passed_over.lines()]
     if pairs.shared_captions:

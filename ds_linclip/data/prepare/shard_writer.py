@@ -56,12 +56,15 @@ class EncodedSample:
     original_size: tuple[int, int]  # the same before any scaling
     exif: str | None  # as JSON; None: not read
     sha256: str  # of the image file before any scaling
+    #: Further captions by name, for the JSON member; None: it gets no such entry.
+    captions: Mapping[str, str | list[str]] | None = None
 
     def meta(self, key: str) -> dict[str, Any]:
-        """Return the fields of the JSON member and of the parquet row."""
+        """Return the fields of the JSON member; the parquet row has all but the captions."""
         texts = (self.url, self.caption, key, "success", None)
         values = (*texts, *self.size, *self.original_size, self.exif, self.sha256)
-        return dict(zip(_SCHEMA.names, values, strict=True))
+        fields = dict(zip(_SCHEMA.names, values, strict=True))
+        return fields if self.captions is None else {**fields, "captions": dict(self.captions)}
 
 
 @dataclass(frozen=True)

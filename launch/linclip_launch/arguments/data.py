@@ -56,7 +56,13 @@ def _csv(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-column", default="filepath", metavar="NAME", help="default: filepath"
     )
-    parser.add_argument("--caption-column", default="title", metavar="NAME", help="default: title")
+    parser.add_argument(
+        "--caption-column",
+        nargs="+",
+        default=["title"],
+        metavar="NAME",
+        help="further ones go into the entry captions of the JSON, by name; default: title",
+    )
     parser.add_argument(
         "--separator",
         type=_separator,

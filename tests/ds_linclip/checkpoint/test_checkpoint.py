@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,7 @@ from ds_linclip.checkpoint.sharded_safetensors import (
     sha256_of,
     write_manifest,
 )
-from ds_linclip.config import Config, LayerAttention, load_config
+from ds_linclip.config import CaptionSource, Config, LayerAttention, load_config
 from ds_linclip.inference import load_model
 from ds_linclip.parallel.mesh import Mesh
 from ds_linclip.process.consensus import AgreedError
@@ -109,6 +110,18 @@ def test_run_resumes_when_a_setting_that_came_later_has_its_default(run):
     run.model.vision.attention_by_layer = [LayerAttention(layers="0")]
     with pytest.raises(AgreedError, match=r"vision\.attention_by_layer \(\[\{.*must equal \[\]"):
         CheckpointManager(run, Mesh.create(), {}).newest()
+
+
+def test_run_resumes_with_the_captions_that_it_had(run):
+    newest = run.run_dir / "checkpoints" / "step-00000006"
+    manifest = read_manifest(newest)
+    assert manifest["run"].pop("data.captions") == []  # as before there was a choice
+    pieces = [StoredPiece(**piece) for piece in manifest.pop("pieces")]
+    write_manifest(newest, manifest, pieces)
+    assert CheckpointManager(run, Mesh.create(), {"data.captions": []}).newest() == newest
+    other = {"data.captions": [asdict(CaptionSource(member="syn.txt"))]}
+    with pytest.raises(AgreedError, match=r"data\.captions \(\[\{.*syn\.txt.*must equal \[\]"):
+        CheckpointManager(run, Mesh.create(), other).newest()
 
 
 def test_folder_without_a_valid_checkpoint_is_refused(run):

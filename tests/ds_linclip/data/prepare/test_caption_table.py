@@ -124,7 +124,7 @@ def test_broken_table_names_the_line(file: Path, content: bytes, message: str) -
 def test_line_ends_and_blank_lines(file: Path, end: bytes) -> None:
     lines = [b"", b"filepath,title,", b"a.jpg,one,", b"", b'b.jpg,"two', b'lines, ""so""",', b""]
     file.write_bytes(end.join(lines))
-    images, captions, passed_over = read_table(
+    images, captions, passed_over, _ = read_table(
         file, image_column="filepath", caption_column="title", separator=","
     )
     assert images == ["a.jpg", "b.jpg"]

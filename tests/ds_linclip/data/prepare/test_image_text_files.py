@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -644,3 +645,35 @@ def test_command_exits_with_2_for_a_mistake(tmp_path: Path) -> None:
     )
     assert unknown.returncode == 2
     assert unknown.stderr.startswith("error: unknown command 'bake': did you mean make?")
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_further_captions_are_written(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They become entries of the JSON that ``data.captions`` can name; bad ones are counted."""
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(20, 20))
+    images, titles = [f"{n}.jpg" for n in range(3)], [f"title {n}" for n in range(3)]
+    alt, syn = ["alt 0", "", "alt 2"], [["a", "b"], ["c", " ", None], []]
+    table, columns = tmp_path / "table", ["title", "alt"]
+    if form == "csv":
+        rows = [["filepath", "title", "alt"], *map(list, zip(images, titles, alt, strict=True))]
+        write_csv(table, rows)
+    else:
+        entries = {"filepath": images, "title": titles, "alt": alt, "syn": syn}
+        pq.write_table(pa.table(entries), table)
+        columns.append("syn")
+    words = ["csv", str(table), str(tmp_path / "out"), "--shuffle-seed", "none", "--workers", "1"]
+    assert main(["shards", "make", *words, "--caption-column", *columns]) == 0
+    printed = capsys.readouterr().out
+    assert "alt/text_empty" in printed
+    samples = read_set(tmp_path / "out")
+    found = [json.loads(sample["json"])["captions"] for sample in samples]
+    lists = [{"syn": ["a", "b"]}, {"syn": ["c"]}, {}] if form == "parquet" else [{}, {}, {}]
+    assert found == [{"alt": "alt 0", **lists[0]}, lists[1], {"alt": "alt 2", **lists[2]}]
+    assert [sample["txt"].decode() for sample in samples] == titles
+    assert ("syn/text_empty" in printed) == ("syn/text_missing" in printed) == (form == "parquet")
+    assert main(["shards", "make", *words, "--caption-column", "title", "title"]) == 2
+    assert main(["shards", "make", *words, "--caption-column", "title", "nope"]) == 2
+    assert "further_columns[0] (nope) must be a column" in capsys.readouterr().err
