@@ -150,7 +150,12 @@ def _find_best(source: Path) -> Path:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Export what a command line names, and print one line; see :func:`export_checkpoint`."""
+    """Export what a command line names, push it if asked to, and print a line for each; see
+    :func:`export_checkpoint`."""
+    if options.push is not None:
+        from ds_linclip.interop.hub_push import check_push, push_folder  # takes long to import
+
+        check_push(options.push)
     exported = export_checkpoint(
         options.source,
         options.output,
@@ -163,3 +168,5 @@ def run(options: argparse.Namespace) -> None:
         f"{options.output}: step {exported.step} of {exported.checkpoint.parent.parent}, "
         f"{exported.weights} weights in {options.dtype}, {exported.num_parameters:,} parameters\n"
     )
+    if options.push is not None:
+        sys.stdout.write(f"pushed to {push_folder(options.output, options.push)}\n")

@@ -178,6 +178,12 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="default: fp32"
     )
+    parser.add_argument(
+        "--push",
+        metavar="hf-hub:OWNER/NAME",
+        help="upload the folder to the Hugging Face hub, with the token in HF_TOKEN; a repository "
+        "that does not exist is created, private",
+    )
 
 
 def _import(parser: argparse.ArgumentParser) -> None:

@@ -2,9 +2,11 @@
 
 import logging
 
+import boto3
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from moto.server import ThreadedMotoServer
 
 from ds_linclip.config import Config, load_config
 from ds_linclip.monitoring.folder_sync import FolderSync
@@ -109,3 +111,38 @@ def test_place_that_cannot_be_written_is_refused_before_the_start(embedded_overr
         train(config, Mesh.create())
     assert "secret" not in str(e.value)
     assert not (config.run_dir / "config.yaml").exists()
+
+
+def test_copy_on_s3(embedded_overrides, tmp_path, monkeypatch):
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="copies")
+    config = config_of(tmp_path, embedded_overrides, "log.sync_to=s3://copies/runs")
+    (config.run_dir / "checkpoints" / "step-00000002").mkdir(parents=True)
+    for name in ("manifest.json", "rank-00000.safetensors"):
+        (config.run_dir / "checkpoints" / "step-00000002" / name).write_text(name)
+    try:
+        first, later = FolderSync(config), FolderSync(config)
+        assert first.copy(lambda: None)
+        assert later.copy(lambda: None)
+        found = boto3.client("s3").list_objects_v2(Bucket="copies")["Contents"]
+    finally:
+        server.stop()
+    assert (first.files, later.files) == (2, 0)
+    assert [each["Key"] for each in found] == [
+        "runs/run/checkpoints/step-00000002/manifest.json",
+        "runs/run/checkpoints/step-00000002/rank-00000.safetensors",
+        "runs/run/copied_from",
+    ]
