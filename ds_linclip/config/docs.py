@@ -18,9 +18,8 @@ _HEAD = """# Configuration
 A YAML file describes a whole experiment. Its top-level key `base:` names another file, relative to
 this one, whose values it changes; `key=value` on the command line overrides both. An unknown key is
 an error that names the nearest known keys, and a value that breaks a rule is an error that names
-the rule. Examples are in [ds_configs/train](../ds_configs/train). This page is generated from
-[schema.py](../ds_linclip/config/schema.py) and
-[attention.py](../ds_linclip/config/attention.py) by `make docs`.
+the rule. Examples are in [ds_configs/train](../ds_configs/train). This page is generated from the
+dataclasses of [ds_linclip/config](../ds_linclip/config) by `make docs`.
 
 **Values** mean what their key's type says, in a file and on the command line alike; no value's type
 is guessed from its look.
@@ -76,15 +75,7 @@ def _section(path: str, node: Any) -> str:
 
 
 def _meanings(node: Any) -> dict[str, str]:
-    """Return the ``#:`` comments above fields, inherited ones too."""
-    found: dict[str, str] = {}
-    for each in reversed(node.__mro__):
-        if is_dataclass(each):
-            found |= _own_meanings(each)
-    return found
-
-
-def _own_meanings(node: Any) -> dict[str, str]:
+    """Return the ``#:`` comments above fields."""
     lines = inspect.getsource(node).splitlines()
     (tree,) = ast.parse("\n".join(lines)).body
     assert isinstance(tree, ast.ClassDef)
