@@ -1,7 +1,7 @@
 """Distil a linear student from a softmax teacher on ranks of one layout.
 
 ``python -m helpers.distillation_job FOLDER LAYOUT TEACHER`` writes losses, terms and weights; see
-test_distillation.py.
+test_distillation_layouts.py.
 """
 
 import sys
