@@ -92,7 +92,8 @@ def test_data_report_counts_what_was_read(finished):
     run, _ = finished
     report = json.loads((run / "data_report.json").read_text())
     samples = {"step": 12, "samples": 12 * 128, "skipped_samples": 0}
-    assert report == {**samples, "skipped": {}, "first_skipped": {}, "shards": []}
+    captions = {"captions_passed_over": {}, "first_captions_passed_over": {}}
+    assert report == {**samples, "skipped": {}, "first_skipped": {}, **captions, "shards": []}
 
 
 def test_eval_script_repeats_the_score_of_training(finished):
