@@ -41,7 +41,9 @@ def alone(
 @pytest.mark.parametrize(
     "layout",
     [
-        *("tp2", "pp2-micro2", "dp2-zero3"),
+        "tp2",
+        pytest.param("pp2-micro2", marks=pytest.mark.slow),
+        pytest.param("dp2-zero3", marks=pytest.mark.slow),
         # test_split_attention compares the layers with split tokens.
         pytest.param("cp2", marks=pytest.mark.slow),
     ],

@@ -1,6 +1,5 @@
 """A student learns the same from its teacher in every layout."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from ds_linclip.config import ParallelConfig, load_config
 from ds_linclip.interop.state_dict import export_folder
 from ds_linclip.model import CLIP
 from ds_linclip.parallel.mesh import Mesh
-from helpers import REPOSITORY
+from helpers import REPOSITORY, job_environment
 from helpers.attention_layouts_job import MODEL
 
 
@@ -32,7 +31,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distilled(folder: Path, layout: str, teacher: Path) -> Any:
     command = [sys.executable, "-m", "helpers.distillation_job", str(folder), layout, str(teacher)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = job_environment(OMP_NUM_THREADS="1")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return torch.load(folder / f"{layout}.pt")
@@ -41,7 +40,10 @@ def distilled(folder: Path, layout: str, teacher: Path) -> Any:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "layouts",
-    [["tp2", "pp2-micro2"], pytest.param(["dp2-zero3-micro2", "cp2"], marks=pytest.mark.slow)],
+    [
+        ["pp2-micro2"],
+        pytest.param(["tp2", "dp2-zero3-micro2", "cp2"], marks=pytest.mark.slow),
+    ],
 )
 def test_every_layout_distils_as_one_process(
     tmp_path: Path, teacher: Path, layouts: list[str]

@@ -72,7 +72,11 @@ def test_every_layout_trains_as_one_process(tmp_path, embedded_overrides, attent
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("layout", "changes"), [("tp2-pp2-micro2", POOLED), ("cp2-dp2-zero3", AVERAGED)]
+    ("layout", "changes"),
+    [
+        ("tp2-pp2-micro2", POOLED),
+        pytest.param("cp2-dp2-zero3", AVERAGED, marks=pytest.mark.slow),
+    ],
 )
 def test_other_towers_train_as_one_process(embedded_overrides, layout, changes):
     (one,) = run("single", "eq7", 3, [*embedded_overrides, *changes])
@@ -85,7 +89,7 @@ def test_other_towers_train_as_one_process(embedded_overrides, layout, changes):
     # Together: biases are still almost zero, where the gradients of many pairs cancel.
     vectors = [[each.flatten() for each in pair] for pair in pairs if pair[0].ndim < 2]
     found, expected = map(torch.cat, zip(*vectors, strict=True))
-    assert relative_rms(found, expected) <= 1e-6
+    assert relative_rms(found, expected) <= 1e-5
 
 
 @pytest.mark.distributed
