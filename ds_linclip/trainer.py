@@ -25,7 +25,7 @@ from ds_linclip.interop.pretrained import load_pretrained
 from ds_linclip.loss.grad_cache import Targets
 from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
-from ds_linclip.model.patch_dropout import kept_patches
+from ds_linclip.model.patch_dropout import model_inputs
 from ds_linclip.model.transfer import transfer_attention
 from ds_linclip.monitoring.folder_sync import synced
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
@@ -257,7 +257,8 @@ class Trainer:
         self._phases.enter("computing features")
         if self._is_captured:  # what the last step's CUDA graphs returned may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
-        inputs = _model_inputs(batch, config, self._mesh, done + self._divergence.skipped_batches)
+        number = done + self._divergence.skipped_batches
+        inputs = model_inputs(batch.images, batch.texts, number, config, self._mesh)
         terms = config.loss.terms
         self._engine.objective.weights = [
             term.weight_at(done, config.train.steps) for term in terms
@@ -505,25 +506,6 @@ def _build_model(config: Config, mesh: Mesh, weights: InitConfig, compilation: C
     elif compilation.model == "towers":
         model.compile_towers(**compilation.options("model"))
     return model
-
-
-def _model_inputs(batch: Batch, config: Config, mesh: Mesh, number: int) -> tuple[Tensor, ...]:
-    """Return the model's arguments: images, texts and, with patch dropout, the patches to keep.
-
-    ``number`` is the position of the global batch in the order of the data.
-    """
-    vision = config.model.vision
-    if vision.patch_dropout == 0 or mesh.pp.rank > 0:
-        return batch.images, batch.texts
-    height, width = batch.images.shape[2:]
-    first = number * config.train.global_batch_size + mesh.dp.rank * len(batch.images)
-    kept = kept_patches(
-        torch.arange(first, first + len(batch.images), device=mesh.device),
-        num_patches=vision.num_tokens_at((height, width)) - 1,
-        num_kept=vision.num_kept_patches_at((height, width)),
-        seed=config.train.seed,
-    )
-    return batch.images, batch.texts, kept
 
 
 def _open_data(config: Config, mesh: Mesh) -> tuple[Config, TrainData]:

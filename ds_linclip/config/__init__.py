@@ -27,9 +27,7 @@ from ds_linclip.config.attention import (
     StateAttention,
     WindowAttention,
 )
-from ds_linclip.config.compilation import (
-    graph_break,
-)
+from ds_linclip.config.compilation import graph_break
 from ds_linclip.config.data import (
     CacheConfig,
     CaptionSource,
@@ -46,9 +44,7 @@ from ds_linclip.config.distillation import (
     SimilarityTerm,
     TeacherConfig,
 )
-from ds_linclip.config.length import (
-    with_steps,
-)
+from ds_linclip.config.length import with_steps
 from ds_linclip.config.loading import (
     captions_of,
     config_as_yaml,
@@ -56,6 +52,8 @@ from ds_linclip.config.loading import (
     save_config,
 )
 from ds_linclip.config.monitoring import (
+    CheckpointConfig,
+    EvalConfig,
     HeldOutSet,
     LogConfig,
     NamedSet,
@@ -71,9 +69,7 @@ from ds_linclip.config.optim import (
     Schedule,
 )
 from ds_linclip.config.schema import (
-    CheckpointConfig,
     Config,
-    EvalConfig,
     InitConfig,
     LossConfig,
     ParallelConfig,

@@ -98,14 +98,16 @@ class VisionTower(_Layers):
 
     def num_tokens_at(self, image_size: tuple[int, int]) -> int:
         """Return the number of tokens of an image of that (height, width)."""
+        return self.num_class_tokens + self.num_patches_at(image_size)
+
+    def num_patches_at(self, image_size: tuple[int, int]) -> int:
+        """Return the number of patches of an image of that (height, width)."""
         height, width = image_size
-        num_patches = (height // self.patch_size) * (width // self.patch_size)
-        return self.num_class_tokens + num_patches
+        return (height // self.patch_size) * (width // self.patch_size)
 
     def num_kept_patches_at(self, image_size: tuple[int, int]) -> int:
         """Return how many patches of a training image `patch_dropout` keeps."""
-        num_patches = self.num_tokens_at(image_size) - self.num_class_tokens
-        return max(1, int(num_patches * (1 - self.patch_dropout)))
+        return max(1, int(self.num_patches_at(image_size) * (1 - self.patch_dropout)))
 
     def num_kept_tokens_at(self, image_size: tuple[int, int]) -> int:
         """Return the number of tokens of a training image of that (height, width)."""

@@ -3,10 +3,35 @@
 import torch
 from torch import Tensor
 
-__all__ = ["kept_patches"]
+from ds_linclip.config import Config
+from ds_linclip.parallel.mesh import Mesh
+
+__all__ = ["kept_patches", "model_inputs"]
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX = (-4658895280553007687, -7723592293110705685)  # of splitmix64
+
+
+def model_inputs(
+    images: Tensor, texts: Tensor, number: int, config: Config, mesh: Mesh
+) -> tuple[Tensor, ...]:
+    """Return the model's arguments for a training batch: images [B, 3, H, W], texts [B, L] and,
+    with patch dropout, the patches to keep [B, K] int64.
+
+    ``number`` is the position of the global batch in the order of the data.
+    """
+    vision = config.model.vision
+    if vision.patch_dropout == 0 or mesh.pp.rank > 0:
+        return images, texts
+    height, width = images.shape[2:]
+    first = number * config.train.global_batch_size + mesh.dp.rank * len(images)
+    kept = kept_patches(
+        torch.arange(first, first + len(images), device=mesh.device),
+        num_patches=vision.num_patches_at((height, width)),
+        num_kept=vision.num_kept_patches_at((height, width)),
+        seed=config.train.seed,
+    )
+    return images, texts, kept
 
 
 def kept_patches(samples: Tensor, *, num_patches: int, num_kept: int, seed: int) -> Tensor:

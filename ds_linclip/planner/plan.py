@@ -223,7 +223,7 @@ class _Traffic:
         if not needs_grid or unit > self.image_layers + 1:
             return 0
         image_size = self.config.image_size_at(0)
-        grid = self.num_micro_batches * (vision.num_tokens_at(image_size) - 1)
+        grid = self.num_micro_batches * vision.num_patches_at(image_size)
         num_kept = vision.num_kept_patches_at(image_size) if vision.patch_dropout else 0
         return grid + self.local_batch * num_kept * 8
 

@@ -1,5 +1,7 @@
 """Patch dropout: the choice of patches, and the image tower's output for them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from open_clip.transformer import PatchDropout
@@ -15,7 +17,7 @@ from ds_linclip.config import (
 )
 from ds_linclip.model import CLIP
 from ds_linclip.model.attention import Patches
-from ds_linclip.model.patch_dropout import kept_patches
+from ds_linclip.model.patch_dropout import kept_patches, model_inputs
 from ds_linclip.parallel.mesh import Mesh
 
 
@@ -119,22 +121,30 @@ def test_evaluation_never_drops(mesh):
 
 
 def test_without_dropout_the_model_gets_no_choice():
-    from types import SimpleNamespace
-
-    from ds_linclip.trainer import _model_inputs
-
-    batch = SimpleNamespace(images=torch.zeros(4, 3, 32, 32), texts=torch.zeros(4, 8))
+    batch = torch.zeros(4, 3, 32, 32), torch.zeros(4, 8)
     dp, pp = SimpleNamespace(rank=1, size=2), SimpleNamespace(rank=0, size=1)
     place = SimpleNamespace(device=torch.device("cpu"), dp=dp, pp=pp)
     plain = load_config("ds_configs/train/embedded.yaml", ["train.global_batch_size=8"])
-    assert len(_model_inputs(batch, plain, place, 0)) == 2
+    assert len(model_inputs(*batch, 0, plain, place)) == 2
     dropped = load_config(
         "ds_configs/train/embedded.yaml",
         ["train.global_batch_size=8", "model.vision.patch_dropout=0.5"],
     )
-    first, second = (_model_inputs(batch, dropped, place, number)[2] for number in (0, 1))
+    first, second = (model_inputs(*batch, number, dropped, place)[2] for number in (0, 1))
     assert first.shape == (4, 32)
     assert not torch.equal(first, second)  # another choice for every batch
     # Samples are counted over the whole run: those of rank 1 of the first batch are 4 to 7.
     expected = kept_patches(torch.arange(4, 8), num_patches=64, num_kept=32, seed=0)
     assert torch.equal(first, expected)
+
+
+def test_every_patch_may_be_kept_without_a_class_token():
+    dp, pp = SimpleNamespace(rank=0, size=1), SimpleNamespace(rank=0, size=1)
+    place = SimpleNamespace(device=torch.device("cpu"), dp=dp, pp=pp)
+    changes = ["model.vision.class_token=false", "model.vision.pool_type=avg"]
+    config = load_config(
+        "ds_configs/train/embedded.yaml", [*changes, "model.vision.patch_dropout=0.5"]
+    )
+    _, _, kept = model_inputs(torch.zeros(64, 3, 32, 32), torch.zeros(64, 8), 0, config, place)
+    assert kept.shape == (64, 32)
+    assert set(kept.flatten().tolist()) == set(range(64))
