@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ds_linclip.config.paths import PATH
+
 __all__ = [
     "CacheConfig",
     "CaptionSource",
@@ -11,8 +13,6 @@ __all__ = [
     "Resolution",
     "Source",
 ]
-
-_PATH = {"path": True}  # marks a field that holds a path, which is made absolute
 
 
 @dataclass(kw_only=True)
@@ -24,7 +24,7 @@ class Source:
 
     #: Required. Brace pattern of tar files, such as `/data/laion400m/{00000..41455}.tar`: a local
     #: path, `http(s)://`, `s3://`, `gs://` or another URL that fsspec knows.
-    shards: str = field(default="", metadata=_PATH)
+    shards: str = field(default="", metadata=PATH)
     #: Share of the training samples, relative to the other sources. Set it for all sources or for
     #: none.
     weight: float | None = None
@@ -70,7 +70,7 @@ class CacheConfig:
     """Local copies of remote shards, shared by all processes of a node."""
 
     #: Folder on a local disk; required when a source is remote.
-    dir: str | None = field(default=None, metadata=_PATH)
+    dir: str | None = field(default=None, metadata=PATH)
     #: Maximum total size in GiB. Shards in use are never evicted, so it must hold about three pools
     #: (`data.shuffle_shards`) for every lane that the node reads.
     max_gib: float = 100.0
@@ -117,7 +117,7 @@ class DataConfig:
     prefetch_batches: int = 4
     #: Where the captions of a sample are, such as `[{member: txt, weight: 0.5}, {member: json,
     #: field: syn_captions, weight: 0.5}]`. A source is drawn by its weight, then one of its
-    #: captions, anew in every epoch. Empty: the member `txt`.
+    #: captions, again in every epoch. Empty: the member `txt`.
     captions: list[CaptionSource] = field(default_factory=list)
     #: Area of the random resized crop as a (smallest, largest) fraction of the image.
     crop_scale: tuple[float, float] = (0.9, 1.0)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-#: Marks a field that holds a path, which is made absolute. Its ``names`` are no paths.
-_PATH = {"path": True}
+from ds_linclip.config.paths import PATH
+
 _CLASS_LISTS = (
     *("imagenet-22k", "imagenet-21k-goog", "imagenet-21k-miil", "imagenet-21k-miil-w21"),
     *("imagenet-12k", "imagenet-1k"),
@@ -34,10 +34,10 @@ class CheckpointConfig:
     #: `latest`: resume from the newest checkpoint of the run folder, if there is one. `never`:
     #: refuse a run folder that has checkpoints.
     resume: Literal["latest", "never"] = "latest"
-    #: Checkpoint of another run, such as `runs/long/checkpoints/step-00090000`, that this run goes
-    #: on from, with the optimizer's state and the position in the data; only `optim.schedule` and
+    #: Checkpoint of another run, such as `runs/long/checkpoints/step-00090000`, that this run
+    #: continues, with the optimizer's state and the position in the data; only `optim.schedule` and
     #: the length may differ. Once this run has checkpoints of its own, it resumes from these.
-    branch_from: str | None = field(default=None, metadata=_PATH)
+    branch_from: str | None = field(default=None, metadata=PATH)
 
 
 @dataclass(kw_only=True)
@@ -47,17 +47,17 @@ class HeldOutSet:
     #: Folder in clip_benchmark's webdataset layout (`test/*.tar`, `classnames.txt`,
     #: `zeroshot_classification_templates.txt`), or a folder whose classes `classes` lists; null:
     #: none.
-    data: str | None = field(default=None, metadata=_PATH)
+    data: str | None = field(default=None, metadata=PATH)
     #: The folder's classes: an ImageNet list (`imagenet-22k`, `imagenet-21k-goog`,
     #: `imagenet-21k-miil`, `imagenet-21k-miil-w21`, `imagenet-12k`, `imagenet-1k`) or a file with
     #: one synset per line; null: the folder names its classes.
-    classes: str | None = field(default=None, metadata=_PATH | {"names": _CLASS_LISTS})
+    classes: str | None = field(default=None, metadata=PATH | {"names": _CLASS_LISTS})
     #: Class names in the prompts for such a list: `lemma`, `aliases`, `definition`, or `open_clip`
     #: (imagenet-1k only).
     names: Literal["lemma", "aliases", "definition", "open_clip"] = "lemma"
     #: Prompt templates for such a list: `one`, `simple` (open_clip's 7), `openai` (its 80), or a
     #: file with one template per line.
-    templates: str = field(default="one", metadata=_PATH | {"names": _TEMPLATE_SETS})
+    templates: str = field(default="one", metadata=PATH | {"names": _TEMPLATE_SETS})
     #: Held-out images that may be unreadable; they are counted and are wrong. More are an error.
     max_bad_samples: int = 0
 
@@ -80,7 +80,7 @@ class ValidationConfig:
     """
 
     #: Brace pattern of shards as those of `data.train`, but held out from it; null: none.
-    shards: str | None = field(default=None, metadata=_PATH)
+    shards: str | None = field(default=None, metadata=PATH)
     #: Number of samples that are taken, from the first shard on; every rank holds all features.
     num_samples: int = 10_000
 
@@ -146,7 +146,7 @@ class LogConfig:
     #: Place of a copy of the run folder, `<sync_to>/<name>`: a URL that fsspec knows, such as
     #: `s3://bucket/runs`, or a folder; null: none. Rank 0 copies in the background, checkpoints
     #: once they are complete. What is removed from the run folder stays there.
-    sync_to: str | None = field(default=None, metadata=_PATH)
+    sync_to: str | None = field(default=None, metadata=PATH)
     #: Minutes between two such copies; the last one follows the end of the run.
     sync_minutes: float = 10.0
     profile: ProfileConfig = field(default_factory=ProfileConfig)

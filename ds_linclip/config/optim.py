@@ -1,6 +1,6 @@
 """Settings of the optimizer, and the schedules of its learning rate: a dataclass per kind.
 
-A schedule is a pure function of the step, so a resumed run goes on with the same numbers.
+A schedule is a pure function of the step, so a resumed run continues with the same numbers.
 """
 
 import math

@@ -9,7 +9,11 @@ from pathlib import Path
 
 from ds_linclip.config.interpolation import as_plain_text
 
-__all__ = ["resolved_path", "saved_path", "written_path"]
+__all__ = ["PATH", "resolved_path", "saved_path", "written_path"]
+
+#: Metadata of a field that holds a path, which is made absolute; a field whose metadata also has
+#: ``names`` may hold one of these instead.
+PATH = {"path": True}
 
 _URL = re.compile(r"[A-Za-z][\w.+-]*:(//|:)|pipe:")
 #: A variable of the environment, with the backslash that makes it plain text.

@@ -11,10 +11,8 @@ from ds_linclip.config.data import DataConfig
 from ds_linclip.config.distillation import ContrastiveTerm, LossTerm, TeacherConfig
 from ds_linclip.config.monitoring import CheckpointConfig, EvalConfig, LogConfig
 from ds_linclip.config.optim import OptimConfig
+from ds_linclip.config.paths import PATH
 from ds_linclip.config.towers import ModelConfig
-
-#: Marks a field that holds a path, which is made absolute. Its ``names`` are no paths.
-_PATH = {"path": True}
 
 
 @dataclass(kw_only=True)
@@ -73,11 +71,11 @@ class InitConfig:
     """
 
     #: Folder with the whole model: both towers, the logit scale and the sigmoid loss's bias.
-    pretrained: str | None = field(default=None, metadata=_PATH)
+    pretrained: str | None = field(default=None, metadata=PATH)
     #: Folder with the image tower and its projection; nothing else is taken from it.
-    pretrained_image: str | None = field(default=None, metadata=_PATH)
+    pretrained_image: str | None = field(default=None, metadata=PATH)
     #: Folder with the text tower and its projection; nothing else is taken from it.
-    pretrained_text: str | None = field(default=None, metadata=_PATH)
+    pretrained_text: str | None = field(default=None, metadata=PATH)
     #: Accept weights that were trained with another attention than the model's. Parameters that
     #: only the new attention has begin with its initial values, local parts with zero.
     change_attention: bool = False
@@ -141,9 +139,9 @@ class ZeroConfig:
     #: Place of weights while they are not in use; `none`: on the device. Stage 3 only.
     offload_param: Literal["none", "cpu", "nvme"] = "none"
     #: Folder on a fast local disk; required for `nvme`.
-    nvme_path: str | None = field(default=None, metadata=_PATH)
+    nvme_path: str | None = field(default=None, metadata=PATH)
     #: JSON file with settings that only DeepSpeed has (bucket sizes, overlap); null: its defaults.
-    deepspeed_config: str | None = field(default=None, metadata=_PATH)
+    deepspeed_config: str | None = field(default=None, metadata=PATH)
 
 
 @dataclass(kw_only=True)
@@ -183,7 +181,7 @@ class Config:
     #: Name of the run. Its folder is `<output_dir>/<name>`.
     name: str = "linclip"
     #: Folder of all runs; must be the same storage for all nodes.
-    output_dir: str = field(default="runs", metadata=_PATH)
+    output_dir: str = field(default="runs", metadata=PATH)
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,4 +1,4 @@
-"""Choose one of a sample's captions: by the weights of ``data.captions``, anew in every epoch."""
+"""Choose one of a sample's captions: by the weights of ``data.captions``, again in every epoch."""
 
 import json
 import math

@@ -88,7 +88,7 @@ def plan_run(config: Config, target: Target) -> tuple[str, str | None]:
     config = with_steps(config, samples)
     if config.train.epochs is not None:
         raise ValueError(
-            f"train.epochs ({config.train.epochs:g}) needs the samples of an {unknown}"
+            f"train.epochs ({config.train.epochs:g}) needs the samples of an epoch, {unknown}"
         )
     check_steps(config)
     plans, table = _plan_all(config, target.devices, device)
@@ -168,12 +168,12 @@ def _epoch(config: Config, target: Target) -> tuple[int | None, str]:
         if config.train.epochs is not None and None not in stated:
             times = [source.upsampling for source in sources]
             return round(sum(n * t for n, t in zip(stated, times, strict=True) if n)), ""
-        return None, f"epoch, unknown: {error}; --num-samples states it"
+        return None, f"unknown: {error}; --num-samples states it"
 
 
 def _epoch_rows(config: Config, samples: int | None, unknown: str) -> list[tuple[str, str]]:
     if samples is None:
-        return [("epoch", unknown.removeprefix("epoch, "))]
+        return [("epoch", unknown)]
     steps = samples / config.train.global_batch_size
     return [
         ("epoch", f"{samples:,} samples, {steps:,.1f} steps"),

@@ -120,11 +120,12 @@ def _student_config(
             model[tower] |= {"attention": attention, "attention_by_layer": []}
     base.model = build_section(model, ModelConfig, "model")
     check_model(base.model)
+    base.init.pretrained = str(options.model.resolve())  # every stage has another one
     path, content = output / "linearize.yaml", config_as_yaml(base)
     if path.exists() and path.read_text(encoding="utf-8") != content:
         raise ValueError(
-            f"output folder ({output}) holds a linearisation with other settings (linearize.yaml): "
-            "take another --output, or the same settings to resume"
+            f"output folder ({output}) holds a linearisation of another model or with other "
+            "settings (linearize.yaml): take another --output, or the same ones to resume"
         )
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
@@ -144,7 +145,7 @@ def _train(
     options: argparse.Namespace, config_file: Path, overrides: list[str], config: Config
 ) -> int:
     """Train one stage, unless it is finished, and return the exit code."""
-    done = committed(config.run_dir / "checkpoints") if config.run_dir.exists() else []
+    done = committed(config.run_dir / "checkpoints")
     if done and step_of(done[-1]) == config.train.steps:
         return 0
     of_stage = {**vars(options), "config": str(config_file), "overrides": overrides}

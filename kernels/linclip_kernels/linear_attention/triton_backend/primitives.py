@@ -171,7 +171,7 @@ def store_tile(
     are equal, a loop that loads ahead would keep those of all tiles under way in registers.
 
     Args:
-        RECOMPUTE: Whether to compute all addresses anew instead of keeping offsets in registers.
+        RECOMPUTE: Whether to compute all addresses again instead of keeping offsets in registers.
     """
     i_n, i_d = tl.arange(0, b_x.shape[0]), tl.arange(0, BLOCK)
     if RECOMPUTE:
