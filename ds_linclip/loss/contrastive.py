@@ -100,17 +100,7 @@ def _clip(
     positive = scale * row_products(batch.own_images, batch.own_texts)  # [B]
     # Log-sum-exp of the negatives of every own image and text. The positive is kept apart, because
     # in a common sum the loss of a well classified pair would vanish in rounding.
-    negative = positive.new_full((2, len(positive)), -torch.inf)
-    for tile in batch.tiles():
-        logits = tile.logits(scale)
-        if tile.is_diagonal:
-            logits.fill_diagonal_(-torch.inf)
-        if tile.has_own_images:
-            so_far = negative[0, tile.rows]
-            torch.logaddexp(so_far, logits.logsumexp(1), out=so_far)
-        if tile.has_own_texts:
-            so_far = negative[1, tile.columns]
-            torch.logaddexp(so_far, logits.logsumexp(0), out=so_far)
+    negative = batch.log_sums(scale, without_pairs=True)
     loss = -F.logsigmoid(positive - negative).mean()
     if not with_gradient:
         return loss, ()

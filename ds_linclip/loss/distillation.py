@@ -101,7 +101,7 @@ def _similarity(
     scale: Tensor,
     with_gradient: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    own = _log_sums(batch, scale), _log_sums(teacher, teacher_scale)  # [2, B] each
+    own = batch.log_sums(scale), teacher.log_sums(teacher_scale)  # [2, B] each
     sums = batch.gather(torch.stack(own))  # [R, 2, 2, B]
     divergence = torch.zeros_like(own[0])
     gradient = FeatureGradient(batch)
@@ -119,23 +119,10 @@ def _similarity(
     return loss, gradient.scaled(scale, 2 * divergence.shape[1]) if with_gradient else ()
 
 
-def _log_sums(batch: GlobalBatch, scale: Tensor) -> Tensor:
-    """Return the log-sum-exp of the logits of every own image and every own text, [2, B]."""
-    sums = scale.new_full((2, len(batch.own_images)), -torch.inf)
-    for tile in batch.tiles():
-        logits = tile.logits(scale)
-        if tile.has_own_images:
-            so_far = sums[0, tile.rows]
-            torch.logaddexp(so_far, logits.logsumexp(1), out=so_far)
-        if tile.has_own_texts:
-            so_far = sums[1, tile.columns]
-            torch.logaddexp(so_far, logits.logsumexp(0), out=so_far)
-    return sums
-
-
 def _log_probabilities(tile: Tile, logits: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logarithms of the probabilities of the texts for every image of a tile and of the
-    images for every text, [c, d] each; ``sums`` [R, 2, B] are those of :func:`_log_sums`."""
+    images for every text, [c, d] each; ``sums`` [R, 2, B] are those of
+    :meth:`GlobalBatch.log_sums` of all ranks."""
     rows = sums[tile.image_rank, 0, tile.rows, None]
     columns = sums[tile.text_rank, 1, tile.columns]
     return logits - rows, logits - columns

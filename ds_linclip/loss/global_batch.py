@@ -136,6 +136,22 @@ class GlobalBatch:
                 has_own_texts=text_rank == self.rank,
             )
 
+    def log_sums(self, scale: Tensor, *, without_pairs: bool = False) -> Tensor:
+        """Return the log-sum-exp of the logits of every own image and every own text, [2, B];
+        optionally without the logits of the pairs themselves."""
+        sums = scale.new_full((2, len(self.own_images)), -torch.inf)
+        for tile in self.tiles():
+            logits = tile.logits(scale)
+            if without_pairs and tile.is_diagonal:
+                logits.fill_diagonal_(-torch.inf)
+            if tile.has_own_images:
+                so_far = sums[0, tile.rows]
+                torch.logaddexp(so_far, logits.logsumexp(1), out=so_far)
+            if tile.has_own_texts:
+                so_far = sums[1, tile.columns]
+                torch.logaddexp(so_far, logits.logsumexp(0), out=so_far)
+        return sums
+
 
 class FeatureGradient:
     """The gradients of this rank's features, summed tile by tile."""
