@@ -11,6 +11,7 @@ from ds_linclip.data import CaptionTokenizer
 from ds_linclip.inference import LoadedModel, load_model
 from ds_linclip.loss.grad_cache import Targets, bounded_log_scale
 from ds_linclip.model import CLIP
+from ds_linclip.model.transfer import transfer_attention
 from ds_linclip.parallel.mesh import Mesh
 
 __all__ = ["Teacher"]
@@ -43,33 +44,37 @@ class Teacher:
         settings = config.teacher
         assert settings.model is not None
         self._mesh = mesh
+        self._learns_layers = any(term.kind == "layers" for term in config.loss.terms)
         self._micro_batch_size = config.train.micro_batch_size or config.train.global_batch_size
         self._model = load_model(settings.model, mesh.alone(), precision=settings.precision)
         self._embed_dim = mesh.agree(lambda: _check(self._model, config))
         self._scale = _logit_scale(self._model)
         self._factor, self._shift = _renormalization(self._model)
 
-    @property
-    def module(self) -> CLIP:
-        """The teacher itself, where layers learn from its layers.
+    def prepare(self, student: CLIP) -> None:
+        """Make a student learn from the teacher's layers, if the loss is of kind layers.
 
         Raises:
-            AgreedError: on all ranks, when it is no model of this project.
+            AgreedError: on all ranks, when the teacher is no model of this project, or has other
+                layers.
         """
 
-        def check() -> CLIP:
-            if isinstance(self._model.module, CLIP):
-                return self._model.module
-            raise ValueError(
-                f"teacher.model ({self._model.name}) must be a run folder or a hub folder that "
-                "`linclip import` has written, for a loss of kind layers"
-            )
+        def transfer() -> None:
+            teacher = self._model.module
+            if not isinstance(teacher, CLIP):
+                raise ValueError(
+                    f"teacher.model ({self._model.name}) must be a run folder or a hub folder that "
+                    "`linclip import` has written, for a loss of kind layers"
+                )
+            transfer_attention(student, teacher)
 
-        return self._mesh.agree(check)
+        if self._learns_layers:
+            self._mesh.agree(transfer)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, texts: Tensor) -> Targets:
-        """Return the teacher's features of this rank's batch, and its logit scale.
+        """Return the teacher's features of this rank's batch, and its logit scale; nothing where
+        layers learn, which ask the teacher themselves.
 
         Args:
             images: [B, 3, H, W], normalised for the student, of any size.
@@ -78,6 +83,8 @@ class Teacher:
         Returns:
             Image features [B, T] and text features [B, T], fp32 of length one; the scale [].
         """
+        if self._learns_layers:
+            return ()
         mesh = self._mesh
         features = torch.empty(len(images), 2, self._embed_dim, device=mesh.device)
         if mesh.pp.rank == 0:

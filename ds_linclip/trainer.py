@@ -22,11 +22,9 @@ from ds_linclip.engine.initialize import initialize_engine
 from ds_linclip.engine.optim import build_optimizer, ema_decay, learning_rate
 from ds_linclip.engine.pipeline_stages import stage_units
 from ds_linclip.interop.pretrained import load_pretrained
-from ds_linclip.loss.grad_cache import Targets
 from ds_linclip.model import CLIP
 from ds_linclip.model.freeze import lock_towers
 from ds_linclip.model.patch_dropout import model_inputs
-from ds_linclip.model.transfer import transfer_attention
 from ds_linclip.monitoring.folder_sync import synced
 from ds_linclip.monitoring.metrics import MetricWriter, SampleLog, StepMeter
 from ds_linclip.monitoring.profile import StepProfiler
@@ -162,10 +160,8 @@ class Trainer:
 
         weights = InitConfig() if resume_from else config.init
         self._model = _build_model(config, mesh, weights, compilation)
-        self._learns_layers = any(term.kind == "layers" for term in config.loss.terms)
-        if self._learns_layers and self._teacher:
-            module = self._teacher.module
-            mesh.agree(lambda: transfer_attention(self._model, module))
+        if self._teacher:
+            self._teacher.prepare(self._model)
         plan = describe(config, mesh, mesh.gather_all(plan_rank(config, mesh)))
         optimizer = build_optimizer(self._model, config.optim)
         self._engine = initialize_engine(self._model, optimizer, config, mesh)
@@ -259,15 +255,12 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()
         number = done + self._divergence.skipped_batches
         inputs = model_inputs(batch.images, batch.texts, number, config, self._mesh)
-        terms = config.loss.terms
-        self._engine.objective.weights = [
-            term.weight_at(done, config.train.steps) for term in terms
-        ]
+        self._engine.objective.set_weights(done, config.train.steps)
         loss = self._engine.step(
             inputs,
             lr=learning_rate(done, config.train.steps, config.optim),
             ema_decay=ema_decay(done, config.optim.ema_decay),
-            targets=self._targets(batch),
+            targets=self._teacher(batch.images, batch.texts) if self._teacher else (),
         )
         if self._engine.was_skipped:
             self._check_batch(batch, counters)
@@ -286,12 +279,6 @@ class Trainer:
         )
         self._profiler.after_step()
         return loss
-
-    def _targets(self, batch: Batch) -> Targets:
-        """Return what the teacher says of a batch, if the loss compares with it."""
-        if self._teacher is None or self._learns_layers:
-            return ()
-        return self._teacher(batch.images, batch.texts)
 
     def _check_batch(self, batch: Batch, counters: Mapping[str, Any]) -> None:
         """Raise on all ranks why one of them had no samples, so that the step was skipped.
@@ -369,8 +356,7 @@ class Trainer:
             "train/grad_norm": engine.grad_norm,
             "train/skipped_steps": engine.skipped_steps,
         }
-        if len(self._config.loss.terms) > 1:
-            values |= self._values_of_terms()
+        values |= engine.objective.scalars()
         self._writer.scalars(self.step, values)
         shown = {"loss": f"{values['train/loss']:.3f}"}
         shown["samples/s"] = format_figure(values["perf/samples_per_second"])
@@ -379,12 +365,6 @@ class Trainer:
         self._check_records()
         self._meter.restart()
         return values
-
-    def _values_of_terms(self) -> dict[str, float]:
-        """Return every term of the last step's loss before its weight, over the global batch."""
-        values = torch.tensor(self._mesh.gather(self._engine.objective.values.tolist())).mean(0)
-        terms = self._config.loss.terms
-        return {f"train/loss_{t.kind}": v for t, v in zip(terms, values.tolist(), strict=True)}
 
     def _rewind(self) -> None:
         """Load the newest checkpoint and continue behind the batches that were used since."""

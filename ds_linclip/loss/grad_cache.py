@@ -55,6 +55,21 @@ class ContrastiveLoss:
         self.values = torch.zeros(len(config.terms))
         self._compute: Callable[..., Tensor] = self._terms
 
+    def set_weights(self, step: int, steps: int) -> None:
+        """Set the factors on the terms for the 0-based ``step`` of all ``steps``."""
+        self.weights = [term.weight_at(step, steps) for term in self._config.terms]
+
+    def scalars(self) -> dict[str, float]:
+        """Return every term of the last step, over the global batch and before its factor, by tag;
+        nothing where it is the only one. A collective of the data-parallel ranks."""
+        terms = self._config.terms
+        if len(terms) == 1:
+            return {}
+        means = self.values.clone()
+        dist.all_reduce(means, group=self._group)
+        means /= self._group.size()
+        return {f"train/loss_{t.kind}": v for t, v in zip(terms, means.tolist(), strict=True)}
+
     def compile(self, **options: Any) -> None:
         """Compute the loss and its gradients of the features under torch.compile."""
         self._compute = torch.compile(self._terms, **options)
