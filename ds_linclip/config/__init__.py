@@ -51,6 +51,7 @@ from ds_linclip.config.loading import (
     load_config,
     save_config,
 )
+from ds_linclip.config.model_rules import check_model
 from ds_linclip.config.monitoring import (
     CheckpointConfig,
     EvalConfig,
@@ -84,7 +85,6 @@ from ds_linclip.config.towers import (
 )
 from ds_linclip.config.validation import (
     check_batch,
-    check_model,
     check_ranks,
     check_steps,
 )

@@ -2,52 +2,39 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from operator import attrgetter
-from typing import Any
 
-from ds_linclip.config.attention import Attention
 from ds_linclip.config.compilation import graph_break
 from ds_linclip.config.data import CaptionSource, NetworkConfig, Source
 from ds_linclip.config.length import check_length
+from ds_linclip.config.model_rules import (
+    Rule,
+    check_fields,
+    check_model,
+    named_attentions,
+    positive,
+    require_patches,
+)
 from ds_linclip.config.monitoring import EvalConfig
 from ds_linclip.config.schema import (
     Config,
     ParallelConfig,
 )
-from ds_linclip.config.towers import ModelConfig, TextTower, VisionTower
 
 __all__ = [
     "check_batch",
     "check_captions",
-    "check_model",
     "check_ranks",
     "check_steps",
     "validate",
 ]
 
 _NO_CAPTIONS = ("jpg", "jpeg", "png", "webp", "gif", "cls")
-_TOKENIZER_VOCABULARY = 49408  # open_clip's SimpleTokenizer
 
-#: A rule for fields on their own, which None always satisfies: a test, in words, the fields.
-_Rule = tuple[Callable[[Any], bool], str, Iterable[str]]
-
-
-def _positive(*names: str) -> _Rule:
-    return lambda value: 0 < value < math.inf, "be greater than 0 and finite", names
-
-
-_MODEL_RULES: list[_Rule] = [
-    _positive(
-        *("vision.width", "vision.layers", "vision.mlp_ratio"),
-        *("text.width", "text.layers", "text.mlp_ratio", "embed_dim", "text.vocab_size"),
-        *("vision.norm_eps", "text.norm_eps"),
-    ),
-    (lambda n: n >= 3, "be at least 3: start, one token, end", ["text.context_length"]),
-]
-_RULES: list[_Rule] = [
-    _positive(
+_RULES: list[Rule] = [
+    positive(
         *("train.global_batch_size", "loss.chunk_size", "optim.lr", "optim.eps"),
         *("parallel.dp", "parallel.tp", "parallel.pp", "parallel.cp", "data.num_lanes"),
         *("data.shuffle_shards", "data.prefetch_batches", "data.max_bad_in_a_row"),
@@ -100,12 +87,12 @@ _RULES: list[_Rule] = [
 ]
 #: Names of other parts of ``eval``.
 _TAKEN_NAMES = ("validation",)
-_SOURCE_RULES: list[_Rule] = [
+_SOURCE_RULES: list[Rule] = [
     (lambda shards: shards != "", "name shards", ["shards"]),
     (lambda weight: weight != 0, "not be 0: leave the source out", ["weight"]),
-    _positive("upsampling", "num_samples", "weight"),
+    positive("upsampling", "num_samples", "weight"),
 ]
-_CAPTION_RULES: list[_Rule] = [
+_CAPTION_RULES: list[Rule] = [
     (
         lambda member: re.fullmatch(r"[^./\s][^/\s]*", member) is not None,
         "be what follows the key in a member's name, such as txt or syn.txt",
@@ -127,7 +114,7 @@ _CAPTION_RULES: list[_Rule] = [
         ["template"],
     ),
     (lambda text: text.strip() != "", "not be empty", ["template"]),
-    _positive("weight"),
+    positive("weight"),
 ]
 
 
@@ -138,7 +125,7 @@ def validate(config: Config) -> None:
         ValueError: naming the field, its value and the rule.
     """
     check_model(config.model)
-    _check_fields(config, _RULES)
+    check_fields(config, _RULES)
     _validate_tokenizer(config)
     _validate_train(config)
     _validate_loss(config)
@@ -164,7 +151,7 @@ def check_captions(sources: Sequence[CaptionSource]) -> None:
     """
     for index, source in enumerate(sources):
         name, member = f"data.captions[{index}]", source.member.lower()
-        _check_fields(source, _CAPTION_RULES, f"{name}.")
+        check_fields(source, _CAPTION_RULES, f"{name}.")
         is_json = member.endswith("json")
         if source.field is not None and not is_json:
             raise ValueError(
@@ -184,78 +171,6 @@ def _validate_tokenizer(config: Config) -> None:
             f"model.text.hf_tokenizer_name ({name}) must be null in training, whose captions are "
             "read by CLIP's own tokenizer"
         )
-
-
-def check_model(model: ModelConfig) -> None:
-    """Check the rules of an architecture.
-
-    Raises:
-        ValueError: naming the field, its value and the rule.
-    """
-    vision, text = model.vision, model.text
-    _check_fields(model, _MODEL_RULES, "model.")
-    _require_patches("model.vision.image_size", vision.image_size, vision.patch_size)
-    for name, width, by_name, by in (
-        ("model.vision.width", vision.width, "head_width", vision.head_width),
-        ("model.text.width", text.width, "heads", text.heads),
-    ):
-        if by <= 0 or width % by:
-            raise ValueError(f"{name} ({width}) must be a positive multiple of {by_name} ({by})")
-    _check_pooling(model)
-    for name, tower in (("model.vision", vision), ("model.text", text)):
-        for path, attention in _named_attentions(name, tower):
-            _check_attention(path, attention, tower)
-            if tower is text and not text.causal and attention.needs_grid:
-                raise ValueError(
-                    f"{path}.kind ({attention.kind}) needs a grid of patches, or a text with a "
-                    "causal mask: set model.text.no_causal_mask=false, or take local.kind=none or "
-                    "another kind"
-                )
-
-
-def _check_pooling(model: ModelConfig) -> None:
-    vision, name = model.vision, "model.vision.pool_type"
-    if vision.class_token and vision.pool_type == "map":
-        raise ValueError(f"{name} (map) needs model.vision.class_token=false")
-    if not vision.class_token and vision.pool_type == "tok":
-        raise ValueError(f"{name} (tok) needs model.vision.class_token=true: take avg or map")
-    if vision.final_ln_after_pool and vision.pool_type == "map":
-        raise ValueError("model.vision.final_ln_after_pool (true) needs pool_type avg or tok")
-    if vision.proj_type == "none" and vision.width != model.embed_dim:
-        raise ValueError(
-            f"model.vision.proj_type (none) needs model.vision.width ({vision.width}) equal to "
-            f"model.embed_dim ({model.embed_dim}): take proj_type=linear"
-        )
-    if model.text.hf_tokenizer_name is None and model.text.vocab_size < _TOKENIZER_VOCABULARY:
-        raise ValueError(
-            f"model.text.vocab_size ({model.text.vocab_size}) must be at least "
-            f"{_TOKENIZER_VOCABULARY}, the size of the tokenizer's vocabulary"
-        )
-
-
-def _named_attentions(name: str, tower: VisionTower | TextTower) -> Iterator[tuple[str, Attention]]:
-    """Yield every attention of a tower with the name of its section."""
-    yield f"{name}.attention", tower.attention
-    for index, each in enumerate(tower.attention_by_layer):
-        path = f"{name}.attention_by_layer[{index}]"
-        try:
-            each.numbers(tower.layers)
-        except ValueError as error:
-            raise ValueError(f"{path}.{error}") from error
-        yield f"{path}.attention", each.attention
-
-
-def _check_attention(path: str, attention: Attention, tower: VisionTower | TextTower) -> None:
-    head_dim, allowed = tower.width // tower.heads, attention.head_dims
-    if head_dim not in allowed:
-        nearest = min(allowed, key=lambda size: abs(size - head_dim))
-        steps = f" in steps of {allowed.step}" if allowed.step > 1 else ""
-        raise ValueError(
-            f"{path}.kind ({attention.kind}) needs a head dimension in {allowed[0]}.."
-            f"{allowed[-1]}{steps}, not ({head_dim}): {nearest} would do"
-        )
-    for field, rule in attention.problems(causal=tower.causal):
-        raise ValueError(f"{path}.{field} ({attrgetter(field)(attention)}) must {rule}")
 
 
 def check_batch(config: Config, dp_size: int) -> None:
@@ -307,14 +222,6 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> int:
             f"({world_size}): parallel.dp={dp_size} would do, or {parallel.dp * others} ranks"
         )
     return dp_size
-
-
-def _check_fields(node: object, rules: Iterable[_Rule], prefix: str = "") -> None:
-    for is_met, rule, names in rules:
-        for name in names:
-            value = attrgetter(name)(node)
-            if value is not None and not is_met(value):
-                raise ValueError(f"{prefix}{name} ({value!r}) must {rule}")
 
 
 def _validate_train(config: Config) -> None:
@@ -471,7 +378,7 @@ def _validate_parallel(config: Config) -> None:
             f"parallel.pp ({parallel.pp}) must be at most model.vision.layers + model.text.layers "
             f"({num_blocks}): a stage holds at least one block"
         )
-    for path, attention in _named_attentions("model.vision", vision):
+    for path, attention in named_attentions("model.vision", vision):
         if parallel.cp > 1 and not attention.splits_tokens:
             raise ValueError(
                 f"parallel.cp ({parallel.cp}) needs a {path}.kind whose keys and values can be "
@@ -544,7 +451,7 @@ def _validate_data(config: Config) -> None:
             raise ValueError(
                 f"{name}.from_step ({step}) must be greater than {before}, the one before"
             )
-        _require_patches(f"{name}.image_size", stage.image_size, config.model.vision.patch_size)
+        require_patches(f"{name}.image_size", stage.image_size, config.model.vision.patch_size)
         before = step
 
 
@@ -554,7 +461,7 @@ def _validate_sources(sources: Sequence[Source]) -> None:
     are_weighted = any(source.weight is not None for source in sources)
     for index, source in enumerate(sources):
         name = f"data.train[{index}]"
-        _check_fields(source, _SOURCE_RULES, f"{name}.")
+        check_fields(source, _SOURCE_RULES, f"{name}.")
         if are_weighted and source.weight is None:
             raise ValueError(f"{name}.weight (None) must be set: all sources have one or none")
         if are_weighted and source.upsampling != 1:
@@ -582,11 +489,3 @@ def _validate_eval(evaluation: EvalConfig) -> None:
                 f"{name}.max_bad_samples ({each.max_bad_samples}) must not be negative"
             )
         seen.add(each.name)
-
-
-def _require_patches(name: str, image_size: tuple[int, int], patch_size: int) -> None:
-    if patch_size <= 0 or any(side <= 0 or side % patch_size for side in image_size):
-        raise ValueError(
-            f"{name} {image_size} must be a height and a width that are both a positive multiple "
-            f"of patch_size ({patch_size})"
-        )

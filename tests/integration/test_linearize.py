@@ -73,6 +73,10 @@ def test_softmax_model_becomes_a_linear_one_in_three_stages(
     errors = [loss for loss in losses if loss is not None]
     assert errors[-1] < errors[0]
 
+    records = (output / "runs" / "distil" / "metrics.jsonl").read_text()
+    assert "train/loss_features" in records
+    assert "train/loss_similarity" in records
+
     again = linearize(*words, "--attention", "{kind: linear, normalized: true}")
     assert again.returncode == 0
     assert "step" not in again.stderr  # nothing was trained again
