@@ -103,6 +103,11 @@ def _check_attention(path: str, attention: Attention, tower: VisionTower | TextT
 
 
 def check_fields(node: object, rules: Iterable[Rule], prefix: str = "") -> None:
+    """Check fields of a dataclass, by their dotted names, against rules for single fields.
+
+    Raises:
+        ValueError: naming the first field that breaks one, with ``prefix``, its value and the rule.
+    """
     for is_met, rule, names in rules:
         for name in names:
             value = attrgetter(name)(node)
@@ -111,6 +116,11 @@ def check_fields(node: object, rules: Iterable[Rule], prefix: str = "") -> None:
 
 
 def require_patches(name: str, image_size: tuple[int, int], patch_size: int) -> None:
+    """Check that images of a (height, width) consist of whole patches.
+
+    Raises:
+        ValueError: naming the field ``name``, its value and the rule.
+    """
     if patch_size <= 0 or any(side <= 0 or side % patch_size for side in image_size):
         raise ValueError(
             f"{name} {image_size} must be a height and a width that are both a positive multiple "
