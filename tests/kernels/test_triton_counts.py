@@ -356,6 +356,21 @@ def test_differences_from_the_table_are_named() -> None:
     assert line.startswith("new")
 
 
+def test_what_ptxas_varies_in_kernels_that_spill_is_no_difference() -> None:
+    _version, rows = read_table()
+    (kernel, *_rest) = [row for row in rows if row["stack"] not in ("", "0")]
+    stack = int(kernel["stack"])
+    assert compare([kernel | {"stack": str(stack + 8)}], [kernel]) == []
+    (line,) = compare([kernel | {"stack": str(stack + 24)}], [kernel])
+    assert line.startswith("worse")
+    loop = {**kernel, "stack": "", "loop": "1", "instr_per_kb": "33.5"}
+    table = [kernel, loop]
+    assert compare([loop | {"instr_per_kb": "33.29"}], table) == []
+    (line,) = compare([loop | {"instr_per_kb": "34"}], table)
+    assert line.startswith("worse")
+    assert len(compare([loop | {"instr_per_kb": "33.54"}], [kernel | {"stack": "0"}, loop])) == 1
+
+
 def test_the_table_has_every_training_kernel() -> None:
     _version, rows = read_table()
     in_table = {(row["case"], row["cc"]) for row in rows if row["registers"]}

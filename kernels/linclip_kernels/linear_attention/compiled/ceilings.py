@@ -40,6 +40,12 @@ CEILINGS = (
     *("narrow", "variants"),
 )
 FLOORS = ("ctas_per_sm", "buffers")
+#: Bytes of stack, and part of the instructions, by which ptxas differs from itself in kernels that
+#: spill: of the same PTX it makes one of several cubins, by where its memory lies. (12 runs of one
+#: kernel: 6 cubins, 264 or 272 bytes of stack, 0.8 % more instructions; 6 runs without randomized
+#: addresses: one cubin.)
+STACK_VARIATION = 16
+INSTRUCTION_VARIATION = 0.01
 COLUMNS = (
     *KEYS,
     *("registers", "stack", "ctas_per_sm", "programs_per_sm", "variants"),
@@ -117,13 +123,14 @@ def variant_rows() -> Iterator[Row]:
 
 
 def compare(found: Sequence[Row], table: Sequence[Row]) -> list[str]:
-    """Return one line for every count that differs from the table.
+    """Return one line for every count that differs from the table by more than ptxas varies.
 
     Args:
         found: What was counted.
         table: What the table says about the same, at least.
     """
     known = {_key(row): row for row in table}
+    spilling = {_key(row)[:3] for row in table if row["stack"] not in ("", "0")}
     lines = []
     for row in found:
         place = f"{row['case']}: {row['kernel']}, sm_{row['cc']}"
@@ -133,7 +140,8 @@ def compare(found: Sequence[Row], table: Sequence[Row]) -> list[str]:
             lines.append(f"new: {place}: not in the table")
             continue
         for name in COLUMNS[len(KEYS) :]:
-            if row[name] != expected[name]:
+            may_vary = _key(row)[:3] in spilling and _is_variation(name, row, expected)
+            if row[name] != expected[name] and not may_vary:
                 verdict = _verdict(name, row[name], expected[name])
                 limit = "at least" if name in FLOORS else "at most" if name in CEILINGS else "is"
                 lines.append(
@@ -147,6 +155,15 @@ def read_table(path: Path = TABLE) -> tuple[str, list[Row]]:
     """Return the version of Triton that a table is true for, and its rows."""
     first, *lines = path.read_text().splitlines()
     return first.removeprefix("# triton "), list(csv.DictReader(lines))
+
+
+def _is_variation(name: str, found: Row, expected: Row) -> bool:
+    """Return whether counts that differ may both be those of the same PTX."""
+    if name not in ("stack", "instructions", "instr_per_kb") or not found[name]:
+        return False
+    limit = float(expected[name] or 0)
+    allowed = STACK_VARIATION if name == "stack" else INSTRUCTION_VARIATION * limit
+    return abs(float(found[name]) - limit) <= allowed
 
 
 def _verdict(name: str, found: str, expected: str) -> str:
